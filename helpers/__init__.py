@@ -1,0 +1,1 @@
+"""tunebook's helpers: one noun a module; import the one you need."""

@@ -1,0 +1,285 @@
+"""Trainer callbacks: history and curves, best adapter, live samples, timed saves.
+
+Importing this module imports transformers; where Unsloth is used, import it first
+(`helpers.models.load_model` does).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from helpers.generation import reply
+from helpers.runs import write_json
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Returns the newest complete checkpoint below a folder, None when there is none.
+
+    A checkpoint that a kill cut short lacks `trainer_state.json`, which is written
+    last, or holds half of it: it is passed over.
+    """
+    found = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            continue
+        found.append((state["global_step"], path))
+    return max(found)[1] if found else None
+
+
+class History(TrainerCallback):
+    """Writes every logged value to `history.json` and draws `curves.png` at the end.
+
+    Entries carry `step`, `epoch` and `seconds`, the training time up to the entry,
+    that of earlier sessions included.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: list[dict[str, Any]] = []
+        self.before = 0.0
+        self.started = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any
+    ) -> None:
+        path = self.folder / "history.json"
+        old = json.loads(path.read_text()) if path.exists() else []
+        self.entries = [e for e in old if e["step"] <= state.global_step]
+        self.before = self.entries[-1]["seconds"] if self.entries else 0.0
+        self.started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, in seconds, over all sessions."""
+        return self.before + time.perf_counter() - self.started
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        place = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+        place["seconds"] = round(self.seconds, 2)
+        self.entries.append({**place, **(logs or {})})
+        if state.is_world_process_zero:
+            write_json(self.folder / "history.json", self.entries)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            draw_curves(self.entries, self.folder / "curves.png")
+
+    def values(self, name: str) -> list[float]:
+        """Returns a logged value over time, entries without it left out."""
+        return [entry[name] for entry in self.entries if name in entry]
+
+
+def draw_curves(entries: list[dict[str, Any]], path: Path) -> None:
+    """Draws loss, eval loss and reward over the steps, whichever were logged."""
+    from matplotlib.figure import Figure
+
+    panels = [
+        [name for name in names if any(name in entry for entry in entries)]
+        for names in (["loss", "eval_loss"], ["reward"], ["learning_rate"])
+    ]
+    panels = [names for names in panels if names]
+    if not panels:
+        return
+    figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
+    for number, names in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for name in names:
+            points = [(e["step"], e[name]) for e in entries if name in e]
+            marker = "o" if len(points) < 20 else None
+            axes.plot(*zip(*points, strict=True), label=name, marker=marker)
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel(names[0].replace("_", " "))
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+class BestAdapter(TrainerCallback):
+    """Keeps the adapter of the lowest train or eval loss in a folder.
+
+    The folder is replaced only by a complete adapter; with Google Drive mounted it
+    lies there, as the run folder does. `best.json` beside it remembers the value, so
+    that a resumed run goes on from it.
+
+    Args:
+        folder: where the adapter goes.
+        by: `eval_loss`, or `loss` for the train loss of each log.
+    """
+
+    def __init__(self, folder: Path, by: str = "eval_loss") -> None:
+        self.folder, self.by = folder, by
+        self.note = folder.with_name("best.json")
+        self.best = float("inf")
+        self.step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any
+    ) -> None:
+        if self.note.exists() and self.folder.exists():
+            kept = json.loads(self.note.read_text())
+            if kept["step"] <= state.global_step and kept["by"] == self.by:
+                self.best, self.step = kept["value"], kept["step"]
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        model: PreTrainedModel | None = None,
+        **_: Any,
+    ) -> None:
+        value = (logs or {}).get(self.by)
+        if value is None or model is None or not value < self.best:
+            return
+        self.best, self.step = value, state.global_step
+        if state.is_world_process_zero:
+            save_adapter(model, self.folder)
+            kept = {"by": self.by, "value": value, "step": self.step}
+            write_json(self.note, kept)
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Writes a model's adapter to a folder, which is complete or as it was before."""
+    scratch = folder.with_name(f".{folder.name}.new")
+    old = folder.with_name(f".{folder.name}.old")
+    for leftover in (scratch, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(scratch)
+    if folder.exists():
+        folder.rename(old)
+    scratch.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class LiveSamples(TrainerCallback):
+    """Prints and keeps the answer to a random prompt of a list at each epoch's end.
+
+    Args:
+        tokenizer: of the model in training.
+        prompts: the evaluation list.
+        path: the JSON-lines file that collects step, prompt and answer.
+        system_prompt: the system turn the model is trained with.
+        max_new_tokens: answers are cut here.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: list[str],
+        path: Path,
+        *,
+        system_prompt: str = "",
+        max_new_tokens: int = 96,
+    ) -> None:
+        self.tokenizer, self.prompts, self.path = tokenizer, prompts, path
+        self.system_prompt, self.max_new_tokens = system_prompt, max_new_tokens
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: Any,
+        model: PreTrainedModel | None = None,
+        **_: Any,
+    ) -> None:
+        if model is None or not state.is_world_process_zero:
+            return
+        # a generator of its own: drawing a sample must not change the training's order
+        prompt = random.Random(args.seed + state.global_step).choice(self.prompts)
+        answer = reply(
+            model,
+            self.tokenizer,
+            prompt,
+            system_prompt=self.system_prompt,
+            max_new_tokens=self.max_new_tokens,
+        )
+        print(f"step {state.global_step} | {prompt}\n    -> {answer}")  # noqa: T201
+        sample = {"step": state.global_step, "prompt": prompt, "answer": answer}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+
+class TimedSaves(TrainerCallback):
+    """Asks for a checkpoint whenever this many minutes have passed since the last."""
+
+    def __init__(self, minutes: float) -> None:
+        self.every_s = minutes * 60
+        self.last = time.monotonic()
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.last = time.monotonic()
+
+    def on_step_end(
+        self, args: Any, state: Any, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        if time.monotonic() - self.last >= self.every_s:
+            control.should_save = True
+        return control
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self.last = time.monotonic()
+
+
+class SkippedSteps(TrainerCallback):
+    """Counts optimiser steps that fp16's loss scaler skipped, and stops on too many.
+
+    The first one to three are normal while the scale is found. A run that goes on
+    skipping learns nothing: it is stopped with the reason in `reason`.
+
+    Args:
+        patience: this many skipped steps in a row stop the training.
+    """
+
+    def __init__(self, patience: int = 10) -> None:
+        self.patience, self.count, self.in_a_row = patience, 0, 0
+        self.reason = ""
+
+    def on_step_end(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> TrainerControl:
+        skipped = bool(getattr(optimizer, "step_was_skipped", False))
+        self.count += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if self.in_a_row >= self.patience:
+            self.reason = (
+                f"stopped at step {state.global_step}: {self.in_a_row} optimiser steps "
+                "in a row were skipped because gradients overflow in fp16; lower the "
+                "learning rate, or train in 16bit weights or on a GPU with bf16"
+            )
+            print(self.reason)  # noqa: T201
+            control.should_training_stop = True
+        return control

@@ -1,0 +1,158 @@
+"""The validated, JSON-round-trippable configuration of one run.
+
+Holds our few fields; what belongs to TRL and PEFT is handed to them unchanged, in
+`sft`, `grpo` and `lora`. It is not a second list of their fields.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+SYSTEM_PROMPT = (
+    "Solve the problem step by step. "
+    "Finish with a line that holds #### and the answer, like this: #### 42"
+)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message says what to change."""
+
+
+class DataConfig(BaseModel):
+    """Where the rows come from: a file, a folder's file, or `hub-name:split`."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    train: list[str] = Field(min_length=1, description="SFT rows, mixed in this order")
+    eval: str = Field(description="rows for the eval loss, never trained on")
+    problems: str = Field(description="questions with gold answers, for GRPO")
+    test: str = Field(description="held-out problems like those of training")
+    test_new: str = Field(description="held-out problems of another kind")
+    train_rows: int | None = Field(None, ge=1, description="cap a source; null = all")
+    eval_rows: int | None = Field(None, ge=1)
+    test_rows: int | None = Field(None, ge=1)
+    test_new_rows: int | None = Field(None, ge=1)
+
+
+class EvaluationConfig(BaseModel):
+    """How the held-out problems are answered: greedy, in batches."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    batch_size: int = Field(16, ge=1, description="halve if out of memory")
+    max_new_tokens: int = Field(256, ge=1, description="answers are cut here")
+
+
+class RunConfig(BaseModel):
+    """One run: model, data, and how both are put together."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="the folder below runs/")
+    recipe: str = Field("", description="the recipe it started from")
+    model: str = Field(description="hub id, local folder, or smollm2-135m-offline")
+    engine: Literal["auto", "unsloth", "transformers"] = "auto"
+    weights: Literal["auto", "4bit", "8bit", "16bit"] = Field(
+        "auto", description="auto = 4bit on a GPU; 16bit = this machine's own dtype"
+    )
+    max_length: int = Field(1024, ge=16, description="tokens a (packed) row")
+    loss_on: Literal["all", "assistant", "last"] = "assistant"
+    system_prompt: str = SYSTEM_PROMPT
+    seed: int = Field(3407, ge=0)
+    best_by: Literal["eval_loss", "loss"] = "eval_loss"
+    save_minutes: float = Field(10.0, gt=0, description="most work lost to a kill")
+    sft_adapter: str | None = Field(
+        None, description="adapter folder or hub id to use instead of training SFT"
+    )
+    data: DataConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    lora: dict[str, Any] = Field(default_factory=dict, description="-> LoraConfig")
+    sft: dict[str, Any] = Field(default_factory=dict, description="-> SFTConfig")
+    grpo: dict[str, Any] = Field(default_factory=dict, description="-> GRPOConfig")
+    rewards: dict[str, float] = Field(
+        default_factory=lambda: {"correctness": 1.0}, description="name -> weight"
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns a hint at the known name closest to a mistyped one.
+
+    >>> nearest("learning_rat", ["learning_rate", "seed"])
+    "; did you mean 'learning_rate'?"
+    >>> nearest("zzz", ["seed"])
+    ''
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_config(values: dict[str, Any]) -> RunConfig:
+    """Returns the config of a dictionary.
+
+    Raises:
+        ConfigError: one line a fault: the field, what was found, what is expected,
+            and for an unknown field the nearest known one.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        known = {
+            "": RunConfig.model_fields,
+            "data": DataConfig.model_fields,
+            "evaluation": EvaluationConfig.model_fields,
+        }
+        lines = []
+        for fault in error.errors():
+            where = ".".join(str(part) for part in fault["loc"])
+            if fault["type"] == "extra_forbidden":
+                parent, _, leaf = where.rpartition(".")
+                hint = nearest(leaf, known.get(parent, ()))
+                lines.append(f"{where} is no field of the config{hint}")
+            else:
+                found = repr(fault["input"])[:80]
+                lines.append(f"{where}: {fault['msg']} (found {found})")
+        raise ConfigError("\n".join(lines)) from None
+
+
+def read_config(path: Path) -> RunConfig:
+    """Returns the config that a JSON file holds.
+
+    Raises:
+        ConfigError: the file is missing, is no JSON, or holds no valid config.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no config at {path}; run notebook 00_setup, or save one with "
+            "recipes.load('demo')"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from None
+    return check_config(values)
+
+
+def changed(config: RunConfig, **changes: Any) -> RunConfig:
+    """Returns a copy with fields changed; `sft__max_steps=5` reaches into a group.
+
+    >>> from helpers import recipes
+    >>> changed(recipes.load("demo"), sft__max_steps=5).sft["max_steps"]
+    5
+
+    Raises:
+        ConfigError: the copy would not be valid.
+    """
+    values = config.model_dump()
+    for key, value in changes.items():
+        *groups, leaf = key.split("__")
+        place = values
+        for group in groups:
+            place = place[group]
+        place[leaf] = value
+    return check_config(values)

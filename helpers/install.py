@@ -1,0 +1,157 @@
+"""Installs the stack into the running Python without touching a torch that is there.
+
+`make setup` and the notebooks' first cell call the same function. Standard library
+only, because it runs before anything else is installed.
+
+    python helpers/install.py
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STACK = ROOT / "requirements.txt"
+UNSLOTH = ROOT / "requirements-unsloth.txt"
+# Replacing one of these under a running Colab kernel breaks it, so pip may not.
+KEPT = ("torch", "torchvision", "numpy", "ipywidgets", "ipython", "ipykernel")
+
+
+def read_pins(path: Path) -> dict[str, str]:
+    """Returns `{package: specifier}` of a requirements file, comments left out.
+
+    >>> read_pins(UNSLOTH)["unsloth"].startswith("==")
+    True
+    """
+    pins = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.split("#")[0].strip()
+        if text:
+            name, specifier = re.fullmatch(r"([\w.-]+)\s*(.*)", text).groups()  # type: ignore[union-attr]
+            pins[name] = specifier
+    return pins
+
+
+def installed_version(package: str) -> str | None:
+    """Returns the installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def missing(path: Path) -> list[str]:
+    """Returns the lines of a requirements file that this Python does not satisfy.
+
+    Needs `packaging` for version ranges; without it every line counts as missing.
+    """
+    pins = read_pins(path)
+    if importlib.util.find_spec("packaging") is None:
+        return [name + specifier for name, specifier in pins.items()]
+    from packaging.specifiers import SpecifierSet
+
+    found = {name: installed_version(name) for name in pins}
+    return [
+        name + specifier
+        for name, specifier in pins.items()
+        if found[name] is None
+        or not SpecifierSet(specifier).contains(str(found[name]), prereleases=True)
+    ]
+
+
+def has_gpu() -> bool:
+    """Returns whether an NVIDIA driver is at work here (asked before torch exists)."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+
+
+def pip(*arguments: str) -> None:
+    """Runs `pip install` quietly.
+
+    Raises:
+        SystemExit: pip failed; its own last lines are shown.
+    """
+    command = [sys.executable, "-m", "pip", "install", "-qq", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+        raise SystemExit(
+            f"pip install {' '.join(arguments)} failed with exit status "
+            f"{done.returncode}:\n{tail}\nCheck the network and the free disk space, "
+            "then run the same command again: what is installed is kept."
+        )
+
+
+def install_cpu_torch(specifier: str) -> None:
+    """Installs torch without CUDA's gigabytes on a Linux machine that has no GPU.
+
+    uv knows where PyTorch keeps its CPU builds; where that cannot be reached, pip
+    takes what it is set up to find (on a Mac PyPI's build is the CPU one).
+    """
+    requirement = "torch" + specifier
+    if sys.platform == "linux":
+        pip("uv")
+        command = [sys.executable, "-m", "uv", "pip", "install", "-q"]
+        command += ["--python", sys.executable, "--torch-backend", "cpu", requirement]
+        environment = {**os.environ, "UV_HTTP_RETRIES": "0"}
+        if not subprocess.run(command, capture_output=True, env=environment).returncode:
+            return
+    pip(requirement)
+
+
+def install(*, extra: tuple[str, ...] = ()) -> list[str]:
+    """Installs what is missing of the stack and returns what was installed.
+
+    Args:
+        extra: more requirement files, for example the tests' tools.
+
+    Returns:
+        The requirement lines that were missing before; empty when there was
+        nothing to do, which takes well under a second.
+
+    Raises:
+        SystemExit: pip could not install something.
+    """
+    wanted = [STACK, *(ROOT / name for name in extra)]
+    lines = [line for path in wanted for line in missing(path)]
+    unsloth = missing(UNSLOTH)
+    if any(re.match(r"torch[<>=]", line) for line in lines) and not has_gpu():
+        install_cpu_torch(read_pins(STACK)["torch"])
+    if lines:
+        present = {name: installed_version(name) for name in KEPT}
+        with tempfile.TemporaryDirectory() as folder:
+            kept = Path(folder) / "kept.txt"
+            kept.write_text(
+                "".join(f"{k}=={v}\n" for k, v in present.items() if v),
+                encoding="utf-8",
+            )
+            files = [flag for path in wanted for flag in ("-r", str(path))]
+            pip(*files, "-c", str(kept))
+    if unsloth:
+        pip("--no-deps", *unsloth)
+    return lines + unsloth
+
+
+def main(extra: tuple[str, ...]) -> None:
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        found = ".".join(map(str, sys.version_info[:3]))
+        raise SystemExit(
+            f"Python {found} found; the pinned stack was tested on 3.11 to 3.13. "
+            "Name another: make setup PYTHON=python3.12"
+        )
+    done = install(extra=extra)
+    kind = "CUDA" if has_gpu() else "CPU"
+    print(f"{kind} machine: {f'{len(done)} packages installed' if done else 'ready'}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(tuple(sys.argv[1:]))

@@ -1,0 +1,313 @@
+"""Loads model and tokenizer, attaches LoRA, finds the offline model.
+
+Unsloth on a CUDA machine, plain transformers + PEFT elsewhere or on request. Unsloth
+must be imported before transformers, trl and peft, so load the model first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from helpers import runtime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OFFLINE = "smollm2-135m-offline"
+Engine = Literal["unsloth", "transformers"]
+# GiB that a model needs at the least, by a word in its name, in 4 bit
+WEIGHT_BYTES = {"4bit": 0.6, "8bit": 1.1, "16bit": 2.1}
+
+
+class ModelError(ValueError):
+    """A model or adapter that cannot be loaded; the message says what to do."""
+
+
+def resolve_engine(engine: str) -> Engine:
+    """Returns the engine that `auto` means here, or the one asked for.
+
+    Raises:
+        ModelError: Unsloth is asked for and not installed.
+    """
+    installed = importlib.util.find_spec("unsloth") is not None
+    if engine == "auto":
+        import torch
+
+        return "unsloth" if installed and torch.cuda.is_available() else "transformers"
+    if engine == "unsloth" and not installed:
+        raise ModelError(
+            "engine='unsloth' but Unsloth is not installed: run `make setup`, or "
+            "choose engine='transformers'"
+        )
+    return engine  # type: ignore[return-value]
+
+
+def resolve_weights(weights: str) -> str:
+    """Returns `4bit`, `8bit` or `16bit`; `auto` is 4bit on a GPU, else 16bit."""
+    if weights != "auto":
+        return weights
+    return "4bit" if runtime.find_machine().device == "cuda" else "16bit"
+
+
+def cache_folder() -> Path:
+    """Returns where converted models lie: `TUNEBOOK_CACHE` or `~/.cache/tunebook`."""
+    default = Path.home() / ".cache" / "tunebook"
+    return Path(os.environ.get("TUNEBOOK_CACHE", default))
+
+
+def find_model(name: str) -> str:
+    """Returns the folder or hub id to load: the offline model's folder, or the name.
+
+    Raises:
+        ModelError: the offline model's package is not installed.
+    """
+    if name != OFFLINE:
+        return name
+    folder = cache_folder() / OFFLINE
+    if not (folder / "model.safetensors").exists():
+        # in a process of its own: Unsloth has to be imported before transformers
+        command = [sys.executable, "-m", "helpers.offline", str(folder)]
+        done = subprocess.run(command, cwd=runtime.ROOT, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ModelError(f"the offline model could not be converted: {reason}")
+    return str(folder)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Returns a model's tokenizer, fit to train with (see `templates`).
+
+    Raises:
+        ModelError: there is no such model, or the hub cannot be reached.
+    """
+    from transformers import AutoTokenizer
+
+    from helpers.templates import prepare_tokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(find_model(name))
+    except (OSError, ValueError) as error:
+        raise unknown_model(name, error) from error
+    prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+def unknown_model(name: str, error: Exception) -> ModelError:
+    """Returns the error for a model that could not be loaded, in one sentence."""
+    if Path(name).is_dir():
+        return ModelError(
+            f"{name} is a folder but holds no complete model: {str(error)[:200]}"
+        )
+    if runtime.hub_reachable():
+        return ModelError(f"model {name!r} could not be loaded: {str(error)[:300]}")
+    return ModelError(
+        f"model {name!r} is not a folder here, and the model hub cannot be reached; "
+        f"check the name and the network, or use {OFFLINE!r}, which needs neither"
+    )
+
+
+def load_model(
+    name: str,
+    *,
+    engine: str = "auto",
+    weights: str = "auto",
+    max_length: int = 1024,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Returns a base model, frozen, and its tokenizer.
+
+    Args:
+        name: hub id, folder, or `smollm2-135m-offline`.
+        engine: `auto`, `unsloth` or `transformers`.
+        weights: `auto`, `4bit` (NF4), `8bit` or `16bit` (this machine's own dtype,
+            fp32 on a CPU).
+        max_length: the longest row that will be trained on, in tokens.
+
+    Raises:
+        ModelError: there is no such model, or the hub cannot be reached.
+        MemoryError: the GPU is too small for it.
+    """
+    chosen, bits = resolve_engine(engine), resolve_weights(weights)
+    machine = runtime.prepare_device()
+    dtype, _ = runtime.choose_dtype(machine)
+    place = find_model(name)
+    check_size(place, bits, machine)
+    try:
+        if chosen == "unsloth":
+            from unsloth import FastLanguageModel
+
+            model, _ = FastLanguageModel.from_pretrained(
+                place,
+                max_seq_length=max_length,
+                dtype=dtype,
+                load_in_4bit=bits == "4bit",
+                load_in_8bit=bits == "8bit",
+            )
+        else:
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_pretrained(
+                place,
+                dtype=dtype,
+                device_map={"": 0} if machine.device == "cuda" else None,
+                quantization_config=quantization(bits, dtype),
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        if "out of memory" in str(error):
+            raise
+        raise unknown_model(name, error) from error
+    tokenizer = load_tokenizer(name)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.requires_grad_(False)
+    return model, tokenizer
+
+
+def quantization(bits: str, dtype: Any) -> Any:
+    """Returns the bitsandbytes config for `4bit` or `8bit`, None for `16bit`."""
+    from transformers import BitsAndBytesConfig
+
+    if bits == "16bit":
+        return None
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def check_size(place: str, bits: str, machine: runtime.Machine) -> None:
+    """Raises MemoryError when a local model's weights alone exceed the GPU."""
+    files = list(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []
+    if files and machine.device == "cuda":
+        stored_gb = sum(file.stat().st_size for file in files) / 2**30
+        need = stored_gb * WEIGHT_BYTES[bits] / 2.0
+        runtime.require_memory(need, f"{place} in {bits}", machine)
+
+
+def add_lora(
+    model: PreTrainedModel,
+    lora: dict[str, Any],
+    *,
+    engine: str = "auto",
+    seed: int = 3407,
+    max_length: int = 1024,
+) -> PreTrainedModel:
+    """Returns the model with fresh LoRA matrices to train; the base stays frozen.
+
+    Args:
+        model: from `load_model`, with the same engine.
+        lora: fields of PEFT's `LoraConfig`, unchanged.
+        engine: `auto`, `unsloth` or `transformers`.
+        seed: for the matrices' first values.
+        max_length: the longest row that will be trained on, in tokens.
+
+    Raises:
+        ModelError: a target module does not exist in the model.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    targets = lora.get("target_modules", [])
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    absent = [t for t in targets if t not in names] if isinstance(targets, list) else []
+    if absent:
+        linear = sorted(
+            {
+                n.rpartition(".")[2]
+                for n, m in model.named_modules()
+                if isinstance(m, torch.nn.Linear)
+            }
+        )
+        raise ModelError(
+            f"target modules {', '.join(absent)} do not exist in this model; it has "
+            f"{', '.join(linear)}"
+        )
+    if resolve_engine(engine) == "unsloth":
+        from unsloth import FastLanguageModel
+
+        return FastLanguageModel.get_peft_model(
+            model,
+            **{"bias": "none", "lora_dropout": 0, **lora},
+            use_gradient_checkpointing="unsloth" if on_gpu else False,
+            random_state=seed,
+            max_seq_length=max_length,
+        )
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    torch.manual_seed(seed)
+    quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(
+        model, "is_loaded_in_8bit", False
+    )
+    if quantised:
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=on_gpu
+        )
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+
+
+def load_adapter(
+    model: PreTrainedModel, adapter: str | Path, *, engine: str = "auto", **lora: Any
+) -> PreTrainedModel:
+    """Returns the base model with a saved adapter on it, ready to use or train on.
+
+    Args:
+        model: the base, from `load_model`.
+        adapter: a folder or hub id that PEFT can read.
+        engine: as for `load_model`.
+        lora: more arguments of `add_lora` (`seed`, `max_length`).
+
+    Raises:
+        ModelError: there is no adapter, or its matrices do not fit this model.
+    """
+    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+
+    try:
+        saved = LoraConfig.from_pretrained(str(adapter))
+        state = load_peft_weights(str(adapter), device="cpu")
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no adapter at {adapter} (adapter_config.json and "
+            f"adapter_model.safetensors are needed): {str(error)[:200]}"
+        ) from error
+    fields = {
+        "r": saved.r,
+        "lora_alpha": saved.lora_alpha,
+        "lora_dropout": saved.lora_dropout,
+        "bias": saved.bias,
+        "use_rslora": saved.use_rslora,
+        "target_modules": sorted(saved.target_modules or []),
+    }
+    tuned = add_lora(model, fields, engine=engine, **lora)
+    result = set_peft_model_state_dict(tuned, state)
+    strange = list(getattr(result, "unexpected_keys", []))
+    empty = [k for k in getattr(result, "missing_keys", []) if "lora_" in k]
+    if strange or empty or not any(t.abs().sum() > 0 for t in state.values()):
+        raise ModelError(
+            f"the adapter at {adapter} does not fit this model: {len(strange)} "
+            f"matrices have no place, {len(empty)} places got none; load the base "
+            f"model it was trained on ({saved.base_model_name_or_path})"
+        )
+    return tuned
+
+
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """Returns the numbers of trainable and of all parameters (4-bit ones unpacked)."""
+    trainable, total = model.get_nb_trainable_parameters()
+    return trainable, total
+
+
+def adapter_size(folder: Path) -> str:
+    """Returns what an adapter folder holds, for a notebook's last line."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+    return f"{folder}: rank {config['r']}, {size / 2**20:.1f} MiB"

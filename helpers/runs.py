@@ -1,0 +1,134 @@
+"""The run folder: the only thing that notebooks hand to each other.
+
+`runs/<name>/` holds `config.json`, `data/`, `sft/`, `grpo/`, `eval/`, `export/` and
+`report.json`. Nothing here trains or measures anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers import runtime
+from helpers.config import RunConfig, read_config
+
+MADE_BY = {
+    "config.json": "00_setup",
+    "data": "01_data_prep",
+    "sft": "02_sft_qlora",
+    "grpo": "03_grpo_gsm8k",
+    "eval": "04_evaluation",
+    "export": "05_export",
+}
+
+
+class MissingInput(FileNotFoundError):
+    """Something that a former notebook should have written is not there."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and its config."""
+
+    path: Path
+    config: RunConfig
+
+    def require(self, relative: str) -> Path:
+        """Returns the path of something in the run folder.
+
+        Raises:
+            MissingInput: it is not there; the message names the notebook to run.
+        """
+        path = self.path / relative
+        if not path.exists():
+            maker = MADE_BY[relative.split("/")[0]]
+            raise MissingInput(
+                f"{path} is missing: run notebook {maker} with this run first "
+                f"(run {self.config.name!r}, folder {self.path})"
+            )
+        return path
+
+    def write_part(self, part: str, values: dict[str, Any]) -> None:
+        """Writes one stage's part of `report.json`, leaving the other parts alone."""
+        report = self.report()
+        report[part] = values
+        write_json(self.path / "report.json", report)
+
+    def report(self) -> dict[str, Any]:
+        """Returns `report.json` as it stands, empty before the first stage."""
+        path = self.path / "report.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a kill, never meets half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=".", delete=False
+    ) as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes JSON atomically, indented."""
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def fingerprint(*values: Any) -> str:
+    """Returns twelve hex digits that change whenever one of the values does.
+
+    >>> fingerprint({"a": 1}) == fingerprint({"a": 1}) != fingerprint({"a": 2})
+    True
+    """
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def runs_folder() -> Path:
+    """Returns the folder of all runs: `TUNEBOOK_RUNS`, Drive when mounted, `runs/`."""
+    asked = os.environ.get("TUNEBOOK_RUNS")
+    if asked:
+        return Path(asked)
+    drive = runtime.mount_drive()
+    return (drive or runtime.ROOT) / "runs"
+
+
+def save_run(config: RunConfig) -> Run:
+    """Writes the config to its run folder, makes it the current run and returns it."""
+    folder = runs_folder()
+    path = folder / config.name
+    write_text(path / "config.json", config.model_dump_json(indent=1) + "\n")
+    write_text(folder / "current", config.name + "\n")
+    run = Run(path, config)
+    run.write_part(
+        "run",
+        {"name": config.name, "recipe": config.recipe, "model": config.model},
+    )
+    return run
+
+
+def open_run(name: str | None = None) -> Run:
+    """Returns a run; without a name the current one, `TUNEBOOK_RUN` deciding if set.
+
+    On a machine with no run yet (every Colab notebook opens on its own) the default
+    recipe's run is made, so that any notebook can be the first.
+
+    Raises:
+        ConfigError: the run's config is missing or not valid.
+    """
+    from helpers import recipes
+
+    folder = runs_folder()
+    name = name or os.environ.get("TUNEBOOK_RUN")
+    current = folder / "current"
+    if name is None and current.exists():
+        name = current.read_text(encoding="utf-8").strip()
+    if name is None or (name in recipes.NAMES and not (folder / name).exists()):
+        return save_run(recipes.load(name or recipes.default_name()))
+    return Run(folder / name, read_config(folder / name / "config.json"))

@@ -1,0 +1,225 @@
+"""Says what machine this is, which dtype to use and why, and seeds everything."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
+PACKAGES += ("accelerate", "unsloth", "ipywidgets")
+
+
+class Machine(NamedTuple):
+    """What a run needs to know of the machine it is on."""
+
+    place: str
+    """`colab`, `kaggle` or `local`."""
+    device: str
+    """`cuda` or `cpu`."""
+    name: str
+    """The GPU's name, or the processor's architecture and core count."""
+    memory_gb: float
+    """GiB of GPU memory that torch may use (RAM on a CPU machine)."""
+    capability: tuple[int, int] | None
+    """CUDA compute capability, (7, 5) on a T4; None without a GPU."""
+
+
+def find_machine() -> Machine:
+    """Returns the machine this Python runs on."""
+    import psutil
+    import torch
+
+    place = "local"
+    if "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ:
+        place = "colab"
+    elif "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        place = "kaggle"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        capability = torch.cuda.get_device_capability(0)
+        gb = min(properties.total_memory / 2**30, memory_cap_gb())
+        return Machine(place, "cuda", properties.name, gb, capability)
+    name = f"{platform.machine()}, {os.cpu_count()} cores"
+    return Machine(place, "cpu", name, psutil.virtual_memory().total / 2**30, None)
+
+
+def memory_cap_gb() -> float:
+    """Returns the GiB of GPU memory that a run may use (`TUNEBOOK_GPU_GB`), or inf.
+
+    With the variable at 14, a large GPU stands in for a T4 as far as memory goes.
+    """
+    return float(os.environ.get("TUNEBOOK_GPU_GB", "inf"))
+
+
+def choose_dtype(machine: Machine) -> tuple[torch.dtype, str]:
+    """Returns the dtype of arithmetic on this machine, and the reason for it.
+
+    `torch.cuda.is_bf16_supported()` says True on a T4, which only emulates bf16: the
+    compute capability decides instead. `TUNEBOOK_DTYPE=float16` overrides it.
+    """
+    import torch
+
+    asked = os.environ.get("TUNEBOOK_DTYPE")
+    if asked:
+        if asked not in ("float16", "bfloat16", "float32"):
+            raise ValueError(
+                f"TUNEBOOK_DTYPE is {asked!r}; expected float16, bfloat16 or float32"
+            )
+        return getattr(torch, asked), f"TUNEBOOK_DTYPE={asked} asks for it"
+    if machine.capability is None:
+        return torch.float32, "CPUs without bf16 units are 6 to 60 times slower in it"
+    if machine.capability >= (8, 0):
+        return torch.bfloat16, "compute capability 8.0 or newer has bf16 units"
+    return (
+        torch.float16,
+        f"compute capability {machine.capability[0]}.{machine.capability[1]} "
+        "has no bf16 units (they start at 8.0)",
+    )
+
+
+def prepare_device() -> Machine:
+    """Returns the machine, after applying the memory cap of `TUNEBOOK_GPU_GB`.
+
+    With a cap a newer GPU stands in for a T4, which has neither FlashAttention nor
+    cuDNN attention: both are switched off with it.
+    """
+    import torch
+
+    machine = find_machine()
+    if machine.device == "cuda" and memory_cap_gb() < float("inf"):
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_cap_gb() / total))
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return machine
+
+
+def require_memory(needed_gb: float, what: str, machine: Machine | None = None) -> None:
+    """Raises MemoryError when the GPU cannot hold what is about to be loaded.
+
+    Args:
+        needed_gb: GiB that are needed at the least.
+        what: the thing that needs them, for the message.
+        machine: the machine to judge; this one by default.
+    """
+    machine = machine or find_machine()
+    if machine.device == "cuda" and machine.memory_gb < needed_gb:
+        raise MemoryError(
+            f"{what} needs about {needed_gb:.1f} GiB of GPU memory; "
+            f"{machine.name} offers {machine.memory_gb:.1f} GiB. Choose a smaller "
+            "model, or quantization='4bit' in the config."
+        )
+
+
+def peak_memory_gb() -> float:
+    """Returns the most memory this process has held, in GiB.
+
+    On a GPU the peak of torch's reserved memory (the CUDA context comes on top),
+    elsewhere the peak resident size of the process.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def free_memory() -> None:
+    """Gives memory of deleted models back, so that the next one fits."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, NumPy's and torch's generators, the GPU's included."""
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def versions() -> dict[str, str]:
+    """Returns `{package: version}` of the stack as installed here."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def environment(engine: str) -> dict[str, Any]:
+    """Returns what `report.json` says of the machine.
+
+    Args:
+        engine: `unsloth` or `transformers`.
+    """
+    machine = find_machine()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "place": machine.place,
+        "engine": engine,
+        "device": f"{machine.device}: {machine.name}",
+        "memory_gb": round(machine.memory_gb, 2),
+        "dtype": str(choose_dtype(machine)[0]).removeprefix("torch."),
+        "versions": versions(),
+    }
+
+
+def describe() -> str:
+    """Returns one paragraph on this machine, for a notebook's first output."""
+    machine = prepare_device()
+    dtype, reason = choose_dtype(machine)
+    return (
+        f"{machine.place}, {machine.device}: {machine.name}, "
+        f"{machine.memory_gb:.1f} GiB\n"
+        f"{str(dtype).removeprefix('torch.')}, because {reason}\n"
+        + ", ".join(f"{k} {v}" for k, v in versions().items())
+    )
+
+
+def hub_reachable(timeout_s: float = 3.0) -> bool:
+    """Returns whether the model hub answers (never, when `HF_HUB_OFFLINE` is set)."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return False
+    import urllib.request
+
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(endpoint, timeout=timeout_s).close()
+    except OSError:
+        return False
+    return True
+
+
+def mount_drive() -> Path | None:
+    """Returns the folder on Google Drive where runs are kept, None outside Colab.
+
+    Mounting asks the user, so it happens only when `TUNEBOOK_DRIVE=1` is set or the
+    Drive is mounted already.
+    """
+    mounted = Path("/content/drive/MyDrive")
+    if not mounted.exists() and os.environ.get("TUNEBOOK_DRIVE") == "1":
+        try:
+            from google.colab import drive
+        except ImportError:
+            return None
+        drive.mount("/content/drive")
+    return mounted / "tunebook" if mounted.exists() else None

@@ -1,0 +1,109 @@
+"""Chat templates: render a conversation, and check what would go silently wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from helpers.data import Messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Llama-3.x templates print today's date; a fixed one keeps tokens the same tomorrow.
+FIXED_DATE = "26 Jul 2024"
+
+# For base models that ship no chat template.
+INSTRUCTION_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
+    "{% elif m['role'] == 'user' %}{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
+    "{% else %}{{ '### Response:\n' + m['content'] + eos_token + '\n\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+
+
+class TemplateError(ValueError):
+    """A chat template that cannot be trained or generated with as it is."""
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    for_generation: bool = False,
+) -> str:
+    """Returns the text of a conversation, with exactly one BOS where there is one.
+
+    Tokenise it with `add_special_tokens=False`: every special token is in the text.
+
+    Args:
+        tokenizer: it carries the template.
+        messages: the turns.
+        for_generation: end with the header of the assistant's next turn.
+    """
+    text = tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        add_generation_prompt=for_generation,
+        date_string=FIXED_DATE,
+    )
+    bos = tokenizer.bos_token
+    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [
+        tokenizer.bos_token_id
+    ]
+    return bos + text if adds_bos and not text.startswith(bos) else text
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Makes a tokenizer fit to train with and returns what was changed, in words.
+
+    A missing chat template becomes the `### Instruction` one. A pad token that is the
+    EOS token becomes another: loss is not taken on padding, so EOS would never be
+    learnt and the model would never stop.
+
+    Raises:
+        TemplateError: the tokenizer has no EOS token, or no token to pad with.
+    """
+    notes = []
+    if tokenizer.eos_token_id is None:
+        raise TemplateError("the tokenizer has no EOS token; set tokenizer.eos_token")
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = INSTRUCTION_TEMPLATE
+        notes.append("no chat template: '### Instruction / ### Response' is used")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        found = tokenizer.pad_token
+        tokenizer.pad_token = find_pad_token(tokenizer)
+        notes.append(f"pad token was {found}, is {tokenizer.pad_token} (EOS is learnt)")
+    return notes
+
+
+def find_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a token to pad with that is neither EOS nor BOS.
+
+    Raises:
+        TemplateError: there is none among the special tokens.
+    """
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    taken = {tokenizer.eos_token, tokenizer.bos_token, None}
+    by_name = [token for token in added if "pad" in token.lower()]
+    fallbacks = [tokenizer.unk_token, *(t for t in added if "reserved" in t)]
+    for token in [*by_name, *fallbacks]:
+        if token not in taken:
+            return str(token)
+    raise TemplateError(
+        f"pad is EOS ({tokenizer.eos_token}) and no other special token can pad; add "
+        "one: tokenizer.add_special_tokens({'pad_token': '<pad>'}) and resize the model"
+    )
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the ids that end an assistant's turn: EOS, and what the template puts."""
+    text = render(
+        tokenizer,
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    )
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    last = [i for i in ids if i in special][-1:]
+    ends = last if last and text.rstrip().endswith(tokenizer.decode(last)) else []
+    return sorted({tokenizer.eos_token_id, *ends})
