@@ -54,7 +54,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="the folder below runs/")
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="the folder below runs/")
     recipe: str = Field("", description="the recipe it started from")
     model: str = Field(description="hub id, local folder, or smollm2-135m-offline")
     engine: Literal["auto", "unsloth", "transformers"] = "auto"
@@ -153,6 +153,10 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
         *groups, leaf = key.split("__")
         place = values
         for group in groups:
-            place = place[group]
+            inner = place.get(group)
+            if not isinstance(inner, dict):
+                hint = nearest(group, [k for k in place if isinstance(place[k], dict)])
+                raise ConfigError(f"{key}: {group!r} is no group of the config{hint}")
+            place = inner
         place[leaf] = value
     return check_config(values)

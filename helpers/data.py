@@ -65,6 +65,9 @@ def load_rows(source: str, limit: int | None = None) -> list[Row]:
         rows = datasets.load_dataset(**arguments)
     except Exception as error:  # datasets raises many kinds; all mean "not readable"
         cause = error.__cause__ or error
+        nothing = isinstance(cause, StopIteration) or "no data!" in str(cause)
+        if nothing and suffix in READERS:
+            raise DataError(f"{source} holds no rows") from error
         raise DataError(
             f"{source} could not be read: {type(cause).__name__}: {str(cause)[:300]}"
             + ("" if suffix in READERS else " (is the hub reachable from here?)")
@@ -251,6 +254,9 @@ def to_problems(rows: list[Row], source: str = "the rows") -> list[Row]:
         if not question or not answer:
             faults.append(f"row {number}: question or answer is missing")
             continue
+        if not isinstance(question, str) or not isinstance(answer, str):
+            faults.append(f"row {number}: question or answer is not text")
+            continue
         gold = parse_gold(answer)
         if gold is None:
             faults.append(f"row {number}: answer has no `#### <number>` line")
@@ -327,7 +333,12 @@ def prepare(run: Run) -> dict[str, Any]:
     evaluation_rows = load_rows(config.eval)
     if config.eval == config.problems:
         # one source for both: the last rows are kept for the eval loss alone
-        cut = len(problem_rows) - (config.eval_rows or len(problem_rows) // 10)
+        cut = len(problem_rows) - (config.eval_rows or max(1, len(problem_rows) // 10))
+        if cut < 1:
+            raise DataError(
+                f"{config.problems} has {len(problem_rows)} rows and serves as problems "
+                f"and as eval; eval_rows={config.eval_rows} leaves none to train on"
+            )
         problem_rows, evaluation_rows = problem_rows[:cut], evaluation_rows[cut:]
     evaluation, _ = to_conversations(
         evaluation_rows[: config.eval_rows], system, config.eval

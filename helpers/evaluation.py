@@ -46,7 +46,7 @@ def solve(
     batch_size: int = 16,
     max_new_tokens: int = 256,
 ) -> list[data.Row]:
-    """Returns one item a problem: what was asked, answered, extracted, and whether right.
+    """Returns one item a problem: question, output, extracted answer, verdicts.
 
     Args:
         problems: `id`, `question` and `gold` each, from `data.to_problems`.

@@ -1,4 +1,4 @@
-"""Adapter and merged model, each reloaded from disk and compared with the trained one."""
+"""Adapter and merged model, each reloaded and compared with the trained one."""
 
 from __future__ import annotations
 

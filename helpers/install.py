@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STACK = ROOT / "requirements.txt"
 UNSLOTH = ROOT / "requirements-unsloth.txt"
 # Replacing one of these under a running Colab kernel breaks it, so pip may not.
+CORE = ("torch", "transformers", "trl", "peft", "datasets")
+REPLACED = ("datasets", "pyarrow", "fsspec", "torchao")  # what changes on Colab
 KEPT = ("torch", "torchvision", "numpy", "ipywidgets", "ipython", "ipykernel")
 
 
@@ -139,6 +141,36 @@ def install(*, extra: tuple[str, ...] = ()) -> list[str]:
     if unsloth:
         pip("--no-deps", *unsloth)
     return lines + unsloth
+
+
+def ensure() -> None:
+    """Makes the stack usable in a notebook: installs on Colab and Kaggle, checks here.
+
+    Raises:
+        RuntimeError: the stack is not installed, or a package that the running kernel
+            had already loaded was replaced; the message says what to do.
+    """
+    hosted = "google.colab" in sys.modules or "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+    if not hosted:
+        absent = [name for name in CORE if importlib.util.find_spec(name) is None]
+        if absent:
+            raise RuntimeError(
+                f"{', '.join(absent)} not installed in {sys.executable}: run `make "
+                "setup` in the project folder, then choose the kernel of its .venv"
+            )
+        return
+    before = {name: installed_version(name) for name in REPLACED}
+    install()
+    stale = [
+        name
+        for name, old in before.items()
+        if name in sys.modules and old and installed_version(name) != old
+    ]
+    if stale:
+        raise RuntimeError(
+            f"{', '.join(stale)} was replaced after this kernel had loaded it: choose "
+            "Runtime > Restart session, then Run all again (nothing is installed twice)"
+        )
 
 
 def main(extra: tuple[str, ...]) -> None:

@@ -35,11 +35,12 @@ class Masked(NamedTuple):
 
 
 def assistant_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, last_only: bool = False
 ) -> tuple[str, list[tuple[int, int]]]:
     """Returns the rendered text and the character spans of the assistant's turns.
 
-    A span covers the answer and the token that ends the turn, not the header.
+    A span covers the answer and the token that ends the turn, not the header. With
+    `last_only` the earlier answers may be rewritten: only the last one is looked for.
 
     Raises:
         TemplateError: the template rewrites earlier turns once later ones follow, so
@@ -48,9 +49,8 @@ def assistant_spans(
     text = render(tokenizer, messages)
     special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     spans = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for number in answers[-1:] if last_only else answers:
         before = render(tokenizer, messages[:number], for_generation=True)
         until = render(tokenizer, messages[: number + 1])
         if not until.startswith(before):
@@ -89,9 +89,7 @@ def mask_conversation(
     Raises:
         TemplateError: the template does not say where the assistant speaks.
     """
-    text, spans = assistant_spans(tokenizer, messages)
-    if loss_on == "last":
-        spans = spans[-1:]
+    text, spans = assistant_spans(tokenizer, messages, last_only=loss_on == "last")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoded["input_ids"]
     if loss_on == "all":

@@ -89,7 +89,7 @@ class Panel:
         return changed(self.run.config, **edited)
 
     def check(self, *_: Any) -> bool:
-        """Shows under the form what is wrong, or what a step holds; returns if valid."""
+        """Shows under the form what is wrong, or what a step holds."""
         import html
 
         try:

@@ -12,9 +12,15 @@ from fractions import Fraction
 from typing import Any
 
 MARKER = "####"
+# A minus is a sign only where nothing stands before it: 10-5 ends in 5, not in -5.
+MINUS = r"(?<![\w)%])[-\u2212]"
 # digits with thousands commas, or plain ones; a decimal part; a fraction
-NUMBER = r"-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|-?\$?\.\d+"
-STRICT = re.compile(rf"(?:^|\n){MARKER} ?({NUMBER})[ .%]*\s*\Z")
+NUMBER = (
+    rf"(?:{MINUS})?(?:\\?\$-?)?"
+    r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|(?<![\w.])\.\d+)"
+)
+STRICT = re.compile(rf"\S\s*\n{MARKER} ?({NUMBER}) ?%?\.?\s*\Z")
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -32,12 +38,12 @@ def parse_number(text: str) -> Fraction | None:
     )
     if matched is None:
         return None
-    digits = matched.group(1).replace(",", "").replace("$", "")
+    digits = re.sub(r"[,$\\]", "", matched.group(1)).replace("\u2212", "-")
+    over, _, under = digits.partition("/")
     try:
-        return Fraction(digits)
-    except (ValueError, ZeroDivisionError):
-        over, _, under = digits.partition("/")
-        return Fraction(over) / int(under) if under and int(under) else None
+        return Fraction(over) / Fraction(under or 1)
+    except (ValueError, ZeroDivisionError):  # too long to be meant, or a zero below
+        return None
 
 
 def parse_gold(answer: str) -> Fraction | None:
@@ -65,9 +71,9 @@ def extract_answer(text: str) -> Fraction | None:
     _, marker, final = text.rpartition(MARKER)
     if marker and (matched := re.match(rf"\s*({NUMBER})", final)):
         return parse_number(matched.group(1))
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    if boxed and (value := parse_number(boxed[-1])) is not None:
-        return value
+    boxed = BOXED.findall(text)
+    if boxed and (matched := re.match(rf"[\s$]*({NUMBER})", boxed[-1])):
+        return parse_number(matched.group(1))
     numbers = re.findall(NUMBER, text)
     return parse_number(numbers[-1]) if numbers else None
 
@@ -87,7 +93,12 @@ def has_strict_format(text: str) -> bool:
     >>> has_strict_format("2 + 3 = 5\\n#### 5"), has_strict_format("#### 5 #### 6")
     (True, False)
     """
-    return text.count(MARKER) == 1 and STRICT.search(text) is not None
+    final = STRICT.search(text)
+    return (
+        text.count(MARKER) == 1
+        and final is not None
+        and parse_number(final.group(1)) is not None
+    )
 
 
 Completion = str | list[dict[str, str]]

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
-PACKAGES += ("accelerate", "unsloth", "ipywidgets")
+PACKAGES = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"]
+PACKAGES += ["accelerate", "unsloth", "ipywidgets"]
 
 
 class Machine(NamedTuple):
@@ -115,7 +115,7 @@ def require_memory(needed_gb: float, what: str, machine: Machine | None = None) 
         raise MemoryError(
             f"{what} needs about {needed_gb:.1f} GiB of GPU memory; "
             f"{machine.name} offers {machine.memory_gb:.1f} GiB. Choose a smaller "
-            "model, or quantization='4bit' in the config."
+            "model, or weights='4bit' in the config."
         )
 
 

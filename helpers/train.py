@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -126,6 +127,17 @@ def keep_lora_fp32(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.float()
 
 
+class AboutPacking(logging.Filter):
+    """Leaves out TRL's warning that packed rows may attend to each other.
+
+    It looks for FlashAttention. Since 5.x transformers keeps packed documents apart
+    with SDPA too, by the position ids; `tests/test_train.py` holds it to that.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "supported Flash Attention variant" not in record.getMessage()
+
+
 def build_sft(
     run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Trainer:
@@ -158,6 +170,7 @@ def build_sft(
             tokenizer, conversations, config.loss_on, config.max_length
         )
     arguments = {**common_arguments(run, folder), **config.sft}
+    logging.getLogger("trl.trainer.sft_trainer").addFilter(AboutPacking())
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(max_length=config.max_length, **arguments),
@@ -253,6 +266,8 @@ def fit(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
         callbacks.save_adapter(trainer.model, folder / "adapter")
     part = stage_report(run, stage, trainer)
     run.write_part(stage, part)
+    engine = models.resolve_engine(run.config.engine)
+    run.write_part("environment", runtime.environment(engine))
     note = {"fingerprint": made_from(run, stage), "finished": True}
     write_json(folder / NOTE, note)
     return part

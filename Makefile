@@ -1,0 +1,47 @@
+# make demo    the whole series on the offline model, then its table
+# make test    lint, types, tests, and every notebook
+# Both set up .venv first; PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test lint notebooks-test repository clean
+
+setup: $(BIN)/python
+	@$(BIN)/python helpers/install.py
+
+$(BIN)/python:
+	@$(PYTHON) -m venv $(VENV)
+
+demo: setup
+	@$(BIN)/python -m helpers.series demo
+
+test: $(BIN)/python
+	@$(BIN)/python helpers/install.py requirements-dev.txt
+	@$(MAKE) --no-print-directory lint
+	@$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory notebooks-test
+
+lint:
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+# the notebooks themselves, in order, on the real offline model with every size cut down
+notebooks-test:
+	@rm -rf runs/smoke
+	@TUNEBOOK_RUN=smoke $(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 \
+	  -p no:cacheprovider notebooks
+
+# make repository URL=https://github.com/me/tunebook  writes the address everywhere
+repository:
+	@old=$$(sed -n 's/^Repository = "\(.*\)"/\1/p' pyproject.toml); \
+	old=$${old#https://github.com/}; new=$(patsubst https://github.com/%,%,$(URL)); \
+	test -n "$$new" || { echo "give URL=https://github.com/owner/name"; exit 2; }; \
+	sed -i "s#github.com/$$old#github.com/$$new#g; s#github/$$old/#github/$$new/#g" \
+	  pyproject.toml README.md notebooks/*.ipynb
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,82 @@
+"""Executes the notebooks in order, unchanged, and prints the run's table.
+
+    python -m helpers.series demo
+
+The executed copies go to `runs/<name>/notebooks/`; a notebook that fails leaves its
+copy there too, and the command ends with the cell's own error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from helpers import runtime
+
+CELL_TIMEOUT_S = 3600
+
+
+def notebooks() -> list[Path]:
+    """Returns the numbered notebooks of the series, in order."""
+    return sorted((runtime.ROOT / "notebooks").glob("0*.ipynb"))
+
+
+def execute(source: Path, copy: Path) -> float:
+    """Executes a notebook in a kernel of this Python; returns the seconds it took.
+
+    Args:
+        source: the notebook, which is not changed.
+        copy: where the executed copy goes, also when a cell fails.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell raised.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(source, as_version=4)
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_TIMEOUT_S,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(source.parent)}},
+    )
+    started = time.perf_counter()
+    try:
+        client.execute()
+    finally:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, copy)
+    return time.perf_counter() - started
+
+
+def main(recipe: str) -> int:
+    """Runs the series with a recipe in a fresh run folder; returns the exit status."""
+    from nbclient.exceptions import CellExecutionError
+
+    from helpers import evaluation, recipes, runs
+
+    config = recipes.load(recipe)
+    os.environ["TUNEBOOK_RUN"] = config.name
+    run = runs.save_run(config)
+    seconds = {}
+    for source in notebooks():
+        print(f"{source.name} ...", end=" ", flush=True)  # noqa: T201
+        try:
+            spent = execute(source, run.path / "notebooks" / source.name)
+        except CellExecutionError as error:
+            print(f"failed\n{error}", file=sys.stderr)  # noqa: T201
+            return 1
+        seconds[source.stem] = round(spent, 1)
+        print(f"{spent / 60:.1f} min", flush=True)  # noqa: T201
+    run.write_part("notebooks", {"seconds": seconds})
+    total = sum(seconds.values()) / 60
+    print(f"\n{total:.1f} minutes; outputs and executed notebooks in {run.path}\n")  # noqa: T201
+    evaluation.print_report(run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
