@@ -70,6 +70,11 @@ class History(TrainerCallback):
         """Training time so far, in seconds, over all sessions."""
         return self.before + time.perf_counter() - self.started
 
+    @property
+    def training_seconds(self) -> float:
+        """Training time up to the last logged value, in seconds."""
+        return self.entries[-1]["seconds"] if self.entries else self.seconds
+
     def on_log(
         self,
         args: TrainingArguments,

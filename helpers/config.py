@@ -56,7 +56,9 @@ class RunConfig(BaseModel):
 
     name: str = Field(pattern=r"^\w[\w.-]*$", description="the folder below runs/")
     recipe: str = Field("", description="the recipe it started from")
-    model: str = Field(description="hub id, local folder, or smollm2-135m-offline")
+    model: str = Field(
+        min_length=1, description="hub id, local folder, or smollm2-135m-offline"
+    )
     engine: Literal["auto", "unsloth", "transformers"] = "auto"
     weights: Literal["auto", "4bit", "8bit", "16bit"] = Field(
         "auto", description="auto = 4bit on a GPU; 16bit = this machine's own dtype"

@@ -65,11 +65,12 @@ def load_rows(source: str, limit: int | None = None) -> list[Row]:
         rows = datasets.load_dataset(**arguments)
     except Exception as error:  # datasets raises many kinds; all mean "not readable"
         cause = error.__cause__ or error
-        nothing = isinstance(cause, StopIteration) or "no data!" in str(cause)
-        if nothing and suffix in READERS:
+        kind = type(cause).__name__
+        nothing = kind in ("StopIteration", "EmptyDataError")
+        if suffix in READERS and (nothing or "no data!" in str(cause)):
             raise DataError(f"{source} holds no rows") from error
         raise DataError(
-            f"{source} could not be read: {type(cause).__name__}: {str(cause)[:300]}"
+            f"{source} could not be read: {kind}: {str(cause)[:300]}"
             + ("" if suffix in READERS else " (is the hub reachable from here?)")
         ) from error
     if len(rows) == 0:
@@ -336,8 +337,8 @@ def prepare(run: Run) -> dict[str, Any]:
         cut = len(problem_rows) - (config.eval_rows or max(1, len(problem_rows) // 10))
         if cut < 1:
             raise DataError(
-                f"{config.problems} has {len(problem_rows)} rows and serves as problems "
-                f"and as eval; eval_rows={config.eval_rows} leaves none to train on"
+                f"{config.problems} has {len(problem_rows)} rows and serves as "
+                f"problems and as eval; eval_rows={config.eval_rows} leaves no problem"
             )
         problem_rows, evaluation_rows = problem_rows[:cut], evaluation_rows[cut:]
     evaluation, _ = to_conversations(

@@ -49,7 +49,7 @@ def assistant_spans(
     text = render(tokenizer, messages)
     special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     spans = []
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     for number in answers[-1:] if last_only else answers:
         before = render(tokenizer, messages[:number], for_generation=True)
         until = render(tokenizer, messages[: number + 1])

@@ -165,6 +165,7 @@ def load_model(
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.max_length = None  # callers give max_new_tokens
     model.requires_grad_(False)
     return model, tokenizer
 
@@ -269,11 +270,10 @@ def load_adapter(
     Raises:
         ModelError: there is no adapter, or its matrices do not fit this model.
     """
-    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+    from peft import LoraConfig
 
     try:
         saved = LoraConfig.from_pretrained(str(adapter))
-        state = load_peft_weights(str(adapter), device="cpu")
     except (OSError, ValueError) as error:
         raise ModelError(
             f"no adapter at {adapter} (adapter_config.json and "
@@ -288,16 +288,33 @@ def load_adapter(
         "target_modules": sorted(saved.target_modules or []),
     }
     tuned = add_lora(model, fields, engine=engine, **lora)
-    result = set_peft_model_state_dict(tuned, state)
+    set_adapter_weights(tuned, adapter)
+    return tuned
+
+
+def set_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
+    """Puts a saved adapter's matrices into a model that has LoRA of the same shape.
+
+    Raises:
+        ModelError: the matrices do not fit this model, or are all zero.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    try:
+        state = load_peft_weights(str(adapter), device="cpu")
+        result = set_peft_model_state_dict(model, state)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"the adapter at {adapter} cannot be put on this model: {str(error)[:200]}"
+        ) from error
     strange = list(getattr(result, "unexpected_keys", []))
     empty = [k for k in getattr(result, "missing_keys", []) if "lora_" in k]
     if strange or empty or not any(t.abs().sum() > 0 for t in state.values()):
         raise ModelError(
             f"the adapter at {adapter} does not fit this model: {len(strange)} "
             f"matrices have no place, {len(empty)} places got none; load the base "
-            f"model it was trained on ({saved.base_model_name_or_path})"
+            "model it was trained on (named in its adapter_config.json)"
         )
-    return tuned
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:

@@ -33,6 +33,8 @@ KNOBS: dict[str, dict[str, str]] = {
     },
 }
 
+OPTIONAL = {"data__train_rows", "data__test_rows"}  # empty = all
+
 
 class Panel:
     """A form over the run's config; *Save* writes `config.json` and says so.
@@ -137,18 +139,19 @@ def parse(text: str, old: Any, path: str) -> Any:
     Raises:
         ConfigError: the text is no number where one is expected.
     """
-    text = text.strip()
-    if not text:
-        return None
+    text, where = text.strip(), path.replace("__", ".")
     if isinstance(old, str):
         return text
+    if not text and path in OPTIONAL:
+        return None
+    kind = "a number" if isinstance(old, float) else "a whole number"
     try:
-        return float(text) if isinstance(old, float) else int(text)
+        value = float(text) if isinstance(old, float) else int(text)
     except ValueError:
-        kind = "a number" if isinstance(old, float) else "a whole number"
-        raise ConfigError(
-            f"{path.replace('__', '.')}: {text!r} is not {kind}"
-        ) from None
+        raise ConfigError(f"{where}: {text!r} is not {kind}") from None
+    if path.partition("__")[0] in ("lora", "sft", "grpo") and not 0 < value < 1e9:
+        raise ConfigError(f"{where}: {text} found, {kind} above 0 expected")
+    return value
 
 
 def form(run: Run) -> Panel:

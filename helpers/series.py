@@ -35,10 +35,14 @@ def execute(source: Path, copy: Path) -> float:
     """
     import nbformat
     from nbclient import NotebookClient
+    from traitlets.config import Config
 
     notebook = nbformat.read(source, as_version=4)
+    # sockets in the file system: no open TCP ports, and no warning of them
+    transport = Config(KernelManager={"transport": "ipc"})
     client = NotebookClient(
         notebook,
+        config=transport,
         timeout=CELL_TIMEOUT_S,
         kernel_name="python3",
         resources={"metadata": {"path": str(source.parent)}},

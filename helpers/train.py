@@ -170,6 +170,7 @@ def build_sft(
             tokenizer, conversations, config.loss_on, config.max_length
         )
     arguments = {**common_arguments(run, folder), **config.sft}
+    arguments["include_num_input_tokens_seen"] = "all"  # Unsloth logs no num_tokens
     logging.getLogger("trl.trainer.sft_trainer").addFilter(AboutPacking())
     trainer = SFTTrainer(
         model=model,
@@ -261,7 +262,8 @@ def fit(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
     checkpoint = callbacks.last_checkpoint(folder / "checkpoints")
     if checkpoint is not None:
         print(f"{stage}: going on from {checkpoint.name}")  # noqa: T201
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is None or not restore_finished(trainer, checkpoint):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not (folder / "adapter").exists() or stage == "grpo":
         callbacks.save_adapter(trainer.model, folder / "adapter")
     part = stage_report(run, stage, trainer)
@@ -271,6 +273,27 @@ def fit(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
     note = {"fingerprint": made_from(run, stage), "finished": True}
     write_json(folder / NOTE, note)
     return part
+
+
+def restore_finished(trainer: Trainer, checkpoint: Path) -> bool:
+    """Returns whether a checkpoint is of the last step; restores it if it is.
+
+    A run killed between its last step and its report has nothing left to train, but
+    the trainer would take one step more on resuming.
+    """
+    from transformers import TrainerState
+
+    from helpers import callbacks
+
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        return False
+    models.set_adapter_weights(trainer.model, checkpoint)
+    trainer.state = state
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, callbacks.History | callbacks.BestAdapter):
+            callback.on_train_begin(trainer.args, state, trainer.control)
+    return True
 
 
 def callback_of(trainer: Trainer, kind: type) -> Any:
@@ -286,7 +309,7 @@ def stage_report(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
     skipped = callback_of(trainer, callbacks.SkippedSteps)
     part: dict[str, Any] = {
         "steps": trainer.state.global_step,
-        "seconds": round(history.seconds, 1),
+        "seconds": round(history.training_seconds, 1),
         "peak_memory_gb": round(runtime.peak_memory_gb(), 3),
         "skipped_steps": skipped.count,
     }
@@ -301,7 +324,7 @@ def stage_report(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
             "reward_averaged_over_steps": ends,
         }
         return part
-    losses, tokens = history.values("loss"), history.values("num_tokens")
+    losses, tokens = history.values("loss"), trainer.state.num_input_tokens_seen
     best = callback_of(trainer, callbacks.BestAdapter)
     labels = read_note(run.path / stage / "labels.json")
     return part | {
@@ -309,7 +332,7 @@ def stage_report(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
         "loss_last": round(losses[-1], 4),
         "eval_loss_best": round(best.best, 4),
         "best_step": best.step,
-        "tokens_per_second": round(tokens[-1] / history.seconds, 1),
+        "tokens_per_second": round(tokens / history.training_seconds, 1),
         "supervised_fraction": round(labels["supervised_fraction"], 4),
         "rows_dropped": labels["dropped"],
         "rows_truncated": labels["truncated"],

@@ -1,0 +1,139 @@
+"""What the tests share: the offline tokenizer, a tiny model, and run folders."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from helpers.runs import Run
+
+# read when the libraries are imported, so set before any test imports them
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# a former test's rows must not answer for the file that a test just wrote
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="tunebook-datasets-")
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the variables that steer a run out of the way."""
+    for name in ("RUN", "RECIPE", "DRIVE"):
+        monkeypatch.delenv(f"TUNEBOOK_{name}", raising=False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The offline model's tokenizer; do not change it, `make_tokenizer` copies it."""
+    from helpers.offline import build_tokenizer, find_gguf
+
+    return build_tokenizer(find_gguf())
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer(
+    tokenizer: PreTrainedTokenizerFast,
+) -> Callable[..., PreTrainedTokenizerFast]:
+    """Makes a copy of the tokenizer with other special tokens and template.
+
+    `special` are tokens to add, `adds_bos` has it put BOS before every text, and the
+    rest goes to `PreTrainedTokenizerFast`.
+    """
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    serialized = tokenizer.backend_tokenizer.to_str()
+
+    def make(
+        special: tuple[str, ...] = (), adds_bos: bool = False, **options: Any
+    ) -> PreTrainedTokenizerFast:
+        core = Tokenizer.from_str(serialized)
+        core.add_special_tokens(
+            [AddedToken(token, normalized=False, special=True) for token in special]
+        )
+        if adds_bos:
+            bos = options["bos_token"]
+            core.post_processor = TemplateProcessing(
+                single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
+            )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=core, clean_up_tokenization_spaces=False, **options
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(
+    tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a random two-layer Llama, with the offline tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def runs_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of runs, instead of the project's own."""
+    folder = tmp_path / "runs"
+    monkeypatch.setenv("TUNEBOOK_RUNS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def run_factory(runs_home: Path, tiny_model_folder: Path) -> Callable[..., Run]:
+    """Makes and saves a run of the tiny model on few rows; takes `changed`'s fields."""
+    from helpers import recipes, runs
+    from helpers.config import changed
+
+    def make(**changes: Any) -> Run:
+        small = {
+            "name": "test",
+            "model": str(tiny_model_folder),
+            "max_length": 256,
+            "data__train_rows": 24,
+            "data__eval_rows": 4,
+            "data__test_rows": 6,
+            "data__test_new_rows": 4,
+        }
+        return runs.save_run(changed(recipes.load("smoke"), **{**small, **changes}))
+
+    return make
+
+
+@pytest.fixture
+def run(run_factory: Callable[..., Run]) -> Run:
+    """A saved run of the tiny model, nothing prepared or trained."""
+    return run_factory()

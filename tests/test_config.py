@@ -1,0 +1,180 @@
+"""Tests of helpers.config: what is refused, in which words, and what is kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import recipes, runtime
+from helpers.config import (
+    ConfigError,
+    RunConfig,
+    changed,
+    check_config,
+    nearest,
+    read_config,
+)
+
+
+@pytest.fixture
+def demo() -> RunConfig:
+    return recipes.load("demo")
+
+
+def test_an_unknown_field_gets_the_nearest_name(demo: RunConfig) -> None:
+    with pytest.raises(
+        ConfigError, match="^modle is no field of the config; did you mean 'model'\\?$"
+    ):
+        check_config({**demo.model_dump(), "modle": "x"})
+
+
+def test_an_unknown_field_of_a_group_gets_that_groups_nearest_name(
+    demo: RunConfig,
+) -> None:
+    with pytest.raises(ConfigError, match="data.trian is no .* mean 'train'\\?$"):
+        changed(demo, data__trian=["a.jsonl"])
+
+
+def test_an_unknown_field_like_no_other_gets_no_hint(demo: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="^qqqq is no field of the config$"):
+        changed(demo, qqqq=1)
+
+
+def test_a_wrong_type_says_what_was_found(demo: RunConfig) -> None:
+    with pytest.raises(
+        ConfigError, match="^seed: .*valid integer.*\\(found 'seven'\\)$"
+    ):
+        changed(demo, seed="seven")
+
+
+def test_a_wrong_choice_says_the_choices_and_what_was_found(demo: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="'unsloth' or .* \\(found 'unslot'\\)$"):
+        changed(demo, engine="unslot")
+
+
+def test_a_value_out_of_range_says_the_limit(demo: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="data.eval_rows: .* or equal to 1 .*found 0"):
+        changed(demo, data__eval_rows=0)
+
+
+def test_every_fault_has_its_own_line(demo: RunConfig) -> None:
+    with pytest.raises(ConfigError) as caught:
+        changed(demo, seed=-1, max_length=3, modle="x")
+    fields = [
+        line.split(":")[0].split(" ")[0] for line in str(caught.value).split("\n")
+    ]
+    assert sorted(fields) == ["max_length", "modle", "seed"]
+
+
+def test_a_missing_field_is_named(demo: RunConfig) -> None:
+    values = demo.model_dump()
+    del values["data"]["test"]
+    with pytest.raises(ConfigError, match="^data.test: Field required"):
+        check_config(values)
+
+
+def test_a_long_value_is_cut_in_the_message(demo: RunConfig) -> None:
+    with pytest.raises(ConfigError) as caught:
+        changed(demo, seed="x" * 5000)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../other", "a/b", "", "a b", ".hidden"])
+def test_a_name_that_is_no_plain_folder_is_refused(demo: RunConfig, name: str) -> None:
+    with pytest.raises(ConfigError, match="^name: "):
+        changed(demo, name=name)
+
+
+def test_an_assigned_value_is_checked(demo: RunConfig) -> None:
+    with pytest.raises(ValueError, match="valid integer"):
+        demo.seed = "seven"  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_a_config_survives_the_round_trip_through_json(
+    name: str, tmp_path: Path
+) -> None:
+    config = recipes.load(name)
+    path = tmp_path / "config.json"
+    path.write_text(config.model_dump_json(indent=1), encoding="utf-8")
+    assert read_config(path) == config
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no config at .*gone.json; run .*00_setup"):
+        read_config(tmp_path / "gone.json")
+
+
+def test_broken_json_says_where_it_breaks(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"name": "demo",\n "seed" 1}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="config.json is no JSON: .*line 2 column 9"):
+        read_config(path)
+
+
+def test_json_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("[1, 2]", encoding="utf-8")
+    with pytest.raises(ConfigError, match="valid dictionary .*found \\[1, 2\\]"):
+        read_config(path)
+
+
+def test_changed_reaches_into_a_group_and_leaves_its_neighbours(
+    demo: RunConfig,
+) -> None:
+    copy = changed(demo, sft__max_steps=5, data__test_rows=7, seed=1)
+    expected = demo.model_dump()
+    expected["sft"]["max_steps"] = 5
+    expected["data"]["test_rows"] = 7
+    expected["seed"] = 1
+    assert copy.model_dump() == expected
+
+
+def test_changed_adds_a_training_argument_that_the_recipe_lacks(
+    demo: RunConfig,
+) -> None:
+    assert changed(demo, sft__weight_decay=0.1).sft["weight_decay"] == 0.1
+
+
+def test_changed_leaves_the_original_alone(demo: RunConfig) -> None:
+    before = demo.model_dump_json()
+    changed(demo, sft__max_steps=5, data__train=["a.jsonl"], lora__r=1)
+    assert demo.model_dump_json() == before
+
+
+def test_changed_names_the_nearest_group_of_a_mistyped_one(demo: RunConfig) -> None:
+    with pytest.raises(
+        ConfigError, match="^sftt__max_steps: 'sftt' is no group .* mean 'sft'\\?$"
+    ):
+        changed(demo, sftt__max_steps=5)
+
+
+def test_changed_refuses_to_reach_into_a_plain_field(demo: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="'model' is no group of the config"):
+        changed(demo, model__name="x")
+
+
+def test_nearest_is_empty_when_nothing_is_near() -> None:
+    assert nearest("zzz", ["seed", "model"]) == ""
+
+
+def test_pure_modules_load_neither_torch_nor_transformers() -> None:
+    program = (
+        "import helpers.rewards, helpers.config, helpers.recipes, helpers.data\n"
+        "import helpers.runs, helpers.templates, helpers.masking, helpers.runtime\n"
+        "import json, sys\n"
+        "heavy = ['torch', 'transformers', 'datasets', 'trl', 'peft', 'unsloth']\n"
+        "print(json.dumps([name for name in heavy if name in sys.modules]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=runtime.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == []

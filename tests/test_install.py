@@ -1,0 +1,220 @@
+"""Tests of helpers.install and of the requirement files."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from helpers import install
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(ROOT.glob("requirements*.txt"))
+ABSENT = "tunebook-test-no-such-package"
+
+# What Colab has and what may move there: Colab's datasets is excluded by Unsloth, and
+# the new one asks for a newer pyarrow.
+MAY_MOVE = {"datasets", "pyarrow", "fsspec"}
+STAYS = ["torch", "numpy", "ipywidgets", "ipython", "ipykernel"]
+# Torch's own CUDA libraries: Colab's torch is built for another CUDA than PyPI's, which
+# is the one that a resolver sees.
+CUDA = re.compile(r"(nvidia|cuda)-.*|triton|torchvision|torchaudio")
+
+
+@pytest.fixture
+def requirements(tmp_path):
+    def write(text):
+        path = tmp_path / "requirements.txt"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_pins_are_read_without_comments_and_blank_lines(requirements):
+    path = requirements(
+        "# The stack.\n\ntorch>=2.11,<=2.13.0\n  my_pkg.x-y ==1.2   # a reason\nbare\n"
+    )
+    assert install.read_pins(path) == {
+        "torch": ">=2.11,<=2.13.0",
+        "my_pkg.x-y": "==1.2",
+        "bare": "",
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_package_of_the_files_has_a_valid_upper_bound(path):
+    for name, specifier in install.read_pins(path).items():
+        operators = {s.operator for s in SpecifierSet(specifier)}
+        assert operators & {"==", "<", "<="}, name
+
+
+def test_every_package_is_pinned_in_one_place_only():
+    lines = [
+        line.split("#")[0].strip()
+        for path in FILES
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    names = Counter(
+        canonicalize_name(re.match(r"[\w.-]+", line)[0]) for line in lines if line
+    )
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_unsloths_packages_touch_nothing_that_a_running_colab_kernel_uses():
+    names = {canonicalize_name(name) for name in install.read_pins(install.UNSLOTH)}
+    assert names.isdisjoint({*STAYS, *install.CORE, "torchvision"})
+
+
+def test_what_is_installed_and_in_range_is_not_missing(requirements):
+    version = install.installed_version("pytest")
+    path = requirements(f"pytest>=1,<={version}\npackaging\npytest=={version}\n")
+    assert install.missing(path) == []
+
+
+def test_an_absent_package_is_missing(requirements):
+    path = requirements(f"pytest\n{ABSENT}==1.0  # nowhere\n")
+    assert install.missing(path) == [f"{ABSENT}==1.0"]
+
+
+def test_a_package_of_another_version_is_missing(requirements):
+    path = requirements("pytest<1\npackaging>=1000\nnumpy\n")
+    assert install.missing(path) == ["pytest<1", "packaging>=1000"]
+
+
+def test_without_packaging_every_line_counts_as_missing(requirements, monkeypatch):
+    monkeypatch.setattr(install.importlib.util, "find_spec", lambda name: None)
+    assert install.missing(requirements("pytest>=1\nnumpy\n")) == ["pytest>=1", "numpy"]
+
+
+def test_an_absent_package_has_no_version():
+    assert install.installed_version(ABSENT) is None
+
+
+@pytest.mark.parametrize("version", [(3, 10, 14), (3, 14, 0), (2, 7, 18)])
+def test_a_python_that_was_not_tested_is_refused_with_a_remedy(version, monkeypatch):
+    monkeypatch.setattr(install, "sys", SimpleNamespace(version_info=version))
+    found = re.escape(".".join(map(str, version)))
+    with pytest.raises(SystemExit, match=rf"Python {found} found.*PYTHON=python3\.12"):
+        install.main(())
+
+
+def test_the_tested_pythons_are_those_of_pyproject():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'requires-python = ">=3.11,<3.14"' in text
+
+
+@pytest.fixture
+def at_home(monkeypatch):
+    """A machine that is neither Colab nor Kaggle."""
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    monkeypatch.delitem(sys.modules, "google.colab", raising=False)
+
+
+def test_a_notebook_without_the_stack_says_what_to_run(at_home, monkeypatch):
+    monkeypatch.setattr(install, "CORE", ("json", "no_such_module_of_ours"))
+    with pytest.raises(
+        RuntimeError, match=r"^no_such_module_of_ours not installed in .*`make setup`"
+    ):
+        install.ensure()
+
+
+def test_a_notebook_with_the_stack_goes_on(at_home):
+    install.ensure()
+
+
+def test_a_loaded_package_that_was_replaced_asks_for_a_restart(monkeypatch):
+    # installing for real would change this very environment
+    versions = iter(["1.0", "2.0"])
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.setattr(install, "install", lambda: ["json==2.0"])
+    monkeypatch.setattr(install, "REPLACED", ("json",))
+    monkeypatch.setattr(install, "installed_version", lambda name: next(versions))
+    with pytest.raises(RuntimeError, match="json was replaced.*Restart session"):
+        install.ensure()
+
+
+def test_a_failed_installation_shows_the_words_of_pip_and_a_remedy():
+    with pytest.raises(SystemExit, match=rf"(?s){ABSENT}.*Check the network"):
+        install.pip("--no-index", ABSENT)
+
+
+@pytest.fixture(scope="module")
+def colab():
+    """The packages of Colab's GPU runtime: `{name: version}`, without local parts."""
+    named = os.environ.get("TUNEBOOK_COLAB_LIST")
+    beside = ROOT.parent / "shared" / "colab" / "pip-freeze.gpu.txt"
+    path = Path(named) if named else beside
+    if not path.exists():
+        pytest.skip("no list of Colab's packages: set TUNEBOOK_COLAB_LIST to one")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    pins = [re.fullmatch(r"([\w.-]+)==([\w.!]+)(\+\S+)?", line) for line in lines]
+    return {canonicalize_name(pin[1]): pin[2] for pin in pins if pin}
+
+
+def test_what_colab_ships_is_in_the_range_of_the_stack(colab):
+    outside = [
+        f"{name}=={colab[name]}, not {specifier}"
+        for name, specifier in install.read_pins(install.STACK).items()
+        if name in colab and name not in MAY_MOVE
+        if not SpecifierSet(specifier).contains(colab[name], prereleases=True)
+    ]
+    assert outside == []
+
+
+@pytest.fixture(scope="module")
+def resolved(colab, tmp_path_factory):
+    """The stack as a resolver puts it beside Colab's packages: `{name: version}`."""
+    kept = tmp_path_factory.mktemp("colab") / "colab.txt"
+    kept.write_text(
+        "".join(
+            f"{name}=={version}\n"
+            for name, version in colab.items()
+            if name not in MAY_MOVE and not CUDA.fullmatch(name)
+        ),
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "uv", "pip", "compile", str(install.STACK)]
+    command += ["--constraint", str(kept), "--no-header", "--no-annotate"]
+    command += ["--python-version", "3.13", "--no-python-downloads"]
+    command += ["--python-platform", "x86_64-manylinux_2_28"]
+    command += ["--only-binary", ":all:"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and "No solution found" not in done.stderr:
+        if re.search("error sending request|Failed to fetch|timed out", done.stderr):
+            pytest.skip("the package index does not answer")
+    assert done.returncode == 0, done.stderr
+    pins = re.findall(r"^([\w.-]+)==(\S+)", done.stdout, flags=re.M)
+    return {canonicalize_name(name): version for name, version in pins}
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", STAYS)
+def test_installing_the_stack_on_colab_keeps(name, resolved, colab):
+    assert Version(resolved[name]) == Version(colab[name])
+
+
+@pytest.mark.network
+def test_installing_the_stack_on_colab_moves_only_what_may_move(resolved, colab):
+    moved = {
+        name
+        for name, version in resolved.items()
+        if name in colab and Version(version) != Version(colab[name])
+        if not CUDA.fullmatch(name)
+    }
+    assert moved <= MAY_MOVE
+
+
+@pytest.mark.network
+def test_installing_the_stack_on_colab_brings_every_package_of_it(resolved):
+    names = {canonicalize_name(name) for name in install.read_pins(install.STACK)}
+    assert names <= set(resolved)

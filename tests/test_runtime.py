@@ -1,0 +1,208 @@
+"""Tests of helpers.runtime: the machine, its dtype, and what it says of itself."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import platform
+import random
+import threading
+from importlib.metadata import version
+
+import numpy
+import pytest
+import torch
+
+from helpers import runtime
+from helpers.config import RunConfig
+from helpers.runtime import Machine
+
+T4 = Machine("colab", "cuda", "Tesla T4", 14.7, (7, 5))
+A100 = Machine("local", "cuda", "NVIDIA A100", 39.4, (8, 0))
+LAPTOP = Machine("local", "cpu", "x86_64, 2 cores", 8.0, None)
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+
+
+@pytest.fixture(autouse=True)
+def no_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TUNEBOOK_DTYPE", "TUNEBOOK_GPU_GB"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_t4_computes_in_float16_because_it_has_no_bf16_units() -> None:
+    dtype, reason = runtime.choose_dtype(T4)
+    assert dtype is torch.float16
+    assert reason == "compute capability 7.5 has no bf16 units (they start at 8.0)"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_a_newer_gpu_computes_in_bfloat16(capability: tuple[int, int]) -> None:
+    dtype, reason = runtime.choose_dtype(A100._replace(capability=capability))
+    assert dtype is torch.bfloat16
+    assert "8.0 or newer" in reason
+
+
+def test_a_cpu_computes_in_float32() -> None:
+    dtype, reason = runtime.choose_dtype(LAPTOP)
+    assert dtype is torch.float32
+    assert reason.startswith("CPUs without bf16")
+
+
+def test_the_variable_decides_the_dtype_and_is_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TUNEBOOK_DTYPE", "float16")
+    dtype, reason = runtime.choose_dtype(A100)
+    assert dtype is torch.float16
+    assert "TUNEBOOK_DTYPE=float16" in reason
+
+
+def test_a_dtype_that_is_none_of_the_three_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TUNEBOOK_DTYPE", "fp16")
+    with pytest.raises(ValueError, match="is 'fp16'; expected float16, bfloat16 or"):
+        runtime.choose_dtype(T4)
+
+
+def test_a_gpu_too_small_is_refused_with_what_is_needed_and_offered() -> None:
+    with pytest.raises(
+        MemoryError, match="^the 70B model needs about 40.0 GiB .* T4 offers 14.7 GiB"
+    ):
+        runtime.require_memory(40.0, "the 70B model", T4)
+
+
+def test_the_remedy_for_a_small_gpu_names_a_field_of_the_config() -> None:
+    with pytest.raises(MemoryError, match="or weights='4bit' in the config"):
+        runtime.require_memory(40.0, "the model", T4)
+    assert "weights" in RunConfig.model_fields
+
+
+@pytest.mark.parametrize("machine", [A100, LAPTOP])
+def test_a_machine_that_can_hold_it_is_not_refused(machine: Machine) -> None:
+    assert runtime.require_memory(30.0, "the model", machine) is None
+
+
+@without_gpu
+def test_a_machine_without_a_gpu_is_told_as_such() -> None:
+    machine = runtime.find_machine()
+    assert (machine.device, machine.capability) == ("cpu", None)
+    assert machine.name.startswith(platform.machine())
+    assert machine.memory_gb > 0.5
+
+
+@pytest.mark.parametrize(
+    ("variable", "place"),
+    [("COLAB_RELEASE_TAG", "colab"), ("KAGGLE_KERNEL_RUN_TYPE", "kaggle")],
+)
+def test_a_hosted_notebook_is_known_by_its_variable(
+    monkeypatch: pytest.MonkeyPatch, variable: str, place: str
+) -> None:
+    for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "x")
+    assert runtime.find_machine().place == place
+
+
+def test_the_memory_cap_is_what_the_variable_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert runtime.memory_cap_gb() == float("inf")
+    monkeypatch.setenv("TUNEBOOK_GPU_GB", "14")
+    assert runtime.memory_cap_gb() == 14.0
+
+
+def test_versions_are_those_installed() -> None:
+    found = runtime.versions()
+    assert list(found) == runtime.PACKAGES
+    assert found["transformers"] == version("transformers")
+
+
+def test_a_package_that_is_not_installed_is_said_to_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runtime, "PACKAGES", ["no-such-package-here"])
+    assert runtime.versions() == {"no-such-package-here": "not installed"}
+
+
+def test_seeding_repeats_all_three_generators() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(numpy.random.rand()), float(torch.rand(()))
+
+    runtime.seed_everything(5)
+    first = draw()
+    second = draw()
+    runtime.seed_everything(5)
+    assert draw() == first != second
+
+
+@without_gpu
+def test_the_peak_memory_is_at_least_what_was_just_held() -> None:
+    held = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert runtime.peak_memory_gb() > held.nbytes / 2**30
+
+
+def test_the_environment_is_json_and_names_dtype_engine_and_versions() -> None:
+    found = json.loads(json.dumps(runtime.environment("transformers")))
+    dtype = runtime.choose_dtype(runtime.find_machine())[0]
+    assert found["engine"] == "transformers"
+    assert f"torch.{found['dtype']}" == str(dtype)
+    assert found["versions"]["torch"] == version("torch")
+
+
+def test_the_description_gives_the_dtype_and_the_reason() -> None:
+    dtype, reason = runtime.choose_dtype(runtime.find_machine())
+    assert f"{str(dtype).removeprefix('torch.')}, because {reason}" in (
+        runtime.describe()
+    )
+
+
+def test_the_hub_is_out_of_reach_when_offline_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with served() as endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert runtime.hub_reachable() is False
+
+
+def test_the_hub_is_in_reach_when_its_address_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with served() as endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert runtime.hub_reachable() is True
+
+
+def test_the_hub_is_out_of_reach_when_nothing_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with served() as endpoint:
+        pass  # closed again: nobody listens there now
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert runtime.hub_reachable() is False
+
+
+class served:
+    """A web server on this machine for the length of a `with`."""
+
+    def __enter__(self) -> str:
+        class Quiet(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = http.server.HTTPServer(("127.0.0.1", 0), Quiet)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()

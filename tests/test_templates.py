@@ -1,0 +1,203 @@
+"""Tests of helpers.templates: BOS once, pad told from EOS, turns that end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from helpers import templates
+from helpers.templates import FIXED_DATE, TemplateError, render
+
+MakeTokenizer = Callable[..., Any]
+
+EXCHANGE = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+]
+SYSTEM = [{"role": "system", "content": "Be brief."}]
+PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+ONE_BOS = {"special": ("<s>", "</s>"), "bos_token": "<s>", "eos_token": "</s>"}
+
+
+def ids_of(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    return tokenizer(render(tokenizer, messages), add_special_tokens=False).input_ids
+
+
+def test_the_offline_template_renders_as_the_model_was_trained(tokenizer: Any) -> None:
+    assert render(tokenizer, SYSTEM + EXCHANGE) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello.<|im_end|>\n"
+    )
+
+
+def test_a_prompt_for_generation_ends_in_the_assistants_header(tokenizer: Any) -> None:
+    prompt = render(tokenizer, SYSTEM + EXCHANGE[:1], for_generation=True)
+    assert prompt.endswith("Hi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_offline_tokens_start_with_bos_once(tokenizer: Any) -> None:
+    ids = ids_of(tokenizer, EXCHANGE)
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[1] != tokenizer.bos_token_id
+
+
+def test_a_bos_that_the_tokenizer_adds_is_put_before_a_template_without(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**ONE_BOS, adds_bos=True, chat_template=PLAIN)
+    text = render(tokenizer, EXCHANGE)
+    assert text == "<s>user: Hi</s>assistant: Hello.</s>"
+    assert ids_of(tokenizer, EXCHANGE) == tokenizer(text.removeprefix("<s>")).input_ids
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_bos_that_the_template_writes_is_not_doubled(
+    make_tokenizer: MakeTokenizer, adds_bos: bool
+) -> None:
+    template = "{{ bos_token }}" + PLAIN
+    tokenizer = make_tokenizer(**ONE_BOS, adds_bos=adds_bos, chat_template=template)
+    assert ids_of(tokenizer, EXCHANGE).count(tokenizer.bos_token_id) == 1
+
+
+def test_no_bos_is_made_up_where_neither_tokenizer_nor_template_has_one(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**ONE_BOS, chat_template=PLAIN)
+    assert tokenizer.bos_token_id not in ids_of(tokenizer, EXCHANGE)
+
+
+def test_a_tokenizer_without_bos_renders_the_template_alone(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(special=("</s>",), eos_token="</s>", chat_template=PLAIN)
+    assert render(tokenizer, EXCHANGE) == "user: Hi</s>assistant: Hello.</s>"
+
+
+def test_a_template_that_prints_the_date_prints_a_fixed_one(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    template = "Today is {{ date_string }}. " + PLAIN
+    tokenizer = make_tokenizer(**ONE_BOS, chat_template=template)
+    assert render(tokenizer, EXCHANGE).startswith(f"Today is {FIXED_DATE}. user: Hi")
+
+
+# prepare_tokenizer
+
+
+def test_the_offline_tokenizer_needs_no_change(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=PLAIN,
+    )
+    assert templates.prepare_tokenizer(tokenizer) == []
+    assert tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_a_pad_that_is_eos_is_changed_with_a_note(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(
+        special=("</s>", "<|finetune_right_pad_id|>"),
+        eos_token="</s>",
+        pad_token="</s>",
+        chat_template=PLAIN,
+    )
+    notes = templates.prepare_tokenizer(tokenizer)
+    assert notes == ["pad token was </s>, is <|finetune_right_pad_id|> (EOS is learnt)"]
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+
+
+def test_a_missing_pad_becomes_the_unknown_token_where_none_is_called_pad(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(
+        **ONE_BOS, unk_token="<|endoftext|>", chat_template=PLAIN
+    )
+    notes = templates.prepare_tokenizer(tokenizer)
+    assert notes == ["pad token was None, is <|endoftext|> (EOS is learnt)"]
+
+
+def test_a_reserved_token_pads_where_there_is_neither_pad_nor_unknown(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    name = "<|reserved_special_token_0|>"
+    tokenizer = make_tokenizer(
+        special=("</s>", name), eos_token="</s>", chat_template=PLAIN
+    )
+    templates.prepare_tokenizer(tokenizer)
+    assert tokenizer.pad_token == name
+
+
+def test_the_bos_token_is_not_taken_to_pad_with(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(
+        **ONE_BOS, unk_token="<s>", pad_token="</s>", chat_template=PLAIN
+    )
+    with pytest.raises(TemplateError, match="pad is EOS .</s>. and no other .*add one"):
+        templates.prepare_tokenizer(tokenizer)
+
+
+def test_a_tokenizer_without_eos_is_refused(make_tokenizer: MakeTokenizer) -> None:
+    with pytest.raises(TemplateError, match="no EOS token; set tokenizer.eos_token"):
+        templates.prepare_tokenizer(make_tokenizer(chat_template=PLAIN))
+
+
+def test_a_missing_template_becomes_the_instruction_one_with_a_note(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**ONE_BOS, unk_token="<|endoftext|>")
+    notes = templates.prepare_tokenizer(tokenizer)
+    assert notes[0] == "no chat template: '### Instruction / ### Response' is used"
+    assert render(tokenizer, SYSTEM + EXCHANGE) == (
+        "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello.</s>\n\n"
+    )
+
+
+def test_the_instruction_template_opens_an_answer_as_it_will_be_generated(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**ONE_BOS, chat_template=templates.INSTRUCTION_TEMPLATE)
+    prompt = render(tokenizer, EXCHANGE[:1], for_generation=True)
+    assert render(tokenizer, EXCHANGE) == prompt + "Hello.</s>\n\n"
+
+
+# stop_token_ids
+
+
+def test_the_offline_model_stops_at_the_end_of_a_turn(tokenizer: Any) -> None:
+    assert templates.stop_token_ids(tokenizer) == [
+        tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ]
+
+
+def test_a_turn_that_does_not_end_in_eos_adds_its_own_stop_token(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(
+        special=("<|end_of_text|>", "<|eot_id|>"),
+        eos_token="<|end_of_text|>",
+        chat_template=PLAIN.replace("eos_token", "'<|eot_id|>'"),
+    )
+    names = ["<|end_of_text|>", "<|eot_id|>"]
+    assert templates.stop_token_ids(tokenizer) == tokenizer.convert_tokens_to_ids(names)
+
+
+def test_a_header_token_is_no_stop_token(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(
+        special=("</s>", "<|header|>"),
+        eos_token="</s>",
+        chat_template="{% for m in messages %}<|header|>{{ m.content }}{% endfor %}",
+    )
+    assert templates.stop_token_ids(tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_the_instruction_template_ends_turns_with_eos(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**ONE_BOS, chat_template=templates.INSTRUCTION_TEMPLATE)
+    assert templates.stop_token_ids(tokenizer) == [tokenizer.eos_token_id]
+    assert render(tokenizer, EXCHANGE).rstrip().endswith("</s>")
