@@ -27,8 +27,9 @@ is a block of lines; blocks are separated by empty lines, ``#`` starts a comment
 * ``{a}`` is a number, ``{item}`` a word, ``{item.s}`` its plural, ``{item2}``
   another word of the same pool, ``{Item}`` the word with a capital letter.
 
-A draw is thrown away when a step does not give an integer from 2 to 200, so a
-template needs no further conditions: divisions are always exact.
+A draw is thrown away when a number above 60 is drawn or a step does not give an
+integer from 2 to 100, so a template needs no further conditions: divisions are
+always exact.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SEED = 20240
-SMALLEST, LARGEST = 2, 200
+SMALLEST, LARGEST_GIVEN, LARGEST = 2, 60, 100
 # Rows per split, in the order in which they are drawn.
 SHARED_SPLITS = {"test": 400, "eval": 200, "train": 2400}
 NEW_SPLITS = {"test_new": 200}
@@ -188,7 +189,7 @@ def fill(text: str, numbers: dict[str, int], words: dict[str, tuple[str, str]]) 
 def render(template: Template, rng: random.Random) -> Row | None:
     """Draw one problem; None if its numbers do not work out."""
     numbers = draw_numbers(template, rng)
-    if numbers is None:
+    if numbers is None or max(numbers.values()) > LARGEST_GIVEN:
         return None
     words = draw_words(template, rng)
     question = fill(rng.choice(template.asks), numbers, words)

@@ -14,10 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-SYSTEM_PROMPT = (
-    "Solve the problem step by step. "
-    "Finish with a line that holds #### and the answer, like this: #### 42"
-)
+SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
 
 
 class ConfigError(ValueError):

@@ -282,9 +282,9 @@ def ask(question: str, system_prompt: str) -> Messages:
     return messages
 
 
-def question_of(messages: Messages) -> str:
-    """Returns the first user turn, by which leaks are found."""
-    return next(m["content"] for m in messages if m["role"] == "user")
+def questions_of(messages: Messages) -> list[str]:
+    """Returns the user turns, by which leaks are found."""
+    return [m["content"] for m in messages if m["role"] == "user"]
 
 
 def assert_disjoint(train: Iterable[str], held_out: dict[str, Iterable[str]]) -> None:
@@ -308,8 +308,9 @@ def prepare(run: Run) -> dict[str, Any]:
     """Writes the run's `data/` and returns its part of the report.
 
     Writes `train.jsonl` and `eval.jsonl` (`id`, `messages`), `problems.jsonl`,
-    `test.jsonl` and `test_new.jsonl` (`id`, `question`, `answer`, `gold`). Rows are
-    drawn by the run's seed where a count is capped.
+    `test.jsonl` and `test_new.jsonl` (`id`, `question`, `answer`, `gold`).
+    Where a count is capped, training rows are drawn by the run's seed; of the other
+    sets the first ones are taken.
 
     Raises:
         DataError: rows are unusable, or a held-out question would be trained on.
@@ -353,12 +354,12 @@ def prepare(run: Run) -> dict[str, Any]:
             load_rows(config.test_new, config.test_new_rows), config.test_new
         ),
     }
-    trained = [question_of(row["messages"]) for row in parts["train"]]
+    trained = [q for row in parts["train"] for q in questions_of(row["messages"])]
     trained += [row["question"] for row in parts["problems"]]
     assert_disjoint(
         trained,
         {
-            "eval": [question_of(row["messages"]) for row in parts["eval"]],
+            "eval": [questions_of(row["messages"])[0] for row in parts["eval"]],
             "test": [row["question"] for row in parts["test"]],
             "test_new": [row["question"] for row in parts["test_new"]],
         },

@@ -89,20 +89,21 @@ def mask_conversation(
     Raises:
         TemplateError: the template does not say where the assistant speaks.
     """
-    text, spans = assistant_spans(tokenizer, messages, last_only=loss_on == "last")
+    if loss_on == "all":
+        text = render(tokenizer, messages)
+        spans = [(0, len(text))]
+    else:
+        text, spans = assistant_spans(tokenizer, messages, last_only=loss_on == "last")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoded["input_ids"]
-    if loss_on == "all":
-        labels = list(ids)
-    else:
-        labels = [NO_LOSS] * len(ids)
-        span = iter(spans)
-        start, end = next(span, (len(text), len(text)))
-        for position, (left, right) in enumerate(encoded["offset_mapping"]):
-            while left >= end and end < len(text):
-                start, end = next(span, (len(text), len(text)))
-            if start <= left < right <= end:
-                labels[position] = ids[position]
+    labels = [NO_LOSS] * len(ids)
+    span = iter(spans)
+    start, end = next(span, (len(text), len(text)))
+    for position, (left, right) in enumerate(encoded["offset_mapping"]):
+        while left >= end and end < len(text):
+            start, end = next(span, (len(text), len(text)))
+        if start <= left < right <= end:
+            labels[position] = ids[position]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
@@ -119,6 +120,8 @@ def mask_conversations(
             `check_rows`; the message shows one row.
         TemplateError: see `mask_conversation`.
     """
+    if not conversations:
+        raise DataError("no conversations to tokenise; the data is empty")
     rows, dropped, truncated = [], [], 0
     for number, messages in enumerate(conversations):
         row = mask_conversation(tokenizer, messages, loss_on)

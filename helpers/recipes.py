@@ -36,11 +36,11 @@ DEMO: dict[str, Any] = {
     "lora": {"r": 16, "lora_alpha": 16, "target_modules": PROJECTIONS},
     "sft": {
         "max_steps": 60,
-        # packed rows of 512 tokens hold four or five problems each; on a CPU attention
-        # is computed over the whole micro-batch, so one row at a time is fastest
+        # one packed row of 512 tokens a step, which is about five problems: on a CPU
+        # attention is computed over the whole micro-batch, so short ones are fastest
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": 2,
+        "gradient_accumulation_steps": 1,
         "packing": True,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "linear",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ class Run:
         """
         path = self.path / relative
         if not path.exists():
-            maker = MADE_BY[relative.split("/")[0]]
+            maker = MADE_BY.get(relative.split("/")[0], "00_setup")
             raise MissingInput(
                 f"{path} is missing: run notebook {maker} with this run first "
                 f"(run {self.config.name!r}, folder {self.path})"
@@ -68,11 +67,12 @@ class Run:
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a kill, never meets half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=".", delete=False
-    ) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -1,0 +1,82 @@
+"""Writes a run's report to results/<name>.json, and results/README.md from all of them.
+
+    python benchmarks/publish.py runs/demo demo_cpu "make demo" "two CPU cores, 24 GB"
+
+The numbers are the run's own; this program measures nothing. Run it after
+`make demo`, on the machine whose numbers you want to keep.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from helpers.evaluation import results_table  # noqa: E402
+from helpers.runs import write_json, write_text  # noqa: E402
+
+RESULTS = ROOT / "results"
+
+
+def clean(value: Any, folder: Path) -> Any:
+    """Returns a report without the paths of the machine it was made on."""
+    if isinstance(value, dict):
+        return {key: clean(item, folder) for key, item in value.items()}
+    if isinstance(value, str):
+        return value.replace(str(folder.resolve()), f"runs/{folder.name}")
+    return value
+
+
+def page() -> str:
+    """Returns results/README.md, made from the JSON files beside it."""
+    lines = ["# Measured runs", ""]
+    lines.append("Made by `python benchmarks/publish.py`; each table is one run.")
+    for path in sorted(RESULTS.glob("demo_*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        place, versions = report["environment"], report["environment"]["versions"]
+        lines += ["", f"## {path.stem}", ""]
+        lines.append(f"`{report['command']}` on {report['conditions']}.")
+        lines.append(
+            f"{place['engine']}, {place['dtype']}, Python {place['python']}, "
+            + ", ".join(f"{name} {version}" for name, version in versions.items())
+            + "."
+        )
+        table = results_table(report)
+        lines += ["", "| " + " | ".join(table.header) + " |"]
+        lines.append("|" + "---|" * len(table.header))
+        lines += ["| " + " | ".join(row) + " |" for row in table.rows]
+        sft, grpo, export = report["sft"], report["grpo"], report["export"]
+        lines += [
+            "",
+            f"SFT: {sft['steps']} steps, loss {sft['loss_first']} -> "
+            f"{sft['loss_last']}, {sft['tokens_per_second']} tokens/s, "
+            f"{sft['supervised_fraction']:.0%} of the tokens learnt, "
+            f"{sft['skipped_steps']} steps skipped. "
+            f"GRPO: {grpo['steps']} steps, mean reward {grpo['reward_first']} -> "
+            f"{grpo['reward_last']}. Export: greedy answers equal to the trained "
+            f"model's: adapter {export['adapter']['greedy_agreement']:.0%}, merged "
+            f"{export['merged']['greedy_agreement']:.0%}.",
+        ]
+        seconds = report.get("notebooks", {}).get("seconds", {})
+        if seconds:
+            spent = ", ".join(f"{n} {s / 60:.1f}" for n, s in seconds.items())
+            total = sum(seconds.values()) / 60
+            lines += ["", f"Minutes a notebook: {spent}; together {total:.1f}."]
+    return "\n".join(lines) + "\n"
+
+
+def main(folder: Path, name: str, command: str, conditions: str) -> None:
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = {"command": command, "conditions": conditions, **clean(report, folder)}
+    write_json(RESULTS / f"{name}.json", report)
+    write_text(RESULTS / "README.md", page())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        sys.exit("usage: publish.py RUN_FOLDER NAME COMMAND CONDITIONS")
+    main(Path(sys.argv[1]), *sys.argv[2:])
