@@ -13,7 +13,7 @@ PROJECTIONS += ["gate_proj", "up_proj", "down_proj"]
 WORD_PROBLEMS = "data_samples/word_problems"
 
 # A 135M model that learns easy word problems in minutes on two CPU cores. Its rate is
-# five times the usual one for LoRA: small models bear it, and 60 steps need it.
+# five times the usual one for LoRA: small models bear it, and 120 steps need it.
 DEMO: dict[str, Any] = {
     "name": "demo",
     "model": "smollm2-135m-offline",
@@ -32,10 +32,10 @@ DEMO: dict[str, Any] = {
         "test_new": f"{WORD_PROBLEMS}/test_new.jsonl",
         "test_new_rows": 100,
     },
-    "evaluation": {"batch_size": 20, "max_new_tokens": 128},
-    "lora": {"r": 16, "lora_alpha": 16, "target_modules": PROJECTIONS},
+    "evaluation": {"batch_size": 40, "max_new_tokens": 128},
+    "lora": {"r": 16, "lora_alpha": 32, "target_modules": PROJECTIONS},
     "sft": {
-        "max_steps": 60,
+        "max_steps": 120,
         # one packed row of 512 tokens a step, which is about five problems: on a CPU
         # attention is computed over the whole micro-batch, so short ones are fastest
         "per_device_train_batch_size": 1,
@@ -44,12 +44,12 @@ DEMO: dict[str, Any] = {
         "packing": True,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "linear",
-        "warmup_steps": 4,
+        "warmup_steps": 6,
         "optim": "adamw_torch",
         "logging_steps": 1,
         "eval_strategy": "steps",
-        "eval_steps": 30,
-        "save_steps": 20,
+        "eval_steps": 40,
+        "save_steps": 40,
     },
     "grpo": {
         "max_steps": 10,
