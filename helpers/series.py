@@ -9,6 +9,7 @@ copy there too, and the command ends with the cell's own error.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,21 +36,18 @@ def execute(source: Path, copy: Path) -> float:
     """
     import nbformat
     from nbclient import NotebookClient
-    from traitlets.config import Config
 
     notebook = nbformat.read(source, as_version=4)
-    # sockets in the file system: no open TCP ports, and no warning of them
-    transport = Config(KernelManager={"transport": "ipc"})
     client = NotebookClient(
         notebook,
-        config=transport,
         timeout=CELL_TIMEOUT_S,
         kernel_name="python3",
         resources={"metadata": {"path": str(source.parent)}},
     )
     started = time.perf_counter()
     try:
-        client.execute()
+        # what cells write to stderr is in the copy; this is the kernel's own chatter
+        client.execute(stderr=subprocess.DEVNULL)
     finally:
         copy.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, copy)
