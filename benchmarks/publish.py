@@ -31,6 +31,23 @@ def clean(value: Any, folder: Path) -> Any:
     return value
 
 
+def stages(report: dict[str, Any]) -> str:
+    """Returns a paragraph on a run's SFT, GRPO and export."""
+    sft, grpo, export = report["sft"], report["grpo"], report["export"]
+    return (
+        f"SFT: {sft['steps']} steps in {sft['seconds']:.0f} s, loss "
+        f"{sft['loss_first']} -> {sft['loss_last']}, {sft['tokens_per_second']} "
+        f"tokens/s with evaluation and samples, {sft['supervised_fraction']:.0%} of "
+        f"the tokens learnt, {sft['skipped_steps']} steps skipped, peak "
+        f"{sft['peak_memory_gb']} GB. GRPO: {grpo['steps']} steps in "
+        f"{grpo['seconds']:.0f} s, mean reward {grpo['reward_first']} -> "
+        f"{grpo['reward_last']}, peak {grpo['peak_memory_gb']} GB. Export: greedy "
+        f"answers equal to the trained model's: adapter "
+        f"{export['adapter']['greedy_agreement']:.0%}, merged "
+        f"{export['merged']['greedy_agreement']:.0%}."
+    )
+
+
 def page() -> str:
     """Returns results/README.md, made from the JSON files beside it."""
     lines = ["# Measured runs", ""]
@@ -49,23 +66,19 @@ def page() -> str:
         lines += ["", "| " + " | ".join(table.header) + " |"]
         lines.append("|" + "---|" * len(table.header))
         lines += ["| " + " | ".join(row) + " |" for row in table.rows]
-        sft, grpo, export = report["sft"], report["grpo"], report["export"]
-        lines += [
-            "",
-            f"SFT: {sft['steps']} steps, loss {sft['loss_first']} -> "
-            f"{sft['loss_last']}, {sft['tokens_per_second']} tokens/s, "
-            f"{sft['supervised_fraction']:.0%} of the tokens learnt, "
-            f"{sft['skipped_steps']} steps skipped. "
-            f"GRPO: {grpo['steps']} steps, mean reward {grpo['reward_first']} -> "
-            f"{grpo['reward_last']}. Export: greedy answers equal to the trained "
-            f"model's: adapter {export['adapter']['greedy_agreement']:.0%}, merged "
-            f"{export['merged']['greedy_agreement']:.0%}.",
-        ]
+        lines += ["", stages(report)]
         seconds = report.get("notebooks", {}).get("seconds", {})
         if seconds:
             spent = ", ".join(f"{n} {s / 60:.1f}" for n, s in seconds.items())
             total = sum(seconds.values()) / 60
             lines += ["", f"Minutes a notebook: {spent}; together {total:.1f}."]
+    for path in sorted(RESULTS.glob("gpu_partial*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        lines += ["", f"## {path.stem}", "", f"{report['what']}, commit "]
+        lines[-1] += f"{report['commit']}, on {report['conditions']}."
+        lines += ["", "| notebook | result |", "|---|---|"]
+        lines += [f"| {name} | {text} |" for name, text in report["notebooks"].items()]
+        lines += ["", stages(report)]
     return "\n".join(lines) + "\n"
 
 

@@ -173,7 +173,7 @@ def environment(engine: str) -> dict[str, Any]:
     machine = find_machine()
     return {
         "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         "place": machine.place,
         "engine": engine,
         "device": f"{machine.device}: {machine.name}",

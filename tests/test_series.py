@@ -1,0 +1,72 @@
+"""The series runner and the README's examples."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError
+
+from helpers import series
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_notebook(path: Path, *cells: str) -> Path:
+    cells_of = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells_of), path)
+    return path
+
+
+def outputs(path: Path) -> str:
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(o.get("text", o.get("evalue", "")) for c in cells for o in c.outputs)
+
+
+def test_a_notebook_is_executed_into_a_copy_and_left_as_it_is(tmp_path: Path) -> None:
+    source = write_notebook(tmp_path / "a.ipynb", "x = 6 * 7", "print(x)")
+    before = source.read_bytes()
+    assert series.execute(source, tmp_path / "out" / "a.ipynb") > 0
+    assert source.read_bytes() == before
+    assert outputs(tmp_path / "out" / "a.ipynb") == "42\n"
+
+
+def test_a_failing_notebook_leaves_its_copy_with_the_error(tmp_path: Path) -> None:
+    source = write_notebook(tmp_path / "a.ipynb", "print(1)", "raise ValueError('no')")
+    with pytest.raises(CellExecutionError, match="no"):
+        series.execute(source, tmp_path / "copy.ipynb")
+    assert outputs(tmp_path / "copy.ipynb") == "1\nno"
+
+
+def test_the_series_is_the_numbered_notebooks_in_order() -> None:
+    names = [path.stem for path in series.notebooks()]
+    assert names == sorted(names) and names[0] == "00_setup" and len(names) == 6
+
+
+@pytest.mark.parametrize(
+    ("heading", "expected"),
+    [
+        ("Your own data", "'steps': 2"),
+        ("A helper in your own notebook", "[1.0, 0.0]"),
+    ],
+)
+def test_the_readmes_example_runs(heading: str, expected: str, tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.split(f"## {heading}\n")[1]
+    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert found is not None
+    code = found.group(1).replace("path/to/tunebook", str(ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "TUNEBOOK_RUNS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert expected in done.stdout
