@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -193,6 +194,31 @@ def describe() -> str:
         f"{str(dtype).removeprefix('torch.')}, because {reason}\n"
         + ", ".join(f"{k} {v}" for k, v in versions().items())
     )
+
+
+def start() -> None:
+    """Prints what machine this is, and has a notebook show our errors as sentences.
+
+    An error that helpers raise on purpose says what to do; the twenty frames above it
+    do not. The cell fails all the same, and other errors keep their traceback.
+    """
+    print(describe())  # noqa: T201
+    try:
+        shell: Any = get_ipython()  # type: ignore[name-defined]  # noqa: F821
+    except NameError:
+        return
+
+    def show(
+        shell: Any, kind: type, error: BaseException, trace: Any, tb_offset: Any = None
+    ) -> None:
+        place = traceback.extract_tb(trace)[-1]
+        if Path(place.filename).parent != ROOT / "helpers":
+            shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+            return
+        where = f"(helpers/{Path(place.filename).name}, line {place.lineno})"
+        shell._showtraceback(kind, error, [f"{kind.__name__}: {error}\n{where}"])
+
+    shell.set_custom_exc((ValueError, FileNotFoundError, MemoryError), show)
 
 
 def hub_reachable(timeout_s: float = 3.0) -> bool:

@@ -55,7 +55,10 @@ def execute(source: Path, copy: Path) -> float:
 
 
 def main(recipe: str) -> int:
-    """Runs the series with a recipe in a fresh run folder; returns the exit status."""
+    """Runs the series with a recipe, in the run of its name; returns the exit status.
+
+    Stages that this run has finished with the same settings are not trained again.
+    """
     from nbclient.exceptions import CellExecutionError
 
     from helpers import evaluation, recipes, runs

@@ -369,13 +369,20 @@ def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
 
 
 def main(path: str) -> None:
-    """Trains both stages of the run whose `config.json` is given."""
+    """Trains both stages of the run whose `config.json` is given.
+
+    Raises:
+        SystemExit: something that the user can mend is wrong; the message says what.
+    """
     from helpers.config import read_config
     from helpers.runs import save_run
 
-    run = save_run(read_config(Path(path)))
-    for stage in ("sft", "grpo"):
-        print(stage, train_stage(run, stage))  # type: ignore[arg-type]  # noqa: T201
+    try:
+        run = save_run(read_config(Path(path)))
+        for stage in ("sft", "grpo"):
+            print(stage, train_stage(run, stage))  # type: ignore[arg-type]  # noqa: T201
+    except (ConfigError, data.DataError, models.ModelError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

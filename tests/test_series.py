@@ -43,6 +43,33 @@ def test_a_failing_notebook_leaves_its_copy_with_the_error(tmp_path: Path) -> No
     assert outputs(tmp_path / "copy.ipynb") == "1\nno"
 
 
+def test_our_errors_are_shown_as_a_sentence_and_others_with_their_traceback(
+    tmp_path: Path,
+) -> None:
+    start = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom helpers import runtime"
+    )
+    ours = "from helpers import data\ndata.load_rows('no.jsonl')"
+    for cell, short in ((ours, True), ("def f():\n    int('x')\nf()", False)):
+        source = write_notebook(tmp_path / "a.ipynb", start + "; runtime.start()", cell)
+        with pytest.raises(CellExecutionError):
+            series.execute(source, tmp_path / "copy.ipynb")
+        copy = nbformat.read(tmp_path / "copy.ipynb", as_version=4)
+        (error,) = (o for o in copy.cells[1].outputs if o.output_type == "error")
+        shown = "\n".join(error.traceback)
+        assert ("Traceback" not in shown) == short
+        assert (shown.count("\n") < 3) == short
+        assert not short or shown.startswith("FileNotFoundError: no file no.jsonl")
+
+
+def test_the_command_line_says_in_a_sentence_what_is_wrong(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "helpers.train", str(tmp_path / "none.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("ConfigError: no config at")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_series_is_the_numbered_notebooks_in_order() -> None:
     names = [path.stem for path in series.notebooks()]
     assert names == sorted(names) and names[0] == "00_setup" and len(names) == 6
