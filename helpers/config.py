@@ -32,6 +32,7 @@ class DataConfig(BaseModel):
     test: str = Field(description="held-out problems like those of training")
     test_new: str = Field(description="held-out problems of another kind")
     train_rows: int | None = Field(None, ge=1, description="cap a source; null = all")
+    drop_unusable: bool = Field(False, description="leave bad rows out, counted")
     eval_rows: int | None = Field(None, ge=1)
     test_rows: int | None = Field(None, ge=1)
     test_new_rows: int | None = Field(None, ge=1)

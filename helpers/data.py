@@ -26,13 +26,16 @@ class DataError(ValueError):
     """Rows that cannot be used; the message gives row numbers and reasons."""
 
 
-def load_rows(source: str, limit: int | None = None) -> list[Row]:
+def load_rows(
+    source: str, limit: int | None = None, seed: int | None = None
+) -> list[Row]:
     """Returns the rows of a local file or a hub dataset.
 
     Args:
         source: a path to .jsonl, .json, .csv or .parquet (from the working folder or
             the project's), or a hub name `owner/name[/config][:split]`.
-        limit: at most this many rows, the first ones.
+        limit: at most this many rows.
+        seed: draw them at random with it; without it the first ones are taken.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -75,6 +78,8 @@ def load_rows(source: str, limit: int | None = None) -> list[Row]:
         ) from error
     if len(rows) == 0:
         raise DataError(f"{source} holds no rows")
+    if seed is not None and limit is not None and limit < len(rows):
+        rows = rows.shuffle(seed=seed)
     return list(rows.select(range(min(limit or len(rows), len(rows)))))
 
 
@@ -191,7 +196,11 @@ def check_messages(messages: Messages) -> str | None:
 
 
 def to_conversations(
-    rows: list[Row], system_prompt: str = "", source: str = "the rows"
+    rows: list[Row],
+    system_prompt: str = "",
+    source: str = "the rows",
+    *,
+    drop_unusable: bool = False,
 ) -> tuple[list[Messages], dict[str, int]]:
     """Returns the rows as conversations, and how many were left out, by reason.
 
@@ -200,6 +209,7 @@ def to_conversations(
         system_prompt: put before problems (GSM8K format), so that training and
             evaluation ask in the same words.
         source: where the rows come from, for messages.
+        drop_unusable: leave unusable rows out and count them, instead of refusing all.
 
     Raises:
         DataError: a row lacks an expected field or breaks the turn order (its number,
@@ -228,11 +238,14 @@ def to_conversations(
             if name == "gsm8k" and system_prompt:
                 messages.insert(0, {"role": "system", "content": system_prompt})
             kept.append(messages)
-    if faults:
+    if faults and not drop_unusable:
         raise DataError(
             f"{source}: {len(faults)} of {len(rows)} rows cannot be used as {name}; "
             + "; ".join(faults[:3])
+            + " (data.drop_unusable in the config leaves such rows out)"
         )
+    if faults:
+        left_out[f"unusable ({faults[0]})"] = len(faults)
     if not kept:
         raise DataError(f"{source}: no row is left ({left_out})")
     return kept, {reason: count for reason, count in left_out.items() if count}
@@ -322,10 +335,10 @@ def prepare(run: Run) -> dict[str, Any]:
     conversations: list[Messages] = []
     sources, left_out = {}, {}
     for source in config.train:
-        rows = load_rows(source)
-        if config.train_rows is not None and len(rows) > config.train_rows:
-            rows = random.Random(run.config.seed).sample(rows, config.train_rows)
-        found, dropped = to_conversations(rows, system, source)
+        rows = load_rows(source, config.train_rows, run.config.seed)
+        found, dropped = to_conversations(
+            rows, system, source, drop_unusable=config.drop_unusable
+        )
         conversations += found
         sources[source] = {"format": detect_format(rows)[0], "rows": len(found)}
         left_out[source] = dropped

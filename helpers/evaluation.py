@@ -301,7 +301,7 @@ def draw_results(report: dict[str, Any], path: Path) -> Figure:
 
 
 def examples(run: Run, count: int = 3) -> Table:
-    """Returns a table of problems with each model's answer: the first that SFT turned.
+    """Returns a table of problems of `test` with each model's answer to them.
 
     Problems that the base model failed and the last model solved come first.
     """

@@ -80,6 +80,7 @@ FINETOME: dict[str, Any] = {
         "train": ["mlabonne/FineTome-100k:train"],
         # 60 steps of 8 rows see 480; the rest of the 100,000 would only be tokenised
         "train_rows": 2000,
+        "drop_unusable": True,  # counted in the report, not trained on
         "eval": "openai/gsm8k/main:train",
         "eval_rows": 100,
         "problems": "openai/gsm8k/main:train",

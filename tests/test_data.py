@@ -198,10 +198,10 @@ FIRST_OF_FORMAT: list[tuple[str, str, int, data.Messages]] = [
         "gsm8k",
         0,
         turns(
-            "Ravi has read 26 pages of a book with 66 pages. To read the rest in 5 "
+            "Bao has read 33 pages of a book with 60 pages. To read the rest in 3 "
             "days, with the same number each day, how many pages a day are needed?",
-            "66 - 26 = 40 pages are left.\nRavi must read 40 / 5 = 8 pages a day.\n"
-            "#### 8",
+            "60 - 33 = 27 pages are left.\nBao must read 27 / 3 = 9 pages a day.\n"
+            "#### 9",
         ),
     ),
 ]
@@ -510,7 +510,7 @@ def test_no_held_out_id_or_question_is_in_the_training_rows(run: Run) -> None:
     data.prepare(run)
     parts = read_all(run)
     trained = {row["id"] for row in parts["train"] + parts["problems"]}
-    asked = {data.question_of(row["messages"]) for row in parts["train"]}
+    asked = {q for row in parts["train"] for q in data.questions_of(row["messages"])}
     asked |= {row["question"] for row in parts["problems"]}
     for name in ("test", "test_new"):
         assert trained.isdisjoint(row["id"] for row in parts[name])
@@ -569,7 +569,7 @@ def test_one_source_for_problems_and_eval_is_cut_in_two(
     run = run_factory(**own_files)
     data.prepare(run)
     parts = read_all(run)
-    evaluated = [data.question_of(row["messages"]) for row in parts["eval"]]
+    evaluated = [data.questions_of(row["messages"])[0] for row in parts["eval"]]
     assert evaluated == [f"train {i}: how many?" for i in range(8, 12)]
     assert [row["question"] for row in parts["problems"]] == [
         f"train {i}: how many?" for i in range(8)
@@ -623,3 +623,13 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     rows = [{"id": "1", "messages": turns("Zoë\u2028?", "a\nb 🎉")}, {"id": "2"}]
     data.write_rows(tmp_path / "rows.jsonl", rows)
     assert data.read_rows(tmp_path / "rows.jsonl") == rows
+
+
+def test_unusable_rows_are_left_out_and_counted_when_asked() -> None:
+    good = {"prompt": "Hi", "completion": "Hello"}
+    rows = [good, {"prompt": "Hi", "completion": 5}, {"prompt": "a", "completion": "b"}]
+    kept, left_out = data.to_conversations(rows, drop_unusable=True)
+    assert len(kept) == 2
+    assert left_out == {
+        "unusable (row 2: the content of a assistant turn is not text)": 1
+    }
