@@ -20,6 +20,7 @@ from helpers.evaluation import results_table  # noqa: E402
 from helpers.runs import write_json, write_text  # noqa: E402
 
 RESULTS = ROOT / "results"
+START, END = "<!-- table of results/demo_cpu.json -->", "<!-- end of table -->"
 
 
 def clean(value: Any, folder: Path) -> Any:
@@ -62,10 +63,7 @@ def page() -> str:
             + ", ".join(f"{name} {version}" for name, version in versions.items())
             + "."
         )
-        table = results_table(report)
-        lines += ["", "| " + " | ".join(table.header) + " |"]
-        lines.append("|" + "---|" * len(table.header))
-        lines += ["| " + " | ".join(row) + " |" for row in table.rows]
+        lines += ["", *table_lines(report)]
         lines += ["", stages(report)]
         seconds = report.get("notebooks", {}).get("seconds", {})
         if seconds:
@@ -82,11 +80,29 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_lines(report: dict[str, Any]) -> list[str]:
+    """Returns a report's table in Markdown."""
+    table = results_table(report)
+    rows = [table.header, ["---"] * len(table.header), *table.rows]
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def update_readme(report: dict[str, Any]) -> None:
+    """Puts the table of a CPU demo between the marks in the project's README."""
+    path = ROOT / "README.md"
+    before, start, rest = path.read_text(encoding="utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    table = "\n".join(["", "", *table_lines(report), "", ""])
+    write_text(path, before + start + table + end + after)
+
+
 def main(folder: Path, name: str, command: str, conditions: str) -> None:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     report = {"command": command, "conditions": conditions, **clean(report, folder)}
     write_json(RESULTS / f"{name}.json", report)
     write_text(RESULTS / "README.md", page())
+    if name == "demo_cpu":
+        update_readme(report)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ class EvaluationConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    batch_size: int = Field(16, ge=1, description="halve if out of memory")
+    batch_size: int | None = Field(
+        None, ge=1, description="null = 16 on a CPU, 64 on a GPU"
+    )
     max_new_tokens: int = Field(256, ge=1, description="answers are cut here")
 
 

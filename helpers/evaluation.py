@@ -43,7 +43,7 @@ def solve(
     problems: list[data.Row],
     system_prompt: str,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     max_new_tokens: int = 256,
 ) -> list[data.Row]:
     """Returns one item a problem: question, output, extracted answer, verdicts.
@@ -51,7 +51,7 @@ def solve(
     Args:
         problems: `id`, `question` and `gold` each, from `data.to_problems`.
         system_prompt: the one used in training.
-        batch_size: problems a batch.
+        batch_size: problems a batch; see `generation.generate`.
         max_new_tokens: answers are cut here.
     """
     from helpers.generation import generate

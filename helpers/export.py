@@ -95,7 +95,7 @@ def export(run: Run, stage: str = "grpo", prompts: int = 16) -> dict[str, Any]:
     del model
     runtime.free_memory()
 
-    part = {}
+    part: dict[str, Any] = {}
     model, tokenizer = models.load_model(config.model, weights=bits, **options)
     model = models.load_adapter(model, folder / "adapter", **options)
     part["adapter"] = {
@@ -119,6 +119,7 @@ def export(run: Run, stage: str = "grpo", prompts: int = 16) -> dict[str, Any]:
     part["trained"] = {"right": count_right(expected, gold), "prompts": len(problems)}
     del model
     runtime.free_memory()
+    part["peak_memory_gb"] = round(runtime.peak_memory_gb(), 3)
     run.write_part("export", part)
     return part
 

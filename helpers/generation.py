@@ -44,7 +44,7 @@ def generate(
     prompts: list[Messages],
     *,
     max_new_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     sampling: dict[str, Any] | None = None,
 ) -> list[Answer]:
     """Returns one answer a prompt, in the prompts' order.
@@ -55,7 +55,8 @@ def generate(
     Args:
         prompts: conversations that end in a user turn.
         max_new_tokens: answers are cut here.
-        batch_size: prompts a batch.
+        batch_size: prompts a batch; None is 16 on a CPU, where long batches wait for
+            their longest answer, and 64 on a GPU, where they cost little.
         sampling: `temperature`, `top_p`, ... of `generate`; greedy without it.
     """
     import torch
@@ -68,6 +69,7 @@ def generate(
     arguments |= {"top_p": None, "top_k": None}
     if sampling is not None:
         arguments = {"do_sample": True, **sampling}
+    batch_size = batch_size or (64 if model.device.type == "cuda" else 16)
     answers: dict[int, Answer] = {}
     start = 0
     with inference(model):

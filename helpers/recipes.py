@@ -32,7 +32,7 @@ DEMO: dict[str, Any] = {
         "test_new": f"{WORD_PROBLEMS}/test_new.jsonl",
         "test_new_rows": 100,
     },
-    "evaluation": {"batch_size": 40, "max_new_tokens": 128},
+    "evaluation": {"max_new_tokens": 128},
     "lora": {"r": 16, "lora_alpha": 32, "target_modules": PROJECTIONS},
     "sft": {
         "max_steps": 120,
@@ -68,7 +68,7 @@ DEMO: dict[str, Any] = {
 # The demo with every size cut down: proves that the cells run, measures nothing.
 SMOKE: dict[str, Any] = {
     "name": "smoke",
-    "evaluation": {"batch_size": 8, "max_new_tokens": 24},
+    "evaluation": {"max_new_tokens": 24},
 }
 
 # The stock Unsloth QLoRA notebook's values, then GRPO on GSM8K.
