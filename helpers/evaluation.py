@@ -286,8 +286,7 @@ def draw_results(report: dict[str, Any], path: Path) -> Figure:
             capsize=4,
             label=STAGES.get(label, label),
         )
-        texts = [f"{m:.0f}" for m in middle]
-        axes.bar_label(bars, texts, label_type="center", color="white")
+        axes.bar_label(bars, [f"{m:.1f}" for m in middle], padding=2)
     names = ["test (templates of training)", "test_new (unseen templates)"]
     if report["run"]["recipe"] not in ("demo", "smoke"):
         names = ["test", "test_new"]

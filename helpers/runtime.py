@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import sys
@@ -202,6 +203,9 @@ def start() -> None:
     An error that helpers raise on purpose says what to do; the twenty frames above it
     do not. The cell fails all the same, and other errors keep their traceback.
     """
+    # on import these warn of GPU kernels that a CPU machine has no use for
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     print(describe())  # noqa: T201
     try:
         shell: Any = get_ipython()  # type: ignore[name-defined]  # noqa: F821
