@@ -114,7 +114,7 @@ def test_the_demo_has_the_values_of_the_file() -> None:
     written = {**recipes.DEMO, "recipe": "demo"}
     loaded = config.model_dump()
     for group in ("data", "evaluation"):
-        loaded[group] = {k: v for k, v in loaded[group].items() if v is not None}
+        loaded[group] = {k: loaded[group][k] for k in written[group]}
     assert {key: loaded[key] for key in written} == written
 
 

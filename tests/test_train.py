@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers import data, train
+from helpers import data, rewards, train
 from helpers.config import ConfigError
 from helpers.runs import MissingInput, Run
 
@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from helpers import callbacks, data, runs, train
+from helpers import callbacks, data, rewards, runs, train
+from tests.test_train import length
+
+rewards.REWARDS["length"] = length
 
 class Kill(callbacks.TimedSaves):
     def on_step_end(self, args, state, control, **_):
@@ -33,8 +36,14 @@ train.train_stage(run, {stage!r})
 """
 
 
+def length(completions: list[Any], **_: Any) -> list[float | None]:
+    """A reward of one's own that random text spreads: its length, modulo seven."""
+    return [float(len(rewards.text_of(c)) % 7) for c in completions]
+
+
 @pytest.fixture
-def prepared(run_factory: Callable[..., Run]) -> Run:
+def prepared(run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setitem(rewards.REWARDS, "length", length)
     run = run_factory(
         sft__max_steps=6,
         sft__save_steps=2,
@@ -44,7 +53,7 @@ def prepared(run_factory: Callable[..., Run]) -> Run:
         grpo__save_steps=1,
         grpo__max_completion_length=8,
         grpo__learning_rate=1e-3,
-        rewards={"number_present": 1.0, "strict_format": 0.5},
+        rewards={"length": 1.0, "strict_format": 0.5},
         evaluation__max_new_tokens=8,
     )
     data.prepare(run)
@@ -142,7 +151,7 @@ def test_grpo_goes_on_from_the_sft_adapter_and_resumes_after_a_kill(
     kill_at(2, "grpo")
     part = train.train_stage(prepared, "grpo")
     assert "going on from checkpoint-1" in capsys.readouterr().out
-    assert part["steps"] == 3 and 0 <= part["reward_last"] <= 1.5
+    assert part["steps"] == 3 and 0 <= part["reward_last"] <= 6.5
     assert [step for step, _ in losses(prepared, "grpo", "reward")] == [1, 2, 3]
     sft, grpo = adapter(prepared, "sft"), adapter(prepared, "grpo")
     moved = max(float((sft[n] - grpo[n]).abs().max()) for n in sft)
@@ -196,17 +205,15 @@ def test_a_packed_batch_has_the_loss_of_its_documents_apart(
     collate = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)
     batch = collate(list(packed))
     assert (batch["position_ids"] == 0).sum() == len(masked)
-    together = float(model(**batch).loss)
+    # as TRL calls it: with a cache, documents would not be told apart
+    together = float(model(**batch, use_cache=False).loss)
     assert together == pytest.approx(response_loss(model, tokenizer, masked), abs=1e-5)
 
 
 def test_the_command_line_trains_both_stages(prepared: Run) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "helpers.train",
-        str(prepared.path / "config.json"),
-    ]
+    path = prepared.path / "config.json"
+    path.write_text(path.read_text().replace('"length"', '"number_present"'))
+    command = [sys.executable, "-m", "helpers.train", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert prepared.report()["grpo"]["steps"] == 3
