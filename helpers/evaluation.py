@@ -161,12 +161,13 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     started = time.perf_counter()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    options: dict[str, Any] = {"engine": config.engine, "max_length": config.max_length}
     model, tokenizer = models.load_model(
-        config.model, weights=config.weights, **options
+        config.model,
+        engine=config.engine,
+        weights=config.weights,
+        max_length=config.max_length,
+        adapter=adapter,
     )
-    if adapter is not None:
-        model = models.load_adapter(model, adapter, **options)
     masked = mask_conversations(
         tokenizer,
         [row["messages"] for row in sets["eval"]],

@@ -75,6 +75,7 @@ def export(run: Run, stage: str = "grpo", prompts: int = 16) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     bits = models.resolve_weights(config.weights)
     options: dict[str, Any] = {"engine": config.engine, "max_length": config.max_length}
+    as_trained = {**options, "weights": bits}
     problems = data.read_rows(run.require("data/test.jsonl"))[:prompts]
     asked = [data.ask(p["question"], config.system_prompt) for p in problems]
 
@@ -87,8 +88,7 @@ def export(run: Run, stage: str = "grpo", prompts: int = 16) -> dict[str, Any]:
             batch_size=config.evaluation.batch_size,
         )
 
-    model, tokenizer = models.load_model(config.model, weights=bits, **options)
-    model = models.load_adapter(model, trained, **options)
+    model, tokenizer = models.load_model(config.model, adapter=trained, **as_trained)
     expected = answer(model, tokenizer)
     save_adapter(model, folder / "adapter")
     tokenizer.save_pretrained(folder / "adapter")
@@ -96,8 +96,9 @@ def export(run: Run, stage: str = "grpo", prompts: int = 16) -> dict[str, Any]:
     runtime.free_memory()
 
     part: dict[str, Any] = {}
-    model, tokenizer = models.load_model(config.model, weights=bits, **options)
-    model = models.load_adapter(model, folder / "adapter", **options)
+    model, tokenizer = models.load_model(
+        config.model, adapter=folder / "adapter", **as_trained
+    )
     part["adapter"] = {
         "path": str(folder / "adapter"),
         "greedy_agreement": agreement(expected, answer(model, tokenizer)),

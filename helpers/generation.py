@@ -46,6 +46,7 @@ def generate(
     max_new_tokens: int = 256,
     batch_size: int | None = None,
     sampling: dict[str, Any] | None = None,
+    streamer: Any = None,
 ) -> list[Answer]:
     """Returns one answer a prompt, in the prompts' order.
 
@@ -58,6 +59,7 @@ def generate(
         batch_size: prompts a batch; None is 16 on a CPU, where long batches wait for
             their longest answer, and 64 on a GPU, where they cost little.
         sampling: `temperature`, `top_p`, ... of `generate`; greedy without it.
+        streamer: of transformers, for a single prompt.
     """
     import torch
 
@@ -84,6 +86,7 @@ def generate(
                     max_new_tokens=max_new_tokens,
                     eos_token_id=stops,
                     pad_token_id=tokenizer.pad_token_id,
+                    streamer=streamer,
                     **arguments,
                 )
             except torch.cuda.OutOfMemoryError:
@@ -126,30 +129,12 @@ def reply(
         stream: print the words as they come.
         options: `max_new_tokens` and `sampling` of `generate`.
     """
-    from helpers.data import ask
-
-    messages = ask(prompt, system_prompt)
-    if not stream:
-        return generate(model, tokenizer, [messages], **options)[0].text
     from transformers import TextStreamer
 
-    text = render(tokenizer, messages, for_generation=True)
-    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    inputs = inputs.to(model.device)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stops = stop_token_ids(tokenizer)
-    with inference(model):
-        output = model.generate(
-            **inputs,
-            streamer=streamer,
-            max_new_tokens=options.get("max_new_tokens", 256),
-            eos_token_id=stops,
-            pad_token_id=tokenizer.pad_token_id,
-            **(
-                {"do_sample": True, **(options.get("sampling") or {})}
-                if options.get("sampling")
-                else {"do_sample": False}
-            ),
+    from helpers.data import ask
+
+    if stream:
+        options["streamer"] = TextStreamer(
+            tokenizer, skip_prompt=True, skip_special_tokens=True
         )
-    ids = output[0, inputs["input_ids"].shape[1] :].tolist()
-    return cut_answer(tokenizer, ids, stops).text
+    return generate(model, tokenizer, [ask(prompt, system_prompt)], **options)[0].text

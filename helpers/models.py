@@ -118,6 +118,7 @@ def load_model(
     engine: str = "auto",
     weights: str = "auto",
     max_length: int = 1024,
+    adapter: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns a base model, frozen, and its tokenizer.
 
@@ -127,9 +128,10 @@ def load_model(
         weights: `auto`, `4bit` (NF4), `8bit` or `16bit` (this machine's own dtype,
             fp32 on a CPU).
         max_length: the longest row that will be trained on, in tokens.
+        adapter: put on the model, see `load_adapter`.
 
     Raises:
-        ModelError: there is no such model, or the hub cannot be reached.
+        ModelError: there is no such model or adapter, or the hub cannot be reached.
         MemoryError: the GPU is too small for it.
     """
     chosen, bits = resolve_engine(engine), resolve_weights(weights)
@@ -167,6 +169,8 @@ def load_model(
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.max_length = None  # callers give max_new_tokens
     model.requires_grad_(False)
+    if adapter is not None:
+        model = load_adapter(model, adapter, engine=chosen, max_length=max_length)
     return model, tokenizer
 
 
