@@ -9,6 +9,7 @@ The numbers are the run's own; this program measures nothing. Run it after
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def clean(value: Any, folder: Path) -> Any:
     if isinstance(value, dict):
         return {key: clean(item, folder) for key, item in value.items()}
     if isinstance(value, str):
-        return value.replace(str(folder.resolve()), f"runs/{folder.name}")
+        return re.sub(rf"^/.*/(runs/{folder.name})\b", r"\1", value)
     return value
 
 
@@ -70,13 +71,6 @@ def page() -> str:
             spent = ", ".join(f"{n} {s / 60:.1f}" for n, s in seconds.items())
             total = sum(seconds.values()) / 60
             lines += ["", f"Minutes a notebook: {spent}; together {total:.1f}."]
-    for path in sorted(RESULTS.glob("gpu_partial*.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        lines += ["", f"## {path.stem}", "", f"{report['what']}, commit "]
-        lines[-1] += f"{report['commit']}, on {report['conditions']}."
-        lines += ["", "| notebook | result |", "|---|---|"]
-        lines += [f"| {name} | {text} |" for name, text in report["notebooks"].items()]
-        lines += ["", stages(report)]
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import data, models, runtime
-from helpers.callbacks import save_adapter
 from helpers.generation import Answer, generate
 from helpers.runs import Run
 
@@ -89,6 +88,9 @@ def export(run: Run, stage: str = "grpo", prompts: int = 16) -> dict[str, Any]:
         )
 
     model, tokenizer = models.load_model(config.model, adapter=trained, **as_trained)
+    # brings transformers in, which Unsloth wants imported after itself
+    from helpers.callbacks import save_adapter
+
     expected = answer(model, tokenizer)
     save_adapter(model, folder / "adapter")
     tokenizer.save_pretrained(folder / "adapter")
