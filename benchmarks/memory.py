@@ -1,7 +1,8 @@
 """Measures peak GPU memory of training and sampling, beside what `memory` predicts.
 
-    python benchmarks/memory.py measure OUT.jsonl [ID ...]   # needs a CUDA GPU
-    python benchmarks/memory.py table OUT.jsonl              # -> results/memory.json
+    python benchmarks/memory.py measure OUT.jsonl [ID ...]    # needs a CUDA GPU
+    python benchmarks/memory.py table OUT.jsonl MACHINE       # -> results/memory.json
+    python benchmarks/memory.py fit OUT.jsonl                 # constants of `memory`
 
 Random weights of the published shapes: memory does not depend on their values. Every
 config runs in a process of its own, through `helpers.train` as a notebook would, in
@@ -113,6 +114,12 @@ CASES = [
     grpo("1b-un-g", False, 8, 8, 256),
     grpo("1b-tr-g", False, 8, 8, 256),
     grpo("3b-un-g", False, 4, 4, 512),
+    # named after the first measurement, for what no calibration case had covered
+    sft("1b-un-i", False, 4, 1024, weights="8bit"),
+    sft("3b-un-i", False, 1, 1024, weights="8bit"),
+    sft("3b-tr-i", False, 1, 1024, weights="8bit"),
+    grpo("3b-tr-i2", False, 8, 8, 128),
+    grpo("1b-tr-i2", False, 8, 4, 512),
     # held-out half
     sft("1b-un-h1", True, 8, 1024),
     sft("1b-un-h2", True, 1, 2048, packing=True),
@@ -184,10 +191,10 @@ def make_model(shape: str, folder: Path) -> None:
 
 
 def write_rows(folder: Path, length: int, packing: bool) -> None:
-    """Writes conversations, of full length or (to pack) of 300 tokens, and problems."""
-    size = 300 if packing else length + 50
+    """Writes conversations, of full length or (to pack) of 90 tokens, and problems."""
+    size = 45 if packing else length + 50
     folder.mkdir(parents=True, exist_ok=True)
-    for name, count in (("train", 400 if packing else 80), ("eval", 4)):
+    for name, count in (("train", 1500 if packing else 80), ("eval", 4)):
         with (folder / f"{name}.jsonl").open("w") as file:
             for number in range(count):
                 turns = [
@@ -246,14 +253,15 @@ def build_config(case: Case, model: str, rows: Path) -> Any:
 def one(case: Case, model: str, out: Path) -> None:
     """Runs one case in this process and writes what it took."""
     from helpers import data, runs, runtime, train
+    from helpers.templates import render
 
     record: dict[str, Any] = {"id": case.id}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TUNEBOOK_RUNS"] = folder
-        rows = Path(folder) / "rows"
+        sources = Path(folder) / "rows"
         length = case.changes.get("max_length", 1024)
-        write_rows(rows, length, case.changes.get("sft__packing", False))
-        run = runs.save_run(build_config(case, model, rows))
+        write_rows(sources, length, case.changes.get("sft__packing", False))
+        run = runs.save_run(build_config(case, model, sources))
         data.prepare(run)
         started = time.perf_counter()
         net, tokenizer = train.load_for_training(run, case.stage)
@@ -276,6 +284,12 @@ def one(case: Case, model: str, out: Path) -> None:
         build = train.build_sft if case.stage == "sft" else train.build_grpo
         try:
             trainer = build(run, net, tokenizer)
+            rows = trainer.train_dataset
+            if case.stage == "sft":
+                record["row_tokens"] = max(map(len, rows["input_ids"]))
+            else:
+                text = render(tokenizer, rows[0]["prompt"], for_generation=True)
+                record["row_tokens"] = len(tokenizer(text)["input_ids"])
             note("built")
             marks = [time.perf_counter()]
             watch_steps(trainer, marks)
@@ -360,6 +374,92 @@ def find_case(name: str) -> Case:
     return next(case for case in CASES if case.id == name)
 
 
+def read_measured(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the measured records by id; of a case measured twice, the last."""
+    return {r["id"]: r for r in map(json.loads, path.read_text().splitlines())}
+
+
+def predict(case: Case, record: dict[str, Any]) -> Any:
+    """Returns what `memory` predicts of a case, given the rows that it had."""
+    from helpers import memory
+    from helpers.gpus import T4
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = build_config(case, SHAPES[case.shape], Path(folder))
+    assert T4.memory_gb == CAP_GB
+    return memory.predict(config, T4, case.stage, row_tokens=record["row_tokens"])
+
+
+def write_table(path: Path, machine: str) -> None:
+    """Writes results/memory.json, and the tables of results/README.md anew."""
+    import publish
+
+    from helpers.runs import write_json, write_text
+
+    rows = []
+    for name, record in read_measured(path).items():
+        case = find_case(name)
+        found = predict(case, record)
+        rows.append(
+            {
+                "id": name,
+                "shape": SHAPES[case.shape],
+                "engine": case.engine,
+                "stage": case.stage,
+                "config": case.changes,
+                "row_tokens": record["row_tokens"],
+                "held_out": case.held_out,
+                "predicted_gb": round(found.peak_gb, 3),
+                "measured_gb": round(record["trained_peak_reserved"] / 2**30, 3),
+                "predicted_fits": found.fits,
+                "ran": record["fits"],
+            }
+        )
+    rows.sort(key=lambda row: (row["held_out"], [c.id for c in CASES].index(row["id"])))
+    write_json(publish.RESULTS / "memory.json", {"machine": machine, "rows": rows})
+    write_text(publish.RESULTS / "README.md", publish.page())
+    print("\n".join(publish.memory_lines()))
+
+
+# what `fit` may change, engine by engine and then for GRPO
+FITTED = [
+    ("unsloth", "sft", "HIDDEN INNER BACKWARD LOGIT_UNSLOTH GRADIENT BASE_GB_UNSLOTH"),
+    ("transformers", "sft", "KEPT INT8 FEED_FORWARD ATTENTION LOGIT BASE_GB"),
+    ("unsloth", "grpo", "CACHE"),
+    ("transformers", "grpo", "ANSWER_LOGIT"),
+]
+
+
+def fit(path: Path) -> None:
+    """Prints the constants of `memory` that suit the calibration half best."""
+    from scipy.optimize import least_squares
+
+    from helpers import memory
+
+    measured = read_measured(path)
+    for engine, stage, names in FITTED:
+        cases = [
+            case
+            for case in CASES
+            if not case.held_out
+            and (case.engine, case.stage) == (engine, stage)
+            and measured.get(case.id, {}).get("fits")
+        ]
+
+        def errors(values: Any, cases: Any = cases, names: str = names) -> list[float]:
+            for name, value in zip(names.split(), values, strict=True):
+                setattr(memory, name, float(value))
+            peaks = [measured[c.id]["trained_peak_reserved"] / 2**30 for c in cases]
+            found = [predict(c, measured[c.id]).peak_gb for c in cases]
+            return [f / p - 1 for f, p in zip(found, peaks, strict=True)]
+
+        start = [getattr(memory, name) for name in names.split()]
+        best = least_squares(errors, start, bounds=(0, 100), x_scale=start)
+        print(engine, stage, dict(zip(names.split(), best.x.round(3), strict=True)))
+        for case, error in zip(cases, errors(best.x), strict=True):
+            print(f"    {case.id:8} {error:+.1%}")
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["measure", out, *ids]:
@@ -368,5 +468,9 @@ if __name__ == "__main__":
             make_model(shape, Path(folder))
         case ["one", name, model, out]:
             one(find_case(name), model, Path(out))
+        case ["table", path, machine]:
+            write_table(Path(path), machine)
+        case ["fit", path]:
+            fit(Path(path))
         case _:
             sys.exit(__doc__)

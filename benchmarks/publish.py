@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from helpers.evaluation import results_table  # noqa: E402
+from helpers.results import results_table  # noqa: E402
 from helpers.runs import write_json, write_text  # noqa: E402
 
 RESULTS = ROOT / "results"
@@ -71,7 +71,56 @@ def page() -> str:
             spent = ", ".join(f"{n} {s / 60:.1f}" for n, s in seconds.items())
             total = sum(seconds.values()) / 60
             lines += ["", f"Minutes a notebook: {spent}; together {total:.1f}."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *memory_lines()]) + "\n"
+
+
+def in_words(row: dict[str, Any]) -> str:
+    """Returns a measured config in a few words."""
+    short = {k.rpartition("__")[2]: v for k, v in row["config"].items()}
+    words = [f"{short['per_device_train_batch_size']} x {row['row_tokens']} tokens"]
+    if row["stage"] == "grpo":
+        words.append(f"+ {short['max_completion_length']}")
+    if short.get("packing"):
+        words.append("packed")
+    if not short["gradient_checkpointing"]:
+        words.append("no checkpointing")
+    words.append(short.get("weights", "4bit"))
+    if "target_modules" in short:
+        words.append(f"LoRA r {short['r']} on {' '.join(short['target_modules'])}")
+    return ", ".join(words).replace(", +", " +")
+
+
+def memory_lines() -> list[str]:
+    """Returns the section on predicted and measured memory."""
+    path = RESULTS / "memory.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["", "## memory", "", "Peak reserved GPU memory in GiB, predicted by "]
+    lines[-1] += f"`helpers.memory` and measured on {found['machine']}."
+    lines.append("`python benchmarks/memory.py measure`; a row is SFT or GRPO of ")
+    lines[-1] += "random weights of the shape, in a process of its own."
+    columns = ["half", "case", "shape", "engine", "stage", "config", "predicted"]
+    columns += ["measured", "error", "said to fit 14.0", "ran"]
+    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    errors: dict[bool, list[float]] = {True: [], False: []}
+    for row in found["rows"]:
+        error = row["predicted_gb"] / row["measured_gb"] - 1
+        if row["ran"]:
+            errors[row["held_out"]].append(abs(error))
+        config = in_words(row)
+        cells = ["held out" if row["held_out"] else "calibration", row["id"]]
+        cells += [row["shape"], row["engine"], row["stage"], config]
+        cells += [f"{row['predicted_gb']:.2f}", f"{row['measured_gb']:.2f}"]
+        cells.append(f"{error:+.1%}" if row["ran"] else "-")
+        cells += [("no", "yes")[row["predicted_fits"]], ("no", "yes")[row["ran"]]]
+        lines.append("| " + " | ".join(cells) + " |")
+    for half, name in ((False, "Calibration"), (True, "Held out")):
+        seen = errors[half]
+        lines += ["", f"{name}: {len(seen)} cases, mean error "]
+        lines[-1] += f"{sum(seen) / len(seen):.1%}, largest {max(seen):.1%}; "
+        lines[-1] += f"{sum(e > 0.1 for e in seen)} past 10 %."
+    return lines
 
 
 def table_lines(report: dict[str, Any]) -> list[str]:

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+Stage = Literal["sft", "grpo"]
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
 
 
@@ -26,11 +27,17 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    train: list[str] = Field(min_length=1, description="SFT rows, mixed in this order")
-    eval: str = Field(description="rows for the eval loss, never trained on")
-    problems: str = Field(description="questions with gold answers, for GRPO")
-    test: str = Field(description="held-out problems like those of training")
-    test_new: str = Field(description="held-out problems of another kind")
+    train: list[str] = Field([], description="SFT rows, mixed in this order")
+    eval: str | None = Field(None, description="rows for the eval loss, not trained on")
+    eval_share: float | None = Field(
+        None, gt=0, lt=1, description="instead of eval: this share of the train rows"
+    )
+    test_share: float | None = Field(
+        None, gt=0, lt=1, description="share of the train rows held out for metrics"
+    )
+    problems: str | None = Field(None, description="questions with answers, for GRPO")
+    test: str | None = Field(None, description="held-out problems like training's")
+    test_new: str | None = Field(None, description="held-out problems of another kind")
     train_rows: int | None = Field(None, ge=1, description="cap a source; null = all")
     drop_unusable: bool = Field(False, description="leave bad rows out, counted")
     eval_rows: int | None = Field(None, ge=1)
@@ -47,6 +54,7 @@ class EvaluationConfig(BaseModel):
         None, ge=1, description="null = 16 on a CPU, 64 on a GPU"
     )
     max_new_tokens: int = Field(256, ge=1, description="answers are cut here")
+    minutes: float = Field(30.0, gt=0, description="warn when it would take longer")
 
 
 class RunConfig(BaseModel):
@@ -60,10 +68,26 @@ class RunConfig(BaseModel):
         min_length=1, description="hub id, local folder, or smollm2-135m-offline"
     )
     engine: Literal["auto", "unsloth", "transformers"] = "auto"
+    stages: list[Stage] = Field(["sft", "grpo"], min_length=1)
     weights: Literal["auto", "4bit", "8bit", "16bit"] = Field(
         "auto", description="auto = 4bit on a GPU; 16bit = this machine's own dtype"
     )
+    double_quant: bool = Field(
+        True, description="4bit: quantise the scales too, 0.4 bit a weight less"
+    )
+    dtype: Literal["auto", "float16", "bfloat16"] = Field(
+        "auto", description="of arithmetic; bfloat16 needs a GPU newer than a T4"
+    )
+    template: Literal["own", "instruction", "llama-2"] = Field(
+        "own", description="chat template; own = the tokenizer's"
+    )
+    pad_token: str | None = Field(
+        None, description="null = chosen; eos is refused with a warning"
+    )
     max_length: int = Field(1024, ge=16, description="tokens a (packed) row")
+    max_prompt_length: int | None = Field(
+        None, ge=1, description="GRPO: problems with longer prompts are left out"
+    )
     loss_on: Literal["all", "assistant", "last"] = "assistant"
     system_prompt: str = SYSTEM_PROMPT
     seed: int = Field(3407, ge=0)
@@ -74,12 +98,35 @@ class RunConfig(BaseModel):
     )
     data: DataConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    inference: dict[str, Any] = Field(
+        default_factory=dict, description="-> GenerationConfig, for prompts of yours"
+    )
     lora: dict[str, Any] = Field(default_factory=dict, description="-> LoraConfig")
     sft: dict[str, Any] = Field(default_factory=dict, description="-> SFTConfig")
     grpo: dict[str, Any] = Field(default_factory=dict, description="-> GRPOConfig")
     rewards: dict[str, float] = Field(
         default_factory=lambda: {"correctness": 1.0}, description="name -> weight"
     )
+
+    @model_validator(mode="after")
+    def stages_have_data(self) -> RunConfig:
+        """Refuses a stage without rows, and an eval loss without eval rows."""
+        data = self.data
+        if "sft" in self.stages and not data.train and not self.sft_adapter:
+            raise ValueError("the sft stage needs data.train")
+        if "grpo" in self.stages and not data.problems:
+            raise ValueError("the grpo stage needs data.problems")
+        if data.eval and data.eval_share:
+            raise ValueError("give data.eval or data.eval_share, not both")
+        if "sft" in self.stages and not (data.eval or data.eval_share):
+            if self.best_by == "eval_loss":
+                raise ValueError(
+                    "best_by='eval_loss' needs data.eval or data.eval_share; "
+                    "without them use best_by='loss'"
+                )
+            if self.sft.get("eval_strategy", "no") != "no":
+                raise ValueError("sft.eval_strategy needs data.eval or data.eval_share")
+        return self
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -117,8 +164,9 @@ def check_config(values: dict[str, Any]) -> RunConfig:
                 hint = nearest(leaf, known.get(parent, ()))
                 lines.append(f"{where} is no field of the config{hint}")
             else:
-                found = repr(fault["input"])[:80]
-                lines.append(f"{where}: {fault['msg']} (found {found})")
+                found = f" (found {repr(fault['input'])[:80]})" if where else ""
+                message = fault["msg"].removeprefix("Value error, ")
+                lines.append(f"{where}: {message}{found}".removeprefix(": "))
         raise ConfigError("\n".join(lines)) from None
 
 

@@ -7,21 +7,20 @@ the format has a rate of its own.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import data, models, rewards, runtime
+from helpers.config import RunConfig
 from helpers.masking import NO_LOSS, Example, mask_conversations
-from helpers.runs import Run, write_text
+from helpers.runs import Run
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-STAGES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
+READ = 4  # conversations that are answered where there are no problems
 
 
 def proportion(k: int, n: int) -> dict[str, float]:
@@ -137,10 +136,35 @@ def summarise(items: list[data.Row]) -> dict[str, Any]:
     }
 
 
+def held_out(config: RunConfig) -> list[str]:
+    """Returns the sets that a config holds out, in the order of `data.PARTS`."""
+    sets = ("eval", "test_chat", "test", "test_new")
+    return [name for name in data.parts_of(config.data) if name in sets]
+
+
+def chat_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    rows: list[data.Row],
+) -> tuple[float, float]:
+    """Returns the loss on held-out conversations, in nats, and the perplexity."""
+    masked = mask_conversations(
+        tokenizer,
+        [row["messages"] for row in rows],
+        config.loss_on,
+        config.max_length,
+    )
+    loss = response_loss(model, tokenizer, masked.rows)
+    return round(loss, 4), round(math.exp(loss), 3)
+
+
 def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[str, Any]:
     """Evaluates one model on the run's held-out sets and returns its report part.
 
-    Writes `eval/<label>/test.jsonl` and `test_new.jsonl`, one line an item.
+    Problems (`test`, `test_new`) are answered, conversations (`eval`, `test_chat`)
+    give a loss. Where a run has no problems, the first conversations are answered for
+    reading. Writes `eval/<label>/<set>.jsonl`, one line an answer.
 
     Args:
         run: with `data/` prepared.
@@ -148,6 +172,7 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
         adapter: the adapter to put on the base model; None evaluates the base.
 
     Raises:
+        DataError: the config holds no rows out.
         MissingInput: notebook 01 has not prepared the data.
         ModelError: model or adapter cannot be loaded.
     """
@@ -156,182 +181,77 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     config = run.config
     sets = {
         name: data.read_rows(run.require(f"data/{name}.jsonl"))
-        for name in ("test", "test_new", "eval")
+        for name in held_out(config)
     }
+    if not sets:
+        raise data.DataError(
+            f"run {config.name!r} holds no rows out to measure on: set data.eval_share "
+            "or data.test_share (a part of the training rows), data.eval, or data.test"
+        )
     started = time.perf_counter()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     model, tokenizer = models.load_model(
-        config.model,
-        engine=config.engine,
-        weights=config.weights,
-        max_length=config.max_length,
-        adapter=adapter,
+        config.model, adapter=adapter, **models.options(config)
     )
-    masked = mask_conversations(
-        tokenizer,
-        [row["messages"] for row in sets["eval"]],
-        config.loss_on,
-        config.max_length,
-    )
-    loss = response_loss(model, tokenizer, masked.rows)
-    parts = {}
-    for name in ("test", "test_new"):
-        items = solve(
-            model,
-            tokenizer,
-            sets[name],
-            config.system_prompt,
-            batch_size=config.evaluation.batch_size,
-            max_new_tokens=config.evaluation.max_new_tokens,
-        )
+    part: dict[str, Any] = {}
+    for name, key in (("test", "accuracy"), ("test_new", "accuracy_new")):
+        if name in sets:
+            items = solve(
+                model,
+                tokenizer,
+                sets[name],
+                config.system_prompt,
+                batch_size=config.evaluation.batch_size,
+                max_new_tokens=config.evaluation.max_new_tokens,
+            )
+            data.write_rows(run.path / "eval" / label / f"{name}.jsonl", items)
+            part[name] = summarise(items)
+            part[key] = part[name].pop("accuracy")
+    if "eval" in sets:
+        loss, perplexity = chat_loss(model, tokenizer, config, sets["eval"])
+        part |= {"eval_loss": loss, "perplexity": perplexity}
+    if "test_chat" in sets:
+        loss, perplexity = chat_loss(model, tokenizer, config, sets["test_chat"])
+        part["test_chat"] = {"loss": loss, "perplexity": perplexity}
+    if "accuracy" not in part and "accuracy_new" not in part:
+        name = "test_chat" if "test_chat" in sets else "eval"
+        rows = sets[name][:READ]
+        items = answer_chats(model, tokenizer, config, rows)
         data.write_rows(run.path / "eval" / label / f"{name}.jsonl", items)
-        parts[name] = summarise(items)
     del model
     runtime.free_memory()
-    part = {
-        "accuracy": parts["test"].pop("accuracy"),
-        "accuracy_new": parts["test_new"].pop("accuracy"),
-        "eval_loss": round(loss, 4),
-        "perplexity": round(math.exp(loss), 3),
-        "test": parts["test"],
-        "test_new": parts["test_new"],
-        "seconds": round(time.perf_counter() - started, 1),
-        "peak_memory_gb": round(runtime.peak_memory_gb(), 3),
-    }
+    part["seconds"] = round(time.perf_counter() - started, 1)
+    part["peak_memory_gb"] = round(runtime.peak_memory_gb(), 3)
     run.write_part("eval", {**run.report().get("eval", {}), label: part})
     return part
 
 
-def percent(part: dict[str, float]) -> str:
-    """Returns `k/n = p % [low, high]` of a proportion.
+def answer_chats(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    rows: list[data.Row],
+) -> list[data.Row]:
+    """Returns the answers to the first questions of conversations, for reading."""
+    from helpers.generation import generate
 
-    >>> percent({"k": 45, "n": 100, "low": 0.356, "high": 0.548})
-    '45/100 = 45.0 % [35.6, 54.8]'
-    """
-    k, n = part["k"], part["n"]
-    low, high = 100 * part["low"], 100 * part["high"]
-    return f"{k}/{n} = {100 * k / n:.1f} % [{low:.1f}, {high:.1f}]"
-
-
-class Table:
-    """Rows of text: aligned in a terminal, a table in a notebook."""
-
-    def __init__(self, header: list[str], rows: list[list[str]]) -> None:
-        self.header, self.rows = header, rows
-
-    def __repr__(self) -> str:
-        lines = [self.header, *self.rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
-        return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
-
-    def _repr_html_(self) -> str:
-        import html
-
-        def row(cells: list[str], tag: str) -> str:
-            inner = (f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-            return f"<tr>{''.join(inner)}</tr>"
-
-        body = "".join(row(cells, "td") for cells in self.rows)
-        return f"<table>{row(self.header, 'th')}{body}</table>"
-
-
-def results_table(report: dict[str, Any]) -> Table:
-    """Returns the table of a report: one row a model, conditions in the header."""
-    header = ["model", "test: right [95 %]", "test_new: right [95 %]", "eval loss"]
-    header += ["train min", "eval min", "peak GB"]
-    rows = []
-    for label, part in report["eval"].items():
-        trained = report.get(label, {})
-        peak = max(part["peak_memory_gb"], trained.get("peak_memory_gb", 0.0))
-        minutes = f"{trained['seconds'] / 60:.1f}" if trained else "-"
-        rows.append(
-            [
-                STAGES.get(label, label),
-                percent(part["accuracy"]),
-                percent(part["accuracy_new"]),
-                f"{part['eval_loss']:.3f}",
-                minutes,
-                f"{part['seconds'] / 60:.1f}",
-                f"{peak:.2f}",
-            ]
-        )
-    return Table(header, rows)
-
-
-def draw_results(report: dict[str, Any], path: Path) -> Figure:
-    """Draws accuracy with intervals, one group of bars a held-out set; saves it too."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    labels = list(report["eval"])
-    width = 0.8 / len(labels)
-    for number, label in enumerate(labels):
-        part = report["eval"][label]
-        parts = [part["accuracy"], part["accuracy_new"]]
-        middle = [100 * p["k"] / p["n"] for p in parts]
-        spread = [
-            [m - 100 * p["low"] for m, p in zip(middle, parts, strict=True)],
-            [100 * p["high"] - m for m, p in zip(middle, parts, strict=True)],
-        ]
-        places = [group + number * width for group in range(2)]
-        bars = axes.bar(
-            places,
-            middle,
-            0.9 * width,
-            yerr=[[max(0.0, x) for x in side] for side in spread],
-            capsize=4,
-            label=STAGES.get(label, label),
-        )
-        axes.bar_label(bars, [f"{m:.1f}" for m in middle], padding=2)
-    names = ["test (templates of training)", "test_new (unseen templates)"]
-    if report["run"]["recipe"] not in ("demo", "smoke"):
-        names = ["test", "test_new"]
-    centre = (len(labels) - 1) * width / 2
-    axes.set_xticks([centre, 1 + centre], names)
-    axes.set_ylabel("right answers, % (bars: 95 % interval)")
-    axes.set_ylim(0, 100)
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    return figure
-
-
-def examples(run: Run, count: int = 3) -> Table:
-    """Returns a table of problems of `test` with each model's answer to them.
-
-    Problems that the base model failed and the last model solved come first.
-    """
-    labels = list(run.report()["eval"])
-    items = {
-        label: data.read_rows(run.require(f"eval/{label}/test.jsonl"))
-        for label in labels
-    }
-    order = sorted(
-        range(len(items[labels[0]])),
-        key=lambda i: (
-            items[labels[0]][i]["correct"],
-            not items[labels[-1]][i]["correct"],
-        ),
+    answers = generate(
+        model,
+        tokenizer,
+        [data.first_question(row["messages"]) for row in rows],
+        batch_size=config.evaluation.batch_size,
+        max_new_tokens=config.evaluation.max_new_tokens,
     )
-    rows = []
-    for i in order[:count]:
-        first = items[labels[0]][i]
-        cells = [f"{first['question']} (gold {first['gold']})"]
-        for label in labels:
-            item = items[label][i]
-            mark = "right" if item["correct"] else "wrong"
-            cells.append(f"{mark}: {item['output'][:220]}")
-        rows.append(cells)
-    return Table(["problem", *(STAGES.get(label, label) for label in labels)], rows)
-
-
-def print_report(run: Run) -> None:
-    """Prints the run's table, for `make demo`, and writes it beside the report."""
-    table = repr(results_table(run.report()))
-    write_text(run.path / "results.txt", table + "\n")
-    environment = json.dumps(run.report().get("environment", {}).get("device", ""))
-    print(f"run {run.config.name} on {environment}\n{table}")  # noqa: T201
+    return [
+        {
+            "id": row["id"],
+            "question": data.questions_of(row["messages"])[0],
+            "reference": next(
+                m["content"] for m in row["messages"] if m["role"] == "assistant"
+            ),
+            "output": answer.text,
+            "stopped": answer.stopped,
+        }
+        for row, answer in zip(rows, answers, strict=True)
+    ]

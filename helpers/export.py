@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import data, models, runtime
+from helpers.config import RunConfig, Stage
+from helpers.formats import Messages
 from helpers.generation import Answer, generate
 from helpers.runs import Run
+from helpers.stages import require_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +28,7 @@ def agreement(ours: list[Answer], theirs: list[Answer]) -> float:
     return same / len(ours)
 
 
-def merge(name: str, adapter: Path | str, weights: str, folder: Path) -> None:
+def merge(config: RunConfig, adapter: Path | str, folder: Path) -> None:
     """Writes base + adapter as one ordinary model of 16 (on a CPU 32) bits a weight.
 
     The adapter was trained on top of the weights as loaded. Where those were 4 or 8
@@ -33,13 +36,13 @@ def merge(name: str, adapter: Path | str, weights: str, folder: Path) -> None:
     and not the adapter on weights it never saw.
 
     Args:
-        name: the base model.
+        config: names the base model and how it was loaded in training.
         adapter: the adapter's folder or hub id.
-        weights: `4bit`, `8bit` or `16bit`, as in training.
         folder: where the model goes, with tokenizer and chat template.
     """
-    model, tokenizer = models.load_model(name, engine="transformers", weights=weights)
-    if weights != "16bit":
+    options = {**models.options(config), "engine": "transformers"}
+    model, tokenizer = models.load_model(config.model, **options)
+    if models.resolve_weights(config.weights) != "16bit":
         model = model.dequantize(dtype=model.dtype)
     model = models.load_adapter(model, adapter, engine="transformers")
     merged = model.merge_and_unload()
@@ -53,30 +56,47 @@ def merge(name: str, adapter: Path | str, weights: str, folder: Path) -> None:
     runtime.free_memory()
 
 
-def export(run: Run, stage: str = "grpo", prompts: int = 16) -> dict[str, Any]:
+def held_out_prompts(run: Run, count: int) -> tuple[list[Messages], list[str]]:
+    """Returns prompts to compare answers to, and their gold answers where known.
+
+    Held-out problems; in a run without them the first questions of conversations,
+    held-out ones first.
+    """
+    parts = data.parts_of(run.config.data)
+    order = ("test", "test_new", "test_chat", "eval", "train", "problems")
+    name = next(name for name in order if name in parts)
+    rows = data.read_rows(run.require(f"data/{name}.jsonl"))[:count]
+    if "gold" in rows[0]:
+        system = run.config.system_prompt
+        prompts = [data.ask(row["question"], system) for row in rows]
+        return prompts, [row["gold"] for row in rows]
+    return [data.first_question(row["messages"]) for row in rows], []
+
+
+def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str, Any]:
     """Exports a stage's model and returns the report part, agreement measured.
 
     Writes `export/adapter` and `export/merged`. Both are loaded again from disk and
-    answer held-out problems greedily; `greedy_agreement` is the share of answers that
+    answer held-out prompts greedily; `greedy_agreement` is the share of answers that
     equal the trained model's, letter for letter.
 
     Args:
         run: with the stage trained.
-        stage: `sft` or `grpo`.
-        prompts: how many problems of `test` are compared.
+        stage: `sft` or `grpo`; the run's last one by default.
+        prompts: how many prompts are compared.
 
     Raises:
+        ConfigError: the run has no such stage.
         MissingInput: the stage has not been trained.
     """
     config = run.config
+    stage = stage or config.stages[-1]
+    require_stage(config, stage)
     trained = run.require(f"{stage}/adapter")
     folder = run.path / "export"
     folder.mkdir(exist_ok=True)
-    bits = models.resolve_weights(config.weights)
-    options: dict[str, Any] = {"engine": config.engine, "max_length": config.max_length}
-    as_trained = {**options, "weights": bits}
-    problems = data.read_rows(run.require("data/test.jsonl"))[:prompts]
-    asked = [data.ask(p["question"], config.system_prompt) for p in problems]
+    options = models.options(config)
+    asked, gold = held_out_prompts(run, prompts)
 
     def answer(model: PreTrainedModel, tokenizer: Any) -> list[Answer]:
         return generate(
@@ -87,7 +107,7 @@ def export(run: Run, stage: str = "grpo", prompts: int = 16) -> dict[str, Any]:
             batch_size=config.evaluation.batch_size,
         )
 
-    model, tokenizer = models.load_model(config.model, adapter=trained, **as_trained)
+    model, tokenizer = models.load_model(config.model, adapter=trained, **options)
     # brings transformers in, which Unsloth wants imported after itself
     from helpers.callbacks import save_adapter
 
@@ -97,9 +117,9 @@ def export(run: Run, stage: str = "grpo", prompts: int = 16) -> dict[str, Any]:
     del model
     runtime.free_memory()
 
-    part: dict[str, Any] = {}
+    part: dict[str, Any] = {"trained": {"prompts": len(asked)}}
     model, tokenizer = models.load_model(
-        config.model, adapter=folder / "adapter", **as_trained
+        config.model, adapter=folder / "adapter", **options
     )
     part["adapter"] = {
         "path": str(folder / "adapter"),
@@ -108,18 +128,18 @@ def export(run: Run, stage: str = "grpo", prompts: int = 16) -> dict[str, Any]:
     del model
     runtime.free_memory()
 
-    merge(config.model, folder / "adapter", bits, folder / "merged")
-    model, tokenizer = models.load_model(
-        str(folder / "merged"), weights="16bit", **options
-    )
+    merge(config, folder / "adapter", folder / "merged")
+    # the template and the pad token come with it
+    options |= {"weights": "16bit", "template": "own", "pad_token": None}
+    model, tokenizer = models.load_model(str(folder / "merged"), **options)
     merged_answers = answer(model, tokenizer)
-    gold = [p["gold"] for p in problems]
     part["merged"] = {
         "path": str(folder / "merged"),
         "greedy_agreement": agreement(expected, merged_answers),
-        "right": count_right(merged_answers, gold),
     }
-    part["trained"] = {"right": count_right(expected, gold), "prompts": len(problems)}
+    if gold:
+        part["trained"]["right"] = count_right(expected, gold)
+        part["merged"]["right"] = count_right(merged_answers, gold)
     del model
     runtime.free_memory()
     part["peak_memory_gb"] = round(runtime.peak_memory_gb(), 3)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from helpers.data import Messages
+from helpers.formats import Messages
 from helpers.templates import render, stop_token_ids
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def generate(
         max_new_tokens: answers are cut here.
         batch_size: prompts a batch; None is 16 on a CPU, where long batches wait for
             their longest answer, and 64 on a GPU, where they cost little.
-        sampling: `temperature`, `top_p`, ... of `generate`; greedy without it.
+        sampling: `temperature`, `top_p`, ... of `generate`, and `max_new_tokens`, as
+            `inference` in a config; greedy without any but the latter.
         streamer: of transformers, for a single prompt.
     """
     import torch
@@ -69,8 +70,10 @@ def generate(
     stops = stop_token_ids(tokenizer)
     arguments: dict[str, Any] = {"do_sample": False, "temperature": None}
     arguments |= {"top_p": None, "top_k": None}
-    if sampling is not None:
-        arguments = {"do_sample": True, **sampling}
+    drawn = dict(sampling or {})
+    max_new_tokens = drawn.pop("max_new_tokens", max_new_tokens)
+    if drawn:
+        arguments = {"do_sample": True, **drawn}
     batch_size = batch_size or (64 if model.device.type == "cuda" else 16)
     answers: dict[int, Answer] = {}
     start = 0
@@ -121,7 +124,7 @@ def reply(
     stream: bool = False,
     **options: Any,
 ) -> str:
-    """Returns the model's greedy answer to one prompt.
+    """Returns the model's answer to one prompt, greedy unless `sampling` is given.
 
     Args:
         prompt: what the user says.

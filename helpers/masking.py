@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from helpers.data import DataError, Messages
+from helpers.formats import DataError, Messages
 from helpers.templates import TemplateError, render, stop_token_ids
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ class Masked(NamedTuple):
     """How many of the kept rows were cut at `max_length`."""
     supervised_fraction: float
     """Share of the kept tokens that carry loss, 0 to 1."""
+    ends: list[int]
+    """Tokens of each conversation up to its last supervised one, uncut."""
 
 
 def assistant_spans(
@@ -122,10 +124,12 @@ def mask_conversations(
     """
     if not conversations:
         raise DataError("no conversations to tokenise; the data is empty")
-    rows, dropped, truncated = [], [], 0
+    rows, ends, dropped, truncated = [], [], [], 0
     for number, messages in enumerate(conversations):
         row = mask_conversation(tokenizer, messages, loss_on)
         cut = {name: ids[:max_length] for name, ids in row.items()}
+        learnt = (i for i, label in enumerate(row["labels"], 1) if label != NO_LOSS)
+        ends.append(max(learnt, default=0))
         if all(label == NO_LOSS for label in cut["labels"]):
             dropped.append(number)
             continue
@@ -142,7 +146,7 @@ def mask_conversations(
     supervised = sum(sum(x != NO_LOSS for x in row["labels"]) for row in rows)
     fraction = supervised / tokens
     check_rows(tokenizer, rows, loss_on, fraction, truncated)
-    return Masked(rows, dropped, truncated, fraction)
+    return Masked(rows, dropped, truncated, fraction, ends)
 
 
 def check_rows(

@@ -1,4 +1,4 @@
-"""Loads model and tokenizer, attaches LoRA, finds the offline model.
+"""Loads model and tokenizer, attaches LoRA, puts adapters on.
 
 Unsloth on a CUDA machine, plain transformers + PEFT elsewhere or on request. Unsloth
 must be imported before transformers, trl and peft, so load the model first.
@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from helpers import runtime
+from helpers.hub import ModelError, find_model, unknown_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-OFFLINE = "smollm2-135m-offline"
+    from helpers.config import RunConfig
+
 Engine = Literal["unsloth", "transformers"]
-# GiB that a model needs at the least, by a word in its name, in 4 bit
+# bytes a weight, with what loading needs beside the weights
 WEIGHT_BYTES = {"4bit": 0.6, "8bit": 1.1, "16bit": 2.1}
-
-
-class ModelError(ValueError):
-    """A model or adapter that cannot be loaded; the message says what to do."""
 
 
 def resolve_engine(engine: str) -> Engine:
@@ -55,36 +51,26 @@ def resolve_weights(weights: str) -> str:
     return "4bit" if runtime.find_machine().device == "cuda" else "16bit"
 
 
-def cache_folder() -> Path:
-    """Returns where converted models lie: `TUNEBOOK_CACHE` or `~/.cache/tunebook`."""
-    default = Path.home() / ".cache" / "tunebook"
-    return Path(os.environ.get("TUNEBOOK_CACHE", default))
+def options(config: RunConfig) -> dict[str, Any]:
+    """Returns the arguments of `load_model` that a config decides."""
+    names = ["engine", "weights", "double_quant", "dtype", "max_length"]
+    names += ["template", "pad_token"]
+    return {name: getattr(config, name) for name in names}
 
 
-def find_model(name: str) -> str:
-    """Returns the folder or hub id to load: the offline model's folder, or the name.
-
-    Raises:
-        ModelError: the offline model's package is not installed.
-    """
-    if name != OFFLINE:
-        return name
-    folder = cache_folder() / OFFLINE
-    if not (folder / "model.safetensors").exists():
-        # in a process of its own: Unsloth has to be imported before transformers
-        command = [sys.executable, "-m", "helpers.offline", str(folder)]
-        done = subprocess.run(command, cwd=runtime.ROOT, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ModelError(f"the offline model could not be converted: {reason}")
-    return str(folder)
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, *, template: str = "own", pad_token: str | None = None
+) -> PreTrainedTokenizerBase:
     """Returns a model's tokenizer, fit to train with (see `templates`).
+
+    Args:
+        name: as for `load_model`.
+        template: `own`, or the name of one in `templates.TEMPLATES`.
+        pad_token: a token of the vocabulary; None chooses one.
 
     Raises:
         ModelError: there is no such model, or the hub cannot be reached.
+        TemplateError: the tokenizer has no such pad token, or none to pad with.
     """
     from transformers import AutoTokenizer
 
@@ -94,22 +80,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(find_model(name))
     except (OSError, ValueError) as error:
         raise unknown_model(name, error) from error
-    prepare_tokenizer(tokenizer)
+    prepare_tokenizer(tokenizer, template, pad_token)
     return tokenizer
-
-
-def unknown_model(name: str, error: Exception) -> ModelError:
-    """Returns the error for a model that could not be loaded, in one sentence."""
-    if Path(name).is_dir():
-        return ModelError(
-            f"{name} is a folder but holds no complete model: {str(error)[:200]}"
-        )
-    if runtime.hub_reachable():
-        return ModelError(f"model {name!r} could not be loaded: {str(error)[:300]}")
-    return ModelError(
-        f"model {name!r} is not a folder here, and the model hub cannot be reached; "
-        f"check the name and the network, or use {OFFLINE!r}, which needs neither"
-    )
 
 
 def load_model(
@@ -117,17 +89,27 @@ def load_model(
     *,
     engine: str = "auto",
     weights: str = "auto",
+    double_quant: bool = True,
+    dtype: str = "auto",
     max_length: int = 1024,
+    template: str = "own",
+    pad_token: str | None = None,
     adapter: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns a base model, frozen, and its tokenizer.
+
+    `load_model(config.model, **options(config))` is the model of a config.
 
     Args:
         name: hub id, folder, or `smollm2-135m-offline`.
         engine: `auto`, `unsloth` or `transformers`.
         weights: `auto`, `4bit` (NF4), `8bit` or `16bit` (this machine's own dtype,
             fp32 on a CPU).
+        double_quant: with `4bit`, quantise the scales too.
+        dtype: of arithmetic: `auto`, `float16` or `bfloat16`, where the machine has it.
         max_length: the longest row that will be trained on, in tokens.
+        template: as for `load_tokenizer`, and so `pad_token`.
+        pad_token: what to pad with.
         adapter: put on the model, see `load_adapter`.
 
     Raises:
@@ -136,34 +118,41 @@ def load_model(
     """
     chosen, bits = resolve_engine(engine), resolve_weights(weights)
     machine = runtime.prepare_device()
-    dtype, _ = runtime.choose_dtype(machine)
+    arithmetic, _ = runtime.choose_dtype(machine, dtype)
     place = find_model(name)
     check_size(place, bits, machine)
     try:
         if chosen == "unsloth":
-            from unsloth import FastLanguageModel
+            from unsloth import FastLanguageModel  # before transformers
 
+            quantised = quantization(bits, arithmetic, double_quant)
             model, _ = FastLanguageModel.from_pretrained(
                 place,
                 max_seq_length=max_length,
-                dtype=dtype,
+                dtype=arithmetic,
                 load_in_4bit=bits == "4bit",
                 load_in_8bit=bits == "8bit",
+                load_in_16bit=bits == "16bit",
+                # else a hub name stands for Unsloth's copy, made with double_quant
+                use_exact_model_name=not double_quant,
+                **({"quantization_config": quantised} if quantised else {}),
             )
         else:
             from transformers import AutoModelForCausalLM
 
             model = AutoModelForCausalLM.from_pretrained(
                 place,
-                dtype=dtype,
+                dtype=arithmetic,
                 device_map={"": 0} if machine.device == "cuda" else None,
-                quantization_config=quantization(bits, dtype),
+                quantization_config=quantization(bits, arithmetic, double_quant),
             )
     except (OSError, ValueError, RuntimeError) as error:
         if "out of memory" in str(error):
             raise
         raise unknown_model(name, error) from error
-    tokenizer = load_tokenizer(name)
+    check_weights(model, bits, double_quant)
+    keep_trainable(model)
+    tokenizer = load_tokenizer(name, template=template, pad_token=pad_token)
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -174,7 +163,7 @@ def load_model(
     return model, tokenizer
 
 
-def quantization(bits: str, dtype: Any) -> Any:
+def quantization(bits: str, dtype: Any, double_quant: bool = True) -> Any:
     """Returns the bitsandbytes config for `4bit` or `8bit`, None for `16bit`."""
     from transformers import BitsAndBytesConfig
 
@@ -185,9 +174,40 @@ def quantization(bits: str, dtype: Any) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def check_weights(model: PreTrainedModel, bits: str, double_quant: bool) -> None:
+    """Raises ModelError when a model was loaded in other weights than asked for.
+
+    Unsloth's CPU backend loads 16 bit for 8, and always quantises the scales of 4 bit:
+    the latter changes no result to speak of and is only said.
+    """
+    if bits != "16bit" and not getattr(model, f"is_loaded_in_{bits}", False):
+        raise ModelError(
+            f"weights={bits!r} cannot be loaded here: Unsloth without a GPU loads "
+            "16bit instead; choose engine='transformers' or other weights"
+        )
+    found = model.config.quantization_config if bits == "4bit" else None
+    if found and found.bnb_4bit_use_double_quant != double_quant:
+        warnings.warn(
+            f"double_quant={double_quant} is not followed: the weights were loaded "
+            f"with double_quant={found.bnb_4bit_use_double_quant}",
+            stacklevel=3,
+        )
+
+
+def keep_trainable(model: PreTrainedModel) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights for CPUs with AVX512-BF16.
+
+    It does so on the first answer or evaluation and never takes it back; gradients
+    through the repacked weights are wrong, so that training goes on but learns nothing.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_size(place: str, bits: str, machine: runtime.Machine) -> None:
@@ -206,6 +226,7 @@ def add_lora(
     engine: str = "auto",
     seed: int = 3407,
     max_length: int = 1024,
+    checkpointing: bool | None = None,
 ) -> PreTrainedModel:
     """Returns the model with fresh LoRA matrices to train; the base stays frozen.
 
@@ -215,6 +236,8 @@ def add_lora(
         engine: `auto`, `unsloth` or `transformers`.
         seed: for the matrices' first values.
         max_length: the longest row that will be trained on, in tokens.
+        checkpointing: recompute activations in the backward pass, for a third more
+            time and much less memory; None does on a GPU. Never on a CPU.
 
     Raises:
         ModelError: a target module does not exist in the model.
@@ -222,6 +245,7 @@ def add_lora(
     import torch
 
     on_gpu = torch.cuda.is_available()
+    recompute = on_gpu and checkpointing is not False
     targets = lora.get("target_modules", [])
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     absent = [t for t in targets if t not in names] if isinstance(targets, list) else []
@@ -243,7 +267,7 @@ def add_lora(
         return FastLanguageModel.get_peft_model(
             model,
             **{"bias": "none", "lora_dropout": 0, **lora},
-            use_gradient_checkpointing="unsloth" if on_gpu else False,
+            use_gradient_checkpointing="unsloth" if recompute else False,
             random_state=seed,
             max_seq_length=max_length,
         )
@@ -255,7 +279,9 @@ def add_lora(
     )
     if quantised:
         model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=on_gpu
+            model,
+            use_gradient_checkpointing=recompute,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
         )
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
@@ -269,7 +295,7 @@ def load_adapter(
         model: the base, from `load_model`.
         adapter: a folder or hub id that PEFT can read.
         engine: as for `load_model`.
-        lora: more arguments of `add_lora` (`seed`, `max_length`).
+        lora: more arguments of `add_lora` (`seed`, `max_length`, `checkpointing`).
 
     Raises:
         ModelError: there is no adapter, or its matrices do not fit this model.

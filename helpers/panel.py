@@ -1,39 +1,23 @@
-"""An ipywidgets form over a config: edit, validate, save; works headless too."""
+"""An ipywidgets form over a config: edit, validate, predict, save; headless too."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from helpers.config import ConfigError, RunConfig, changed
+from helpers import recipes, summary
+from helpers.config import ConfigError, RunConfig, check_config
+from helpers.knobs import BY_PATH, KNOBS, hint, parse, read, show, write
 from helpers.runs import Run, save_run
 
 if TYPE_CHECKING:
     import ipywidgets
 
-# the knobs that people turn, by group: path into the config, label
-KNOBS: dict[str, dict[str, str]] = {
-    "model": {"model": "base model", "max_length": "max length, tokens"},
-    "data": {
-        "data__train_rows": "train rows, at most",
-        "data__test_rows": "test problems",
-        "seed": "seed",
-    },
-    "LoRA": {"lora__r": "rank", "lora__lora_alpha": "alpha"},
-    "SFT": {
-        "sft__max_steps": "steps",
-        "sft__learning_rate": "learning rate",
-        "sft__per_device_train_batch_size": "rows a micro-batch",
-        "sft__gradient_accumulation_steps": "micro-batches a step",
-    },
-    "GRPO": {
-        "grpo__max_steps": "steps",
-        "grpo__learning_rate": "learning rate",
-        "grpo__num_generations": "answers a prompt",
-        "grpo__max_completion_length": "answer length, tokens",
-    },
-}
+    from helpers.checks import Advice
 
-OPTIONAL = {"data__train_rows", "data__test_rows"}  # empty = all
+LABEL, SHORT, LONG, WIDE = "180px", "400px", "500px", "700px"
+BESIDE = {"flex": "1 1 0%", "min_width": "170px", "margin": "0 0 0 12px"}
+BELOW = {"flex": "1 1 100%", "margin": "0 0 0 188px"}
 
 
 class Panel:
@@ -42,37 +26,78 @@ class Panel:
     Attributes:
         run: the run as last saved.
         fields: the widgets, by their path into the config.
+        notes: what stands beside each field, by the same paths.
+        summary: what the config amounts to: batch, steps, parameters, memory, minutes.
     """
 
     def __init__(self, run: Run) -> None:
         import ipywidgets as widgets
 
+        from helpers import gpus
+
         self.run = run
-        values = run.config.model_dump()
+        self.gpu = gpus.this_gpu()
         self.fields: dict[str, ipywidgets.Widget] = {}
-        boxes = []
-        for group, knobs in KNOBS.items():
-            rows = [widgets.HTML(f"<b>{group}</b>")]
-            for path, label in knobs.items():
-                self.fields[path] = widgets.Text(
-                    value=show(read(values, path)),
-                    description=label,
-                    continuous_update=False,
-                    style={"description_width": "150px"},
-                    layout={"width": "330px"},
-                )
-                self.fields[path].observe(self.check, names="value")
-                rows.append(self.fields[path])
-            boxes.append(widgets.VBox(rows, layout={"margin": "0 16px 8px 0"}))
-        self.message = widgets.HTML()
+        self.notes: dict[str, ipywidgets.HTML] = {}
+        self.recipe = widgets.Dropdown(**labelled("start from"))
+        self.recipe.layout.margin = "2px 2px 8px 18px"  # as the fields' in their page
+        self.tabs = widgets.Tab([self.add_group(group) for group in KNOBS])
+        self.summary, self.advice, self.message = (widgets.HTML() for _ in range(3))
         self.button = widgets.Button(description="Save", button_style="primary")
         self.button.on_click(lambda _: self.save())
-        self.widget = widgets.VBox(
-            [
-                widgets.HBox(boxes, layout={"flex_flow": "row wrap"}),
-                widgets.HBox([self.button, self.message]),
-            ]
+        place = "this GPU" if self.gpu else "a T4"
+        self.plan_button = widgets.Button(description=f"Plan for {place}")
+        for button in (self.button, self.plan_button):
+            button.layout.flex = "0 0 auto"  # a narrow page does not cut its text
+        self.plan_button.on_click(lambda _: self.plan())
+        buttons = widgets.HBox(
+            [self.button, self.plan_button, self.message],
+            layout={"align_items": "center"},
         )
+        self.widget = widgets.VBox(
+            [self.recipe, self.tabs, self.summary, self.advice, buttons]
+        )
+        self.show_run()
+        self.recipe.observe(lambda change: self.choose(change.new), names="value")
+
+    def add_group(self, group: str) -> ipywidgets.Widget:
+        """Returns the page of a group: a row with field and note for each knob."""
+        import ipywidgets as widgets
+
+        rows = []
+        for path in KNOBS[group]:
+            self.fields[path] = make_field(path)
+            self.fields[path].observe(self.check, names="value")
+            place = BELOW if KNOBS[group][path].wide else BESIDE
+            self.notes[path] = widgets.HTML(layout=place)
+            row = [self.fields[path], self.notes[path]]
+            layout = {"flex_flow": "row wrap", "align_items": "center"}
+            rows.append(widgets.HBox(row, layout=layout))
+        return widgets.VBox(rows)
+
+    def show_run(self) -> None:
+        """Shows the run as it was saved, and offers the recipes besides."""
+        saved = f"{self.run.config.name}, as saved"
+        self.recipe.options = [(saved, ""), *((n, n) for n in recipes.NAMES)]
+        self.recipe.value = ""  # ipywidgets 8 leaves it open, 7.7.1 takes the first
+        self.show_config(self.run.config)
+
+    def choose(self, recipe: str) -> None:
+        """Shows a recipe's values, or the saved run's; writes nothing."""
+        self.show_config(recipes.load(recipe) if recipe else self.run.config)
+
+    def show_config(self, config: RunConfig) -> None:
+        """Fills the fields with a config's values."""
+        self.filling = True  # a check sees all the new values or none
+        self.base = config
+        values = config.model_dump()
+        self.shown = {path: as_shown(read(values, path), path) for path in BY_PATH}
+        for path, field in self.fields.items():
+            value = self.shown[path]
+            if BY_PATH[path].choices and value not in dict(field.options).values():
+                field.options = [*field.options, (value, value)]
+            field.value = value
+        self.filling = False
         self.check()
 
     @property
@@ -80,36 +105,101 @@ class Panel:
         """The config that the form shows.
 
         Raises:
-            ConfigError: a field holds what the config does not take.
+            ConfigError: fields hold what the config does not take, a line for each.
         """
-        edited = {}
-        before = self.run.config.model_dump()
+        values = self.base.model_dump()
+        faults = []
         for path, field in self.fields.items():
-            old = read(before, path)
-            if field.value.strip() != show(old):
-                edited[path] = parse(field.value, old, path)
-        return changed(self.run.config, **edited)
+            if field.value != self.shown[path]:
+                try:
+                    write(values, path, parse(field.value, path))
+                except ConfigError as error:
+                    faults.append(str(error))
+        if faults:
+            raise ConfigError("\n".join(faults))
+        return check_config(values)
 
-    def check(self, *_: Any) -> bool:
-        """Shows under the form what is wrong, or what a step holds."""
-        import html
+    def check(self, *_: Any) -> list[Advice]:
+        """Shows what is wrong beside its field, and what the config amounts to.
 
+        Returns:
+            The errors; while there are any, nothing can be saved.
+        """
+        from helpers.checks import Advice, advise
+
+        if self.filling:
+            return []
         try:
             config = self.config
         except ConfigError as error:
-            self.message.value = f"<b>Not saved:</b> {html.escape(str(error))}"
-            self.button.disabled = True
-            return False
-        rows = config.sft.get("per_device_train_batch_size", 8)
-        batch = rows * config.sft.get("gradient_accumulation_steps", 1)
-        self.message.value = f"{batch} rows an optimiser step"
-        self.button.disabled = False
-        return True
+            advice = [Advice("error", *locate(n)) for n in str(error).splitlines()]
+        else:
+            rows, exact = summary.count_rows(config, self.run)
+            advice = advise(config, rows=rows.get("train") if exact else None)
+            for path, field in self.fields.items():
+                stage = path.partition("__")[0]
+                field.disabled = stage in ("sft", "grpo") and stage not in config.stages
+        self.show_advice(advice)
+        errors = [item for item in advice if item.level == "error"]
+        self.button.disabled = self.plan_button.disabled = bool(errors)
+        if errors:
+            names = dict.fromkeys(item.field or "the config" for item in errors)
+            text = f"cannot be saved; to correct: {', '.join(names)}"
+            self.message.value = summary.remark("error", text)
+            self.summary.value = ""
+        else:
+            self.summary.value = summary.summarize(config, self.run, self.gpu)
+            text = "" if config == self.run.config else "edited, not saved yet"
+            self.message.value = summary.remark("hint", text)
+        return errors
+
+    def show_advice(self, advice: list[Advice]) -> None:
+        """Puts advice beside its field, and into a list what belongs to none."""
+        beside = defaultdict(list)
+        for item in advice:
+            path = item.field.replace(".", "__")
+            while path and path not in self.fields:  # data.train.0 is of data.train
+                path = path.rpartition("__")[0]
+            beside[path].append(item)
+        for path, note in self.notes.items():
+            said = [summary.remark(item.level, item.text) for item in beside[path]]
+            note.value = "".join(said) or summary.remark("hint", hint(path))
+        for index, (group, knobs) in enumerate(KNOBS.items()):
+            levels = sorted(item.level for path in knobs for item in beside[path])
+            mark = f" {summary.SIGNS[levels[0]]}" if levels else ""
+            self.tabs.set_title(index, group + mark)
+        self.advice.value = "".join(
+            summary.remark(item.level, f"{item.field}: {item.text}".removeprefix(": "))
+            for item in beside[""]
+        )
+
+    def plan(self) -> None:
+        """Fills the fields with the fastest setting that fits; writes nothing."""
+        from helpers import memory, shapes
+
+        try:
+            plan = memory.plan(self.config, self.gpu)
+        except shapes.UnknownArchitecture as error:
+            self.message.value = summary.remark("error", f"no plan: {error}")
+            return
+        self.show_config(plan.config)
+        lines = plan.text.splitlines()
+        self.message.value = "".join(summary.remark("hint", line) for line in lines)
 
     def save(self) -> Run:
-        """Writes the config to the run folder and returns the run."""
-        self.run = save_run(self.config)
-        self.message.value = f"saved to {self.run.path / 'config.json'}"
+        """Writes the config to the run folder and returns the run.
+
+        Raises:
+            ConfigError: the config has errors.
+        """
+        from helpers import checks
+
+        config = self.config
+        checks.require(self.check())
+        self.run = save_run(config)
+        self.show_run()
+        text = f"saved to {self.run.path / 'config.json'}"
+        self.message.value = summary.remark("fits", text)
         return self.run
 
     def _ipython_display_(self) -> None:
@@ -118,40 +208,53 @@ class Panel:
         display(self.widget)
 
 
-def read(values: dict[str, Any], path: str) -> Any:
-    """Returns the value at a path like `sft__max_steps`, None when there is none."""
-    for key in path.split("__"):
-        values = values.get(key) if isinstance(values, dict) else None  # type: ignore[assignment]
-    return values
+def labelled(label: str, width: str = SHORT) -> dict[str, Any]:
+    """Returns the arguments of a widget whose label lines up with the others'."""
+    return {
+        "description": label,
+        "style": {"description_width": LABEL},
+        "layout": {"width": width, "max_width": "99%"},
+    }
 
 
-def show(value: Any) -> str:
-    """Returns a value as the form shows it; nothing for None."""
-    return "" if value is None else str(value)
+def make_field(path: str) -> ipywidgets.Widget:
+    """Returns the empty widget of a knob: a list to choose from, a box, or text."""
+    import ipywidgets as widgets
+
+    knob = BY_PATH[path]
+    if knob.kind is bool:
+        return widgets.Checkbox(indent=True, **labelled(knob.label))
+    if knob.choices:
+        options = [(choice, choice) for choice in knob.choices]
+        if knob.default is not None:
+            options.insert(0, (f"{knob.default}, by default", ""))
+        return widgets.Dropdown(options=options, **labelled(knob.label))
+    unset = "not set" if knob.default is None else f"{knob.default}, by default"
+    arguments = {"placeholder": unset, "continuous_update": False}
+    if knob.wide:
+        return widgets.Textarea(rows=3, **arguments, **labelled(knob.label, WIDE))
+    width = LONG if knob.kind is str else SHORT
+    return widgets.Text(**arguments, **labelled(knob.label, width))
 
 
-def parse(text: str, old: Any, path: str) -> Any:
-    """Returns what a field's text means, by the type it replaces.
+def as_shown(value: Any, path: str) -> str | bool:
+    """Returns a value of the config as its widget shows it."""
+    knob = BY_PATH[path]
+    if knob.kind is bool:
+        return bool(knob.default if value is None else value)
+    return show(value)
 
-    >>> parse("1e-3", 2e-4, "sft__learning_rate"), parse("", 5, "data__train_rows")
-    (0.001, None)
 
-    Raises:
-        ConfigError: the text is no number where one is expected.
+def locate(fault: str) -> tuple[str, str]:
+    """Returns field and text of a line of a ConfigError; no field, the whole line.
+
+    >>> locate("seed: 'x' is not a whole number"), locate("nothing to train")
+    (('seed', "'x' is not a whole number"), ('', 'nothing to train'))
     """
-    text, where = text.strip(), path.replace("__", ".")
-    if isinstance(old, str):
-        return text
-    if not text and path in OPTIONAL:
-        return None
-    kind = "a number" if isinstance(old, float) else "a whole number"
-    try:
-        value = float(text) if isinstance(old, float) else int(text)
-    except ValueError:
-        raise ConfigError(f"{where}: {text!r} is not {kind}") from None
-    if path.partition("__")[0] in ("lora", "sft", "grpo") and not 0 < value < 1e9:
-        raise ConfigError(f"{where}: {text} found, {kind} above 0 expected")
-    return value
+    field, _, text = fault.partition(": ")
+    if not text or " " in field:
+        return "", fault.removeprefix("Value error, ")  # pydantic's
+    return field, text
 
 
 def form(run: Run) -> Panel:

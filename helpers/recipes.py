@@ -1,139 +1,47 @@
-"""The named configurations; `load("demo")` is one word away from a run."""
+"""The named configurations of `recipes.toml`; `load("demo")` is one word from a run.
+
+python -m helpers.recipes    # lists them
+"""
 
 from __future__ import annotations
 
 import copy
+import os
+import tomllib
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from helpers.config import ConfigError, RunConfig, changed, check_config, nearest
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-PROJECTIONS += ["gate_proj", "up_proj", "down_proj"]
+FILE = Path(__file__).with_name("recipes.toml")
+NOTES = ("source", "needs")  # said of a recipe, no part of its config
 
-WORD_PROBLEMS = "data_samples/word_problems"
-
-# A 135M model that learns easy word problems in minutes on two CPU cores. Its rate is
-# five times the usual one for LoRA: small models bear it, and 120 steps need it.
-DEMO: dict[str, Any] = {
-    "name": "demo",
-    "model": "smollm2-135m-offline",
-    "max_length": 512,
-    "data": {
-        "train": [
-            f"{WORD_PROBLEMS}/train.jsonl",
-            "data_samples/openai_messages.jsonl",
-            "data_samples/sharegpt.jsonl",
-        ],
-        "eval": f"{WORD_PROBLEMS}/eval.jsonl",
-        "eval_rows": 64,
-        "problems": f"{WORD_PROBLEMS}/train.jsonl",
-        "test": f"{WORD_PROBLEMS}/test.jsonl",
-        "test_rows": 200,
-        "test_new": f"{WORD_PROBLEMS}/test_new.jsonl",
-        "test_new_rows": 100,
-    },
-    "evaluation": {"max_new_tokens": 128},
-    "lora": {"r": 16, "lora_alpha": 32, "target_modules": PROJECTIONS},
-    "sft": {
-        "max_steps": 120,
-        # one packed row of 512 tokens a step, which is about five problems: on a CPU
-        # attention is computed over the whole micro-batch, so short ones are fastest
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "packing": True,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": 6,
-        "optim": "adamw_torch",
-        "logging_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 40,
-        "save_steps": 40,
-    },
-    "grpo": {
-        "max_steps": 10,
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 64,
-        "learning_rate": 2e-5,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 2,
-        "logging_steps": 1,
-        "save_steps": 5,
-    },
-    "rewards": {"correctness": 1.0},
+# our samples in the row format of hub datasets, by the dataset's name
+SAMPLES = {
+    "databricks/databricks-dolly-15k": "data_samples/dolly.jsonl",
+    "mlabonne/FineTome-100k": "data_samples/sharegpt.jsonl",
+    "mlabonne/guanaco-llama2-1k": "data_samples/llama2_text.jsonl",
+    "WizardLMTeam/WizardLM_evol_instruct_70k": "data_samples/wizardlm.jsonl",
+    "openai/gsm8k/main:train": "data_samples/word_problems/train.jsonl",
+    "openai/gsm8k/main:test": "data_samples/word_problems/test.jsonl",
 }
 
-# The demo with every size cut down: proves that the cells run, measures nothing.
-SMOKE: dict[str, Any] = {
-    "name": "smoke",
-    "evaluation": {"max_new_tokens": 24},
-}
 
-# The stock Unsloth QLoRA notebook's values, then GRPO on GSM8K.
-FINETOME: dict[str, Any] = {
-    "name": "finetome-llama32-1b",
-    "model": "unsloth/Llama-3.2-1B-Instruct",
-    "max_length": 2048,
-    "data": {
-        "train": ["mlabonne/FineTome-100k:train"],
-        # 60 steps of 8 rows see 480; the rest of the 100,000 would only be tokenised
-        "train_rows": 2000,
-        "drop_unusable": True,  # counted in the report, not trained on
-        "eval": "openai/gsm8k/main:train",
-        "eval_rows": 100,
-        "problems": "openai/gsm8k/main:train",
-        "test": "openai/gsm8k/main:test",
-        "test_rows": 200,
-        "test_new": f"{WORD_PROBLEMS}/test_new.jsonl",
-        "test_new_rows": 100,
-    },
-    "evaluation": {"batch_size": 32, "max_new_tokens": 320},
-    "lora": {
-        "r": 16,
-        "lora_alpha": 16,
-        "lora_dropout": 0,
-        "target_modules": PROJECTIONS,
-    },
-    "sft": {
-        "max_steps": 60,
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 2,
-        "gradient_accumulation_steps": 4,
-        "packing": False,
-        "learning_rate": 2e-4,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": 5,
-        "weight_decay": 0.01,
-        "optim": "adamw_8bit",
-        "logging_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 20,
-        "save_steps": 20,
-    },
-    "grpo": {
-        "max_steps": 20,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "num_generations": 4,
-        "max_completion_length": 320,
-        "learning_rate": 5e-6,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 2,
-        "weight_decay": 0.1,
-        "optim": "adamw_8bit",
-        "logging_steps": 1,
-        "save_steps": 5,
-    },
-    "rewards": {"correctness": 1.0, "strict_format": 0.2, "number_present": 0.1},
-}
+@cache
+def read_file() -> dict[str, dict[str, Any]]:
+    """Returns the contents of `recipes.toml`: values by recipe."""
+    return tomllib.loads(FILE.read_text(encoding="utf-8"))
 
-NAMES = ("demo", "smoke", "finetome-llama32-1b")
+
+NAMES = (*read_file(), "smoke")
 
 
 def load(name: str) -> RunConfig:
     """Returns the validated config of a recipe.
+
+    `smoke` is the demo with every size cut down: it proves that the cells run and
+    measures nothing.
 
     >>> load("demo").model
     'smollm2-135m-offline'
@@ -141,14 +49,15 @@ def load(name: str) -> RunConfig:
     Raises:
         ConfigError: there is no such recipe; the nearest name is given.
     """
+    if name == "smoke":
+        config = scaled(load("demo"), steps=4, rows=16)
+        return changed(config, recipe=name, name=name, evaluation__max_new_tokens=24)
     if name not in NAMES:
         known = ", ".join(NAMES)
         raise ConfigError(f"no recipe {name!r}{nearest(name, NAMES)} (known: {known})")
-    if name == "smoke":
-        config = scaled(load("demo"), steps=4, rows=16)
-        return changed(config, recipe="smoke", **SMOKE)
-    values = FINETOME if name == "finetome-llama32-1b" else DEMO
-    return check_config(copy.deepcopy({"recipe": name, **values}))
+    values = {k: v for k, v in read_file()[name].items() if k not in NOTES}
+    # a copy: what somebody changes in a config must not reach the next one
+    return check_config({"name": name, "recipe": name, **copy.deepcopy(values)})
 
 
 def scaled(
@@ -157,25 +66,64 @@ def scaled(
     model: str | None = None,
     steps: int | None = None,
     rows: int | None = None,
+    samples: bool = False,
 ) -> RunConfig:
     """Returns the small version of a config, everything else as it was.
 
     Args:
         model: another base model.
-        steps: optimiser steps of SFT; GRPO takes half as many, at least 2.
+        steps: optimiser steps of SFT; GRPO takes half as many, at least 2. A warm-up
+            in steps shrinks with them.
         rows: held-out rows to score, and eight times as many to train on.
+        samples: replace hub datasets by our samples in the same row format.
     """
-    changes: dict[str, Any] = {}
+    values = config.model_dump()
     if model is not None:
-        changes["model"] = model
+        values["model"] = model
     if steps is not None:
-        changes |= {"sft__max_steps": steps, "grpo__max_steps": max(2, steps // 2)}
         every = max(1, steps // 2)
-        changes |= {"sft__eval_steps": every, "sft__save_steps": every}
+        for stage, count in (("sft", steps), ("grpo", max(2, steps // 2))):
+            part = values[stage]
+            warmup, before = part.get("warmup_steps", 0), part.get("max_steps", -1)
+            if warmup >= 1 and before > 0:  # below 1 it is a share of the run
+                part["warmup_steps"] = round(warmup * count / before)
+            if part:
+                part |= {"max_steps": count, "save_steps": every}
+        if "eval_steps" in values["sft"]:
+            values["sft"]["eval_steps"] = every
+    data = values["data"]
     if rows is not None:
-        changes |= {"data__train_rows": 8 * rows}
-        changes |= {f"data__{part}_rows": rows for part in ("eval", "test", "test_new")}
-    return changed(config, **changes)
+        data |= {"train_rows": 8 * rows, "eval_rows": rows}
+        data |= {"test_rows": rows, "test_new_rows": rows}
+    if samples:
+        data["train"] = [sample_of(source) for source in data["train"]]
+        for part in ("eval", "problems", "test", "test_new"):
+            data[part] = data[part] and sample_of(data[part])
+    return check_config(values)
+
+
+def sample_of(source: str) -> str:
+    """Returns our sample in the row format of a hub dataset; a local file as it is.
+
+    >>> sample_of("databricks/databricks-dolly-15k:train")
+    'data_samples/dolly.jsonl'
+
+    Raises:
+        ConfigError: we have no sample of the dataset.
+    """
+    for known in (source, source.partition(":")[0]):
+        if known in SAMPLES:
+            return SAMPLES[known]
+    if source.endswith((".jsonl", ".json", ".csv", ".parquet")):
+        return source
+    raise ConfigError(
+        f"no sample of {source!r}; there are some of {', '.join(SAMPLES)}"
+    )
+
+
+def describe(name: str) -> dict[str, str]:
+    """Returns what `recipes.toml` says of a recipe: `source` and `needs`."""
+    return {note: read_file()[name][note] for note in NOTES}
 
 
 def default_name() -> str:
@@ -184,8 +132,6 @@ def default_name() -> str:
     `TUNEBOOK_RECIPE` decides when set; else the Llama recipe on a GPU with the model
     hub in reach, and the offline demo everywhere else.
     """
-    import os
-
     import torch
 
     from helpers import runtime
@@ -195,3 +141,24 @@ def default_name() -> str:
         return asked
     online = torch.cuda.is_available() and runtime.hub_reachable()
     return "finetome-llama32-1b" if online else "demo"
+
+
+def list_recipes() -> str:
+    """Returns a Markdown table of the recipes: what they reproduce, what they need."""
+    from helpers import memory
+    from helpers.gpus import T4
+
+    lines = ["| recipe | reproduces | stages | engine | needs | GiB on a T4 |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name in read_file():
+        config, notes = load(name), describe(name)
+        peak = memory.predict(config, T4).peak_gb
+        engine = "Unsloth" if config.engine == "auto" else config.engine
+        cells = [f"`{name}`", notes["source"], " + ".join(config.stages).upper()]
+        cells += [engine, notes["needs"], f"{peak:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(list_recipes())  # noqa: T201

@@ -61,29 +61,41 @@ def memory_cap_gb() -> float:
     return float(os.environ.get("TUNEBOOK_GPU_GB", "inf"))
 
 
-def choose_dtype(machine: Machine) -> tuple[torch.dtype, str]:
+def choose_dtype(machine: Machine, asked: str = "auto") -> tuple[torch.dtype, str]:
     """Returns the dtype of arithmetic on this machine, and the reason for it.
 
     `torch.cuda.is_bf16_supported()` says True on a T4, which only emulates bf16: the
-    compute capability decides instead. `TUNEBOOK_DTYPE=float16` overrides it.
+    compute capability decides instead. `TUNEBOOK_DTYPE=float16` overrides it all.
+
+    Args:
+        machine: from `find_machine`.
+        asked: `auto`, `float16` or `bfloat16`, where the machine has units.
     """
     import torch
 
-    asked = os.environ.get("TUNEBOOK_DTYPE")
-    if asked:
-        if asked not in ("float16", "bfloat16", "float32"):
+    forced = os.environ.get("TUNEBOOK_DTYPE")
+    if forced:
+        if forced not in ("float16", "bfloat16", "float32"):
             raise ValueError(
-                f"TUNEBOOK_DTYPE is {asked!r}; expected float16, bfloat16 or float32"
+                f"TUNEBOOK_DTYPE is {forced!r}; expected float16, bfloat16 or float32"
             )
-        return getattr(torch, asked), f"TUNEBOOK_DTYPE={asked} asks for it"
+        return getattr(torch, forced), f"TUNEBOOK_DTYPE={forced} asks for it"
     if machine.capability is None:
-        return torch.float32, "CPUs without bf16 units are 6 to 60 times slower in it"
-    if machine.capability >= (8, 0):
+        instead = "" if asked == "auto" else f" ({asked} is asked for)"
+        reason = "CPUs without bf16 units are 6 to 60 times slower in it"
+        if asked == "float16":
+            reason = "CPUs have no fp16 units"
+        return torch.float32, reason + instead
+    has_bf16 = machine.capability >= (8, 0)
+    if asked == "float16" or (asked == "bfloat16" and has_bf16):
+        return getattr(torch, asked), f"the config asks for dtype={asked!r}"
+    if has_bf16:
         return torch.bfloat16, "compute capability 8.0 or newer has bf16 units"
+    instead = "" if asked == "auto" else f"; {asked} is asked for"
     return (
         torch.float16,
         f"compute capability {machine.capability[0]}.{machine.capability[1]} "
-        "has no bf16 units (they start at 8.0)",
+        f"has no bf16 units (they start at 8.0{instead})",
     )
 
 
@@ -166,11 +178,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def environment(engine: str) -> dict[str, Any]:
+def environment(engine: str, dtype: str = "auto") -> dict[str, Any]:
     """Returns what `report.json` says of the machine.
 
     Args:
         engine: `unsloth` or `transformers`.
+        dtype: the one that the config asks for.
     """
     machine = find_machine()
     return {
@@ -180,7 +193,7 @@ def environment(engine: str) -> dict[str, Any]:
         "engine": engine,
         "device": f"{machine.device}: {machine.name}",
         "memory_gb": round(machine.memory_gb, 2),
-        "dtype": str(choose_dtype(machine)[0]).removeprefix("torch."),
+        "dtype": str(choose_dtype(machine, dtype)[0]).removeprefix("torch."),
         "versions": versions(),
     }
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from helpers import runtime
+from helpers.config import RunConfig
 
 CELL_TIMEOUT_S = 3600
 
@@ -22,6 +23,22 @@ CELL_TIMEOUT_S = 3600
 def notebooks() -> list[Path]:
     """Returns the numbered notebooks of the series, in order."""
     return sorted((runtime.ROOT / "notebooks").glob("0*.ipynb"))
+
+
+def notebooks_for(config: RunConfig) -> list[Path]:
+    """Returns the notebooks that have something to do for a run.
+
+    Those of stages that it lacks are left out, and the evaluation where no rows are
+    held out.
+    """
+    from helpers import evaluation, stages
+
+    idle = {
+        name for stage, name in stages.NOTEBOOKS.items() if stage not in config.stages
+    }
+    if not evaluation.held_out(config):
+        idle.add("04_evaluation")
+    return [path for path in notebooks() if path.stem not in idle]
 
 
 def execute(source: Path, copy: Path) -> float:
@@ -61,13 +78,13 @@ def main(recipe: str) -> int:
     """
     from nbclient.exceptions import CellExecutionError
 
-    from helpers import evaluation, recipes, runs
+    from helpers import recipes, results, runs
 
     config = recipes.load(recipe)
     os.environ["TUNEBOOK_RUN"] = config.name
     run = runs.save_run(config)
     seconds = {}
-    for source in notebooks():
+    for source in notebooks_for(config):
         print(f"{source.name} ...", end=" ", flush=True)  # noqa: T201
         try:
             spent = execute(source, run.path / "notebooks" / source.name)
@@ -79,7 +96,8 @@ def main(recipe: str) -> int:
     run.write_part("notebooks", {"seconds": seconds})
     total = sum(seconds.values()) / 60
     print(f"\n{total:.1f} minutes; outputs and executed notebooks in {run.path}\n")  # noqa: T201
-    evaluation.print_report(run)
+    if "eval" in run.report():
+        results.print_report(run)
     return 0
 
 

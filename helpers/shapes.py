@@ -47,7 +47,6 @@ KNOWN = {
 }
 
 
-@cache
 def find_architecture(model: str) -> Architecture:
     """Returns a model's numbers: those known here, of its folder, or of the hub.
 
@@ -58,9 +57,25 @@ def find_architecture(model: str) -> Architecture:
         UnknownArchitecture: they are nowhere to be found, or the model is built in
             another way than Llama.
     """
-    folder = Path(model)
-    if folder.is_dir():
-        return read_architecture(folder / "config.json")
+    if Path(model).is_dir():
+        return read_architecture(Path(model) / "config.json")
+    found = look_up(model)
+    if isinstance(found, UnknownArchitecture):
+        raise found
+    return found
+
+
+@cache
+def look_up(model: str) -> Architecture | UnknownArchitecture:
+    """Returns a model's numbers or the reason for having none; asks the hub once."""
+    try:
+        return search(model)
+    except UnknownArchitecture as error:
+        return error
+
+
+def search(model: str) -> Architecture:
+    """Returns the numbers of a model by its name; see `find_architecture`."""
     name = model.lower().rpartition("/")[2]
     for known, numbers in KNOWN.items():
         if name.startswith((known, f"meta-{known}")):
@@ -97,6 +112,10 @@ def read_architecture(path: Path) -> Architecture:
         raise UnknownArchitecture(
             f"{path}: model type {kind!r}; known: {', '.join(LAYOUTS)}"
         )
+    needed = ["num_attention_heads", "hidden_size", "num_hidden_layers"]
+    absent = [k for k in [*needed, "intermediate_size", "vocab_size"] if k not in found]
+    if absent:
+        raise UnknownArchitecture(f"{path} lacks {absent[0]!r}")
     heads, hidden = found["num_attention_heads"], found["hidden_size"]
     return Architecture(
         hidden=hidden,
@@ -154,7 +173,8 @@ def count_parameters(arch: Architecture) -> int:
 def count_lora(arch: Architecture, r: int, target_modules: list[str]) -> int:
     """Returns the trainable parameters of LoRA: r x (in + out) a projection.
 
-    >>> count_lora(KNOWN["llama-3.2-1b"], 16, list(linear_shapes(KNOWN["llama-3.2-1b"])))
+    >>> stock = KNOWN["llama-3.2-1b"]
+    >>> count_lora(stock, 16, list(linear_shapes(stock)))
     11272192
 
     Raises:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
-from helpers.data import Messages
+from helpers.formats import Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,9 +18,21 @@ INSTRUCTION_TEMPLATE = (
     "{% for m in messages %}"
     "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
     "{% elif m['role'] == 'user' %}{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
-    "{% else %}{{ '### Response:\n' + m['content'] + eos_token + '\n\n' }}{% endif %}"
+    "{% else %}{{ '### Response:\n' + m['content'] + eos_token }}"
+    "{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
+# Llama-2's chat format: each pair of turns is a text of its own, BOS to EOS.
+LLAMA2_TEMPLATE = (
+    "{% set ns = namespace(system='') %}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}"
+    "{% set ns.system = '<<SYS>>\n' + m['content'] | trim + '\n<</SYS>>\n\n' %}"
+    "{% elif m['role'] == 'user' %}{{ bos_token }}"
+    "{{ '[INST] ' + ns.system + m['content'] | trim + ' [/INST]' }}"
+    "{% set ns.system = '' %}"
+    "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {"instruction": INSTRUCTION_TEMPLATE, "llama-2": LLAMA2_TEMPLATE}
 
 
 class TemplateError(ValueError):
@@ -54,26 +67,53 @@ def render(
     return bos + text if adds_bos and not text.startswith(bos) else text
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str = "own",
+    pad_token: str | None = None,
+) -> list[str]:
     """Makes a tokenizer fit to train with and returns what was changed, in words.
 
     A missing chat template becomes the `### Instruction` one. A pad token that is the
     EOS token becomes another: loss is not taken on padding, so EOS would never be
-    learnt and the model would never stop.
+    learnt and the model would never stop. Asking for it all the same gets a warning.
+
+    Args:
+        tokenizer: it is changed in place.
+        template: `own`, or a name of `TEMPLATES`.
+        pad_token: a token of the vocabulary, `eos`, or None to choose one.
 
     Raises:
-        TemplateError: the tokenizer has no EOS token, or no token to pad with.
+        TemplateError: the tokenizer has no EOS token, no such pad token, or none to
+            pad with.
     """
     notes = []
     if tokenizer.eos_token_id is None:
         raise TemplateError("the tokenizer has no EOS token; set tokenizer.eos_token")
-    if not tokenizer.chat_template:
+    if template != "own":
+        tokenizer.chat_template = TEMPLATES[template]
+    elif not tokenizer.chat_template:
         tokenizer.chat_template = INSTRUCTION_TEMPLATE
         notes.append("no chat template: '### Instruction / ### Response' is used")
+    refused = pad_token in ("eos", tokenizer.eos_token)
+    if pad_token is not None and not refused:
+        if pad_token not in tokenizer.get_vocab():
+            raise TemplateError(
+                f"pad_token={pad_token!r} is not in the vocabulary; leave it null for "
+                f"{find_pad_token(tokenizer)!r}, or give a token that is there"
+            )
+        tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         found = tokenizer.pad_token
         tokenizer.pad_token = find_pad_token(tokenizer)
         notes.append(f"pad token was {found}, is {tokenizer.pad_token} (EOS is learnt)")
+    if refused:
+        warnings.warn(
+            f"padding with EOS ({tokenizer.eos_token}) is asked for; no loss is taken "
+            "on padding, so EOS would never be learnt and answers would not end: "
+            f"{tokenizer.pad_token} pads instead",
+            stacklevel=2,
+        )
     return notes
 
 

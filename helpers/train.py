@@ -3,120 +3,104 @@
 The notebooks' cells call these functions, and so does the command line:
 
     python -m helpers.train runs/demo/config.json
+    python -m helpers.train guanaco-llama2-7b --small
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import argparse
 import logging
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from helpers import data, models, runtime
-from helpers.config import ConfigError, nearest
-from helpers.runs import Run, fingerprint, write_json
+from helpers import checks, data, models, runtime
+from helpers.config import ConfigError, RunConfig, Stage, changed, read_config
+from helpers.runs import Run, save_run, write_json
+from helpers.stages import (
+    NOTEBOOKS,
+    finish,
+    is_finished,
+    open_stage,
+    require_stage,
+    stage_report,
+)
+from helpers.trackers import choose_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-Stage = Literal["sft", "grpo"]
 PROMPTS = "data_samples/eval_prompts.jsonl"
-NOTE = "made_from.json"
 
 
-def machine_arguments() -> dict[str, Any]:
+def recomputes(config: RunConfig, stage: Stage) -> bool:
+    """Returns whether a stage recomputes activations to save memory, never on a CPU.
+
+    There it would cost a third more time, and memory is plenty.
+    """
+    asked = getattr(config, stage).get("gradient_checkpointing", True)
+    return bool(asked) and runtime.find_machine().device == "cuda"
+
+
+def machine_arguments(config: RunConfig) -> dict[str, Any]:
     """Returns the training arguments that the machine decides, not the recipe."""
     machine = runtime.find_machine()
-    dtype = str(runtime.choose_dtype(machine)[0])
-    arguments: dict[str, Any] = {
+    dtype = str(runtime.choose_dtype(machine, config.dtype)[0])
+    return {
         "fp16": machine.device == "cuda" and dtype == "torch.float16",
         "bf16": machine.device == "cuda" and dtype == "torch.bfloat16",
-        "report_to": "none",
+        "use_cpu": machine.device == "cpu",
     }
-    if machine.device == "cpu":
-        # recomputing activations would cost a third more time and memory is plenty
-        arguments |= {"use_cpu": True, "gradient_checkpointing": False}
-    return arguments
-
-
-def check_fields(kind: type, values: dict[str, Any], where: str) -> None:
-    """Raises ConfigError when a dictionary has keys that a TRL config lacks."""
-    known = {field.name for field in dataclasses.fields(kind)}
-    for key in values:
-        if key not in known:
-            hint = nearest(key, known)
-            raise ConfigError(f"{where}.{key} is no field of {kind.__name__}{hint}")
 
 
 def load_for_training(
-    run: Run, adapter: Path | str | None = None
+    run: Run, stage: Stage = "sft", adapter: Path | str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns the run's base model with LoRA to train, and its tokenizer.
 
     Args:
         run: its config names model, engine, weights and LoRA.
+        stage: the stage that is to be trained.
         adapter: go on from this adapter instead of fresh matrices.
+
+    Prints what is questionable in the config, see `checks`.
+
+    Raises:
+        ConfigError: the run has no such stage, or its config cannot be trained.
     """
     config = run.config
-    options: dict[str, Any] = {"engine": config.engine, "max_length": config.max_length}
-    base, tokenizer = models.load_model(config.model, weights=config.weights, **options)
+    require_stage(config, stage)
+    advice = checks.advise(config, rows=run.report().get("data", {}).get("train"))
+    if advice:
+        print(checks.report(advice))  # noqa: T201
+    checks.require(advice)
+    base, tokenizer = models.load_model(config.model, **models.options(config))
     runtime.seed_everything(config.seed)
+    options: dict[str, Any] = {
+        "engine": config.engine,
+        "seed": config.seed,
+        "max_length": config.max_length,
+        "checkpointing": recomputes(config, stage),
+    }
     if adapter is not None:
-        return models.load_adapter(
-            base, adapter, seed=config.seed, **options
-        ), tokenizer
-    return models.add_lora(base, config.lora, seed=config.seed, **options), tokenizer
+        return models.load_adapter(base, adapter, **options), tokenizer
+    return models.add_lora(base, config.lora, **options), tokenizer
 
 
-def made_from(run: Run, stage: Stage) -> str:
-    """Returns the fingerprint of all that decides a stage's result."""
-    config = run.config.model_dump(exclude={"evaluation", "save_minutes"})
-    config["data"] = run.report().get("data", {}).get("fingerprints")
-    if stage == "sft":
-        config = {k: v for k, v in config.items() if k not in ("grpo", "rewards")}
-    return fingerprint(config)
-
-
-def open_stage(run: Run, stage: Stage) -> Path:
-    """Returns a stage's folder, with checkpoints of another config set aside.
-
-    A folder that was made from other settings or data is renamed, never mixed in and
-    never deleted.
-    """
-    folder = run.path / stage
-    now = made_from(run, stage)
-    old = read_note(folder / NOTE).get("fingerprint", now)
-    if old != now:
-        number = 1 + len(list(run.path.glob(f"{stage}.before-*")))
-        aside = run.path / f"{stage}.before-{number}"
-        print(f"{stage}: settings or data changed, former result kept in {aside}")  # noqa: T201
-        folder.rename(aside)
-    if not (folder / NOTE).exists():
-        write_json(folder / NOTE, {"fingerprint": now, "finished": False})
-    return folder
-
-
-def is_finished(run: Run, stage: Stage) -> bool:
-    """Returns whether a stage was trained to its end with the settings as they are."""
-    note = read_note(run.path / stage / NOTE)
-    return note.get("finished", False) and note["fingerprint"] == made_from(run, stage)
-
-
-def read_note(path: Path) -> dict[str, Any]:
-    """Returns what a small JSON file of a stage holds, empty when it is not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def common_arguments(run: Run, folder: Path) -> dict[str, Any]:
-    """Returns the training arguments that both stages share."""
+def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
+    """Returns a stage's training arguments: the config's, and what they leave open."""
+    config = run.config
+    values = getattr(config, stage)
     return {
         "output_dir": str(folder / "checkpoints"),
-        "seed": run.config.seed,
+        "seed": config.seed,
         "save_total_limit": 2,
         "logging_first_step": True,
-        **machine_arguments(),
+        **machine_arguments(config),
+        **values,
+        "gradient_checkpointing": recomputes(config, stage),
+        "report_to": choose_trackers(values.get("report_to", "none")) or "none",
     }
 
 
@@ -150,7 +134,7 @@ def build_sft(
 
     Raises:
         MissingInput: notebook 01 has not prepared the data.
-        ConfigError: `sft` has a field that `SFTConfig` lacks.
+        ConfigError: the run has no sft stage.
         DataError: the labels would be wrong (see `masking`).
     """
     from datasets import Dataset
@@ -159,24 +143,29 @@ def build_sft(
     from helpers import callbacks, masking
 
     config = run.config
-    check_fields(SFTConfig, config.sft, "sft")
+    require_stage(config, "sft")
     folder = open_stage(run, "sft")
     rows = {}
     for part in ("train", "eval"):
+        if part not in data.parts_of(config.data):
+            continue
         conversations = [
             row["messages"] for row in data.read_rows(run.require(f"data/{part}.jsonl"))
         ]
         rows[part] = masking.mask_conversations(
             tokenizer, conversations, config.loss_on, config.max_length
         )
-    arguments = {**common_arguments(run, folder), **config.sft}
+    cut = checks.check_lengths(rows["train"].ends, config.max_length)
+    if cut:
+        print(checks.report([cut]))  # noqa: T201
+    arguments = training_arguments(run, "sft", folder)
     arguments["include_num_input_tokens_seen"] = "all"  # Unsloth logs no num_tokens
     logging.getLogger("trl.trainer.sft_trainer").addFilter(AboutPacking())
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(max_length=config.max_length, **arguments),
         train_dataset=Dataset.from_list(rows["train"].rows),
-        eval_dataset=Dataset.from_list(rows["eval"].rows),
+        eval_dataset=Dataset.from_list(rows["eval"].rows) if "eval" in rows else None,
         processing_class=tokenizer,
         callbacks=[
             callbacks.History(folder),
@@ -193,6 +182,7 @@ def build_sft(
     )
     keep_lora_fp32(trainer.model)
     labels = rows["train"]._asdict()
+    del labels["ends"]
     labels |= {"rows": len(labels["rows"]), "dropped": len(labels["dropped"])}
     write_json(folder / "labels.json", labels)
     return trainer
@@ -210,7 +200,8 @@ def build_grpo(
 
     Raises:
         MissingInput: notebook 01 has not prepared the data.
-        ConfigError: `grpo` has a field that `GRPOConfig` lacks.
+        ConfigError: the run has no grpo stage, or every prompt is longer than
+            `max_prompt_length`.
     """
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -218,7 +209,7 @@ def build_grpo(
     from helpers import callbacks, rewards
 
     config = run.config
-    check_fields(GRPOConfig, config.grpo, "grpo")
+    require_stage(config, "grpo")
     functions, weights = rewards.choose(config.rewards)
     problems = data.read_rows(run.require("data/problems.jsonl"))
     folder = open_stage(run, "grpo")
@@ -226,7 +217,11 @@ def build_grpo(
         {"prompt": data.ask(p["question"], config.system_prompt), "gold": p["gold"]}
         for p in problems
     ]
-    arguments = {**common_arguments(run, folder), **config.grpo}
+    if config.max_prompt_length:
+        prompts = short_prompts(prompts, tokenizer, config.max_prompt_length)
+    counts = {"prompts": len(prompts), "left_out": len(problems) - len(prompts)}
+    write_json(folder / "prompts.json", counts)
+    arguments = training_arguments(run, "grpo", folder)
     trainer = GRPOTrainer(
         model=model,
         args=GRPOConfig(reward_weights=weights, **arguments),
@@ -241,6 +236,27 @@ def build_grpo(
     )
     keep_lora_fp32(trainer.model)
     return trainer
+
+
+def short_prompts(
+    rows: list[data.Row], tokenizer: PreTrainedTokenizerBase, limit: int
+) -> list[data.Row]:
+    """Returns the rows whose prompt has at most `limit` tokens, header included.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from helpers.templates import render
+
+    texts = [render(tokenizer, row["prompt"], for_generation=True) for row in rows]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    short = [r for r, ids in zip(rows, encoded, strict=True) if len(ids) <= limit]
+    if not short:
+        raise ConfigError(
+            f"max_prompt_length={limit} leaves none of {len(rows)} problems: the "
+            f"shortest prompt has {min(map(len, encoded))} tokens; raise it"
+        )
+    return short
 
 
 def fit(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
@@ -269,9 +285,8 @@ def fit(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
     part = stage_report(run, stage, trainer)
     run.write_part(stage, part)
     engine = models.resolve_engine(run.config.engine)
-    run.write_part("environment", runtime.environment(engine))
-    note = {"fingerprint": made_from(run, stage), "finished": True}
-    write_json(folder / NOTE, note)
+    run.write_part("environment", runtime.environment(engine, run.config.dtype))
+    finish(run, stage)
     return part
 
 
@@ -296,71 +311,40 @@ def restore_finished(trainer: Trainer, checkpoint: Path) -> bool:
     return True
 
 
-def callback_of(trainer: Trainer, kind: type) -> Any:
-    """Returns the trainer's callback of a class."""
-    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, kind))
-
-
-def stage_report(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
-    """Returns a stage's part of `report.json` from what the trainer logged."""
-    from helpers import callbacks
-
-    history = callback_of(trainer, callbacks.History)
-    skipped = callback_of(trainer, callbacks.SkippedSteps)
-    part: dict[str, Any] = {
-        "steps": trainer.state.global_step,
-        "seconds": round(history.training_seconds, 1),
-        "peak_memory_gb": round(runtime.peak_memory_gb(), 3),
-        "skipped_steps": skipped.count,
-    }
-    if skipped.reason:
-        part["stopped"] = skipped.reason
-    if stage == "grpo":
-        rewards_seen = history.values("reward")
-        ends = max(1, len(rewards_seen) // 4)
-        part |= {
-            "reward_first": round(sum(rewards_seen[:ends]) / ends, 4),
-            "reward_last": round(sum(rewards_seen[-ends:]) / ends, 4),
-            "reward_averaged_over_steps": ends,
-        }
-        return part
-    losses, tokens = history.values("loss"), trainer.state.num_input_tokens_seen
-    best = callback_of(trainer, callbacks.BestAdapter)
-    labels = read_note(run.path / stage / "labels.json")
-    return part | {
-        "loss_first": round(losses[0], 4),
-        "loss_last": round(losses[-1], 4),
-        "eval_loss_best": round(best.best, 4),
-        "best_step": best.step,
-        "tokens_per_second": round(tokens / history.training_seconds, 1),
-        "supervised_fraction": round(labels["supervised_fraction"], 4),
-        "rows_dropped": labels["dropped"],
-        "rows_truncated": labels["truncated"],
-    }
-
-
-def ensure_adapter(run: Run, stage: Stage) -> Path | str:
+def ensure_adapter(run: Run, stage: Stage) -> Path | str | None:
     """Returns a stage's adapter, training it first, with a word, if it is missing.
 
     Notebooks call this for what the notebook before them made, so that each can be
-    opened alone. `sft_adapter` in the config is taken instead of training SFT.
+    opened alone. `sft_adapter` in the config is taken instead of training SFT. None
+    for `sft` in a run without that stage: GRPO then starts with fresh matrices.
+
+    Raises:
+        ConfigError: the run has no grpo stage.
     """
     if stage == "sft" and run.config.sft_adapter:
         return run.config.sft_adapter
+    if stage == "sft" and "sft" not in run.config.stages:
+        return None
+    require_stage(run.config, stage)
     path = run.path / stage / "adapter"
-    if is_finished(run, stage):
-        return path
-    maker = {"sft": "02_sft_qlora", "grpo": "03_grpo_gsm8k"}[stage]
-    print(f"no finished {path} (notebook {maker} makes it): training it now")  # noqa: T201
-    train_stage(run, stage)
+    if not is_finished(run, stage):
+        maker = NOTEBOOKS[stage]
+        print(f"no finished {path} (notebook {maker} makes it): training it now")  # noqa: T201
+        train_stage(run, stage)
     return path
+
+
+def adapters(run: Run) -> dict[str, Path | str | None]:
+    """Returns the adapter of each model of a run: none for `base`, then its stages'."""
+    return {"base": None, **{s: ensure_adapter(run, s) for s in run.config.stages}}
 
 
 def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
     """Trains one stage of a run, and what it needs before, and returns its report."""
+    require_stage(run.config, stage)
     data.ensure_data(run)
     start = ensure_adapter(run, "sft") if stage == "grpo" else None
-    model, tokenizer = load_for_training(run, start)
+    model, tokenizer = load_for_training(run, stage, start)
     build = build_sft if stage == "sft" else build_grpo
     part = fit(run, stage, build(run, model, tokenizer))
     del model
@@ -368,22 +352,61 @@ def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
     return part
 
 
-def main(path: str) -> None:
-    """Trains both stages of the run whose `config.json` is given.
+def read_arguments(arguments: list[str]) -> RunConfig:
+    """Returns the config that a command line asks for.
+
+    Raises:
+        ConfigError: there is no such recipe or file, or it is not valid.
+    """
+    from helpers import hub, recipes
+
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.train",
+        description="Trains the stages of a run, evaluates it and prints its table.",
+    )
+    parser.add_argument("config", help="a recipe's name, or a config.json")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="on the offline model and our sample rows, 10 steps: no GPU, no network",
+    )
+    given = parser.parse_args(arguments)
+    file = given.config.endswith(".json")
+    config = read_config(Path(given.config)) if file else recipes.load(given.config)
+    if given.small:
+        config = recipes.scaled(
+            config, model=hub.OFFLINE, steps=10, rows=8, samples=True
+        )
+        config = changed(config, name=f"{config.name}-small")
+        if "grpo" in config.stages:  # hundreds of tokens an answer take a CPU minutes
+            config = changed(config, grpo__max_completion_length=64)
+    return config
+
+
+def main(arguments: list[str]) -> None:
+    """Trains the stages of a run, evaluates it and prints its table.
 
     Raises:
         SystemExit: something that the user can mend is wrong; the message says what.
     """
-    from helpers.config import read_config
-    from helpers.runs import save_run
+    from helpers import evaluation, results, templates
 
+    ours = (ConfigError, data.DataError, models.ModelError, templates.TemplateError)
     try:
-        run = save_run(read_config(Path(path)))
-        for stage in ("sft", "grpo"):
-            print(stage, train_stage(run, stage))  # type: ignore[arg-type]  # noqa: T201
-    except (ConfigError, data.DataError, models.ModelError, OSError) as error:
+        run = save_run(read_arguments(arguments))
+        for stage in run.config.stages:
+            print(stage, train_stage(run, stage))  # noqa: T201
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            return  # under `accelerate launch` each process would evaluate all of it
+        if not evaluation.held_out(run.config):
+            print("nothing is held out by this config, so nothing is measured")  # noqa: T201
+            return
+        for label, adapter in adapters(run).items():
+            evaluation.evaluate(run, label, adapter)
+        results.print_report(run)
+    except (*ours, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

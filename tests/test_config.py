@@ -72,9 +72,55 @@ def test_every_fault_has_its_own_line(demo: RunConfig) -> None:
 
 def test_a_missing_field_is_named(demo: RunConfig) -> None:
     values = demo.model_dump()
-    del values["data"]["test"]
-    with pytest.raises(ConfigError, match="^data.test: Field required"):
+    del values["model"]
+    with pytest.raises(ConfigError, match="^model: Field required"):
         check_config(values)
+
+
+# what a run needs of its data
+
+
+def test_an_sft_stage_without_rows_is_refused(demo: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="the sft stage needs data.train"):
+        changed(demo, data__train=[])
+
+
+def test_a_grpo_stage_without_problems_is_refused(demo: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="the grpo stage needs data.problems"):
+        changed(demo, data__problems=None)
+
+
+def test_an_sft_stage_needs_no_problems(demo: RunConfig) -> None:
+    config = changed(demo, stages=["sft"], data__problems=None, data__test=None)
+    assert config.data.problems is None
+
+
+def test_an_eval_set_and_a_share_for_it_are_one_too_many(demo: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="data.eval or data.eval_share, not both"):
+        changed(demo, data__eval_share=0.1)
+
+
+def test_a_best_adapter_by_eval_loss_needs_eval_rows(demo: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="best_by='eval_loss' needs .*best_by='loss'"):
+        changed(demo, data__eval=None)
+
+
+def test_an_evaluation_during_training_needs_eval_rows(demo: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="sft.eval_strategy needs data.eval or data"):
+        changed(demo, data__eval=None, best_by="loss")
+
+
+@pytest.mark.parametrize("share", [0, 1, 1.5, -0.1])
+def test_a_share_that_is_no_part_of_the_whole_is_refused(
+    demo: RunConfig, share: float
+) -> None:
+    with pytest.raises(ConfigError, match="data.test_share: .*less|greater than"):
+        changed(demo, data__test_share=share)
+
+
+def test_a_run_without_stages_is_refused(demo: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="^stages: .*at least 1 item"):
+        changed(demo, stages=[])
 
 
 def test_a_long_value_is_cut_in_the_message(demo: RunConfig) -> None:
@@ -119,7 +165,7 @@ def test_broken_json_says_where_it_breaks(tmp_path: Path) -> None:
 def test_json_that_is_no_object_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text("[1, 2]", encoding="utf-8")
-    with pytest.raises(ConfigError, match="valid dictionary .*found \\[1, 2\\]"):
+    with pytest.raises(ConfigError, match="^Input should be a valid dictionary"):
         read_config(path)
 
 
@@ -166,6 +212,8 @@ def test_pure_modules_load_neither_torch_nor_transformers() -> None:
     program = (
         "import helpers.rewards, helpers.config, helpers.recipes, helpers.data\n"
         "import helpers.runs, helpers.templates, helpers.masking, helpers.runtime\n"
+        "import helpers.formats, helpers.stages, helpers.trackers, helpers.results\n"
+        "import helpers.train, helpers.models, helpers.evaluation, helpers.export\n"
         "import json, sys\n"
         "heavy = ['torch', 'transformers', 'datasets', 'trl', 'peft', 'unsloth']\n"
         "print(json.dumps([name for name in heavy if name in sys.modules]))"

@@ -12,7 +12,7 @@ import pytest
 
 from helpers import data, runtime
 from helpers.config import SYSTEM_PROMPT
-from helpers.data import DataError
+from helpers.formats import DataError
 from helpers.runs import MissingInput, Run
 
 SAMPLES = runtime.ROOT / "data_samples"
@@ -225,7 +225,7 @@ def test_prompt_and_completion_rows_become_one_exchange() -> None:
 def test_a_dolly_context_follows_the_instruction() -> None:
     row = {"instruction": "When?", "context": "It opens at ten.", "response": "Ten."}
     assert data.to_conversations([row])[0] == [
-        turns("When?\n\nIt opens at ten.", "Ten.")
+        turns("When?\n\n### Context:\nIt opens at ten.", "Ten.")
     ]
 
 
@@ -426,6 +426,79 @@ def test_a_leak_is_found_whatever_the_white_space() -> None:
         )
 
 
+# split
+
+SHARES = {"test_chat": 0.1, "eval": 0.05}
+
+
+def chats(count: int, word: str = "Question") -> list[Any]:
+    return [turns(f"{word} {i}?", f"Answer {i}.") for i in range(count)]
+
+
+def asked(conversations: list[Any]) -> set[str]:
+    return {data.questions_of(messages)[0] for messages in conversations}
+
+
+def test_a_split_has_about_the_shares_that_are_asked_for() -> None:
+    parts = data.split(chats(4000), SHARES)
+    assert len(parts["test_chat"]) == pytest.approx(400, abs=60)
+    assert len(parts["eval"]) == pytest.approx(200, abs=45)
+    assert sum(map(len, parts.values())) == 4000
+
+
+def test_a_split_loses_nothing_and_has_no_question_on_two_sides() -> None:
+    parts = data.split(chats(300), SHARES)
+    assert set.union(*map(asked, parts.values())) == asked(chats(300))
+    assert sum(len(asked(part)) for part in parts.values()) == 300
+
+
+def test_a_row_keeps_its_side_when_data_are_added() -> None:
+    before = data.split(chats(300), SHARES)
+    after = data.split(chats(300, "Another") + chats(300), SHARES)
+    for name, part in before.items():
+        assert asked(part) <= asked(after[name])
+
+
+def test_the_test_rows_stay_when_the_eval_share_changes() -> None:
+    first = data.split(chats(300), SHARES)
+    second = data.split(chats(300), {**SHARES, "eval": 0.2})
+    assert first["test_chat"] == second["test_chat"]
+
+
+def test_all_that_ask_the_same_go_to_the_same_side() -> None:
+    rows = [turns("Same?", f"Answer {i}.") for i in range(50)]
+    rows += [turns("  Same? ", "Answer."), *chats(200)]
+    parts = data.split(rows, {"eval": 0.5})
+    sides = [name for name, part in parts.items() if "Same?" in asked(part)]
+    assert len(sides) == 1
+    same = [m for m in parts[sides[0]] if "Same?" in data.questions_of(m)[0]]
+    assert len(same) == 51
+
+
+def test_a_share_of_few_rows_gets_at_least_one() -> None:
+    parts = data.split(chats(12), {"test_chat": 0.001, "eval": 0.001})
+    assert [len(part) for part in parts.values()] == [10, 1, 1]
+
+
+def test_the_rows_of_a_small_share_are_those_of_the_smallest_hash() -> None:
+    few, many = (
+        data.split(chats(12), {"eval": 0.001}),
+        data.split(chats(12), {"eval": 0.3}),
+    )
+    assert asked(few["eval"]) <= asked(many["eval"])
+
+
+def test_a_split_without_shares_is_all_training() -> None:
+    assert data.split(chats(5), {}) == {"train": chats(5)}
+
+
+def test_a_split_that_leaves_nothing_to_train_on_is_refused() -> None:
+    with pytest.raises(
+        DataError, match="^2 different questions, of which test_chat an"
+    ):
+        data.split(chats(2), SHARES)
+
+
 # prepare
 
 
@@ -583,6 +656,86 @@ def test_one_source_that_eval_would_take_whole_is_refused(
     own_files["data__eval"] = own_files["data__problems"]
     with pytest.raises(DataError, match="has 12 rows .*eval_rows=12 leaves no problem"):
         data.prepare(run_factory(**own_files, data__eval_rows=12))
+
+
+SHARED = {
+    "data__eval": None,
+    "data__eval_share": 0.2,
+    "data__test_share": 0.3,
+    "data__test": None,
+    "data__test_new": None,
+    "data__test_rows": None,
+    "data__eval_rows": None,
+}
+
+
+def test_shares_of_the_training_rows_are_held_out(
+    run_factory: Callable[..., Run], own_files: dict[str, Any]
+) -> None:
+    run = run_factory(**{**own_files, **SHARED, "data__problems": None}, stages=["sft"])
+    report = data.prepare(run)
+    parts = read_all(run)
+    assert sorted(parts) == ["eval", "test_chat", "train"]
+    assert sum(report[name] for name in parts) == 12
+    questions = [
+        data.questions_of(r["messages"])[0] for rows in parts.values() for r in rows
+    ]
+    assert len(set(questions)) == 12
+
+
+def test_a_question_of_two_sources_is_on_one_side(
+    run_factory: Callable[..., Run], own_files: dict[str, Any], tmp_path: Path
+) -> None:
+    again = [
+        {"messages": turns(f"train {i}: how many?", "Some other words.")}
+        for i in range(12)
+    ]
+    own_files["data__train"].append(write(tmp_path / "again.jsonl", again))
+    run = run_factory(**{**own_files, **SHARED, "data__problems": None}, stages=["sft"])
+    data.prepare(run)
+    sides = [
+        {data.questions_of(row["messages"])[0] for row in rows}
+        for rows in read_all(run).values()
+    ]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 12
+
+
+def test_held_out_shares_are_capped_like_other_held_out_sets(
+    run_factory: Callable[..., Run], own_files: dict[str, Any]
+) -> None:
+    caps = {"data__eval_share": 0.3, "data__eval_rows": 1, "data__test_rows": 1}
+    values = {**own_files, **SHARED, **caps, "data__problems": None}
+    report = data.prepare(run_factory(**values, stages=["sft"]))
+    assert (report["eval"], report["test_chat"]) == (1, 1)
+
+
+def test_a_run_of_grpo_alone_has_problems_and_no_conversations(
+    run_factory: Callable[..., Run], own_files: dict[str, Any]
+) -> None:
+    values = {**own_files, "data__train": [], "data__eval": None}
+    run = run_factory(**values, stages=["grpo"])
+    report = data.prepare(run)
+    assert sorted(read_all(run)) == ["problems", "test", "test_new"]
+    assert "sources" not in report
+
+
+def test_preparing_takes_away_what_the_config_no_longer_has(
+    run_factory: Callable[..., Run], own_files: dict[str, Any]
+) -> None:
+    data.prepare(run_factory(**own_files))
+    run = run_factory(**{**own_files, "data__test_new": None})
+    data.prepare(run)
+    assert sorted(read_all(run)) == ["eval", "problems", "test", "train"]
+
+
+def test_data_without_a_part_that_the_config_has_is_prepared(
+    run_factory: Callable[..., Run],
+    own_files: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data.prepare(run_factory(**{**own_files, "data__test_new": None}))
+    data.ensure_data(run_factory(**own_files))
+    assert "preparing it now" in capsys.readouterr().out
 
 
 def test_bad_rows_of_a_source_are_refused_by_the_sources_name(

@@ -17,7 +17,7 @@ import pytest
 
 SAMPLES = Path(__file__).resolve().parent.parent / "data_samples"
 COUNTS = {"train": 2400, "eval": 200, "test": 400, "test_new": 200}
-FORMATS = ["sharegpt", "alpaca", "dolly", "openai_messages", "llama2_text"]
+FORMATS = ["sharegpt", "alpaca", "dolly", "openai_messages", "llama2_text", "wizardlm"]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -225,6 +225,13 @@ def test_alpaca_rows_have_their_keys_and_some_empty_inputs():
     assert all(list(row) == ["instruction", "input", "output"] for row in rows)
     assert all(row["instruction"] and row["output"] for row in rows)
     assert {bool(row["input"]) for row in rows} == {True, False}
+
+
+def test_wizardlm_rows_have_their_keys_and_long_instructions():
+    rows = read(SAMPLES / "wizardlm.jsonl")
+    assert all(list(row) == ["instruction", "output"] for row in rows)
+    assert all(row["output"] for row in rows)
+    assert min(len(row["instruction"].split()) for row in rows) >= 20
 
 
 def test_dolly_rows_have_their_keys_and_some_empty_contexts():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from helpers import data, evaluation, export, train
+from helpers import data, evaluation, export, results, train
+from helpers.config import ConfigError
 from helpers.runs import MissingInput, Run
 
 
@@ -43,9 +45,62 @@ def test_the_evaluation_writes_every_item_and_its_part_of_the_report(
     assert [i["id"] for i in items] == [p["id"] for p in problems]
     assert set(items[0]) >= {"question", "output", "extracted", "gold", "correct"}
     assert run.report()["eval"]["base"] == part
-    assert "base" in repr(evaluation.examples(run))
+    assert "base" in repr(results.examples(run))
 
 
 def test_exporting_what_was_not_trained_names_the_notebook(run: Run) -> None:
     with pytest.raises(MissingInput, match="run notebook 03_grpo_gsm8k"):
         export.export(run)
+
+
+SFT_ONLY = {
+    "stages": ["sft"],
+    "data__train": ["data_samples/llama2_text.jsonl"],
+    "data__eval": None,
+    "data__problems": None,
+    "data__test": None,
+    "data__test_new": None,
+    "best_by": "loss",
+    "template": "llama-2",
+    "sft": {"max_steps": 2, "learning_rate": 5e-3},
+    "evaluation__max_new_tokens": 6,
+}
+
+
+def test_a_run_of_sft_alone_is_exported_with_its_template(
+    run_factory: Callable[..., Run],
+) -> None:
+    run = run_factory(**SFT_ONLY)
+    train.train_stage(run, "sft")
+    part = export.export(run, prompts=3)
+    assert part["trained"] == {"prompts": 3}
+    assert part["merged"]["greedy_agreement"] == 1.0
+    template = Path(part["merged"]["path"]) / "chat_template.jinja"
+    assert "[INST]" in template.read_text()
+
+
+def test_exporting_a_stage_that_the_run_lacks_names_its_notebook(
+    run_factory: Callable[..., Run],
+) -> None:
+    with pytest.raises(ConfigError, match="has no grpo stage, .*notebook 02_sft_qlora"):
+        export.export(run_factory(**SFT_ONLY), "grpo")
+
+
+@pytest.mark.parametrize(
+    ("changes", "question"),
+    [
+        ({}, "test"),
+        ({"data__test": None}, "test_new"),
+        ({"data__test": None, "data__test_new": None}, "eval"),
+    ],
+)
+def test_prompts_to_compare_come_from_held_out_rows(
+    run_factory: Callable[..., Run], changes: dict[str, Any], question: str
+) -> None:
+    run = run_factory(**changes)
+    data.prepare(run)
+    prompts, gold = export.held_out_prompts(run, 2)
+    row = data.read_rows(run.path / "data" / f"{question}.jsonl")[0]
+    asked = row.get("question") or data.questions_of(row["messages"])[0]
+    assert prompts[0][-1] == {"role": "user", "content": asked}
+    assert len(gold) == (2 if question != "eval" else 0)

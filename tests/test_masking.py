@@ -13,9 +13,14 @@ from typing import Any
 import pytest
 
 from helpers import masking
-from helpers.data import DataError, Messages
+from helpers.formats import DataError, Messages
 from helpers.masking import NO_LOSS, Example, mask_conversation, mask_conversations
-from helpers.templates import FIXED_DATE, INSTRUCTION_TEMPLATE, TemplateError
+from helpers.templates import (
+    FIXED_DATE,
+    INSTRUCTION_TEMPLATE,
+    LLAMA2_TEMPLATE,
+    TemplateError,
+)
 
 MakeTokenizer = Callable[..., Any]
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -33,11 +38,6 @@ LLAMA3_TEMPLATE = (
     "{{ m.content | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-LLAMA2_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'user' %}"
-    "{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 # keeps the thinking of the last answer only, as reasoning models' templates do
 THINKING_TEMPLATE = (
@@ -430,6 +430,47 @@ def test_the_instruction_template_is_masked_from_response_to_eos(
     assert masking.supervised_text(tokenizer, row) == (
         "Yes.<|im_end|>### Response:\nNo<|im_end|>"
     )
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "learnt"),
+    [
+        ("assistant", "Yes.<|im_end|>No.<|im_end|>"),
+        ("last", "No.<|im_end|>"),
+        (
+            "all",
+            "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nYes.<|im_end|>\n\n"
+            "### Instruction:\nSo?\n\n### Response:\nNo.<|im_end|>",
+        ),
+    ],
+)
+def test_the_instruction_template_is_learnt_as_far_as_asked(
+    make_tokenizer: MakeTokenizer, loss_on: Any, learnt: str
+) -> None:
+    tokenizer = make_tokenizer(**CHATML, chat_template=INSTRUCTION_TEMPLATE)
+    messages = turns("Hi", "Yes.", "So?", "No.", system="Be brief.")
+    row = mask_conversation(tokenizer, messages, loss_on)
+    assert masking.supervised_text(tokenizer, row) == learnt
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "learnt"),
+    [
+        ("assistant", " Yes. </s> No. </s>"),
+        ("last", " No. </s>"),
+        (
+            "all",
+            "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Yes. </s>"
+            "<s>[INST] So? [/INST] No. </s>",
+        ),
+    ],
+)
+def test_the_llama2_template_is_learnt_as_far_as_asked(
+    llama2: Any, loss_on: Any, learnt: str
+) -> None:
+    messages = turns("Hi", "Yes.", "So?", "No.", system="Be brief.")
+    row = mask_conversation(llama2, messages, loss_on)
+    assert masking.supervised_text(llama2, row) == learnt
 
 
 # show

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from helpers import models, runtime
+from helpers import models, recipes, runtime
 from helpers.evaluation import response_loss
 from helpers.generation import cut_answer, generate, reply
 from helpers.models import ModelError
@@ -182,6 +183,110 @@ def test_the_response_loss_does_not_change_with_batch_size_and_padding(
     logits = model(one).logits[0, :-1].double()
     by_hand = torch.nn.functional.cross_entropy(logits, labels[0, 1:]).item()
     assert response_loss(model, tokenizer, rows[:1]) == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_an_answer_in_between_leaves_the_gradients_of_four_bit_weights_alone(
+    tiny_model_folder: Path,
+) -> None:
+    model, tokenizer = models.load_model(str(tiny_model_folder), weights="4bit")
+    model = models.add_lora(model, {**LORA, "target_modules": ["q_proj", "down_proj"]})
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # at zero no gradient would pass to the layers below
+            torch.nn.init.normal_(parameter, generator=torch.manual_seed(0))
+    ids = tokenizer("Two and two are four.", return_tensors="pt").input_ids
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    before = gradients()
+    generate(model, tokenizer, prompts()[:1], max_new_tokens=2)
+    model.train()
+    after = gradients()
+    assert len(before) == 8
+    for first, second in zip(before, after, strict=True):
+        assert torch.allclose(first, second, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_the_scales_of_four_bit_weights_are_quantised_as_asked(
+    tiny_model_folder: Path, double_quant: bool
+) -> None:
+    model, _ = models.load_model(
+        str(tiny_model_folder), weights="4bit", double_quant=double_quant
+    )
+    assert model.model.layers[0].mlp.up_proj.weight.quant_state.nested == double_quant
+
+
+def test_eight_bit_weights_load_train_and_answer(tiny_model_folder: Path) -> None:
+    model, tokenizer = models.load_model(str(tiny_model_folder), weights="8bit")
+    assert model.is_loaded_in_8bit
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
+    model = models.add_lora(model, LORA)
+    ids = tokenizer("Two and two are four.", return_tensors="pt").input_ids
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert generate(model, tokenizer, prompts()[:1], max_new_tokens=2)[0].tokens > 0
+
+
+def test_other_weights_than_asked_for_are_an_error(tiny_model_folder: Path) -> None:
+    model, _ = models.load_model(str(tiny_model_folder))
+    with pytest.raises(
+        ModelError, match="weights='8bit' cannot be loaded .*'transform"
+    ):
+        models.check_weights(model, "8bit", True)
+
+
+def test_other_scales_than_asked_for_are_a_warning(tiny_model_folder: Path) -> None:
+    model, _ = models.load_model(str(tiny_model_folder), weights="4bit")
+    with pytest.warns(UserWarning, match="double_quant=False is not followed"):
+        models.check_weights(model, "4bit", False)
+
+
+def test_the_options_of_a_config_are_arguments_of_load_model() -> None:
+    config = recipes.load("guanaco-llama2-7b")
+    found = models.options(config)
+    assert set(found) <= set(inspect.signature(models.load_model).parameters)
+    assert (found["double_quant"], found["template"]) == (False, "llama-2")
+    assert (found["dtype"], found["pad_token"]) == ("float16", "eos")
+
+
+def test_a_model_is_loaded_with_the_template_of_its_config(
+    tiny_model_folder: Path,
+) -> None:
+    _, tokenizer = models.load_model(str(tiny_model_folder), template="instruction")
+    assert "### Instruction:" in tokenizer.chat_template
+
+
+def test_activations_are_not_recomputed_on_a_cpu(tiny_model_folder: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    model, _ = models.load_model(str(tiny_model_folder), weights="4bit")
+    model = models.add_lora(model, LORA, checkpointing=True)
+    assert not model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_new_tokens": 3}])
+def test_inference_settings_without_sampling_are_greedy(
+    tiny_model_folder: Path, settings: dict[str, Any]
+) -> None:
+    model, tokenizer = models.load_model(str(tiny_model_folder))
+    ask = {"max_new_tokens": 3}
+    greedy = generate(model, tokenizer, prompts(), **ask)
+    assert generate(model, tokenizer, prompts(), sampling=settings, **ask) == greedy
+
+
+def test_inference_settings_sample_and_cut_the_answer(tiny_model_folder: Path) -> None:
+    model, tokenizer = models.load_model(str(tiny_model_folder))
+    settings = {"temperature": 5.0, "max_new_tokens": 12}
+    answers = [
+        generate(model, tokenizer, prompts()[:1], sampling=settings)[0]
+        for _ in range(3)
+    ]
+    assert all(answer.tokens <= 12 for answer in answers)
+    assert len({answer.text for answer in answers}) > 1
+    assert settings == {"temperature": 5.0, "max_new_tokens": 12}
 
 
 def test_four_bit_weights_load_on_a_cpu_too(tiny_model_folder: Path) -> None:

@@ -49,6 +49,31 @@ def test_a_cpu_computes_in_float32() -> None:
     assert reason.startswith("CPUs without bf16")
 
 
+@pytest.mark.parametrize("asked", ["float16", "bfloat16"])
+def test_an_asked_dtype_is_taken_where_the_gpu_has_units_for_it(asked: str) -> None:
+    dtype, reason = runtime.choose_dtype(A100, asked)
+    assert dtype is getattr(torch, asked)
+    assert reason == f"the config asks for dtype={asked!r}"
+
+
+def test_bfloat16_on_a_t4_is_float16_and_the_reason_says_what_was_asked() -> None:
+    dtype, reason = runtime.choose_dtype(T4, "bfloat16")
+    assert dtype is torch.float16
+    assert "no bf16 units (they start at 8.0; bfloat16 is asked for)" in reason
+
+
+@pytest.mark.parametrize("asked", ["float16", "bfloat16"])
+def test_a_cpu_computes_in_float32_whatever_is_asked(asked: str) -> None:
+    dtype, reason = runtime.choose_dtype(LAPTOP, asked)
+    assert dtype is torch.float32
+    assert reason.startswith("CPUs ") and f"({asked} is asked for)" in reason
+
+
+def test_the_variable_decides_over_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNEBOOK_DTYPE", "float32")
+    assert runtime.choose_dtype(A100, "bfloat16")[0] is torch.float32
+
+
 def test_the_variable_decides_the_dtype_and_is_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

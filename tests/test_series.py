@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-from helpers import series
+from helpers import recipes, series
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,6 +41,22 @@ def test_a_failing_notebook_leaves_its_copy_with_the_error(tmp_path: Path) -> No
     with pytest.raises(CellExecutionError, match="no"):
         series.execute(source, tmp_path / "copy.ipynb")
     assert outputs(tmp_path / "copy.ipynb") == "1\nno"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "left_out"),
+    [
+        ("demo", set()),
+        ("gsm8k-grpo-llama32-1b", {"02_sft_qlora"}),
+        ("dolly-llama2-7b", {"03_grpo_gsm8k"}),
+        ("guanaco-llama2-7b", {"03_grpo_gsm8k", "04_evaluation"}),
+    ],
+)
+def test_the_series_of_a_run_leaves_out_what_it_has_no_use_for(
+    recipe: str, left_out: set[str]
+) -> None:
+    run = {path.stem for path in series.notebooks_for(recipes.load(recipe))}
+    assert {path.stem for path in series.notebooks()} - run == left_out
 
 
 def test_our_errors_are_shown_as_a_sentence_and_others_with_their_traceback(

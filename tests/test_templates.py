@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from helpers import templates
+from helpers import data, templates
+from helpers.config import RunConfig
 from helpers.templates import FIXED_DATE, TemplateError, render
 
 MakeTokenizer = Callable[..., Any]
@@ -153,7 +154,7 @@ def test_a_missing_template_becomes_the_instruction_one_with_a_note(
     notes = templates.prepare_tokenizer(tokenizer)
     assert notes[0] == "no chat template: '### Instruction / ### Response' is used"
     assert render(tokenizer, SYSTEM + EXCHANGE) == (
-        "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello.</s>\n\n"
+        "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello.</s>"
     )
 
 
@@ -162,7 +163,95 @@ def test_the_instruction_template_opens_an_answer_as_it_will_be_generated(
 ) -> None:
     tokenizer = make_tokenizer(**ONE_BOS, chat_template=templates.INSTRUCTION_TEMPLATE)
     prompt = render(tokenizer, EXCHANGE[:1], for_generation=True)
-    assert render(tokenizer, EXCHANGE) == prompt + "Hello.</s>\n\n"
+    assert render(tokenizer, EXCHANGE) == prompt + "Hello.</s>"
+
+
+def test_the_instruction_template_has_dollys_three_blocks(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**ONE_BOS, chat_template=templates.INSTRUCTION_TEMPLATE)
+    row = {"instruction": "When?", "context": "At ten.", "response": "Ten."}
+    assert render(tokenizer, data.to_conversations([row])[0][0]) == (
+        "### Instruction:\nWhen?\n\n### Context:\nAt ten.\n\n### Response:\nTen.</s>"
+    )
+
+
+def test_the_instruction_template_has_two_blocks_where_dolly_has_no_context(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**ONE_BOS, chat_template=templates.INSTRUCTION_TEMPLATE)
+    row = {"instruction": "When?", "context": "", "response": "Ten."}
+    assert render(tokenizer, data.to_conversations([row])[0][0]) == (
+        "### Instruction:\nWhen?\n\n### Response:\nTen.</s>"
+    )
+
+
+def test_llama2_rows_come_out_of_the_llama2_template_as_they_went_in(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**ONE_BOS, chat_template=templates.LLAMA2_TEMPLATE)
+    rows = data.load_rows("data_samples/llama2_text.jsonl")
+    conversations = data.to_conversations(rows)[0]
+    assert [render(tokenizer, messages) for messages in conversations] == (
+        [row["text"] for row in rows]
+    )
+
+
+def test_the_llama2_template_opens_an_answer_as_it_will_be_generated(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**ONE_BOS, chat_template=templates.LLAMA2_TEMPLATE)
+    prompt = render(tokenizer, SYSTEM + EXCHANGE[:1], for_generation=True)
+    assert prompt == "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]"
+    assert render(tokenizer, SYSTEM + EXCHANGE) == prompt + " Hello. </s>"
+
+
+@pytest.mark.parametrize("name", templates.TEMPLATES)
+def test_a_template_of_ours_takes_the_place_of_the_tokenizers_own(
+    make_tokenizer: MakeTokenizer, name: str
+) -> None:
+    tokenizer = make_tokenizer(
+        **ONE_BOS, pad_token="<|endoftext|>", chat_template=PLAIN
+    )
+    assert templates.prepare_tokenizer(tokenizer, name) == []
+    assert tokenizer.chat_template == templates.TEMPLATES[name]
+
+
+def test_the_templates_are_those_that_a_config_can_name() -> None:
+    names = RunConfig.model_fields["template"].annotation.__args__
+    assert {"own", *templates.TEMPLATES} == set(names)
+
+
+@pytest.mark.parametrize("asked", ["eos", "</s>"])
+def test_padding_with_eos_is_refused_in_words_and_another_token_taken(
+    make_tokenizer: MakeTokenizer, asked: str
+) -> None:
+    tokenizer = make_tokenizer(
+        **ONE_BOS, unk_token="<|endoftext|>", pad_token="</s>", chat_template=PLAIN
+    )
+    with pytest.warns(
+        UserWarning, match="EOS would never be learnt .*endoftext.* pads"
+    ):
+        templates.prepare_tokenizer(tokenizer, pad_token=asked)
+    assert tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_a_pad_token_of_the_vocabulary_is_taken(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(
+        **ONE_BOS, pad_token="<|endoftext|>", chat_template=PLAIN
+    )
+    assert templates.prepare_tokenizer(tokenizer, pad_token="<s>") == []
+    assert tokenizer.pad_token == "<s>"
+
+
+def test_a_pad_token_outside_the_vocabulary_is_refused(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(
+        **ONE_BOS, unk_token="<|endoftext|>", chat_template=PLAIN
+    )
+    with pytest.raises(TemplateError, match="'<pad>' is not in .* '<.endoftext.>', or"):
+        templates.prepare_tokenizer(tokenizer, pad_token="<pad>")
 
 
 # stop_token_ids
@@ -200,4 +289,4 @@ def test_the_instruction_template_ends_turns_with_eos(
 ) -> None:
     tokenizer = make_tokenizer(**ONE_BOS, chat_template=templates.INSTRUCTION_TEMPLATE)
     assert templates.stop_token_ids(tokenizer) == [tokenizer.eos_token_id]
-    assert render(tokenizer, EXCHANGE).rstrip().endswith("</s>")
+    assert render(tokenizer, EXCHANGE).endswith("</s>")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from helpers import data, rewards, train
-from helpers.config import ConfigError
+from helpers import data, recipes, rewards, runtime, stages, train
+from helpers.config import ConfigError, changed
 from helpers.runs import MissingInput, Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +107,7 @@ def test_a_killed_training_goes_on_and_ends_where_it_would_have(
 def test_a_run_killed_after_its_last_step_is_only_reported(prepared: Run) -> None:
     kill_at(6, "sft")  # the last step's checkpoint is written after its end
     part = train.train_stage(prepared, "sft")
-    note = prepared.path / "sft" / train.NOTE
+    note = prepared.path / "sft" / stages.NOTE
     note.write_text(note.read_text().replace("true", "false"))
     before = adapter(prepared, "sft")
     again = train.train_stage(prepared, "sft")
@@ -176,10 +176,28 @@ def test_an_unknown_training_argument_gets_the_nearest_name(
     run_factory: Callable[..., Run],
 ) -> None:
     run = run_factory(sft={"learning_rat": 1e-4})
-    data.prepare(run)
-    model, tokenizer = train.load_for_training(run)
     with pytest.raises(ConfigError, match="did you mean 'learning_rate'"):
-        train.build_sft(run, model, tokenizer)
+        train.load_for_training(run)
+
+
+def test_what_is_questionable_is_said_before_anything_is_loaded(
+    run_factory: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_factory(sft__warmup_steps=9, sft__max_steps=4)
+    train.load_for_training(run)
+    said = capsys.readouterr().out
+    assert "warning: sft.warmup_steps: 9 in a run of 4 steps" in said
+
+
+def test_a_length_that_cuts_answers_is_said_with_one_that_does_not(
+    run_factory: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_factory(max_length=64)
+    data.prepare(run)
+    train.build_sft(run, *train.load_for_training(run))
+    said = capsys.readouterr().out
+    assert "warning: max_length: 64 tokens cut" in said
+    assert "which cuts at most 1 %" in said
 
 
 def test_a_packed_batch_has_the_loss_of_its_documents_apart(
@@ -210,10 +228,209 @@ def test_a_packed_batch_has_the_loss_of_its_documents_apart(
     assert together == pytest.approx(response_loss(model, tokenizer, masked), abs=1e-5)
 
 
-def test_the_command_line_trains_both_stages(prepared: Run) -> None:
+def test_the_command_line_trains_both_stages_and_prints_the_table(
+    prepared: Run,
+) -> None:
     path = prepared.path / "config.json"
     path.write_text(path.read_text().replace('"length"', '"number_present"'))
     command = [sys.executable, "-m", "helpers.train", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert prepared.report()["grpo"]["steps"] == 3
+    labels = [line.split("  ")[0] for line in done.stdout.splitlines()[-3:]]
+    assert labels == ["base", "after SFT", "after GRPO"]
+
+
+def test_the_command_line_takes_a_recipe_or_a_file(run: Run) -> None:
+    assert train.read_arguments(["guanaco-llama2-7b"]) == (
+        recipes.load("guanaco-llama2-7b")
+    )
+    assert train.read_arguments([str(run.path / "config.json")]) == run.config
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.NAMES if name != "smoke"])
+def test_the_small_version_of_a_recipe_needs_neither_gpu_nor_network(name: str) -> None:
+    config = train.read_arguments([name, "--small"])
+    assert (config.name, config.model) == (f"{name}-small", "smollm2-135m-offline")
+    sources = [*config.data.train, config.data.problems, config.data.test]
+    assert all((ROOT / source).is_file() for source in sources if source)
+    stage = getattr(config, config.stages[0])
+    assert stage["max_steps"] in (10, 5)
+
+
+def test_an_unknown_recipe_on_the_command_line_is_one_sentence(
+    runs_home: Path,
+) -> None:
+    with pytest.raises(
+        SystemExit, match="^ConfigError: no recipe 'dolly-llama'; did y"
+    ):
+        train.main(["dolly-llama"])
+
+
+# runs without all stages
+
+
+@pytest.fixture
+def sft_only(run_factory: Callable[..., Run]) -> Run:
+    return run_factory(
+        stages=["sft"],
+        best_by="loss",
+        data__train=["data_samples/sharegpt.jsonl"],
+        data__eval=None,
+        data__problems=None,
+        data__test=None,
+        data__test_new=None,
+        sft={"max_steps": 2},
+    )
+
+
+@pytest.fixture
+def grpo_only(run_factory: Callable[..., Run]) -> Run:
+    return run_factory(
+        stages=["grpo"],
+        data__train=[],
+        data__eval=None,
+        grpo__max_steps=1,
+        grpo__max_completion_length=4,
+    )
+
+
+def test_a_stage_that_the_run_lacks_names_recipe_stages_and_notebook(
+    sft_only: Run,
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match="run 'test' .recipe 'smoke'. has no grpo stage, only sft: open notebook "
+        "02_sft_qlora, or choose another recipe in 00_setup",
+    ):
+        train.train_stage(sft_only, "grpo")
+
+
+@pytest.mark.parametrize("call", [train.load_for_training, train.ensure_adapter])
+def test_nothing_is_loaded_for_a_stage_that_the_run_lacks(
+    sft_only: Run, call: Callable[..., Any]
+) -> None:
+    with pytest.raises(ConfigError, match="has no grpo stage"):
+        call(sft_only, "grpo")
+
+
+def test_a_run_without_eval_rows_trains_and_reports_the_loss_it_went_by(
+    sft_only: Run,
+) -> None:
+    part = train.train_stage(sft_only, "sft")
+    lowest = min(value for _, value in losses(sft_only, "sft"))
+    assert part["loss_best"] == round(lowest, 4)
+    assert "eval_loss_best" not in part
+
+
+def test_a_loss_that_was_never_logged_is_not_reported_as_the_best(
+    run_factory: Callable[..., Run],
+) -> None:
+    run = run_factory(sft__max_steps=1, sft__eval_strategy="no", sft__warmup_steps=0)
+    part = train.train_stage(run, "sft")
+    assert "eval_loss_best" not in part and "best_step" not in part
+    assert (run.path / "sft" / "adapter").is_dir()
+
+
+def test_grpo_without_sft_starts_from_fresh_lora(grpo_only: Run) -> None:
+    assert train.ensure_adapter(grpo_only, "sft") is None
+    part = train.train_stage(grpo_only, "grpo")
+    assert (part["steps"], part["prompts_left_out"]) == (1, 0)
+    assert not (grpo_only.path / "sft").exists()
+
+
+def test_the_adapters_of_a_run_are_none_and_one_a_stage(
+    grpo_only: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = train.adapters(grpo_only)
+    assert found == {"base": None, "grpo": grpo_only.path / "grpo" / "adapter"}
+    assert "03_grpo_gsm8k makes it): training it now" in capsys.readouterr().out
+
+
+# what the machine and the config decide together
+
+
+def test_problems_with_long_prompts_are_left_out_and_counted(
+    run_factory: Callable[..., Run],
+) -> None:
+    limit = 65
+    run = run_factory(
+        stages=["grpo"],
+        data__train=[],
+        data__eval=None,
+        max_prompt_length=limit,
+        grpo__max_steps=1,
+        grpo__max_completion_length=4,
+    )
+    data.prepare(run)
+    model, tokenizer = train.load_for_training(run, "grpo")
+    trainer = train.build_grpo(run, model, tokenizer)
+    lengths = [
+        len(
+            tokenizer.apply_chat_template(
+                r["prompt"], add_generation_prompt=True
+            ).input_ids
+        )
+        for r in trainer.train_dataset
+    ]
+    assert max(lengths) <= limit
+    part = train.fit(run, "grpo", trainer)
+    assert part["prompts_left_out"] == 2400 - len(lengths) > 0
+
+
+def test_a_limit_below_all_prompts_is_refused(run_factory: Callable[..., Run]) -> None:
+    run = run_factory(max_prompt_length=10)
+    data.prepare(run)
+    model, tokenizer = train.load_for_training(run, "grpo")
+    with pytest.raises(
+        ConfigError, match="=10 leaves none of 2400 .* has [0-9]+ tokens"
+    ):
+        train.build_grpo(run, model, tokenizer)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_activations_are_recomputed_on_a_gpu_if_the_config_says_so(
+    run: Run, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    config = changed(run.config, sft__gradient_checkpointing=asked)
+    t4 = runtime.Machine("local", "cuda", "Tesla T4", 14.7, (7, 5))
+    cpu = runtime.Machine("local", "cpu", "two cores", 8.0, None)
+    for machine, expected in ((t4, asked), (cpu, False)):
+        monkeypatch.setattr(runtime, "find_machine", lambda machine=machine: machine)
+        assert train.recomputes(config, "sft") == expected
+        given = train.training_arguments(Run(run.path, config), "sft", run.path)
+        assert given["gradient_checkpointing"] == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "flags"),
+    [
+        ("auto", (7, 5), (True, False)),
+        ("bfloat16", (7, 5), (True, False)),
+        ("auto", (8, 0), (False, True)),
+        ("float16", (8, 0), (True, False)),
+    ],
+)
+def test_the_trainer_computes_in_the_dtype_that_the_model_has(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    capability: tuple[int, int],
+    flags: tuple[bool, bool],
+) -> None:
+    gpu = runtime.Machine("local", "cuda", "a GPU", 14.7, capability)
+    monkeypatch.setattr(runtime, "find_machine", lambda: gpu)
+    given = train.machine_arguments(changed(run.config, dtype=dtype))
+    assert (given["fp16"], given["bf16"]) == flags
+
+
+def test_a_tracker_that_cannot_work_here_does_not_stop_the_training(
+    sft_only: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(sft_only.path / "no-such-file"))
+    config = changed(sft_only.config, sft__report_to=["wandb"])
+    part = train.train_stage(Run(sft_only.path, config), "sft")
+    assert part["steps"] == 2
+    assert "wandb is left out, nobody is logged in" in capsys.readouterr().out

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from helpers import data
 from helpers.runs import Run
@@ -47,7 +51,64 @@ def test_the_series_runs_with_unsloth_as_the_engine(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Unsloth" in done.stdout + done.stderr
+    assert "should be imported before" not in done.stderr
     report = run.report()
     assert report["environment"]["engine"] == "unsloth"
     assert report["sft"]["steps"] == 2 and report["sft"]["loss_last"] > 0
     assert report["export"]["adapter"]["greedy_agreement"] == 1.0
+
+
+WEIGHTS = """
+import json, sys, warnings
+from helpers import models
+
+found = {}
+for bits in ("4bit", "16bit"):
+    model, _ = models.load_model(
+        "smollm2-135m-offline", engine="unsloth", weights=bits, dtype="bfloat16"
+    )
+    found[bits] = str(model.model.layers[0].mlp.up_proj.weight.dtype)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    models.load_model(
+        "smollm2-135m-offline", engine="unsloth", weights="4bit", double_quant=False
+    )
+found["single scales"] = [str(w.message) for w in caught]
+try:
+    models.load_model("smollm2-135m-offline", engine="unsloth", weights="8bit")
+except models.ModelError as error:
+    found["8bit"] = str(error)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def weights() -> tuple[dict[str, Any], str]:
+    """What Unsloth's CPU backend loads when asked for each kind of weights."""
+    command = [sys.executable, "-c", WEIGHTS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_unsloth_loads_four_and_sixteen_bit_weights(weights: Any) -> None:
+    found, _ = weights
+    assert (found["4bit"], found["16bit"]) == ("torch.uint8", "torch.float32")
+
+
+def test_unsloth_without_a_gpu_says_that_it_loads_no_eight_bit_weights(
+    weights: Any,
+) -> None:
+    found, _ = weights
+    assert "weights='8bit' cannot be loaded here" in found["8bit"]
+
+
+def test_unsloth_without_a_gpu_says_that_it_quantises_the_scales(weights: Any) -> None:
+    found, _ = weights
+    said = [text for text in found["single scales"] if "double_quant" in text]
+    assert said and "double_quant=False is not followed" in said[0]
+
+
+def test_unsloth_is_imported_before_transformers(weights: Any) -> None:
+    _, stderr = weights
+    assert "should be imported before" not in stderr

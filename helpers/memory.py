@@ -1,0 +1,307 @@
+"""Predicts peak GPU memory and minutes of a config before anything is loaded.
+
+From the architecture's numbers alone. Peaks are of torch's *reserved* memory, in GiB
+(2**30 bytes); the CUDA context lies outside of it and is stated apart. Bytes are
+counted tensor by tensor from the code of transformers 5.17, PEFT 0.21, TRL 1.14 and
+Unsloth 2026.10; what cannot be counted is fitted on the calibration half of
+`results/memory.json`, whose other half checks it (`benchmarks/memory.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from helpers import shapes
+from helpers.config import RunConfig, Stage, changed
+from helpers.gpus import CONTEXT_GB, T4, Gpu, this_gpu
+from helpers.shapes import Architecture
+from helpers.timing import PROMPT_TOKENS, ROW_TOKENS, training_minutes
+
+GIB = 2**30
+
+
+class Prediction(NamedTuple):
+    """What a stage of a config will take on a GPU."""
+
+    stage: Stage
+    gpu: Gpu
+    parts: dict[str, float]
+    """GiB by component at the moment of the peak."""
+    minutes: float | None
+    """Training time, a rough estimate; None when the number of steps is not known."""
+    context_gb: float = CONTEXT_GB
+    """GiB that the CUDA context takes besides."""
+
+    @property
+    def peak_gb(self) -> float:
+        """Peak of torch's reserved memory, in GiB."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak stays within what torch may reserve."""
+        return self.peak_gb <= self.gpu.memory_gb
+
+
+def predict(
+    config: RunConfig,
+    gpu: Gpu | None = None,
+    stage: Stage | None = None,
+    *,
+    row_tokens: int | None = None,
+) -> Prediction:
+    """Returns what training a stage takes: memory by component, and minutes.
+
+    Args:
+        config: the run.
+        gpu: of the machine asked about; this machine's by default, a T4 without one.
+        stage: `sft` or `grpo`; by default the config's hungriest.
+        row_tokens: of the longest row (SFT) or prompt (GRPO); by default
+            `max_length`, and `max_prompt_length` or 200.
+
+    Raises:
+        UnknownArchitecture: the base model's numbers are not known.
+    """
+    gpu = gpu or this_gpu() or T4
+    if stage is None:
+        found = [predict(config, gpu, each) for each in config.stages]
+        return max(found, key=lambda prediction: prediction.peak_gb)
+    arch = shapes.find_architecture(config.model)
+    parts = fixed_bytes(config, arch, stage)
+    values, unsloth = getattr(config, stage), uses_unsloth(config)
+    batch = values.get("per_device_train_batch_size", 8)
+    if stage == "sft":
+        length = min(row_tokens or config.max_length, config.max_length)
+        parts |= pass_bytes(config, arch, stage, batch, length)
+    else:
+        answer = values.get("max_completion_length", 256)
+        length = answer + (row_tokens or config.max_prompt_length or PROMPT_TOKENS)
+        parts |= pass_bytes(config, arch, stage, batch, length)
+        if not unsloth:
+            parts["loss"] += ANSWER_LOGIT * batch * answer * arch.vocab
+        keys = 2 * arch.layers * arch.kv_heads * arch.head_dim * 2
+        parts["KV cache"] = CACHE * batch * length * keys
+    parts["workspace"] = (BASE_GB_UNSLOTH if unsloth else BASE_GB) * GIB
+    gb = {name: size / GIB for name, size in parts.items()}
+    return Prediction(stage, gpu, gb, training_minutes(config, gpu, stage))
+
+
+def uses_unsloth(config: RunConfig) -> bool:
+    """Returns whether a config trains with Unsloth on a GPU."""
+    return config.engine in ("auto", "unsloth")
+
+
+def fixed_bytes(
+    config: RunConfig, arch: Architecture, stage: Stage
+) -> dict[str, float]:
+    """Returns the bytes that stay from the first step to the last, by component.
+
+    NF4 takes 4 bits a weight and a scale for every 64: one fp32, or with double
+    quantisation one byte and an fp32 for every 256 of these (QLoRA, arXiv:2305.14314,
+    section 3). `prepare_model_for_kbit_training` (PEFT) casts what is not quantised,
+    embeddings and norms, to fp32; Unsloth does not. LoRA and its gradients are fp32.
+    Adam keeps two numbers a parameter, of 4 bytes or of one (8-bit); paged ones lie in
+    unified memory, which torch does not count.
+    """
+    bits = "4bit" if config.weights == "auto" else config.weights
+    scales = 1 / 64 + 4 / (64 * 256) if config.double_quant else 4 / 64
+    each = {"4bit": 0.5 + scales, "8bit": 1.0, "16bit": 2.0}[bits]
+    linear = shapes.count_linear(arch)
+    unsloth = uses_unsloth(config)
+    cast = 2 if unsloth or bits == "16bit" else 4
+    lora = trainable(config, arch)
+    optim = getattr(config, stage).get("optim", "adamw_torch")
+    state = 0 if "paged" in optim else 2 if "8bit" in optim else 8
+    return {
+        "weights": each * linear + cast * (shapes.count_parameters(arch) - linear),
+        "LoRA and gradients": (4 + (GRADIENT if unsloth else 4)) * lora,
+        "optimiser": float(state * lora),
+    }
+
+
+def trainable(config: RunConfig, arch: Architecture) -> int:
+    """Returns the parameters that a config trains."""
+    targets = config.lora.get("target_modules") or list(shapes.linear_shapes(arch))
+    return shapes.count_lora(arch, config.lora.get("r", 8), targets)
+
+
+def pass_bytes(
+    config: RunConfig, arch: Architecture, stage: Stage, batch: int, length: int
+) -> dict[str, float]:
+    """Returns the bytes of one forward and backward pass at its peak, by component.
+
+    The peak is either in the loss, with the activations of all layers waiting, or in
+    the backward pass of the last layer. With gradient checkpointing only the layers'
+    inputs wait, and Unsloth moves these to RAM but for three.
+
+    Args:
+        config: the run.
+        arch: its base model.
+        stage: `sft` or `grpo`.
+        batch: rows of a micro-batch.
+        length: tokens of each, padding included.
+    """
+    tokens, hidden, inner = batch * length, arch.hidden, arch.intermediate
+    recompute = getattr(config, stage).get("gradient_checkpointing", True)
+    dequantised = 2.0 * hidden * inner  # the largest matrix, in fp16
+    if uses_unsloth(config):
+        layer = tokens * (HIDDEN * hidden + INNER * inner)
+        waiting = 6 * tokens * hidden if recompute else arch.layers * layer
+        scored = max(512, tokens // 8)  # unsloth_zoo's chunked_logprob_rows
+        loss = LOGIT_UNSLOTH * scored * arch.vocab + 4 * tokens * hidden
+        backward = BACKWARD * layer
+    else:
+        bits = "4bit" if config.weights == "auto" else config.weights
+        eight = INT8 if bits == "8bit" else 1
+        # Without FlashAttention, grouped heads and no mask are left to SDPA's math
+        # kernel, which makes the matrix of all scores; packed rows come with a mask.
+        packed = stage == "sft" and config.sft.get("packing", False)
+        whole = arch.kv_heads != arch.heads and not packed
+        scores = tokens * arch.heads * length if whole else 0
+        layer = KEPT * eight * tokens * kept_a_token(config, arch)
+        gradients = FEED_FORWARD * eight * tokens * inner
+        if recompute:
+            waiting = (2 if bits == "16bit" else 4) * arch.layers * hidden * tokens
+            backward = layer + max(gradients, ATTENTION * scores)
+        else:
+            # fp32 scores, and fp32 copies of queries, keys and values
+            layer += 4 * scores + (20 * tokens * hidden if whole else 0)
+            waiting, backward = arch.layers * layer, gradients
+        head = 0 if bits == "16bit" else 2 * arch.vocab * hidden  # cast to fp16
+        # TRL's chunked_nll: 256 rows at a time
+        loss = LOGIT * 256 * arch.vocab + head + 8 * tokens * hidden
+    peak = max(loss, backward + dequantised)
+    return {"activations": float(waiting), "loss": float(peak)}
+
+
+def kept_a_token(config: RunConfig, arch: Architecture) -> int:
+    """Returns the bytes a token that a transformers layer keeps for its backward pass.
+
+    Two residuals in fp32; queries, keys, values and attention's output, and the MLP's
+    gate, activation and up, in fp16; an fp16 copy of the input of each LoRA module.
+    """
+    inputs = shapes.linear_shapes(arch)
+    targets = config.lora.get("target_modules") or list(inputs)
+    lora = sum(inputs[name][0] for name in targets)
+    attention = arch.heads * arch.head_dim
+    return 8 * arch.hidden + 8 * attention + 6 * arch.intermediate + 2 * lora
+
+
+# Fitted by least squares on the calibration half of results/memory.json
+# (`python benchmarks/memory.py fit`). Bytes a token and layer, by width:
+HIDDEN, INNER = 19.4, 3.36
+BACKWARD = 1.63  # a layer's backward pass, in units of what it keeps
+LOGIT_UNSLOTH, LOGIT, ANSWER_LOGIT = 2.83, 20.7, 10.9  # bytes a logit
+GRADIENT = 5.68  # bytes a LoRA parameter
+KEPT, INT8 = 1.26, 3.84  # in units of `kept_a_token`
+FEED_FORWARD = 35.6  # bytes a token and inner width of the MLP
+ATTENTION = 16.4  # bytes a score
+CACHE = 3.29  # grown by concatenation: blocks of every size stay reserved
+BASE_GB_UNSLOTH, BASE_GB = 0.339, 0.286
+
+
+LONGEST_ROW = 4096  # tokens; what older models were made for
+MARGIN = 1.07  # a plan leaves room for most of the errors in results/memory.json
+
+
+class Plan(NamedTuple):
+    """The fastest config that fits, and what it changes, in words."""
+
+    config: RunConfig
+    text: str
+
+
+def plan(
+    config: RunConfig, gpu: Gpu | None = None, *, row_tokens: int | None = None
+) -> Plan:
+    """Returns the fastest setting that fits at the same effective batch.
+
+    Tried for every stage: all splits of the batch into micro-batches, with and without
+    gradient checkpointing, and for packed rows all lengths from `max_length` to the
+    whole batch in one row. What is learnt stays the same: a row is cut nowhere else,
+    and a step holds as many tokens. A stage that nothing makes fit is left as it is.
+
+    Args:
+        config: the run.
+        gpu: as for `predict`.
+        row_tokens: as for `predict`; only without packing.
+
+    Raises:
+        UnknownArchitecture: the base model's numbers are not known.
+    """
+    gpu = gpu or this_gpu() or T4
+    said = []
+    for stage in config.stages:
+        first = config
+        found = [
+            (predict(tried, gpu, stage, row_tokens=row_tokens), tried)
+            for tried in candidates(config, stage)
+        ]
+        limit = gpu.memory_gb / MARGIN
+        fitting = [(p, tried) for p, tried in found if p.peak_gb <= limit]
+        if not fitting:
+            least = min(p.peak_gb for p, _ in found)
+            said.append(
+                f"{stage}: nothing fits; the least is {least:.1f} of "
+                f"{gpu.memory_gb:.1f} GiB. Choose a smaller model, max_length, or 4bit."
+            )
+            continue
+        after, config = min(fitting, key=lambda p: cost(p[1], gpu, stage))
+        values = getattr(config, stage)
+        batch = values.get("per_device_train_batch_size", 8)
+        count = values.get("gradient_accumulation_steps", 1)
+        recompute = values.get("gradient_checkpointing", True)
+        share = 1 - cost(config, gpu, stage) / cost(first, gpu, stage)
+        length = f" of {config.max_length} tokens" if values.get("packing") else ""
+        said.append(
+            f"{stage}: {batch} x {count} rows{length} a step, gradient checkpointing "
+            f"{'on' if recompute else 'off'}: {after.peak_gb:.1f} of "
+            f"{gpu.memory_gb:.1f} GiB, {max(share, 0):.0%} less time"
+        )
+    return Plan(config, "\n".join(said))
+
+
+def cost(config: RunConfig, gpu: Gpu, stage: Stage) -> float:
+    """Returns the minutes of a stage's step, by its share of tokens that are not empty.
+
+    On average half a conversation's length is left empty at the end of a packed row.
+    """
+    packed = stage == "sft" and config.sft.get("packing", False)
+    empty = ROW_TOKENS / 2 / config.max_length if packed else 0.0
+    return (training_minutes(config, gpu, stage, 1) or 0.0) / max(0.1, 1 - empty)
+
+
+def candidates(config: RunConfig, stage: Stage) -> Iterator[RunConfig]:
+    """Yields the ways to take the same step: what was set first, then the others."""
+    values = getattr(config, stage)
+    batch = values.get("per_device_train_batch_size", 8)
+    rows = batch * values.get("gradient_accumulation_steps", 1)
+    packed = stage == "sft" and values.get("packing", False)
+    group = values.get("num_generations", 8) if stage == "grpo" else 1
+    for merged in divisors(rows) if packed else [1]:
+        if merged > 1 and config.max_length * merged > LONGEST_ROW:
+            break
+        sizes = divisors(rows // merged)
+        # a micro-batch of GRPO holds a part of a group, or whole groups
+        sizes = [n for n in sizes if n % group == 0 or group % n == 0]
+        for size in sorted(sizes, key=lambda n: n != batch):
+            for recompute in (True, False):
+                yield changed(
+                    config,
+                    max_length=config.max_length * merged,
+                    **{
+                        f"{stage}__per_device_train_batch_size": size,
+                        f"{stage}__gradient_accumulation_steps": rows // merged // size,
+                        f"{stage}__gradient_checkpointing": recompute,
+                    },
+                )
+
+
+def divisors(number: int) -> list[int]:
+    """Returns the numbers that divide another, from 1 on.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,118 @@
+"""A stage of a run: what it was made from, whether it is finished, what it reports."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers import runtime
+from helpers.config import ConfigError, RunConfig, Stage
+from helpers.runs import Run, fingerprint, write_json
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+NOTE = "made_from.json"
+NOTEBOOKS: dict[Stage, str] = {"sft": "02_sft_qlora", "grpo": "03_grpo_gsm8k"}
+
+
+def require_stage(config: RunConfig, stage: Stage) -> None:
+    """Raises ConfigError when a run has no such stage."""
+    if stage not in config.stages:
+        raise ConfigError(
+            f"run {config.name!r} (recipe {config.recipe!r}) has no {stage} stage, "
+            f"only {' and '.join(config.stages)}: open notebook "
+            f"{NOTEBOOKS[config.stages[0]]}, or choose another recipe in 00_setup"
+        )
+
+
+def made_from(run: Run, stage: Stage) -> str:
+    """Returns the fingerprint of all that decides a stage's result."""
+    config = run.config.model_dump(exclude={"evaluation", "inference", "save_minutes"})
+    config["data"] = run.report().get("data", {}).get("fingerprints")
+    if stage == "sft":
+        later = ("stages", "max_prompt_length", "grpo", "rewards")
+        config = {k: v for k, v in config.items() if k not in later}
+    return fingerprint(config)
+
+
+def open_stage(run: Run, stage: Stage) -> Path:
+    """Returns a stage's folder, with checkpoints of another config set aside.
+
+    A folder that was made from other settings or data is renamed, never mixed in and
+    never deleted.
+    """
+    folder = run.path / stage
+    now = made_from(run, stage)
+    old = read_note(folder / NOTE).get("fingerprint", now)
+    if old != now:
+        number = 1 + len(list(run.path.glob(f"{stage}.before-*")))
+        aside = run.path / f"{stage}.before-{number}"
+        print(f"{stage}: settings or data changed, former result kept in {aside}")  # noqa: T201
+        folder.rename(aside)
+    if not (folder / NOTE).exists():
+        write_json(folder / NOTE, {"fingerprint": now, "finished": False})
+    return folder
+
+
+def is_finished(run: Run, stage: Stage) -> bool:
+    """Returns whether a stage was trained to its end with the settings as they are."""
+    note = read_note(run.path / stage / NOTE)
+    return note.get("finished", False) and note["fingerprint"] == made_from(run, stage)
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """Returns what a small JSON file of a stage holds, empty when it is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def finish(run: Run, stage: Stage) -> None:
+    """Notes that a stage was trained to its end with the settings as they are."""
+    note = {"fingerprint": made_from(run, stage), "finished": True}
+    write_json(run.path / stage / NOTE, note)
+
+
+def callback_of(trainer: Trainer, kind: type) -> Any:
+    """Returns the trainer's callback of a class."""
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, kind))
+
+
+def stage_report(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
+    """Returns a stage's part of `report.json` from what the trainer logged."""
+    from helpers import callbacks
+
+    history = callback_of(trainer, callbacks.History)
+    skipped = callback_of(trainer, callbacks.SkippedSteps)
+    part: dict[str, Any] = {
+        "steps": trainer.state.global_step,
+        "seconds": round(history.training_seconds, 1),
+        "peak_memory_gb": round(runtime.peak_memory_gb(), 3),
+        "skipped_steps": skipped.count,
+    }
+    if skipped.reason:
+        part["stopped"] = skipped.reason
+    if stage == "grpo":
+        rewards_seen = history.values("reward")
+        ends = max(1, len(rewards_seen) // 4)
+        prompts = read_note(run.path / stage / "prompts.json")
+        part |= {
+            "reward_first": round(sum(rewards_seen[:ends]) / ends, 4),
+            "reward_last": round(sum(rewards_seen[-ends:]) / ends, 4),
+            "reward_averaged_over_steps": ends,
+            "prompts_left_out": prompts["left_out"],
+        }
+        return part
+    losses, tokens = history.values("loss"), trainer.state.num_input_tokens_seen
+    best = callback_of(trainer, callbacks.BestAdapter)
+    labels = read_note(run.path / stage / "labels.json")
+    part |= {"loss_first": round(losses[0], 4), "loss_last": round(losses[-1], 4)}
+    if math.isfinite(best.best):  # the loss it goes by was never logged otherwise
+        part |= {f"{best.by}_best": round(best.best, 4), "best_step": best.step}
+    return part | {
+        "tokens_per_second": round(tokens / history.training_seconds, 1),
+        "supervised_fraction": round(labels["supervised_fraction"], 4),
+        "rows_dropped": labels["dropped"],
+        "rows_truncated": labels["truncated"],
+    }

@@ -1,0 +1,669 @@
+"""Tests of helpers.checks: each fault is found, and a sound config is left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import checks, data, recipes, runtime, timing
+from helpers.checks import Advice
+from helpers.config import ConfigError, RunConfig, changed
+from helpers.runs import Run
+from helpers.runtime import Machine
+
+T4 = Machine("local", "cuda", "Tesla T4", 14.7, (7, 5))
+A100 = Machine("local", "cuda", "NVIDIA A100", 39.4, (8, 0))
+LAPTOP = Machine("local", "cpu", "x86_64, 2 cores", 8.0, None)
+
+
+@pytest.fixture(autouse=True)
+def no_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TUNEBOOK_DTYPE", "TUNEBOOK_GPU_GB", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def demo() -> RunConfig:
+    return recipes.load("demo")
+
+
+def only(advice: list[Advice], field: str) -> Advice:
+    """Returns the single fault, which must be of a field."""
+    assert [a.field for a in advice] == [field]
+    return advice[0]
+
+
+def advise(config: RunConfig, machine: Machine = T4, **changes: Any) -> list[Advice]:
+    rows = changes.pop("rows", None)
+    return checks.advise(changed(config, **changes), machine=machine, rows=rows)
+
+
+# ---------------------------------------------------------------- the recipes
+
+
+@pytest.mark.parametrize("machine", [T4, A100, LAPTOP], ids=lambda m: m.name)
+def test_the_demo_recipe_is_sound_everywhere(demo: RunConfig, machine: Machine) -> None:
+    assert checks.advise(demo, machine=machine, rows=2424) == []
+
+
+FAULTS = {
+    "demo": set(),
+    "finetome-llama32-1b": set(),
+    "finetome-llama32-3b-a": set(),
+    "finetome-llama32-3b-b": {"sft.warmup_steps", "data.eval_rows"},
+    "finetome-llama32-3b-c": {"sft.warmup_steps", "data.eval_rows"},
+    "gsm8k-grpo-llama32-1b": set(),
+    "dolly-llama32-3b": {"pad_token", "dtype"},
+    "dolly-llama2-7b": {"pad_token", "dtype"},
+    "guanaco-llama2-7b": {"pad_token"},
+}
+
+
+def test_the_table_of_faults_names_every_recipe() -> None:
+    assert set(FAULTS) == set(recipes.read_file())
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_recipe_has_the_known_faults_of_its_source_on_a_t4(name: str) -> None:
+    found = checks.advise(recipes.load(name), machine=T4)
+    assert {advice.field for advice in found} == FAULTS[name]
+    assert {advice.level for advice in found} <= {"warning"}
+
+
+def test_the_warm_up_of_50_in_40_steps_is_said_in_words() -> None:
+    found = checks.advise(recipes.load("finetome-llama32-3b-b"), machine=T4)
+    assert checks.report(found).endswith(
+        "\nwarning: sft.warmup_steps: 50 in a run of 40 steps: the rate never reaches "
+        "its peak. Set it to 4, or raise the number of steps."
+    )
+
+
+def test_without_a_machine_it_is_this_one_that_is_judged(demo: RunConfig) -> None:
+    config = changed(demo, dtype="bfloat16")
+    here = runtime.find_machine()
+    assert checks.advise(config) == checks.advise(config, machine=here)
+
+
+# ---------------------------------------------------------------- what is done with it
+
+
+WARNING = Advice("warning", "pad_token", "no good.")
+ERROR = Advice("error", "sft.max_step", "no field.")
+
+
+def test_errors_come_first(demo: RunConfig) -> None:
+    found = advise(demo, pad_token="eos", sft__max_step=1, lora__rank=1)
+    assert [advice.level for advice in found] == ["error", "error", "warning"]
+
+
+def test_errors_are_raised_together() -> None:
+    with pytest.raises(
+        ConfigError, match="^sft.max_step: no field.\nlora.rank: none.$"
+    ):
+        checks.require(
+            [ERROR, WARNING, ERROR._replace(field="lora.rank", text="none.")]
+        )
+
+
+def test_warnings_alone_are_not_raised() -> None:
+    assert checks.require([WARNING]) is None
+
+
+# ---------------------------------------------------------------- warm-up
+
+
+def warns_of_warmup(config: RunConfig, **changes: Any) -> bool:
+    found = advise(config, **changes)
+    return "sft.warmup_steps" in {advice.field for advice in found}
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5, 9, 10, 11, 0.0, 0.5, 0.9, 0.91, 0.99])
+def test_it_warns_exactly_when_the_schedule_never_reaches_its_peak(
+    demo: RunConfig, warmup: float
+) -> None:
+    import torch
+    from transformers import TrainingArguments, get_scheduler
+
+    arguments = TrainingArguments(warmup_steps=warmup, use_cpu=True)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = get_scheduler(
+        "constant_with_warmup", optimizer, arguments.get_warmup_steps(10), 10
+    )
+    rates = []
+    for _ in range(10):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    warned = warns_of_warmup(demo, sft__max_steps=10, sft__warmup_steps=warmup)
+    assert warned is (max(rates) < 1.0)
+
+
+def test_a_warm_up_of_grpo_is_checked_too(demo: RunConfig) -> None:
+    found = advise(demo, grpo__max_steps=10, grpo__warmup_steps=10)
+    assert "10 in a run of 10 steps" in only(found, "grpo.warmup_steps").text
+
+
+def test_epochs_are_steps_once_the_rows_are_known() -> None:
+    dolly = recipes.load("dolly-llama32-3b")
+    few = 49 * 16  # a step is 2 x 8 rows, the warm-up 50 steps
+    assert not warns_of_warmup(dolly)
+    assert warns_of_warmup(dolly, rows=few)
+    assert not warns_of_warmup(dolly, rows=few, sft__num_train_epochs=2)
+
+
+def test_a_constant_rate_has_no_warm_up_to_warn_of(demo: RunConfig) -> None:
+    changes = {"sft__warmup_steps": 500, "sft__lr_scheduler_type": "constant"}
+    assert not warns_of_warmup(demo, **changes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "accumulation", "epochs"),
+    [(10, 4, 1, 2), (100, 2, 8, 1), (101, 2, 8, 3), (7, 8, 4, 1.5), (64, 4, 4, 0.3)],
+)
+def test_steps_are_counted_as_the_trainer_counts_them(
+    tmp_path: Path, rows: int, batch: int, accumulation: int, epochs: float
+) -> None:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    values = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": epochs,
+    }
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, **values)
+    trainer = Trainer(
+        torch.nn.Linear(1, 1), arguments, train_dataset=[{"x": 0.0}] * rows
+    )
+    counted = trainer.set_initial_training_values(
+        arguments, trainer.get_train_dataloader()
+    )
+    assert checks.count_steps(values, rows) == counted[-1]
+
+
+def test_every_process_takes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"per_device_train_batch_size": 2, "num_train_epochs": 1}
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert checks.count_steps(values, 80) == 10
+
+
+# ---------------------------------------------------------------- pad and dtype
+
+
+@pytest.mark.parametrize("token", ["eos", "</s>", "<|im_end|>", "<|eot_id|>"])
+def test_padding_with_the_end_of_an_answer_is_warned_of(
+    demo: RunConfig, token: str
+) -> None:
+    advice = only(advise(demo, pad_token=token), "pad_token")
+    assert advice.level == "warning"
+    assert "would never learn to stop" in advice.text
+
+
+@pytest.mark.parametrize(
+    "token", [None, "<|endoftext|>", "<|finetune_right_pad_id|>", "<unk>"]
+)
+def test_padding_with_another_token_is_sound(
+    demo: RunConfig, token: str | None
+) -> None:
+    assert advise(demo, pad_token=token) == []
+
+
+def test_bf16_on_a_t4_becomes_fp16_and_says_why(demo: RunConfig) -> None:
+    advice = only(advise(demo, dtype="bfloat16"), "dtype")
+    assert advice.level == "warning"
+    assert "float16 is used on Tesla T4: compute capability 7.5 has no" in advice.text
+    assert "Set it to auto" in advice.text
+
+
+def test_bf16_on_a_cpu_becomes_fp32(demo: RunConfig) -> None:
+    advice = only(advise(demo, LAPTOP, dtype="bfloat16"), "dtype")
+    assert "float32 is used on x86_64, 2 cores" in advice.text
+
+
+def test_bf16_on_a_gpu_that_has_it_is_sound(demo: RunConfig) -> None:
+    assert advise(demo, A100, dtype="bfloat16") == []
+
+
+def test_a_dtype_forced_by_the_environment_is_taken_into_account(
+    demo: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNEBOOK_DTYPE", "float16")
+    advice = only(advise(demo, A100, dtype="bfloat16"), "dtype")
+    assert "TUNEBOOK_DTYPE=float16 asks for it" in advice.text
+
+
+@pytest.mark.parametrize(
+    ("machine", "stage", "flag", "value"),
+    [
+        (T4, "sft", "bf16", True),
+        (T4, "grpo", "bf16", True),
+        (T4, "sft", "fp16", False),
+        (A100, "sft", "fp16", True),
+        (A100, "sft", "bf16", False),
+        (LAPTOP, "sft", "fp16", True),
+        (LAPTOP, "grpo", "bf16", True),
+    ],
+)
+def test_a_flag_that_fights_with_the_machine_is_an_error(
+    demo: RunConfig, machine: Machine, stage: str, flag: str, value: bool
+) -> None:
+    found = advise(demo, machine, **{f"{stage}__{flag}": value})
+    advice = only(found, f"{stage}.{flag}")
+    assert advice.level == "error"
+    assert "Remove it: dtype and the machine decide." in advice.text
+
+
+@pytest.mark.parametrize(
+    ("machine", "flag", "value"),
+    [(T4, "fp16", True), (T4, "bf16", False), (A100, "bf16", True)]
+    + [(LAPTOP, "bf16", False), (LAPTOP, "fp16", False), (T4, "bf16", None)],
+)
+def test_a_flag_that_says_what_the_machine_does_is_sound(
+    demo: RunConfig, machine: Machine, flag: str, value: bool | None
+) -> None:
+    assert advise(demo, machine, **{f"sft__{flag}": value}) == []
+
+
+# ---------------------------------------------------------------- learning rate
+
+
+@pytest.mark.parametrize(
+    ("stage", "rate"),
+    [("sft", 9e-7), ("sft", 5.1e-3), ("grpo", 9e-8), ("grpo", 5.1e-4)],
+)
+def test_a_rate_ten_times_outside_the_usual_range_is_warned_of(
+    demo: RunConfig, stage: str, rate: float
+) -> None:
+    found = advise(demo, **{f"{stage}__learning_rate": rate})
+    advice = only(found, f"{stage}.learning_rate")
+    assert advice.level == "warning"
+    assert f"{rate:g} is more than ten times outside" in advice.text
+
+
+@pytest.mark.parametrize(
+    ("stage", "rate"),
+    [("sft", 1e-6), ("sft", 5e-3), ("grpo", 1e-7), ("grpo", 5e-4)],
+)
+def test_a_rate_at_the_limit_is_left_alone(
+    demo: RunConfig, stage: str, rate: float
+) -> None:
+    assert advise(demo, **{f"{stage}__learning_rate": rate}) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [("sft", "1e-05 to 0.0005 .*arXiv:2305.14314"), ("grpo", "1e-06 to 5e-05 .*TRL")],
+)
+def test_the_usual_range_is_quoted_with_its_source(
+    demo: RunConfig, stage: str, words: str
+) -> None:
+    import re
+
+    found = advise(demo, **{f"{stage}__learning_rate": 1.0})
+    assert re.search(words, found[0].text)
+
+
+@pytest.mark.parametrize("rate", [0, -1e-4])
+def test_a_rate_that_is_not_above_0_is_an_error(demo: RunConfig, rate: float) -> None:
+    advice = only(advise(demo, sft__learning_rate=rate), "sft.learning_rate")
+    assert advice == ("error", "sft.learning_rate", advice.text)
+    assert advice.text == f"found {rate}; expected more than 0"
+
+
+@pytest.mark.parametrize("value", ["2e-4", True, [1e-4], None, float("nan")])
+def test_a_rate_that_is_no_number_is_an_error(demo: RunConfig, value: Any) -> None:
+    advice = only(advise(demo, sft__learning_rate=value), "sft.learning_rate")
+    assert advice.text == f"found {value!r}; expected a number, without quotes"
+
+
+def test_evaluation_steps_may_be_left_to_the_trainer(demo: RunConfig) -> None:
+    assert advise(demo, sft__eval_steps=None) == []
+
+
+@pytest.mark.parametrize("value", [1.0, "2e-4"])
+def test_a_stage_that_is_not_run_is_not_judged(demo: RunConfig, value: Any) -> None:
+    assert advise(demo, stages=["sft"], grpo__learning_rate=value) == []
+    assert advise(demo, stages=["grpo"], sft__max_steps=value) == []
+
+
+# ---------------------------------------------------------------- one epoch
+
+
+def test_too_few_steps_for_one_epoch_say_how_many_rows_are_seen() -> None:
+    stock = recipes.load("finetome-llama32-1b")
+    advice = only(advise(stock, rows=2000), "sft.max_steps")
+    assert advice.level == "warning"
+    assert advice.text == (
+        "60 steps of 8 rows see 480 of 2000 (24 %). One epoch needs 250; or take fewer "
+        "rows by data.train_rows."
+    )
+
+
+@pytest.mark.parametrize(("rows", "warned"), [(479, False), (480, False), (481, True)])
+def test_an_epoch_is_full_when_the_last_row_is_seen(rows: int, warned: bool) -> None:
+    stock = recipes.load("finetome-llama32-1b")
+    assert bool(advise(stock, rows=rows)) is warned
+
+
+def test_nothing_is_said_of_packed_rows_as_they_hold_several_conversations(
+    demo: RunConfig,
+) -> None:
+    assert advise(demo, rows=10_000) == []
+    alone = advise(demo, rows=10_000, sft__packing=False)
+    assert [advice.field for advice in alone] == ["sft.max_steps"]
+
+
+# ---------------------------------------------------------------- time of evaluation
+
+
+def test_held_out_rows_beyond_the_time_allowed_are_warned_of(demo: RunConfig) -> None:
+    advice = only(advise(demo, LAPTOP, data__test_rows=2000), "data.test_rows")
+    assert advice.level == "warning"
+    assert advice.text.startswith("2100 held-out rows, 3 times, take up to ")
+    assert "minutes on x86_64, 2 cores; evaluation.minutes is 30." in advice.text
+
+
+def test_about_the_number_of_rows_that_is_offered_fits_the_time(
+    demo: RunConfig,
+) -> None:
+    text = only(advise(demo, LAPTOP, data__test_rows=2000), "data.test_rows").text
+    rows = int(text.split("Hold out about ")[1].split(",")[0])
+    fewer = {"data__test_rows": rows - 100, "data__test_new_rows": 100}
+    assert advise(demo, LAPTOP, **fewer, evaluation__minutes=32) == []
+    assert advise(demo, LAPTOP, **fewer, evaluation__minutes=28) != []
+
+
+def test_more_time_allowed_is_a_remedy(demo: RunConfig) -> None:
+    slow = {"data__test_rows": 2000, "evaluation__minutes": 600}
+    assert advise(demo, LAPTOP, **slow) == []
+
+
+def test_a_gpu_answers_in_time_what_a_cpu_does_not() -> None:
+    stock = recipes.load("finetome-llama32-1b")
+    assert advise(stock, T4) == []
+    fields = [advice.field for advice in advise(stock, LAPTOP)]
+    assert fields == ["data.eval_rows", "data.test_rows"]
+
+
+def test_the_demo_takes_about_the_minutes_that_were_measured() -> None:
+    """The base model rarely stops early: it is compared with a third of the minutes."""
+    measured = json.loads((runtime.ROOT / "results" / "demo_cpu.json").read_text())
+    minutes = measured["eval"]["base"]["seconds"] / 60
+    config = changed(recipes.load("demo"), evaluation__minutes=0.01)
+    found = {a.field: a.text for a in checks.advise(config, machine=LAPTOP)}
+    predicted = float(found["data.test_rows"].split("up to ")[1].split(" ")[0]) / 3
+    assert 0.8 < predicted / minutes < 1.3
+
+
+def test_rows_held_out_by_a_share_count_once_the_rows_are_known() -> None:
+    dolly = recipes.load("dolly-llama2-7b")
+    known = {a.field: a.text for a in advise(dolly, rows=12_000)}
+    # 2250 steps, evaluated every 500, and then base and tuned model
+    assert known["data.eval_rows"].startswith("1500 held-out rows, 6 times")
+    assert known["data.test_rows"].startswith("1500 held-out rows, 2 times")
+
+
+def test_an_eval_loss_taken_too_often_is_warned_of() -> None:
+    stock = recipes.load("finetome-llama32-1b")
+    assert advise(stock, data__eval_rows=1000) == []
+    often = advise(stock, data__eval_rows=1000, sft__eval_steps=2)
+    assert "1000 held-out rows, 33 times" in only(often, "data.eval_rows").text
+
+
+def test_evaluation_steps_can_be_a_share_of_the_run() -> None:
+    stock = recipes.load("finetome-llama32-1b")
+    often = advise(stock, data__eval_rows=1000, sft__eval_steps=0.025)
+    assert "1000 held-out rows, 43 times" in only(often, "data.eval_rows").text
+
+
+def test_an_eval_set_of_unknown_size_is_not_judged() -> None:
+    assert timing.held_out(recipes.load("dolly-llama2-7b"), None) == {}
+
+
+def test_a_share_of_capped_rows_has_a_size() -> None:
+    b = recipes.load("finetome-llama32-3b-b")
+    assert timing.held_out(b, None) == {"eval": 750}
+
+
+def test_a_cap_bounds_what_a_share_holds_out() -> None:
+    dolly = changed(recipes.load("dolly-llama2-7b"), data__test_rows=200)
+    assert timing.held_out(dolly, 12_000) == {"eval": 1500, "test_chat": 200}
+
+
+def test_the_sizes_are_those_that_the_data_then_have(
+    run_factory: Callable[..., Run],
+) -> None:
+    run = run_factory()
+    found = data.prepare(run)
+    sizes = timing.held_out(run.config, found["train"])
+    assert sizes == {name: found[name] for name in ("eval", "test", "test_new")}
+
+
+# ---------------------------------------------------------------- target modules
+
+
+def test_a_target_that_the_model_lacks_is_an_error_with_the_nearest(
+    demo: RunConfig,
+) -> None:
+    found = advise(demo, lora__target_modules=["q_prj", "v_proj"])
+    advice = only(found, "lora.target_modules")
+    assert advice.level == "error"
+    assert "no 'q_prj'; did you mean 'q_proj'? (it has q_proj, k_proj" in advice.text
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["self_attn.q_proj", "lm_head"], "all-linear", r".*\.(q|v)_proj", None],
+)
+def test_targets_that_peft_understands_are_sound(demo: RunConfig, targets: Any) -> None:
+    assert advise(demo, lora__target_modules=targets) == []
+
+
+def test_the_modules_of_a_local_model_are_read_from_its_folder(
+    demo: RunConfig, tiny_model_folder: Path
+) -> None:
+    changes = {"model": str(tiny_model_folder), "lora__target_modules": ["c_attn"]}
+    only(advise(demo, **changes), "lora.target_modules")
+
+
+def test_a_model_of_unknown_architecture_is_judged_by_the_rest(demo: RunConfig) -> None:
+    changes = {"model": "somebody/unheard-of", "lora__target_modules": ["c_attn"]}
+    only(advise(demo, **changes, pad_token="eos"), "pad_token")
+
+
+# ---------------------------------------------------------------- cut answers
+
+
+def test_one_answer_in_a_hundred_may_be_cut() -> None:
+    assert checks.check_lengths([100] * 99 + [5000], 256) is None
+
+
+def test_more_than_one_in_a_hundred_is_warned_of_with_the_share() -> None:
+    advice = checks.check_lengths([100] * 98 + [300, 5000], 256)
+    assert advice == (
+        "warning",
+        "max_length",
+        "256 tokens cut 2 of 100 answers (2.0 %): their ends are not learnt. Set it to "
+        "320, which cuts at most 1 %, or leave the long rows out.",
+    )
+
+
+def test_an_answer_that_just_fits_is_not_cut() -> None:
+    assert checks.check_lengths([256, 256], 256) is None
+
+
+def test_no_conversations_cut_nothing() -> None:
+    assert checks.check_lengths([], 256) is None
+
+
+@pytest.mark.parametrize("count", [1, 10, 99, 100, 101, 1000])
+def test_the_length_offered_is_the_least_multiple_of_64_that_will_do(
+    count: int,
+) -> None:
+    ends = [1000 + 3 * n for n in range(count)]
+    advice = checks.check_lengths(ends, 16)
+    assert advice is not None
+    enough = int(advice.text.split("Set it to ")[1].split(",")[0])
+    assert enough % 64 == 0
+    assert checks.check_lengths(ends, enough) is None
+    assert checks.check_lengths(ends, enough - 64) is not None
+
+
+# ---------------------------------------------------------------- GRPO's batch
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
+        {"per_device_train_batch_size": 6},
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 2, "steps_per_generation": 2},
+        {"per_device_train_batch_size": 2, "steps_per_generation": 3},
+        {"per_device_train_batch_size": 2, "generation_batch_size": 6},
+        {"per_device_train_batch_size": 2, "generation_batch_size": 8},
+        {"num_generations": 1},
+    ],
+    ids=str,
+)
+def test_a_batch_is_an_error_exactly_when_trl_refuses_it(
+    tmp_path: Path, values: dict[str, int]
+) -> None:
+    from trl import GRPOConfig
+
+    values = {"num_generations": 4, **values}
+    try:
+        GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **values)
+        refused = False
+    except ValueError:
+        refused = True
+    found = list(checks.check_groups(values))
+    assert bool(found) is refused
+    assert {advice[:2] for advice in found} <= {("error", "grpo.num_generations")}
+
+
+def test_a_batch_of_partial_groups_says_how_many_are_generated(demo: RunConfig) -> None:
+    found = advise(demo, grpo__per_device_train_batch_size=6)
+    assert "4, but 6 answers are" in only(found, "grpo.num_generations").text
+
+
+# ---------------------------------------------------------------- names and values
+
+
+def test_saves_between_evaluations_are_an_error_when_the_best_is_wanted(
+    demo: RunConfig,
+) -> None:
+    changes = {"sft__save_steps": 30, "sft__load_best_model_at_end": True}
+    advice = only(advise(demo, **changes), "sft.save_steps")
+    assert advice.level == "error"
+    assert "30 is no multiple of eval_steps=40" in advice.text
+
+
+@pytest.mark.parametrize(
+    ("save", "every", "best"), [(80, 40, True), (0.3, 0.1, True), (30, 40, False)]
+)
+def test_saves_with_evaluations_or_without_a_wish_for_the_best_are_sound(
+    demo: RunConfig, save: float, every: float, best: bool
+) -> None:
+    changes = {"sft__save_steps": save, "sft__eval_steps": every}
+    assert advise(demo, **changes, sft__load_best_model_at_end=best) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("sft.learning_rat", "learning_rate"),
+        ("sft.paking", "packing"),
+        ("grpo.num_generation", "num_generations"),
+        ("lora.lora_alfa", "lora_alpha"),
+        ("inference.temprature", "temperature"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_one(
+    demo: RunConfig, key: str, hint: str
+) -> None:
+    advice = only(advise(demo, **{key.replace(".", "__"): 1}), key)
+    assert advice.level == "error"
+    assert advice.text == f"the library has no such field; did you mean {hint!r}?"
+
+
+def test_an_unknown_name_like_no_other_is_to_be_removed(demo: RunConfig) -> None:
+    advice = only(advise(demo, lora__qqqqqq=1), "lora.qqqqqq")
+    assert advice.text == "the library has no such field; remove it"
+
+
+@pytest.mark.parametrize("key", checks.ELSEWHERE)
+def test_what_the_config_decides_elsewhere_is_an_error_in_a_group(
+    demo: RunConfig, key: str
+) -> None:
+    advice = only(advise(demo, **{key.replace(".", "__"): 1}), key)
+    assert advice.level == "error"
+    assert f"the config's own {checks.ELSEWHERE[key]} decides it" in advice.text
+    assert checks.ELSEWHERE[key] in RunConfig.model_fields
+
+
+def test_a_field_that_unsloth_adds_is_not_unknown(demo: RunConfig) -> None:
+    assert advise(demo, grpo__unsloth_num_chunks=1) == []
+
+
+@pytest.mark.parametrize("group", ["sft", "grpo", "lora"])
+def test_the_names_read_from_source_are_the_fields_of_the_class(group: str) -> None:
+    from peft import LoraConfig
+    from trl import GRPOConfig, SFTConfig
+
+    kind = {"sft": SFTConfig, "grpo": GRPOConfig, "lora": LoraConfig}[group]
+    fields = {field.name for field in dataclasses.fields(kind)}
+    own = {name for name in fields if not name.startswith(("_", "unsloth_"))}
+    assert checks.known_fields(group) == own
+
+
+def test_the_names_of_generation_are_those_that_its_class_takes() -> None:
+    from transformers import GenerationConfig
+
+    known = checks.known_fields("inference")
+    public = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    assert known == public
+
+
+@pytest.mark.parametrize("absent", ["no_such_package/x.py", "json/no_such_file.py"])
+def test_a_library_laid_out_otherwise_is_not_judged(
+    monkeypatch: pytest.MonkeyPatch,
+    make_known: Callable[[], frozenset[str]],
+    absent: str,
+) -> None:
+    monkeypatch.setitem(checks.SOURCES, "lora", [absent])
+    assert make_known() == frozenset()
+
+
+@pytest.fixture
+def make_known() -> Callable[[], frozenset[str]]:
+    """Reads the fields of `lora` anew, past the cache."""
+    return lambda: checks.known_fields.__wrapped__("lora")
+
+
+def test_a_sound_config_is_judged_without_loading_torch_or_trl() -> None:
+    program = (
+        "from helpers import checks, recipes\n"
+        "from helpers.runtime import Machine\n"
+        "import sys\n"
+        "t4 = Machine('local', 'cuda', 'Tesla T4', 14.7, (7, 5))\n"
+        "assert checks.advise(recipes.load('demo'), machine=t4) == []\n"
+        "heavy = ['torch', 'transformers', 'trl', 'peft', 'unsloth']\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=runtime.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"

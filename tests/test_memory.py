@@ -1,0 +1,297 @@
+"""Tests of helpers.memory, helpers.gpus and helpers.timing's training minutes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import gpus, memory, recipes, shapes, timing
+from helpers.config import changed
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED = json.loads((ROOT / "results" / "memory.json").read_text())["rows"]
+STOCK = recipes.load("finetome-llama32-1b")
+SEVEN = recipes.load("dolly-llama2-7b")
+H100 = gpus.Gpu("H100", 79.0, *gpus.KNOWN["H100"])
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    path = ROOT / "benchmarks" / "memory.py"
+    spec = importlib.util.spec_from_file_location("memory_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["memory_benchmark"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["id"])
+def test_the_committed_table_holds_what_is_predicted_today(row, benchmark) -> None:
+    case = benchmark.find_case(row["id"])
+    assert (case.held_out, case.changes) == (row["held_out"], row["config"])
+    found = benchmark.predict(case, row)
+    assert found.peak_gb == pytest.approx(row["predicted_gb"], abs=0.002)
+
+
+def test_all_that_is_said_to_fit_ran_under_the_cap() -> None:
+    assert all(row["ran"] for row in MEASURED if row["predicted_fits"])
+
+
+def test_nothing_is_said_not_to_fit_that_ran_with_a_gigabyte_to_spare() -> None:
+    refused = [row for row in MEASURED if not row["predicted_fits"]]
+    assert refused
+    assert not [row for row in refused if row["ran"] and row["measured_gb"] < 13.0]
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_nf4_weights_take_what_bitsandbytes_stores(double_quant: bool) -> None:
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(
+        512, 1024, bias=False, compress_statistics=double_quant, quant_type="nf4"
+    )
+    layer.load_state_dict({"weight": torch.randn(1024, 512)})
+    weight = layer.to("cpu").weight
+    state = weight.quant_state
+    tensors = [weight.data, state.absmax]
+    if double_quant:
+        tensors.append(state.state2.absmax)
+    stored = sum(t.numel() * t.element_size() for t in tensors)
+    config = changed(SEVEN, double_quant=double_quant, engine="unsloth")
+    arch = shapes.find_architecture(config.model)
+    linear = shapes.count_linear(arch)
+    rest = 2 * (shapes.count_parameters(arch) - linear)
+    predicted = (memory.fixed_bytes(config, arch, "sft")["weights"] - rest) / linear
+    assert predicted == pytest.approx(stored / (512 * 1024), rel=1e-3)
+
+
+def test_eight_bit_weights_take_twice_and_sixteen_four_times_four_bit() -> None:
+    arch = shapes.find_architecture(STOCK.model)
+    sizes = [
+        memory.fixed_bytes(changed(STOCK, weights=bits), arch, "sft")["weights"]
+        for bits in ("4bit", "8bit", "16bit")
+    ]
+    rest = 2 * (shapes.count_parameters(arch) - shapes.count_linear(arch))
+    four, eight, sixteen = (size - rest for size in sizes)
+    assert eight / four == pytest.approx(2, rel=0.04)
+    assert sixteen == 2 * eight
+
+
+def test_transformers_keeps_embeddings_in_fp32_beside_quantised_weights() -> None:
+    arch = shapes.find_architecture(STOCK.model)
+    unsloth, plain = (
+        memory.fixed_bytes(changed(STOCK, engine=engine), arch, "sft")["weights"]
+        for engine in ("unsloth", "transformers")
+    )
+    embeddings = arch.vocab * arch.hidden
+    assert plain - unsloth == pytest.approx(2 * embeddings, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("optim", "a_parameter"),
+    [("adamw_torch", 8), ("adamw_8bit", 2), ("paged_adamw_32bit", 0)],
+)
+def test_the_optimiser_takes_its_bytes_a_trained_parameter(optim, a_parameter) -> None:
+    arch = shapes.find_architecture(STOCK.model)
+    parts = memory.fixed_bytes(changed(STOCK, sft__optim=optim), arch, "sft")
+    assert parts["optimiser"] == a_parameter * 11_272_192
+
+
+def peak(config, **changes) -> float:
+    return memory.predict(changed(config, **changes), gpus.T4, "sft").peak_gb
+
+
+@pytest.mark.parametrize("engine", ["unsloth", "transformers"])
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({"max_length": 1024}, {"max_length": 2048}),
+        ({"lora__r": 8}, {"lora__r": 64}),
+        ({"sft__gradient_checkpointing": True}, {"sft__gradient_checkpointing": False}),
+        (
+            {"sft__per_device_train_batch_size": 2},
+            {"sft__per_device_train_batch_size": 4},
+        ),
+        ({"weights": "4bit"}, {"weights": "16bit"}),
+    ],
+    ids=["length", "rank", "checkpointing", "batch", "weights"],
+)
+def test_what_takes_more_is_predicted_to_take_more(engine, less, more) -> None:
+    config = changed(STOCK, engine=engine)
+    assert peak(config, **less) < peak(config, **more)
+
+
+def test_gradient_accumulation_takes_no_memory() -> None:
+    one = peak(STOCK, sft__gradient_accumulation_steps=1)
+    assert one == peak(STOCK, sft__gradient_accumulation_steps=16)
+
+
+def test_shorter_rows_than_max_length_take_less() -> None:
+    short = memory.predict(STOCK, gpus.T4, "sft", row_tokens=500).peak_gb
+    assert short < peak(STOCK)
+    long = memory.predict(STOCK, gpus.T4, "sft", row_tokens=9000).peak_gb
+    assert long == peak(STOCK)
+
+
+def test_longer_answers_take_a_larger_cache_in_grpo() -> None:
+    found = [
+        memory.predict(changed(STOCK, grpo__max_completion_length=n), gpus.T4, "grpo")
+        for n in (256, 1024)
+    ]
+    assert found[0].parts["KV cache"] < found[1].parts["KV cache"]
+
+
+def test_without_a_stage_the_hungriest_is_predicted() -> None:
+    stages = [memory.predict(STOCK, gpus.T4, stage).peak_gb for stage in STOCK.stages]
+    assert memory.predict(STOCK, gpus.T4).peak_gb == max(stages)
+
+
+def test_the_parts_add_up_to_the_peak_and_the_context_is_apart() -> None:
+    found = memory.predict(STOCK, gpus.T4, "sft")
+    assert found.peak_gb == sum(found.parts.values())
+    assert found.context_gb == gpus.CONTEXT_GB
+    assert gpus.T4.memory_gb + gpus.CONTEXT_GB == pytest.approx(14.74)
+
+
+def test_seven_billion_in_sixteen_bit_do_not_fit_a_t4() -> None:
+    assert not memory.predict(changed(SEVEN, weights="16bit"), gpus.T4).fits
+
+
+@pytest.mark.parametrize("name", [n for n in recipes.NAMES if n != "smoke"])
+def test_every_recipe_is_predicted_to_fit_the_gpu_that_it_says(name: str) -> None:
+    assert memory.predict(recipes.load(name), gpus.T4).fits
+
+
+def test_a_model_whose_numbers_nobody_knows_is_refused() -> None:
+    with pytest.raises(shapes.UnknownArchitecture, match="nobody/nothing"):
+        memory.predict(changed(STOCK, model="nobody/nothing"), gpus.T4)
+
+
+def test_predicting_loads_neither_torch_nor_transformers() -> None:
+    program = (
+        "import sys; from helpers import gpus, memory, recipes\n"
+        "print(memory.predict(recipes.load('demo'), gpus.T4).fits)\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "True\n[]\n", done.stderr
+
+
+def batch_of(config, stage: str) -> int:
+    return timing.step_rows(getattr(config, stage))
+
+
+@pytest.mark.parametrize("name", [n for n in recipes.NAMES if n != "smoke"])
+def test_a_plan_fits_and_takes_the_same_tokens_a_step(name: str) -> None:
+    config = recipes.load(name)
+    planned = memory.plan(config, gpus.T4).config
+    for stage in config.stages:
+        assert memory.predict(planned, gpus.T4, stage).fits
+        before = batch_of(config, stage) * config.max_length
+        assert batch_of(planned, stage) * planned.max_length == before
+
+
+def test_a_plan_changes_only_how_a_step_is_split() -> None:
+    planned = memory.plan(STOCK, gpus.T4).config
+    split = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    split |= {"gradient_checkpointing"}
+    for group in ("sft", "grpo"):
+        before, after = getattr(STOCK, group), getattr(planned, group)
+        assert {k for k in after if after[k] != before.get(k)} <= split
+    rest = {"sft", "grpo"}
+    assert planned.model_dump(exclude=rest) == STOCK.model_dump(exclude=rest)
+
+
+def test_a_plan_for_a_small_model_stops_recomputing_where_memory_is_idle() -> None:
+    planned = memory.plan(STOCK, gpus.T4)
+    assert planned.config.sft["gradient_checkpointing"] is False
+    assert "gradient checkpointing off" in planned.text
+
+
+def test_a_plan_for_a_large_model_keeps_recomputing() -> None:
+    long = changed(SEVEN, max_length=2048)
+    assert memory.plan(long, gpus.T4).config.sft["gradient_checkpointing"] is True
+
+
+def test_a_plan_takes_larger_micro_batches_on_a_larger_gpu() -> None:
+    def micro(gpu) -> int:
+        return memory.plan(SEVEN, gpu).config.sft["per_device_train_batch_size"]
+
+    assert micro(H100) > micro(gpus.T4)
+
+
+def test_a_plan_packs_longer_rows_when_they_fit() -> None:
+    values = {"sft__packing": True, "max_length": 1024}
+    packed = changed(STOCK, **values, sft__per_device_train_batch_size=4)
+    planned = memory.plan(packed, gpus.T4).config
+    assert 1024 < planned.max_length <= memory.LONGEST_ROW
+
+
+def test_a_plan_never_splits_a_grpo_group_unevenly() -> None:
+    planned = memory.plan(changed(STOCK, stages=["grpo"]), gpus.T4).config.grpo
+    size, group = planned["per_device_train_batch_size"], planned["num_generations"]
+    assert size % group == 0 or group % size == 0
+
+
+def test_a_plan_for_what_cannot_fit_says_so_and_changes_nothing() -> None:
+    huge = changed(SEVEN, weights="16bit")
+    planned = memory.plan(huge, gpus.T4)
+    assert planned.config == huge
+    assert "nothing fits; the least is" in planned.text
+
+
+def test_a_machine_without_a_gpu_has_none_to_predict_for() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert gpus.this_gpu() is None
+    assert memory.predict(STOCK, None, "sft").gpu == gpus.T4
+
+
+def test_minutes_follow_the_steps_and_the_gpu() -> None:
+    ten = timing.training_minutes(STOCK, gpus.T4, "sft", 10)
+    assert timing.training_minutes(STOCK, gpus.T4, "sft", 20) == 2 * ten
+    assert timing.training_minutes(STOCK, H100, "sft", 10) < ten
+
+
+def test_minutes_are_unknown_when_epochs_are_counted() -> None:
+    assert timing.training_minutes(SEVEN, gpus.T4, "sft") is None
+
+
+def test_recomputing_costs_a_third_of_the_arithmetic() -> None:
+    big = {"sft__per_device_train_batch_size": 512}
+    fast, slow = (
+        timing.training_minutes(
+            changed(STOCK, **big, sft__gradient_checkpointing=on), gpus.T4, "sft"
+        )
+        for on in (False, True)
+    )
+    assert fast / slow == pytest.approx(2 / 3, rel=0.01)
+
+
+def test_the_published_run_on_a_t4_is_predicted_within_a_quarter() -> None:
+    # 394.6 s for 60 steps of 8 rows of FineTome on Llama-3.2-3B
+    found = timing.training_minutes(
+        recipes.load("finetome-llama32-3b-a"), gpus.T4, "sft"
+    )
+    assert found * 60 == pytest.approx(394.6, rel=0.25)
+
+
+def test_the_measured_demo_on_two_cores_is_predicted_and_sampling_at_most_doubled():
+    report = json.loads((ROOT / "results" / "demo_cpu.json").read_text())
+    sft, grpo = (
+        60 * timing.training_minutes(recipes.load("demo"), None, stage)
+        for stage in ("sft", "grpo")
+    )
+    assert sft == pytest.approx(report["sft"]["seconds"], rel=0.25)
+    # answers that stop early take less than was allowed for
+    assert 1 <= grpo / report["grpo"]["seconds"] <= 2
