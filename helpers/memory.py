@@ -10,13 +10,16 @@ Unsloth 2026.10; what cannot be counted is fitted on the calibration half of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from helpers import shapes
 from helpers.config import RunConfig, Stage, changed
 from helpers.gpus import CONTEXT_GB, T4, Gpu, this_gpu
 from helpers.shapes import Architecture
 from helpers.timing import PROMPT_TOKENS, ROW_TOKENS, training_minutes
+
+if TYPE_CHECKING:
+    from helpers.results import Table
 
 GIB = 2**30
 
@@ -199,6 +202,34 @@ FEED_FORWARD = 35.6  # bytes a token and inner width of the MLP
 ATTENTION = 16.4  # bytes a score
 CACHE = 3.29  # grown by concatenation: blocks of every size stay reserved
 BASE_GB_UNSLOTH, BASE_GB = 0.339, 0.286
+
+
+def compare_weights(config: RunConfig, gpu: Gpu | None = None) -> Table:
+    """Returns a table of 4, 8 and 16 bit weights: their size, and the peak of training.
+
+    Of a model whose numbers are not known it says so.
+
+    Args:
+        config: the run; its own engine and weights do not count.
+        gpu: as for `predict`.
+    """
+    from helpers.results import Table
+
+    gpu = gpu or this_gpu() or T4
+    try:
+        shapes.find_architecture(config.model)
+    except shapes.UnknownArchitecture as error:
+        return Table(["memory"], [[f"unknown: {error}"]])
+    header = ["weights"]
+    rows = [[bits] for bits in ("4bit", "8bit", "16bit")]
+    for engine in ("unsloth", "transformers"):
+        header += [f"{engine}: weights GiB", f"peak of {gpu.memory_gb:.1f} GiB"]
+        for row in rows:
+            tried = changed(config, engine=engine, weights=row[0])
+            found = predict(tried, gpu)
+            fits = "" if found.fits else ", does not fit"
+            row += [f"{found.parts['weights']:.2f}", f"{found.peak_gb:.2f}{fits}"]
+    return Table(header, rows)
 
 
 LONGEST_ROW = 4096  # tokens; what older models were made for

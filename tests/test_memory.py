@@ -295,3 +295,17 @@ def test_the_measured_demo_on_two_cores_is_predicted_and_sampling_at_most_double
     assert sft == pytest.approx(report["sft"]["seconds"], rel=0.25)
     # answers that stop early take less than was allowed for
     assert 1 <= grpo / report["grpo"]["seconds"] <= 2
+
+
+def test_the_weights_are_compared_on_both_engines_side_by_side() -> None:
+    table = memory.compare_weights(SEVEN, gpus.T4)
+    assert [row[0] for row in table.rows] == ["4bit", "8bit", "16bit"]
+    assert [len(row) for row in table.rows] == [len(table.header)] * 3
+    sizes = [float(row[1]) for row in table.rows]
+    assert sizes == sorted(sizes)
+    assert "does not fit" in table.rows[2][2]
+
+
+def test_a_model_without_numbers_gets_a_table_that_says_so() -> None:
+    table = memory.compare_weights(changed(STOCK, model="nobody/nothing"), gpus.T4)
+    assert "the numbers of 'nobody/nothing' are not known" in repr(table)
