@@ -1,8 +1,7 @@
 """Token ids + labels with loss on assistant tokens only; shows the mask to a human.
 
 Labels are computed when tokenising and stored with the tokens, so packing and any
-collator keep them. No hand-written markers: the template itself is asked where the
-assistant speaks, by rendering the conversation with and without each turn.
+collator keep them. No hand-written markers: `turns` finds where the assistant speaks.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ import html
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from helpers.formats import DataError, Messages
-from helpers.templates import TemplateError, render, stop_token_ids
+from helpers.templates import render, stop_token_ids
+from helpers.turns import find_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,43 +36,6 @@ class Masked(NamedTuple):
     """Tokens of each conversation up to its last supervised one, uncut."""
 
 
-def assistant_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, last_only: bool = False
-) -> tuple[str, list[tuple[int, int]]]:
-    """Returns the rendered text and the character spans of the assistant's turns.
-
-    A span covers the answer and the token that ends the turn, not the header. With
-    `last_only` the earlier answers may be rewritten: only the last one is looked for.
-
-    Raises:
-        TemplateError: the template rewrites earlier turns once later ones follow, so
-            that no span can be trusted.
-    """
-    text = render(tokenizer, messages)
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    spans = []
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    for number in answers[-1:] if last_only else answers:
-        before = render(tokenizer, messages[:number], for_generation=True)
-        until = render(tokenizer, messages[: number + 1])
-        if not until.startswith(before):
-            raise TemplateError(
-                f"turn {number + 1}: the template's generation prompt is not how it "
-                f"opens an answer: {before[-40:]!r} against "
-                f"{until[len(before) - 40 : len(before)]!r}"
-            )
-        stripped = until.rstrip()
-        ends_special = any(stripped.endswith(token) for token in special)
-        end = len(stripped) if ends_special else len(until)
-        if text[:end] != until[:end]:
-            raise TemplateError(
-                f"turn {number + 1}: the template renders it differently once later "
-                "turns follow; train on the last turn only (loss_on='last')"
-            )
-        spans.append((len(before), end))
-    return text, spans
-
-
 def mask_conversation(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
@@ -89,22 +52,26 @@ def mask_conversation(
         max_length: tokens past it are cut off.
 
     Raises:
-        TemplateError: the template does not say where the assistant speaks.
+        TemplateError: the template refuses the conversation or leaves out text of an
+            answer.
     """
     if loss_on == "all":
         text = render(tokenizer, messages)
         spans = [(0, len(text))]
     else:
-        text, spans = assistant_spans(tokenizer, messages, last_only=loss_on == "last")
+        text, spans = find_answers(tokenizer, messages, last_only=loss_on == "last")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoded["input_ids"]
     labels = [NO_LOSS] * len(ids)
     span = iter(spans)
     start, end = next(span, (len(text), len(text)))
+    before = 0
     for position, (left, right) in enumerate(encoded["offset_mapping"]):
+        left, before = min(left, before), right  # some tokenizers leave out spaces
         while left >= end and end < len(text):
             start, end = next(span, (len(text), len(text)))
-        if start <= left < right <= end:
+        # an end-of-turn token may take the white space after it with it
+        if start <= left < end and not text[end:right].strip():
             labels[position] = ids[position]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
@@ -173,8 +140,10 @@ def check_rows(
             f"Row 1 learns {supervised_text(tokenizer, rows[0])[:200]!r}"
         )
     stops = set(stop_token_ids(tokenizer))
+    # where a question comes last, the answer before it may end in another token
+    ends = stops | set(tokenizer.added_tokens_decoder)
     learnt = [[x for x in row["labels"] if x != NO_LOSS][-1] for row in rows]
-    open_ended = sum(last not in stops for last in learnt)
+    open_ended = sum(last not in ends for last in learnt)
     if open_ended > truncated:
         raise DataError(
             f"{open_ended} of {len(rows)} rows do not end in a stop token "

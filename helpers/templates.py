@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from datetime import date
 from typing import TYPE_CHECKING
 
 from helpers.formats import Messages
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 # Llama-3.x templates print today's date; a fixed one keeps tokens the same tomorrow.
 FIXED_DATE = "26 Jul 2024"
+FIXED_DAY = date(2024, 7, 26)
 
 # For base models that ship no chat template.
 INSTRUCTION_TEMPLATE = (
@@ -53,13 +55,25 @@ def render(
         tokenizer: it carries the template.
         messages: the turns.
         for_generation: end with the header of the assistant's next turn.
+
+    Raises:
+        TemplateError: the template refuses the conversation.
     """
-    text = tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=for_generation,
-        date_string=FIXED_DATE,
-    )
+    from jinja2 import TemplateError as Refused
+
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=for_generation,
+            date_string=FIXED_DATE,
+            strftime_now=FIXED_DAY.strftime,
+        )
+    except Refused as error:
+        roles = " ".join(m["role"] for m in messages)
+        raise TemplateError(
+            f"the template refuses a conversation of {roles}: {error}"
+        ) from error
     bos = tokenizer.bos_token
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [
         tokenizer.bos_token_id
@@ -136,14 +150,27 @@ def find_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
+def answer_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Returns what a template writes before an answer and after the last one.
+
+    Raises:
+        TemplateError: the template does not print contents that are text.
+    """
+    question, answer = "\U000f0000", "\U000f0001"
+    asked = [{"role": "user", "content": question}]
+    prompt = render(tokenizer, asked, for_generation=True)
+    text = render(tokenizer, [*asked, {"role": "assistant", "content": answer}])
+    if question not in prompt or answer not in text:
+        raise TemplateError(
+            "the template does not print contents that are text; it is made for lists "
+            "of text and images: choose a template for text"
+        )
+    return prompt.partition(question)[2], text.partition(answer)[2].strip()
+
+
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the ids that end an assistant's turn: EOS, and what the template puts."""
-    text = render(
-        tokenizer,
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-    )
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    _, closing = answer_marks(tokenizer)
+    ids = tokenizer(closing, add_special_tokens=False).input_ids
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    last = [i for i in ids if i in special][-1:]
-    ends = last if last and text.rstrip().endswith(tokenizer.decode(last)) else []
-    return sorted({tokenizer.eos_token_id, *ends})
+    return sorted({tokenizer.eos_token_id, *special.intersection(ids)})

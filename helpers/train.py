@@ -368,7 +368,7 @@ def read_arguments(arguments: list[str]) -> RunConfig:
     parser.add_argument(
         "--small",
         action="store_true",
-        help="on the offline model and our sample rows, 10 steps: no GPU, no network",
+        help="offline model, our sample rows, 10 steps: no GPU, no network",
     )
     given = parser.parse_args(arguments)
     file = given.config.endswith(".json")
@@ -378,6 +378,8 @@ def read_arguments(arguments: list[str]) -> RunConfig:
             config, model=hub.OFFLINE, steps=10, rows=8, samples=True
         )
         config = changed(config, name=f"{config.name}-small")
+        if "sft" in config.stages:  # a micro-batch a step
+            config = changed(config, sft__gradient_accumulation_steps=1)
         if "grpo" in config.stages:  # hundreds of tokens an answer take a CPU minutes
             config = changed(config, grpo__max_completion_length=64)
     return config

@@ -323,7 +323,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_remedy(
 ) -> None:
     tokenizer = make_tokenizer(**CHATML, chat_template=THINKING_TEMPLATE)
     messages = turns("Hi", "<think>hm</think>Hello.", "Bye", "Bye!")
-    with pytest.raises(TemplateError, match="^turn 2: .*differently.*loss_on='last'"):
+    with pytest.raises(
+        TemplateError, match="^turn 2: .*leaves out text.*loss_on='last'"
+    ):
         mask_conversation(tokenizer, messages)
 
 
@@ -337,13 +339,112 @@ def test_the_remedy_for_a_template_that_rewrites_earlier_turns_works(
     assert learnt == "<think>so</think>Bye!<|im_end|>"
 
 
-def test_a_template_that_opens_an_answer_otherwise_than_its_prompt_is_refused(
+def test_an_answer_that_a_template_opens_otherwise_than_its_prompt_is_learnt_aloud(
     make_tokenizer: MakeTokenizer,
 ) -> None:
     template = THINKING_TEMPLATE.replace("assistant\n' }}", "assistant\n<think>\n' }}")
     tokenizer = make_tokenizer(**CHATML, chat_template=template)
-    with pytest.raises(TemplateError, match="turn 2: .*generation prompt is not how"):
+    with pytest.warns(UserWarning, match="opens an answer with .*prompt is .*<think>"):
+        row = mask_conversation(tokenizer, turns("Hi", "Hello."))
+    assert masking.supervised_text(tokenizer, row) == "Hello.<|im_end|>"
+
+
+def test_thinking_that_the_prompt_opens_is_learnt_from_there_on(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    template = THINKING_TEMPLATE.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    tokenizer = make_tokenizer(("<think>",), **CHATML, chat_template=template)
+    row = mask_conversation(tokenizer, turns("Hi", "<think>\nhm</think>Hello."))
+    assert masking.supervised_text(tokenizer, row) == "hm</think>Hello.<|im_end|>"
+
+
+def test_what_only_the_template_writes_before_an_answer_is_learnt(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' %}{{ '[final] ' }}{% endif %}"
+        "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(**CHATML, chat_template=template)
+    row = mask_conversation(tokenizer, turns("Hi", "Hello."))
+    assert masking.supervised_text(tokenizer, row) == "[final] Hello.<|im_end|>"
+
+
+def test_an_earlier_answer_may_end_in_another_token_than_the_last(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(("<|return|>",), **CHATML, chat_template=template)
+    made = mask_conversations(
+        tokenizer, [turns("Hi", "Yes.", "So?", "No."), turns("Hi", "Yes.", "So?")]
+    )
+    learnt = [masking.supervised_text(tokenizer, row) for row in made.rows]
+    assert learnt == ["Yes.<|im_end|>No.<|return|>", "Yes.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{{ m.content[0].text }}", "{{ m.content | map(attribute='text') | join }}"],
+)
+def test_a_template_for_lists_of_text_and_images_is_refused(
+    make_tokenizer: MakeTokenizer, content: str
+) -> None:
+    template = "{% for m in messages %}" + content + "<|im_end|>{% endfor %}"
+    tokenizer = make_tokenizer(**CHATML, chat_template=template)
+    with pytest.raises(TemplateError, match="lists|has no attribute 'text'"):
         mask_conversation(tokenizer, turns("Hi", "Hello."))
+
+
+def test_a_template_that_changes_letters_is_refused(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    template = (
+        "{% for m in messages %}{{ m.content | upper + '<|im_end|>' }}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(**CHATML, chat_template=template)
+    with pytest.raises(TemplateError, match="leaves out text|changes the text"):
+        mask_conversation(tokenizer, turns("Hi", "Hello."))
+
+
+def test_spaces_that_a_tokenizer_leaves_out_of_its_offsets_are_learnt(
+    make_tokenizer: MakeTokenizer, tokenizer: Any
+) -> None:
+    from tokenizers.processors import ByteLevel
+
+    trimmed = make_tokenizer(**CHATML, chat_template=tokenizer.chat_template)
+    trimmed.backend_tokenizer.post_processor = ByteLevel(
+        trim_offsets=True, add_prefix_space=False
+    )
+    messages = turns("Hi", "  a  table\n    with  columns  ", "Yes?", "ok")
+    assert mask_conversation(trimmed, messages) == mask_conversation(
+        tokenizer, messages
+    )
+
+
+def test_an_end_token_that_takes_the_white_space_after_it_is_learnt(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer(
+        eos_token="<|end|>",
+        chat_template=(
+            "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
+            "{{ '<|end|>\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+        ),
+    )
+    names = ("<|user|>", "<|assistant|>", "<|end|>")
+    tokenizer.add_tokens([AddedToken(n, rstrip=True, special=True) for n in names])
+    row = mask_conversation(tokenizer, turns("Hi", "Yes.", "So?", "No."))
+    assert masking.supervised_text(tokenizer, row) == "Yes.<|end|>No.<|end|>"
 
 
 # other templates

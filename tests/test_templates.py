@@ -77,6 +77,25 @@ def test_a_tokenizer_without_bos_renders_the_template_alone(
     assert render(tokenizer, EXCHANGE) == "user: Hi</s>assistant: Hello.</s>"
 
 
+def test_a_conversation_that_a_template_refuses_is_named_with_the_reason(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    template = "{{ raise_exception('System role not supported') }}"
+    tokenizer = make_tokenizer(**ONE_BOS, chat_template=template)
+    with pytest.raises(
+        TemplateError, match="refuses .* system user assistant: System role not supp"
+    ):
+        render(tokenizer, SYSTEM + EXCHANGE)
+
+
+def test_a_template_that_asks_for_the_day_gets_a_fixed_one(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    template = "{{ strftime_now('%Y-%m-%d') }}"
+    tokenizer = make_tokenizer(**ONE_BOS, chat_template=template)
+    assert render(tokenizer, EXCHANGE) == "2024-07-26"
+
+
 def test_a_template_that_prints_the_date_prints_a_fixed_one(
     make_tokenizer: MakeTokenizer,
 ) -> None:
@@ -254,6 +273,27 @@ def test_a_pad_token_outside_the_vocabulary_is_refused(
         templates.prepare_tokenizer(tokenizer, pad_token="<pad>")
 
 
+# answer_marks
+
+
+def test_an_answers_marks_are_what_the_template_writes_around_it(
+    tokenizer: Any,
+) -> None:
+    assert templates.answer_marks(tokenizer) == (
+        "<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>",
+    )
+
+
+def test_a_template_that_prints_no_text_has_no_marks(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    template = "{% for m in messages %}{{ m.role + eos_token }}{% endfor %}"
+    tokenizer = make_tokenizer(**ONE_BOS, chat_template=template)
+    with pytest.raises(TemplateError, match="not print contents .* choose a template"):
+        templates.answer_marks(tokenizer)
+
+
 # stop_token_ids
 
 
@@ -290,3 +330,15 @@ def test_the_instruction_template_ends_turns_with_eos(
     tokenizer = make_tokenizer(**ONE_BOS, chat_template=templates.INSTRUCTION_TEMPLATE)
     assert templates.stop_token_ids(tokenizer) == [tokenizer.eos_token_id]
     assert render(tokenizer, EXCHANGE).endswith("</s>")
+
+
+def test_each_token_that_ends_a_turn_is_a_stop_token(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(
+        special=("</s>", "<|end|>"),
+        eos_token="</s>",
+        chat_template=PLAIN.replace("eos_token", "'<|end|>\\n' + eos_token"),
+    )
+    names = ["</s>", "<|end|>"]
+    assert templates.stop_token_ids(tokenizer) == tokenizer.convert_tokens_to_ids(names)

@@ -192,11 +192,11 @@ def test_what_is_questionable_is_said_before_anything_is_loaded(
 def test_a_length_that_cuts_answers_is_said_with_one_that_does_not(
     run_factory: Callable[..., Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = run_factory(max_length=64)
+    run = run_factory(max_length=96)
     data.prepare(run)
     train.build_sft(run, *train.load_for_training(run))
     said = capsys.readouterr().out
-    assert "warning: max_length: 64 tokens cut" in said
+    assert "warning: max_length: 96 tokens cut" in said
     assert "which cuts at most 1 %" in said
 
 
