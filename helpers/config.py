@@ -134,10 +134,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     >>> nearest("learning_rat", ["learning_rate", "seed"])
     "; did you mean 'learning_rate'?"
+    >>> nearest("guanaco", ["demo", "guanaco-llama2-7b"])
+    "; did you mean 'guanaco-llama2-7b'?"
     >>> nearest("zzz", ["seed"])
     ''
     """
-    close = difflib.get_close_matches(name, list(known), n=1)
+    names = list(known)
+    longer = [k for k in names if name and k.startswith(name)]
+    close = difflib.get_close_matches(name, names, n=1) or longer
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -377,7 +377,13 @@ def read_arguments(arguments: list[str]) -> RunConfig:
         config = recipes.scaled(
             config, model=hub.OFFLINE, steps=10, rows=8, samples=True
         )
-        config = changed(config, name=f"{config.name}-small")
+        # 4 bit weights save memory, which is not short here, and cost time on a CPU
+        config = changed(
+            config,
+            name=f"{config.name}-small",
+            weights="auto",
+            evaluation__max_new_tokens=64,
+        )
         if "sft" in config.stages:  # a micro-batch a step
             config = changed(config, sft__gradient_accumulation_steps=1)
         if "grpo" in config.stages:  # hundreds of tokens an answer take a CPU minutes
