@@ -71,7 +71,16 @@ def page() -> str:
             spent = ", ".join(f"{n} {s / 60:.1f}" for n, s in seconds.items())
             total = sum(seconds.values()) / 60
             lines += ["", f"Minutes a notebook: {spent}; together {total:.1f}."]
-    return "\n".join([*lines, *memory_lines()]) + "\n"
+    return "\n".join([*lines, *memory_lines(), *mask_lines()]) + "\n"
+
+
+def mask_lines() -> list[str]:
+    """Returns the section on labels, template by template."""
+    if not (RESULTS / "masks.json").exists():
+        return []
+    import masks
+
+    return ["", "## masks", "", *masks.table()]
 
 
 def in_words(row: dict[str, Any]) -> str:
