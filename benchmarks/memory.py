@@ -1,7 +1,7 @@
 """Measures peak GPU memory of training and sampling, beside what `memory` predicts.
 
     python benchmarks/memory.py measure OUT.jsonl [ID ...]    # needs a CUDA GPU
-    python benchmarks/memory.py table OUT.jsonl MACHINE       # -> results/memory.json
+    python benchmarks/memory.py table OUT.jsonl MACHINE       # into results/memory.json
     python benchmarks/memory.py fit OUT.jsonl                 # constants of `memory`
 
 Random weights of the published shapes: memory does not depend on their values. Every
@@ -30,6 +30,7 @@ CAP_GB = 14.0
 STEPS = 4
 WORKERS = int(os.environ.get("TUNEBOOK_WORKERS", "4"))
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TABLE = ROOT / "results" / "memory.json"
 SHAPES = {"1b": "llama-3.2-1b", "3b": "llama-3.2-3b", "7b": "llama-2-7b"}
 
 
@@ -375,8 +376,17 @@ def find_case(name: str) -> Case:
 
 
 def read_measured(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the measured records by id; of a case measured twice, the last."""
-    return {r["id"]: r for r in map(json.loads, path.read_text().splitlines())}
+    """Returns what was measured, by id: of results/memory.json, and newer records."""
+    found = {
+        row["id"]: {
+            "id": row["id"],
+            "row_tokens": row["row_tokens"],
+            "trained_peak_reserved": row["measured_gb"] * 2**30,
+            "fits": row["ran"],
+        }
+        for row in json.loads(TABLE.read_text())["rows"]
+    }
+    return found | {r["id"]: r for r in map(json.loads, path.read_text().splitlines())}
 
 
 def predict(case: Case, record: dict[str, Any]) -> Any:
@@ -416,7 +426,7 @@ def write_table(path: Path, machine: str) -> None:
             }
         )
     rows.sort(key=lambda row: (row["held_out"], [c.id for c in CASES].index(row["id"])))
-    write_json(publish.RESULTS / "memory.json", {"machine": machine, "rows": rows})
+    write_json(TABLE, {"machine": machine, "rows": rows})
     write_text(publish.RESULTS / "README.md", publish.page())
     print("\n".join(publish.memory_lines()))
 
