@@ -35,14 +35,22 @@ SHAPES = {"1b": "llama-3.2-1b", "3b": "llama-3.2-3b", "7b": "llama-2-7b"}
 
 
 class Case(NamedTuple):
-    """One config to measure."""
+    """One config to measure; its id is `shape-engine-anything`."""
 
     id: str
-    shape: str
-    engine: str
     stage: str
     held_out: bool
     changes: dict[str, Any]
+
+    @property
+    def shape(self) -> str:
+        """A key of `SHAPES`."""
+        return self.id.split("-")[0]
+
+    @property
+    def engine(self) -> str:
+        """`unsloth` or `transformers`."""
+        return {"un": "unsloth", "tr": "transformers"}[self.id.split("-")[1]]
 
 
 def sft(
@@ -56,9 +64,7 @@ def sft(
     accumulation: int = 2,
     **changes: Any,
 ) -> Case:
-    """Returns an SFT case; its id is `shape-engine-anything`."""
-    shape, engine, _ = id.split("-", 2)
-    engine = {"un": "unsloth", "tr": "transformers"}[engine]
+    """Returns an SFT case."""
     values = {
         "max_length": length,
         "sft__per_device_train_batch_size": batch,
@@ -66,7 +72,7 @@ def sft(
         "sft__packing": packing,
         "sft__gradient_checkpointing": checkpointing,
     }
-    return Case(id, shape, engine, "sft", held_out, {**values, **changes})
+    return Case(id, "sft", held_out, {**values, **changes})
 
 
 def grpo(
@@ -80,9 +86,7 @@ def grpo(
     checkpointing: bool = True,
     **changes: Any,
 ) -> Case:
-    """Returns a GRPO case; its id is `shape-engine-anything`."""
-    shape, engine, _ = id.split("-", 2)
-    engine = {"un": "unsloth", "tr": "transformers"}[engine]
+    """Returns a GRPO case."""
     values = {
         "grpo__per_device_train_batch_size": batch,
         "grpo__gradient_accumulation_steps": accumulation,
@@ -90,7 +94,7 @@ def grpo(
         "grpo__max_completion_length": length,
         "grpo__gradient_checkpointing": checkpointing,
     }
-    return Case(id, shape, engine, "grpo", held_out, {**values, **changes})
+    return Case(id, "grpo", held_out, {**values, **changes})
 
 
 QV = {"lora__target_modules": ["q_proj", "v_proj"], "lora__r": 32}
@@ -150,7 +154,7 @@ def make_model(shape: str, folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from helpers.shapes import KNOWN
+    from helpers.shapes import KNOWN, config_fields
 
     arch = KNOWN[SHAPES[shape]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -171,14 +175,7 @@ def make_model(shape: str, folder: Path) -> None:
         ),
     ).save_pretrained(folder)
     config = LlamaConfig(
-        hidden_size=arch.hidden,
-        num_hidden_layers=arch.layers,
-        num_attention_heads=arch.heads,
-        num_key_value_heads=arch.kv_heads,
-        head_dim=arch.head_dim,
-        intermediate_size=arch.intermediate,
-        vocab_size=arch.vocab,
-        tie_word_embeddings=arch.tied,
+        **config_fields(arch),
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
         bos_token_id=1,
@@ -309,7 +306,6 @@ def one(case: Case, model: str, out: Path) -> None:
             record["error"] = str(error)[:300]
         note("trained")
         if cuda:
-            free, total = torch.cuda.mem_get_info()
             record["cap_gb"] = runtime.memory_cap_gb()
     out.write_text(json.dumps(record) + "\n")
 

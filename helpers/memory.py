@@ -95,6 +95,11 @@ def uses_unsloth(config: RunConfig) -> bool:
     return config.engine in ("auto", "unsloth")
 
 
+def bits_of(config: RunConfig) -> str:
+    """Returns the weights that a config loads on a GPU, where `auto` is 4bit."""
+    return "4bit" if config.weights == "auto" else config.weights
+
+
 def fixed_bytes(
     config: RunConfig, arch: Architecture, stage: Stage
 ) -> dict[str, float]:
@@ -107,7 +112,7 @@ def fixed_bytes(
     Adam keeps two numbers a parameter, of 4 bytes or of one (8-bit); paged ones lie in
     unified memory, which torch does not count.
     """
-    bits = "4bit" if config.weights == "auto" else config.weights
+    bits = bits_of(config)
     scales = 1 / 64 + 4 / (64 * 256) if config.double_quant else 4 / 64
     each = {"4bit": 0.5 + scales, "8bit": 1.0, "16bit": 2.0}[bits]
     linear = shapes.count_linear(arch)
@@ -155,7 +160,7 @@ def pass_bytes(
         loss = LOGIT_UNSLOTH * scored * arch.vocab + 4 * tokens * hidden
         backward = BACKWARD * layer
     else:
-        bits = "4bit" if config.weights == "auto" else config.weights
+        bits = bits_of(config)
         eight = INT8 if bits == "8bit" else 1
         # Without FlashAttention, grouped heads and no mask are left to SDPA's math
         # kernel, which makes the matrix of all scores; packed rows come with a mask.

@@ -253,7 +253,7 @@ def locate(fault: str) -> tuple[str, str]:
     """
     field, _, text = fault.partition(": ")
     if not text or " " in field:
-        return "", fault.removeprefix("Value error, ")  # pydantic's
+        return "", fault
     return field, text
 
 

@@ -16,6 +16,19 @@ from helpers.config import nearest
 LAYOUTS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
+# our names -> those of transformers' LlamaConfig
+FIELDS = {
+    "hidden": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "intermediate": "intermediate_size",
+    "vocab": "vocab_size",
+    "tied": "tie_word_embeddings",
+}
+
+
 class UnknownArchitecture(ValueError):
     """A model whose numbers are neither known here nor found on disk or hub."""
 
@@ -129,6 +142,15 @@ def read_architecture(path: Path) -> Architecture:
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
     )
+
+
+def config_fields(arch: Architecture) -> dict[str, int | bool]:
+    """Returns the numbers as transformers' config classes take them.
+
+    >>> config_fields(KNOWN["llama-3.2-1b"])["num_hidden_layers"]
+    16
+    """
+    return {theirs: getattr(arch, ours) for ours, theirs in FIELDS.items()}
 
 
 def linear_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:

@@ -17,16 +17,7 @@ def build(arch: shapes.Architecture, kind: str = "Llama"):
     import torch
     import transformers
 
-    config = getattr(transformers, f"{kind}Config")(
-        hidden_size=arch.hidden,
-        num_hidden_layers=arch.layers,
-        num_attention_heads=arch.heads,
-        num_key_value_heads=arch.kv_heads,
-        head_dim=arch.head_dim,
-        intermediate_size=arch.intermediate,
-        vocab_size=arch.vocab,
-        tie_word_embeddings=arch.tied,
-    )
+    config = getattr(transformers, f"{kind}Config")(**shapes.config_fields(arch))
     with torch.device("meta"):
         return getattr(transformers, f"{kind}ForCausalLM")(config)
 
