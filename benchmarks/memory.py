@@ -145,6 +145,12 @@ CASES = [
     grpo("1b-tr-gh", True, 4, 4, 512),
     grpo("3b-un-gh", True, 8, 8, 256),
     grpo("3b-tr-gh", True, 4, 4, 256),
+    # named before the second calibration, which two cases above had asked for
+    sft("1b-un-h5", True, 1, 2048, weights="8bit"),
+    sft("3b-un-h5", True, 2, 1024, weights="8bit"),
+    sft("1b-un-h6", True, 2, 1024, double_quant=False),
+    grpo("1b-tr-gh2", True, 8, 8, 384),
+    grpo("3b-tr-gh2", True, 8, 8, 192),
 ]
 
 
