@@ -1,4 +1,4 @@
-"""Trainer callbacks: history and curves, best adapter, live samples, timed saves.
+"""Trainer callbacks: history, best adapter, live samples, timed saves, machine use.
 
 Importing this module imports transformers; where Unsloth is used, import it first
 (`helpers.models.load_model` does).
@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from helpers.generation import reply
 from helpers.runs import write_json
+from helpers.runtime import peak_memory_gb
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -288,3 +289,38 @@ class SkippedSteps(TrainerCallback):
             print(self.reason)  # noqa: T201
             control.should_training_stop = True
         return control
+
+
+class MachineUse(TrainerCallback):
+    """Adds memory and GPU use to what is logged: `memory_gb` and `gpu_use`.
+
+    `memory_gb` is the peak so far in GiB (see `runtime.peak_memory_gb`), `gpu_use` the
+    share of the last moment in which the GPU worked, 0 to 1, where the driver tells.
+    Trackers log what callbacks before them leave in the logs: `lead` makes it first.
+    """
+
+    @classmethod
+    def lead(cls, trainer: Any) -> None:
+        """Adds the callback to a trainer, before its trackers; once."""
+        callbacks = trainer.callback_handler.callbacks
+        if not any(isinstance(callback, cls) for callback in callbacks):
+            callbacks.insert(0, cls())
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        import torch
+
+        if logs is None or not {"loss", "eval_loss"} & set(logs):
+            return
+        logs["memory_gb"] = round(peak_memory_gb(), 3)
+        if torch.cuda.is_available():
+            try:
+                logs["gpu_use"] = torch.cuda.utilization() / 100
+            except (ModuleNotFoundError, RuntimeError):  # no nvidia-ml-py, or no rights
+                return

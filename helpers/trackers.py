@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from urllib.parse import urlparse
 
-KNOWN = ["tensorboard", "wandb"]
+KNOWN = ["tensorboard", "wandb", "trackio"]
 
 
 def choose_trackers(asked: str | list[str]) -> list[str]:

@@ -94,6 +94,8 @@ def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
     values = getattr(config, stage)
     return {
         "output_dir": str(folder / "checkpoints"),
+        "run_name": f"{config.name}-{stage}",
+        "project": "tunebook",
         "seed": config.seed,
         "save_total_limit": 2,
         "logging_first_step": True,
@@ -275,6 +277,7 @@ def fit(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
     if is_finished(run, stage):
         print(f"{stage} is finished; to train again, move {folder} away")  # noqa: T201
         return run.report()[stage]
+    callbacks.MachineUse.lead(trainer)
     checkpoint = callbacks.last_checkpoint(folder / "checkpoints")
     if checkpoint is not None:
         print(f"{stage}: going on from {checkpoint.name}")  # noqa: T201

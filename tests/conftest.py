@@ -23,7 +23,9 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # a former test's rows must not answer for the file that a test just wrote
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="tunebook-datasets-")
-atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="tunebook-trackio-")
+for _name in ("HF_DATASETS_CACHE", "TRACKIO_DIR"):
+    atexit.register(shutil.rmtree, os.environ[_name], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

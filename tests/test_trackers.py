@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
+import os
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from helpers import trackers
+from helpers import trackers, train
+from helpers.runs import Run
 from helpers.trackers import choose_trackers
 
 
@@ -62,9 +67,42 @@ def test_a_tracker_that_is_not_installed_says_how_to_install_it(
     assert "not installed; run `pip install no_such_tracker`" in capsys.readouterr().out
 
 
-def test_tensorboard_is_taken_where_it_is_installed() -> None:
-    installed = importlib.util.find_spec("tensorboard") is not None
-    assert choose_trackers("tensorboard") == (["tensorboard"] if installed else [])
+@pytest.fixture
+def tracked(
+    run_factory: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A folder in which the three real trackers logged a training, offline."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    trackers = ["wandb", "tensorboard", "trackio"]
+    run = run_factory(stages=["sft"], sft__max_steps=2, sft__report_to=trackers)
+    train.train_stage(run, "sft")
+    wandb.finish()
+    return tmp_path
+
+
+def test_the_trackers_log_losses_and_memory_under_the_runs_name(tracked: Path) -> None:
+    from tensorboard.backend.event_processing import event_accumulator
+
+    board = event_accumulator.EventAccumulator(str(tracked / "tensorboard"))
+    board.Reload()
+    logged = {"train/loss", "train/memory_gb", "eval/loss"}
+    assert logged <= set(board.Tags()["scalars"])
+    assert [e.step for e in board.Scalars("train/loss")] == [1, 2]
+
+    (database,) = Path(os.environ["TRACKIO_DIR"]).glob("tunebook*.db")
+    with closing(sqlite3.connect(database)) as connection:
+        rows = connection.execute("select run_name, metrics from metrics").fetchall()
+    assert {name for name, _ in rows} == {"test-sft"}
+    assert logged <= {key for _, metrics in rows for key in json.loads(metrics)}
+
+    (offline,) = tracked.glob("wandb/offline-run-*/run-*.wandb")
+    records = offline.read_bytes()
+    assert [x for x in [*logged, "test-sft"] if x.encode() not in records] == []
 
 
 def test_the_ones_that_work_stay_when_another_does_not(
