@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +35,25 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the variables that steer a run out of the way."""
     for name in ("RUN", "RECIPE", "DRIVE"):
         monkeypatch.delenv(f"TUNEBOOK_{name}", raising=False)
+
+
+@pytest.fixture(scope="session")
+def heavy_modules() -> Callable[[str], list[str]]:
+    """Runs a program in a Python of its own; returns the heavy modules it loaded."""
+    heavy = ["torch", "transformers", "datasets", "trl", "peft", "unsloth"]
+
+    def run_program(program: str) -> list[str]:
+        loaded = f"print(*(name for name in {heavy} if name in sys.modules))"
+        done = subprocess.run(
+            [sys.executable, "-c", f"{program}\nimport sys\n{loaded}"],
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    return run_program
 
 
 @pytest.fixture(scope="session")

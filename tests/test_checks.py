@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -649,21 +647,13 @@ def make_known() -> Callable[[], frozenset[str]]:
     return lambda: checks.known_fields.__wrapped__("lora")
 
 
-def test_a_sound_config_is_judged_without_loading_torch_or_trl() -> None:
+def test_a_sound_config_is_judged_without_loading_anything_heavy(
+    heavy_modules: Callable[[str], list[str]],
+) -> None:
     program = (
         "from helpers import checks, recipes\n"
         "from helpers.runtime import Machine\n"
-        "import sys\n"
         "t4 = Machine('local', 'cuda', 'Tesla T4', 14.7, (7, 5))\n"
-        "assert checks.advise(recipes.load('demo'), machine=t4) == []\n"
-        "heavy = ['torch', 'transformers', 'trl', 'peft', 'unsloth']\n"
-        "print([name for name in heavy if name in sys.modules])"
+        "assert checks.advise(recipes.load('demo'), machine=t4) == []"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=runtime.ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "[]"
+    assert heavy_modules(program) == []
