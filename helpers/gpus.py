@@ -18,6 +18,11 @@ class Gpu(NamedTuple):
     efficiency: float
     """Share of the peak rate that QLoRA training reaches."""
 
+    @property
+    def is_old(self) -> bool:
+        """Whether it is older than Ampere: no bf16, no FlashAttention."""
+        return self.efficiency == OLD
+
 
 # a CUDA context with cuBLAS takes about this much of what a card reports
 CONTEXT_GB = 0.74

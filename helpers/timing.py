@@ -104,7 +104,7 @@ def training_minutes(
         rate, fixed = gpu.efficiency * gpu.tflops * 1e12, STEP_S + MICRO_S * micro
     seconds = fixed + rows * length * passes * parameters / rate
     if stage == "grpo":
-        kind = "cpu" if gpu is None else "gpu" if gpu.bandwidth > 500 else "t4"
+        kind = "cpu" if gpu is None else "t4" if gpu.is_old else "gpu"
         a_layer, a_parameter, batch, _ = SPEEDS[kind]
         token_s = a_layer * arch.layers + a_parameter * parameters
         seconds += answer * token_s * max(1.0, rows / batch)
