@@ -190,11 +190,14 @@ def check_weights(model: PreTrainedModel, bits: str, double_quant: bool) -> None
             f"weights={bits!r} cannot be loaded here: Unsloth without a GPU loads "
             "16bit instead; choose engine='transformers' or other weights"
         )
-    found = model.config.quantization_config if bits == "4bit" else None
-    if found and found.bnb_4bit_use_double_quant != double_quant:
+    if bits != "4bit":
+        return
+    found = model.config.quantization_config  # Unsloth leaves a dict on a GPU
+    values = found if isinstance(found, dict) else found.to_dict()
+    if values.get("bnb_4bit_use_double_quant", double_quant) != double_quant:
         warnings.warn(
             f"double_quant={double_quant} is not followed: the weights were loaded "
-            f"with double_quant={found.bnb_4bit_use_double_quant}",
+            f"with double_quant={not double_quant}",
             stacklevel=3,
         )
 

@@ -238,8 +238,15 @@ def test_other_weights_than_asked_for_are_an_error(tiny_model_folder: Path) -> N
         models.check_weights(model, "8bit", True)
 
 
-def test_other_scales_than_asked_for_are_a_warning(tiny_model_folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["config", "dict"])
+def test_other_scales_than_asked_for_are_a_warning(
+    tiny_model_folder: Path, kind: str
+) -> None:
     model, _ = models.load_model(str(tiny_model_folder), weights="4bit")
+    if kind == "dict":  # as Unsloth leaves it on a GPU
+        found = model.config.quantization_config.to_dict()
+        model.config.quantization_config = found
+    models.check_weights(model, "4bit", True)
     with pytest.warns(UserWarning, match="double_quant=False is not followed"):
         models.check_weights(model, "4bit", False)
 
