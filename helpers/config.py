@@ -12,7 +12,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Stage = Literal["sft", "grpo"]
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
@@ -23,11 +30,17 @@ class ConfigError(ValueError):
 
 
 class DataConfig(BaseModel):
-    """Where the rows come from: a file, a folder's file, or `hub-name:split`."""
+    """Where the rows come from: a file, or `hub-name:split`; then `?format=...`.
+
+    The options behind `?` are those of `sources.Source`, joined by `&`.
+    """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    train: list[str] = Field([], description="SFT rows, mixed in this order")
+    train: list[str] = Field(
+        [],
+        description="SFT rows, mixed; behind a source ?rows=500&weight=2&format=dolly",
+    )
     eval: str | None = Field(None, description="rows for the eval loss, not trained on")
     eval_share: float | None = Field(
         None, gt=0, lt=1, description="instead of eval: this share of the train rows"
@@ -40,20 +53,44 @@ class DataConfig(BaseModel):
     test_new: str | None = Field(None, description="held-out problems of another kind")
     train_rows: int | None = Field(None, ge=1, description="cap a source; null = all")
     drop_unusable: bool = Field(False, description="leave bad rows out, counted")
+    max_chars: int | None = Field(
+        None, ge=1, description="leave longer conversations out, counted"
+    )
     eval_rows: int | None = Field(None, ge=1)
     test_rows: int | None = Field(None, ge=1)
     test_new_rows: int | None = Field(None, ge=1)
 
+    @field_validator("train", "eval", "problems", "test", "test_new")
+    @classmethod
+    def options_exist(cls, value: list[str] | str | None) -> list[str] | str | None:
+        """Refuses a source whose options are unknown."""
+        from helpers.sources import parse_source
+
+        for source in [value] if isinstance(value, str) else value or []:
+            parse_source(source)
+        return value
+
 
 class EvaluationConfig(BaseModel):
-    """How the held-out problems are answered: greedy, in batches."""
+    """How held-out problems and conversations are answered: greedy, in batches."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     batch_size: int | None = Field(
-        None, ge=1, description="null = 16 on a CPU, 64 on a GPU"
+        None, ge=1, description="null = 16 on a CPU, by the model's size on a GPU"
     )
     max_new_tokens: int = Field(256, ge=1, description="answers are cut here")
+    protocol: Literal["ours", "gsm8k", "gsm8k_cot_llama"] = Field(
+        "ours",
+        description="prompts of problems; the others are lm-eval's, if installed",
+    )
+    samples: int = Field(
+        0, ge=0, description="answers drawn to each problem, for pass@k and maj@k"
+    )
+    temperature: float = Field(0.7, gt=0, description="of these drawn answers")
+    text_rows: int = Field(
+        100, ge=1, description="held-out conversations answered for ROUGE, BLEU, ..."
+    )
     minutes: float = Field(30.0, gt=0, description="warn when it would take longer")
 
 
@@ -88,6 +125,24 @@ class RunConfig(BaseModel):
     max_prompt_length: int | None = Field(
         None, ge=1, description="GRPO: problems with longer prompts are left out"
     )
+    few_shot: int = Field(
+        0, ge=0, description="solved examples in each prompt, of the problems' first"
+    )
+    probe_samples: int = Field(
+        0, ge=0, description="GRPO: drop what none or all of so many answers solve"
+    )
+    probe_problems: int | None = Field(
+        None, ge=1, description="GRPO: probe and train on so many; null = all"
+    )
+    grpo_minutes: float | None = Field(
+        None, gt=0, description="GRPO: fit the steps into this time; null = max_steps"
+    )
+    grpo_held_out: int = Field(
+        32, ge=1, description="GRPO: held-out problems that choose the best adapter"
+    )
+    sampler: Literal["auto", "copy", "model", "vllm"] = Field(
+        "auto", description="GRPO: auto = from a 16-bit copy where a GPU holds it"
+    )
     loss_on: Literal["all", "assistant", "last"] = "assistant"
     system_prompt: str = SYSTEM_PROMPT
     seed: int = Field(3407, ge=0)
@@ -116,6 +171,10 @@ class RunConfig(BaseModel):
             raise ValueError("the sft stage needs data.train")
         if "grpo" in self.stages and not data.problems:
             raise ValueError("the grpo stage needs data.problems")
+        if self.few_shot and not data.problems:
+            raise ValueError("few_shot takes its examples from data.problems")
+        if self.probe_samples == 1:
+            raise ValueError("probe_samples=1 tells nothing; give 2 or more, or 0")
         if data.eval and data.eval_share:
             raise ValueError("give data.eval or data.eval_share, not both")
         if "sft" in self.stages and not (data.eval or data.eval_share):

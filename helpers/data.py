@@ -1,169 +1,53 @@
-"""Loads rows, mixes and splits them into the `data/` of a run, and finds leaks.
+"""Mixes rows and splits them into the `data/` of a run, without holding them all.
 
-What a row means is in `formats`. Nothing here tokenises.
+What a row means is in `formats`, where it comes from in `sources`, which are left out
+in `reading`. Nothing here tokenises.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable
+import json
+import os
+import random
+import tempfile
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
-from helpers import runtime
 from helpers.config import DataConfig
-from helpers.formats import (
-    DataError,
-    Messages,
-    Row,
-    detect_format,
-    to_conversations,
-    to_problems,
-)
-from helpers.runs import Run, fingerprint, write_text
+from helpers.formats import DataError, Messages, Row
+from helpers.reading import Reader, to_conversations, to_problems
+from helpers.runs import Run, fingerprint
+from helpers.sources import load_rows, open_rows, parse_source
+from helpers.splits import assert_disjoint, normal, place_of, split
+from helpers.spool import Spool, questions_of
 
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # the files of a run's `data/`
 PARTS = ["train", "eval", "test_chat", "problems", "test", "test_new"]
 
 
-def load_rows(
-    source: str, limit: int | None = None, seed: int | None = None
-) -> list[Row]:
-    """Returns the rows of a local file or a hub dataset.
+def ask(question: str, system_prompt: str, shots: Messages | None = None) -> Messages:
+    """Returns the prompt for a problem: the same in training, GRPO and evaluation.
 
     Args:
-        source: a path to .jsonl, .json, .csv or .parquet (from the working folder or
-            the project's), or a hub name `owner/name[/config][:split]`.
-        limit: at most this many rows.
-        seed: draw them at random with it; without it the first ones are taken.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        DataError: the file or the hub dataset could not be read, or is empty.
+        question: the problem.
+        system_prompt: the first turn, none if empty.
+        shots: turns between the two, from `prompts.shots`.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
-    suffix = Path(source).suffix.lower()
-    if suffix in READERS:
-        places = [Path(source), runtime.ROOT / source]
-        path = next((place for place in places if place.is_file()), None)
-        if path is None:
-            raise FileNotFoundError(
-                f"no file {source} (looked in {Path.cwd()} and {runtime.ROOT}); "
-                "give a path to a .jsonl, .json, .csv or .parquet file"
-            )
-        arguments: dict[str, Any] = {"path": READERS[suffix], "split": "train"}
-        arguments |= {"data_files": str(path)}
-    else:
-        matched = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(\w+))?", source)
-        if matched is None:
-            raise DataError(
-                f"{source!r} is neither a .jsonl, .json, .csv or .parquet file nor a "
-                "hub name like owner/name, owner/name/config or owner/name:split"
-            )
-        name, config, split = matched.groups()
-        arguments = {"path": name, "name": config, "split": split or "train"}
-    try:
-        rows = datasets.load_dataset(**arguments)
-    except Exception as error:  # datasets raises many kinds; all mean "not readable"
-        cause = error.__cause__ or error
-        kind = type(cause).__name__
-        nothing = kind in ("StopIteration", "EmptyDataError")
-        if suffix in READERS and (nothing or "no data!" in str(cause)):
-            raise DataError(f"{source} holds no rows") from error
-        raise DataError(
-            f"{source} could not be read: {kind}: {str(cause)[:300]}"
-            + ("" if suffix in READERS else " (is the hub reachable from here?)")
-        ) from error
-    if len(rows) == 0:
-        raise DataError(f"{source} holds no rows")
-    if seed is not None and limit is not None and limit < len(rows):
-        rows = rows.shuffle(seed=seed)
-    return list(rows.select(range(min(limit or len(rows), len(rows)))))
-
-
-def ask(question: str, system_prompt: str) -> Messages:
-    """Returns the prompt for a problem: the same in training, GRPO and evaluation."""
-    messages = [{"role": "user", "content": question}]
+    messages = [*(shots or []), {"role": "user", "content": question}]
     if system_prompt:
         messages.insert(0, {"role": "system", "content": system_prompt})
     return messages
-
-
-def questions_of(messages: Messages) -> list[str]:
-    """Returns the user turns, by which leaks are found."""
-    return [m["content"] for m in messages if m["role"] == "user"]
 
 
 def first_question(messages: Messages) -> Messages:
     """Returns a conversation up to its first user turn, a prompt to answer."""
     number = [m["role"] for m in messages].index("user")
     return messages[: number + 1]
-
-
-def normal(question: str) -> str:
-    """Returns a question as it is compared: white space does not count."""
-    return " ".join(question.split())
-
-
-def assert_disjoint(train: Iterable[str], held_out: dict[str, Iterable[str]]) -> None:
-    """Raises DataError when a held-out question is among those trained on.
-
-    Args:
-        train: the questions of the training rows.
-        held_out: the questions of each held-out set, by the set's name.
-    """
-    known = {normal(question) for question in train}
-    for name, questions in held_out.items():
-        leaked = [q for q in questions if normal(q) in known]
-        if leaked:
-            raise DataError(
-                f"{len(leaked)} questions of {name} are in the training rows too, "
-                f"the first: {leaked[0][:80]!r}; remove them from one side"
-            )
-
-
-def split(
-    conversations: list[Messages], shares: dict[str, float]
-) -> dict[str, list[Messages]]:
-    """Returns the conversations in parts: `train`, and each name of `shares`.
-
-    The hash of the first question decides, so that a conversation stays on its side
-    when data are added, and all that ask the same go to the same side. Of few
-    conversations a part may get none that way: it takes those of the smallest hash.
-
-    Args:
-        conversations: from `to_conversations`.
-        shares: the part of the whole that each name gets, 0 to 1.
-
-    Raises:
-        DataError: nothing is left to train on.
-    """
-    groups: dict[float, list[Messages]] = {}
-    for messages in conversations:
-        digest = hashlib.sha256(normal(questions_of(messages)[0]).encode()).hexdigest()
-        groups.setdefault(int(digest[:12], 16) / 16**12, []).append(messages)
-    side: dict[float, str] = {}
-    low = 0.0
-    for name, share in shares.items():
-        side |= {place: name for place in groups if low <= place < low + share}
-        low += share
-    for name in shares:
-        free = [place for place in sorted(groups) if place not in side]
-        if name not in side.values() and free:
-            side[free[0]] = name
-    parts: dict[str, list[Messages]] = {name: [] for name in ["train", *shares]}
-    for place, group in groups.items():
-        parts[side.get(place, "train")] += group
-    if not parts["train"]:
-        raise DataError(
-            f"{len(groups)} different questions, of which {' and '.join(shares)} take "
-            f"{sum(shares.values()):.0%}: none is left to train on; give more rows"
-        )
-    return parts
 
 
 def parts_of(config: DataConfig) -> list[str]:
@@ -185,79 +69,154 @@ def prepare(run: Run) -> dict[str, Any]:
     Writes what the config has of `train.jsonl`, `eval.jsonl` and `test_chat.jsonl`
     (`id`, `messages`), `problems.jsonl`, `test.jsonl` and `test_new.jsonl` (`id`,
     `question`, `answer`, `gold`). Where a count is capped, training rows are drawn by
-    the run's seed; of the other sets the first ones are taken.
+    the run's seed; of the other sets the first ones are taken. Conversations go
+    through a file of their own, so that memory does not grow with their length.
 
     Raises:
         DataError: rows are unusable, or a held-out question would be trained on.
     """
-    config, system = run.config.data, run.config.system_prompt
-    parts: dict[str, list[Row]] = {}
-    report: dict[str, Any] = {}
-    if config.train:
-        chats, report = mix(run)
-        limits = {"test_chat": config.test_rows, "eval": config.eval_rows}
-        shares = {"test_chat": config.test_share, "eval": config.eval_share}
-        found = split(chats, {name: share for name, share in shares.items() if share})
-        for name, chosen in found.items():
-            parts[name] = with_ids(chosen[: limits.get(name)])
-    problem_rows = load_rows(config.problems) if config.problems else []
-    if config.eval:
-        rows = load_rows(config.eval)
-        if config.eval == config.problems:
-            problem_rows, rows = share_problems(config, rows)
-        evaluation, _ = to_conversations(rows[: config.eval_rows], system, config.eval)
-        parts["eval"] = with_ids(evaluation)
-    if config.problems:
-        parts["problems"] = to_problems(problem_rows, config.problems)
-    if config.test:
-        rows = load_rows(config.test, config.test_rows)
-        parts["test"] = to_problems(rows, config.test)
-    if config.test_new:
-        rows = load_rows(config.test_new, config.test_new_rows)
-        parts["test_new"] = to_problems(rows, config.test_new)
-
-    trained = [
-        q for row in parts.get("train", []) for q in questions_of(row["messages"])
-    ]
-    trained += [row["question"] for row in parts.get("problems", [])]
-    held_out: dict[str, Iterable[str]] = {
-        name: [row["question"] for row in parts.get(name, [])]
-        for name in ("test", "test_new")
-    }
-    if config.eval:
-        held_out["eval"] = [questions_of(row["messages"])[0] for row in parts["eval"]]
-    assert_disjoint(trained, held_out)
-    for name in PARTS:
-        path = run.path / "data" / f"{name}.jsonl"
-        path.unlink(missing_ok=True)
-        if name in parts:
-            write_rows(path, parts[name])
-    report = {name: len(parts[name]) for name in PARTS if name in parts} | report
-    report["fingerprints"] = {name: fingerprint(rows) for name, rows in parts.items()}
+    config = run.config.data
+    with tempfile.TemporaryFile() as file:
+        spool = Spool(file)
+        groups: dict[str, array[int]] = {}
+        report: dict[str, Any] = {}
+        if config.train:
+            chosen, report = mix(run, spool)
+            groups, again = divide(config, spool, chosen)
+            if again.left_out:
+                report["left_out"]["the mix"] = again.left_out
+        sets = held_in_memory(run)
+        trained = chain(
+            (q for at in groups.get("train", ()) for q in questions_of(spool[at])),
+            (row["question"] for row in sets.get("problems", [])),
+        )
+        tests: dict[str, Iterable[str]] = {
+            name: [row["question"] for row in sets.get(name, [])]
+            for name in ("test", "test_new")
+        }
+        evaluated = [questions_of(row["messages"])[0] for row in sets.get("eval", [])]
+        assert_disjoint(trained, tests | {"eval": evaluated})
+        counts, prints = {}, {}
+        paths = {name: run.path / "data" / f"{name}.jsonl" for name in PARTS}
+        for path in paths.values():  # first all, so that a kill leaves no old part
+            path.unlink(missing_ok=True)
+        for name, path in paths.items():
+            if name in groups:
+                rows = with_ids(spool[at] for at in groups[name])
+                counts[name], prints[name] = write_rows(path, rows)
+            elif name in sets:
+                counts[name], prints[name] = write_rows(path, sets[name])
+    report = counts | report | {"fingerprints": prints, "made_from": made_from(run)}
     run.write_part("data", report)
     return report
 
 
-def mix(run: Run) -> tuple[list[Messages], dict[str, Any]]:
-    """Returns the conversations of all train sources, shuffled, and what they are."""
-    import random
+def mix(run: Run, spool: Spool) -> tuple[array[int], dict[str, Any]]:
+    """Fills the spool from all train sources; returns which to use, and a report.
 
-    config = run.config.data
-    conversations: list[Messages] = []
-    sources, left_out = {}, {}
+    The numbers on the spool are shuffled by the run's seed, all of them, as a full
+    shuffle of numbers costs little memory; a buffer would leave the sources apart.
+    """
+    config, seen = run.config.data, set[int]()
+    readers, counts = {}, []
     for source in config.train:
-        rows = load_rows(source, config.train_rows, run.config.seed)
-        found, dropped = to_conversations(
-            rows,
-            run.config.system_prompt,
+        reader = Reader(
             source,
+            parse_source(source).format,
+            run.config.system_prompt,
+            config.max_chars,
+            config.drop_unusable,
+            seen,
+        )
+        rows = open_rows(source, config.train_rows, run.config.seed)
+        for messages in reader.read(rows):
+            spool.append(messages)
+        readers[source] = reader
+        counts.append(reader.kept)
+    weights = [parse_source(source).weight for source in config.train]
+    quotas, taken = by_weight(counts, weights), [0] * len(counts)
+    ends, chosen = list(accumulate(counts)), array("Q")
+    order = array("Q", range(sum(counts)))
+    random.Random(run.config.seed).shuffle(order)
+    for number in order:
+        of = bisect_right(ends, number)
+        if taken[of] < quotas[of]:
+            taken[of] += 1
+            chosen.append(number)
+    sources = {
+        source: {"format": r.form, "why": r.why, "read": r.rows, "rows": rows}
+        for (source, r), rows in zip(readers.items(), taken, strict=True)
+    }
+    left_out = {source: reader.left_out for source, reader in readers.items()}
+    return chosen, {"sources": sources, "left_out": left_out}
+
+
+def by_weight(counts: list[int], weights: list[float | None]) -> list[int]:
+    """Returns how many rows of each source are mixed: all, where no weight is given.
+
+    With weights they stand in that proportion and no row is repeated: the source that
+    is used up first sets the total. No weight among others counts as 1.
+
+    >>> by_weight([1000, 300], [3, 1]), by_weight([1000, 300], [None, None])
+    ([900, 300], [1000, 300])
+    """
+    if not any(weights):
+        return counts
+    parts = [weight or 1.0 for weight in weights]
+    unit = min(count / part for count, part in zip(counts, parts, strict=True))
+    return [max(1, round(unit * part)) for part in parts]
+
+
+def divide(
+    config: DataConfig, spool: Spool, chosen: array[int]
+) -> tuple[dict[str, array[int]], Reader]:
+    """Returns the numbers on the spool of each part, and what training leaves out.
+
+    A conversation that asks later what a held-out one asks first is not trained on.
+    """
+    limits = {"test_chat": config.test_rows, "eval": config.eval_rows}
+    shares = {"test_chat": config.test_share, "eval": config.eval_share}
+    given = {name: share for name, share in shares.items() if share}
+    groups = {name: array("Q") for name in ["train", *given]}
+    sides = split((spool.places[number] for number in chosen), given)
+    for number, side in zip(chosen, sides, strict=True):
+        groups[side].append(number)
+    held = {spool.places[number] for name in given for number in groups[name]}
+    again, kept = Reader("the mix"), array("Q")
+    for number in groups["train"] if held else ():
+        leaked = [q for q in questions_of(spool[number])[1:] if place_of(q) in held]
+        if leaked:
+            again.leave_out("asks later what is held out", normal(leaked[0])[:60])
+        else:
+            kept.append(number)
+    groups["train"] = kept if held else groups["train"]
+    return {name: part[: limits.get(name)] for name, part in groups.items()}, again
+
+
+def held_in_memory(run: Run) -> dict[str, list[Row]]:
+    """Returns the rows of the parts that are read whole: problems, tests, eval rows."""
+    config, parts = run.config.data, dict[str, list[Row]]()
+    problem_rows = load_rows(config.problems) if config.problems else []
+    if config.eval:
+        if config.eval == config.problems:
+            problem_rows, rows = share_problems(config, problem_rows)
+        else:
+            rows = load_rows(config.eval, config.eval_rows)
+        conversations, _ = to_conversations(
+            rows[: config.eval_rows],
+            run.config.system_prompt,
+            config.eval,
+            form=parse_source(config.eval).format,
             drop_unusable=config.drop_unusable,
         )
-        conversations += found
-        sources[source] = {"format": detect_format(rows)[0], "rows": len(found)}
-        left_out[source] = dropped
-    random.Random(run.config.seed).shuffle(conversations)
-    return conversations, {"sources": sources, "left_out": left_out}
+        parts["eval"] = list(with_ids(conversations))
+    if config.problems:
+        parts["problems"] = to_problems(problem_rows, config.problems)
+    for name in ("test", "test_new"):
+        source, limit = getattr(config, name), getattr(config, f"{name}_rows")
+        if source:
+            parts[name] = to_problems(load_rows(source, limit), source)
+    return parts
 
 
 def share_problems(config: DataConfig, rows: list[Row]) -> tuple[list[Row], list[Row]]:
@@ -271,32 +230,62 @@ def share_problems(config: DataConfig, rows: list[Row]) -> tuple[list[Row], list
     return rows[:cut], rows[cut:]
 
 
-def with_ids(conversations: list[Messages]) -> list[Row]:
-    """Returns `{"id", "messages"}` rows, the id being a hash of the content."""
-    return [{"id": fingerprint(m), "messages": m} for m in conversations]
+def with_ids(conversations: Iterable[Messages]) -> Iterator[Row]:
+    """Yields `{"id", "messages"}` rows, the id being a hash of the content."""
+    return ({"id": fingerprint(m), "messages": m} for m in conversations)
 
 
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Writes rows as JSON lines."""
-    import json
+def write_rows(path: Path, rows: Iterable[Row]) -> tuple[int, str]:
+    """Writes rows as JSON lines, one by one; returns their number and fingerprint.
 
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_text(path, "".join(lines))
+    A reader, or a kill, never meets half of the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    digest, count = hashlib.sha256(), 0
+    try:
+        with scratch.open("wb") as file:
+            for row in rows:
+                line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+                file.write(line)
+                digest.update(line)
+                count += 1
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return count, digest.hexdigest()[:12]
+
+
+def stream_rows(path: Path) -> Iterator[Row]:
+    """Yields the rows of a JSON-lines file of ours, one at a time."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
 
 
 def read_rows(path: Path) -> list[Row]:
     """Returns the rows of a JSON-lines file of ours."""
-    import json
+    return list(stream_rows(path))
 
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+
+def made_from(run: Run) -> str:
+    """Returns the fingerprint of the settings that decide what `data/` holds."""
+    config = run.config
+    return fingerprint(config.data.model_dump(), config.system_prompt, config.seed)
 
 
 def ensure_data(run: Run) -> Path:
-    """Returns the run's `data/`, preparing it first, with a word, if it is missing."""
+    """Returns the run's `data/`, preparing it first, with a word, where it must be.
+
+    That is where a part is missing, or where it was prepared from other settings.
+    """
     folder = run.path / "data"
+    old = run.report().get("data", {}).get("made_from", made_from(run))
     parts = parts_of(run.config.data)
     if not all((folder / f"{name}.jsonl").exists() for name in parts):
         print(f"{folder} is missing (notebook 01_data_prep makes it): preparing it now")  # noqa: T201
+        prepare(run)
+    elif old != made_from(run):
+        print(f"{folder} was made from other settings: preparing it anew")  # noqa: T201
         prepare(run)
     return folder

@@ -1,16 +1,16 @@
-"""Rows in any known format -> `messages`; refuses bad rows by number and reason.
+"""The formats that rows come in: told apart, and turned into `messages` one by one.
 
 A conversation is a list of `{"role": ..., "content": ...}`, the form that chat
-templates take.
+templates take. Many rows are read in `reading`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from helpers.runs import fingerprint
+from helpers.config import nearest
 
 Messages = list[dict[str, str]]
 Row = dict[str, Any]
@@ -23,22 +23,21 @@ class DataError(ValueError):
     """Rows that cannot be used; the message gives row numbers and reasons."""
 
 
-def from_messages(row: Row) -> Messages:
-    return [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+def from_turns(turns: list[dict[str, str]]) -> Messages:
+    """Returns turns spelt `from`/`value` or `role`/`content`, roles in our words."""
+    messages = []
+    for turn in turns:
+        role = turn.get("from") or turn["role"]
+        content = turn["value"] if turn.get("value") is not None else turn["content"]
+        messages.append({"role": ROLES.get(role, role), "content": content})
+    return messages
 
 
-def from_sharegpt(row: Row) -> Messages:
-    turns = row["conversations"]
+def exchange(question: str, answer: str) -> Messages:
+    """Returns a conversation of one question and its answer."""
     return [
-        {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
-        for turn in turns
-    ]
-
-
-def from_problem(row: Row) -> Messages:
-    return [
-        {"role": "user", "content": row["question"]},
-        {"role": "assistant", "content": row["answer"]},
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
     ]
 
 
@@ -53,21 +52,10 @@ def from_instruction(row: Row) -> Messages:
         question += "\n\n" + row["input"]
     if row.get("context"):
         question += "\n\n### Context:\n" + row["context"]
-    answer = row["output"] if "output" in row else row["response"]
-    return [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": answer},
-    ]
+    return exchange(question, row["output"] if "output" in row else row["response"])
 
 
-def from_completion(row: Row) -> Messages:
-    return [
-        {"role": "user", "content": row["prompt"]},
-        {"role": "assistant", "content": row["completion"]},
-    ]
-
-
-def from_llama2_text(row: Row) -> Messages:
+def from_llama2(row: Row) -> Messages:
     """Returns the turns of ready-made `<s>[INST] ... [/INST] ... </s>` text."""
     messages: Messages = []
     for turn in re.split(r"\s*</s>\s*", row["text"].strip()):
@@ -80,24 +68,68 @@ def from_llama2_text(row: Row) -> Messages:
             re.DOTALL,
         )
         if parts is None:
-            raise KeyError("text is not `<s>[INST] ... [/INST] ... </s>`")
+            raise DataError("text is not `<s>[INST] ... [/INST] ... </s>`")
         system, question, answer = parts.groups()
+        stray = re.search(r"\[/?INST\]|<</?SYS>>", f"{system}{question}{answer}")
+        if stray:
+            raise DataError(f"{stray[0]} inside a turn; is </s> missing before it?")
         if system:
             messages.append({"role": "system", "content": system})
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": answer})
+        messages += exchange(question, answer)
     return messages
 
 
-# name, the columns it needs, how a row becomes messages; the first that fits is taken
-FORMATS: list[tuple[str, set[str], Callable[[Row], Messages]]] = [
-    ("openai messages", {"messages"}, from_messages),
-    ("sharegpt", {"conversations"}, from_sharegpt),
-    ("gsm8k", {"question", "answer"}, from_problem),
-    ("alpaca", {"instruction", "output"}, from_instruction),
-    ("dolly", {"instruction", "response"}, from_instruction),
-    ("prompt/completion", {"prompt", "completion"}, from_completion),
-    ("llama-2 text", {"text"}, from_llama2_text),
+def from_chatml(row: Row) -> Messages:
+    """Returns the turns of ready-made `<|im_start|>role ... <|im_end|>` text.
+
+    Contents are kept to the letter, so that a ChatML template renders the text again.
+    """
+    messages: Messages = []
+    text, at = row["text"].rstrip(), 0
+    turn = re.compile(r"\s*<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
+    while at < len(text):
+        found = turn.match(text, at)
+        if found is None or "<|im_start|>" in found[2]:
+            raise DataError(
+                f"turn {len(messages) + 1} is not `<|im_start|>role`, a line break, "
+                f"text and `<|im_end|>`: {text[at : at + 40]!r}"
+            )
+        role = ROLES.get(found[1], found[1])
+        messages.append({"role": role, "content": found[2]})
+        at = found.end()
+    return messages
+
+
+class Format(NamedTuple):
+    """A form that rows come in."""
+
+    name: str
+    columns: set[str]
+    """Rows of the format have all of these."""
+    convert: Callable[[Row], Messages]
+    marker: str = ""
+    """Stands in the text of rows of the format."""
+
+
+# the first that fits is taken
+FORMATS = [
+    Format("openai", {"messages"}, lambda row: from_turns(row["messages"])),
+    Format("sharegpt", {"conversations"}, lambda r: from_turns(r["conversations"])),
+    Format(
+        "gsm8k",
+        {"question", "answer"},
+        lambda row: exchange(row["question"], row["answer"]),
+    ),
+    Format("alpaca", {"instruction", "input", "output"}, from_instruction),
+    Format("wizardlm", {"instruction", "output"}, from_instruction),
+    Format("dolly", {"instruction", "response"}, from_instruction),
+    Format(
+        "prompt-completion",
+        {"prompt", "completion"},
+        lambda row: exchange(row["prompt"], row["completion"]),
+    ),
+    Format("llama-2", {"text"}, from_llama2, "[INST]"),
+    Format("chatml", {"text"}, from_chatml, "<|im_start|>"),
 ]
 
 
@@ -105,20 +137,36 @@ def detect_format(rows: list[Row]) -> tuple[str, str]:
     """Returns the name of the rows' format and the reason for it.
 
     >>> detect_format([{"instruction": "Add.", "input": "1 2", "output": "3"}])
-    ('alpaca', 'the rows have instruction, output')
+    ('alpaca', 'the rows have input, instruction, output')
 
     Raises:
         DataError: the columns fit no known format.
     """
-    columns = set(rows[0])
-    for name, needed, _ in FORMATS:
-        if needed <= columns:
-            return name, f"the rows have {', '.join(sorted(needed))}"
-    known = "; ".join(f"{name}: {', '.join(sorted(n))}" for name, n, _ in FORMATS)
+    columns = set().union(*rows)
+    described = []
+    for name, needed, _, marker in FORMATS:
+        said = ", ".join(sorted(needed)) + (f" with {marker}" if marker else "")
+        texts = [str(row.get("text")) for row in rows] if marker else []
+        if needed <= columns and (not marker or any(marker in t for t in texts)):
+            return name, f"the rows have {said}"
+        described.append(f"{name}: {said}")
     raise DataError(
         f"the rows have {', '.join(sorted(columns))}, which fits no known format "
-        f"({known}); rename columns to one of these"
+        f"({'; '.join(described)}); rename columns to one of these"
     )
+
+
+def find_format(name: str) -> Format:
+    """Returns the format of a name.
+
+    Raises:
+        DataError: there is none; the nearest name is given.
+    """
+    known = {form.name: form for form in FORMATS}
+    if name not in known:
+        hint = nearest(name, known)
+        raise DataError(f"no format {name!r}{hint} (known: {', '.join(known)})")
+    return known[name]
 
 
 def check_messages(messages: Messages) -> str | None:
@@ -129,7 +177,7 @@ def check_messages(messages: Messages) -> str | None:
     """
     for message in messages:
         if not isinstance(message["content"], str):
-            return f"the content of a {message['role']} turn is not text"
+            return f"the {message['role']} turn's content is not text"
         if message["role"] not in ROLES.values():
             return f"role {message['role']!r} is not system, user or assistant"
     roles = [message["role"] for message in messages]
@@ -141,95 +189,3 @@ def check_messages(messages: Messages) -> str | None:
     if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
         return "empty answer"
     return None
-
-
-def to_conversations(
-    rows: list[Row],
-    system_prompt: str = "",
-    source: str = "the rows",
-    *,
-    drop_unusable: bool = False,
-) -> tuple[list[Messages], dict[str, int]]:
-    """Returns the rows as conversations, and how many were left out, by reason.
-
-    Args:
-        rows: rows of one format; see `FORMATS`.
-        system_prompt: put before problems (GSM8K format), so that training and
-            evaluation ask in the same words.
-        source: where the rows come from, for messages.
-        drop_unusable: leave unusable rows out and count them, instead of refusing all.
-
-    Raises:
-        DataError: a row lacks an expected field or breaks the turn order (its number,
-            counted from 1, and the reason are given), or no row is left.
-    """
-    name, _ = detect_format(rows)
-    convert = next(function for known, _, function in FORMATS if known == name)
-    kept: list[Messages] = []
-    seen: set[str] = set()
-    left_out = {"empty answer": 0, "duplicate": 0}
-    faults: list[str] = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            messages = convert(row)
-            fault = check_messages(messages)
-        except (KeyError, TypeError, AttributeError) as error:
-            fault = f"unreadable as {name}: {type(error).__name__} {error}"
-        if fault == "empty answer":
-            left_out[fault] += 1
-        elif fault:
-            faults.append(f"row {number}: {fault}")
-        elif (key := fingerprint(messages)) in seen:
-            left_out["duplicate"] += 1
-        else:
-            seen.add(key)
-            if name == "gsm8k" and system_prompt:
-                messages.insert(0, {"role": "system", "content": system_prompt})
-            kept.append(messages)
-    if faults and not drop_unusable:
-        raise DataError(
-            f"{source}: {len(faults)} of {len(rows)} rows cannot be used as {name}; "
-            + "; ".join(faults[:3])
-            + " (data.drop_unusable in the config leaves such rows out)"
-        )
-    if faults:
-        left_out[f"unusable ({faults[0]})"] = len(faults)
-    if not kept:
-        raise DataError(f"{source}: no row is left ({left_out})")
-    return kept, {reason: count for reason, count in left_out.items() if count}
-
-
-def to_problems(rows: list[Row], source: str = "the rows") -> list[Row]:
-    """Returns problems as `{"id", "question", "answer", "gold"}`.
-
-    Args:
-        rows: GSM8K-format rows; `answer` ends in a line `#### <number>`.
-
-    Raises:
-        DataError: a row has no question, or no gold answer after `####`.
-    """
-    from helpers.rewards import parse_gold
-
-    problems, faults = [], []
-    for number, row in enumerate(rows, start=1):
-        question, answer = row.get("question"), row.get("answer")
-        if not question or not answer:
-            faults.append(f"row {number}: question or answer is missing")
-            continue
-        if not isinstance(question, str) or not isinstance(answer, str):
-            faults.append(f"row {number}: question or answer is not text")
-            continue
-        gold = parse_gold(answer)
-        if gold is None:
-            faults.append(f"row {number}: answer has no `#### <number>` line")
-            continue
-        key = str(row.get("id") or fingerprint(question))
-        problems.append(
-            {"id": key, "question": question, "answer": answer, "gold": str(gold)}
-        )
-    if faults:
-        raise DataError(
-            f"{source}: {len(faults)} of {len(rows)} rows are no problems with a gold "
-            "answer; " + "; ".join(faults[:3])
-        )
-    return problems

@@ -72,15 +72,17 @@ def scaled(
 
     Args:
         model: another base model.
-        steps: optimiser steps of SFT; GRPO takes half as many, at least 2. A warm-up
-            in steps shrinks with them.
-        rows: held-out rows to score, and eight times as many to train on.
+        steps: optimiser steps of SFT; GRPO takes half as many, at least 2, whatever
+            its minutes. A warm-up in steps shrinks with them.
+        rows: held-out rows to score, eight times as many to train on, and a quarter
+            as many to choose GRPO's adapter by.
         samples: replace hub datasets by our samples in the same row format.
     """
     values = config.model_dump()
     if model is not None:
         values["model"] = model
     if steps is not None:
+        values["grpo_minutes"] = None
         every = max(1, steps // 2)
         for stage, count in (("sft", steps), ("grpo", max(2, steps // 2))):
             part = values[stage]
@@ -93,6 +95,7 @@ def scaled(
             values["sft"]["eval_steps"] = every
     data = values["data"]
     if rows is not None:
+        values["grpo_held_out"] = max(1, rows // 4)
         data |= {"train_rows": 8 * rows, "eval_rows": rows}
         data |= {"test_rows": rows, "test_new_rows": rows}
     if samples:
@@ -105,16 +108,17 @@ def scaled(
 def sample_of(source: str) -> str:
     """Returns our sample in the row format of a hub dataset; a local file as it is.
 
-    >>> sample_of("databricks/databricks-dolly-15k:train")
-    'data_samples/dolly.jsonl'
+    >>> sample_of("databricks/databricks-dolly-15k:train?rows=500")
+    'data_samples/dolly.jsonl?rows=500'
 
     Raises:
         ConfigError: we have no sample of the dataset.
     """
-    for known in (source, source.partition(":")[0]):
+    path, mark, options = source.partition("?")
+    for known in (path, path.partition(":")[0]):
         if known in SAMPLES:
-            return SAMPLES[known]
-    if source.endswith((".jsonl", ".json", ".csv", ".parquet")):
+            return SAMPLES[known] + mark + options
+    if path.endswith((".jsonl", ".json", ".csv", ".parquet")):
         return source
     raise ConfigError(
         f"no sample of {source!r}; there are some of {', '.join(SAMPLES)}"

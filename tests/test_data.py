@@ -1,505 +1,21 @@
-"""Tests of helpers.data: every format in, one form out, bad rows refused in words."""
+"""Tests of helpers.data: sources are mixed, split and written; nothing leaks."""
 
 from __future__ import annotations
 
 import json
-import time
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import data, runtime
-from helpers.config import SYSTEM_PROMPT
+from helpers import data, recipes, runs, runtime
+from helpers.config import ConfigError, changed, read_config
 from helpers.formats import DataError
 from helpers.runs import MissingInput, Run
-
-SAMPLES = runtime.ROOT / "data_samples"
-ROWS = [
-    {"prompt": "Say hi, twice.", "completion": 'hi "hi"'},
-    {"prompt": "Grüße?", "completion": "Zwei\nZeilen 🎉"},
-]
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    """Writes JSON lines and returns the path as a source."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def turns(*contents: str, system: str = "") -> data.Messages:
-    """Returns user and assistant turns in alternation."""
-    messages = [{"role": "system", "content": system}] if system else []
-    for number, content in enumerate(contents):
-        role = ("user", "assistant")[number % 2]
-        messages.append({"role": role, "content": content})
-    return messages
-
-
-def problem(question: str, gold: int = 5) -> dict[str, Any]:
-    return {"question": question, "answer": f"Working.\n#### {gold}"}
-
-
-# load_rows
-
-
-def test_json_lines_are_read(tmp_path: Path) -> None:
-    assert data.load_rows(write(tmp_path / "rows.jsonl", ROWS)) == ROWS
-
-
-def test_a_json_list_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps(ROWS), encoding="utf-8")
-    assert data.load_rows(str(path)) == ROWS
-
-
-def test_csv_is_read_with_quotes_commas_and_line_breaks(tmp_path: Path) -> None:
-    import csv
-
-    path = tmp_path / "rows.csv"
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(ROWS[0]))
-        writer.writeheader()
-        writer.writerows(ROWS)
-    assert data.load_rows(str(path)) == ROWS
-
-
-def test_parquet_is_read(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    path = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
-    assert data.load_rows(str(path)) == ROWS
-
-
-def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
-    assert data.load_rows(write(tmp_path / "rows.jsonl", ROWS), limit=1) == ROWS[:1]
-
-
-def test_a_limit_above_the_row_count_takes_all(tmp_path: Path) -> None:
-    assert data.load_rows(write(tmp_path / "rows.jsonl", ROWS), limit=99) == ROWS
-
-
-def test_a_path_is_looked_for_in_the_working_folder_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "data_samples").mkdir()
-    write(tmp_path / "data_samples" / "alpaca.jsonl", ROWS)
-    monkeypatch.chdir(tmp_path)
-    assert data.load_rows("data_samples/alpaca.jsonl") == ROWS
-
-
-def test_a_path_is_found_in_the_project_from_any_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert len(data.load_rows("data_samples/alpaca.jsonl")) == 12
-
-
-def test_a_missing_file_says_where_it_was_looked_for() -> None:
-    with pytest.raises(
-        FileNotFoundError, match=f"no file gone.jsonl .*{runtime.ROOT}.*give a path"
-    ):
-        data.load_rows("gone.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("empty.jsonl", ""),
-        ("empty.json", "[]"),
-        ("empty.csv", ""),
-        ("header.csv", "prompt,completion\n"),
-    ],
-)
-def test_a_file_without_rows_is_refused_in_words(
-    tmp_path: Path, name: str, content: str
-) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=f"{name} holds no rows$"):
-        data.load_rows(str(tmp_path / name))
-
-
-def test_a_broken_json_line_is_refused_by_its_row(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": oops}\n')
-    with pytest.raises(DataError, match="rows.jsonl could not be read: .* in row 1"):
-        data.load_rows(str(path))
-
-
-def test_a_source_that_is_neither_file_nor_hub_name_is_refused() -> None:
-    with pytest.raises(DataError, match="'my rows' is neither a .jsonl, .* owner/name"):
-        data.load_rows("my rows")
-
-
-def test_an_unreachable_hub_name_is_refused_at_once() -> None:
-    start = time.monotonic()
-    with pytest.raises(
-        DataError, match="^nobody-here/no-such-set:train could .*is the hub reachable"
-    ):
-        data.load_rows("nobody-here/no-such-set:train")
-    assert time.monotonic() - start < 10
-
-
-# formats
-
-FIRST_OF_FORMAT: list[tuple[str, str, int, data.Messages]] = [
-    (
-        "openai_messages",
-        "openai messages",
-        1,
-        turns(
-            "What is the largest planet of the solar system?",
-            "Jupiter. More than a thousand Earths would fit inside it.",
-            "And the smallest?",
-            "Mercury, which is only a little larger than our Moon.",
-            system="You answer questions about astronomy briefly and correctly.",
-        ),
-    ),
-    (
-        "sharegpt",
-        "sharegpt",
-        2,
-        turns(
-            "What is a palindrome?",
-            "A palindrome is a word or sentence that reads the same forwards and "
-            'backwards. Short examples are "level", "noon" and "rotor".',
-        ),
-    ),
-    (
-        "alpaca",
-        "alpaca",
-        1,
-        turns(
-            "Rewrite the sentence in a polite tone.\n\nSend me the report by noon.",
-            "Could you please send me the report by noon?",
-        ),
-    ),
-    (
-        "dolly",
-        "dolly",
-        0,
-        turns("How many legs does a spider have?", "A spider has eight legs."),
-    ),
-    (
-        "llama2_text",
-        "llama-2 text",
-        0,
-        turns(
-            "How can I peel garlic quickly?",
-            "Press each clove with the flat side of a knife until the skin cracks. It "
-            "then slips off easily.",
-        ),
-    ),
-    (
-        "word_problems/train",
-        "gsm8k",
-        0,
-        turns(
-            "Bao has read 33 pages of a book with 60 pages. To read the rest in 3 "
-            "days, with the same number each day, how many pages a day are needed?",
-            "60 - 33 = 27 pages are left.\nBao must read 27 / 3 = 9 pages a day.\n"
-            "#### 9",
-        ),
-    ),
-]
-
-
-@pytest.mark.parametrize(("file", "name", "row", "expected"), FIRST_OF_FORMAT)
-def test_a_sample_files_format_is_detected_and_its_rows_converted(
-    file: str, name: str, row: int, expected: data.Messages
-) -> None:
-    rows = data.load_rows(str(SAMPLES / f"{file}.jsonl"))
-    conversations, left_out = data.to_conversations(rows)
-    assert data.detect_format(rows)[0] == name
-    assert conversations[row] == expected
-    assert (len(conversations), left_out) == (len(rows), {})
-
-
-def test_prompt_and_completion_rows_become_one_exchange() -> None:
-    assert data.to_conversations(ROWS)[0][0] == turns("Say hi, twice.", 'hi "hi"')
-
-
-def test_a_dolly_context_follows_the_instruction() -> None:
-    row = {"instruction": "When?", "context": "It opens at ten.", "response": "Ten."}
-    assert data.to_conversations([row])[0] == [
-        turns("When?\n\n### Context:\nIt opens at ten.", "Ten.")
-    ]
-
-
-def test_an_input_that_is_null_adds_nothing() -> None:
-    row = {"instruction": "Hi?", "input": None, "output": "Hi."}
-    assert data.to_conversations([row])[0] == [turns("Hi?", "Hi.")]
-
-
-def test_a_sharegpt_system_turn_is_kept_as_such() -> None:
-    says = [("system", "Be brief."), ("human", "Hi"), ("gpt", "Hi.")]
-    row = {"conversations": [{"from": who, "value": text} for who, text in says]}
-    assert data.to_conversations([row])[0] == [turns("Hi", "Hi.", system="Be brief.")]
-
-
-def test_llama2_text_with_a_system_prompt_and_two_turns_is_taken_apart() -> None:
-    text = (
-        "<s>[INST] <<SYS>>\nBe brief.\nBe kind.\n<</SYS>>\n\nHi there [/INST] Hello! "
-        "</s><s>[INST] Two\nlines? [/INST] Yes,\nhere. </s>"
-    )
-    assert data.to_conversations([{"text": text}])[0] == [
-        turns(
-            "Hi there", "Hello!", "Two\nlines?", "Yes,\nhere.",
-            system="Be brief.\nBe kind.",
-        )
-    ]  # fmt: skip
-
-
-def test_text_that_is_not_llama2_is_refused() -> None:
-    with pytest.raises(DataError, match="row 1: unreadable as llama-2 text: .*INST"):
-        data.to_conversations([{"text": "Once upon a time."}])
-
-
-def test_columns_of_no_known_format_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(DataError, match="rows have body, title, which .*alpaca: instr"):
-        data.detect_format([{"title": "a", "body": "b"}])
-
-
-def test_the_system_prompt_goes_before_problems() -> None:
-    row = problem("How many?")
-    assert data.to_conversations([row], "Think.")[0] == [
-        turns("How many?", "Working.\n#### 5", system="Think.")
-    ]
-
-
-def test_the_system_prompt_does_not_go_before_other_conversations() -> None:
-    assert data.to_conversations(ROWS[:1], "Think.")[0][0][0]["role"] == "user"
-
-
-def test_problems_are_asked_in_training_as_in_evaluation() -> None:
-    trained = data.to_conversations([problem("How many?")], SYSTEM_PROMPT)[0][0]
-    assert trained[:-1] == data.ask("How many?", SYSTEM_PROMPT)
-
-
-def test_a_question_is_asked_without_a_system_turn_when_there_is_no_prompt() -> None:
-    assert data.ask("How many?", "") == turns("How many?")
-
-
-# bad rows
-
-
-def messages_row(*roles: str) -> dict[str, Any]:
-    return {"messages": [{"role": role, "content": role} for role in roles]}
-
-
-@pytest.mark.parametrize(
-    ("roles", "reason"),
-    [
-        (("assistant", "user"), "turns do not alternate .*: assistant user"),
-        (("user", "user", "assistant"), "turns do not alternate"),
-        (("user", "assistant", "assistant"), "turns do not alternate"),
-        (("user", "system", "assistant"), "turns do not .*: user system assist"),
-        (("user", "tool", "assistant"), "role 'tool' is not system, user or assist"),
-        (("system", "user"), "no assistant turn"),
-        ((), "no assistant turn"),
-    ],
-)
-def test_turns_in_a_wrong_order_are_refused(
-    roles: tuple[str, ...], reason: str
-) -> None:
-    good = messages_row("user", "assistant")
-    with pytest.raises(DataError, match=f"1 of 2 rows .*; row 2: {reason}"):
-        data.to_conversations([good, messages_row(*roles)])
-
-
-def test_turns_in_order_with_a_system_turn_first_are_fine() -> None:
-    roles = ("system", "user", "assistant", "user", "assistant")
-    found = data.to_conversations([messages_row(*roles)])[0][0]
-    assert tuple(message["role"] for message in found) == roles
-
-
-def test_content_that_is_no_text_is_refused() -> None:
-    rows = [{"prompt": "2 + 2?", "completion": 4}]
-    with pytest.raises(DataError, match="row 1: the content of a.* assistant turn is"):
-        data.to_conversations(rows)
-
-
-def test_a_turn_without_content_is_refused_by_the_missing_field() -> None:
-    rows = [{"messages": [{"role": "user"}]}]
-    with pytest.raises(DataError, match="row 1: unreadable as openai .*'content'"):
-        data.to_conversations(rows)
-
-
-def test_turns_that_are_no_list_are_refused() -> None:
-    with pytest.raises(DataError, match="row 1: unreadable as openai messages: Type"):
-        data.to_conversations([{"messages": None}])
-
-
-def test_only_the_first_three_bad_rows_are_shown_and_all_are_counted() -> None:
-    rows = [messages_row("user")] * 5 + [messages_row("user", "assistant")]
-    with pytest.raises(DataError) as caught:
-        data.to_conversations(rows, source="mine.jsonl")
-    message = str(caught.value)
-    assert message.startswith("mine.jsonl: 5 of 6 rows cannot be used")
-    assert message.count("row ") == 3
-
-
-def test_empty_answers_are_left_out_and_counted() -> None:
-    rows = [
-        *ROWS,
-        {"prompt": "a", "completion": ""},
-        {"prompt": "b", "completion": "\n"},
-    ]
-    kept, left_out = data.to_conversations(rows)
-    assert (len(kept), left_out) == (2, {"empty answer": 2})
-
-
-def test_duplicates_are_left_out_and_counted() -> None:
-    kept, left_out = data.to_conversations([*ROWS, *ROWS, ROWS[0]])
-    assert (len(kept), left_out) == (2, {"duplicate": 3})
-
-
-def test_the_same_question_with_another_answer_is_no_duplicate() -> None:
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "c"}]
-    assert len(data.to_conversations(rows)[0]) == 2
-
-
-def test_rows_of_which_none_is_left_are_refused() -> None:
-    with pytest.raises(DataError, match="no row is left .*'empty answer': 1"):
-        data.to_conversations([{"prompt": "a", "completion": " "}])
-
-
-# problems
-
-
-def test_a_problem_carries_its_gold_number() -> None:
-    rows = [{"id": "p1", "question": "How many?", "answer": "So 1,080.\n#### 1,080"}]
-    assert data.to_problems(rows) == [{**rows[0], "gold": "1080"}]
-
-
-def test_a_problem_without_an_id_gets_one_from_its_question() -> None:
-    first, second, again = data.to_problems(
-        [problem("How many?"), problem("How few?"), problem("How many?", 6)]
-    )
-    assert first["id"] == again["id"] != second["id"]
-
-
-def test_an_answer_without_a_gold_line_is_refused_by_number() -> None:
-    rows = [problem("a"), {"question": "b", "answer": "It is 5."}]
-    with pytest.raises(DataError, match="1 of 2 rows .*; row 2: answer has no `####"):
-        data.to_problems(rows, "mine.jsonl")
-
-
-def test_a_gold_line_without_a_number_is_refused() -> None:
-    with pytest.raises(DataError, match="row 1: answer has no `#### <number>` line"):
-        data.to_problems([{"question": "b", "answer": "#### five"}])
-
-
-def test_a_problem_without_a_question_is_refused() -> None:
-    with pytest.raises(DataError, match="row 1: question or answer is missing"):
-        data.to_problems([{"question": "", "answer": "#### 5"}])
-
-
-def test_an_answer_that_is_a_bare_number_is_refused_by_number() -> None:
-    with pytest.raises(DataError, match="row 1: question or answer is not text"):
-        data.to_problems([{"question": "How many?", "answer": 5}])
-
-
-# leaks
-
-
-def test_disjoint_questions_pass() -> None:
-    assert data.assert_disjoint(["a", "b"], {"test": ["c"], "eval": ["d"]}) is None
-
-
-def test_a_leak_is_refused_with_the_set_the_count_and_the_question() -> None:
-    with pytest.raises(
-        DataError, match="^2 questions of test are in the training .* first: 'How many"
-    ):
-        data.assert_disjoint(
-            ["How many?", "b", "c"], {"eval": ["x"], "test": ["How many?", "y", "c"]}
-        )
-
-
-def test_a_leak_is_found_whatever_the_white_space() -> None:
-    with pytest.raises(DataError, match="1 questions of test"):
-        data.assert_disjoint(
-            ["How  many\nare left? "], {"test": [" How many are left?"]}
-        )
-
-
-# split
-
-SHARES = {"test_chat": 0.1, "eval": 0.05}
-
-
-def chats(count: int, word: str = "Question") -> list[Any]:
-    return [turns(f"{word} {i}?", f"Answer {i}.") for i in range(count)]
-
-
-def asked(conversations: list[Any]) -> set[str]:
-    return {data.questions_of(messages)[0] for messages in conversations}
-
-
-def test_a_split_has_about_the_shares_that_are_asked_for() -> None:
-    parts = data.split(chats(4000), SHARES)
-    assert len(parts["test_chat"]) == pytest.approx(400, abs=60)
-    assert len(parts["eval"]) == pytest.approx(200, abs=45)
-    assert sum(map(len, parts.values())) == 4000
-
-
-def test_a_split_loses_nothing_and_has_no_question_on_two_sides() -> None:
-    parts = data.split(chats(300), SHARES)
-    assert set.union(*map(asked, parts.values())) == asked(chats(300))
-    assert sum(len(asked(part)) for part in parts.values()) == 300
-
-
-def test_a_row_keeps_its_side_when_data_are_added() -> None:
-    before = data.split(chats(300), SHARES)
-    after = data.split(chats(300, "Another") + chats(300), SHARES)
-    for name, part in before.items():
-        assert asked(part) <= asked(after[name])
-
-
-def test_the_test_rows_stay_when_the_eval_share_changes() -> None:
-    first = data.split(chats(300), SHARES)
-    second = data.split(chats(300), {**SHARES, "eval": 0.2})
-    assert first["test_chat"] == second["test_chat"]
-
-
-def test_all_that_ask_the_same_go_to_the_same_side() -> None:
-    rows = [turns("Same?", f"Answer {i}.") for i in range(50)]
-    rows += [turns("  Same? ", "Answer."), *chats(200)]
-    parts = data.split(rows, {"eval": 0.5})
-    sides = [name for name, part in parts.items() if "Same?" in asked(part)]
-    assert len(sides) == 1
-    same = [m for m in parts[sides[0]] if "Same?" in data.questions_of(m)[0]]
-    assert len(same) == 51
-
-
-def test_a_share_of_few_rows_gets_at_least_one() -> None:
-    parts = data.split(chats(12), {"test_chat": 0.001, "eval": 0.001})
-    assert [len(part) for part in parts.values()] == [10, 1, 1]
-
-
-def test_the_rows_of_a_small_share_are_those_of_the_smallest_hash() -> None:
-    few, many = (
-        data.split(chats(12), {"eval": 0.001}),
-        data.split(chats(12), {"eval": 0.3}),
-    )
-    assert asked(few["eval"]) <= asked(many["eval"])
-
-
-def test_a_split_without_shares_is_all_training() -> None:
-    assert data.split(chats(5), {}) == {"train": chats(5)}
-
-
-def test_a_split_that_leaves_nothing_to_train_on_is_refused() -> None:
-    with pytest.raises(
-        DataError, match="^2 different questions, of which test_chat an"
-    ):
-        data.split(chats(2), SHARES)
-
-
-# prepare
+from tests.rows import ROWS, messages_row, pair, problem, turns, write
 
 
 def read_all(run: Run) -> dict[str, list[dict[str, Any]]]:
@@ -541,6 +57,8 @@ def test_preparing_writes_its_part_of_the_report(run: Run) -> None:
     assert run.report()["data"] == report
     assert report["sources"]["data_samples/sharegpt.jsonl"] == {
         "format": "sharegpt",
+        "why": "the rows have conversations",
+        "read": 12,
         "rows": 12,
     }
 
@@ -767,22 +285,337 @@ def test_data_that_is_there_is_not_prepared_again(
     assert capsys.readouterr().out == ""
 
 
+def test_data_of_other_settings_are_prepared_anew_with_a_word(
+    run_factory: Callable[..., Run],
+    own_files: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data.prepare(run_factory(**own_files))
+    run = run_factory(**{**own_files, "data__train_rows": 5})
+    data.ensure_data(run)
+    assert "made from other settings: preparing it anew" in capsys.readouterr().out
+    assert run.report()["data"]["train"] == 5
+
+
+def test_other_settings_that_data_do_not_depend_on_leave_them_alone(
+    run_factory: Callable[..., Run],
+    own_files: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data.prepare(run_factory(**own_files))
+    data.ensure_data(run_factory(**own_files, sft__max_steps=3, max_length=300))
+    assert capsys.readouterr().out == ""
+
+
 def test_the_data_of_a_run_that_prepared_none_is_missing(run: Run) -> None:
     with pytest.raises(MissingInput, match="run notebook 01_data_prep"):
         run.require("data/train.jsonl")
+
+
+# mixing
+
+
+CHATS_ONLY = {
+    "stages": ["sft"],
+    "best_by": "loss",
+    "sft__eval_strategy": "no",
+    "data__train_rows": None,
+    "data__eval": None,
+    "data__problems": None,
+    "data__test": None,
+    "data__test_new": None,
+}
+
+
+@pytest.fixture
+def two_files(tmp_path: Path) -> list[str]:
+    """Sources of 100 and 30 rows."""
+    return [
+        write(tmp_path / f"{word}.jsonl", [pair(f"{word} {i}?") for i in range(count)])
+        for word, count in (("big", 100), ("small", 30))
+    ]
+
+
+def words(run: Run, part: str = "train") -> list[str]:
+    """The first words of a part's questions, in order."""
+    rows = data.read_rows(run.path / "data" / f"{part}.jsonl")
+    return [data.questions_of(row["messages"])[0].split()[0] for row in rows]
+
+
+def test_sources_are_mixed_whole_and_shuffled(
+    run_factory: Callable[..., Run], two_files: list[str]
+) -> None:
+    run = run_factory(**{**CHATS_ONLY, "data__train": two_files})
+    report = data.prepare(run)
+    found = words(run)
+    assert (found.count("big"), found.count("small")) == (100, 30)
+    assert [part["rows"] for part in report["sources"].values()] == [100, 30]
+    # in order there would be one change from source to source
+    assert sum(a != b for a, b in zip(found, found[1:], strict=False)) > 20
+
+
+def test_sources_are_mixed_by_weight_without_repeating_a_row(
+    run_factory: Callable[..., Run], two_files: list[str]
+) -> None:
+    big, small = two_files
+    sources = [f"{big}?weight=1", f"{small}?weight=2"]
+    run = run_factory(**{**CHATS_ONLY, "data__train": sources})
+    report = data.prepare(run)
+    found = words(run)
+    assert (found.count("big"), found.count("small")) == (15, 30)
+    assert [part["read"] for part in report["sources"].values()] == [100, 30]
+    assert [part["rows"] for part in report["sources"].values()] == [15, 30]
+
+
+def test_a_weight_draws_by_the_runs_seed(
+    run_factory: Callable[..., Run], two_files: list[str]
+) -> None:
+    sources = [two_files[0], f"{two_files[1]}?weight=2"]
+    drawn = []
+    for seed in (1, 1, 2):
+        run = run_factory(**{**CHATS_ONLY, "data__train": sources}, seed=seed)
+        data.prepare(run)
+        rows = data.read_rows(run.path / "data" / "train.jsonl")
+        drawn.append([row["id"] for row in rows])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert set(drawn[0]) != set(drawn[2])
+
+
+def test_sources_are_mixed_by_their_own_counts(
+    run_factory: Callable[..., Run], two_files: list[str]
+) -> None:
+    sources = [f"{two_files[0]}?rows=40", f"{two_files[1]}?rows=5"]
+    run = run_factory(**{**CHATS_ONLY, "data__train": sources})
+    data.prepare(run)
+    found = words(run)
+    assert (found.count("big"), found.count("small")) == (40, 5)
+    assert found[:5] != ["big"] * 5 or "small" in found
+
+
+def test_recipe_c_takes_as_many_rows_of_either_source(runs_home: Path) -> None:
+    recipe = recipes.load("finetome-llama32-3b-c")
+    run = runs.save_run(recipes.scaled(recipe, rows=1, samples=True))
+    report = data.prepare(run)
+    assert [(p["format"], p["rows"]) for p in report["sources"].values()] == [
+        ("sharegpt", 8), ("wizardlm", 8)
+    ]  # fmt: skip
+
+
+def test_a_row_of_two_sources_is_trained_on_once(
+    run_factory: Callable[..., Run], two_files: list[str], tmp_path: Path
+) -> None:
+    again = write(tmp_path / "again.jsonl", [pair("big 3?"), pair("new?")])
+    run = run_factory(**{**CHATS_ONLY, "data__train": [two_files[0], again]})
+    report = data.prepare(run)
+    assert report["train"] == 101
+    assert report["left_out"][again]["duplicate"] == {
+        "rows": 1, "examples": ["row 1: big 3?"]
+    }  # fmt: skip
+
+
+def test_a_format_that_a_source_asks_for_is_taken(
+    run_factory: Callable[..., Run], tmp_path: Path
+) -> None:
+    row = {**pair("a?"), "instruction": "b?", "response": "Yes."}
+    source = write(tmp_path / "both.jsonl", [row]) + "?format=prompt-completion"
+    run = run_factory(**{**CHATS_ONLY, "data__train": [source]})
+    report = data.prepare(run)
+    assert words(run) == ["a?"]
+    assert report["sources"][source]["why"] == "asked for"
+
+
+def test_a_format_that_does_not_fit_is_refused_by_the_source(
+    run_factory: Callable[..., Run], two_files: list[str]
+) -> None:
+    source = f"{two_files[0]}?format=sharegpt"
+    run = run_factory(**{**CHATS_ONLY, "data__train": [source]})
+    with pytest.raises(DataError, match="format=sharegpt: 100 of 100 rows cannot be"):
+        data.prepare(run)
+
+
+def test_bad_rows_of_a_drawn_source_have_the_numbers_of_the_file(
+    run_factory: Callable[..., Run], tmp_path: Path
+) -> None:
+    rows = [pair(f"{i}?") if i % 2 else messages_row("user") for i in range(40)]
+    plain = [
+        row if "prompt" in row else {"prompt": "", "completion": None} for row in rows
+    ]
+    source = write(tmp_path / "rows.jsonl", plain)
+    values = {**CHATS_ONLY, "data__train": [source], "data__train_rows": 9}
+    run = run_factory(**values, data__drop_unusable=True)
+    report = data.prepare(run)
+    (part,) = report["left_out"][source].values()
+    numbers = [
+        int(text.split(":")[0].removeprefix("row ")) for text in part["examples"]
+    ]
+    assert len(numbers) == 3
+    assert all(number % 2 for number in numbers)
+    assert report["train"] + part["rows"] == 9
+
+
+def test_over_long_conversations_are_left_out_of_the_mix(
+    run_factory: Callable[..., Run], tmp_path: Path
+) -> None:
+    source = write(tmp_path / "rows.jsonl", [pair("a?"), pair("b?", "b" * 99)])
+    run = run_factory(**{**CHATS_ONLY, "data__train": [source]}, data__max_chars=50)
+    report = data.prepare(run)
+    assert report["train"] == 1
+    assert report["left_out"][source]["over-long"]["rows"] == 1
+
+
+def test_a_conversation_that_asks_later_what_is_held_out_is_not_trained_on(
+    run_factory: Callable[..., Run], two_files: list[str], tmp_path: Path
+) -> None:
+    values = {**CHATS_ONLY, "data__eval_share": 0.1}
+    first = run_factory(**values, data__train=two_files[:1])
+    data.prepare(first)
+    held_out = data.read_rows(first.path / "data" / "eval.jsonl")[0]["messages"]
+    question = data.questions_of(held_out)[0]
+    chat = turns("Begin!", "Yes?", question.replace(" ", "  "), "Yes.")
+    other = turns("Hello!", "Yes?", "Something else?", "Yes.")
+    more = write(tmp_path / "more.jsonl", [{"messages": chat}, {"messages": other}])
+    second = run_factory(**values, data__train=[two_files[0], more])
+    report = data.prepare(second)
+    trained = {
+        q for w in read_all(second)["train"] for q in data.questions_of(w["messages"])
+    }
+    assert "Begin!" not in trained
+    assert "Something else?" in trained
+    assert report["left_out"]["the mix"] == {
+        "asks later what is held out": {"rows": 1, "examples": [question]}
+    }
+
+
+def test_a_held_out_row_never_becomes_a_training_row_when_data_grow(
+    run_factory: Callable[..., Run], tmp_path: Path
+) -> None:
+    values = {**CHATS_ONLY, "data__eval_share": 0.1, "data__test_share": 0.1}
+    rows = [pair(f"{i}?") for i in range(300)]
+    parts = []
+    for count in (150, 300):
+        source = write(tmp_path / f"{count}.jsonl", rows[:count])
+        run = run_factory(**values, data__train=[source], data__test_rows=None)
+        data.prepare(run)
+        parts.append({n: {r["id"] for r in part} for n, part in read_all(run).items()})
+    for name in ("eval", "test_chat"):
+        assert parts[0][name]
+        assert parts[0][name].isdisjoint(parts[1]["train"])
+    assert parts[0]["train"] <= parts[1]["train"]
+
+
+def test_a_streamed_source_is_prepared_like_a_stored_one(
+    run_factory: Callable[..., Run], two_files: list[str]
+) -> None:
+    found = []
+    for options in ("", "?stream=true"):
+        values = {
+            **CHATS_ONLY,
+            "data__train": [source + options for source in two_files],
+        }
+        found.append(data.prepare(run_factory(**values))["fingerprints"])
+    assert found[0] == found[1]
+
+
+# config
+
+
+def test_a_config_with_options_comes_back_from_json(tmp_path: Path) -> None:
+    sources = ["a.jsonl?format=alpaca&rows=5", "owner/name:train?weight=0.5", "b.csv"]
+    config = changed(recipes.load("demo"), data__train=sources, data__max_chars=9)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    assert read_config(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("train", ["a.jsonl?fromat=alpaca"], "did you mean 'format'"),
+        ("train", ["a.jsonl", "b.jsonl?format=alpacca"], "did you mean 'alpaca'"),
+        ("eval", "a.jsonl?rows=0", "greater than or equal to 1"),
+        ("max_chars", 0, "greater than or equal to 1"),
+    ],
+)
+def test_a_source_that_cannot_be_read_so_is_refused_by_the_config(
+    field: str, value: Any, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^data.{field}: .*{said}"):
+        changed(recipes.load("demo"), **{f"data__{field}": value})
+
+
+# memory
+
+MEASURED = """
+import sys, threading, time
+
+def anonymous_mb():
+    with open("/proc/self/status") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    return int(lines["RssAnon"].split()[0]) / 1024
+
+def watch():
+    while True:
+        peak[0] = max(peak[0], anonymous_mb())
+        time.sleep(0.005)
+
+from helpers import data, runs
+import datasets
+peak = [anonymous_mb()]
+threading.Thread(target=watch, daemon=True).start()
+data.prepare(runs.open_run("test"))
+print(peak[0])
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux's /proc"
+)
+def test_the_memory_of_preparing_does_not_grow_with_the_data(
+    run_factory: Callable[..., Run], tmp_path: Path
+) -> None:
+    peaks, sizes = [], []
+    for count in (4_000, 12_000):
+        path = tmp_path / f"{count}.jsonl"
+        with path.open("w") as file:
+            for number in range(count):
+                row = pair(f"Question {number}?", f"{number} " + "because " * 1000)
+                file.write(json.dumps(row) + "\n")
+        values = {**CHATS_ONLY, "data__train": [str(path)], "data__eval_share": 0.05}
+        run_factory(**values)
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED],
+            cwd=runtime.ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        peaks.append(float(done.stdout))
+        sizes.append(path.stat().st_size / 2**20)
+    print(
+        f"{sizes[0]:.0f} MB of rows: {peaks[0]:.0f} MB; {sizes[1]:.0f}: {peaks[1]:.0f}"
+    )
+    assert sizes[1] - sizes[0] > 60
+    assert peaks[1] - peaks[0] < 25
+
+
+# files
+
+
+def test_writing_tells_the_number_of_rows_and_a_fingerprint(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    first = data.write_rows(path, iter([{"id": "1"}, {"id": "2"}]))
+    assert first[0] == 2
+    assert data.write_rows(path, [{"id": "1"}, {"id": "2"}]) == first
+    assert data.write_rows(path, [{"id": "1"}, {"id": "3"}]) != first
+
+
+def test_rows_that_fail_leave_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    data.write_rows(path, [{"id": "1"}])
+    with pytest.raises(TypeError):
+        data.write_rows(path, [{"id": "2"}, {"id": object()}])
+    assert data.read_rows(path) == [{"id": "1"}]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     rows = [{"id": "1", "messages": turns("Zoë\u2028?", "a\nb 🎉")}, {"id": "2"}]
     data.write_rows(tmp_path / "rows.jsonl", rows)
     assert data.read_rows(tmp_path / "rows.jsonl") == rows
-
-
-def test_unusable_rows_are_left_out_and_counted_when_asked() -> None:
-    good = {"prompt": "Hi", "completion": "Hello"}
-    rows = [good, {"prompt": "Hi", "completion": 5}, {"prompt": "a", "completion": "b"}]
-    kept, left_out = data.to_conversations(rows, drop_unusable=True)
-    assert len(kept) == 2
-    assert left_out == {
-        "unusable (row 2: the content of a assistant turn is not text)": 1
-    }

@@ -17,7 +17,8 @@ import pytest
 
 SAMPLES = Path(__file__).resolve().parent.parent / "data_samples"
 COUNTS = {"train": 2400, "eval": 200, "test": 400, "test_new": 200}
-FORMATS = ["sharegpt", "alpaca", "dolly", "openai_messages", "llama2_text", "wizardlm"]
+FORMATS = ["sharegpt", "alpaca", "dolly", "openai_messages", "llama2_text"]
+FORMATS += ["chatml_text", "wizardlm"]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -259,6 +260,16 @@ def test_llama2_rows_are_whole_turns_of_the_llama2_template():
     assert all(re.fullmatch(f"({turn})+", text, flags=re.S) for text in texts)
     assert sum(text.count("[INST]") == 2 for text in texts) >= 2
     assert sum("<<SYS>>\n" in text and "\n<</SYS>>\n\n" in text for text in texts) == 1
+
+
+def test_chatml_rows_are_whole_turns_between_their_markers():
+    texts = [row["text"] for row in read(SAMPLES / "chatml_text.jsonl")]
+    turn = r"<\|im_start\|>{}\n(?:(?!<\|im_).)+<\|im_end\|>\n"
+    system, user, assistant = map(turn.format, ("system", "user", "assistant"))
+    rows = re.compile(f"({system})?({user}{assistant})+", re.S)
+    assert all(rows.fullmatch(text) for text in texts)
+    assert sum(text.count("im_start|>user") == 2 for text in texts) >= 2
+    assert sum("im_start|>system" in text for text in texts) == 1
 
 
 def test_eval_prompts_are_ten_and_occur_in_no_other_set(problems):

@@ -1,0 +1,141 @@
+"""How long a run's conversations are in tokens, and what `max_length` would cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from helpers import data
+from helpers.formats import Messages
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
+
+    from helpers.masking import LossOn
+    from helpers.runs import Run
+
+SAMPLE = 10_000
+
+
+class Lengths(NamedTuple):
+    """Token counts of the conversations that were measured."""
+
+    tokens: list[int]
+    """Of each conversation."""
+    answers: list[list[tuple[int, int]]]
+    """Where the learnt parts of each conversation start and end, in tokens."""
+    rows: int
+    """Conversations in the set; where there are more than measured, a sample was."""
+
+    def cut_at(self, max_length: int) -> dict[str, int]:
+        """Returns what is lost when every conversation is cut after so many tokens.
+
+        >>> Lengths([6, 9], [[(2, 6)], [(1, 4), (6, 9)]], 2).cut_at(6)
+        ... # doctest: +NORMALIZE_WHITESPACE
+        {'max_length': 6, 'rows_cut': 1, 'answers_cut': 1, 'rows_without_answer': 0,
+         'tokens_lost': 3}
+        """
+        return {
+            "max_length": max_length,
+            "rows_cut": sum(count > max_length for count in self.tokens),
+            "answers_cut": sum(e > max_length for row in self.answers for _, e in row),
+            "rows_without_answer": sum(
+                all(start >= max_length for start, _ in row) for row in self.answers
+            ),
+            "tokens_lost": sum(max(0, count - max_length) for count in self.tokens),
+        }
+
+    def summary(self, max_length: int) -> dict[str, Any]:
+        """Returns the figures for a report: sizes, quantiles, and what is cut.
+
+        >>> Lengths([3, 5, 9], [[(0, 3)], [(1, 5)], [(1, 9)]], 9).summary(8)["median"]
+        5
+        """
+        ordered = sorted(self.tokens)
+        at = {"median": 0.5, "p95": 0.95, "longest": 1.0}
+        return {
+            "rows": self.rows,
+            "measured": len(ordered),
+            "tokens": sum(ordered),
+            "answers": sum(map(len, self.answers)),
+            **{name: ordered[int(q * (len(ordered) - 1))] for name, q in at.items()},
+            **self.cut_at(max_length),
+        }
+
+
+def measure(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Iterable[Messages],
+    loss_on: LossOn = "assistant",
+    sample: int = SAMPLE,
+) -> Lengths:
+    """Returns the lengths of conversations, of the first ones if there are many.
+
+    `train.jsonl` is shuffled, so that its first conversations are a fair sample.
+
+    Raises:
+        DataError: there are no conversations.
+        TemplateError: see `masking.mask_conversation`.
+    """
+    from helpers.masking import NO_LOSS, mask_rows
+
+    rest = iter(conversations)
+    tokens, answers = [], []
+    for rows in mask_rows(tokenizer, islice(rest, sample), loss_on):
+        for _, labels in rows:
+            learnt = np.frombuffer(labels, np.int32) != NO_LOSS
+            edges = np.flatnonzero(np.diff(learnt, prepend=False, append=False))
+            tokens.append(len(learnt))
+            answers.append([(int(a), int(b)) for a, b in edges.reshape(-1, 2)])
+    if not tokens:
+        raise data.DataError("no conversations to measure; run data.prepare first")
+    return Lengths(tokens, answers, len(tokens) + sum(1 for _ in rest))
+
+
+def measure_run(run: Run, tokenizer: PreTrainedTokenizerBase) -> Lengths:
+    """Returns the lengths of a run's training rows, and adds them to its report.
+
+    Raises:
+        MissingInput: notebook 01 has not prepared the data.
+    """
+    config = run.config
+    part = data.parts_of(config.data)[0]
+    rows = data.stream_rows(run.require(f"data/{part}.jsonl"))
+    found = measure(
+        tokenizer,
+        (
+            row["messages"]
+            if "messages" in row
+            else data.to_conversations([row], config.system_prompt)[0][0]
+            for row in rows
+        ),
+        config.loss_on,
+    )
+    figures = {"part": part, **found.summary(config.max_length)}
+    run.write_part("data", run.report().get("data", {}) | {"lengths": figures})
+    return found
+
+
+def draw(found: Lengths, max_length: int) -> Figure:
+    """Returns a histogram of the lengths, with a line at `max_length`."""
+    from matplotlib import pyplot
+
+    # of pyplot's making, as a notebook shows no other figure
+    figure, axes = pyplot.subplots(figsize=(6.4, 2.8), layout="constrained")
+    axes.hist(found.tokens, bins=40)
+    axes.axvline(max_length, color="tab:red", linestyle="--")
+    axes.text(
+        max_length, 0.95, f" max_length {max_length:,} ", color="tab:red",
+        transform=axes.get_xaxis_transform(), va="top",
+        ha="right" if max_length > max(found.tokens) / 2 else "left",
+    )  # fmt: skip
+    measured, rows = len(found.tokens), f"{found.rows:,} conversations"
+    said = f"a sample of {measured:,} of {rows}" if measured < found.rows else rows
+    axes.set_title(said, fontsize="medium")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("conversations")
+    return figure

@@ -1,0 +1,43 @@
+"""Rows that several tests make."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from helpers.formats import Messages
+
+ROWS = [
+    {"prompt": "Say hi, twice.", "completion": 'hi "hi"'},
+    {"prompt": "Grüße?", "completion": "Zwei\nZeilen 🎉"},
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    """Writes JSON lines and returns the path as a source."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def turns(*contents: str, system: str = "") -> Messages:
+    """Returns user and assistant turns in alternation."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for number, content in enumerate(contents):
+        role = ("user", "assistant")[number % 2]
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def pair(question: str, answer: str = "Yes.") -> dict[str, str]:
+    """Returns a prompt/completion row."""
+    return {"prompt": question, "completion": answer}
+
+
+def problem(question: str, gold: int = 5) -> dict[str, Any]:
+    return {"question": question, "answer": f"Working.\n#### {gold}"}
+
+
+def messages_row(*roles: str) -> dict[str, Any]:
+    """Returns an OpenAI row whose turns have these roles."""
+    return {"messages": [{"role": role, "content": role} for role in roles]}
