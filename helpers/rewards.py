@@ -1,105 +1,27 @@
-"""Text -> float reward functions and *the* answer parser, shared with evaluation.
+"""Text -> float reward functions; the answer parser behind them is in `answers`.
 
 The functions follow TRL's contract: lists in, one float a completion out; None where
-the gold answer cannot be graded, which is not the same as 0.0 for a wrong one.
+the gold answer cannot be graded, which is not the same as 0.0 for a wrong one. What a
+completion copies from its prompt earns nothing.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-MARKER = "####"
-# A minus is a sign only where nothing stands before it: 10-5 ends in 5, not in -5.
-MINUS = r"(?<![\w)%])[-\u2212]"
-# digits with thousands commas, or plain ones; a decimal part; a fraction
-NUMBER = (
-    rf"(?:{MINUS})?(?:\\?\$-?)?"
-    r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|(?<![\w.])\.\d+)"
+from helpers.answers import (
+    MARKER,
+    extract_answer,
+    has_soft_format,
+    has_strict_format,
+    is_correct,
+    own_words,
+    parse_expression,
+    parse_number,
 )
-STRICT = re.compile(rf"\S\s*\n{MARKER} ?({NUMBER}) ?%?\.?\s*\Z")
-BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-
-
-def parse_number(text: str) -> Fraction | None:
-    """Returns the exact value of a written number, None when it is none.
-
-    Thousands commas, `$`, `%`, a final dot and a unit after a space do not count.
-
-    >>> parse_number("1,080.00") == parse_number("$1080") == parse_number("1080%")
-    True
-    >>> parse_number("3/4"), parse_number("about 12")
-    (Fraction(3, 4), None)
-    """
-    matched = re.fullmatch(
-        rf"\s*({NUMBER})\s*(?:%|\\%|[a-zA-Z][a-zA-Z ]*)?\.?\s*", text
-    )
-    if matched is None:
-        return None
-    digits = re.sub(r"[,$\\]", "", matched.group(1)).replace("\u2212", "-")
-    over, _, under = digits.partition("/")
-    try:
-        return Fraction(over) / Fraction(under or 1)
-    except (ValueError, ZeroDivisionError):  # too long to be meant, or a zero below
-        return None
-
-
-def parse_gold(answer: str) -> Fraction | None:
-    """Returns the gold number of a GSM8K answer: what stands after the last `####`.
-
-    >>> parse_gold("2 + 3 = 5 nuts.\\n#### 5")
-    Fraction(5, 1)
-    """
-    _, marker, final = answer.rpartition(MARKER)
-    return parse_number(final) if marker else None
-
-
-def extract_answer(text: str) -> Fraction | None:
-    """Returns the number a completion gives as its answer, None when it gives none.
-
-    What follows the last `####` counts if it starts with a number; else the last
-    `\\boxed{...}`; else the last number in the text (the flexible rule, under which a
-    model is not scored on format).
-
-    >>> extract_answer("5 - 2 = 3 left.\\n#### 3")
-    Fraction(3, 1)
-    >>> extract_answer("So she has 1,080 apples, not 90."), extract_answer("none")
-    (Fraction(90, 1), None)
-    """
-    _, marker, final = text.rpartition(MARKER)
-    if marker and (matched := re.match(rf"\s*({NUMBER})", final)):
-        return parse_number(matched.group(1))
-    boxed = BOXED.findall(text)
-    if boxed and (matched := re.match(rf"[\s$]*({NUMBER})", boxed[-1])):
-        return parse_number(matched.group(1))
-    numbers = re.findall(NUMBER, text)
-    return parse_number(numbers[-1]) if numbers else None
-
-
-def is_correct(text: str, gold: str) -> bool:
-    """Returns whether the extracted answer equals the gold number exactly.
-
-    >>> is_correct("It costs $1,080.00.", "1080"), is_correct("12 or 13", "12")
-    (True, False)
-    """
-    return extract_answer(text) == parse_number(gold) is not None
-
-
-def has_strict_format(text: str) -> bool:
-    """Returns whether the text is some working, then one final line `#### <number>`.
-
-    >>> has_strict_format("2 + 3 = 5\\n#### 5"), has_strict_format("#### 5 #### 6")
-    (True, False)
-    """
-    final = STRICT.search(text)
-    return (
-        text.count(MARKER) == 1
-        and final is not None
-        and parse_number(final.group(1)) is not None
-    )
-
+from helpers.answers import parse_gold as parse_gold
 
 Completion = str | list[dict[str, str]]
 Reward = Callable[..., list[float | None]]
@@ -110,59 +32,174 @@ def text_of(completion: Completion) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+def own_texts(
+    completions: list[Completion], prompts: list[Completion] | None
+) -> list[str]:
+    """Returns the text of each completion, without what it copies from its prompt."""
+    texts = [text_of(completion) for completion in completions]
+    if prompts is None:
+        return texts
+    asked = [
+        p if isinstance(p, str) else "\n".join(m["content"] for m in p) for p in prompts
+    ]
+    return [own_words(text, prompt) for text, prompt in zip(texts, asked, strict=True)]
+
+
 def correctness(
-    completions: list[Completion], gold: list[str], **_: Any
+    completions: list[Completion],
+    gold: list[str],
+    prompts: list[Completion] | None = None,
+    **_: Any,
 ) -> list[float | None]:
-    """Returns 1.0 for a right answer, 0.0 for a wrong one, None without a gold number.
+    """Returns 1.0 for a right answer, 0.0 for a wrong one, None without a gold answer.
 
     >>> correctness(["1 + 1 = 2\\n#### 2", "#### 3", "2"], gold=["2", "2", "?"])
     [1.0, 0.0, None]
     """
     return [
-        None if parse_number(g) is None else float(is_correct(text_of(c), g))
-        for c, g in zip(completions, gold, strict=True)
+        None
+        if parse_number(g) is None and parse_expression(g) is None
+        else float(is_correct(text, g))
+        for text, g in zip(own_texts(completions, prompts), gold, strict=True)
     ]
 
 
-def strict_format(completions: list[Completion], **_: Any) -> list[float | None]:
+def closeness(
+    completions: list[Completion],
+    gold: list[str],
+    prompts: list[Completion] | None = None,
+    **_: Any,
+) -> list[float | None]:
+    """Returns 1.0 for a right number, 0.5 within 10 %, 0.25 within 20 %.
+
+    0.0 else, and None without a gold number. A guess of the right size is paid, too:
+    keep its weight well below that of `correctness`.
+
+    >>> closeness(["#### 100", "#### 92", "#### 8", "2"], gold=["100"] * 3 + ["?"])
+    [1.0, 0.5, 0.0, None]
+    """
+    scores: list[float | None] = []
+    for text, written in zip(own_texts(completions, prompts), gold, strict=True):
+        value, answer = parse_number(written), extract_answer(text)
+        if value is None:
+            scores.append(None)
+            continue
+        off = None if answer is None else abs(answer - value)
+        steps = [(1.0, Fraction(0)), (0.5, abs(value) / 10), (0.25, abs(value) / 5)]
+        paid = [pay for pay, most in steps if off is not None and off <= most]
+        scores.append(max(paid, default=0.0))
+    return scores
+
+
+def strict_format(
+    completions: list[Completion], prompts: list[Completion] | None = None, **_: Any
+) -> list[float | None]:
     """Returns 1.0 where the text is working and one final `#### <number>` line.
 
     >>> strict_format(["2 + 3 = 5\\n#### 5", "The answer is 5"])
     [1.0, 0.0]
     """
-    return [float(has_strict_format(text_of(c))) for c in completions]
+    return [float(has_strict_format(text)) for text in own_texts(completions, prompts)]
 
 
-def number_present(completions: list[Completion], **_: Any) -> list[float | None]:
-    """Returns 1.0 where the text ends in exactly one marked answer or a number.
+def soft_format(
+    completions: list[Completion], prompts: list[Completion] | None = None, **_: Any
+) -> list[float | None]:
+    """Returns 1.0 where `####` and a number stand once, wherever that is.
 
-    >>> number_present(["#### 5", "no idea"])
+    >>> soft_format(["It is #### 5 nuts.", "The answer is 5"])
     [1.0, 0.0]
     """
+    return [float(has_soft_format(text)) for text in own_texts(completions, prompts)]
+
+
+def number_present(
+    completions: list[Completion], prompts: list[Completion] | None = None, **_: Any
+) -> list[float | None]:
+    """Returns 1.0 where the text gives one answer that is a number, marked or not.
+
+    >>> number_present(["#### 5", "no idea", "1 2 3 4 5"])
+    [1.0, 0.0, 0.0]
+    """
     return [
-        float(extract_answer(text_of(c)) is not None and text_of(c).count(MARKER) <= 1)
-        for c in completions
+        float(extract_answer(text) is not None and text.count(MARKER) <= 1)
+        for text in own_texts(completions, prompts)
     ]
+
+
+def punish_overlong(max_completion_length: int) -> Reward:
+    """Returns DAPO's soft overlong punishment, a reward from 0.0 down to -1.0.
+
+    Equation 13 of DAPO (arXiv 2503.14476), as TRL has it: nothing up to 80 % of the
+    longest completion in tokens, then a straight line to -1.0 where it is cut. The 20 %
+    are the paper's, 4,096 of 20,480 tokens.
+
+    >>> overlong = punish_overlong(100)
+    >>> overlong(completion_ids=[[1] * 80, [1] * 90, [1] * 100])
+    [0.0, -0.5, -1.0]
+    """
+    from trl.rewards import get_soft_overlong_punishment
+
+    cache = max(1, max_completion_length // 5)
+    punish = get_soft_overlong_punishment(max_completion_length, cache)
+
+    def overlong(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return punish(completion_ids)
+
+    return overlong
 
 
 REWARDS: dict[str, Reward] = {
     "correctness": correctness,
+    "closeness": closeness,
     "strict_format": strict_format,
+    "soft_format": soft_format,
     "number_present": number_present,
+}
+# of each reward, the least that a right answer earns and the most that a wrong one does
+BOUNDS = {
+    "correctness": (1.0, 0.0),
+    "closeness": (1.0, 0.5),
+    "strict_format": (0.0, 1.0),
+    "soft_format": (0.0, 1.0),
+    "number_present": (0.0, 1.0),
+    "overlong": (-1.0, 0.0),
 }
 
 
-def choose(weights: dict[str, float]) -> tuple[list[Reward], list[float]]:
+def margin(weights: dict[str, float]) -> float:
+    """Returns by how much the worst right answer outscores the best wrong one.
+
+    Not above zero, training may prefer a wrong answer. Rewards not of this module are
+    left out, and weights are taken as positive.
+
+    >>> margin({"correctness": 1.0, "strict_format": 0.2, "overlong": 0.25})
+    0.55
+    """
+    pairs = [(w, *BOUNDS[name]) for name, w in weights.items() if name in BOUNDS]
+    return round(sum(w * (right - wrong) for w, right, wrong in pairs), 6)
+
+
+def choose(
+    weights: dict[str, float], max_completion_length: int = 512
+) -> tuple[list[Reward], list[float]]:
     """Returns reward functions and their weights, as `GRPOTrainer` takes them.
 
-    >>> functions, weights = choose({"correctness": 1.0, "strict_format": 0.2})
+    >>> functions, weights = choose({"correctness": 1.0, "overlong": 0.2})
     >>> [f.__name__ for f in functions], weights
-    (['correctness', 'strict_format'], [1.0, 0.2])
+    (['correctness', 'overlong'], [1.0, 0.2])
+
+    Args:
+        weights: by the reward's name.
+        max_completion_length: in tokens, where completions are cut; TRL's default.
 
     Raises:
         ValueError: a reward is not known.
     """
+    functions = []
     for name in weights:
-        if name not in REWARDS:
-            raise ValueError(f"no reward {name!r}; known: {', '.join(REWARDS)}")
-    return [REWARDS[name] for name in weights], list(weights.values())
+        if name not in REWARDS and name != "overlong":
+            known = ", ".join([*REWARDS, "overlong"])
+            raise ValueError(f"no reward {name!r}; known: {known}")
+        functions.append(REWARDS.get(name) or punish_overlong(max_completion_length))
+    return functions, list(weights.values())

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import runtime
+from helpers import budget, runtime
 from helpers.config import ConfigError, RunConfig, Stage
 from helpers.runs import Run, fingerprint, write_json
 
@@ -33,8 +33,8 @@ def made_from(run: Run, stage: Stage) -> str:
     config = run.config.model_dump(exclude={"evaluation", "inference", "save_minutes"})
     config["data"] = run.report().get("data", {}).get("fingerprints")
     if stage == "sft":
-        later = ("stages", "max_prompt_length", "grpo", "rewards")
-        config = {k: v for k, v in config.items() if k not in later}
+        later = ("stages", "max_prompt_length", "few_shot", "rewards", "grpo", "probe")
+        config = {k: v for k, v in config.items() if not k.startswith(later)}
     return fingerprint(config)
 
 
@@ -91,8 +91,10 @@ def stage_report(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
         "peak_memory_gb": round(runtime.peak_memory_gb(), 3),
         "skipped_steps": skipped.count,
     }
-    if skipped.reason:
-        part["stopped"] = skipped.reason
+    best = callback_of(trainer, callbacks.BestAdapter)
+    reasons = [getattr(c, "reason", "") for c in trainer.callback_handler.callbacks]
+    if any(reasons):
+        part["stopped"] = "; ".join(filter(None, reasons))
     if stage == "grpo":
         rewards_seen = history.values("reward")
         ends = max(1, len(rewards_seen) // 4)
@@ -103,9 +105,16 @@ def stage_report(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
             "reward_averaged_over_steps": ends,
             "prompts_left_out": prompts["left_out"],
         }
+        part["sampler"] = read_note(run.path / stage / "sampler.json")["name"]
+        made = budget.read_plan(run.path / stage)
+        if made is not None:
+            part["planned_steps"] = made.steps
+        held_out = history.values(best.by)
+        if held_out:
+            part |= {"held_out_first": held_out[0], "held_out_best": best.best}
+            part["best_step"] = best.step
         return part
     losses, tokens = history.values("loss"), trainer.state.num_input_tokens_seen
-    best = callback_of(trainer, callbacks.BestAdapter)
     labels = read_note(run.path / stage / "labels.json")
     part |= {"loss_first": round(losses[0], 4), "loss_last": round(losses[-1], 4)}
     if math.isfinite(best.best):  # the loss it goes by was never logged otherwise

@@ -30,6 +30,13 @@ def test_a_recipe_pays_only_rewards_that_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)
+def test_under_a_recipe_the_worst_right_answer_outscores_the_best_wrong_one(
+    name: str,
+) -> None:
+    assert rewards.margin(recipes.load(name).rewards) >= 0.5
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
 def test_a_recipe_gives_only_arguments_that_the_libraries_take(name: str) -> None:
     from dataclasses import fields
 
@@ -152,6 +159,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "grpo.warmup_steps": 0.1,
         "grpo.weight_decay": 0.1,
         "grpo.optim": "adamw_8bit",
+        # exact and approximate format, right answer, close answer, number
+        "rewards": {
+            "correctness": 1.0,
+            "closeness": 0.2,
+            "strict_format": 0.2,
+            "soft_format": 0.1,
+            "number_present": 0.1,
+        },
     },
     "dolly-llama32-3b": {
         "model": "unsloth/Llama-3.2-3B-Instruct",
@@ -283,7 +298,8 @@ def test_the_demo_needs_no_hub() -> None:
 def test_smoke_is_the_demo_with_sizes_cut_and_nothing_else() -> None:
     demo, smoke = recipes.load("demo").model_dump(), recipes.load("smoke").model_dump()
     differ = {key for key in demo if demo[key] != smoke[key]}
-    assert differ == {"name", "recipe", "data", "evaluation", "sft", "grpo"}
+    sizes = {"grpo_minutes", "grpo_held_out"}
+    assert differ == {"name", "recipe", "data", "evaluation", "sft", "grpo"} | sizes
     for group in ("sft", "grpo"):
         sizes = {k for k in demo[group] if demo[group][k] != smoke[group][k]}
         assert sizes <= {"max_steps", "warmup_steps", "eval_steps", "save_steps"}

@@ -1,253 +1,32 @@
-"""Tests of helpers.rewards: the answer parser and the reward functions."""
+"""Tests of helpers.rewards: what each reward pays, and what no trick earns."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from helpers import rewards
+from helpers import data, reading, recipes, rewards
 
 ROOT = Path(__file__).resolve().parent.parent
+CUT = 100  # tokens, in these tests
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1080", 1080),
-        ("1,080", 1080),
-        ("1080.00", 1080),
-        ("1,080.00", 1080),
-        ("$1,080", 1080),
-        (r"\$1,080", 1080),
-        ("1080%", 1080),
-        (r"1080\%", 1080),
-        ("1,080.", 1080),
-        ("5.", 5),
-        ("10%.", 10),
-        ("  7\n", 7),
-        ("007", 7),
-        ("0", 0),
-        ("-5", -5),
-        ("\u22125", -5),
-        ("-$5", -5),
-        ("$-5", -5),
-        ("-1,080.5", Fraction(-2161, 2)),
-        ("2.50", Fraction(5, 2)),
-        (".5", Fraction(1, 2)),
-        ("$.50", Fraction(1, 2)),
-        ("-.5", Fraction(-1, 2)),
-        ("3/4", Fraction(3, 4)),
-        ("-6/8", Fraction(-3, 4)),
-        ("1.5/2", Fraction(3, 4)),
-        ("12 apples", 12),
-        ("12 apples.", 12),
-        ("1.5 km", Fraction(3, 2)),
-        ("$10.00 per day", 10),
-        ("1,000,000", 1000000),
-    ],
-)
-def test_a_written_number_has_its_exact_value(text, value):
-    assert rewards.parse_number(text) == value
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        " ",
-        "$",
-        "-",
-        "five",
-        "about 12",
-        "12 or 13",
-        "10-5",
-        "12,34",
-        "1,0800",
-        "1.2.3",
-        "1/2/3",
-        "5/0",
-        "12:30",
-        "--5",
-        "#### 5",
-        "nan",
-        "inf",
-    ],
-)
-def test_what_is_no_single_number_has_no_value(text):
-    assert rewards.parse_number(text) is None
-
-
-def test_a_number_too_long_for_python_has_no_value():
-    assert rewards.parse_number("9" * 5000) is None
-    assert rewards.parse_number("1/" + "9" * 5000) is None
-
-
-@pytest.mark.parametrize(
-    ("answer", "gold"),
-    [
-        ("2 + 3 = 5 nuts.\n#### 5", 5),
-        ("One.\n#### 1\nTwo.\n#### 2", 2),
-        ("#### 1,080", 1080),
-        ("#### -3", -3),
-        ("The answer is 5", None),
-        ("#### five", None),
-        ("####", None),
-    ],
-)
-def test_the_gold_number_stands_after_the_last_marker(answer, gold):
-    assert rewards.parse_gold(answer) == gold
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        (r"\boxed{7} and then 8." + "\n#### 9", 9),
-        ("#### 9\nThat is 3 more than 6.", 9),
-        ("#### 1\n#### 2", 2),
-        ("####9", 9),
-        ("####\n9", 9),
-        ("#### -9", -9),
-        ("#### \u22129", -9),
-        ("#### $1,080.00", 1080),
-        ("#### 9 apples", 9),
-    ],
-)
-def test_a_number_after_the_last_marker_wins(text, value):
-    assert rewards.extract_answer(text) == value
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        (r"So \boxed{7}, which is 3 more than 4.", 7),
-        (r"First \boxed{6}, then \boxed{7}. Checked 2 times.", 7),
-        (r"\boxed{$7$} of 9", 7),
-        (r"\boxed{\$7} of 9", 7),
-        (r"\boxed{-7} of 9", -7),
-        (r"\boxed{ 7 \text{ dollars}} of 9", 7),
-        (r"\boxed{7}" + "\n#### no number here, 9", 7),
-    ],
-)
-def test_without_a_marked_number_the_last_box_counts(text, value):
-    assert rewards.extract_answer(text) == value
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("So she has 1,080 apples, not 90.", 90),
-        ("It costs $1,080.00.", 1080),
-        ("The total is **12**.", 12),
-        ("#### twelve, that is 12", 12),
-        (r"\boxed{x} is 12", 12),
-        ("That is 10-5", 5),
-        ("A range of 3-4", 4),
-        ("10% - 5% = 5%-3", 3),
-        ("(10)-5", 5),
-        ("x = -5", -5),
-        ("x=-5", -5),
-        ("(-5)", -5),
-        ("2 - 5 = \u22123", -3),
-        ("a loss of -$5.", -5),
-        ("The answer is...5", 5),
-        ("it is .5", Fraction(1, 2)),
-        ("1, 2, 3", 3),
-        ("24/7 he works 5", 5),
-        ("half, or 1/2", Fraction(1, 2)),
-    ],
-)
-def test_without_marker_and_box_the_last_number_counts(text, value):
-    assert rewards.extract_answer(text) == value
-
-
-@pytest.mark.parametrize("text", ["", "none", "####", r"\boxed{x}", "$ - , ."])
-def test_a_text_without_digits_gives_no_answer(text):
-    assert rewards.extract_answer(text) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "gold"),
-    [
-        ("1 + 1 = 2\n#### 2", "2"),
-        ("It costs $1,080.00.", "1080"),
-        ("It costs 1080 dollars.", "1,080"),
-        ("0.50", "1/2"),
-        ("-3", "-3.0"),
-    ],
-)
-def test_an_equal_number_is_correct_however_it_is_written(text, gold):
-    assert rewards.is_correct(text, gold)
-
-
-@pytest.mark.parametrize(
-    ("text", "gold"),
-    [
-        ("#### 3", "2"),
-        ("3", "-3"),
-        ("12 or 13", "12"),
-        ("10 11 12 13 14", "12"),
-        ("#### 12 #### 13", "12"),
-        ("0.333", "1/3"),
-        ("1080", "108"),
-        ("no idea", "2"),
-    ],
-)
-def test_another_number_or_none_is_not_correct(text, gold):
-    assert not rewards.is_correct(text, gold)
-
-
-def test_no_answer_is_not_correct_for_a_gold_without_a_number():
-    assert not rewards.is_correct("no idea", "?")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "2 + 3 = 5\n#### 5",
-        "2 + 3 = 5\n\n#### 5\n",
-        "2 + 3 = 5\r\n#### 5",
-        "Working.\n####5",
-        "Working.\n#### -5",
-        "Working.\n#### $1,080.00",
-        "Working.\n#### 5%",
-        "Working.\n#### 5.",
-    ],
-)
-def test_working_and_one_final_marked_number_is_the_strict_format(text):
-    assert rewards.has_strict_format(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        pytest.param("2 + 3 = 5", id="no marker"),
-        pytest.param("#### 5", id="no working"),
-        pytest.param("\n \n#### 5", id="only white space for working"),
-        pytest.param("Working.\n#### 1\n#### 5", id="two markers"),
-        pytest.param("Working. #### 1 #### 5", id="two markers in a line"),
-        pytest.param("Working.\n######## 5", id="a doubled marker"),
-        pytest.param("Working.\n##### 5", id="one # too many"),
-        pytest.param("Working. #### 5", id="marker inside a line"),
-        pytest.param("Working.\n#### 5\nThat is all.", id="text after it"),
-        pytest.param("Working.\n#### 5 apples", id="a unit after it"),
-        pytest.param("Working.\n#### 5 6 7", id="number spam"),
-        pytest.param("Working.\n#### 5 . % . %", id="mark spam"),
-        pytest.param("Working.\n#### five", id="a word for a number"),
-        pytest.param("Working.\n#### 5/0", id="no number after all"),
-        pytest.param("#### " * 20 + "5", id="marker spam"),
-    ],
-)
-def test_anything_else_is_not_the_strict_format(text):
-    assert not rewards.has_strict_format(text)
+def pay(text: str, gold: str, weights: dict[str, float], prompt: Any = "") -> float:
+    """What a completion earns in all, as the trainer sums it up; a word is a token."""
+    functions, numbers = rewards.choose(weights, CUT)
+    tokens = [text.split()[:CUT]]
+    paid = [
+        f(completions=[text], completion_ids=tokens, gold=[gold], prompts=[prompt])[0]
+        for f in functions
+    ]
+    return sum(w * p for w, p in zip(numbers, paid, strict=True) if p is not None)
 
 
 def test_correctness_tells_right_wrong_and_ungradable_apart():
@@ -292,6 +71,55 @@ def test_number_present_pays_for_a_number_but_not_for_marker_spam():
     assert rewards.number_present(texts) == [1.0, 1.0, 0.0, 0.0]
 
 
+def test_soft_format_scores_one_float_a_completion():
+    texts = ["#### 5 nuts\nDone.", "The answer is 5", "#### 5\n#### 5"]
+    assert rewards.soft_format(texts) == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "paid"),
+    [
+        ("#### 100", "100", 1.0),
+        ("#### 90", "100", 0.5),
+        ("#### 110", "100", 0.5),
+        ("#### 89", "100", 0.25),
+        ("#### 120", "100", 0.25),
+        ("#### 121", "100", 0.0),
+        ("#### -100", "100", 0.0),
+        ("#### -95", "-100", 0.5),
+        ("#### 0", "0", 1.0),
+        ("#### 0.01", "0", 0.0),
+        ("no idea", "100", 0.0),
+        ("#### 95 or 100", "100", 0.0),
+    ],
+)
+def test_closeness_pays_by_the_distance_from_the_gold_number(answer, gold, paid):
+    assert rewards.closeness([answer], gold=[gold]) == [paid]
+
+
+def test_closeness_has_nothing_to_say_without_a_gold_number():
+    assert rewards.closeness(["#### 5"], gold=["?"]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "paid"), [(1, 0), (80, 0), (81, -0.05), (90, -0.5), (100, -1)]
+)
+def test_a_completion_is_punished_from_four_fifths_of_the_limit_on(tokens, paid):
+    [overlong], _ = rewards.choose({"overlong": 1.0}, max_completion_length=100)
+    assert overlong(completion_ids=[[7] * tokens]) == [paid]
+
+
+def test_a_limit_of_a_few_tokens_can_be_punished_too():
+    assert rewards.punish_overlong(3)(completion_ids=[[1], [1, 1, 1]]) == [0, -1]
+
+
+def test_an_expression_is_graded_and_an_unreadable_one_is_not():
+    scores = rewards.correctness(
+        [r"\boxed{x+x}", r"\boxed{x}", "#### 5"], gold=["$2x$", "$2x$", r"$\frac$"]
+    )
+    assert scores == [1.0, 0.0, None]
+
+
 def test_choose_keeps_the_order_and_the_weights():
     weights = {"strict_format": 0.2, "correctness": 1.0}
     functions, numbers = rewards.choose(weights)
@@ -300,119 +128,237 @@ def test_choose_keeps_the_order_and_the_weights():
 
 
 def test_choose_refuses_an_unknown_reward_and_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"no reward 'speed'; known: .*strict_format"):
+    with pytest.raises(
+        ValueError, match=r"no reward 'speed'; known: .*strict_format.*overlong"
+    ):
         rewards.choose({"correctness": 1.0, "speed": 1.0})
 
 
-def test_importing_the_rewards_does_not_load_torch():
-    code = "import sys, helpers.rewards; sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
-    assert done.returncode == 0
+def test_the_margin_is_what_lies_between_the_worst_right_and_the_best_wrong_answer():
+    weights = {"correctness": 1.0, "closeness": 0.2, "strict_format": 0.3}
+    right, wrong = pay("#### 100", "100", weights), pay("So\n#### 99", "100", weights)
+    assert rewards.margin(weights) == pytest.approx(right - wrong) == 0.8
+
+
+def test_too_heavy_a_format_reward_leaves_no_margin():
+    weights = {"correctness": 1.0, "strict_format": 1.5}
+    assert rewards.margin(weights) < 0
+    assert pay("So\n#### 99", "100", weights) > pay("100", "100", weights)
+
+
+def test_importing_the_rewards_loads_nothing_heavy(heavy_modules):
+    program = "import sys, helpers.rewards\nassert 'sympy' not in sys.modules"
+    assert heavy_modules(program) == []
+
+
+# right, wrong, right number in the wrong format, tricks
+
+QUESTION = "Ann has 12 nuts and eats 5 of them.\nHow many nuts are left of her 12?"
+PROMPT = data.ask(QUESTION, "Solve step by step. End with a line like this: #### 42")
+ALL = {
+    "correctness": 1.0,
+    "closeness": 0.2,
+    "strict_format": 0.2,
+    "soft_format": 0.1,
+    "number_present": 0.1,
+    "overlong": 0.2,
+}
+RIGHT = "Ann has 12 - 5 = 7 nuts left.\n#### 7"
+PROBES = [
+    ("right, in the format", RIGHT, 1.6),
+    ("right, spelt otherwise", RIGHT + ".00", 1.6),
+    ("right, with a unit", RIGHT + " nuts", 1.4),
+    ("right, without working", "#### 7", 1.4),
+    ("right, nothing marked", "12 - 5 = 7.", 1.3),
+    ("right, boxed", r"So \boxed{7}.", 1.3),
+    ("right, marked twice", RIGHT + "\n#### 7", 1.2),
+    ("wrong, in the format", "12 + 5 = 17 nuts.\n#### 17", 0.4),
+    ("wrong, nothing marked", "So 17 nuts.", 0.1),
+    ("wrong by 10 % and less", "So 7.5 nuts.", 0.2),
+    ("no answer", "I do not know.", 0.0),
+    ("nothing", "", 0.0),
+    ("the right number in the working only", "12 - 5 = 7.\nThat is how.", 0.0),
+    ("the right number in the reasoning only", "<think>7</think>", 0.0),
+    ("tag spam", "#### " * 20, 0.0),
+    ("tag spam and no number", "#### \n\n" * 5 + "seven", 0.0),
+    ("all answers marked", "\n".join(f"#### {n}" for n in range(20)), 0.0),
+    ("all answers boxed", "".join(rf"\boxed{{{n}}}" for n in range(20)), 0.0),
+    ("number spam up to the right one", " ".join(map(str, range(8))), 0.0),
+    ("number spam in lines", "\n".join(map(str, range(8))), 0.0),
+    ("number spam after the mark", "So\n#### 7 8 9", 0.0),
+    ("two answers", "It is 8 or 7.", 0.0),
+    ("two marked answers", "So\n#### 7 or 8", 0.0),
+    ("the question", QUESTION, 0.0),
+    ("the question and a bare mark", QUESTION + "\n####", 0.0),
+    ("the prompt", "\n".join(m["content"] for m in PROMPT), 0.0),
+    ("the question for working", QUESTION + "\n#### 17", 0.2),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "paid"), [p[1:] for p in PROBES], ids=[p[0] for p in PROBES]
+)
+def test_a_probe_earns_what_it_should(text, paid):
+    assert pay(text, "7", ALL, PROMPT) == pytest.approx(paid)
+
+
+@pytest.mark.parametrize("gold", ["12", "42", "5"])
+def test_copying_the_prompt_earns_nothing_though_it_holds_the_answer(gold):
+    parts = [m["content"] for m in PROMPT]
+    for text in [*parts, "\n".join(parts), QUESTION.splitlines()[1]]:
+        assert pay(text, gold, ALL, PROMPT) == 0
+
+
+def test_copying_a_solved_example_earns_no_format_reward():
+    shots = [
+        {"role": "user", "content": "What are 2 and 3 in all?"},
+        {"role": "assistant", "content": "In all they are 2 + 3 = 5.\n#### 5"},
+    ]
+    prompt = data.ask(QUESTION, "", shots)
+    copied = shots[1]["content"]
+    assert rewards.strict_format([copied], prompts=[prompt]) == [0.0]
+    assert rewards.strict_format([copied], prompts=[data.ask(QUESTION, "")]) == [1.0]
 
 
 # a busy machine is no failure
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-cents = st.integers(min_value=-(10**11), max_value=10**11)
+GOLD = "12"
+WEIGHTS = [recipes.load(name).rewards for name in recipes.NAMES] + [ALL]
+# what texts are put together from, the right number among it
+PIECES = st.sampled_from(
+    [
+        "#### ",
+        "####",
+        "\n",
+        " ",
+        "12",
+        "13",
+        "11",
+        "1,080",
+        "-",
+        ".",
+        ",",
+        "%",
+        "$",
+        "/",
+    ]
+    + [r"\boxed{12}", r"\boxed{13}", r"\boxed{", "}", "=", "(", "#", "or ", "and "]
+    + ["So ", "nuts", "working\n", "working\n#### ", "<think>", "</think>", "2."]
+    + ["\n#### 12", "\n#### 13", "So it is", *QUESTION.splitlines()]
+)
+TEXTS = st.lists(PIECES, max_size=12).map("".join)
+RIGHT_TEXTS = TEXTS.filter(lambda text: rewards.is_correct(text, GOLD, QUESTION))
+WRONG_TEXTS = TEXTS.filter(lambda text: not rewards.is_correct(text, GOLD, QUESTION))
 
 
-def spellings(number: int) -> list[str]:
-    """Write a number of hundredths in the ways that people and models do."""
-    sign, whole, rest = "-" * (number < 0), abs(number) // 100, abs(number) % 100
-    plain, grouped = f"{whole}.{rest:02}", f"{whole:,}.{rest:02}"
-    texts = [plain, grouped, f"${grouped}", f"{plain}0", f"{grouped}%"]
-    if rest % 10 == 0:
-        texts.append(f"{whole}.{rest // 10}")
-    if rest == 0:
-        texts += [f"{whole}", f"{whole:,}", f"${whole:,}", f"{whole:,}%"]
-    texts = [sign + text for text in texts]
-    return [*texts, f"{number}/100", texts[1].replace("-", "\u2212")]
+@given(RIGHT_TEXTS, WRONG_TEXTS, st.sampled_from(WEIGHTS))
+@example("12" + " " * 5 + "\n" * 5, "working\n#### 13", ALL)
+@example("so " * CUT + "12", "working\n#### 13", ALL)
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
+def test_no_wrong_answer_outscores_a_right_one(right, wrong, weights):
+    better, worse = (pay(text, GOLD, weights, QUESTION) for text in (right, wrong))
+    assert better >= worse + rewards.margin(weights) - 1e-9
+    assert better > worse
 
 
-CONTEXTS = [
-    "{}",
-    "{}.",
-    "The answer is {}.",
-    "4 + 4 = 8 in all.\n#### {}",
-    "#### {}.",
-    "Out of 99: \\boxed{{{}}}, as 9 said.",
-]
+# after `</think>` another answer begins, which is then the one that counts
+JUNK = TEXTS.filter(lambda text: "think>" not in text)
+MARKED = ["working\n#### 12", "working\n#### 13", "It is #### 12 nuts."]
+MARKED += ["It is #### 13 nuts.", "#### 13", "#### 12 or 13", "#### 12\n#### 13"]
+BOXED = [r"So \boxed{13}.", r"So \boxed{12}.", r"\boxed{12} or \boxed{13}"]
 
 
-@given(cents)
-def test_every_spelling_of_a_number_parses_to_it(number):
-    for text in spellings(number):
-        assert rewards.parse_number(text) == Fraction(number, 100), text
+@given(st.sampled_from(MARKED), JUNK, st.sampled_from(WEIGHTS))
+def test_nothing_that_is_added_after_a_marked_answer_raises_a_reward(
+    text, junk, weights
+):
+    before = pay(text, GOLD, weights, QUESTION)
+    assert pay(f"{text}\n{junk}", GOLD, weights, QUESTION) <= before + 1e-9
 
 
-@given(cents, st.sampled_from(CONTEXTS))
-def test_a_number_is_right_against_its_gold_in_every_spelling(number, context):
-    texts = spellings(number)
-    for text in texts:
-        assert rewards.is_correct(context.format(text), texts[0])
-        assert rewards.is_correct(context.format(texts[0]), text)
+@given(st.sampled_from(MARKED + BOXED), JUNK)
+def test_nothing_that_is_added_makes_a_marked_answer_right(text, junk):
+    added = rewards.correctness([f"{text}\n{junk}"], gold=[GOLD], prompts=[QUESTION])
+    assert added <= rewards.correctness([text], gold=[GOLD])
 
 
-@given(cents, cents, st.sampled_from(CONTEXTS))
-def test_a_different_number_is_never_right(number, other, context):
-    if number == other:
-        other += 1
-    for text in spellings(number):
-        assert not rewards.is_correct(context.format(text), spellings(other)[0])
+@given(st.sampled_from(MARKED[:2]), JUNK, st.sampled_from(WEIGHTS))
+def test_nothing_that_is_put_before_a_full_answer_raises_a_reward(text, junk, weights):
+    before = pay(text, GOLD, weights, QUESTION)
+    assert pay(f"{junk}\n{text}", GOLD, weights, QUESTION) <= before + 1e-9
 
 
-@given(st.text() | st.text(alphabet="#0123456789,./$%- \n\\boxed{}", max_size=60))
-def test_no_text_breaks_the_parsers(text):
-    rewards.parse_number(text)
-    rewards.parse_gold(text)
-    rewards.extract_answer(text)
-    rewards.has_strict_format(text)
+BARE = ["It is 12.", "It is 13.", "12", "no idea", "", "It is 12 or 13.", "10 11 12"]
+WORDS = st.text(alphabet="ab#$%.,\n -/=\\{}<>", max_size=40)
 
 
-@given(st.text(alphabet="#0123456789,./$%- \nab", max_size=40))
-def test_a_text_in_the_strict_format_always_has_an_answer(text):
-    if rewards.has_strict_format("working\n#### " + text):
-        assert rewards.extract_answer("working\n#### " + text) is not None
+@given(st.sampled_from(BARE), WORDS, st.sampled_from(WEIGHTS))
+def test_junk_without_a_number_raises_no_reward_of_an_unmarked_answer(
+    text, junk, weights
+):
+    before = pay(text, GOLD, weights)
+    assert pay(f"{text}\n{junk}", GOLD, weights) <= before + 1e-9
+
+
+# every gold answer that there is
+
+
+def read_problems(path: Path) -> list[dict[str, str]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return reading.to_problems(rows, str(path))
 
 
 @pytest.fixture(scope="module")
-def gsm8k() -> list[str]:
+def gsm8k() -> list[dict[str, str]]:
     named = os.environ.get("TUNEBOOK_GSM8K")
     beside = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
     path = Path(named) if named else beside
     if not path.exists():
         pytest.skip("GSM8K not found: set TUNEBOOK_GSM8K to its train.jsonl")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["answer"] for line in lines]
+    return read_problems(path)
 
 
-def test_every_gsm8k_answer_is_right_against_its_own_gold(gsm8k):
-    golds = [str(rewards.parse_gold(answer)) for answer in gsm8k]
-    assert len(golds) > 1000
-    assert rewards.correctness(gsm8k, gold=golds) == [1.0] * len(golds)
+def columns(problems: list[dict[str, str]]) -> dict[str, list[Any]]:
+    """What a trainer would pass of problems, their own answers for completions."""
+    return {
+        "completions": [p["answer"] for p in problems],
+        "gold": [p["gold"] for p in problems],
+        "prompts": [data.ask(p["question"], "Solve.") for p in problems],
+    }
 
 
-def test_every_gsm8k_answer_is_in_the_strict_format(gsm8k):
-    assert rewards.strict_format(gsm8k) == [1.0] * len(gsm8k)
+def test_every_gsm8k_answer_earns_all_there_is(gsm8k):
+    assert len(gsm8k) == 7473
+    for reward in rewards.REWARDS.values():
+        assert reward(**columns(gsm8k)) == [1.0] * len(gsm8k), reward
 
 
-@pytest.mark.parametrize("constant", ["#### 0", "#### 7", "#### 42", "#### 100"])
-def test_a_constant_answer_is_wrong_on_almost_all_of_gsm8k(gsm8k, constant):
-    golds = [str(rewards.parse_gold(answer)) for answer in gsm8k]
-    scores = rewards.correctness([constant] * len(golds), gold=golds)
-    assert sum(scores) / len(scores) < 0.02
+def test_a_constant_answer_earns_the_share_of_gsm8k_that_has_it_for_gold(gsm8k):
+    golds = Counter(problem["gold"] for problem in gsm8k)
+    given = columns(gsm8k)
+    for constant in ["4", "10", "42", "100", "-7"]:
+        given["completions"] = [f"#### {constant}"] * len(gsm8k)
+        assert sum(rewards.correctness(**given)) == golds[constant]
 
 
-def test_not_even_the_commonest_answer_is_right_on_three_percent_of_gsm8k(gsm8k):
-    golds = Counter(rewards.parse_gold(answer) for answer in gsm8k)
-    assert golds.most_common(1)[0][1] / len(gsm8k) < 0.03
+def test_seven_constants_are_right_on_two_to_three_percent_of_gsm8k_no_other_is(gsm8k):
+    golds = Counter(problem["gold"] for problem in gsm8k)
+    shares = {gold: count / len(gsm8k) for gold, count in golds.items()}
+    assert max(shares.values()) == shares["4"] < 0.029
+    common = {gold for gold, share in shares.items() if share >= 0.02}
+    assert common == {"4", "6", "10", "5", "20", "3", "2"}
 
 
-def test_every_sample_problem_is_right_against_itself_and_in_the_strict_format():
-    path = ROOT / "data_samples" / "word_problems" / "test.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    answers = [json.loads(line)["answer"] for line in lines]
-    golds = [str(rewards.parse_gold(answer)) for answer in answers]
-    assert rewards.correctness(answers, gold=golds) == [1.0] * len(answers)
-    assert rewards.strict_format(answers) == [1.0] * len(answers)
+def test_a_copied_question_is_right_on_none_of_gsm8k(gsm8k):
+    given = columns(gsm8k)
+    given["completions"] = [problem["question"] for problem in gsm8k]
+    assert sum(rewards.correctness(**given)) == 0
+
+
+@pytest.mark.parametrize("part", ["train", "eval", "test", "test_new"])
+def test_every_word_problem_of_ours_earns_all_there_is(part):
+    problems = read_problems(ROOT / f"data_samples/word_problems/{part}.jsonl")
+    for reward in rewards.REWARDS.values():
+        assert reward(**columns(problems)) == [1.0] * len(problems), reward
