@@ -31,6 +31,8 @@ SPEEDS = {
 
 # two cores, SmolLM2-135M, fp32: 3.8 s for a training step of 512 tokens
 CPU_RATE = 6 * 135e6 * 512 / 3.8
+# Of a token sampled from the 16-bit copy, besides reading its weights once; a guess
+COPY_LAYER_S = 1.5e-3 / 16
 STEP_S, MICRO_S = 0.35, 0.03  # a step and a micro-batch besides, measured on an H100
 ROW_TOKENS = 400  # of a chat row, without a figure of the data
 PROMPT_TOKENS = 200  # of a GSM8K problem with a system prompt
@@ -49,6 +51,17 @@ def step_rows(values: dict[str, Any]) -> int:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     batch = values.get("per_device_train_batch_size", 8)
     return batch * values.get("gradient_accumulation_steps", 1) * processes
+
+
+def sampled_rows(values: dict[str, Any]) -> int:
+    """Returns the completions that one process of GRPO samples at a time.
+
+    >>> sampled_rows({"per_device_train_batch_size": 4})
+    4
+    """
+    each = values.get("gradient_accumulation_steps", 1)
+    batch = values.get("per_device_train_batch_size", 8)
+    return batch * (values.get("steps_per_generation") or each)
 
 
 def count_steps(values: dict[str, Any], rows: int | None) -> int | None:
@@ -85,6 +98,8 @@ def training_minutes(
     Raises:
         UnknownArchitecture: the base model's numbers are not known.
     """
+    if stage == "grpo" and config.grpo_minutes:
+        return config.grpo_minutes
     values = getattr(config, stage)
     steps = steps or count_steps(values, None)
     if not steps:

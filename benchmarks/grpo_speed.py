@@ -1,0 +1,368 @@
+"""Measures GRPO steps an hour: ours, Unsloth's stock trainer, TRL's plain one.
+
+    python benchmarks/grpo_speed.py run MACHINE [NAME ...]    # needs a CUDA GPU
+    python benchmarks/grpo_speed.py run cpu --tiny            # tries the program
+
+No vLLM in any of them. The same random weights of Llama-3.2-1B's shape (time does not
+depend on their values, and completions never end early), 4-bit base with LoRA r 16 on
+all projections, 8 generations of 256 tokens of one prompt of about 110 tokens a step,
+fp16, under a cap of 14.0 GiB without FlashAttention, as on a T4. Each runs in a process
+of its own, one after the other; the first steps, which compile, do not count. Writes
+`results/grpo_speed.json`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+RESULT = ROOT / "results" / "grpo_speed.json"
+GENERATIONS, TOKENS = 8, 256
+WARM, TIMED, PROFILED = 2, 8, 1
+LIMIT_S = 280  # a process that takes longer is given up
+
+
+class Way(NamedTuple):
+    """One way to train and sample."""
+
+    engine: str
+    copied: bool = False
+    compiled: bool = False
+    checkpointing: bool = True
+
+
+WAYS = {
+    "ours": Way("unsloth", copied=True, compiled=True),
+    "unsloth": Way("unsloth"),
+    "trl": Way("transformers"),
+    # what else ours could be
+    "ours-short": Way("unsloth", copied=True),  # not compiled, as in short runs
+    "ours-kept": Way("unsloth", copied=True, compiled=True, checkpointing=False),
+    "ours-plain": Way("transformers", copied=True),
+    "ours-plain-kept": Way("transformers", copied=True, checkpointing=False),
+}
+
+
+def spread(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Returns a cheap reward that random tokens spread."""
+    return [sum(ids) % 97 / 97 for ids in completion_ids]
+
+
+def build_trainer(
+    way: Way, model_folder: str, out: Path, tokens: int
+) -> tuple[Any, Any]:
+    """Returns the trainer of a way, and our sampler where it has one."""
+    from helpers import models, runtime
+
+    runtime.prepare_device()
+    model, tokenizer = models.load_model(
+        model_folder, engine=way.engine, weights="4bit", max_length=1024
+    )
+    runtime.seed_everything(0)
+    lora = {"r": 16, "lora_alpha": 16}
+    lora["target_modules"] = [  # type: ignore[assignment]
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    ]
+    model = models.add_lora(
+        model,
+        lora,
+        engine=way.engine,
+        max_length=1024,
+        checkpointing=way.checkpointing,
+    )
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from helpers import sampling
+
+    machine = runtime.find_machine()
+    sampler = sampling.Sampler(model, compiled=way.compiled) if way.copied else None
+    questions = [f"What is {number} + 1? ".ljust(90, ".") for number in range(80)]
+    prompts = [{"prompt": [{"role": "user", "content": text}]} for text in questions]
+    trainer = GRPOTrainer(
+        model=model,
+        args=GRPOConfig(
+            output_dir=str(out),
+            per_device_train_batch_size=GENERATIONS,
+            num_generations=GENERATIONS,
+            max_completion_length=tokens,
+            max_steps=WARM + TIMED + PROFILED,
+            learning_rate=1e-4,
+            optim="adamw_8bit",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            seed=0,
+            gradient_checkpointing=way.checkpointing and machine.device == "cuda",
+            fp16=machine.device == "cuda",
+            bf16=False,
+            use_cpu=machine.device == "cpu",
+        ),
+        reward_funcs=[spread],
+        train_dataset=Dataset.from_list(prompts),
+        processing_class=tokenizer,
+        **({"rollout_func": sampler} if sampler else {}),
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL makes them bf16, which fp16 cannot scale
+            parameter.data = parameter.data.float()
+    return trainer, sampler
+
+
+def synchronize() -> float:
+    """Returns the time when the GPU has done what was asked of it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def watch(trainer: Any) -> tuple[list[float], dict[str, float]]:
+    """Returns the ends of steps, and seconds by phase, which training fills."""
+    from transformers import TrainerCallback
+
+    ends: list[float] = []
+    phases: dict[str, float] = defaultdict(float)
+
+    def timed(name: str, function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if trainer.state.global_step < WARM + TIMED:
+                return function(*args, **kwargs)
+            start = synchronize()
+            result = function(*args, **kwargs)
+            phases[name] += synchronize() - start
+            return result
+
+        return call
+
+    for name in ("_generate", "_prepare_inputs", "compute_loss", "training_step"):
+        setattr(trainer, name, timed(name, getattr(trainer, name)))
+
+    class Watch(TrainerCallback):
+        start = 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if not ends:
+                ends.append(synchronize())
+
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            self.start = synchronize()
+
+        def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+            if trainer.state.global_step >= WARM + TIMED:
+                phases["optimiser"] += synchronize() - self.start
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(synchronize())
+
+    trainer.add_callback(Watch())
+    return ends, phases
+
+
+def one(name: str, model: str, out: Path, tokens: int) -> None:
+    """Runs one way in this process and writes what it took."""
+    import torch
+
+    started = time.perf_counter()
+    trainer, sampler = build_trainer(WAYS[name], model, out.with_suffix(""), tokens)
+    ends, phases = watch(trainer)
+    built = time.perf_counter()
+    trainer.train()
+    steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    counted = steps[WARM : WARM + TIMED]
+    total = sum(steps[WARM + TIMED :])
+    inner = phases["_prepare_inputs"]
+    parts = {
+        "sampling": phases["_generate"],
+        "scoring": inner - phases["_generate"],
+        "loss forward": phases["compute_loss"],
+        "backward": phases["training_step"] - inner - phases["compute_loss"],
+        "optimiser": phases["optimiser"],
+        "other": total - phases["training_step"] - phases["optimiser"],
+    }
+    history = trainer.state.log_history
+    record: dict[str, Any] = {
+        "steps_an_hour": round(3600 / statistics.median(counted), 1),
+        "step_s": [round(s, 3) for s in counted],
+        "first_step_s": round(steps[0], 1),
+        "load_s": round(built - started, 1),
+        "parts_s": {k: round(v / PROFILED, 4) for k, v in parts.items()},
+        "completion_tokens": mean(history, "completions/mean_length"),
+        "importance_ratio": mean(history, "sampling/importance_sampling_ratio/mean"),
+        "logp_difference": mean(history, "sampling/sampling_logp_difference/mean"),
+        "grad_norm": mean(history, "grad_norm"),
+        "loss": mean(history, "loss"),
+    }
+    if torch.cuda.is_available():
+        record["peak_gb"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        record["machine"] = torch.cuda.get_device_name()
+        record["torch"] = torch.__version__
+    if sampler is not None:
+        record["sampler"] = measure_sampler(trainer, sampler, tokens)
+    elif WAYS[name].engine == "unsloth" and torch.cuda.is_available():
+        from unsloth.models import _decode_graphs
+
+        record["unsloth_graphs"] = _decode_graphs.stats(trainer.model.get_base_model())
+    out.write_text(json.dumps(record) + "\n")
+    if "TUNEBOOK_PROFILE" in os.environ:
+        show_profile(trainer)
+
+
+def mean(history: list[dict[str, Any]], name: str) -> float | None:
+    """Returns the mean of a metric over the logged steps that have it."""
+    values = [e[name] for e in history if e.get(name) is not None]
+    return round(statistics.mean(values), 6) if values else None
+
+
+def measure_sampler(trainer: Any, sampler: Any, tokens: int) -> dict[str, float]:
+    """Returns seconds of the sampler's parts, and its agreement on a whole batch."""
+    ids = [list(range(3, 113))] * GENERATIONS
+    found: dict[str, float] = {}
+
+    def clock(name: str, function: Any, times: int = 3) -> None:
+        function()
+        start = synchronize()
+        for _ in range(times):
+            function()
+        found[name] = round((synchronize() - start) / times, 5)
+
+    clock("fold_s", sampler.copy.refresh)
+    stops = trainer.eos_token_ids
+    clock("one_token_s", lambda: sampler.decoder.generate(ids, 1, stops))
+    clock("all_tokens_s", lambda: sampler.decoder.generate(ids, tokens, stops))
+    found["ms_a_token"] = round(
+        (found["all_tokens_s"] - found["one_token_s"]) / max(1, tokens - 1) * 1000, 3
+    )
+    return found
+
+
+def show_profile(trainer: Any) -> None:
+    """Prints where a step's time goes, by kernel and by operator."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    trainer._step, trainer._buffered_inputs = 0, None
+    trainer.training_step(trainer.model_wrapped, batch, None)
+    trainer._step, trainer._buffered_inputs = 0, None
+    kinds = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        kinds.append(ProfilerActivity.CUDA)
+    with profile(activities=kinds) as profiler:
+        trainer.training_step(trainer.model_wrapped, batch, None)
+        synchronize()
+    table = profiler.key_averages()
+    for key in ("self_cuda_time_total", "self_cpu_time_total"):
+        print(table.table(sort_by=key, row_limit=25, max_name_column_width=60))
+
+
+def run(machine: str, names: list[str], tiny: bool) -> None:
+    """Runs the ways one after the other and writes the results."""
+    from memory import CAP_GB
+
+    shape = "tiny" if tiny else "1b"
+    tokens = 8 if tiny else TOKENS
+    home = (
+        Path("/dev/shm") if Path("/dev/shm").exists() else Path(tempfile.gettempdir())
+    )
+    home = Path(os.environ.get("TUNEBOOK_SHAPES", home)) / "shapes"
+    folder = home / shape
+    environment = {
+        **os.environ,
+        "TUNEBOOK_DTYPE": "float16",
+        "TUNEBOOK_GPU_GB": str(CAP_GB),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    program = [sys.executable, __file__]
+    if not folder.exists():
+        subprocess.check_call([*program, "make", shape, str(folder)])
+    records = {}
+    with tempfile.TemporaryDirectory() as place:
+        for name in names:
+            out = Path(place) / f"{name}.json"
+            command = [*program, "one", name, str(folder), str(out), str(tokens)]
+            log = Path(os.environ.get("OUT", home)) / f"grpo_speed.{name}.log"
+            started = time.perf_counter()
+            with log.open("w") as file:
+                try:
+                    code = subprocess.call(
+                        command,
+                        env=environment,
+                        stdout=file,
+                        stderr=file,
+                        timeout=LIMIT_S,
+                    )
+                except subprocess.TimeoutExpired:
+                    code = 124
+            seconds = time.perf_counter() - started
+            print(f"--- {name}: exit {code}, {seconds:.0f} s", flush=True)
+            if out.exists():
+                records[name] = json.loads(out.read_text())
+                print(json.dumps(records[name], indent=1), flush=True)
+            else:
+                print(log.read_text()[-3000:], flush=True)
+    result = {name: r["steps_an_hour"] for name, r in records.items() if name in WAYS}
+    print(result, flush=True)
+    from helpers.runs import write_json
+
+    if tiny or not {"ours", "unsloth", "trl"} <= set(result):
+        return
+    write_json(
+        RESULT,
+        {
+            **{name: result.get(name) for name in ("ours", "unsloth", "trl")},
+            "conditions": {
+                "machine": machine,
+                "shape": "llama-3.2-1b, random weights, 4-bit base, LoRA r 16",
+                "dtype": "float16",
+                "cap_gb": CAP_GB,
+                "generations": GENERATIONS,
+                "completion_tokens": tokens,
+                "steps": TIMED,
+                "vllm": False,
+            },
+            "runs": records,
+        },
+    )
+
+
+def make(shape: str, folder: Path) -> None:
+    """Writes a model of random weights; `tiny` is a shape of this program's own."""
+    import memory
+
+    from helpers.shapes import KNOWN, Architecture
+
+    memory.SHAPES["tiny"] = "tiny"
+    KNOWN["tiny"] = Architecture(64, 2, 4, 2, 16, 128, 300, True)
+    memory.make_model(shape, folder)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["run", machine, *rest]:
+            names = [name for name in rest if name != "--tiny"]
+            if unknown := [name for name in names if name not in WAYS]:
+                sys.exit(f"{', '.join(unknown)}: no way; there are {', '.join(WAYS)}")
+            run(machine, names or ["ours", "unsloth", "trl"], "--tiny" in rest)
+        case ["make", shape, folder]:
+            make(shape, Path(folder))
+        case ["one", name, model, out, tokens]:
+            one(name, model, Path(out), int(tokens))
+        case _:
+            sys.exit(__doc__)

@@ -1,0 +1,250 @@
+"""Fast batched sampling from a plain transformers model: static cache, CUDA graph.
+
+One graph is a whole token: the model, the drawing, the bookkeeping. Python only replays
+it and now and then looks at whether all rows have ended. On a CPU the same code runs
+without a graph.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+LOOK = 16  # tokens between two looks at whether all rows have ended
+
+
+class Settings(NamedTuple):
+    """How a token is drawn; temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+class Completion(NamedTuple):
+    """Sampled tokens of one prompt, the stop token included."""
+
+    ids: list[int]
+    logps: list[float]
+    """Log-probabilities at the temperature, over the whole vocabulary, as TRL's."""
+
+
+class Decoder:
+    """Samples completions from a model whose weights keep their place in memory."""
+
+    def __init__(self, net: PreTrainedModel, *, compiled: bool = False) -> None:
+        """Captures nothing yet.
+
+        Args:
+            net: whose attention takes a mask of (batch, 1, length, seen), see
+                `folding.grouped_attention`.
+            compiled: on a GPU, fuse small kernels with torch.compile, which takes half
+                a minute once.
+        """
+        import torch
+
+        self.net = net
+        self.compiled = compiled and net.device.type == "cuda"
+        self.forward = net.forward
+        if self.compiled:
+            self.forward = torch.compile(net.forward, dynamic=False)
+        self.captured: tuple[Any, ...] | None = None
+        self.graph: Any = None
+        self.rows = self.length = 0
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        stops: list[int],
+        settings: Settings | None = None,
+    ) -> list[Completion]:
+        """Returns a completion of each prompt, in their order.
+
+        Args:
+            prompts: token ids, of any lengths.
+            max_new_tokens: completions are cut here.
+            stops: tokens that end a completion.
+            settings: how tokens are drawn; None = as the model says.
+        """
+        import torch
+
+        settings = settings or Settings()
+        widest = max(map(len, prompts))
+        device = self.net.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            self.prepare(len(prompts), widest + max_new_tokens, stops, settings)
+            rows = prompts + prompts[-1:] * (self.rows - len(prompts))
+            ids = torch.tensor([[0] * (widest - len(r)) + r for r in rows])
+            mask = torch.tensor([[0] * (widest - len(r)) + [1] * len(r) for r in rows])
+            self.start(ids.to(device), mask.to(device).bool())
+            for done in range(1, max_new_tokens):
+                if done % LOOK == 0 and bool(self.ended.all()):
+                    break
+                self.next_token()
+        found = self.tokens[: len(prompts), :max_new_tokens].tolist()
+        logps = self.logps[: len(prompts), :max_new_tokens].tolist()
+        return [
+            Completion(row[:end], logp[:end])
+            for row, logp in zip(found, logps, strict=True)
+            for end in [first_stop(row, stops)]
+        ]
+
+    def prepare(
+        self, rows: int, length: int, stops: list[int], settings: Settings
+    ) -> None:
+        """Allocates cache and buffers, and captures the graph, where they do not fit.
+
+        Args:
+            rows: of a batch.
+            length: tokens of the longest prompt and completion together.
+            stops: as for `generate`, and so `settings`.
+        """
+        import torch
+        from transformers import StaticCache
+
+        wanted = (tuple(stops), settings)
+        if self.captured == wanted and rows <= self.rows and length <= self.length:
+            return
+        self.rows = rows = max(rows, self.rows)
+        self.length = max(-(-length // 64) * 64, self.length)
+        self.graph = None  # gives its memory back before the new one takes its own
+        device = self.net.device
+        self.stops, self.settings = torch.tensor(stops, device=device), settings
+        self.cache = StaticCache(self.net.config, max_cache_len=self.length)
+        self.mask = torch.zeros(
+            rows, 1, 1, self.length, dtype=torch.bool, device=device
+        )
+        self.last = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.count = torch.zeros(1, dtype=torch.long, device=device)
+        self.ended = torch.zeros(rows, 1, dtype=torch.bool, device=device)
+        self.tokens = torch.zeros(rows, self.length, dtype=torch.long, device=device)
+        self.logps = torch.zeros(rows, self.length, device=device)
+        self.captured = wanted
+        if device.type == "cuda":
+            self.capture()
+
+    def capture(self) -> None:
+        """Records one token as a CUDA graph."""
+        import torch
+
+        one = torch.zeros(self.rows, 1, dtype=torch.long, device=self.net.device)
+        self.start(one, one == 0)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            try:
+                for _ in range(3):  # libraries allocate, compilers compile
+                    self.token()
+            except RuntimeError as error:
+                if not self.compiled:
+                    raise
+                print(f"torch.compile failed, sampling goes on without: {error}"[:300])  # noqa: T201
+                self.forward = self.net.forward
+                for _ in range(3):
+                    self.token()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.token()
+        self.graph = graph
+
+    def start(self, ids: Tensor, mask: Tensor) -> None:
+        """Reads the prompts and draws the first token.
+
+        Args:
+            ids: (rows, width), padded on the left.
+            mask: (rows, width), False = padding.
+        """
+        import torch
+
+        width = ids.shape[1]
+        for layer in self.cache.layers:
+            layer.cumulative_length.zero_()
+        for buffer in (self.mask, self.count, self.ended):
+            buffer.zero_()
+        causal = torch.ones(width, width, dtype=torch.bool, device=ids.device).tril()
+        position = (mask.long().cumsum(1) - 1).clamp(min=0)
+        logits = self.net(
+            input_ids=ids,
+            attention_mask=causal & mask[:, None, None, :],
+            position_ids=position,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        self.mask[..., :width] = mask[:, None, None, :]
+        self.slot.fill_(width)
+        self.position.copy_(position[:, -1:] + 1)
+        self.draw(logits[:, -1])
+
+    def next_token(self) -> None:
+        """Draws the next token of every row."""
+        self.token() if self.graph is None else self.graph.replay()
+
+    def token(self) -> None:
+        """Reads the last token of every row and draws the next: what is captured."""
+        self.mask.index_fill_(3, self.slot, True)
+        logits = self.forward(
+            input_ids=self.last,
+            attention_mask=self.mask,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits
+        self.slot.add_(1)
+        self.position.add_(1)
+        self.draw(logits[:, -1])
+
+    def draw(self, logits: Tensor) -> None:
+        """Writes a token drawn from logits (rows, vocabulary), and its log-probability.
+
+        Of the exponential trick: the largest of p / Exp(1) falls on each token with
+        its probability p.
+        """
+        import torch
+
+        temperature = self.settings.temperature
+        scores = logits.float() / (temperature or 1.0)
+        logps = scores.log_softmax(-1)
+        if temperature:
+            kept = keep(scores, self.settings)
+            noise = torch.empty_like(kept).exponential_().log()
+            token = (kept - noise).argmax(-1, keepdim=True)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        self.tokens.index_copy_(1, self.count, token)
+        self.logps.index_copy_(1, self.count, logps.gather(-1, token))
+        self.last.copy_(token)
+        self.ended.logical_or_((token == self.stops).any(-1, keepdim=True))
+        self.count.add_(1)
+
+
+def keep(scores: Tensor, settings: Settings) -> Tensor:
+    """Returns scores with -inf for tokens that the settings rule out."""
+    from transformers.generation import logits_process as process
+
+    if settings.top_k:
+        scores = process.TopKLogitsWarper(settings.top_k)(None, scores)
+    if settings.top_p < 1:
+        scores = process.TopPLogitsWarper(settings.top_p)(None, scores)
+    if settings.min_p:
+        scores = process.MinPLogitsWarper(settings.min_p)(None, scores)
+    return scores
+
+
+def first_stop(ids: list[int], stops: list[int]) -> int:
+    """Returns how many ids there are up to the first stop, itself included.
+
+    >>> first_stop([5, 6, 2, 7], [2])
+    3
+    >>> first_stop([5, 6], [2])
+    2
+    """
+    return next((n for n, i in enumerate(ids, 1) if i in stops), len(ids))

@@ -1,0 +1,207 @@
+"""Chooses how GRPO samples its completions; without vLLM, from a 16-bit copy.
+
+A token takes a 4-bit model with LoRA hundreds of small kernels, started one by one. A
+copy with the adapter in its weights (see `folding`) answers in one CUDA graph a token
+(see `decoding`). `Sampler` is a `rollout_func` of TRL's GRPOTrainer, which Unsloth's
+trainer keeps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from helpers import runtime
+from helpers.config import ConfigError, RunConfig, changed
+from helpers.decoding import Completion, Decoder, Settings
+from helpers.folding import FoldedCopy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+COMPILE_MINUTES, COMPILE_STEPS = 10, 200  # from which on compiling pays
+CHECK_STEPS = 10  # optimiser steps between two comparisons with the trained model
+
+
+class Choice(NamedTuple):
+    """How the completions of a run are sampled."""
+
+    name: Literal["copy", "model", "vllm"]
+    reason: str
+    rollout: Sampler | None
+    """For GRPOTrainer's `rollout_func`."""
+    arguments: dict[str, Any]
+    """For GRPOConfig."""
+
+
+def choose(config: RunConfig, model: PreTrainedModel) -> Choice:
+    """Returns how a run samples: what its config asks for, or what suits the machine.
+
+    Args:
+        config: the run.
+        model: with LoRA attached, from `train.load_for_training`.
+
+    Raises:
+        ConfigError: what is asked for does not work with this model or machine.
+    """
+    asked = config.sampler
+    if asked == "vllm":
+        if importlib.util.find_spec("vllm") is None:
+            raise ConfigError(
+                "sampler='vllm' but vLLM is not installed: `pip install vllm` on a GPU "
+                "newer than a T4, or choose 'auto', which needs nothing more"
+            )
+        arguments = {"use_vllm": True, "vllm_mode": "colocate"}
+        return Choice("vllm", "the config asks for it", None, arguments)
+    if asked == "model":
+        return Choice("model", "the config asks for it", None, {})
+    fault = unsupported(config, model)
+    if asked == "copy":
+        if fault:
+            raise ConfigError(f"sampler='copy' does not work: {fault}; choose 'model'")
+        sampler = Sampler(model, compiled=is_long(config))
+        return Choice("copy", "the config asks for it", sampler, {})
+    if runtime.find_machine().device != "cuda":
+        return Choice("model", "a copy is faster only on a GPU", None, {})
+    fault = fault or no_room(config)
+    if fault:
+        return Choice("model", fault, None, {})
+    sampler = Sampler(model, compiled=is_long(config))
+    return Choice("copy", "the GPU holds a 16-bit copy", sampler, {})
+
+
+def is_long(config: RunConfig) -> bool:
+    """Returns whether a run is long enough for compiling the sampler, half a minute.
+
+    >>> from helpers import recipes
+    >>> is_long(changed(recipes.load("demo"), grpo_minutes=60))
+    True
+    """
+    if config.grpo_minutes:
+        return config.grpo_minutes >= COMPILE_MINUTES
+    return not 0 < config.grpo.get("max_steps", -1) < COMPILE_STEPS
+
+
+def no_room(config: RunConfig) -> str:
+    """Returns why a GPU cannot hold the copy beside training, or an empty string."""
+    from helpers import gpus, memory, shapes
+
+    gpu = gpus.this_gpu() or gpus.T4
+    try:
+        settled = memory.settle_sampler(config, gpu)
+    except shapes.UnknownArchitecture as error:
+        return f"it is not known what a copy takes: {error}"
+    if settled.sampler == "copy":
+        return ""
+    need = memory.predict(changed(config, sampler="copy"), gpu, "grpo").peak_gb
+    return f"with a copy it would take {need:.1f} of {gpu.memory_gb:.1f} GiB"
+
+
+def unsupported(config: RunConfig, model: PreTrainedModel) -> str:
+    """Returns why a run cannot be sampled from a copy, or an empty string."""
+    others = {"generation_kwargs": None, "repetition_penalty": 1.0}
+    others |= {"use_transformers_continuous_batching": False, "use_vllm": False}
+    for name, usual in others.items():
+        if config.grpo.get(name, usual) != usual:
+            return f"it does not know grpo.{name}"
+    return unsupported_model(model)
+
+
+def unsupported_model(model: PreTrainedModel) -> str:
+    """Returns why a model cannot be sampled from a copy, or an empty string."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"the model's layers are of the kinds {', '.join(sorted(kinds))}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        return "the model's position encoding changes with the length"
+    odd = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ".lora_A." not in name and ".lora_B." not in name
+    ]
+    if odd:
+        return f"{odd[0]} is trained besides LoRA matrices"
+    return ""
+
+
+class Sampler:
+    """Samples completions from a folded copy of the model that is trained.
+
+    Holds the copy, its cache and its graph's memory for as long as it lives.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, compiled: bool = False) -> None:
+        """Makes the copy; nothing is folded or captured yet.
+
+        Args:
+            model: a PEFT model that is trained, on its device.
+            compiled: fuse the copy's small kernels with torch.compile, which takes
+                half a minute once.
+        """
+        os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is experimental
+        self.model = model
+        dtype, _ = runtime.choose_dtype(runtime.find_machine())
+        self.copy = FoldedCopy(model, dtype)
+        self.decoder = Decoder(self.copy.net, compiled=compiled)
+        self.mark: tuple[int, int] | None = None
+
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        """Returns TRL's rollout of prompts: their ids, completions, log-probabilities.
+
+        Args:
+            prompts: one for each completion, as TRL repeats them.
+            trainer: TRL's or Unsloth's, whose arguments say how to sample.
+        """
+        step = trainer.state.global_step
+        # 8-bit optimisers change weights without counting a version, loading does not
+        versions = sum(p._version for p in self.model.parameters() if p.requires_grad)
+        if self.mark != (step, versions):
+            self.copy.refresh()
+            self.mark = (step, versions)
+        ids = trainer._tokenize_prompts(prompts)[0]
+        found = self.decoder.generate(
+            ids,
+            trainer.max_completion_length,
+            trainer.eos_token_ids,
+            Settings(
+                trainer.temperature,
+                trainer.top_k or 0,
+                trainer.top_p or 1.0,
+                trainer.min_p or 0.0,
+            ),
+        )
+        if trainer.model.training and step % CHECK_STEPS == 0:
+            row = step // CHECK_STEPS % len(ids)
+            agreement(trainer, ids[row], found[row])
+        return {
+            "prompt_ids": ids,
+            "completion_ids": [completion.ids for completion in found],
+            "logprobs": [completion.logps for completion in found],
+        }
+
+
+def agreement(trainer: Any, prompt: list[int], completion: Completion) -> None:
+    """Logs how far a completion's log-probabilities are from the trained model's.
+
+    Under TRL's names for vLLM. One row alone: unpadded rows are scored alike by both
+    trainers, and the forward pass costs little.
+    """
+    import torch
+
+    device = trainer.accelerator.device
+    ids = torch.tensor([prompt + completion.ids], device=device)
+    length = len(completion.ids)
+    with torch.no_grad():
+        trained = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, torch.ones_like(ids), length
+        )[0]
+    sampled = torch.tensor([completion.logps], device=device)
+    difference = trained[:, -length:].float() - sampled
+    mean = difference.abs().mean().item()
+    name = "sampling/"
+    trainer._log_metric(name + "sampling_logp_difference/mean", mean)
+    ratio = difference.exp().mean().item()
+    trainer._log_metric(name + "importance_sampling_ratio/mean", ratio)

@@ -1,0 +1,298 @@
+"""Sampling from the folded copy: it says what the trained model would say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from helpers import decoding, memory, models, sampling
+from helpers.config import ConfigError, changed
+from helpers.gpus import T4
+from helpers.runs import Run
+
+GREEDY = decoding.Settings(temperature=0.0)
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [20]]
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
+
+
+@pytest.fixture
+def load(tiny_model_folder: Any) -> Callable[..., Any]:
+    """Loads the tiny model with LoRA matrices that change its answers."""
+    import torch
+
+    def make(weights: str = "16bit", **lora: Any) -> Any:
+        model, _ = models.load_model(
+            str(tiny_model_folder), engine="transformers", weights=weights
+        )
+        torch.manual_seed(1)
+        for parameter in model.parameters():  # else greedy answers repeat one token
+            if weights == "16bit":
+                parameter.data.mul_(8)
+        tuned = models.add_lora(model, {**LORA, **lora}, engine="transformers")
+        shake(tuned, 0.3)
+        return tuned.eval()
+
+    return make
+
+
+def shake(model: Any, size: float) -> None:
+    """Changes all LoRA matrices, as an optimiser would."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * size)
+
+
+def greedy_of(model: Any, prompt: list[int], tokens: int, stop: int) -> list[int]:
+    """Returns what transformers generates from the trained model itself."""
+    import torch
+
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=tokens,
+        eos_token_id=stop,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def trained_logps(model: Any, prompt: list[int], ids: list[int]) -> Any:
+    """Returns the trained model's log-probabilities of a completion."""
+    import torch
+
+    whole = torch.tensor([prompt + ids])
+    with torch.no_grad():
+        logps = model(input_ids=whole).logits.float().log_softmax(-1)
+    seen = logps[0, len(prompt) - 1 : -1]
+    return seen.gather(-1, whole[0, len(prompt) :, None])[:, 0]
+
+
+@pytest.mark.parametrize("weights", ["16bit", "4bit"])
+def test_greedy_samples_are_what_the_trained_model_generates(
+    load: Callable[..., Any], weights: str
+) -> None:
+    model = load(weights)
+    sampler = sampling.Sampler(model)
+    sampler.copy.refresh()
+    found = sampler.decoder.generate(PROMPTS, 12, [2], GREEDY)
+    for prompt, completion in zip(PROMPTS, found, strict=True):
+        assert completion.ids == greedy_of(model, prompt, 12, stop=2)
+    assert len({tuple(completion.ids) for completion in found}) > 1
+
+
+@pytest.mark.parametrize("weights", ["16bit", "4bit"])
+def test_log_probabilities_are_the_trained_models(
+    load: Callable[..., Any], weights: str
+) -> None:
+    model = load(weights)
+    sampler = sampling.Sampler(model)
+    sampler.copy.refresh()
+    for prompt, completion in zip(
+        PROMPTS, sampler.decoder.generate(PROMPTS, 12, [2]), strict=True
+    ):
+        expected = trained_logps(model, prompt, completion.ids).tolist()
+        assert completion.logps == pytest.approx(expected, abs=2e-4)
+
+
+def test_a_refresh_follows_the_adapter_and_keeps_every_weight_in_its_place(
+    load: Callable[..., Any],
+) -> None:
+    model = load()
+    sampler = sampling.Sampler(model)
+    sampler.copy.refresh()
+    places = [p.data_ptr() for p in sampler.copy.net.parameters()]
+    before = sampler.decoder.generate(PROMPTS, 12, [2], GREEDY)
+    for _ in range(3):  # nothing of a former adapter may stay behind
+        shake(model, 0.3)
+        sampler.copy.refresh()
+    after = sampler.decoder.generate(PROMPTS, 12, [2], GREEDY)
+    assert after != before
+    assert after[0].ids == greedy_of(model, PROMPTS[0], 12, stop=2)
+    assert [p.data_ptr() for p in sampler.copy.net.parameters()] == places
+
+
+def test_weights_that_nothing_trains_are_shared_with_the_model(
+    load: Callable[..., Any],
+) -> None:
+    model = load()
+    net = sampling.Sampler(model).copy.net
+    base = model.get_base_model()
+    embedding = base.get_input_embeddings().weight
+    assert net.get_input_embeddings().weight.data_ptr() == embedding.data_ptr()
+    assert net.get_output_embeddings().weight.data_ptr() == embedding.data_ptr()
+    q_proj = base.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert net.model.layers[0].self_attn.q_proj.weight.data_ptr() != q_proj.data_ptr()
+
+
+def test_a_completion_ends_with_its_stop_token(load: Callable[..., Any]) -> None:
+    model = load()
+    sampler = sampling.Sampler(model)
+    sampler.copy.refresh()
+    whole = sampler.decoder.generate(PROMPTS, 12, [2], GREEDY)[1].ids
+    stop = whole[4]
+    cut = sampler.decoder.generate(PROMPTS, 12, [stop], GREEDY)[1]
+    assert cut.ids == whole[: whole.index(stop) + 1]
+    assert len(cut.logps) == len(cut.ids)
+
+
+def test_sampling_ends_when_every_row_has_ended(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = sampling.Sampler(load())
+    sampler.copy.refresh()
+    drawn: list[int] = []
+    token = sampler.decoder.token
+    monkeypatch.setattr(sampler.decoder, "token", lambda: (drawn.append(1), token()))
+    everything = list(range(sampler.copy.net.config.vocab_size))
+    found = sampler.decoder.generate(PROMPTS, 200, everything)
+    assert [len(completion.ids) for completion in found] == [1, 1, 1]
+    assert len(drawn) < decoding.LOOK
+
+
+def test_smaller_batches_and_shorter_prompts_reuse_what_was_allocated(
+    load: Callable[..., Any],
+) -> None:
+    sampler = sampling.Sampler(load())
+    sampler.copy.refresh()
+    first = sampler.decoder.generate(PROMPTS, 12, [2], GREEDY)
+    cache = sampler.decoder.cache
+    again = sampler.decoder.generate(PROMPTS[:2], 12, [2], GREEDY)
+    assert sampler.decoder.cache is cache
+    assert again == first[:2]
+
+
+def test_sampled_tokens_follow_the_models_probabilities(
+    load: Callable[..., Any],
+) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    model = load()
+    sampler = sampling.Sampler(model)
+    sampler.copy.refresh()
+    settings = decoding.Settings(top_k=3)
+    counts: dict[int, int] = {}
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1]
+    best = logits.topk(3)
+    rows = 2000
+    for completion in sampler.decoder.generate([PROMPTS[0]] * rows, 1, [2], settings):
+        counts[completion.ids[0]] = counts.get(completion.ids[0], 0) + 1
+    assert set(counts) <= set(best.indices.tolist())
+    for token, share in zip(best.indices.tolist(), best.values.softmax(0), strict=True):
+        assert counts.get(token, 0) / rows == pytest.approx(float(share), abs=0.04)
+
+
+def test_a_model_that_is_changed_elsewhere_does_not_change_the_copys_class(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise AssertionError("the patched forward was called")
+
+    model = load()
+    expected = greedy_of(model, PROMPTS[0], 4, stop=2)
+    for name in ("LlamaAttention", "LlamaModel", "LlamaForCausalLM"):
+        monkeypatch.setattr(getattr(modeling_llama, name), "forward", broken)
+    sampler = sampling.Sampler(model)
+    sampler.copy.refresh()
+    assert sampler.decoder.generate(PROMPTS[:1], 4, [2], GREEDY)[0].ids == expected
+
+
+def test_training_samples_from_the_copy_as_it_is_after_each_step(
+    load: Callable[..., Any], tiny_model_folder: Any, tmp_path: Any
+) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    model = load(r=8)
+    sampler = sampling.Sampler(model)
+    rows = [{"prompt": [{"role": "user", "content": f"{n}?"}]} for n in range(8)]
+    trainer = GRPOTrainer(
+        model=model,
+        args=GRPOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=6,
+            max_steps=11,
+            learning_rate=5e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+        ),
+        reward_funcs=[lambda completion_ids, **_: [sum(i) % 7 for i in completion_ids]],
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_folder),
+        rollout_func=sampler,
+    )
+    trainer.train()
+    name = "sampling/importance_sampling_ratio/mean"
+    ratios = [e[name] for e in trainer.state.log_history if name in e]
+    # of the first step, and of the eleventh: ten large updates lie between
+    assert ratios == pytest.approx([1.0, 1.0], abs=1e-3)
+    assert sampler.mark is not None and sampler.mark[0] == 10
+
+
+def test_on_a_cpu_the_trained_model_samples(load: Callable[..., Any], run: Run) -> None:
+    found = sampling.choose(run.config, load())
+    assert (found.name, found.rollout, found.arguments) == ("model", None, {})
+    assert "only on a GPU" in found.reason
+
+
+def test_vllm_is_refused_where_it_is_not_installed(
+    load: Callable[..., Any], run: Run
+) -> None:
+    with pytest.raises(ConfigError, match="vLLM is not installed.*choose 'auto'"):
+        sampling.choose(changed(run.config, sampler="vllm"), load())
+
+
+def test_a_copy_that_is_asked_for_is_made_on_a_cpu_too(
+    load: Callable[..., Any], run: Run
+) -> None:
+    found = sampling.choose(changed(run.config, sampler="copy"), load())
+    assert found.name == "copy" and isinstance(found.rollout, sampling.Sampler)
+
+
+def test_options_that_the_copy_does_not_know_are_refused_by_name(
+    load: Callable[..., Any], run: Run
+) -> None:
+    config = changed(run.config, sampler="copy", grpo__repetition_penalty=1.2)
+    with pytest.raises(ConfigError, match="grpo.repetition_penalty; choose 'model'"):
+        sampling.choose(config, load())
+
+
+def test_a_dora_adapter_cannot_be_folded(load: Callable[..., Any], run: Run) -> None:
+    config = changed(run.config, sampler="copy")
+    with pytest.raises(ConfigError, match="lora_magnitude_vector.* is trained"):
+        sampling.choose(config, load(use_dora=True))
+
+
+def test_layers_with_a_sliding_window_cannot_be_copied() -> None:
+    config = SimpleNamespace(layer_types=["full_attention", "sliding_attention"])
+    model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    assert "sliding_attention" in sampling.unsupported_model(model)
+
+
+def test_the_copy_is_counted_and_given_up_where_it_does_not_fit() -> None:
+    from helpers import recipes
+
+    config = changed(recipes.load("finetome-llama32-1b"), stages=["grpo"])
+    config = changed(config, data__problems="x.jsonl")
+    with_copy = memory.predict(config, T4, "grpo")
+    assert 1.8 < with_copy.parts[memory.COPY] < 2.4
+    small = T4._replace(memory_gb=with_copy.peak_gb)
+    assert memory.COPY not in memory.predict(config, small, "grpo").parts
