@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from helpers import curves
 from helpers.generation import reply
 from helpers.runs import write_json
 from helpers.runtime import peak_memory_gb
@@ -94,41 +95,15 @@ class History(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any
     ) -> None:
         if state.is_world_process_zero:
-            draw_curves(self.entries, self.folder / "curves.png")
+            curves.draw_losses(self.entries, self.folder / "curves.png")
 
     def values(self, name: str) -> list[float]:
         """Returns a logged value over time, entries without it left out."""
         return [entry[name] for entry in self.entries if name in entry]
 
 
-def draw_curves(entries: list[dict[str, Any]], path: Path) -> None:
-    """Draws loss, eval loss and reward over the steps, whichever were logged."""
-    from matplotlib.figure import Figure
-
-    panels = [
-        [name for name in names if any(name in entry for entry in entries)]
-        for names in (["loss", "eval_loss"], ["reward"], ["learning_rate"])
-    ]
-    panels = [names for names in panels if names]
-    if not panels:
-        return
-    figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
-    for number, names in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), number)
-        for name in names:
-            points = [(e["step"], e[name]) for e in entries if name in e]
-            marker = "o" if len(points) < 20 else None
-            axes.plot(*zip(*points, strict=True), label=name, marker=marker)
-        axes.set_xlabel("optimiser step")
-        axes.set_ylabel(names[0].replace("_", " "))
-        axes.grid(alpha=0.3)
-        if len(names) > 1:
-            axes.legend()
-    figure.savefig(path, dpi=110)
-
-
 class BestAdapter(TrainerCallback):
-    """Keeps the adapter of the lowest train or eval loss in a folder.
+    """Keeps the adapter of the lowest loss, or of the highest reward, in a folder.
 
     The folder is replaced only by a complete adapter; with Google Drive mounted it
     lies there, as the run folder does. `best.json` beside it remembers the value, so
@@ -136,13 +111,15 @@ class BestAdapter(TrainerCallback):
 
     Args:
         folder: where the adapter goes.
-        by: `eval_loss`, or `loss` for the train loss of each log.
+        by: `eval_loss`, or `loss` for the train loss of each log; a name that ends in
+            `reward` is better when it is greater, and of equals the later one is kept.
     """
 
     def __init__(self, folder: Path, by: str = "eval_loss") -> None:
         self.folder, self.by = folder, by
         self.note = folder.with_name("best.json")
-        self.best = float("inf")
+        self.greater_is_better = by.endswith("reward")
+        self.best = float("-inf" if self.greater_is_better else "inf")
         self.step = 0
 
     def on_train_begin(
@@ -163,7 +140,9 @@ class BestAdapter(TrainerCallback):
         **_: Any,
     ) -> None:
         value = (logs or {}).get(self.by)
-        if value is None or model is None or not value < self.best:
+        if value is None or model is None:
+            return
+        if not (value >= self.best if self.greater_is_better else value < self.best):
             return
         self.best, self.step = value, state.global_step
         if state.is_world_process_zero:

@@ -12,6 +12,8 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +141,6 @@ def build_sft(
         ConfigError: the run has no sft stage.
         DataError: the labels would be wrong (see `masking`).
     """
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     from helpers import callbacks, masking
@@ -147,16 +148,21 @@ def build_sft(
     config = run.config
     require_stage(config, "sft")
     folder = open_stage(run, "sft")
+    scratch = tempfile.TemporaryDirectory(prefix="tunebook-")
     rows = {}
     for part in ("train", "eval"):
         if part not in data.parts_of(config.data):
             continue
-        conversations = [
-            row["messages"] for row in data.read_rows(run.require(f"data/{part}.jsonl"))
-        ]
+        conversations = data.stream_rows(run.require(f"data/{part}.jsonl"))
         rows[part] = masking.mask_conversations(
-            tokenizer, conversations, config.loss_on, config.max_length
+            tokenizer,
+            (row["messages"] for row in conversations),
+            config.loss_on,
+            config.max_length,
+            Path(scratch.name) / f"{part}.arrow",
         )
+        if rows[part].dropped:
+            print(f"{part}: {rows[part].describe_dropped()}")  # noqa: T201
     cut = checks.check_lengths(rows["train"].ends, config.max_length)
     if cut:
         print(checks.report([cut]))  # noqa: T201
@@ -166,8 +172,8 @@ def build_sft(
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(max_length=config.max_length, **arguments),
-        train_dataset=Dataset.from_list(rows["train"].rows),
-        eval_dataset=Dataset.from_list(rows["eval"].rows) if "eval" in rows else None,
+        train_dataset=rows["train"].rows,
+        eval_dataset=rows["eval"].rows if "eval" in rows else None,
         processing_class=tokenizer,
         callbacks=[
             callbacks.History(folder),
@@ -183,82 +189,10 @@ def build_sft(
         ],
     )
     keep_lora_fp32(trainer.model)
-    labels = rows["train"]._asdict()
-    del labels["ends"]
-    labels |= {"rows": len(labels["rows"]), "dropped": len(labels["dropped"])}
-    write_json(folder / "labels.json", labels)
+    # the rows stay on disk as long as the trainer reads them
+    weakref.finalize(trainer, scratch.cleanup)
+    write_json(folder / "labels.json", rows["train"].counts())
     return trainer
-
-
-def build_grpo(
-    run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Trainer:
-    """Returns the GRPO trainer of a run, over the problems in its `data/`.
-
-    Args:
-        run: with `data/` prepared.
-        model: carrying the SFT adapter, from `load_for_training(run, adapter)`.
-        tokenizer: of the model.
-
-    Raises:
-        MissingInput: notebook 01 has not prepared the data.
-        ConfigError: the run has no grpo stage, or every prompt is longer than
-            `max_prompt_length`.
-    """
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    from helpers import callbacks, rewards
-
-    config = run.config
-    require_stage(config, "grpo")
-    functions, weights = rewards.choose(config.rewards)
-    problems = data.read_rows(run.require("data/problems.jsonl"))
-    folder = open_stage(run, "grpo")
-    prompts = [
-        {"prompt": data.ask(p["question"], config.system_prompt), "gold": p["gold"]}
-        for p in problems
-    ]
-    if config.max_prompt_length:
-        prompts = short_prompts(prompts, tokenizer, config.max_prompt_length)
-    counts = {"prompts": len(prompts), "left_out": len(problems) - len(prompts)}
-    write_json(folder / "prompts.json", counts)
-    arguments = training_arguments(run, "grpo", folder)
-    trainer = GRPOTrainer(
-        model=model,
-        args=GRPOConfig(reward_weights=weights, **arguments),
-        reward_funcs=functions,
-        train_dataset=Dataset.from_list(prompts),
-        processing_class=tokenizer,
-        callbacks=[
-            callbacks.History(folder),
-            callbacks.TimedSaves(config.save_minutes),
-            callbacks.SkippedSteps(),
-        ],
-    )
-    keep_lora_fp32(trainer.model)
-    return trainer
-
-
-def short_prompts(
-    rows: list[data.Row], tokenizer: PreTrainedTokenizerBase, limit: int
-) -> list[data.Row]:
-    """Returns the rows whose prompt has at most `limit` tokens, header included.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    from helpers.templates import render
-
-    texts = [render(tokenizer, row["prompt"], for_generation=True) for row in rows]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    short = [r for r, ids in zip(rows, encoded, strict=True) if len(ids) <= limit]
-    if not short:
-        raise ConfigError(
-            f"max_prompt_length={limit} leaves none of {len(rows)} problems: the "
-            f"shortest prompt has {min(map(len, encoded))} tokens; raise it"
-        )
-    return short
 
 
 def fit(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
@@ -283,7 +217,7 @@ def fit(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
         print(f"{stage}: going on from {checkpoint.name}")  # noqa: T201
     if checkpoint is None or not restore_finished(trainer, checkpoint):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if not (folder / "adapter").exists() or stage == "grpo":
+    if not (folder / "adapter").exists():  # no evaluation has chosen one
         callbacks.save_adapter(trainer.model, folder / "adapter")
     part = stage_report(run, stage, trainer)
     run.write_part(stage, part)
@@ -301,16 +235,18 @@ def restore_finished(trainer: Trainer, checkpoint: Path) -> bool:
     """
     from transformers import TrainerState
 
-    from helpers import callbacks
+    from helpers import callbacks, guards
 
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if state.global_step < state.max_steps:
         return False
     models.set_adapter_weights(trainer.model, checkpoint)
     trainer.state = state
+    kinds = callbacks.History | callbacks.BestAdapter | guards.LivePanel
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, callbacks.History | callbacks.BestAdapter):
+        if isinstance(callback, kinds):
             callback.on_train_begin(trainer.args, state, trainer.control)
+            callback.on_train_end(trainer.args, state, trainer.control)
     return True
 
 
@@ -344,11 +280,15 @@ def adapters(run: Run) -> dict[str, Path | str | None]:
 
 def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
     """Trains one stage of a run, and what it needs before, and returns its report."""
+    from helpers import grpo
+
     require_stage(run.config, stage)
     data.ensure_data(run)
     start = ensure_adapter(run, "sft") if stage == "grpo" else None
     model, tokenizer = load_for_training(run, stage, start)
-    build = build_sft if stage == "sft" else build_grpo
+    if stage == "grpo":
+        print(grpo.show_plan(run, model, tokenizer))  # noqa: T201
+    build = build_sft if stage == "sft" else grpo.build_grpo
     part = fit(run, stage, build(run, model, tokenizer))
     del model
     runtime.free_memory()

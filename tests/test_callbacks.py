@@ -47,6 +47,17 @@ def test_a_resumed_run_remembers_its_best_value(
     assert earlier.best == float("inf")
 
 
+def test_the_adapter_of_the_highest_reward_is_kept_of_equals_the_later(
+    lora_model: Any, tmp_path: Path
+) -> None:
+    best = callbacks.BestAdapter(tmp_path / "adapter", by="eval_reward")
+    for step, value in enumerate((0.2, 0.4, 0.4, 0.3, float("nan")), start=1):
+        state = TrainerState(global_step=step)
+        best.on_log(None, state, None, logs={"eval_reward": value}, model=lora_model)  # type: ignore[arg-type]
+    note = json.loads((tmp_path / "best.json").read_text())
+    assert note == {"by": "eval_reward", "value": 0.4, "step": 3}
+
+
 def test_nan_is_never_the_best_loss(lora_model: Any, tmp_path: Path) -> None:
     best = callbacks.BestAdapter(tmp_path / "adapter", by="loss")
     state = TrainerState(global_step=1)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from helpers import data, evaluation, generation, recipes, results, runs, train
+from helpers import data, evaluation, generation, grpo, recipes, results, runs, train
 from helpers.config import RunConfig, changed
 from helpers.masking import NO_LOSS
 from helpers.runs import Run
@@ -74,7 +74,7 @@ def trained(
         for stage in run.config.stages:
             start = train.ensure_adapter(run, "sft") if stage == "grpo" else None
             model, tokenizer = train.load_for_training(run, stage, start)
-            build = train.build_sft if stage == "sft" else train.build_grpo
+            build = train.build_sft if stage == "sft" else grpo.build_grpo
             trainers[stage] = build(run, model, tokenizer)
             train.fit(run, stage, trainers[stage])
         yield Trained(run, tokenizer, trainers)
@@ -308,7 +308,6 @@ def test_what_the_recipe_holds_out_is_measured(trained: Trained) -> None:
     assert {key for key in keys.values() if key in part} == {keys[h] for h in held_out}
     assert len(results.results_table(run.report()).header) == 4 + len(held_out)
     results.draw_results(run.report(), run.path / "results.png")
-    assert len(results.examples(run, count=1).rows) == 1
 
 
 def test_the_tuned_model_answers_with_the_recipes_sampling(trained: Trained) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from helpers import data, recipes, rewards, runtime, stages, train
+from helpers.budget import read_used
 from helpers.config import ConfigError, changed
 from helpers.runs import MissingInput, Run
 
@@ -144,18 +145,31 @@ def test_results_of_other_settings_are_set_aside_not_deleted(
     assert (prepared.path / "sft.before-1" / "adapter").is_dir()
 
 
-def test_grpo_goes_on_from_the_sft_adapter_and_resumes_after_a_kill(
-    prepared: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_grpo_goes_on_from_the_sft_adapter(prepared: Run) -> None:
     train.train_stage(prepared, "sft")
-    kill_at(2, "grpo")
     part = train.train_stage(prepared, "grpo")
-    assert "going on from checkpoint-1" in capsys.readouterr().out
     assert part["steps"] == 3 and 0 <= part["reward_last"] <= 6.5
-    assert [step for step, _ in losses(prepared, "grpo", "reward")] == [1, 2, 3]
     sft, grpo = adapter(prepared, "sft"), adapter(prepared, "grpo")
     moved = max(float((sft[n] - grpo[n]).abs().max()) for n in sft)
     assert 0 < moved < 0.1  # it started from SFT's matrices, and they were trained
+
+
+def test_a_killed_grpo_goes_on_with_the_rewards_and_weights_it_would_have_had(
+    prepared: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.train_stage(prepared, "grpo")
+    (prepared.path / "grpo").rename(prepared.path / "whole")
+    kill_at(2, "grpo")
+    used_s = read_used(prepared.path / "grpo")
+    train.train_stage(prepared, "grpo")
+    assert "going on from checkpoint-1" in capsys.readouterr().out
+    for name in ("reward", "eval_reward", "groups/all_wrong"):
+        assert losses(prepared, "grpo", name) == losses(prepared, "whole", name)
+    assert [step for step, _ in losses(prepared, "grpo", "reward")] == [1, 2, 3]
+    resumed, whole = adapter(prepared, "grpo"), adapter(prepared, "whole")
+    for name in whole:
+        assert resumed[name] == pytest.approx(whole[name], abs=1e-6)
+    assert read_used(prepared.path / "grpo") > used_s > 0
 
 
 def test_a_missing_adapter_is_made_with_a_word(
@@ -348,44 +362,6 @@ def test_the_adapters_of_a_run_are_none_and_one_a_stage(
 
 
 # what the machine and the config decide together
-
-
-def test_problems_with_long_prompts_are_left_out_and_counted(
-    run_factory: Callable[..., Run],
-) -> None:
-    limit = 65
-    run = run_factory(
-        stages=["grpo"],
-        data__train=[],
-        data__eval=None,
-        max_prompt_length=limit,
-        grpo__max_steps=1,
-        grpo__max_completion_length=4,
-    )
-    data.prepare(run)
-    model, tokenizer = train.load_for_training(run, "grpo")
-    trainer = train.build_grpo(run, model, tokenizer)
-    lengths = [
-        len(
-            tokenizer.apply_chat_template(
-                r["prompt"], add_generation_prompt=True
-            ).input_ids
-        )
-        for r in trainer.train_dataset
-    ]
-    assert max(lengths) <= limit
-    part = train.fit(run, "grpo", trainer)
-    assert part["prompts_left_out"] == 2400 - len(lengths) > 0
-
-
-def test_a_limit_below_all_prompts_is_refused(run_factory: Callable[..., Run]) -> None:
-    run = run_factory(max_prompt_length=10)
-    data.prepare(run)
-    model, tokenizer = train.load_for_training(run, "grpo")
-    with pytest.raises(
-        ConfigError, match="=10 leaves none of 2400 .* has [0-9]+ tokens"
-    ):
-        train.build_grpo(run, model, tokenizer)
 
 
 @pytest.mark.parametrize("asked", [True, False])

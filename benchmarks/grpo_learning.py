@@ -1,0 +1,415 @@
+"""Proves, or not, that GRPO learns: accuracy after SFT, after GRPO, after more SFT.
+
+    python benchmarks/grpo_learning.py run OUT                     # seeds 0, 1, 2
+    python benchmarks/grpo_learning.py run OUT --seeds 0 --settings lr1e-4 lr2e-4
+    python benchmarks/grpo_learning.py run OUT --seeds --gsm8k FOLDER
+    python benchmarks/grpo_learning.py table OUT [OUT ...]         # into results/
+
+For each seed: the demo recipe's SFT (its best checkpoint by eval loss), then GRPO from
+it within `--minutes`, and, as a control, further SFT from it for the same time. All
+answer the 400 items of `test` and the 200 of `test_new`, greedily; the p value is of
+McNemar's exact test on the items, against SFT. With `--gsm8k` the same on real GSM8K,
+from a folder with train.jsonl and test_first660.jsonl, the base model beside it.
+
+Jobs run side by side, each in a process of its own, in fp16 under a cap of 14.0 GiB, as
+on a T4. Runs lie in `--runs`, and what is finished there is not made again. Every job
+writes its result, and its log, to OUT as soon as it has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+CAP_GB = 14.0
+TABLE = ROOT / "results" / "grpo_learning.json"
+END_S = 75  # a job needs after training: to load the model and answer the test items
+
+# What a GPU affords: sampling 256 answers takes about the time of 8.
+LARGE = {
+    "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 8,
+    "num_generations": 8,
+    "max_completion_length": 96,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 3,
+    "adam_beta2": 0.99,
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.5,
+    "optim": "adamw_torch",
+    "logging_steps": 1,
+    "save_strategy": "no",
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lr5e-5": LARGE | {"learning_rate": 5e-5},
+    "lr1e-4": LARGE,
+    "lr2e-4": LARGE | {"learning_rate": 2e-4},
+    "lr4e-4": LARGE | {"learning_rate": 4e-4},
+    "wide": LARGE
+    | {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 4},
+    # two and four updates an answer sampled, which is clipped where it goes too far
+    "two": LARGE | {"gradient_accumulation_steps": 4, "steps_per_generation": 8},
+    "four": LARGE | {"gradient_accumulation_steps": 2, "steps_per_generation": 8},
+    "four2e-4": LARGE
+    | {
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 8,
+        "learning_rate": 2e-4,
+    },
+    "sixteen": LARGE | {"num_generations": 16, "learning_rate": 2e-4},
+    "small": LARGE | {"gradient_accumulation_steps": 2},
+    # proves on a CPU that the program runs
+    "tiny": LARGE
+    | {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "num_generations": 4,
+        "max_completion_length": 24,
+    },
+}
+DEFAULT = "wide"
+GSM8K = "gsm8k"
+EVAL_ROWS = 200  # of the train split, for the eval loss and the best adapter
+
+
+def start_config(seed: int, given: argparse.Namespace) -> Any:
+    """Returns the config of the SFT that GRPO and the control start from."""
+    from helpers import recipes
+    from helpers.config import changed
+
+    base = changed(
+        recipes.load("demo"),
+        name=f"start{seed}",
+        stages=["sft"],
+        seed=seed,
+        engine=given.engine,
+        data__test_rows=given.rows,
+        data__test_new_rows=given.rows,
+        data__eval_rows=given.rows or 200,
+        data__problems=None,
+        grpo={},
+        evaluation__batch_size=given.batch,
+    )
+    if given.weights:
+        base = changed(base, weights=given.weights)
+    if given.sft_steps:
+        base = changed(base, sft__max_steps=given.sft_steps)
+    return base
+
+
+def gsm8k_config(given: argparse.Namespace) -> Any:
+    """Returns the config of SFT on real GSM8K; there is no second test set."""
+    from helpers.config import changed
+
+    folder = Path(given.gsm8k).resolve()
+    rows = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(True)
+    parts = {"train": rows[:-EVAL_ROWS], "eval": rows[-EVAL_ROWS:]}
+    places = {}
+    for name, part in parts.items():
+        places[name] = Path(given.runs).resolve() / f"gsm8k_{name}.jsonl"
+        places[name].parent.mkdir(parents=True, exist_ok=True)
+        places[name].write_text("".join(part), encoding="utf-8")
+    steps = given.sft_steps or 500
+    return changed(
+        start_config(0, given),
+        name=GSM8K,
+        max_length=1024,
+        data__train=[str(places["train"])],
+        data__eval=str(places["eval"]),
+        data__test=str(folder / "test_first660.jsonl"),
+        data__test_new=None,
+        evaluation__max_new_tokens=256,
+        sft__max_steps=steps,
+        sft__per_device_train_batch_size=4,
+        sft__learning_rate=5e-4,
+        sft__warmup_steps=steps // 20,
+        sft__eval_steps=max(1, steps // 5),
+        sft__save_steps=steps,
+    )
+
+
+def evaluate(run: Any, label: str, adapter: Path | str | None) -> dict[str, Any]:
+    """Returns right answers and items of each test set, with each item's verdict."""
+    from helpers import data, evaluation
+
+    part = evaluation.evaluate(run, label, adapter)
+    found: dict[str, Any] = {"eval_loss": part.get("eval_loss")}
+    for name, key in (("test", "accuracy"), ("test_new", "accuracy_new")):
+        if key in part:
+            items = data.read_rows(run.path / "eval" / label / f"{name}.jsonl")
+            found[name] = part[key]
+            found[f"{name}_right"] = [item["correct"] for item in items]
+    return found
+
+
+def start(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Trains and evaluates what GRPO starts from; the base model too, on GSM8K."""
+    from helpers import data, runs, train
+
+    real = name == GSM8K
+    config = gsm8k_config(given) if real else start_config(int(name[5:]), given)
+    run = runs.save_run(config)
+    data.ensure_data(run)
+    found = {"base": evaluate(run, "base", None)} if real else {}
+    part = train.train_stage(run, "sft")
+    return found | {
+        "sft": evaluate(run, "sft", run.path / "sft" / "adapter"),
+        "trained": part,
+    }
+
+
+def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Trains on from a start, by GRPO or by more SFT, and evaluates the result."""
+    from helpers import data, runs, stages, train
+    from helpers.config import changed
+
+    origin, _, setting = name.partition("-")
+    before = runs.open_run(origin)
+    adapter = before.path / "sft" / "adapter"
+    control = setting == "control"
+    config = changed(before.config, name=name, sft_adapter=str(adapter))
+    if control:
+        # the start's own recipe, over as many steps as fit into the time
+        done = json.loads((before.path / "sft" / "history.json").read_text())
+        timed = [e for e in done if "loss" in e]
+        a_step = (timed[-1]["seconds"] - timed[0]["seconds"]) / max(1, len(timed) - 1)
+        steps = max(1, int(60 * given.minutes / max(a_step, 1e-3)))
+        config = changed(
+            config,
+            sft__max_steps=steps,
+            sft__eval_steps=max(1, steps // 8),
+            sft__save_strategy="no",
+        )
+        run = runs.save_run(config)
+        data.ensure_data(run)
+        model, tokenizer = train.load_for_training(run, "sft", adapter)
+        part = train.fit(run, "sft", train.build_sft(run, model, tokenizer))
+        stage = "sft"
+    else:
+        values = dict(SETTINGS[setting])
+        if origin == GSM8K:
+            values["max_completion_length"] = min(
+                256, 2 * values["max_completion_length"]
+            )
+        config = changed(
+            config,
+            stages=["grpo"],
+            grpo=values,
+            grpo_minutes=given.minutes,
+            grpo_held_out=given.rows or 128,
+            data__problems=before.config.data.train[0],
+            rewards={"correctness": 1.0},
+        )
+        run = runs.save_run(config)
+        part = train.train_stage(run, "grpo")
+        stage = "grpo"
+    history = json.loads((run.path / stage / "history.json").read_text())
+    kept = ("step", "seconds", "reward", "eval_reward", "eval_loss", "entropy")
+    kept += ("frac_reward_zero_std", "completions/mean_length", "grad_norm")
+    return {
+        "after": evaluate(run, stage, run.path / stage / "adapter"),
+        "trained": part,
+        "best": stages.read_note(run.path / stage / "best.json"),
+        "config": config.grpo if stage == "grpo" else config.sft,
+        "history": [
+            {k: v for k, v in e.items() if k in kept}
+            for e in history[:: max(1, len(history) // 400)]
+        ],
+    }
+
+
+def job(name: str, given: argparse.Namespace) -> None:
+    """Does one job in this process; its result goes to the runs and to OUT."""
+    from helpers import runs
+
+    started = time.perf_counter()
+    os.environ["TUNEBOOK_RUNS"] = str(Path(given.runs).resolve())
+    result = go_on(name, given) if "-" in name else start(name, given)
+    result |= {"name": name, "engine": given.engine, "minutes": given.minutes}
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    runs.write_json(result_file(name, given), result)
+    shutil.copy(result_file(name, given), Path(given.out) / f"{name}.json")
+
+
+def result_file(name: str, given: argparse.Namespace) -> Path:
+    """Returns where a job's result lies among the runs."""
+    return Path(given.runs) / "results" / f"{name}.json"
+
+
+def run_job(name: str, given: argparse.Namespace, ends: float) -> bool:
+    """Runs a job in a process of its own; returns whether it went well."""
+    out = Path(given.out)
+    kept = result_file(name, given)
+    if kept.exists():
+        shutil.copy(kept, out / kept.name)
+        print(f"{name}: done before", flush=True)
+        return True
+    minutes = given.minutes
+    if "-" in name:
+        minutes = min(minutes, (ends - time.monotonic() - END_S) / 60)
+    if minutes < 0.3:
+        print(f"{name}: left out, no time for it", flush=True)
+        return False
+    environment = {
+        **os.environ,
+        "TUNEBOOK_DTYPE": os.environ.get("TUNEBOOK_DTYPE", "float16"),
+        "TUNEBOOK_GPU_GB": str(CAP_GB),
+        "TOKENIZERS_PARALLELISM": "false",
+        "MPLBACKEND": "agg",
+    }
+    values = vars(given) | {"minutes": minutes}
+    command = [sys.executable, __file__, "job", name, json.dumps(values)]
+    started = time.monotonic()
+    with (out / f"{name}.log").open("w") as file:
+        code = subprocess.call(command, env=environment, stdout=file, stderr=file)
+    seconds = time.monotonic() - started
+    said = summary(json.loads(kept.read_text())) if code == 0 else "FAILED"
+    print(f"{name}: {seconds:.0f} s, {said}", flush=True)
+    return code == 0
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Returns a result in a line."""
+    parts = []
+    for label in ("base", "sft", "after"):
+        for name in ("test", "test_new"):
+            found = result.get(label, {}).get(name)
+            if found:
+                share = found["k"] / found["n"]
+                parts.append(f"{label} {name} {found['k']}/{found['n']} = {share:.1%}")
+    trained = result["trained"]
+    parts.append(f"{trained['steps']} steps in {trained['seconds']:.0f} s")
+    parts.append(f"{trained['peak_memory_gb']:.1f} GiB")
+    return ", ".join(parts)
+
+
+def run_all(given: argparse.Namespace) -> None:
+    """Runs all jobs, each as soon as what it starts from is there."""
+    from helpers import hub
+
+    out = Path(given.out)
+    out.mkdir(parents=True, exist_ok=True)
+    ends = time.monotonic() + given.limit
+    hub.find_model("smollm2-135m-offline")  # converted once, not by each job
+    origins = [f"start{seed}" for seed in given.seeds] + [GSM8K] * bool(given.gsm8k)
+    with ThreadPoolExecutor(given.workers) as pool:
+        starts: dict[str, Future[bool]] = {
+            name: pool.submit(run_job, name, given, ends) for name in origins
+        }
+        later = []
+        for name, started in starts.items():
+            if started.result():
+                ways = [*given.settings, *([] if given.no_control else ["control"])]
+                names = [f"{name}-{way}" for way in ways]
+                later += [pool.submit(run_job, n, given, ends) for n in names]
+        for future in later:
+            future.result()
+
+
+def write_table(given: argparse.Namespace) -> None:
+    """Joins the results of OUT folders into results/grpo_learning.json."""
+    from helpers.runs import write_json
+
+    found: dict[str, dict[str, Any]] = {}
+    for folder in given.out:
+        for path in sorted(Path(folder).glob("*.json")):
+            found[path.stem] = json.loads(path.read_text())
+    setting = given.settings[0]
+    rows = []
+    for name in sorted(n for n in found if n.startswith("start") and "-" not in n):
+        if f"{name}-{setting}" in found:
+            rows.append({"seed": int(name[5:]), **row(found, name, setting)})
+    table: dict[str, Any] = {"setting": setting, "seeds": rows}
+    if GSM8K in found:
+        table["gsm8k"] = {"base": found[GSM8K]["base"]["test"]}
+        if f"{GSM8K}-{setting}" in found:
+            table["gsm8k"] |= row(found, GSM8K, setting)
+        else:
+            table["gsm8k"]["sft"] = found[GSM8K]["sft"]["test"]
+    first = next(v for k, v in found.items() if k.endswith(setting))
+    table["conditions"] = {
+        "machine": given.machine,
+        "model": "smollm2-135m-offline",
+        "engine": first["engine"],
+        "grpo": first["config"],
+    }
+    write_json(TABLE, table)
+    print(json.dumps(table["seeds"], indent=1))
+
+
+def row(found: dict[str, Any], origin: str, setting: str) -> dict[str, Any]:
+    """Returns accuracies after SFT, GRPO and the control, with the paired p values."""
+    from helpers.intervals import compare
+
+    sft, grpo = found[origin]["sft"], found[f"{origin}-{setting}"]
+    control = found.get(f"{origin}-control")
+    counts: dict[str, Any] = {}
+    for name in ("test", "test_new"):
+        if name not in sft:
+            continue
+        right = f"{name}_right"
+        part = {
+            "sft": sft[name],
+            "grpo": grpo["after"][name],
+            "p": compare(sft[right], grpo["after"][right])["p"],
+        }
+        if control:
+            p = compare(sft[right], control["after"][right])["p"]
+            part["more_sft"] = {**control["after"][name], "p": p}
+        counts |= part if name == "test" else {name: part}
+    for name, job in (("grpo", grpo), ("more_sft", control)):
+        if job:
+            took = round(job["trained"]["seconds"] / 60, 2)
+            counts[name] |= {"minutes": took, "steps": job["trained"]["steps"]}
+    return counts | {"minutes": counts["grpo"]["minutes"]}
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("out")
+    run.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    run.add_argument("--settings", nargs="*", default=[DEFAULT], choices=[*SETTINGS])
+    run.add_argument("--minutes", type=float, default=4.0, help="of GRPO, at most 10")
+    run.add_argument("--limit", type=float, default=570.0, help="seconds for it all")
+    run.add_argument("--workers", type=int, default=6, help="jobs side by side")
+    run.add_argument("--engine", default="unsloth", choices=["unsloth", "transformers"])
+    run.add_argument("--weights", default="", choices=["", "4bit", "16bit"])
+    run.add_argument("--gsm8k", default="", help="folder with the real splits")
+    run.add_argument("--runs", default=str(ROOT / "runs" / "grpo_learning"))
+    run.add_argument("--no-control", action="store_true")
+    run.add_argument("--rows", type=int, default=None, help="test items, to try it out")
+    run.add_argument("--sft-steps", type=int, default=None, help="the recipe's own")
+    run.add_argument("--batch", type=int, default=128, help="answers a batch, to score")
+    table = commands.add_parser("table")
+    table.add_argument("out", nargs="+")
+    table.add_argument("--settings", nargs=1, default=[DEFAULT])
+    table.add_argument("--machine", default="H100, fp16, 14.0 GiB")
+    one = commands.add_parser("job")
+    one.add_argument("name")
+    one.add_argument("values", type=json.loads)
+    given = parser.parse_args()
+    if given.command == "job":
+        job(given.name, argparse.Namespace(**given.values))
+    elif given.command == "run":
+        run_all(given)
+    else:
+        write_table(given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""GRPO: what is held out, the probe and its plan, the adapter that is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from helpers import budget, data, grpo, guards, heldout, models, rewards, train
+from helpers.config import ConfigError, changed
+from helpers.runs import Run
+
+
+def length(completions: list[Any], **_: Any) -> list[float | None]:
+    """A reward of one's own that random text spreads: its length, modulo seven."""
+    return [float(len(rewards.text_of(c)) % 7) for c in completions]
+
+
+@pytest.fixture
+def make(
+    run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Run]:
+    """Makes a prepared run of GRPO alone, with a reward that a random model gets."""
+    monkeypatch.setitem(rewards.REWARDS, "length", length)
+
+    def prepared(**changes: Any) -> Run:
+        small = {
+            "stages": ["grpo"],
+            "rewards": {"length": 1.0, "strict_format": 0.5},
+            "grpo__max_steps": 3,
+            "grpo__max_completion_length": 6,
+            "grpo_held_out": 4,
+        }
+        run = run_factory(**{**small, **changes})
+        data.prepare(run)
+        return run
+
+    return prepared
+
+
+def history(run: Run) -> list[dict[str, Any]]:
+    return json.loads((run.path / "grpo" / "history.json").read_text())
+
+
+# what is held out
+
+
+def test_held_out_problems_are_eval_rows_and_all_problems_are_trained_on(
+    make: Callable[..., Run],
+) -> None:
+    run = make()
+    problems, held = heldout.split_problems(run)
+    assert (len(problems), len(held)) == (2400, 4)
+    rows = data.load_rows(run.config.data.eval or "")
+    assert [p["question"] for p in held] == [r["question"] for r in rows[:4]]
+    assert held[0]["gold"] == rows[0]["answer"].split("#### ")[1]
+
+
+def test_without_eval_rows_the_last_problems_are_held_out(
+    make: Callable[..., Run],
+) -> None:
+    run = make(data__train=[], data__eval=None)
+    rows = data.read_rows(run.path / "data" / "problems.jsonl")
+    problems, held = heldout.split_problems(run)
+    assert problems == rows[:-4] and held == rows[-4:]
+
+
+def test_eval_conversations_without_a_gold_answer_are_not_held_out(
+    make: Callable[..., Run],
+) -> None:
+    run = make(data__eval="data_samples/alpaca.jsonl")
+    assert heldout.split_problems(run)[1][0]["id"] == "train-02396"
+
+
+def test_the_held_out_reward_is_the_weighted_mean_over_greedy_answers(
+    make: Callable[..., Run], tiny_model_folder: Any
+) -> None:
+    run = make()
+    model, tokenizer = models.load_model(str(tiny_model_folder))
+    held = [{"prompt": data.ask(q, ""), "gold": "5"} for q in ("1 + 4?", "2 + 3?")]
+    paid = (run.config, [length, rewards.correctness], [0.5, 1.0])
+    found = heldout.score(model, tokenizer, held, *paid)
+    assert found["eval_reward"] == pytest.approx(
+        0.5 * found["eval_rewards/length"] + found["eval_rewards/correctness"], abs=1e-3
+    )
+    assert found == heldout.score(model, tokenizer, held, *paid)
+
+
+# the training
+
+
+def test_the_best_adapter_by_held_out_reward_is_kept_and_reported(
+    make: Callable[..., Run],
+) -> None:
+    run = make(grpo__eval_steps=1, grpo__learning_rate=1e-3)
+    part = train.train_stage(run, "grpo")
+    measured = [
+        (e["eval_reward"], e["step"]) for e in history(run) if "eval_reward" in e
+    ]
+    assert [step for _, step in measured] == [0, 1, 2, 3]
+    best, step = max(measured)
+    assert (part["held_out_best"], part["best_step"]) == (round(best, 4), step)
+    assert part["held_out_first"] == round(measured[0][0], 4)
+    for name in ("diagnostics.png", "answers.jsonl", "curves.png"):
+        assert (run.path / "grpo" / name).stat().st_size > 0
+
+
+def test_without_evaluation_the_last_adapter_is_kept(make: Callable[..., Run]) -> None:
+    run = make(grpo__eval_strategy="no", grpo__max_steps=1)
+    part = train.train_stage(run, "grpo")
+    assert "held_out_best" not in part
+    assert not any("eval_reward" in entry for entry in history(run))
+    assert (run.path / "grpo" / "adapter" / "adapter_config.json").exists()
+
+
+# the budget
+
+
+def test_the_plan_is_timed_on_real_steps_that_change_no_weight(
+    make: Callable[..., Run],
+) -> None:
+    run = make(grpo_minutes=0.5)
+    model, tokenizer = train.load_for_training(run, "grpo")
+    before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+    made = grpo.make_plan(run, model, tokenizer)
+    after = dict(model.named_parameters())
+    assert all(bool((after[name] == value).all()) for name, value in before.items())
+    assert made.timing.step_s > 0 and made.timing.evaluation_s > 0
+    assert 1 <= made.timing.longest <= 12  # six tokens, read as text again
+    assert budget.read_used(run.path / "grpo") == made.timing.spent_s
+    assert grpo.make_plan(run, model, tokenizer) == made  # kept, not timed again
+    assert not (run.path / "grpo" / "probe").exists()
+
+
+def test_a_plan_without_minutes_is_refused(make: Callable[..., Run]) -> None:
+    with pytest.raises(ConfigError, match="grpo_minutes is empty"):
+        grpo.make_plan(make(), None, None)  # type: ignore[arg-type]
+
+
+def test_a_training_with_minutes_ends_by_the_clock_with_its_adapter_saved(
+    make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+
+    def slow(completions: list[Any], **_: Any) -> list[float | None]:
+        clock.now += 5  # of sampling: each step and each evaluation calls it once
+        return length(completions)
+
+    monkeypatch.setitem(rewards.REWARDS, "slow", slow)
+    monkeypatch.setattr(guards, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    run = make(
+        rewards={"slow": 1.0}, grpo_minutes=0.75, grpo__lr_scheduler_type="linear"
+    )
+    part = train.train_stage(run, "grpo")
+    made = budget.read_plan(run.path / "grpo")
+    assert made is not None
+    # besides: the probe's step and evaluation, the first and the last evaluation
+    assert part["planned_steps"] == made.steps == 4
+    assert budget.read_used(run.path / "grpo") == pytest.approx(45, abs=5)
+    assert "0.75 minutes of grpo_minutes are used" in part["stopped"]
+    rates = [e["learning_rate"] for e in history(run) if "learning_rate" in e]
+    assert rates[0] > 2 * rates[-1] >= 0
+    assert (run.path / "grpo" / "adapter" / "adapter_config.json").exists()
+
+
+def test_the_small_version_of_a_recipe_counts_steps_not_minutes() -> None:
+    from helpers import recipes
+
+    config = changed(recipes.load("demo"), grpo_minutes=60)
+    assert recipes.scaled(config, steps=4).grpo_minutes is None
