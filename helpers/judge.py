@@ -1,0 +1,248 @@
+"""A careful client of any OpenAI-compatible judge: retries, keeps answers, resumes.
+
+A verdict that is missing or cannot be read is None and counted, never replaced by a
+guess. Prompts come from the files that publish them (`mt_bench.find_data`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from helpers.formats import DataError, Messages, Row
+from helpers.runs import Run, write_json
+
+RATING = r"(\d+(?:\.\d*)?)(?:\s*/\s*10)?"
+# what a body that is no JSON, or JSON that is no completion, raises in the client
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError)
+UNJUDGED = (
+    "answers are written, nothing is judged: name a judge with --judge URL "
+    "--judge-model NAME, any OpenAI-compatible server (a key in OPENAI_API_KEY)"
+)
+WINNERS = {"A": "first", "B": "second", "C": "tie"}
+
+
+class JudgeError(ValueError):
+    """A judge that cannot be asked; the message says what to do."""
+
+
+class Reply(NamedTuple):
+    """What a judge wrote, None with the reason when nothing could be had."""
+
+    text: str | None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A model behind an OpenAI-compatible address, whose answers are kept on disk.
+
+    Greedy with at most 2,048 tokens, as FastChat asks its judges
+    (`fastchat/llm_judge/common.py`), unless `options` say otherwise.
+    """
+
+    model: str
+    cache: Path
+    """Folder of the answers, a file each: a repeated run asks only what is missing."""
+    base_url: str | None = None
+    """Ends in `/v1` at most servers; None is OpenAI's own."""
+    api_key: str = field(default="none", repr=False)
+    options: dict[str, Any] = field(
+        default_factory=lambda: {"temperature": 0, "max_tokens": 2048}
+    )
+    timeout_s: float = 120.0
+    retries: int = 5
+    """Of 408, 409, 429 (after its Retry-After), 5xx, time-outs, cut connections and
+    answers that are no completion; each wait is longer than the one before."""
+    workers: int = 4
+    """Questions asked at the same time; lower it where the limit of rate is low."""
+
+    def ask(self, conversations: list[Messages]) -> list[Reply]:
+        """Returns one reply a conversation, in their order.
+
+        Raises:
+            JudgeError: the address, the key or the model's name is wrong, or the first
+                question finds nobody there.
+        """
+        import openai
+
+        replies = [self.recall(messages) for messages in conversations]
+        new = [n for n, reply in enumerate(replies) if reply is None]
+        if new:
+            client = openai.OpenAI(
+                base_url=self.base_url,
+                api_key=self.api_key,
+                timeout=self.timeout_s,
+                max_retries=self.retries,
+            )
+            # alone, so that a wrong address ends it before the rest wait for it too
+            replies[new[0]] = self.request(client, conversations[new[0]], first=True)
+            with ThreadPoolExecutor(self.workers) as pool:
+                asked = pool.map(
+                    lambda n: self.request(client, conversations[n]), new[1:]
+                )
+                for n, reply in zip(new[1:], asked, strict=True):
+                    replies[n] = reply
+        return [reply or Reply(None, "not asked") for reply in replies]
+
+    def request(self, client: Any, messages: Messages, first: bool = False) -> Reply:
+        """Returns the reply to one conversation and keeps it, unless it failed."""
+        import openai
+
+        reply = Reply(None, "an answer that is no chat completion")
+        for attempt in range(self.retries + 1):
+            try:
+                completion = client.chat.completions.create(
+                    model=self.model, messages=messages, **self.options
+                )
+                choice = completion.choices[0]
+                text = choice.message.content
+            except (
+                openai.AuthenticationError,
+                openai.PermissionDeniedError,
+                openai.NotFoundError,
+            ) as error:
+                raise JudgeError(
+                    f"the judge at {client.base_url} refuses model {self.model!r}: "
+                    f"{str(error)[:200]}; check OPENAI_API_KEY, the address (most end "
+                    "in /v1) and the model's name"
+                ) from error
+            except openai.APIConnectionError as error:
+                # after a time-out somebody is there, if slow
+                if first and not isinstance(error, openai.APITimeoutError):
+                    raise JudgeError(
+                        f"no judge answers at {client.base_url}: {error} "
+                        f"({error.__cause__}); start it, or check the address and the "
+                        "network"
+                    ) from error
+                return Reply(None, str(error))
+            except openai.APIStatusError as error:
+                return Reply(None, f"status {error.status_code}")
+            except (*MALFORMED, openai.APIError):
+                if attempt < self.retries:
+                    time.sleep(min(0.5 * 2**attempt, 8))
+                continue
+            if text:
+                write_json(self.place(messages), {"messages": messages, "text": text})
+                return Reply(text)
+            return Reply(None, f"empty answer, finished by {choice.finish_reason}")
+        return reply
+
+    def place(self, messages: Messages) -> Path:
+        """Returns the file of an answer, named by all that decides it."""
+        asked = [self.base_url, self.model, self.options, messages]
+        text = json.dumps(asked, sort_keys=True, ensure_ascii=False)
+        return self.cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+    def recall(self, messages: Messages) -> Reply | None:
+        """Returns an answer that an earlier run was given, None without one."""
+        path = self.place(messages)
+        if not path.exists():
+            return None
+        return Reply(json.loads(path.read_text(encoding="utf-8"))["text"])
+
+
+def read_rating(text: str | None) -> float | None:
+    """Returns the rating of 1 to 10 in a judgment, None where there is none.
+
+    FastChat's rule: the first `[[rating]]`, else the first `[rating]`. Spaces inside
+    and `/10` are forgiven; a number off the scale is no rating.
+
+    >>> read_rating("Clear and correct. Rating: [[8]]")
+    8.0
+    >>> read_rating("Rating: [7.5]"), read_rating("**[[ 9/10 ]]**")
+    (7.5, 9.0)
+    >>> read_rating("Rating: 8") is read_rating("Rating: [[85]]") is read_rating(None)
+    True
+    """
+    for pattern in (rf"\[\[\s*{RATING}\s*\]\]", rf"\[\s*{RATING}\s*\]"):
+        if found := re.search(pattern, text or ""):
+            rating = float(found[1])
+            return rating if 1 <= rating <= 10 else None
+    return None
+
+
+def read_winner(text: str | None) -> str | None:
+    """Returns `first`, `second` or `tie` by `[[A]]`, `[[B]]`, `[[C]]`, None without.
+
+    A judgment that holds two different verdicts has none.
+
+    >>> read_winner("Assistant B is more precise. [[B]]")
+    'second'
+    >>> read_winner("[[A]] if A is better, [[B]] if B is: I cannot say.") is None
+    True
+    """
+    found = set(re.findall(r"\[\[([ABC])\]\]", text or ""))
+    return WINNERS[found.pop()] if len(found) == 1 else None
+
+
+def fill(prompt: Row, **fields: str) -> Messages:
+    """Returns what to send: a published prompt with questions and answers put in.
+
+    Args:
+        prompt: a row of FastChat's `judge_prompts.jsonl`.
+        fields: the names in its template.
+    """
+    return [
+        {"role": "system", "content": prompt["system_prompt"]},
+        {"role": "user", "content": prompt["prompt_template"].format(**fields)},
+    ]
+
+
+def add_result(run: Run, label: str, name: str, values: dict[str, Any]) -> None:
+    """Writes one result of a model into the `eval` part of the run's report."""
+    part = run.report().get("eval", {})
+    run.write_part("eval", {**part, label: {**part.get(label, {}), name: values}})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the run, and the options that name a judge, to a command line."""
+    parser.add_argument("run", help="a run's name")
+    parser.add_argument("--judge", metavar="URL", help="else OPENAI_BASE_URL")
+    parser.add_argument("--judge-model", metavar="NAME", help="else TUNEBOOK_JUDGE")
+
+
+def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | None]:
+    """Returns the adapter of each label, all of the run's models without labels.
+
+    Raises:
+        DataError: the run has no such model.
+    """
+    from helpers import train
+
+    known = {"base": None} | {stage: stage for stage in run.config.stages}
+    if unknown := [label for label in labels or [] if label not in known]:
+        raise DataError(
+            f"run {run.config.name!r} has no model {unknown[0]!r}, only "
+            f"{', '.join(known)}"
+        )
+    stages = {label: known[label] for label in labels or known}
+    return {
+        n: stage and train.ensure_adapter(run, stage) for n, stage in stages.items()
+    }
+
+
+def open_judge(run: Run, url: str | None, model: str | None) -> Judge | None:
+    """Returns the judge of a command line or the environment, None if none is named.
+
+    The key is `OPENAI_API_KEY`; a server of your own may need none.
+
+    Raises:
+        JudgeError: an address without a model's name.
+    """
+    url = url or os.environ.get("OPENAI_BASE_URL")
+    model = model or os.environ.get("TUNEBOOK_JUDGE")
+    if model is None:
+        if url is None:
+            return None
+        raise JudgeError(f"which model judges at {url}? give --judge-model NAME")
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    return Judge(model, run.path / "eval" / "judge", url, key)

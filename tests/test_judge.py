@@ -1,0 +1,271 @@
+"""The judge client against a real server with its faults, and how verdicts are read."""
+
+from __future__ import annotations
+
+import ast
+import re
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import judge
+from helpers.formats import DataError
+from helpers.judge import Judge, JudgeError
+from helpers.runs import Run
+from tests.judge_server import JudgeServer
+
+MESSAGES = [{"role": "user", "content": "Rate this."}]
+ONE_MORE = {"retries": 1, "timeout_s": 0.4}
+
+
+def echo(request: dict[str, Any]) -> str:
+    return f"about {request['messages'][-1]['content']} [[8]]"
+
+
+@pytest.fixture
+def server() -> Iterator[JudgeServer]:
+    with JudgeServer(echo) as running:
+        yield running
+
+
+@pytest.fixture
+def open_client(server: JudgeServer, tmp_path: Path):
+    def make(**changes: Any) -> Judge:
+        settings = {"base_url": server.url, "retries": 2, "timeout_s": 5.0}
+        return Judge("local", tmp_path / "cache", **{**settings, **changes})
+
+    return make
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_replies_come_in_the_order_of_the_questions(server, open_client):
+    server.answer = lambda request: (
+        time.sleep(0.05 * int(request["messages"][0]["content"])) or echo(request)
+    )
+    replies = open_client(workers=4).ask([ask(str(n)) for n in (1, 4, 3, 2, 0)])
+    assert [r.text for r in replies] == [f"about {n} [[8]]" for n in (1, 4, 3, 2, 0)]
+
+
+def test_the_judge_is_asked_greedily_with_its_model_and_key(server, open_client):
+    open_client(api_key="secret").ask([MESSAGES])
+    assert server.keys == ["Bearer secret"]
+    request = {"model": "local", "temperature": 0, "max_tokens": 2048}
+    assert server.requests == [{**request, "messages": MESSAGES}]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (429, {"Retry-After": "0"}),
+        500,
+        503,
+        1.0,
+        "cut",
+        '{"choices": [',
+        "<html>Bad gateway</html>",
+        '{"choices": []}',
+        '"so be it"',
+        '{"error": "overloaded"}',
+    ],
+    ids=str,
+)
+def test_a_fault_that_passes_costs_one_more_request(server, open_client, fault):
+    server.faults = [fault]
+    (reply,) = open_client(**ONE_MORE).ask([MESSAGES])
+    assert reply == ("about Rate this. [[8]]", "")
+    assert len(server.requests) == 2
+
+
+def test_retry_after_is_waited_for(server, open_client):
+    server.faults = [(429, {"Retry-After": "1"})]
+    started = time.perf_counter()
+    open_client().ask([MESSAGES])
+    assert 1.0 <= time.perf_counter() - started < 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "tries", "reason"),
+    [
+        (500, 2, "status 500"),
+        (429, 2, "status 429"),
+        (400, 1, "status 400"),
+        (1.0, 2, "timed out"),
+        ("cut", 2, "Connection error"),
+        ('{"choices": [', 2, "no chat completion"),
+    ],
+    ids=str,
+)
+def test_a_fault_that_stays_gives_no_text_but_a_reason(
+    server, open_client, fault, tries, reason
+):
+    server.faults = [None, *[fault] * tries]
+    asked = [ask("first"), ask("second"), ask("third")]
+    first, second, third = open_client(**ONE_MORE, workers=1).ask(asked)
+    assert (first.text, third.text) == ("about first [[8]]", "about third [[8]]")
+    assert second.text is None
+    assert reason in second.error
+
+
+def test_a_failure_is_not_kept_so_that_the_next_run_asks_again(server, open_client):
+    client = open_client(**ONE_MORE)
+    server.faults = [500, 500]
+    assert client.ask([MESSAGES])[0].text is None
+    assert client.ask([MESSAGES])[0].text == "about Rate this. [[8]]"
+
+
+def test_an_empty_answer_is_a_failure_with_its_reason(server, open_client):
+    server.answer = lambda request: ""
+    (reply,) = open_client().ask([MESSAGES])
+    assert reply == (None, "empty answer, finished by stop")
+
+
+def test_a_repeated_run_asks_only_what_is_missing(server, open_client):
+    open_client().ask([ask("1"), ask("2")])
+    replies = open_client().ask([ask("3"), ask("2"), ask("1")])
+    assert [reply.text for reply in replies] == [f"about {n} [[8]]" for n in (3, 2, 1)]
+    assert [r["messages"][0]["content"] for r in server.requests[2:]] == ["3"]
+
+
+def test_answers_got_before_an_error_are_kept(server, open_client):
+    client = open_client(workers=1)
+    server.faults = [None, 401]
+    with pytest.raises(JudgeError):
+        client.ask([ask("1"), ask("2")])
+    client.ask([ask("1"), ask("2")])
+    asked = [request["messages"][0]["content"] for request in server.requests]
+    assert asked == ["1", "2", "2"]
+
+
+@pytest.mark.parametrize("change", [{"options": {"temperature": 1}}, {"api_key": "k"}])
+def test_an_answer_serves_again_for_the_same_request_only(server, open_client, change):
+    open_client().ask([MESSAGES])
+    open_client(**change).ask([MESSAGES])
+    assert len(server.requests) == (2 if "options" in change else 1)
+
+
+def test_the_key_is_not_shown(open_client):
+    assert "secret" not in repr(open_client(api_key="secret"))
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_ends_it_with_one_sentence(server, open_client, status):
+    server.always = status
+    with pytest.raises(JudgeError, match="refuses model 'local'.*check OPENAI_API_KEY"):
+        open_client().ask([MESSAGES, ask("2")])
+    assert len(server.requests) == 1
+
+
+def test_an_address_where_nobody_is_ends_it_with_one_sentence(server, open_client):
+    server.server.server_close()
+    with pytest.raises(JudgeError, match=f"no judge answers at {server.url}.*start it"):
+        open_client(retries=0).ask([MESSAGES, ask("2")])
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [
+        ("[[8]]", 8),
+        ("Rating: [[10]]", 10),
+        ("Rating: [[7.5]].", 7.5),
+        ("**Rating: [[ 6 ]]**", 6),
+        ("[[9/10]]", 9),
+        ("[4] is cited. Rating: [[3]]", 3),
+        ("Rating: [5]", 5),
+        ("First [[2]], on reflection [[9]]", 2),
+        ("Rating: 8", None),
+        ("[[rating]]", None),
+        ("[[eight]]", None),
+        ("[[0]]", None),
+        ("[[80]]", None),
+        ("[[-3]]", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_rating_is_read_or_missing_but_never_made_up(text, rating):
+    assert judge.read_rating(text) == rating
+
+
+def published_patterns() -> list[str]:
+    """The patterns of FastChat's own code, read from the package that carries it."""
+    package = find_spec("mtbench_evaluator")
+    if package is None or package.origin is None:
+        pytest.skip("pip install --no-deps nvidia-mtbench-evaluator")
+    inner = "fastchat/fastchat/llm_judge/common.py"
+    text = (Path(package.origin).parent / inner).read_text(encoding="utf-8")
+    found = re.findall(r"^(one_score_pattern\w*) = re.compile\((.+)\)$", text, re.M)
+    patterns = {name: ast.literal_eval(f"r{literal}") for name, literal in found}
+    return [patterns["one_score_pattern"], patterns["one_score_pattern_backup"]]
+
+
+@pytest.mark.parametrize(
+    "text", ["[[8]]", "a [1] b [[2]]", "[3]", "[[4.5]] [[6]]", "[[7.]]", "[ 8]", "8"]
+)
+def test_ratings_are_those_that_fastchat_reads(text):
+    matches = [re.search(pattern, text) for pattern in published_patterns()]
+    found = next((float(match[1]) for match in matches if match), None)
+    assert found == (None if text == "[ 8]" else judge.read_rating(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "winner"),
+    [
+        ("B is better: [[B]]", "second"),
+        ("[[A]]", "first"),
+        ("Both are fine. [[C]]", "tie"),
+        ("[[A]] ... so again: [[A]]", "first"),
+        ("[[A]] or [[B]]?", None),
+        ("[[D]]", None),
+        ("A", None),
+        (None, None),
+    ],
+)
+def test_a_winner_is_read_or_missing_but_never_made_up(text, winner):
+    assert judge.read_winner(text) == winner
+
+
+def test_no_judge_is_opened_where_none_is_named(run: Run, monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.delenv("TUNEBOOK_JUDGE", raising=False)
+    assert judge.open_judge(run, None, None) is None
+
+
+def test_a_judge_is_named_by_the_environment(run: Run, monkeypatch):
+    for name, value in {
+        "OPENAI_BASE_URL": "http://localhost:1/v1",
+        "OPENAI_API_KEY": "secret",
+        "TUNEBOOK_JUDGE": "local",
+    }.items():
+        monkeypatch.setenv(name, value)
+    found = judge.open_judge(run, None, None)
+    assert found is not None
+    assert (found.base_url, found.model) == ("http://localhost:1/v1", "local")
+    assert found.api_key == "secret"
+
+
+def test_an_address_without_a_model_is_refused(run: Run, monkeypatch):
+    monkeypatch.delenv("TUNEBOOK_JUDGE", raising=False)
+    with pytest.raises(JudgeError, match="which model judges at http://x.*judge-model"):
+        judge.open_judge(run, "http://x/v1", None)
+
+
+def test_a_model_that_the_run_lacks_is_refused(run: Run):
+    with pytest.raises(DataError, match="no model 'dpo', only base, sft, grpo"):
+        judge.find_adapters(run, ["base", "dpo"])
+
+
+def test_a_result_joins_what_the_report_has_of_the_model(run: Run):
+    run.write_part("eval", {"base": {"accuracy": 1}, "sft": {"accuracy": 2}})
+    judge.add_result(run, "sft", "mt_bench", {"score": 3})
+    found = run.report()["eval"]
+    assert found == {
+        "base": {"accuracy": 1},
+        "sft": {"accuracy": 2, "mt_bench": {"score": 3}},
+    }
