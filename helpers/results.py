@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import data
 from helpers.runs import Run, write_text
 
 if TYPE_CHECKING:
@@ -16,6 +15,20 @@ if TYPE_CHECKING:
 
 STAGES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
 ACCURACIES = {"accuracy": "test", "accuracy_new": "test_new"}
+TEXTS = {"test_chat": "test_chat", "eval_text": "eval"}
+METRICS = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "exact_match": "exact match",
+    "token_f1": "token F1",
+}
+VERDICTS = {
+    "correct": "right",
+    "strict_match": "strict match",
+    "flexible_extract": "flexible extract",
+    "strict_format": "format",
+}
 
 
 def percent(part: dict[str, float]) -> str:
@@ -30,26 +43,45 @@ def percent(part: dict[str, float]) -> str:
 
 
 class Table:
-    """Rows of text: aligned in a terminal, a table in a notebook."""
+    """Rows of text, with notes below: aligned in a terminal, a table in a notebook."""
 
-    def __init__(self, header: list[str], rows: list[list[str]]) -> None:
-        self.header, self.rows = header, rows
+    def __init__(
+        self, header: list[str], rows: list[list[str]], notes: Sequence[str] = ()
+    ) -> None:
+        self.header, self.rows, self.notes = header, rows, notes
 
     def __repr__(self) -> str:
         lines = [self.header, *self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
-        return "\n".join(
+        aligned = [
             "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
             for line in lines
-        )
+        ]
+        return "\n".join([*aligned, *self.notes])
 
     def _repr_html_(self) -> str:
-        def row(cells: list[str], tag: str) -> str:
-            inner = (f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-            return f"<tr>{''.join(inner)}</tr>"
+        return render("table.html", table=self)
 
-        body = "".join(row(cells, "td") for cells in self.rows)
-        return f"<table>{row(self.header, 'th')}{body}</table>"
+
+def render(template: str, **values: Any) -> str:
+    """Returns a template of this folder filled in; values are escaped, none is absent.
+
+    Args:
+        template: the name of an `.html` file here, in Jinja's language.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(template).render(values)
+
+
+def evaluated(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the parts of the models that were evaluated, not only judged."""
+    return {k: part for k, part in report.get("eval", {}).items() if "seconds" in part}
 
 
 def losses(part: dict[str, Any]) -> dict[str, float]:
@@ -65,7 +97,7 @@ def results_table(report: dict[str, Any]) -> Table:
     Only what was measured has a column.
     """
     columns: dict[str, list[str]] = {}
-    parts = report["eval"]
+    parts = evaluated(report)
     for key, name in ACCURACIES.items():
         if any(key in part for part in parts.values()):
             columns[f"{name}: right [95 %]"] = [
@@ -89,6 +121,43 @@ def results_table(report: dict[str, Any]) -> Table:
     return Table(["model", *columns], rows)
 
 
+def rates_table(report: dict[str, Any]) -> Table:
+    """Returns every verdict's rate of each model on each set of problems.
+
+    *Right* and *format* are ours; strict match and flexible extract are
+    lm-evaluation-harness's, by its own rules.
+    """
+    rows = []
+    for label, part in evaluated(report).items():
+        for key, name in ACCURACIES.items():
+            if key in part:
+                found = {**part.get(name, {}), "correct": part[key]}
+                rates = [percent(found[v]) if v in found else "-" for v in VERDICTS]
+                cut = str(found.get("truncated", "-"))
+                rows.append([STAGES.get(label, label), name, *rates, cut])
+    return Table(["model", "set", *VERDICTS.values(), "cut off"], rows)
+
+
+def texts_table(report: dict[str, Any]) -> Table:
+    """Returns the text metrics of each model's answers to held-out conversations.
+
+    ROUGE, exact match and F1 are means from 0 to 1 with 95 % bootstrap intervals; BLEU
+    and chrF are of the whole set, 0 to 100.
+    """
+    rows = []
+    for label, part in evaluated(report).items():
+        for key, name in TEXTS.items():
+            found = part.get(key, {})
+            if "bleu" in found:
+                means = [
+                    "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**found[m])
+                    for m in METRICS
+                ]
+                scores = [f"{found[m]['score']:.1f}" for m in ("bleu", "chrf")]
+                rows.append([STAGES.get(label, label), name, *means, *scores])
+    return Table(["model", "set", *METRICS.values(), "BLEU", "chrF"], rows)
+
+
 def draw_results(report: dict[str, Any], path: Path) -> Figure:
     """Draws the models side by side, one group of bars a held-out set; saves it too.
 
@@ -98,7 +167,7 @@ def draw_results(report: dict[str, Any], path: Path) -> Figure:
 
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    parts = report["eval"].values()
+    parts = evaluated(report).values()
     groups = [key for key in ACCURACIES if all(key in part for part in parts)]
     names = [ACCURACIES[key] for key in groups]
     if not groups:
@@ -140,7 +209,7 @@ def draw_bars(
         number: the format of the values.
     """
     width = 0.8 / len(heights)
-    for place, (label, row) in enumerate(zip(report["eval"], heights, strict=True)):
+    for place, (label, row) in enumerate(zip(evaluated(report), heights, strict=True)):
         ends = spread[place] if spread else [(h, h) for h in row]
         below = [max(0.0, h - low) for h, (low, _) in zip(row, ends, strict=True)]
         above = [max(0.0, high - h) for h, (_, high) in zip(row, ends, strict=True)]
@@ -155,40 +224,6 @@ def draw_bars(
         axes.bar_label(bars, fmt=number, padding=2)
     middle = (len(heights) - 1) * width / 2
     axes.set_xticks([group + middle for group in range(len(names))], names)
-
-
-def examples(run: Run, count: int = 3) -> Table:
-    """Returns a table of held-out questions with each model's answer to them.
-
-    Problems that the base model failed and the last model solved come first.
-    """
-    labels = list(run.report()["eval"])
-    held_out = data.parts_of(run.config.data)
-    name = next(
-        name for name in ("test", "test_new", "test_chat", "eval") if name in held_out
-    )
-    items = {
-        label: data.read_rows(run.require(f"eval/{label}/{name}.jsonl"))
-        for label in labels
-    }
-    first, last = items[labels[0]], items[labels[-1]]
-    order = sorted(
-        range(len(first)),
-        key=lambda i: (first[i].get("correct"), not last[i].get("correct")),
-    )
-    rows = []
-    for i in order[:count]:
-        gold = first[i].get("gold") or first[i]["reference"][:220]
-        cells = [f"{first[i]['question']} (gold {gold})"]
-        for label in labels:
-            item = items[label][i]
-            mark = ""
-            if "correct" in item:
-                mark = "right: " if item["correct"] else "wrong: "
-            cells.append(f"{mark}{item['output'][:220]}")
-        rows.append(cells)
-    header = "problem" if "correct" in first[0] else "question"
-    return Table([header, *(STAGES.get(label, label) for label in labels)], rows)
 
 
 def print_report(run: Run) -> None:

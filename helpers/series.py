@@ -78,7 +78,7 @@ def main(recipe: str) -> int:
     """
     from nbclient.exceptions import CellExecutionError
 
-    from helpers import recipes, results, runs
+    from helpers import page, recipes, results, runs
 
     config = recipes.load(recipe)
     os.environ["TUNEBOOK_RUN"] = config.name
@@ -98,6 +98,7 @@ def main(recipe: str) -> int:
     print(f"\n{total:.1f} minutes; outputs and executed notebooks in {run.path}\n")  # noqa: T201
     if "eval" in run.report():
         results.print_report(run)
+    print(f"one page with pictures: {page.write(run)}")  # noqa: T201
     return 0
 
 

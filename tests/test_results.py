@@ -57,6 +57,59 @@ def test_a_table_escapes_what_a_model_wrote():
     assert "&lt;script&gt;a &amp; b&lt;/script&gt;" in html
 
 
+def test_the_notes_of_a_table_stand_below_it_and_are_escaped():
+    table = results.Table(["a"], [["1"]], ["x < y"])
+    assert repr(table) == "a\n1\nx < y"
+    assert table._repr_html_().endswith("</table><div>x &lt; y</div>")
+
+
+def test_a_template_with_a_value_that_is_absent_is_refused():
+    from jinja2 import UndefinedError
+
+    with pytest.raises(UndefinedError, match="'table' is undefined"):
+        results.render("table.html")
+
+
+def test_the_rates_table_has_every_verdict_of_every_model_and_set(report):
+    strict = {"strict_match": evaluation.proportion(80, 200), "truncated": 3}
+    report["eval"]["sft"]["test"] |= strict
+    table = results.rates_table(report)
+    assert [row[:2] for row in table.rows[:3]] == [
+        ["base", "test"],
+        ["base", "test_new"],
+        ["after SFT", "test"],
+    ]
+    shown = dict(zip(table.header, table.rows[2], strict=True))
+    assert shown["right"].startswith("90/200 = 45.0 % [")
+    assert shown["strict match"].startswith("80/200 = 40.0 % [")
+    assert shown["format"].startswith("90/200")
+    assert (shown["flexible extract"], shown["cut off"]) == ("-", "3")
+
+
+def test_a_model_that_was_only_judged_is_no_row(report):
+    report["eval"]["other"] = {"mt_bench": {"score": 5.0}}
+    assert len(results.results_table(report).rows) == 3
+    assert len(results.rates_table(report).rows) == 6
+
+
+def test_text_metrics_have_their_intervals(chats):
+    from helpers import metrics
+
+    texts = [("a cat sat", "a cat sat"), ("a dog", "a bird flew away")]
+    rows = [{"output": o, "reference": r, **metrics.score(o, r)} for o, r in texts]
+    chats["eval"]["sft"]["test_chat"] |= metrics.summarise(rows)
+    table = results.texts_table(chats)
+    assert len(table.rows) == 1
+    shown = dict(zip(table.header, table.rows[0], strict=True))
+    assert (shown["model"], shown["set"]) == ("after SFT", "test_chat")
+    assert shown["exact match"] == "0.500 [0.000, 1.000]"
+    assert float(shown["chrF"]) > 0
+
+
+def test_a_run_without_problems_has_no_rates(chats):
+    assert results.rates_table(chats).rows == []
+
+
 def test_the_results_table_has_one_row_a_model_in_the_order_of_the_report(report):
     table = results.results_table(report)
     assert [row[0] for row in table.rows] == ["base", "after SFT", "mine"]
