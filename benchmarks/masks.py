@@ -47,9 +47,12 @@ from benchmarks.chats import (  # noqa: E402
     unsloth_templates,
 )
 from benchmarks.differences import Row, Theirs, describe  # noqa: E402
+from helpers.blocks import Block, check_block  # noqa: E402
 from helpers.formats import check_messages  # noqa: E402
-from helpers.masking import NO_LOSS, check_rows, mask_conversation  # noqa: E402
+from helpers.frames import Frames, as_row  # noqa: E402
+from helpers.masking import NO_LOSS, mask_conversation  # noqa: E402
 from helpers.templates import FIXED_DATE, FIXED_DAY, TemplateError  # noqa: E402
+from helpers.words import find_cuts  # noqa: E402
 
 RESULTS = ROOT / "results" / "masks.json"
 
@@ -105,10 +108,25 @@ def compare_oracle(tokenizer: Any, rows: list[Row], faults: Counter[str]) -> str
                 found.add(str(unexplained)[:100])
         ways.append(found)
     try:
-        check_rows(tokenizer, [row.ours for row in rows], "assistant", 0.5, 0)
+        block = Block([as_row(**row.ours) for row in rows])
+        check_block(tokenizer, block, "assistant")
     except ValueError as error:
         faults[f"the guards refuse: {error}"] += 1
+    if wrong := compare_quick(tokenizer, rows):
+        faults["other rows when made quickly"] = wrong
     return in_words(ways, faults)
+
+
+def compare_quick(tokenizer: Any, rows: list[Row]) -> int:
+    """Returns how many rows `frames` makes otherwise than `mask_conversation`."""
+    cuts = find_cuts(tokenizer)
+    wrong = 0
+    for loss_on in ("assistant", "last", "all") if cuts else ():
+        quick = Frames(tokenizer, loss_on, cuts).rows([row.messages for row in rows])
+        for row, found in zip(rows, quick, strict=True):
+            whole = as_row(**mask_conversation(tokenizer, row.messages, loss_on))
+            wrong += found not in (None, whole)
+    return wrong
 
 
 def compare_unsloth(tokenizer: Any, rows: list[Row]) -> str:

@@ -7,24 +7,32 @@ collator keep them. No hand-written markers: `turns` finds where the assistant s
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from helpers.blocks import Block, check_block, check_pad
 from helpers.formats import DataError, Messages
-from helpers.templates import render, stop_token_ids
-from helpers.turns import find_answers
+from helpers.frames import Frames, Row, as_row
+from helpers.turns import NO_LOSS, LossOn, find_spans, label_tokens
+from helpers.words import find_cuts
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-NO_LOSS = -100
-LossOn = Literal["all", "assistant", "last"]
+BLOCK = 128  # conversations in memory at a time
+NAMED = 20  # rows in a message
 Example = dict[str, list[int]]
 
 
 class Masked(NamedTuple):
     """Tokenised rows and what happened on the way."""
 
-    rows: list[Example]
+    rows: Dataset
     """`input_ids` and `labels` each, both (seq,); -100 = no loss."""
     dropped: list[int]
     """Positions of conversations with no supervised token left after truncation."""
@@ -34,6 +42,25 @@ class Masked(NamedTuple):
     """Share of the kept tokens that carry loss, 0 to 1."""
     ends: list[int]
     """Tokens of each conversation up to its last supervised one, uncut."""
+
+    def describe_dropped(self) -> str:
+        """Returns how many conversations were dropped, and which, counted from 1."""
+        named = ", ".join(str(n + 1) for n in self.dropped[:NAMED])
+        more = ", ..." if len(self.dropped) > NAMED else ""
+        return (
+            f"{len(self.dropped)} of {len(self.ends)} conversations are left out, none "
+            f"of their answers begins within max_length (rows {named}{more})"
+        )
+
+    def counts(self) -> dict[str, Any]:
+        """Returns what `labels.json` holds."""
+        return {
+            "rows": len(self.rows),
+            "dropped": len(self.dropped),
+            "dropped_rows": [n + 1 for n in self.dropped[:NAMED]],
+            "truncated": self.truncated,
+            "supervised_fraction": self.supervised_fraction,
+        }
 
 
 def mask_conversation(
@@ -55,101 +82,99 @@ def mask_conversation(
         TemplateError: the template refuses the conversation or leaves out text of an
             answer.
     """
-    if loss_on == "all":
-        text = render(tokenizer, messages)
-        spans = [(0, len(text))]
-    else:
-        text, spans = find_answers(tokenizer, messages, last_only=loss_on == "last")
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = encoded["input_ids"]
-    labels = [NO_LOSS] * len(ids)
-    span = iter(spans)
-    start, end = next(span, (len(text), len(text)))
-    before = 0
-    for position, (left, right) in enumerate(encoded["offset_mapping"]):
-        left, before = min(left, before), right  # some tokenizers leave out spaces
-        while left >= end and end < len(text):
-            start, end = next(span, (len(text), len(text)))
-        # an end-of-turn token may take the white space after it with it
-        if start <= left < end and not text[end:right].strip():
-            labels[position] = ids[position]
+    text, spans = find_spans(tokenizer, messages, loss_on)
+    found = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    ids = found["input_ids"]
+    labels = label_tokens(ids, found["offset_mapping"], text, spans)
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+def mask_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Iterable[Messages],
+    loss_on: LossOn = "assistant",
+) -> Iterator[list[Row]]:
+    """Yields the rows of `mask_conversation`, many at a time and many times faster.
+
+    Raises:
+        TemplateError: see `mask_conversation`.
+    """
+    remaining = iter(conversations)
+    cuts = find_cuts(tokenizer)
+    frames = Frames(tokenizer, loss_on, cuts) if cuts else None
+    while block := list(islice(remaining, BLOCK)):
+        rows = frames.rows(block) if frames else [None] * len(block)
+        yield [
+            row or as_row(**mask_conversation(tokenizer, messages, loss_on))
+            for row, messages in zip(rows, block, strict=True)
+        ]
 
 
 def mask_conversations(
     tokenizer: PreTrainedTokenizerBase,
-    conversations: list[Messages],
+    conversations: Iterable[Messages],
     loss_on: LossOn = "assistant",
     max_length: int | None = None,
+    file: Path | None = None,
 ) -> Masked:
     """Returns the tokenised rows, with what was dropped and cut.
 
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        conversations: read one after the other, so they need not fit in memory.
+        loss_on: see `mask_conversation`.
+        max_length: tokens past it are cut off.
+        file: a new Arrow file for the rows; without it they are kept in memory.
+
     Raises:
-        DataError: no row has a supervised token, or the labels break a guard of
-            `check_rows`; the message shows one row.
+        DataError: no row has a supervised token, or the labels break a guard; the
+            message shows one row.
         TemplateError: see `mask_conversation`.
     """
-    if not conversations:
+    import pyarrow as pa
+    from datasets import Dataset
+
+    check_pad(tokenizer)
+    kind = pa.list_(pa.int32())
+    schema = pa.schema({"input_ids": kind, "labels": kind})
+    sink = pa.OSFile(str(file), "wb") if file else pa.BufferOutputStream()
+    dropped: list[int] = []
+    ends: list[int] = []
+    truncated = tokens = learnt = 0
+    shown = ""
+    with sink, pa.ipc.new_stream(sink, schema) as writer:
+        for rows in mask_rows(tokenizer, conversations, loss_on):
+            block = Block(rows, max_length)
+            check_block(tokenizer, block, loss_on, before=len(ends))
+            dropped += [len(ends) + int(n) for n in np.flatnonzero(~block.kept)]
+            ends += block.ends.tolist()
+            truncated += int(block.cut.sum())
+            tokens += len(block.left[0])
+            learnt += int((block.left[1] != NO_LOSS).sum())
+            shown = shown or tokenizer.decode(block.ids[:60].tolist())
+            writer.write_batch(block.batch(schema))
+    if not ends:
         raise DataError("no conversations to tokenise; the data is empty")
-    rows, ends, dropped, truncated = [], [], [], 0
-    for number, messages in enumerate(conversations):
-        row = mask_conversation(tokenizer, messages, loss_on)
-        cut = {name: ids[:max_length] for name, ids in row.items()}
-        learnt = (i for i, label in enumerate(row["labels"], 1) if label != NO_LOSS)
-        ends.append(max(learnt, default=0))
-        if all(label == NO_LOSS for label in cut["labels"]):
-            dropped.append(number)
-            continue
-        truncated += len(cut["labels"]) < len(row["labels"])
-        rows.append(cut)
-    if not rows:
-        shown = tokenizer.decode(row["input_ids"][:60])
+    if len(dropped) == len(ends):
+        cause = "The prompts alone fill max_length: raise it."
+        if not any(ends):
+            cause = "They have no answer: check the roles of the turns."
         raise DataError(
-            f"none of {len(conversations)} conversations has a token to learn from "
-            f"within max_length={max_length}; the first tokens of the last one are "
-            f"{shown!r}. The prompts alone fill max_length: raise it."
+            f"none of {len(ends)} conversations has a token to learn from within "
+            f"max_length={max_length}; the first one starts {shown!r}. {cause}"
         )
-    tokens = sum(len(row["labels"]) for row in rows)
-    supervised = sum(sum(x != NO_LOSS for x in row["labels"]) for row in rows)
-    fraction = supervised / tokens
-    check_rows(tokenizer, rows, loss_on, fraction, truncated)
-    return Masked(rows, dropped, truncated, fraction, ends)
-
-
-def check_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[Example],
-    loss_on: LossOn,
-    fraction: float,
-    truncated: int,
-) -> None:
-    """Raises DataError when training on these labels would go silently wrong.
-
-    Guards against a doubled BOS, answers that do not end in a stop token, and a
-    supervised share outside 1 % to 99 %.
-    """
-    bos = tokenizer.bos_token_id
-    first = rows[0]["input_ids"]
-    if bos is not None and first[:2] == [bos, bos]:
-        raise DataError(f"the rows start with {tokenizer.bos_token} twice")
-    if loss_on == "all":
-        return
-    if not 0.01 <= fraction <= 0.99:
+    made = (
+        Dataset.from_file(str(file)) if file else Dataset.from_buffer(sink.getvalue())
+    )
+    fraction = learnt / tokens
+    if loss_on != "all" and not 0.01 <= fraction <= 0.99:
         raise DataError(
             f"{fraction:.1%} of the tokens carry loss; 1 % to 99 % is plausible. "
-            f"Row 1 learns {supervised_text(tokenizer, rows[0])[:200]!r}"
+            f"Row 1 learns {supervised_text(tokenizer, made[0])[:200]!r}"
         )
-    stops = set(stop_token_ids(tokenizer))
-    # where a question comes last, the answer before it may end in another token
-    ends = stops | set(tokenizer.added_tokens_decoder)
-    learnt = [[x for x in row["labels"] if x != NO_LOSS][-1] for row in rows]
-    open_ended = sum(last not in ends for last in learnt)
-    if open_ended > truncated:
-        raise DataError(
-            f"{open_ended} of {len(rows)} rows do not end in a stop token "
-            f"({', '.join(tokenizer.convert_ids_to_tokens(sorted(stops)))}), so the "
-            "model would not learn to stop; use a template that ends turns with EOS"
-        )
+    return Masked(made, dropped, truncated, fraction, ends)
 
 
 def supervised_text(tokenizer: PreTrainedTokenizerBase, row: Example) -> str:

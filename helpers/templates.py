@@ -75,10 +75,10 @@ def render(
             f"the template refuses a conversation of {roles}: {error}"
         ) from error
     bos = tokenizer.bos_token
-    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [
-        tokenizer.bos_token_id
-    ]
-    return bos + text if adds_bos and not text.startswith(bos) else text
+    if bos is None or text.startswith(bos) or not tokenizer.num_special_tokens_to_add():
+        return text
+    adds_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    return bos + text if adds_bos else text
 
 
 def prepare_tokenizer(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from helpers.formats import Messages
 from helpers.templates import TemplateError, answer_marks, render
@@ -17,6 +17,8 @@ from helpers.templates import TemplateError, answer_marks, render
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NO_LOSS = -100
+LossOn = Literal["all", "assistant", "last"]
 Span = tuple[int, int]
 
 # A plane for private use: neither data nor templates have its characters.
@@ -24,6 +26,48 @@ FIRST, LAST = 0xF0000, 0xFFFFD
 RUN = re.compile(f"([{chr(FIRST)}-{chr(LAST)}])\\1*")
 # Every letter; or all but tags, for templates that move or drop thinking by its tags.
 LETTERS = [re.compile(rf"({kept})|\S") for kept in (r"(?!)", r"<[^<>\s]+>")]
+
+
+def find_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, loss_on: LossOn
+) -> tuple[str, list[Span]]:
+    """Returns the rendered text and the character spans to learn.
+
+    Raises:
+        TemplateError: see `find_answers`.
+    """
+    if loss_on == "all":
+        text = render(tokenizer, messages)
+        return text, [(0, len(text))]
+    return find_answers(tokenizer, messages, last_only=loss_on == "last")
+
+
+def label_tokens(
+    ids: list[int], offsets: list[Span], text: str, spans: list[Span]
+) -> list[int]:
+    """Returns the labels of a text's tokens, -100 where they lie outside of all spans.
+
+    >>> label_tokens([7, 8, 9], [(0, 2), (2, 5), (5, 6)], "to be.", [(2, 6)])
+    [-100, 8, 9]
+
+    Args:
+        ids: of the tokens.
+        offsets: where each token lies in the text, in characters.
+        text: what was tokenised.
+        spans: what is learnt, in order; a token that is only half inside is not.
+    """
+    labels = [NO_LOSS] * len(ids)
+    span = iter(spans)
+    start, end = next(span, (len(text), len(text)))
+    before = 0
+    for position, (left, right) in enumerate(offsets):
+        left, before = min(left, before), right  # some tokenizers leave out spaces
+        while left >= end and end < len(text):
+            start, end = next(span, (len(text), len(text)))
+        # an end-of-turn token may take the white space after it with it
+        if start <= left < end and not text[end:right].strip():
+            labels[position] = ids[position]
+    return labels
 
 
 def find_answers(

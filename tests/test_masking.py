@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers import masking
+from helpers.blocks import Block, check_block
 from helpers.formats import DataError, Messages
+from helpers.frames import as_row
 from helpers.masking import NO_LOSS, Example, mask_conversation, mask_conversations
 from helpers.templates import (
     FIXED_DATE,
@@ -305,7 +308,7 @@ def test_a_template_that_does_not_end_turns_is_refused(
             "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
         ),
     )
-    with pytest.raises(DataError, match="2 of 2 rows do not end in a stop .*im_end"):
+    with pytest.raises(DataError, match="2 of 2 answers do not end in a stop .*im_end"):
         mask_conversations(tokenizer, [turns("Hi", "Yes."), turns("Hi", "No.")])
 
 
@@ -314,8 +317,81 @@ def test_a_template_that_doubles_bos_is_refused(make_tokenizer: MakeTokenizer) -
     tokenizer = make_tokenizer(
         ("<s>", "</s>"), bos_token="<s>", eos_token="</s>", chat_template=template
     )
-    with pytest.raises(DataError, match="^the rows start with <s> twice$"):
+    with pytest.raises(DataError, match="^1 rows start with <s> twice, .* row 1;"):
         mask_conversations(tokenizer, [turns("Hi", "Yes.")])
+
+
+def test_a_later_row_that_starts_with_bos_twice_is_named(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**CHATML, chat_template=INSTRUCTION_TEMPLATE)
+    bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    rows = [as_row([bos, 5, end], [NO_LOSS, 5, end])] * 2
+    check_block(tokenizer, Block(rows), "assistant")
+    rows.append(as_row([bos, bos, end], [NO_LOSS, NO_LOSS, end]))
+    with pytest.raises(DataError, match="^1 rows .*<.im_start.> twice, .* row 43;"):
+        check_block(tokenizer, Block(rows), "assistant", before=40)
+
+
+def test_an_earlier_answer_that_no_stop_token_ends_is_named(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}"
+        "{{ '<|im_end|>' if loop.last and m.role != 'user' else '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(**CHATML, chat_template=template)
+    fine, bad = turns("Hi", "Yes."), turns("Hi", "Yes.", "So?", "No.")
+    mask_conversations(tokenizer, [fine, fine])
+    with pytest.raises(DataError, match="1 of 4 answers .* row 2, ends in '.*Yes.'"):
+        mask_conversations(tokenizer, [fine, bad, fine])
+
+
+def test_padding_with_the_token_that_ends_answers_is_refused(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    same = {**CHATML, "pad_token": "<|im_end|>"}
+    tokenizer = make_tokenizer(**same, chat_template=INSTRUCTION_TEMPLATE)
+    with pytest.raises(DataError, match="pad and EOS are the same .*prepare_tokenizer"):
+        mask_conversations(tokenizer, [turns("Hi", "Yes.")])
+
+
+def test_rows_that_learn_next_to_everything_are_refused(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    template = "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    tokenizer = make_tokenizer(**CHATML, chat_template=template)
+    with pytest.raises(DataError, match="99.[0-9]% of the tokens carry loss"):
+        mask_conversations(tokenizer, [turns("Hi", "yes " * 900)])
+
+
+def test_rows_that_were_dropped_are_counted_and_named(tokenizer: Any) -> None:
+    far = turns("very " * 100, "Yes.")
+    short = turns("Hi", "Yes.")
+    made = mask_conversations(tokenizer, [short, far, short, far], max_length=60)
+    assert made.describe_dropped() == (
+        "2 of 4 conversations are left out, none of their answers begins within "
+        "max_length (rows 2, 4)"
+    )
+    assert made.counts()["dropped_rows"] == [2, 4]
+
+
+def test_conversations_without_an_answer_are_refused_with_the_cause(
+    tokenizer: Any,
+) -> None:
+    with pytest.raises(DataError, match="none of 1 .*Hi.*They have no answer"):
+        mask_conversations(tokenizer, [turns("Hi")])
+
+
+def test_rows_may_be_read_one_by_one_and_written_to_a_file(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    asked = [turns("Hi", f"Yes, {n}.") for n in range(150)]
+    made = mask_conversations(tokenizer, iter(asked), file=tmp_path / "rows.arrow")
+    assert made.rows.cache_files == [{"filename": str(tmp_path / "rows.arrow")}]
+    assert list(made.rows) == list(mask_conversations(tokenizer, asked).rows)
+    assert made.rows[149] == mask_conversation(tokenizer, asked[149])
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_remedy(

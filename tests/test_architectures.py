@@ -1,0 +1,93 @@
+"""Tiny models of other families than Llama: labels, training, an answer that ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.chats import fit_tokenizer, trl_templates
+from helpers import data, generation, masking, train
+from helpers.models import load_tokenizer
+from helpers.runs import Run
+from helpers.templates import stop_token_ids
+
+# family -> the class's name, trl's template for it, and what else its config needs
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen": ("Qwen2", "qwen2_5", {}),
+    "qwen3": ("Qwen3", "qwen3", {"head_dim": 16}),
+    "gemma": ("Gemma", "gemma3", {"head_dim": 16}),
+    "phi": ("Phi3", "phi3", {}),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A model of random weights with the chat template of its family."""
+    import torch
+    import transformers
+
+    kind, name, more = FAMILIES[request.param]
+    base = load_tokenizer("smollm2-135m-offline")
+    template = next(t for t in trl_templates() if f"trl/{name}" in t.names)
+    tokenizer = fit_tokenizer(base, template)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **more,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_another_family_is_masked_trained_and_answers(
+    folder: Path, run_factory: Callable[..., Run]
+) -> None:
+    run = run_factory(
+        model=str(folder),
+        system_prompt="",
+        lora__target_modules="all-linear",
+        sft__max_steps=3,
+        sft__eval_steps=3,
+        sft__warmup_steps=0,
+    )
+    data.prepare(run)
+    model, tokenizer = train.load_for_training(run)
+    rows = data.read_rows(run.path / "data" / "train.jsonl")
+    row = masking.mask_conversation(tokenizer, rows[0]["messages"])
+    answer = rows[0]["messages"][-1]["content"]
+    learnt = masking.supervised_text(tokenizer, row)
+    assert answer in learnt and not learnt.endswith(answer)
+    stops = stop_token_ids(tokenizer)
+    assert [x for x in row["labels"] if x != masking.NO_LOSS][-1] in stops
+
+    trainer = train.build_sft(run, model, tokenizer)
+    part = train.fit(run, "sft", trainer)
+    assert part["steps"] == 3 and part["loss_last"] > 0
+
+    asked = [rows[0]["messages"][:-1]]
+    (answered,) = generation.generate(model, tokenizer, asked, max_new_tokens=6)
+    assert 0 < answered.tokens <= 6
+
+    def end(_: Any, __: Any, logits: Any) -> Any:
+        logits[..., stops[-1]] = 1e4
+        return logits
+
+    hook = model.get_output_embeddings().register_forward_hook(end)
+    (ended,) = generation.generate(model, tokenizer, asked, max_new_tokens=6)
+    hook.remove()
+    assert ended.stopped and (ended.tokens, ended.text) == (1, "")

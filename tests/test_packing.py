@@ -1,0 +1,163 @@
+"""Packed rows teach exactly what they teach one by one, on both engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.formats import Messages
+from helpers.masking import NO_LOSS, mask_conversations
+
+ROOT = Path(__file__).resolve().parent.parent
+LENGTH = 160
+TALK = ["What is 2 + 2?", "It is 4.", "And 2 + 3?", "It is 5.", "Thanks", "Bye! 🎉"]
+UNSLOTH = """
+import json
+from helpers import models
+from tests.test_packing import losses
+
+model, tokenizer = models.load_model(
+    "smollm2-135m-offline", engine="unsloth", weights="16bit", dtype="float32"
+)
+print(json.dumps(losses(model, tokenizer)))
+"""
+
+
+def conversations() -> list[Messages]:
+    """Returns chats of different lengths."""
+    roles = ("user", "assistant")
+    made = []
+    for number in range(12):
+        talk = [*TALK[: 2 + 2 * (number % 3)]]
+        talk[-1] += " Very well." * number
+        turns = enumerate(talk)
+        made.append([{"role": roles[n % 2], "content": text} for n, text in turns])
+    return made
+
+
+def pack(tokenizer: Any) -> tuple[Any, Any]:
+    """Returns the rows, and the same as the trainer packs them."""
+    from trl import pack_dataset
+
+    rows = mask_conversations(tokenizer, conversations(), max_length=LENGTH).rows
+    return rows, pack_dataset(rows, LENGTH)
+
+
+def batches(tokenizer: Any, rows: Any) -> list[dict[str, Any]]:
+    """Returns one batch a row, as the trainer's collator makes them."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    collate = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)
+    return [collate([row]) for row in rows]
+
+
+def losses(model: Any, tokenizer: Any) -> list[tuple[float, float]]:
+    """Returns the loss of each packed row, and that of its documents one by one.
+
+    The latter is the mean over the documents, weighted by their supervised tokens.
+    """
+    import torch
+
+    def loss(**inputs: Any) -> float:
+        # as in TRL's trainer: with a cache positions are not looked at
+        with torch.no_grad():
+            return float(model(**inputs, use_cache=False).loss)
+
+    model.eval()
+    found = []
+    _, packed = pack(tokenizer)
+    for row, batch in zip(packed, batches(tokenizer, packed), strict=True):
+        total, count, start = 0.0, 0, 0
+        for size in row["seq_lengths"]:
+            part = {
+                name: torch.tensor([row[name][start : start + size]])
+                for name in ("input_ids", "labels")
+            }
+            tokens = int((part["labels"][:, 1:] != NO_LOSS).sum())
+            total, count, start = total + loss(**part) * tokens, count + tokens, start
+            start += size
+        found.append((loss(**batch), total / count))
+    return found
+
+
+def test_packing_keeps_every_token_with_its_label(tokenizer: Any) -> None:
+    rows, packed = pack(tokenizer)
+
+    def pairs(dataset: Any) -> Counter[tuple[int, int]]:
+        found = Counter[tuple[int, int]]()
+        for row in dataset:
+            found.update(zip(row["input_ids"], row["labels"], strict=True))
+        return found
+
+    assert len(packed) < len(rows)
+    assert pairs(packed) == pairs(rows)
+
+
+def test_packing_keeps_each_document_whole(tokenizer: Any) -> None:
+    rows, packed = pack(tokenizer)
+    found = []
+    for row in packed:
+        start = 0
+        for size in row["seq_lengths"]:
+            end = start + size
+            found.append((row["input_ids"][start:end], row["labels"][start:end]))
+            start = end
+        assert start == len(row["input_ids"]) <= LENGTH
+    assert sorted(found) == sorted((row["input_ids"], row["labels"]) for row in rows)
+
+
+def test_positions_restart_at_each_document(tokenizer: Any) -> None:
+    _, packed = pack(tokenizer)
+    for row, batch in zip(packed, batches(tokenizer, packed), strict=True):
+        expected = [place for size in row["seq_lengths"] for place in range(size)]
+        assert batch["position_ids"].tolist() == [expected]
+        assert "attention_mask" not in batch  # the positions keep documents apart
+
+
+def test_a_packed_row_has_the_loss_of_its_documents(
+    tokenizer: Any, tiny_model_folder: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    assert str(model.dtype) == "torch.float32"
+    found = losses(model, tokenizer)
+    assert len(found) > 1
+    assert [x for x, _ in found] == pytest.approx([y for _, y in found], abs=1e-5)
+
+
+def test_without_restarting_positions_the_loss_would_be_another(
+    tokenizer: Any, tiny_model_folder: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
+    _, packed = pack(tokenizer)
+    row = next(n for n, row in enumerate(packed) if len(row["seq_lengths"]) > 1)
+    batch = {**batches(tokenizer, packed)[row], "use_cache": False}
+    right = model(**batch).loss.item()
+    del batch["position_ids"]
+    assert abs(model(**batch).loss.item() - right) > 1e-5
+
+
+def test_a_packed_row_has_the_loss_of_its_documents_under_unsloth_too(
+    tmp_path: Path,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", UNSLOTH],
+        cwd=ROOT,
+        env={**os.environ, "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "compiled")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) > 1
+    assert [x for x, _ in found] == pytest.approx([y for _, y in found], abs=1e-5)
