@@ -1,84 +1,169 @@
-"""Held-out accuracy and loss of base and tuned models, with intervals.
+"""Held-out accuracy, loss and text metrics of base and tuned models, with intervals.
 
 Every model answers the same prompts with the same greedy decoding. An answer counts
-when the flexibly extracted number is right, so that a model is not scored on format;
-the format has a rate of its own.
+when the number in it is right, so that a model is not scored on format; the format has
+a rate of its own, and so have lm-evaluation-harness's verdicts.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from helpers import data, models, rewards, runtime
+from helpers import data, intervals, metrics, models, protocols, runtime
+from helpers import verdicts as verdict_rules
 from helpers.config import RunConfig
+from helpers.formats import DataError, Row
+from helpers.intervals import proportion as proportion
+from helpers.items import adapter_print, answer_rows
 from helpers.masking import NO_LOSS, Example, mask_conversations
-from helpers.runs import Run
+from helpers.runs import Run, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-READ = 4  # conversations that are answered where there are no problems
+    from helpers.generation import Answer, Prompt
+
+HELD_OUT = ("eval", "test_chat", "test", "test_new")
 
 
-def proportion(k: int, n: int) -> dict[str, float]:
-    """Returns `{"k", "n", "low", "high"}`: a count and its 95 % Wilson interval.
+class Subject(NamedTuple):
+    """A model that is evaluated in a run."""
 
-    >>> {name: round(value, 3) for name, value in proportion(45, 100).items()}
-    {'k': 45, 'n': 100, 'low': 0.356, 'high': 0.548}
-    """
-    from scipy.stats import binomtest
-
-    interval = binomtest(k, n).proportion_ci(confidence_level=0.95, method="wilson")
-    low, high = float(interval.low), float(interval.high)
-    return {"k": k, "n": n, "low": round(low, 4), "high": round(high, 4)}
+    run: Run
+    label: str
+    adapter: Path | str | None
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
 
 
-def solve(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: list[data.Row],
-    system_prompt: str,
+def answer(
+    subject: Subject,
+    name: str,
+    rows: list[Row],
+    judge: Any,
     *,
-    batch_size: int | None = None,
-    max_new_tokens: int = 256,
-) -> list[data.Row]:
-    """Returns one item a problem: question, output, extracted answer, verdicts.
+    until: list[str] | None = None,
+    sampling: dict[str, Any] | None = None,
+) -> list[Row]:
+    """Returns the items of `eval/<label>/<name>.jsonl`; what is there is not redone.
 
     Args:
-        problems: `id`, `question` and `gold` each, from `data.to_problems`.
-        system_prompt: the one used in training.
-        batch_size: problems a batch; see `generation.generate`.
-        max_new_tokens: answers are cut here.
+        subject: who answers.
+        name: of the file.
+        rows: see `items.answer_rows`, and so `judge`.
+        judge: gives an item's verdicts.
+        until: texts that end an answer.
+        sampling: how answers are drawn; greedy by default.
     """
-    from helpers.generation import generate
+    from helpers.generation import generate_batches
 
-    answers = generate(
-        model,
-        tokenizer,
-        [data.ask(problem["question"], system_prompt) for problem in problems],
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-    )
-    items = []
-    for problem, answer in zip(problems, answers, strict=True):
-        extracted = rewards.extract_answer(answer.text)
-        items.append(
-            {
-                "id": problem["id"],
-                "question": problem["question"],
-                "output": answer.text,
-                "extracted": None if extracted is None else str(extracted),
-                "gold": problem["gold"],
-                "correct": rewards.is_correct(answer.text, problem["gold"]),
-                "strict_format": rewards.has_strict_format(answer.text),
-                "tokens": answer.tokens,
-                "stopped": answer.stopped,
-            }
+    config = subject.run.config
+
+    def generate(prompts: list[Prompt]) -> Iterator[dict[int, Answer]]:
+        if sampling:  # after a kill other numbers than those drawn already
+            runtime.seed_everything(config.seed + len(rows) - len(prompts))
+        return generate_batches(
+            subject.model,
+            subject.tokenizer,
+            prompts,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            batch_size=config.evaluation.batch_size,
+            sampling=sampling,
+            until=until or [],
         )
-    return items
+
+    path = subject.run.path / "eval" / subject.label / f"{name}.jsonl"
+    model = model_print(config, subject.adapter)
+    settings = fingerprint(model, config.evaluation.max_new_tokens, until, sampling)
+    return answer_rows(path, rows, settings, generate, judge)
+
+
+def model_print(config: RunConfig, adapter: Path | str | None) -> str:
+    """Returns the fingerprint of a model as it answers: weights, adapter, template."""
+    options: dict[str, Any] = models.options(config)
+    options |= {
+        "engine": models.resolve_engine(config.engine),
+        "weights": models.resolve_weights(config.weights),
+        "dtype": str(runtime.choose_dtype(runtime.find_machine(), config.dtype)[0]),
+        "max_length": None,
+    }
+    return fingerprint(config.model, options, adapter_print(adapter))
+
+
+def solve(subject: Subject, name: str, problems: list[Row]) -> dict[str, Any]:
+    """Returns the rates of one model on problems, see `verdicts.summarise`.
+
+    With `evaluation.samples` also pass@k and maj@k of so many drawn answers each.
+    """
+    settings = subject.run.config.evaluation
+    asked = protocols.ask(subject.run, subject.tokenizer, problems)
+    rows = [
+        {"prompt": prompt, **problem}
+        for prompt, problem in zip(asked.prompts, problems, strict=True)
+    ]
+
+    def judge(text: str, row: Row) -> Row:
+        found = verdict_rules.judge(text, row, settings.protocol)
+        return {"question": row["question"], **found}
+
+    items = answer(subject, name, rows, judge, until=asked.until)
+    part = verdict_rules.summarise(items)
+    part["item_seconds"] = sum(item["seconds"] for item in items)
+    if settings.samples:
+        many = [
+            {**row, "id": f"{row['id']}/{number}"}
+            for row in rows
+            for number in range(settings.samples)
+        ]
+        drawn = answer(
+            subject,
+            f"{name}.samples",
+            many,
+            judge,
+            until=asked.until,
+            sampling={"temperature": settings.temperature},
+        )
+        count = settings.samples
+        groups = [drawn[at : at + count] for at in range(0, len(drawn), count)]
+        part["samples"] = verdict_rules.summarise_samples(groups)
+        part["samples"]["temperature"] = settings.temperature
+        part["item_seconds"] += sum(item["seconds"] for item in drawn)
+    return part
+
+
+def answer_chats(subject: Subject, name: str, rows: list[Row]) -> dict[str, Any]:
+    """Returns text metrics of answers to the first questions of conversations.
+
+    At most `evaluation.text_rows` of them, the first ones.
+    """
+    asked = [
+        {
+            "id": row["id"],
+            "prompt": data.first_question(row["messages"]),
+            "question": data.questions_of(row["messages"])[0],
+            "reference": next(
+                m["content"] for m in row["messages"] if m["role"] == "assistant"
+            ),
+        }
+        for row in rows[: subject.run.config.evaluation.text_rows]
+    ]
+
+    def judge(text: str, row: Row) -> Row:
+        texts = {name: row[name] for name in ("question", "reference")}
+        return {**texts, **metrics.score(text, row["reference"])}
+
+    items = answer(subject, name, asked, judge)
+    stopped = sum(item["stopped"] for item in items)
+    return {
+        "answers": len(items),
+        **metrics.summarise(items),
+        "stop_rate": round(stopped / len(items), 4),
+        "item_seconds": sum(item["seconds"] for item in items),
+    }
 
 
 def response_loss(
@@ -125,37 +210,21 @@ def response_loss(
     return total / count
 
 
-def summarise(items: list[data.Row]) -> dict[str, Any]:
-    """Returns accuracy, format rate and stop rate of solved problems."""
-    n = len(items)
-    return {
-        "accuracy": proportion(sum(i["correct"] for i in items), n),
-        "strict_format": proportion(sum(i["strict_format"] for i in items), n),
-        "stop_rate": round(sum(i["stopped"] for i in items) / n, 4),
-        "tokens": sum(i["tokens"] for i in items),
-    }
-
-
 def held_out(config: RunConfig) -> list[str]:
     """Returns the sets that a config holds out, in the order of `data.PARTS`."""
-    sets = ("eval", "test_chat", "test", "test_new")
-    return [name for name in data.parts_of(config.data) if name in sets]
+    return [name for name in data.parts_of(config.data) if name in HELD_OUT]
 
 
-def chat_loss(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: RunConfig,
-    rows: list[data.Row],
-) -> tuple[float, float]:
+def chat_loss(subject: Subject, rows: list[Row]) -> tuple[float, float]:
     """Returns the loss on held-out conversations, in nats, and the perplexity."""
+    config = subject.run.config
     masked = mask_conversations(
-        tokenizer,
+        subject.tokenizer,
         [row["messages"] for row in rows],
         config.loss_on,
         config.max_length,
     )
-    loss = response_loss(model, tokenizer, masked.rows)
+    loss = response_loss(subject.model, subject.tokenizer, masked.rows)
     return round(loss, 4), round(math.exp(loss), 3)
 
 
@@ -163,8 +232,10 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     """Evaluates one model on the run's held-out sets and returns its report part.
 
     Problems (`test`, `test_new`) are answered, conversations (`eval`, `test_chat`)
-    give a loss. Where a run has no problems, the first conversations are answered for
-    reading. Writes `eval/<label>/<set>.jsonl`, one line an answer.
+    give a loss. Conversations are answered, for text metrics and for reading, where
+    they are a test set, or where a run has no problems. Writes
+    `eval/<label>/<set>.jsonl`, one line an answer, as they come: after a kill the same
+    call goes on.
 
     Args:
         run: with `data/` prepared.
@@ -184,74 +255,93 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
         for name in held_out(config)
     }
     if not sets:
-        raise data.DataError(
+        raise DataError(
             f"run {config.name!r} holds no rows out to measure on: set data.eval_share "
             "or data.test_share (a part of the training rows), data.eval, or data.test"
         )
     started = time.perf_counter()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    model, tokenizer = models.load_model(
-        config.model, adapter=adapter, **models.options(config)
-    )
-    part: dict[str, Any] = {}
+    loaded = models.load_model(config.model, adapter=adapter, **models.options(config))
+    subject = Subject(run, label, adapter, *loaded)
+    part: dict[str, Any] = {
+        "protocol": config.evaluation.protocol,
+        "model_print": model_print(config, adapter),
+    }
+    now, in_all = 0.0, 0.0  # seconds of answering: in this call, and with former ones
+    solved = [name for name in ("test", "test_new") if name in sets]
+    chats = [name for name in ("test_chat", "eval") if name in sets]
+    texts = chats[:1] if "test_chat" in chats or not solved else []
+    for name in [*solved, *texts]:
+        clock = time.perf_counter()
+        found = (solve if name in solved else answer_chats)(subject, name, sets[name])
+        in_all += found.pop("item_seconds")
+        now += time.perf_counter() - clock
+        part["eval_text" if name == "eval" else name] = found
     for name, key in (("test", "accuracy"), ("test_new", "accuracy_new")):
-        if name in sets:
-            items = solve(
-                model,
-                tokenizer,
-                sets[name],
-                config.system_prompt,
-                batch_size=config.evaluation.batch_size,
-                max_new_tokens=config.evaluation.max_new_tokens,
-            )
-            data.write_rows(run.path / "eval" / label / f"{name}.jsonl", items)
-            part[name] = summarise(items)
+        if name in solved:
             part[key] = part[name].pop("accuracy")
-    if "eval" in sets:
-        loss, perplexity = chat_loss(model, tokenizer, config, sets["eval"])
-        part |= {"eval_loss": loss, "perplexity": perplexity}
-    if "test_chat" in sets:
-        loss, perplexity = chat_loss(model, tokenizer, config, sets["test_chat"])
-        part["test_chat"] = {"loss": loss, "perplexity": perplexity}
-    if "accuracy" not in part and "accuracy_new" not in part:
-        name = "test_chat" if "test_chat" in sets else "eval"
-        rows = sets[name][:READ]
-        items = answer_chats(model, tokenizer, config, rows)
-        data.write_rows(run.path / "eval" / label / f"{name}.jsonl", items)
-    del model
+    for name in chats:
+        loss, perplexity = chat_loss(subject, sets[name])
+        if name == "eval":
+            part |= {"eval_loss": loss, "perplexity": perplexity}
+        else:
+            part[name] |= {"loss": loss, "perplexity": perplexity}
+    del subject, loaded
     runtime.free_memory()
-    part["seconds"] = round(time.perf_counter() - started, 1)
+    part["seconds"] = round(time.perf_counter() - started - now + in_all, 1)
     part["peak_memory_gb"] = round(runtime.peak_memory_gb(), 3)
-    run.write_part("eval", {**run.report().get("eval", {}), label: part})
+    parts = run.report().get("eval", {})
+    former = parts.get(label, {})
+    if former.get("model_print", part["model_print"]) != part["model_print"]:
+        former = {}  # with what judges said of another model
+    run.write_part("eval", {**parts, label: {**former, **part}})
     return part
 
 
-def answer_chats(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: RunConfig,
-    rows: list[data.Row],
-) -> list[data.Row]:
-    """Returns the answers to the first questions of conversations, for reading."""
-    from helpers.generation import generate
+def compare(run: Run, first: str, second: str) -> dict[str, Any]:
+    """Returns how two evaluated models differ on the same items, set by set.
 
-    answers = generate(
-        model,
-        tokenizer,
-        [data.first_question(row["messages"]) for row in rows],
-        batch_size=config.evaluation.batch_size,
-        max_new_tokens=config.evaluation.max_new_tokens,
-    )
-    return [
-        {
-            "id": row["id"],
-            "question": data.questions_of(row["messages"])[0],
-            "reference": next(
-                m["content"] for m in row["messages"] if m["role"] == "assistant"
-            ),
-            "output": answer.text,
-            "stopped": answer.stopped,
+    Problems: for each verdict McNemar's test and the difference with its interval, and
+    where a gain comes from (`verdicts.gain`). Conversations: the mean difference of
+    each text metric. Writes it to the report's part `comparisons`.
+
+    Args:
+        run: with both evaluated.
+        first: a label, `base` say.
+        second: another.
+
+    Raises:
+        DataError: they answered different rows.
+        MissingInput: a model has not been evaluated.
+    """
+    found: dict[str, Any] = {}
+    folders = [run.require(f"eval/{label}") for label in (first, second)]
+    for name in HELD_OUT:
+        files = [folder / f"{name}.jsonl" for folder in folders]
+        if not all(file.exists() for file in files):
+            continue
+        a, b = (data.read_rows(file) for file in files)
+        if [item["question"] for item in a] != [item["question"] for item in b]:
+            raise DataError(
+                f"{first} and {second} answered other questions of {name}: the data "
+                "changed between the evaluations; evaluate both again"
+            )
+        problems = "correct" in a[0]
+        names = verdict_rules.VERDICTS if problems else metrics.OF_ITEMS
+        values = {
+            key: [(x[key], y[key]) for x, y in zip(a, b, strict=True)] for key in names
         }
-        for row, answer in zip(rows, answers, strict=True)
-    ]
+        if problems:
+            found[name] = {
+                key: intervals.compare(*zip(*v, strict=True))
+                for key, v in values.items()
+            }
+            found[name]["gain"] = verdict_rules.gain(a, b)
+        else:
+            found[name] = {
+                key: intervals.mean([y - x for x, y in v]) for key, v in values.items()
+            }
+    parts = run.report().get("comparisons", {})
+    run.write_part("comparisons", {**parts, f"{first} -> {second}": found})
+    return found

@@ -641,6 +641,20 @@ def test_a_library_laid_out_otherwise_is_not_judged(
     assert make_known() == frozenset()
 
 
+@pytest.mark.parametrize(
+    ("weights", "warned"),
+    [
+        ({"correctness": 1.0, "number_present": 0.5}, False),
+        ({"soft_format": 1.0}, True),
+    ],
+)
+def test_rewards_that_may_prefer_a_wrong_answer_are_warned_of(
+    weights: dict[str, float], warned: bool
+) -> None:
+    found = advise(changed(recipes.load("demo"), rewards=weights), LAPTOP)
+    assert [a.field == "rewards" for a in found] == [True] * warned
+
+
 @pytest.fixture
 def make_known() -> Callable[[], frozenset[str]]:
     """Reads the fields of `lora` anew, past the cache."""

@@ -3,60 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import data, evaluation, results
+from helpers import data, evaluation, intervals, metrics, models, verdicts
+from helpers.config import ConfigError
 from helpers.runs import Run
 
-Z = 1.959963984540054  # the 97.5 % point of the normal distribution
-
-
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """The interval by its closed formula, without scipy."""
-    p = k / n
-    centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-@pytest.mark.parametrize(
-    ("k", "n"), [(0, 1), (1, 1), (0, 50), (50, 50), (45, 100), (1, 7), (180, 400)]
-)
-def test_a_proportion_has_the_wilson_interval(k, n):
-    low, high = wilson(k, n)
-    found = evaluation.proportion(k, n)
-    assert (found["k"], found["n"]) == (k, n)
-    assert found["low"] == pytest.approx(low, abs=6e-5)
-    assert found["high"] == pytest.approx(high, abs=6e-5)
-
-
-def test_a_proportion_has_the_published_interval_of_81_of_263():
-    # Newcombe, Statistics in Medicine 17 (1998), 857-872, table I, score method
-    found = evaluation.proportion(81, 263)
-    assert (found["low"], found["high"]) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-
-
-def test_four_times_the_problems_halve_the_interval():
-    few, many = evaluation.proportion(45, 100), evaluation.proportion(180, 400)
-    ratio = (few["high"] - few["low"]) / (many["high"] - many["low"])
-    assert ratio == pytest.approx(2, rel=0.05)
-
-
-def test_a_summary_counts_answers_formats_stops_and_tokens():
-    verdicts = [(True, True, True, 10), (True, False, True, 20), (False, True, True, 5)]
-    verdicts.append((False, False, False, 64))
-    keys = ("correct", "strict_format", "stopped", "tokens")
-    items = [dict(zip(keys, verdict, strict=True)) for verdict in verdicts]
-    assert evaluation.summarise(items) == {
-        "accuracy": evaluation.proportion(2, 4),
-        "strict_format": evaluation.proportion(2, 4),
-        "stop_rate": 0.75,
-        "tokens": 99,
-    }
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 CHATS = {
     "stages": ["sft"],
@@ -90,10 +48,9 @@ def test_held_out_conversations_are_answered_for_reading(
     data.prepare(run)
     evaluation.evaluate(run, "base")
     held_out = data.read_rows(run.path / "data" / "test_chat.jsonl")
-    table = results.examples(run, count=1)
-    assert table.header == ["question", "base"]
-    question = data.questions_of(held_out[0]["messages"])[0]
-    assert table.rows[0][0].startswith(question)
+    items = data.read_rows(run.path / "eval" / "base" / "test_chat.jsonl")
+    questions = [data.questions_of(row["messages"])[0] for row in held_out]
+    assert [item["question"] for item in items] == questions
 
 
 def test_a_run_that_holds_nothing_out_says_which_fields_to_set(
@@ -120,3 +77,192 @@ def test_what_is_held_out_is_what_the_config_says(
     run_factory: Callable[..., Run], changes: dict[str, Any], sets: list[str]
 ) -> None:
     assert evaluation.held_out(run_factory(**changes).config) == sets
+
+
+PROBLEMS = {
+    "stages": ["grpo"],
+    "data__train": [],
+    "data__eval": None,
+    "data__test_new": None,
+    "best_by": "loss",
+    "sft__eval_strategy": "no",
+    "evaluation__max_new_tokens": 4,
+}
+
+
+def test_an_item_says_all_that_decided_its_verdicts(
+    run_factory: Callable[..., Run],
+) -> None:
+    run = run_factory(**PROBLEMS, data__test_rows=2)
+    data.prepare(run)
+    evaluation.evaluate(run, "base")
+    problem = data.read_rows(run.path / "data" / "test.jsonl")[0]
+    item = data.read_rows(run.path / "eval" / "base" / "test.jsonl")[0]
+    assert item["prompt"] == data.ask(problem["question"], run.config.system_prompt)
+    assert (item["id"], item["gold"]) == (problem["id"], problem["gold"])
+    assert {"output", "extracted", "tokens", "stopped", *verdicts.VERDICTS} <= set(item)
+    assert item["seconds"] > 0
+
+
+def test_drawn_answers_give_pass_at_k_and_maj_at_k(
+    run_factory: Callable[..., Run],
+) -> None:
+    run = run_factory(**PROBLEMS, data__test_rows=2, evaluation__samples=4)
+    data.prepare(run)
+    part = evaluation.evaluate(run, "base")["test"]["samples"]
+    assert part["maj@4"]["n"] == part["pass@4"]["n"] == 2
+    drawn = data.read_rows(run.path / "eval" / "base" / "test.samples.jsonl")
+    assert len({item["id"] for item in drawn}) == 8
+    assert len({item["output"] for item in drawn}) > 4
+
+
+def test_evaluating_again_answers_nothing_again_unless_the_adapter_changed(
+    run_factory: Callable[..., Run], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    run = run_factory(**PROBLEMS, data__test_rows=2)
+    data.prepare(run)
+    model, _ = models.load_model(str(tiny_model_folder))
+    model = models.add_lora(model, {"r": 2, "target_modules": ["q_proj"]})
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.manual_seed(0))
+    model.save_pretrained(tmp_path / "adapter")
+    path = run.path / "eval" / "mine" / "test.jsonl"
+
+    def made_from() -> list[Any]:
+        evaluation.evaluate(run, "mine", tmp_path / "adapter")
+        return [(i["made_from"], i["seconds"]) for i in data.read_rows(path)]
+
+    first = made_from()
+    assert made_from() == first
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.manual_seed(1))
+    model.save_pretrained(tmp_path / "adapter")
+    assert not {key for key, _ in made_from()} & {key for key, _ in first}
+
+
+def test_held_out_conversations_get_text_metrics(
+    run_factory: Callable[..., Run],
+) -> None:
+    run = run_factory(**CHATS)
+    data.prepare(run)
+    part = evaluation.evaluate(run, "base")["test_chat"]
+    items = data.read_rows(run.path / "eval" / "base" / "test_chat.jsonl")
+    assert part["answers"] == len(items)
+    assert part["rougeL"] == intervals.mean([item["rougeL"] for item in items])
+    assert set(metrics.OF_ITEMS) | {"bleu", "chrf", "loss", "perplexity"} <= set(part)
+
+
+def test_what_judges_said_is_kept_until_the_model_changes(
+    run_factory: Callable[..., Run],
+) -> None:
+    run = run_factory(**PROBLEMS, data__test_rows=1)
+    data.prepare(run)
+    run.write_part("eval", {"base": {"mt_bench": 5.0}})
+    evaluation.evaluate(run, "base")
+    assert run.report()["eval"]["base"]["mt_bench"] == 5.0
+    other = run_factory(**PROBLEMS, data__test_rows=1, template="instruction")
+    evaluation.evaluate(other, "base")
+    assert "mt_bench" not in run.report()["eval"]["base"]
+
+
+def write_items(run: Run, label: str, right: list[bool], name: str = "test") -> None:
+    """Writes items of an evaluated model."""
+    rows = [
+        {"id": n, "question": f"{n}?", **dict.fromkeys(verdicts.VERDICTS, verdict)}
+        for n, verdict in enumerate(right)
+    ]
+    data.write_rows(run.path / "eval" / label / f"{name}.jsonl", rows)
+
+
+def test_two_models_are_compared_on_the_same_items(run: Run) -> None:
+    write_items(run, "base", [False, False, True, False])
+    write_items(run, "sft", [True, True, True, False])
+    found = evaluation.compare(run, "base", "sft")["test"]
+    assert found["correct"]["difference"] == 0.5
+    assert (found["correct"]["only_second"], found["correct"]["only_first"]) == (2, 0)
+    assert found["gain"]["reasoning"] == 2
+    assert run.report()["comparisons"]["base -> sft"]["test"] == found
+
+
+def test_conversations_are_compared_by_each_text_metric(run: Run) -> None:
+    for label, value in (("base", 0.2), ("sft", 0.5)):
+        scores = dict.fromkeys(metrics.OF_ITEMS, value)
+        rows = [{"id": n, "question": f"{n}?", **scores} for n in range(3)]
+        data.write_rows(run.path / "eval" / label / "test_chat.jsonl", rows)
+    found = evaluation.compare(run, "base", "sft")["test_chat"]["rougeL"]
+    assert (found["mean"], found["n"]) == (0.3, 3)
+
+
+def test_models_that_answered_other_questions_are_not_compared(run: Run) -> None:
+    write_items(run, "base", [True, False])
+    write_items(run, "sft", [True])
+    with pytest.raises(data.DataError, match="other questions of test: .*again"):
+        evaluation.compare(run, "base", "sft")
+
+
+def test_a_protocol_without_lm_eval_says_how_to_get_it(
+    run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from helpers import protocols
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError, match="pip install lm-eval==.*protocol='ours'"):
+        protocols.make_task("gsm8k", [], [])
+
+
+def test_a_protocol_with_shots_wants_problems_to_show(
+    run_factory: Callable[..., Run], tokenizer: Any
+) -> None:
+    from helpers import protocols
+
+    chats = run_factory(**CHATS, evaluation__protocol="gsm8k")
+    with pytest.raises(ConfigError, match="solved examples of data.problems"):
+        protocols.ask(chats, tokenizer, [])
+
+
+def test_a_run_is_evaluated_under_the_five_shot_protocol(
+    run_factory: Callable[..., Run],
+) -> None:
+    pytest.importorskip("lm_eval")
+    changes = {"data__test_rows": 2, "evaluation__protocol": "gsm8k"}
+    run = run_factory(**PROBLEMS, **changes)
+    data.prepare(run)
+    part = evaluation.evaluate(run, "base")
+    assert part["protocol"] == "gsm8k"
+    problem = data.read_rows(run.path / "data" / "test.jsonl")[0]
+    prompt = data.read_rows(run.path / "eval" / "base" / "test.jsonl")[0]["prompt"]
+    assert prompt.endswith(f"Question: {problem['question']}\nAnswer:")
+    assert prompt.count("Question:") == 6
+    assert prompt.count("####") == 5
+
+
+def test_the_chat_protocol_has_a_turn_for_each_of_its_shots(
+    run_factory: Callable[..., Run], tokenizer: Any
+) -> None:
+    pytest.importorskip("lm_eval")
+    from helpers import protocols
+
+    run = run_factory(**PROBLEMS, evaluation__protocol="gsm8k_cot_llama")
+    asked = protocols.ask(run, tokenizer, [{"question": "1 + 1?", "answer": "#### 2"}])
+    assert asked.prompts[0].count("<|im_start|>user") == 9
+    assert asked.prompts[0].endswith("<|im_start|>assistant\n")
+    assert "Q:" in asked.until
+
+
+def test_lm_eval_itself_finds_the_same_outputs_and_accuracy(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    import gsm8k_agreement
+
+    model, tokenizer = models.load_model(str(tiny_model_folder))
+    rows = data.load_rows("data_samples/word_problems/test.jsonl", 3)
+    shots = "data_samples/word_problems/train.jsonl"
+    found = gsm8k_agreement.end_to_end(
+        "gsm8k", model, tokenizer, data.to_problems(rows), shots, 8
+    )
+    assert found["same_prompts"] == found["same_outputs"] == found["n"] == 3

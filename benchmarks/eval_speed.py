@@ -1,0 +1,205 @@
+"""Measures evaluated items per second: ours, and the loop that notebooks write.
+
+    python benchmarks/eval_speed.py                    # -> results/eval_speed.json
+    python benchmarks/eval_speed.py --adapter runs/demo/sft/adapter
+    python benchmarks/eval_speed.py --items 8 --tokens 32 --out /tmp/speed.json  # a CPU
+
+The same model, loaded once, greedily answers the same held-out word problems, twice:
+one prompt after another through `model.generate`, and through `generation.generate`.
+Both are warmed up first. Loading is not timed; templates, tokenising and verdicts are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+PROBLEMS = "data_samples/word_problems/test.jsonl"
+
+
+def answer_in_a_loop(
+    model: Any, tokenizer: Any, prompts: list[Any], tokens: int
+) -> list[str]:
+    """Returns the answers, one `generate` call each, as notebooks commonly do."""
+    import torch
+
+    answers = []
+    for prompt in prompts:
+        inputs = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        with torch.no_grad():
+            output = model.generate(
+                **inputs,
+                max_new_tokens=tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        new = output[0, inputs["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+    return answers
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    problems: list[dict[str, Any]],
+    tokens: int,
+    batch_size: int | None,
+    loop_items: int,
+) -> dict[str, Any]:
+    """Returns items per second of both, and where their answers and verdicts differ."""
+    import torch
+
+    from helpers import data, verdicts
+    from helpers.config import SYSTEM_PROMPT
+    from helpers.generation import fitting_rows, generate, inference
+
+    prompts = [data.ask(p["question"], SYSTEM_PROMPT) for p in problems]
+
+    def ours(count: int) -> list[str]:
+        found = generate(
+            model,
+            tokenizer,
+            prompts[:count],
+            max_new_tokens=tokens,
+            batch_size=batch_size,
+        )
+        return [answer.text for answer in found]
+
+    def loop(count: int) -> list[str]:
+        with inference(model):
+            return answer_in_a_loop(model, tokenizer, prompts[:count], tokens)
+
+    speeds, items = {}, {}
+    for name, answer, count, warm in (
+        ("loop", loop, loop_items, 2),
+        ("ours", ours, len(problems), 16),
+    ):
+        answer(min(warm, count))
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        texts = answer(count)
+        items[name] = [
+            {"output": text, **verdicts.judge(text, problem)}
+            for text, problem in zip(texts, problems, strict=False)
+        ]
+        seconds = time.perf_counter() - started
+        speeds[name] = {"items": count, "seconds": round(seconds, 2)}
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            speeds[name]["peak_allocated_gb"] = round(peak, 3)
+    pairs = list(zip(items["loop"], items["ours"], strict=False))
+    longest = max(len(tokenizer(p["question"])["input_ids"]) for p in problems) + 60
+    rate = {name: s["items"] / s["seconds"] for name, s in speeds.items()}
+    return {
+        "ours": round(rate["ours"], 3),
+        "loop": round(rate["loop"], 3),
+        "ratio": round(rate["ours"] / rate["loop"], 1),
+        "runs": speeds,
+        "compared": len(pairs),
+        "same_verdicts": {
+            name: sum(a[name] == b[name] for a, b in pairs)
+            for name in verdicts.VERDICTS
+        },
+        "same_outputs": sum(a["output"] == b["output"] for a, b in pairs),
+        "right": {
+            "loop": sum(a["correct"] for a, _ in pairs),
+            "ours": sum(b["correct"] for _, b in pairs),
+        },
+        "batch_size": batch_size
+        or f"up to {fitting_rows(model.config, longest + tokens, model.device.type)}",
+    }
+
+
+def random_weights(shape: str, folder: Path) -> str:
+    """Writes a model of a known shape with random weights and the offline tokenizer.
+
+    Its answers never stop, and are cut at the most tokens.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from helpers import models, shapes
+
+    tokenizer = models.load_tokenizer("smollm2-135m-offline")
+    config = AutoConfig.for_model(
+        "llama",
+        **shapes.config_fields(shapes.KNOWN[shape]),
+        max_position_embeddings=8192,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def main(arguments: list[str]) -> dict[str, Any]:
+    """Measures, writes the figures and returns them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m-offline")
+    parser.add_argument("--shape", help="random weights of a known shape instead")
+    parser.add_argument("--adapter")
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--weights", default="auto")
+    parser.add_argument("--items", type=int, default=400)
+    parser.add_argument("--loop-items", type=int, help="fewer, where the loop is slow")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--out", default=ROOT / "results" / "eval_speed.json")
+    given = parser.parse_args(arguments)
+
+    from helpers import data, models, runs, runtime
+
+    engine = models.resolve_engine(given.engine)
+    if engine == "unsloth":
+        import unsloth  # noqa: F401  before transformers
+
+    with tempfile.TemporaryDirectory() as scratch:
+        name = given.model
+        if given.shape:
+            name = random_weights(given.shape, Path(scratch) / given.shape)
+        model, tokenizer = models.load_model(
+            name, engine=engine, weights=given.weights, adapter=given.adapter
+        )
+    problems = data.to_problems(data.load_rows(PROBLEMS, given.items))
+    found = measure(
+        model,
+        tokenizer,
+        problems,
+        given.tokens,
+        given.batch_size,
+        min(given.loop_items or given.items, len(problems)),
+    )
+    weights = models.resolve_weights(given.weights)
+    found["conditions"] = {
+        "model": f"{given.shape}, random weights" if given.shape else given.model,
+        "adapter": str(given.adapter) if given.adapter else None,
+        "weights": weights,
+        "items": PROBLEMS,
+        "max_new_tokens": given.tokens,
+        "decoding": "greedy",
+        **runtime.environment(engine),
+    }
+    runs.write_json(Path(given.out), found)
+    print(json.dumps(found, indent=1))
+    return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

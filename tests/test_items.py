@@ -1,0 +1,133 @@
+"""Items of an evaluation: written as they come, and not answered twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import data, evaluation
+from helpers.generation import Answer
+from helpers.items import answer_rows, read_items
+from helpers.runs import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = [{"id": str(n), "prompt": f"{n} + 1 =", "gold": str(n + 1)} for n in range(6)]
+EVALUATE = """
+from helpers import evaluation, runs
+evaluation.evaluate(runs.open_run("test"), "base")
+"""
+
+
+class Answering:
+    """Adds one, two prompts a batch, and remembers what it was asked."""
+
+    def __init__(self, batches: int = 99) -> None:
+        self.batches, self.asked = batches, []
+
+    def __call__(self, prompts: list[Any]) -> Iterator[dict[int, Answer]]:
+        for start in range(0, len(prompts), 2):
+            if start == 2 * self.batches:
+                raise KeyboardInterrupt
+            self.asked += prompts[start : start + 2]
+            places = range(start, min(start + 2, len(prompts)))
+            yield {i: Answer(str(int(prompts[i][0]) + 1), 2, True) for i in places}
+
+
+def judge(text: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Whether an answer is the gold one."""
+    return {"correct": text == row["gold"]}
+
+
+def test_items_stand_in_the_rows_order_with_their_verdicts(tmp_path: Path) -> None:
+    found = answer_rows(tmp_path / "a.jsonl", ROWS, "s", Answering(), judge)
+    assert [item["id"] for item in found] == [row["id"] for row in ROWS]
+    assert all(item["correct"] for item in found)
+    assert data.read_rows(tmp_path / "a.jsonl") == found
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.jsonl"]
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
+    path, again = tmp_path / "a.jsonl", Answering()
+    with pytest.raises(KeyboardInterrupt):
+        answer_rows(path, ROWS, "s", Answering(batches=2), judge)
+    assert not path.exists()
+    found = answer_rows(path, ROWS, "s", again, judge)
+    assert again.asked == [row["prompt"] for row in ROWS[4:]]
+    assert len(found) == 6
+
+
+def test_a_torn_line_is_answered_again(tmp_path: Path) -> None:
+    path, again = tmp_path / "a.jsonl", Answering()
+    answer_rows(path, ROWS, "s", Answering(), judge)
+    whole = path.read_bytes()
+    (tmp_path / "a.part.jsonl").write_bytes(whole[: len(whole) - 25])
+    path.unlink()
+    answer_rows(path, ROWS, "s", again, judge)
+    assert again.asked == [ROWS[5]["prompt"]]
+    assert len(read_items(path)) == 6
+
+
+@pytest.mark.parametrize("changed", ["settings", "prompt"])
+def test_other_settings_or_prompts_are_answered_anew(
+    tmp_path: Path, changed: str
+) -> None:
+    path, again = tmp_path / "a.jsonl", Answering()
+    answer_rows(path, ROWS, "s", Answering(), judge)
+    rows = [{**ROWS[0], "prompt": "0 + 1 is"}, *ROWS[1:]]
+    if changed == "prompt":
+        answer_rows(path, rows, "s", again, judge)
+        assert again.asked == ["0 + 1 is"]
+    else:
+        answer_rows(path, ROWS, "t", again, judge)
+        assert len(again.asked) == 6
+
+
+def test_verdicts_are_given_anew_to_answers_that_are_there(tmp_path: Path) -> None:
+    path, again = tmp_path / "a.jsonl", Answering()
+    answer_rows(path, ROWS, "s", Answering(), judge)
+    found = answer_rows(path, ROWS, "s", again, lambda text, row: {"correct": False})
+    assert again.asked == []
+    assert not any(item["correct"] for item in found)
+
+
+def test_a_killed_evaluation_redoes_no_item(
+    run_factory: Callable[..., Run], runs_home: Path
+) -> None:
+    run = run_factory(
+        stages=["grpo"],
+        data__train=[],
+        data__eval=None,
+        data__test_new=None,
+        data__test_rows=60,
+        best_by="loss",
+        sft__eval_strategy="no",
+        evaluation__batch_size=1,
+        evaluation__max_new_tokens=48,
+    )
+    data.prepare(run)
+    path = run.path / "eval" / "base" / "test.part.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", EVALUATE], cwd=ROOT)
+    until = time.monotonic() + 300
+    while time.monotonic() < until and process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= 5:
+            break
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = read_items(path)
+    assert 5 <= len(before) < 60
+    evaluation.evaluate(run, "base")
+    after = {i["id"]: i for i in data.read_rows(run.path / "eval/base/test.jsonl")}
+    assert len(after) == 60
+    for item in before.values():  # the seconds would differ, had it been redone
+        kept = {name: after[item["id"]][name] for name in item}
+        assert json.dumps(kept) == json.dumps(item)
