@@ -86,8 +86,9 @@ def grpo(
     checkpointing: bool = True,
     **changes: Any,
 ) -> Case:
-    """Returns a GRPO case."""
+    """Returns a GRPO case; it samples from the trained model unless told otherwise."""
     values = {
+        "sampler": "model",
         "grpo__per_device_train_batch_size": batch,
         "grpo__gradient_accumulation_steps": accumulation,
         "grpo__num_generations": generations,
@@ -123,8 +124,18 @@ CASES = [
     sft("1b-un-i", False, 4, 1024, weights="8bit"),
     sft("3b-un-i", False, 1, 1024, weights="8bit"),
     sft("3b-tr-i", False, 1, 1024, weights="8bit"),
+    sft("1b-un-i3", False, 1, 1024, weights="8bit"),
+    sft("1b-un-i4", False, 8, 1024, weights="8bit"),
+    sft("3b-un-i3", False, 1, 1536, weights="8bit"),
+    sft("3b-un-i4", False, 2, 2048, weights="8bit"),
     grpo("3b-tr-i2", False, 8, 8, 128),
     grpo("1b-tr-i2", False, 8, 4, 512),
+    grpo("1b-un-i5", False, 8, 8, 512),
+    grpo("3b-un-i5", False, 8, 8, 192),
+    grpo("1b-un-k", False, 8, 8, 256, sampler="copy"),
+    grpo("3b-un-k", False, 4, 4, 512, sampler="copy"),
+    grpo("1b-tr-k", False, 4, 4, 384, sampler="copy"),
+    grpo("3b-tr-k", False, 8, 8, 128, sampler="copy"),
     # held-out half
     sft("1b-un-h1", True, 8, 1024),
     sft("1b-un-h2", True, 1, 2048, packing=True),
@@ -148,9 +159,14 @@ CASES = [
     # named before the second calibration, which two cases above had asked for
     sft("1b-un-h5", True, 1, 2048, weights="8bit"),
     sft("3b-un-h5", True, 2, 1024, weights="8bit"),
+    sft("1b-un-h7", True, 2, 2048, weights="8bit"),
     sft("1b-un-h6", True, 2, 1024, double_quant=False),
     grpo("1b-tr-gh2", True, 8, 8, 384),
     grpo("3b-tr-gh2", True, 8, 8, 192),
+    grpo("1b-un-kh", True, 4, 4, 512, sampler="copy"),
+    grpo("3b-un-kh", True, 8, 8, 256, sampler="copy"),
+    grpo("1b-tr-kh", True, 8, 8, 256, sampler="copy"),
+    grpo("3b-tr-kh", True, 4, 4, 256, sampler="copy"),
 ]
 
 
@@ -245,6 +261,7 @@ def build_config(case: Case, model: str, rows: Path) -> Any:
             "optim": "adamw_8bit",
             "logging_steps": 1,
             "save_strategy": "no",
+            "eval_strategy": "no",  # it answers no more problems at a time
         },
     }
     if case.stage == "sft":
@@ -256,7 +273,7 @@ def build_config(case: Case, model: str, rows: Path) -> Any:
 
 def one(case: Case, model: str, out: Path) -> None:
     """Runs one case in this process and writes what it took."""
-    from helpers import data, runs, runtime, train
+    from helpers import data, grpo, runs, runtime, train
     from helpers.templates import render
 
     record: dict[str, Any] = {"id": case.id}
@@ -285,7 +302,7 @@ def one(case: Case, model: str, out: Path) -> None:
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        build = train.build_sft if case.stage == "sft" else train.build_grpo
+        build = train.build_sft if case.stage == "sft" else grpo.build_grpo
         try:
             trainer = build(run, net, tokenizer)
             rows = trainer.train_dataset
@@ -435,9 +452,14 @@ def write_table(path: Path, machine: str) -> None:
 
 # what `fit` may change, engine by engine and then for GRPO
 FITTED = [
-    ("unsloth", "sft", "HIDDEN INNER BACKWARD LOGIT_UNSLOTH GRADIENT BASE_GB_UNSLOTH"),
+    (
+        "unsloth",
+        "sft",
+        "HIDDEN INNER BACKWARD LOGIT_UNSLOTH GRADIENT BASE_GB_UNSLOTH LOGIT_FUSED "
+        "LOGIT_CHUNKED",
+    ),
     ("transformers", "sft", "KEPT INT8 FEED_FORWARD ATTENTION LOGIT BASE_GB"),
-    ("unsloth", "grpo", "CACHE"),
+    ("unsloth", "grpo", "CACHE GRAPH_LOGIT"),
     ("transformers", "grpo", "ANSWER_LOGIT"),
 ]
 

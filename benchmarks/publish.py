@@ -71,7 +71,65 @@ def page() -> str:
             spent = ", ".join(f"{n} {s / 60:.1f}" for n, s in seconds.items())
             total = sum(seconds.values()) / 60
             lines += ["", f"Minutes a notebook: {spent}; together {total:.1f}."]
-    return "\n".join([*lines, *memory_lines(), *mask_lines()]) + "\n"
+    lines += [*rate_lines(), *learning_lines(), *memory_lines(), *mask_lines()]
+    return "\n".join(lines) + "\n"
+
+
+RATES = {
+    "grpo_speed": "GRPO steps an hour",
+    "data_speed": "conversations a second, from messages to packed labels",
+    "eval_speed": "evaluated items a second",
+    "gsm8k_agreement": "verdicts equal to lm-evaluation-harness's own",
+}
+
+
+def rate_lines() -> list[str]:
+    """Returns a section for each program that compares ways in one run."""
+    lines = []
+    for name, what in RATES.items():
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text(encoding="utf-8"))
+        plain = {k: v for k, v in found.items() if isinstance(v, int | float)}
+        lines += ["", f"## {name}", "", f"{what[0].upper()}{what[1:]}"]
+        lines[-1] += f", by `python benchmarks/{name}.py`."
+        lines += ["", f"| {' | '.join(plain)} |", "|---" * len(plain) + "|"]
+        lines.append(f"| {' | '.join(map(str, plain.values()))} |")
+        if "same_verdicts" in found:
+            same = ", ".join(f"{k} {v}" for k, v in found["same_verdicts"].items())
+            lines += ["", f"Same verdicts, of {found['compared']}: {same}."]
+    return lines
+
+
+def learning_lines() -> list[str]:
+    """Returns the section on what GRPO learns, seed by seed."""
+    path = RESULTS / "grpo_learning.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["", "## grpo_learning", "", found["conditions"]["machine"] + "; "]
+    lines[-1] += "by `python benchmarks/grpo_learning.py`. p: McNemar's exact test of "
+    lines[-1] += "the same items against SFT."
+    columns = ["seed", "held out", "SFT", "GRPO", "p", "minutes", "more SFT instead"]
+    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in found["seeds"]:
+        for name, part in (("test", row), ("test_new", row["test_new"])):
+            cells = [str(row["seed"]), name, share(part["sft"]), share(part["grpo"])]
+            cells += [f"{part['p']:.2g}", f"{row['minutes']}", share(part["more_sft"])]
+            lines.append("| " + " | ".join(cells) + " |")
+    if "gsm8k" in found:
+        parts = [(k, v) for k, v in found["gsm8k"].items() if "k" in v]
+        told = ", ".join(f"{name} {share(part)}" for name, part in parts)
+        lines += ["", f"Real GSM8K, first 660 test problems: {told}."]
+    return lines
+
+
+def share(part: dict[str, Any]) -> str:
+    """Returns a count of a whole, in percent, with its interval."""
+    low, high = 100 * part["low"], 100 * part["high"]
+    rate = 100 * part["k"] / part["n"]
+    return f"{part['k']}/{part['n']} = {rate:.1f} % [{low:.1f}, {high:.1f}]"
 
 
 def mask_lines() -> list[str]:
@@ -94,6 +152,10 @@ def in_words(row: dict[str, Any]) -> str:
     if not short["gradient_checkpointing"]:
         words.append("no checkpointing")
     words.append(short.get("weights", "4bit"))
+    if not short.get("double_quant", True):
+        words.append("scales not quantised")
+    if short.get("sampler") == "copy":
+        words.append("sampled from a 16-bit copy")
     if "target_modules" in short:
         words.append(f"LoRA r {short['r']} on {' '.join(short['target_modules'])}")
     return ", ".join(words).replace(", +", " +")

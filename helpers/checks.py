@@ -83,7 +83,7 @@ def advise(
         wrong = list(check_numbers(stage, values))
         found += wrong or check_stage(stage, values, rows if stage == "sft" else None)
         if stage == "grpo" and not wrong:
-            found += check_groups(values)
+            found += [*check_groups(values), *check_rewards(config)]
     try:
         arch = shapes.find_architecture(config.model)
     except shapes.UnknownArchitecture:
@@ -294,6 +294,26 @@ def check_groups(values: dict[str, Any]) -> Iterator[Advice]:
             f"Set per_device_train_batch_size to {group}, or change this."
         )
         yield Advice("error", "grpo.num_generations", text)
+
+
+def check_rewards(config: RunConfig) -> Iterator[Advice]:
+    """Yields a warning when the rewards may pay a wrong answer more than a right one.
+
+    >>> from helpers import recipes
+    >>> list(check_rewards(recipes.load("demo")))
+    []
+    """
+    from helpers.rewards import margin
+
+    least = margin(config.rewards)
+    if least <= 0:
+        yield Advice(
+            "warning",
+            "rewards",
+            f"with these weights the worst right answer gets {-least:.2f} less than "
+            "the best wrong one, or the same: training may prefer wrong ones. Raise "
+            "the weight of correctness.",
+        )
 
 
 def check_targets(targets: Any, arch: shapes.Architecture) -> Iterator[Advice]:

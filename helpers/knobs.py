@@ -37,13 +37,20 @@ class Knob(NamedTuple):
     wide: bool = False
 
 
+def find_field(path: str) -> FieldInfo | None:
+    """Returns our own field at a path, None where TRL, PEFT or transformers own it."""
+    owner, _, leaf = path.rpartition("__")
+    return OWN[owner].model_fields[leaf] if owner in OWN else None
+
+
 def choices(path: str) -> tuple[str, ...]:
     """Returns the values that a field of `RunConfig` may have.
 
     >>> choices("best_by")
     ('eval_loss', 'loss')
     """
-    return get_args(RunConfig.model_fields[path].annotation)
+    field = find_field(path)
+    return get_args(field.annotation) if field else ()
 
 
 # by group and path into the config
@@ -63,6 +70,7 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "data__train": Knob("train on", list, wide=True),
         "data__train_rows": Knob("rows of each source", int),
         "data__drop_unusable": Knob("drop unusable rows", bool, default=False),
+        "data__max_chars": Knob("drop longer, characters", int),
         "loss_on": Knob("loss on", choices=choices("loss_on")),
         "data__eval": Knob("eval loss on"),
         "data__eval_rows": Knob("eval rows", int),
@@ -115,6 +123,11 @@ KNOBS: dict[str, dict[str, Knob]] = {
         ),
         "grpo__max_completion_length": Knob("answer length, tokens", int, default=512),
         "grpo__temperature": Knob("sampling temperature", float, default=1.0),
+        "grpo_minutes": Knob("or GRPO minutes", float),
+        "grpo_held_out": Knob("GRPO: held-out problems", int),
+        "sampler": Knob("GRPO samples from", choices=choices("sampler")),
+        "few_shot": Knob("examples in a prompt", int),
+        "probe_samples": Knob("GRPO: answers to probe by", int),
         "max_prompt_length": Knob("max prompt length, tokens", int),
         "inference__max_new_tokens": Knob("chat: answer length", int),
         "inference__temperature": Knob("chat: temperature", float),
@@ -122,6 +135,10 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "evaluation__max_new_tokens": Knob("evaluation: answer length", int),
         "evaluation__batch_size": Knob("evaluation: batch size", int),
         "evaluation__minutes": Knob("evaluation: minutes", float),
+        "evaluation__protocol": Knob(
+            "evaluation: prompts of", choices=choices("evaluation__protocol")
+        ),
+        "evaluation__samples": Knob("answers for pass@k", int),
     },
     "Run": {
         "name": Knob("name"),
@@ -133,12 +150,6 @@ KNOBS: dict[str, dict[str, Knob]] = {
     },
 }
 BY_PATH = {path: knob for knobs in KNOBS.values() for path, knob in knobs.items()}
-
-
-def find_field(path: str) -> FieldInfo | None:
-    """Returns our own field at a path, None where TRL, PEFT or transformers own it."""
-    owner, _, leaf = path.rpartition("__")
-    return OWN[owner].model_fields[leaf] if owner in OWN else None
 
 
 def hint(path: str) -> str:

@@ -9,6 +9,7 @@ Unsloth 2026.10; what cannot be counted is fitted on the calibration half of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,12 +17,18 @@ from helpers import shapes
 from helpers.config import RunConfig, Stage, changed
 from helpers.gpus import CONTEXT_GB, T4, Gpu, this_gpu
 from helpers.shapes import Architecture
-from helpers.timing import PROMPT_TOKENS, ROW_TOKENS, training_minutes
+from helpers.timing import (
+    PROMPT_TOKENS,
+    ROW_TOKENS,
+    sampled_rows,
+    training_minutes,
+)
 
 if TYPE_CHECKING:
     from helpers.results import Table
 
 GIB = 2**30
+COPY = "16-bit copy to sample from"
 
 
 class Prediction(NamedTuple):
@@ -70,6 +77,8 @@ def predict(
     if stage is None:
         found = [predict(config, gpu, each) for each in config.stages]
         return max(found, key=lambda prediction: prediction.peak_gb)
+    if stage == "grpo":
+        config = settle_sampler(config, gpu, row_tokens)
     arch = shapes.find_architecture(config.model)
     parts = fixed_bytes(config, arch, stage)
     values, unsloth = getattr(config, stage), uses_unsloth(config)
@@ -80,14 +89,68 @@ def predict(
     else:
         answer = values.get("max_completion_length", 256)
         length = answer + (row_tokens or config.max_prompt_length or PROMPT_TOKENS)
-        parts |= pass_bytes(config, arch, stage, batch, length)
-        if not unsloth:
-            parts["loss"] += ANSWER_LOGIT * batch * answer * arch.vocab
-        keys = 2 * arch.layers * arch.kv_heads * arch.head_dim * 2
-        parts["KV cache"] = CACHE * batch * length * keys
+        parts |= pass_bytes(config, arch, stage, batch, length, answer)
+        parts |= sampling_bytes(config, arch, sampled_rows(values), length)
+        if config.sampler == "model" and not unsloth:  # freed before the loss
+            parts["KV cache"] = max(0.0, parts["KV cache"] - parts["loss"])
     parts["workspace"] = (BASE_GB_UNSLOTH if unsloth else BASE_GB) * GIB
     gb = {name: size / GIB for name, size in parts.items()}
     return Prediction(stage, gpu, gb, training_minutes(config, gpu, stage))
+
+
+def settle_sampler(
+    config: RunConfig, gpu: Gpu, row_tokens: int | None = None
+) -> RunConfig:
+    """Returns a config whose `sampler` is decided: `auto` is the copy where it fits.
+
+    Args:
+        config: the run.
+        gpu: of the machine asked about.
+        row_tokens: as for `predict`.
+    """
+    if config.sampler != "auto":
+        return config
+    copied = changed(config, sampler="copy")
+    peak_gb = predict(copied, gpu, "grpo", row_tokens=row_tokens).peak_gb
+    fits = peak_gb <= gpu.memory_gb / MARGIN
+    return copied if fits else changed(config, sampler="model")
+
+
+def sampling_bytes(
+    config: RunConfig, arch: Architecture, rows: int, length: int
+) -> dict[str, float]:
+    """Returns the bytes that sampling completions holds, by component.
+
+    The copy (see `sampling`) shares what is not trained and lies in 16 bit already; its
+    cache is of fixed size, and its graph keeps some fp32 rows of logits.
+
+    Args:
+        config: the run; `sampler` is decided.
+        arch: its base model.
+        rows: completions that are sampled together.
+        length: tokens of the longest prompt and completion.
+    """
+    keys = 2 * arch.layers * arch.kv_heads * arch.head_dim * 2
+    if config.sampler != "copy":
+        return {"KV cache": CACHE * rows * length * keys}
+    linear, every = shapes.count_linear(arch), shapes.count_parameters(arch)
+    if bits_of(config) == "16bit":
+        copied = count_targets(config, arch)
+    else:
+        copied = linear if uses_unsloth(config) else every
+    return {
+        # folding holds the largest matrix in 16 bit, and twice in fp32
+        COPY: 2.0 * copied + 10 * arch.hidden * arch.intermediate,
+        "KV cache": float(rows * (-(-length // 64) * 64) * keys),
+        "sampling graph": GRAPH_LOGIT * rows * arch.vocab,
+    }
+
+
+def count_targets(config: RunConfig, arch: Architecture) -> int:
+    """Returns the weights of the matrices that LoRA is put on, in all layers."""
+    inputs = shapes.linear_shapes(arch)
+    targets = config.lora.get("target_modules") or list(inputs)
+    return arch.layers * sum(math.prod(inputs[name]) for name in targets)
 
 
 def uses_unsloth(config: RunConfig) -> bool:
@@ -135,7 +198,12 @@ def trainable(config: RunConfig, arch: Architecture) -> int:
 
 
 def pass_bytes(
-    config: RunConfig, arch: Architecture, stage: Stage, batch: int, length: int
+    config: RunConfig,
+    arch: Architecture,
+    stage: Stage,
+    batch: int,
+    length: int,
+    answer: int = 0,
 ) -> dict[str, float]:
     """Returns the bytes of one forward and backward pass at its peak, by component.
 
@@ -149,6 +217,7 @@ def pass_bytes(
         stage: `sft` or `grpo`.
         batch: rows of a micro-batch.
         length: tokens of each, padding included.
+        answer: of them, those that GRPO sampled.
     """
     tokens, hidden, inner = batch * length, arch.hidden, arch.intermediate
     recompute = getattr(config, stage).get("gradient_checkpointing", True)
@@ -156,8 +225,11 @@ def pass_bytes(
     if uses_unsloth(config):
         layer = tokens * (HIDDEN * hidden + INNER * inner)
         waiting = 6 * tokens * hidden if recompute else arch.layers * layer
-        scored = max(512, tokens // 8)  # unsloth_zoo's chunked_logprob_rows
-        loss = LOGIT_UNSLOTH * scored * arch.vocab + 4 * tokens * hidden
+        if bits_of(config) == "8bit":
+            logits = fused_logits(tokens, arch.vocab)
+        else:  # unsloth_zoo's chunked_logprob_rows
+            logits = LOGIT_UNSLOTH * max(512, tokens // 8) * arch.vocab
+        loss = logits + 4 * tokens * hidden
         backward = BACKWARD * layer
     else:
         bits = bits_of(config)
@@ -177,10 +249,26 @@ def pass_bytes(
             layer += 4 * scores + (20 * tokens * hidden if whole else 0)
             waiting, backward = arch.layers * layer, gradients
         head = 0 if bits == "16bit" else 2 * arch.vocab * hidden  # cast to fp16
-        # TRL's chunked_nll: 256 rows at a time
-        loss = LOGIT * 256 * arch.vocab + head + 8 * tokens * hidden
+        # TRL's chunked_nll takes 256 rows at a time, its GRPO all that were sampled
+        each, rows = (ANSWER_LOGIT, batch * answer) if answer else (LOGIT, 256)
+        loss = each * rows * arch.vocab + head + 8 * tokens * hidden
     peak = max(loss, backward + dequantised)
     return {"activations": float(waiting), "loss": float(peak)}
+
+
+def fused_logits(tokens: int, vocab: int) -> float:
+    """Returns the bytes of logits in the loss that Unsloth takes with 8-bit weights.
+
+    As many chunks, by fours, as keep 16 bytes a logit under 4 GiB (`get_chunk_size` in
+    unsloth_zoo's `fused_losses/cross_entropy_loss.py`).
+
+    >>> fused_logits(1024, 128256) < fused_logits(2048, 128256)
+    True
+    """
+    share = 16 * tokens * vocab / (4 * GIB)
+    if share <= 1:
+        return LOGIT_FUSED * tokens * vocab
+    return LOGIT_CHUNKED * tokens / (4 * math.ceil(share / 4)) * vocab
 
 
 def kept_a_token(config: RunConfig, arch: Architecture) -> int:
@@ -200,12 +288,14 @@ def kept_a_token(config: RunConfig, arch: Architecture) -> int:
 # (`python benchmarks/memory.py fit`). Bytes a token and layer, by width:
 HIDDEN, INNER = 19.4, 3.36
 BACKWARD = 1.63  # a layer's backward pass, in units of what it keeps
-LOGIT_UNSLOTH, LOGIT, ANSWER_LOGIT = 2.83, 20.7, 10.9  # bytes a logit
+LOGIT_UNSLOTH, LOGIT, ANSWER_LOGIT = 2.83, 20.7, 15.0  # bytes a logit
 GRADIENT = 5.68  # bytes a LoRA parameter
-KEPT, INT8 = 1.26, 3.84  # in units of `kept_a_token`
+LOGIT_FUSED, LOGIT_CHUNKED = 5.44, 8.6  # bytes a logit of Unsloth's loss in 8 bit
+KEPT, INT8 = 1.26, 4.23  # in units of `kept_a_token`
 FEED_FORWARD = 35.6  # bytes a token and inner width of the MLP
 ATTENTION = 16.4  # bytes a score
-CACHE = 3.29  # grown by concatenation: blocks of every size stay reserved
+CACHE = 4.28  # grown by concatenation: blocks of every size stay reserved
+GRAPH_LOGIT = 24.0  # bytes a logit of the copy, not fitted: six fp32 rows
 BASE_GB_UNSLOTH, BASE_GB = 0.339, 0.286
 
 
@@ -283,12 +373,13 @@ def plan(
                 f"{gpu.memory_gb:.1f} GiB. Choose a smaller model, max_length, or 4bit."
             )
             continue
-        after, config = min(fitting, key=lambda p: cost(p[1], gpu, stage))
+        after, config = min(fitting, key=lambda p: cost(p[1], gpu, stage, row_tokens))
         values = getattr(config, stage)
         batch = values.get("per_device_train_batch_size", 8)
         count = values.get("gradient_accumulation_steps", 1)
         recompute = values.get("gradient_checkpointing", True)
-        share = 1 - cost(config, gpu, stage) / cost(first, gpu, stage)
+        before, now = (cost(c, gpu, stage, row_tokens) for c in (first, config))
+        share = 1 - now / before
         length = f" of {config.max_length} tokens" if values.get("packing") else ""
         said.append(
             f"{stage}: {batch} x {count} rows{length} a step, gradient checkpointing "
@@ -298,11 +389,15 @@ def plan(
     return Plan(config, "\n".join(said))
 
 
-def cost(config: RunConfig, gpu: Gpu, stage: Stage) -> float:
+def cost(
+    config: RunConfig, gpu: Gpu, stage: Stage, row_tokens: int | None = None
+) -> float:
     """Returns the minutes of a stage's step, by its share of tokens that are not empty.
 
     On average half a conversation's length is left empty at the end of a packed row.
     """
+    if stage == "grpo":
+        config = settle_sampler(config, gpu, row_tokens)
     packed = stage == "sft" and config.sft.get("packing", False)
     empty = ROW_TOKENS / 2 / config.max_length if packed else 0.0
     return (training_minutes(config, gpu, stage, 1) or 0.0) / max(0.1, 1 - empty)
