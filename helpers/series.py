@@ -59,6 +59,7 @@ def execute(source: Path, copy: Path) -> float:
         notebook,
         timeout=CELL_TIMEOUT_S,
         kernel_name="python3",
+        coalesce_streams=True,  # an answer that was streamed stays one text
         resources={"metadata": {"path": str(source.parent)}},
     )
     started = time.perf_counter()

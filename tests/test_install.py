@@ -188,6 +188,9 @@ def resolved(colab, tmp_path_factory):
     command += ["--python-version", "3.13", "--no-python-downloads"]
     command += ["--python-platform", "x86_64-manylinux_2_28"]
     command += ["--only-binary", ":all:"]
+    # pure Python without a wheel; the latter is Colab's own version
+    for name in ("rouge-score", "antlr4-python3-runtime"):
+        command += ["--no-binary", name]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode and "No solution found" not in done.stderr:
         if re.search("error sending request|Failed to fetch|timed out", done.stderr):

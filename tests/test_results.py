@@ -47,7 +47,9 @@ def test_a_table_without_rows_shows_its_header():
 
 def test_a_table_is_html_in_a_notebook():
     html = results.Table(["a", "b"], [["1", "2"]])._repr_html_()
-    head, body = "<tr><th>a</th><th>b</th></tr>", "<tr><td>1</td><td>2</td></tr>"
+    left = ' style="text-align:left"'
+    head = f"<tr><th{left}>a</th><th{left}>b</th></tr>"
+    body = f"<tr><td{left}>1</td><td{left}>2</td></tr>"
     assert html == f"<table>{head}{body}</table>"
 
 
