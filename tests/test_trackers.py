@@ -78,10 +78,11 @@ def tracked(
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    wandb.teardown()  # an earlier test may have left its settings
     trackers = ["wandb", "tensorboard", "trackio"]
     run = run_factory(stages=["sft"], sft__max_steps=2, sft__report_to=trackers)
     train.train_stage(run, "sft")
-    wandb.finish()
+    wandb.teardown()
     return tmp_path
 
 
