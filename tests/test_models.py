@@ -182,7 +182,8 @@ def test_the_response_loss_does_not_change_with_batch_size_and_padding(
     labels = torch.tensor([rows[0]["labels"]])
     logits = model(one).logits[0, :-1].double()
     by_hand = torch.nn.functional.cross_entropy(logits, labels[0, 1:]).item()
-    assert response_loss(model, tokenizer, [rows[0]]) == pytest.approx(by_hand, abs=1e-5)
+    found = response_loss(model, tokenizer, [rows[0]])
+    assert found == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_an_answer_in_between_leaves_the_gradients_of_four_bit_weights_alone(
