@@ -17,7 +17,6 @@ from helpers import data, intervals, metrics, models, protocols, runtime
 from helpers import verdicts as verdict_rules
 from helpers.config import RunConfig
 from helpers.formats import DataError, Row
-from helpers.intervals import proportion as proportion
 from helpers.items import adapter_print, answer_rows
 from helpers.masking import NO_LOSS, Example, mask_conversations
 from helpers.runs import Run, fingerprint

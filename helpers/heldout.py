@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from helpers import data, rewards
+from helpers import data
+from helpers.answers import parse_gold
 from helpers.config import RunConfig
 from helpers.runs import Run
 from helpers.timing import sampled_rows
@@ -27,7 +28,7 @@ def split_problems(run: Run) -> tuple[list[data.Row], list[data.Row]]:
     if "eval" in data.parts_of(config.data):
         for row in data.read_rows(run.require("data/eval.jsonl")):
             question, answer = row["messages"][-2:]
-            gold = rewards.parse_gold(answer["content"])
+            gold = parse_gold(answer["content"])
             if gold is not None:
                 found.append({"question": question["content"], "gold": str(gold)})
     if not found:

@@ -168,7 +168,7 @@ def to_problems(rows: list[Row], source: str = "the rows") -> list[Row]:
     Raises:
         DataError: a row has no question, or no gold answer after `####`.
     """
-    from helpers.rewards import parse_gold
+    from helpers.answers import parse_gold
 
     problems, faults = [], []
     for number, row in enumerate(rows, start=1):

@@ -21,7 +21,6 @@ from helpers.answers import (
     parse_expression,
     parse_number,
 )
-from helpers.answers import parse_gold as parse_gold
 
 Completion = str | list[dict[str, str]]
 Reward = Callable[..., list[float | None]]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from helpers import evaluation, results
+from helpers import intervals, results
 
 
 def part(k: int, k_new: int, **changes):
     """One model's part of a report, as `evaluate` writes it."""
-    strict = {"strict_format": evaluation.proportion(k, 200)}
+    strict = {"strict_format": intervals.proportion(k, 200)}
     return {
-        "accuracy": evaluation.proportion(k, 200),
-        "accuracy_new": evaluation.proportion(k_new, 100),
+        "accuracy": intervals.proportion(k, 200),
+        "accuracy_new": intervals.proportion(k_new, 100),
         "eval_loss": 1.23456,
         "perplexity": 3.437,
         "test": strict,
@@ -73,7 +73,7 @@ def test_a_template_with_a_value_that_is_absent_is_refused():
 
 
 def test_the_rates_table_has_every_verdict_of_every_model_and_set(report):
-    strict = {"strict_match": evaluation.proportion(80, 200), "truncated": 3}
+    strict = {"strict_match": intervals.proportion(80, 200), "truncated": 3}
     report["eval"]["sft"]["test"] |= strict
     table = results.rates_table(report)
     assert [row[:2] for row in table.rows[:3]] == [
@@ -157,7 +157,7 @@ def test_the_drawing_names_every_model(report, tmp_path):
 def test_the_error_bars_are_the_intervals(report, tmp_path):
     figure = results.draw_results(report, tmp_path / "results.png")
     segments = bars(figure)[1].errorbar.lines[2][0].get_segments()
-    expected = evaluation.proportion(90, 200)
+    expected = intervals.proportion(90, 200)
     assert segments[0][:, 1] == pytest.approx(
         [100 * expected["low"], 100 * expected["high"]]
     )
@@ -192,7 +192,7 @@ def test_the_results_table_has_columns_for_what_was_measured_only(chats):
 
 
 def test_a_model_without_a_value_that_others_have_gets_a_dash(chats):
-    chats["eval"]["sft"]["accuracy"] = evaluation.proportion(1, 2)
+    chats["eval"]["sft"]["accuracy"] = intervals.proportion(1, 2)
     column = [row[1] for row in results.results_table(chats).rows]
     assert column[0] == "-" and column[1].startswith("1/2")
 
