@@ -9,9 +9,7 @@ keeps. Prompts and settings of the judge are the package's.
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -26,7 +24,7 @@ from helpers.formats import DataError, Row
 from helpers.generation import Answer, Prompt, generate_batches
 from helpers.items import answer_rows
 from helpers.judge import Judge, JudgeError
-from helpers.runs import Run, fingerprint, open_run, write_json
+from helpers.runs import Run, fingerprint, write_json
 
 HUB = "tatsu-lab/alpaca_eval"
 # the baseline's answers, which AlpacaEval 2 compares with; they hold the instructions
@@ -224,8 +222,7 @@ def measure(
         JudgeError: see `annotate`.
     """
     reference = find_outputs(reference)
-    rows = read_outputs(reference)
-    rows = rows[:: math.ceil(len(rows) / limit)] if limit else rows
+    rows = judge.spread(read_outputs(reference), limit)
     parts = {}
     for label, adapter in adapters.items():
         path = answer(run, label, adapter, rows, max_new_tokens=max_new_tokens)
@@ -242,27 +239,16 @@ def main(arguments: list[str]) -> None:
     Raises:
         SystemExit: something that the user can mend is wrong; the message says what.
     """
-    parser = argparse.ArgumentParser(prog="python -m helpers.alpaca")
-    judge.add_arguments(parser)
-    parser.add_argument("--models", nargs="+", help="base sft ...; all of the run's")
+    parser = judge.answering_parser("python -m helpers.alpaca", "instructions", 2048)
     parser.add_argument("--reference", type=Path, help="outputs to win against")
     parser.add_argument("--evaluator", help="a configuration of alpaca_eval")
-    parser.add_argument("--limit", type=int, help="of instructions")
-    parser.add_argument("--max-new-tokens", type=int, default=2048)
     given = parser.parse_args(arguments)
-    try:
-        run = open_run(given.run)
+    with runtime.exit_on(ValueError, OSError):
         parts = measure(
-            run,
-            judge.find_adapters(run, given.models),
-            judge.open_judge(run, given.judge, given.judge_model),
+            **judge.open_answering(given),
             reference=given.reference,
             evaluator=given.evaluator,
-            limit=given.limit,
-            max_new_tokens=given.max_new_tokens,
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     for label, part in parts.items():
         print(label, json.dumps(part))  # noqa: T201
     if not parts:

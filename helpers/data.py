@@ -263,6 +263,12 @@ def stream_rows(path: Path) -> Iterator[Row]:
             yield json.loads(line)
 
 
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Returns the lines of a file that are not empty, with their numbers."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return ((n, line) for n, line in enumerate(lines, start=1) if line.strip())
+
+
 def read_rows(path: Path) -> list[Row]:
     """Returns the rows of a JSON-lines file of ours."""
     return list(stream_rows(path))

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from helpers import data
+from helpers import data, runtime
 from helpers.fastchat import find_data, read_prompts
 from helpers.formats import Row
 from helpers.judge import (
@@ -131,7 +131,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--other", metavar="RUN", help="the second model's run")
     parser.add_argument("--data", type=Path, help="FastChat's llm_judge/data folder")
     given = parser.parse_args(arguments)
-    try:
+    with runtime.exit_on(ValueError, OSError):
         run = open_run(given.run)
         judge = open_judge(run, given.judge, given.judge_model)
         if judge is None:
@@ -140,8 +140,6 @@ def main(arguments: list[str]) -> None:
         prompts = read_prompts(find_data(given.data))
         models = (given.models[0], given.models[1])
         found = compare_models(run, judge, prompts, models, given.set, other)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     wins = percent(found["wins"]) if found["wins"] else "none decided"
     print(f"{models[1]} better than {models[0]}: {wins}")  # noqa: T201
     print(f"ties: {found['ties']}, no verdict: {found['missing']}")  # noqa: T201

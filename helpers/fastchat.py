@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from helpers import hub
+from helpers.data import numbered_lines
 from helpers.formats import DataError, Row
 from helpers.runs import write_text
 
@@ -81,10 +82,7 @@ def read_checked(path: Path, *keys: str) -> list[Row]:
         DataError: a line is no JSON object or lacks a key; it is named by its number.
     """
     rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:

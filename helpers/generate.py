@@ -17,16 +17,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from helpers import data, models
+from helpers import data, models, runtime
 from helpers.config import ConfigError, RunConfig, read_config
 from helpers.formats import DataError, Messages, Row
+from helpers.hub import ModelError
 from helpers.runs import Run, fingerprint, runs_folder
 from helpers.templates import TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-OURS = (ConfigError, DataError, models.ModelError, TemplateError)
 QUIT, NEW = "/quit", "/new"
 
 
@@ -122,10 +122,7 @@ def read_prompts(path: Path, system_prompt: str) -> list[Row]:
     if not path.is_file():
         raise DataError(f"no file {path}: give one with a prompt a line, as JSON")
     rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in data.numbered_lines(path):
         try:
             found = json.loads(line)
         except json.JSONDecodeError:
@@ -153,13 +150,13 @@ def answer_file(
     tokenizer: PreTrainedTokenizerBase,
     chosen: Chosen,
     given: argparse.Namespace,
-) -> list[Row]:
-    """Returns the answers to a file's prompts, and writes them as they come."""
+    rows: list[Row],
+) -> None:
+    """Answers prompts, from `read_prompts`, and writes the answers as they come."""
     from helpers.generation import generate_batches
     from helpers.items import adapter_print, answer_rows
 
-    rows = read_prompts(given.file, chosen.system_prompt)
-    return answer_rows(
+    answer_rows(
         given.out,
         rows,
         fingerprint(chosen, adapter_print(chosen.adapter)),
@@ -204,20 +201,18 @@ def main(arguments: list[str]) -> None:
         SystemExit: something that the user can mend is wrong; the message says what.
     """
     given = parse_arguments(arguments)
-    try:
+    with runtime.exit_on(ConfigError, DataError, ModelError, TemplateError, OSError):
         chosen = choose(given)
-        if given.file:
-            read_prompts(given.file, chosen.system_prompt)  # before minutes of loading
+        # read before minutes of loading
+        rows = read_prompts(given.file, chosen.system_prompt) if given.file else []
         model, tokenizer = models.load_model(
             chosen.model, adapter=chosen.adapter, **chosen.options
         )
         if given.file:
-            rows = answer_file(model, tokenizer, chosen, given)
+            answer_file(model, tokenizer, chosen, given, rows)
             print(f"{len(rows)} answers in {given.out}")  # noqa: T201
         else:
             chat(model, tokenizer, chosen)
-    except (*OURS, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

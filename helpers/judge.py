@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers.formats import DataError, Messages, Row
-from helpers.runs import Run, write_json
+from helpers.runs import Run, open_run, write_json
 
 RATING = r"(\d+(?:\.\d*)?)(?:\s*/\s*10)?"
 # what a body that is no JSON, or JSON that is no completion, raises in the client
@@ -208,6 +209,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="a run's name")
     parser.add_argument("--judge", metavar="URL", help="else OPENAI_BASE_URL")
     parser.add_argument("--judge-model", metavar="NAME", help="else TUNEBOOK_JUDGE")
+
+
+def answering_parser(
+    prog: str, items: str, max_new_tokens: int
+) -> argparse.ArgumentParser:
+    """Returns the command line of a bench that models answer and a judge reads.
+
+    Args:
+        prog: the program's name.
+        items: what is answered, in the plural.
+        max_new_tokens: the default.
+    """
+    parser = argparse.ArgumentParser(prog=prog)
+    add_arguments(parser)
+    parser.add_argument("--models", nargs="+", help="base sft ...; all of the run's")
+    parser.add_argument("--limit", type=int, help=f"of {items}")
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
+    return parser
+
+
+def open_answering(given: argparse.Namespace) -> dict[str, Any]:
+    """Returns what the values of `answering_parser` mean, as a bench's arguments.
+
+    Raises:
+        DataError: see `find_adapters`.
+        JudgeError: see `open_judge`.
+    """
+    run = open_run(given.run)
+    return {
+        "run": run,
+        "adapters": find_adapters(run, given.models),
+        "client": open_judge(run, given.judge, given.judge_model),
+        "limit": given.limit,
+        "max_new_tokens": given.max_new_tokens,
+    }
+
+
+def spread(rows: list[Row], limit: int | None) -> list[Row]:
+    """Returns at most so many rows, evenly from the whole list; all without a limit.
+
+    >>> spread([{"n": n} for n in range(5)], 2)
+    [{'n': 0}, {'n': 3}]
+    """
+    return rows[:: math.ceil(len(rows) / limit)] if limit else rows
 
 
 def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | None]:

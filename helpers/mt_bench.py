@@ -8,8 +8,6 @@ answers and judgments are written in its formats, so that its own tools read the
 
 from __future__ import annotations
 
-import argparse
-import math
 import sys
 import time
 from collections import defaultdict
@@ -21,7 +19,7 @@ from helpers.evaluation import model_print
 from helpers.fastchat import find_data, read_prompts, read_questions, read_references
 from helpers.formats import DataError, Messages, Row
 from helpers.judge import Judge
-from helpers.runs import Run, fingerprint, open_run
+from helpers.runs import Run, fingerprint
 from helpers.scores import draw_radar, show_scores, summarise
 
 # `temperature_config` and `NEED_REF_CATS` of fastchat/llm_judge/common.py
@@ -200,9 +198,7 @@ def measure(
         JudgeError: see `Judge.ask`.
     """
     folder = find_data(folder)
-    questions = read_questions(folder)
-    if limit:
-        questions = questions[:: math.ceil(len(questions) / limit)]
+    questions = judge.spread(read_questions(folder), limit)
     parts = {}
     for label, adapter in adapters.items():
         answers = answer(run, label, adapter, questions, max_new_tokens=max_new_tokens)
@@ -223,25 +219,11 @@ def main(arguments: list[str]) -> None:
     Raises:
         SystemExit: something that the user can mend is wrong; the message says what.
     """
-    parser = argparse.ArgumentParser(prog="python -m helpers.mt_bench")
-    judge.add_arguments(parser)
-    parser.add_argument("--models", nargs="+", help="base sft ...; all of the run's")
+    parser = judge.answering_parser("python -m helpers.mt_bench", "questions", 1024)
     parser.add_argument("--data", type=Path, help="FastChat's llm_judge/data folder")
-    parser.add_argument("--limit", type=int, help="of questions")
-    parser.add_argument("--max-new-tokens", type=int, default=1024)
     given = parser.parse_args(arguments)
-    try:
-        run = open_run(given.run)
-        parts = measure(
-            run,
-            judge.find_adapters(run, given.models),
-            judge.open_judge(run, given.judge, given.judge_model),
-            folder=given.data,
-            limit=given.limit,
-            max_new_tokens=given.max_new_tokens,
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    with runtime.exit_on(ValueError, OSError):
+        parts = measure(**judge.open_answering(given), folder=given.data)
     print(show_scores(parts) if parts else judge.UNJUDGED)  # noqa: T201
 
 

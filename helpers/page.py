@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers import comparison, pairs, ratings, results
+from helpers import comparison, pairs, ratings, results, runtime
 from helpers.formats import DataError
 from helpers.results import STAGES, Table
 from helpers.runs import MissingInput, Run, write_text
@@ -224,10 +224,8 @@ def main(arguments: list[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="python -m helpers.page")
     parser.add_argument("run", nargs="?", help="a run's name; the current one if none")
-    try:
+    with runtime.exit_on(ConfigError, OSError):
         print(write(open_run(parser.parse_args(arguments).run)))  # noqa: T201
-    except (ConfigError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import os
 import platform
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -236,6 +238,19 @@ def start() -> None:
         shell._showtraceback(kind, error, [f"{kind.__name__}: {error}\n{where}"])
 
     shell.set_custom_exc((ValueError, FileNotFoundError, MemoryError), show)
+
+
+@contextmanager
+def exit_on(*kinds: type[Exception]) -> Iterator[None]:
+    """Ends a command line with one line on an error of these kinds.
+
+    Raises:
+        SystemExit: something that the user can mend is wrong; the message says what.
+    """
+    try:
+        yield
+    except kinds as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def hub_reachable(timeout_s: float = 3.0) -> bool:

@@ -340,10 +340,11 @@ def main(arguments: list[str]) -> None:
     Raises:
         SystemExit: something that the user can mend is wrong; the message says what.
     """
-    from helpers import evaluation, results, templates
+    from helpers import evaluation, results
+    from helpers.templates import TemplateError
 
-    ours = (ConfigError, data.DataError, models.ModelError, templates.TemplateError)
-    try:
+    ours = (ConfigError, data.DataError, models.ModelError, TemplateError)
+    with runtime.exit_on(*ours, OSError):
         run = save_run(read_arguments(arguments))
         for stage in run.config.stages:
             print(stage, train_stage(run, stage))  # noqa: T201
@@ -355,8 +356,6 @@ def main(arguments: list[str]) -> None:
         for label, adapter in adapters(run).items():
             evaluation.evaluate(run, label, adapter)
         results.print_report(run)
-    except (*ours, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
