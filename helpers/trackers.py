@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib.util
 import netrc
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 KNOWN = ["tensorboard", "wandb", "trackio"]
@@ -54,3 +58,27 @@ def wandb_is_ready() -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     return bool(host and file.authenticators(host))
+
+
+@contextmanager
+def one_run() -> Iterator[None]:
+    """Ends the W&B run that a training in this block begins.
+
+    Left open it would take in the next stage's curves under this one's name. A run that
+    is open before the block is the user's, and stays open.
+    """
+    if open_wandb() is not None:
+        yield
+        return
+    try:
+        yield
+    finally:
+        begun = open_wandb()
+        if begun is not None:
+            begun.finish()
+
+
+def open_wandb() -> Any:
+    """Returns the W&B run of this process, None without one."""
+    wandb = sys.modules.get("wandb")
+    return wandb and wandb.run

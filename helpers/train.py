@@ -28,7 +28,7 @@ from helpers.stages import (
     require_stage,
     stage_report,
 )
-from helpers.trackers import choose_trackers
+from helpers.trackers import choose_trackers, one_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -216,7 +216,8 @@ def fit(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
     if checkpoint is not None:
         print(f"{stage}: going on from {checkpoint.name}")  # noqa: T201
     if checkpoint is None or not restore_finished(trainer, checkpoint):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with one_run():
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if not (folder / "adapter").exists():  # no evaluation has chosen one
         callbacks.save_adapter(trainer.model, folder / "adapter")
     part = stage_report(run, stage, trainer)

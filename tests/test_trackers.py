@@ -78,7 +78,7 @@ def tracked(
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
-    wandb.teardown()  # an earlier test may have left its settings
+    wandb.teardown()  # it keeps the settings of earlier tests
     trackers = ["wandb", "tensorboard", "trackio"]
     run = run_factory(stages=["sft"], sft__max_steps=2, sft__report_to=trackers)
     train.train_stage(run, "sft")
@@ -104,6 +104,33 @@ def test_the_trackers_log_losses_and_memory_under_the_runs_name(tracked: Path) -
     (offline,) = tracked.glob("wandb/offline-run-*/run-*.wandb")
     records = offline.read_bytes()
     assert [x for x in [*logged, "test-sft"] if x.encode() not in records] == []
+
+
+def test_a_training_ends_the_wandb_run_that_it_began(
+    run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    begun = []
+    monkeypatch.setattr(
+        wandb, "init", lambda *a, init=wandb.init, **k: begun.append(init(*a, **k))
+    )
+    run = run_factory(stages=["sft"], sft__max_steps=1, sft__report_to=["wandb"])
+    train.train_stage(run, "sft")
+    assert len(begun) == 1
+    assert wandb.run is None
+
+
+def test_a_wandb_run_that_was_open_before_a_training_stays_open() -> None:
+    import wandb
+
+    mine = wandb.init(mode="disabled")
+    with trackers.one_run():
+        assert wandb.run is mine
+    assert wandb.run is mine
+    mine.finish()
+    assert wandb.run is None
 
 
 def test_the_ones_that_work_stay_when_another_does_not(
