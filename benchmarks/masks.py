@@ -29,6 +29,7 @@ import sys
 import warnings
 from collections import Counter
 from importlib.metadata import version
+from operator import ne
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,9 @@ from benchmarks.chats import (  # noqa: E402
 from benchmarks.differences import Row, Theirs, describe  # noqa: E402
 from helpers.blocks import Block, check_block  # noqa: E402
 from helpers.formats import check_messages  # noqa: E402
-from helpers.frames import Frames, as_row  # noqa: E402
-from helpers.masking import NO_LOSS, mask_conversation  # noqa: E402
+from helpers.frames import Rows  # noqa: E402
+from helpers.masking import NO_LOSS, mask_conversation, mask_rows  # noqa: E402
 from helpers.templates import FIXED_DATE, FIXED_DAY, TemplateError  # noqa: E402
-from helpers.words import find_cuts  # noqa: E402
 
 RESULTS = ROOT / "results" / "masks.json"
 
@@ -108,7 +108,7 @@ def compare_oracle(tokenizer: Any, rows: list[Row], faults: Counter[str]) -> str
                 found.add(str(unexplained)[:100])
         ways.append(found)
     try:
-        block = Block([as_row(**row.ours) for row in rows])
+        block = Block(Rows.of([row.ours for row in rows]))
         check_block(tokenizer, block, "assistant")
     except ValueError as error:
         faults[f"the guards refuse: {error}"] += 1
@@ -118,14 +118,13 @@ def compare_oracle(tokenizer: Any, rows: list[Row], faults: Counter[str]) -> str
 
 
 def compare_quick(tokenizer: Any, rows: list[Row]) -> int:
-    """Returns how many rows `frames` makes otherwise than `mask_conversation`."""
-    cuts = find_cuts(tokenizer)
+    """Returns how many rows `mask_rows` makes otherwise than `mask_conversation`."""
+    chats = [row.messages for row in rows]
     wrong = 0
-    for loss_on in ("assistant", "last", "all") if cuts else ():
-        quick = Frames(tokenizer, loss_on, cuts).rows([row.messages for row in rows])
-        for row, found in zip(rows, quick, strict=True):
-            whole = as_row(**mask_conversation(tokenizer, row.messages, loss_on))
-            wrong += found not in (None, whole)
+    for loss_on in ("assistant", "last", "all"):
+        quick = [x for y in mask_rows(tokenizer, chats, loss_on) for x in y.examples()]
+        whole = [mask_conversation(tokenizer, chat, loss_on) for chat in chats]
+        wrong += sum(map(ne, quick, whole))
     return wrong
 
 

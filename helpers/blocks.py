@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from helpers.formats import DataError
-from helpers.frames import Row
+from helpers.frames import Rows
 from helpers.templates import stop_token_ids
 from helpers.turns import NO_LOSS, LossOn
 
@@ -34,19 +34,18 @@ class Block:
         cut: kept rows that are longer than that, (rows,) of bool.
     """
 
-    def __init__(self, rows: list[Row], max_length: int | None = None) -> None:
-        ids, labels = zip(*rows, strict=True)
-        self.ids = np.frombuffer(b"".join(ids), np.int32)
-        self.labels = np.frombuffer(b"".join(labels), np.int32)
-        self.lengths = np.array([len(row) // 4 for row in ids])
+    def __init__(self, rows: Rows, max_length: int | None = None) -> None:
+        self.ids, self.labels, self.lengths = rows
         self.starts = np.cumsum(self.lengths) - self.lengths
         limit = max_length or ANY_LENGTH
-        row = np.repeat(np.arange(len(rows)), self.lengths)
+        row = np.repeat(np.arange(len(self.lengths)), self.lengths)
         place = np.arange(len(self.ids)) - self.starts[row]
         learnt = self.labels != NO_LOSS
-        self.ends = np.zeros(len(rows), int)
+        self.ends = np.zeros(len(self.lengths), int)
         self.ends[row[learnt]] = place[learnt] + 1  # of several the last one stays
-        self.kept = np.bincount(row[learnt & (place < limit)], minlength=len(rows)) > 0
+        self.kept = (
+            np.bincount(row[learnt & (place < limit)], minlength=len(self.lengths)) > 0
+        )
         self.cut = self.kept & (self.lengths > limit)
         within = self.kept[row] & (place < limit)
         self.left = self.ids[within], self.labels[within]

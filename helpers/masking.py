@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 
 from helpers.blocks import Block, check_block, check_pad
 from helpers.formats import DataError, Messages
-from helpers.frames import Frames, Row, as_row
+from helpers.frames import Example, Frames, Rows
 from helpers.turns import NO_LOSS, LossOn, find_spans, label_tokens
 from helpers.words import find_cuts
 
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-BLOCK = 128  # conversations in memory at a time
+BLOCK = 1024  # conversations in memory at a time
 NAMED = 20  # rows in a message
-Example = dict[str, list[int]]
 
 
 class Masked(NamedTuple):
@@ -95,21 +95,22 @@ def mask_rows(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Iterable[Messages],
     loss_on: LossOn = "assistant",
-) -> Iterator[list[Row]]:
+) -> Iterator[Rows]:
     """Yields the rows of `mask_conversation`, many at a time and many times faster.
 
     Raises:
         TemplateError: see `mask_conversation`.
     """
-    remaining = iter(conversations)
+    whole = partial(mask_conversation, tokenizer, loss_on=loss_on)
     cuts = find_cuts(tokenizer)
-    frames = Frames(tokenizer, loss_on, cuts) if cuts else None
+    frames = Frames(tokenizer, loss_on, cuts, whole) if cuts else None
+    remaining = iter(conversations)
     while block := list(islice(remaining, BLOCK)):
-        rows = frames.rows(block) if frames else [None] * len(block)
-        yield [
-            row or as_row(**mask_conversation(tokenizer, messages, loss_on))
-            for row, messages in zip(rows, block, strict=True)
-        ]
+        yield (
+            frames.rows(frames.lay(block))
+            if frames
+            else Rows.of(list(map(whole, block)))
+        )
 
 
 def mask_conversations(

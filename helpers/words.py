@@ -2,46 +2,76 @@
 
 Most tokenizers cut a text into words and merge letters within each alone, so that a
 word's ids are the same wherever it stands; and most words have been seen before.
-`find_cuts` shows whether that is so for a tokenizer.
+`find_cuts` shows where that is so for a tokenizer.
 """
 
 from __future__ import annotations
 
 import re
-from array import array
-from itertools import chain, product
+from itertools import chain, product, repeat
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
 
 MAX_WORDS = 200_000  # kept at a time, some 40 MB
 AT_ONCE = 64  # words in a text: each text costs the tokenizer as much as two words
-# Words are cut before a single space, which is theirs.
-CUT = re.compile(r"(?<=\S)(?= \S)")
-# What may lie between two cuts; the first word of a text may follow any white space.
-WORD = re.compile(r"(?: |[^\S ]+)?\S(?:.*\S)?", re.DOTALL)
+BETWEEN, FIXED = "\0", "\1"
+"""Characters between words, and before a text that is kept as it is."""
+# Words are cut before a single space, which is theirs, and after some new lines.
+AT_SPACE = r"(?<=\S)(?= \S)"
+AT_LINE = r"|(?<=\S\n)(?=\S)|(?<=\A\n)(?=\S)"
+AT_LINES = AT_LINE.replace(r"\n", r"\n\n")
+# What may lie between two cuts; only what ends a text ends in a space.
+WORD = re.compile(r" ?\S(?:.*\S)?(?: |\n*)", re.DOTALL)
 # Tokens that may span a cut, as vocabularies write them.
-SPANNING = re.compile(r"[^\sĠ▁Ċĉč][Ġ▁ ]")
+SPANNING = re.compile(r"[^\sĠ▁Ċĉč][Ġ▁ ]|[Ċ\n][^\sĠ▁Ċĉč]")
 # A character of each kind that the patterns of tokenizers tell apart.
 KINDS = [*"aB7.'(<_你🎉", "é", ",", "-", "か", "ا", "\u0301", "\u200d", "'s", "a\nb"]
 
 
-def cut(text: str) -> list[str]:
-    r"""Returns a text cut before every space, the fastest way.
+class Cuts(NamedTuple):
+    """Where the texts of a tokenizer may be cut."""
 
-    Where each part is a `WORD` these are the places where it may be cut.
+    special: list[str]
+    """Special tokens, before and behind which they may be."""
+    lines: int
+    """How many new lines between words there may be to cut behind them, 0 to 2."""
 
-    >>> cut("Hi there,\n you  two")
-    ['Hi', ' there,\n', ' you', ' ', ' two']
-    >>> CUT.split("Hi there,\n you  two")
-    ['Hi', ' there,\n you  two']
-    """
-    return text.replace(" ", "\0 ").split("\0")
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """What is empty and lies between two words."""
+        return re.compile("".join([AT_SPACE, AT_LINE, AT_LINES][: self.lines + 1]))
+
+    def apart(self, text: str) -> str:
+        r"""Returns a text with `BETWEEN` between its words.
+
+        Beside white space that is neither a space nor a new line it is put in places
+        where it must not be: what it parts there is no `WORD`.
+
+        >>> Cuts([], 1).apart("Hi there,\nyou  two").split(BETWEEN)
+        ['Hi', ' there,\n', 'you  two']
+        """
+        text = text.replace(" ", "\0 ")
+        if "\0 \0 " in text:  # no word has one of several spaces
+            text = text.replace("\0 \0 ", "  ").replace("  \0 ", "   ")
+        if "\n" not in text:
+            return text
+        text = text.replace("\n\0 ", "\n ").replace("\0 \n", " \n")
+        if not self.lines:
+            return text
+        more = "\n" * (self.lines + 1)
+        text = text.replace("\n", "\n\0").replace("\0\n", "\n")
+        text = text.replace("\n\0 ", "\n ").replace(" \n\0", " \n")
+        text = text.replace(" \n\n\0", " \n\n")
+        return text.replace(f"{more}\0", more)
 
 
-def find_cuts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Returns the special tokens at which a text may be cut; none if words may not be.
+def find_cuts(tokenizer: PreTrainedTokenizerBase) -> Cuts | None:
+    """Returns where texts may be cut, None if they may not be cut into words.
 
     A text may be cut at a special token that no other token begins with or overlaps.
     It may be cut into words if no token of the vocabulary spans a cut, and if texts of
@@ -50,13 +80,10 @@ def find_cuts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     added = list(tokenizer.added_tokens_decoder.values())
     names = [token.content for token in added]
     taking = any(t.lstrip or t.rstrip or t.single_word for t in added)
-    if not tokenizer.is_fast or taking or any(map(CUT.search, names)):
-        return []
-    for token in set(filter(SPANNING.search, tokenizer.get_vocab())).difference(names):
-        if CUT.search(tokenizer.convert_tokens_to_string(["a", token, "a"])):
-            return []
+    if not tokenizer.is_fast or taking:
+        return None
     inner = set("".join(name[1:] for name in names))
-    cuts = [
+    special = [
         token.content
         for token in added
         if token.special
@@ -65,84 +92,123 @@ def find_cuts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         and token.content[0] not in inner
         and sum(name.startswith(token.content) for name in names) == 1
     ]
-    return cuts if cuts and are_apart(tokenizer, cuts[0]) else []
+    suspects = set(filter(SPANNING.search, tokenizer.get_vocab())).difference(names)
+    texts = [tokenizer.convert_tokens_to_string(["a", x, "a"]) for x in suspects]
+    found = None
+    for lines, (end, start) in enumerate([("", " "), ("\n", ""), ("\n\n", "")]):
+        cuts = Cuts(special, lines)
+        if (
+            not special
+            or any(map(cuts.pattern.search, [*texts, *names]))
+            or not are_apart(tokenizer, special[0], end, start)
+        ):
+            break
+        found = cuts
+    return found
 
 
-def are_apart(tokenizer: PreTrainedTokenizerBase, between: str) -> bool:
+def are_apart(
+    tokenizer: PreTrainedTokenizerBase, between: str, end: str, start: str
+) -> bool:
     """Returns whether texts of all `KINDS` have the ids of their words.
 
     Args:
         tokenizer: any.
         between: a special token at which a text may be cut.
+        end: what the first word ends in.
+        start: what the second word starts with.
     """
     pairs = ["".join(pair) for pair in product(KINDS[:8], KINDS[:8])]
     around = [*product(KINDS, KINDS), *product(pairs, KINDS[:8])]
-    around += product(KINDS[:8], pairs)
-    lefts, rights = [x for x, _ in around], [f" {y}" for _, y in around]
-    texts = [f"{x} {y}" for x, y in around]
-    ids = encode(tokenizer, [*lefts, *rights, *texts])
-    halves = map(list.__add__, ids, ids[len(texts) :])
-    wholes = ids[2 * len(texts) :]
+    around += [*product(KINDS[:8], pairs), *(("", kind) for kind in KINDS if end)]
+    lefts, rights = [x + end for x, _ in around], [start + y for _, y in around]
+    texts = list(map(str.__add__, lefts, rights))
+    joined = between + between.join(lefts + rights)
+    found = encode(tokenizer, [*lefts, *rights, *texts, joined])
+    count = len(texts)
+    left, right, wholes = (found[n * count : (n + 1) * count] for n in range(3))
     stop = tokenizer.convert_tokens_to_ids(between)
-    inside = encode(tokenizer, [between + between.join(texts)])[0]
-    apart = chain.from_iterable([stop, *whole] for whole in wholes)
-    return list(halves)[: len(texts)] == wholes and inside == list(apart)
+    inside = [token for ids in [*left, *right] for token in (stop, *ids)]
+    return list(map(list.__add__, left, right)) == wholes and found[-1] == inside
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Returns the ids of each text, which holds all its special tokens."""
-    if not texts:
-        return []
-    return tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-    ).input_ids
-
-
-class Run(NamedTuple):
-    """Words that follow each other."""
-
-    ids: list[bytes | None]
-    """The ids of each word, None of those that are not yet known."""
-    unknown: list[tuple[int, str]]
-    """Place and text of these."""
-
-    def joined(self, words: Words) -> bytes:
-        """Returns the ids of all, which have been learnt meanwhile."""
-        for place, word in self.unknown:
-            self.ids[place] = words.ids[word]
-        return b"".join(filter(None, self.ids))
+    backend = tokenizer.backend_tokenizer
+    # what an earlier call has left on
+    backend.no_truncation()
+    backend.no_padding()
+    found = backend.encode_batch_fast(texts, add_special_tokens=False)
+    return [each.ids for each in found]
 
 
 class Words:
-    """The ids of words, as int32 bytes; each word is tokenised once."""
+    """The token ids of words; each word is tokenised once, and has a number.
+
+    Attributes:
+        ids: of all words, one after the other, int32 of (tokens,).
+        starts: where in them those of a word begin, by its number, (words,).
+        lengths: how many they are, (words,).
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, between: str) -> None:
         self.tokenizer, self.between = tokenizer, between
         self.stop = tokenizer.convert_tokens_to_ids(between)
-        self.ids: dict[str, bytes] = {}
+        self.forget()
 
-    def run(self, words: list[str]) -> Run:
-        """Returns the ids of words as far as they are known."""
-        ids = list(map(self.ids.get, words))
-        if all(ids):
-            return Run(ids, [])
-        return Run(ids, [(n, words[n]) for n, found in enumerate(ids) if not found])
+    def forget(self) -> None:
+        """Drops all words."""
+        self.numbers: dict[str, int] = {}
+        # number 0 is what is no word
+        self.ids = np.empty(0, np.int32)
+        self.lengths = np.zeros(1, int)
+        self.starts = np.zeros(1, int)
 
-    def learn(self, words: set[str]) -> None:
-        """Has words tokenised; where room is short, all others are forgotten."""
-        if len(self.ids) > MAX_WORDS:
-            self.ids.clear()
-        new = [word for word in words if word not in self.ids]
-        odd = [word for word in new if self.between in word]
-        for word, ids in zip(odd, encode(self.tokenizer, odd), strict=True):
-            self.ids[word] = array("i", ids).tobytes()
-        new = [word for word in new if self.between not in word] if odd else new
+    def find(self, words: list[str]) -> np.ndarray:
+        """Returns the numbers of different words, 0 of what is none.
+
+        A text behind `FIXED` is kept as if it were a word, whatever it is.
+        """
+        if len(self.numbers) > MAX_WORDS:
+            self.forget()
+        numbers = np.fromiter(map(self.numbers.get, words, repeat(-1)), int, len(words))
+        places = np.flatnonzero(numbers < 0)
+        new = [words[place] for place in places]
+        self.learn(new)
+        numbers[places] = list(map(self.numbers.get, new))
+        return numbers
+
+    def learn(self, words: list[str]) -> None:
+        """Has words tokenised that are not yet known."""
+        fixed, new = [], []
+        for word in words:
+            if word.startswith(FIXED):
+                fixed.append(word)
+            elif WORD.fullmatch(word) and self.between not in word:
+                new.append(word)
+            else:
+                self.numbers[word] = 0
+        ids = encode(self.tokenizer, [word[1:] for word in fixed])
+        self.add(fixed, list(chain.from_iterable(ids)), list(map(len, ids)))
         groups = [new[at : at + AT_ONCE] for at in range(0, len(new), AT_ONCE)]
-        texts = [self.between.join(group) for group in groups]
-        for group, ids in zip(groups, encode(self.tokenizer, texts), strict=True):
-            ids.append(self.stop)
-            start = 0
-            for word in group:
-                end = ids.index(self.stop, start)
-                self.ids[word] = array("i", ids[start:end]).tobytes()
-                start = end + 1
+        ids = encode(self.tokenizer, list(map(self.between.join, groups)))
+        flat = np.array([x for each in ids for x in (*each, self.stop)], np.int32)
+        ends = np.flatnonzero(flat == self.stop)
+        self.add(new, np.delete(flat, ends), np.diff(ends, prepend=-1) - 1)
+
+    def add(self, words: list[str], ids: ArrayLike, lengths: ArrayLike) -> None:
+        """Keeps words with their ids, one after the other."""
+        first = len(self.lengths)
+        self.numbers.update(zip(words, range(first, first + len(words)), strict=True))
+        lengths = np.array(lengths, int)
+        starts = len(self.ids) + np.cumsum(lengths) - lengths
+        self.starts = np.concatenate([self.starts, starts])
+        self.lengths = np.concatenate([self.lengths, lengths])
+        self.ids = np.concatenate([self.ids, np.array(ids, np.int32)])
+
+    def join(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of words, (tokens,), and where each word ends, (words,)."""
+        lengths = self.lengths[numbers]
+        ends = np.cumsum(lengths)
+        shift = np.repeat(self.starts[numbers] - ends + lengths, lengths)
+        return self.ids[np.arange(len(shift)) + shift], ends

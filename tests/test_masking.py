@@ -16,7 +16,7 @@ import pytest
 from helpers import masking
 from helpers.blocks import Block, check_block
 from helpers.formats import DataError, Messages
-from helpers.frames import as_row
+from helpers.frames import Rows
 from helpers.masking import NO_LOSS, Example, mask_conversation, mask_conversations
 from helpers.templates import (
     FIXED_DATE,
@@ -326,11 +326,11 @@ def test_a_later_row_that_starts_with_bos_twice_is_named(
 ) -> None:
     tokenizer = make_tokenizer(**CHATML, chat_template=INSTRUCTION_TEMPLATE)
     bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    rows = [as_row([bos, 5, end], [NO_LOSS, 5, end])] * 2
-    check_block(tokenizer, Block(rows), "assistant")
-    rows.append(as_row([bos, bos, end], [NO_LOSS, NO_LOSS, end]))
+    rows = [{"input_ids": [bos, 5, end], "labels": [NO_LOSS, 5, end]}] * 2
+    check_block(tokenizer, Block(Rows.of(rows)), "assistant")
+    rows.append({"input_ids": [bos, bos, end], "labels": [NO_LOSS, NO_LOSS, end]})
     with pytest.raises(DataError, match="^1 rows .*<.im_start.> twice, .* row 43;"):
-        check_block(tokenizer, Block(rows), "assistant", before=40)
+        check_block(tokenizer, Block(Rows.of(rows)), "assistant", before=40)
 
 
 def test_an_earlier_answer_that_no_stop_token_ends_is_named(

@@ -6,12 +6,16 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from helpers.formats import Messages
-from helpers.frames import Frames, as_row
+from helpers.frames import Example, Frames
 from helpers.masking import mask_conversation, mask_conversations, mask_rows
-from helpers.words import CUT, KINDS, WORD, Words, cut, find_cuts
+from helpers.templates import TEMPLATES
+from helpers.words import BETWEEN, FIXED, KINDS, WORD, Cuts, Words, find_cuts
 
 MakeTokenizer = Callable[..., Any]
 CHATML = {
@@ -73,14 +77,30 @@ def cut_by(tokenizer: Any, pattern: str) -> Any:
     return tokenizer
 
 
+def by_words(
+    tokenizer: Any, conversations: list[Messages], loss_on: Any = "assistant"
+) -> tuple[list[Example], list[Messages]]:
+    """Returns the rows, and the conversations that were tokenised whole."""
+    whole: list[Messages] = []
+
+    def mask(messages: Messages) -> Example:
+        whole.append(messages)
+        return mask_conversation(tokenizer, messages, loss_on)
+
+    cuts = find_cuts(tokenizer)
+    assert cuts is not None
+    frames = Frames(tokenizer, loss_on, cuts, mask)
+    return frames.rows(frames.lay(conversations)).examples(), whole
+
+
 @pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
 def test_rows_made_by_words_are_those_of_the_whole_text(
     tokenizer: Any, loss_on: Any
 ) -> None:
     conversations = chats(120)
-    rows = Frames(tokenizer, loss_on, find_cuts(tokenizer)).rows(conversations)
-    whole = [as_row(**mask_conversation(tokenizer, m, loss_on)) for m in conversations]
-    assert rows == whole
+    rows, whole = by_words(tokenizer, conversations, loss_on)
+    assert rows == [mask_conversation(tokenizer, m, loss_on) for m in conversations]
+    assert 20 < len(whole) < 100  # both ways are taken
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -90,8 +110,9 @@ def test_other_ways_to_find_words_give_the_rows_of_the_whole_text_too(
     made = make_tokenizer(**CHATML, chat_template=tokenizer.chat_template)
     made = cut_by(made, PATTERNS[name])
     conversations = chats(80, seed=1)
-    rows = Frames(made, "assistant", find_cuts(made)).rows(conversations)
-    assert rows == [as_row(**mask_conversation(made, m)) for m in conversations]
+    rows, whole = by_words(made, conversations)
+    assert rows == [mask_conversation(made, m) for m in conversations]
+    assert len(whole) < 70
 
 
 def test_offsets_that_leave_out_spaces_do_not_change_the_rows(
@@ -102,8 +123,8 @@ def test_offsets_that_leave_out_spaces_do_not_change_the_rows(
     made = make_tokenizer(**CHATML, chat_template=tokenizer.chat_template)
     made.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
     conversations = chats(80, seed=2)
-    rows = Frames(made, "assistant", find_cuts(made)).rows(conversations)
-    assert rows == [as_row(**mask_conversation(made, m)) for m in conversations]
+    rows, _ = by_words(made, conversations)
+    assert rows == [mask_conversation(made, m) for m in conversations]
 
 
 def test_few_words_kept_at_a_time_change_nothing(
@@ -113,17 +134,73 @@ def test_few_words_kept_at_a_time_change_nothing(
     monkeypatch.setattr("helpers.frames.MAX_KEPT", 1)
     monkeypatch.setattr("helpers.masking.BLOCK", 7)
     conversations = chats(40, seed=3)
-    rows = [row for rows in mask_rows(tokenizer, conversations) for row in rows]
-    assert rows == [as_row(**mask_conversation(tokenizer, m)) for m in conversations]
+    rows = [x for rows in mask_rows(tokenizer, conversations) for x in rows.examples()]
+    assert rows == [mask_conversation(tokenizer, m) for m in conversations]
 
 
-def test_conversations_that_no_frame_fits_are_tokenised_whole(tokenizer: Any) -> None:
-    spaced = [{"role": "user", "content": " Hi "}, {"role": "assistant", "content": ""}]
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        (" Hi ", "Yes."),
+        ("", "Yes."),
+        ("Hi", f"a{BETWEEN}b"),
+        ("Hi", f"a {FIXED}b"),
+        ("a\u00a0 b", "Yes."),
+        ("Hi", "a <|im_end|> b"),
+    ],
+)
+def test_conversations_that_no_frame_fits_are_tokenised_whole(
+    tokenizer: Any, question: str, answer: str
+) -> None:
+    cuts = find_cuts(tokenizer)
+    assert cuts is not None
+    between = cuts.special[0]
+    chat = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer.replace("<|im_end|>", between)},
+    ]
+    plain = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    rows, whole = by_words(tokenizer, [plain, chat, plain])
+    assert whole == [chat]
+    assert rows == [mask_conversation(tokenizer, m) for m in (plain, chat, plain)]
+
+
+def test_all_rows_may_be_tokenised_whole(tokenizer: Any) -> None:
     empty = [{"role": "user", "content": ""}, {"role": "assistant", "content": "Yes."}]
-    frames = Frames(tokenizer, "assistant", find_cuts(tokenizer))
-    assert frames.rows([spaced, empty]) == [None, None]
     made = mask_conversations(tokenizer, [empty])
     assert made.rows[0] == mask_conversation(tokenizer, empty)
+
+
+@pytest.mark.parametrize("pattern", ["llama-3", None])
+@pytest.mark.parametrize("header", ["\n", "\n\n", "<|endoftext|>\n\n"])
+def test_headers_that_end_in_new_lines_fit_frames_where_they_may_be_cut(
+    make_tokenizer: MakeTokenizer, header: str, pattern: str | None
+) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + HEADER + m['content'] "
+        "+ '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant' + HEADER }}{% endif %}"
+    )
+    template = template.replace("HEADER", repr(header))
+    made = make_tokenizer(**CHATML, chat_template=template)
+    if pattern:
+        cut_by(made, PATTERNS[pattern])
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+    rows, whole = by_words(made, [chat])
+    assert rows == [mask_conversation(made, chat)]
+    # GPT-2's way takes two new lines apart where a word follows
+    assert len(whole) == ("\n\n" in header and pattern is None)
+
+
+def test_an_answer_between_spaces_fits_a_frame(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    made = make_tokenizer(**CHATML, chat_template=TEMPLATES["llama-2"])
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+    rows, whole = by_words(made, [chat])
+    assert rows == [mask_conversation(made, chat)]
+    assert whole == []
 
 
 def test_a_template_that_looks_at_the_contents_is_not_taken_for_a_frame(
@@ -138,29 +215,39 @@ def test_a_template_that_looks_at_the_contents_is_not_taken_for_a_frame(
         [{"role": "user", "content": x}, {"role": "assistant", "content": "Yes."}]
         for x in ("Hi", "a secret")
     )
-    rows = Frames(made, "assistant", find_cuts(made)).rows([plain, secret])
-    assert rows == [as_row(**mask_conversation(made, plain)), None]
+    cuts = find_cuts(made)
+    assert cuts is not None
+    laid = Frames(made, "assistant", cuts, lambda messages: {}).lay([plain, secret])
+    assert laid.counts[0] > 0 and laid.counts[1] == 0
 
 
 # where a text may be cut
 
 
-def test_a_text_of_words_is_cut_at_once_where_it_may_be() -> None:
-    text = "The (quick) fox,\n\nit's 12 — 你好 🎉."
-    assert cut(text) == CUT.split(text)
-    assert all(map(WORD.fullmatch, cut(text)))
+@pytest.mark.parametrize("lines", [0, 1, 2])
+@given(st.text(st.sampled_from("ab.  \n\n\t\u00a0é"), min_size=1, max_size=12))
+def test_a_text_is_cut_where_it_may_be_or_has_what_is_no_word(
+    lines: int, text: str
+) -> None:
+    cuts = Cuts([], lines)
+    text = f"x{text}y"
+    found = cuts.apart(text).split(BETWEEN)
+    assert "".join(found) == text
+    if all(map(WORD.fullmatch, found)):
+        assert found == cuts.pattern.split(text)
 
 
-@pytest.mark.parametrize("text", ["a  b", "a\n b", "a \tb", "a ", " \nb", "a\u00a0 b"])
-def test_a_cut_beside_other_white_space_is_noticed(text: str) -> None:
-    assert not all(map(WORD.fullmatch, cut(text)))
+@pytest.mark.parametrize("text", ["a  b", "a\n b", "a \nb", "a\n\n\nb", "a,  b\n c"])
+def test_white_space_that_is_not_cut_leaves_words(text: str) -> None:
+    assert Cuts([], 2).apart(text) == text
+    assert WORD.fullmatch(text)
 
 
 @pytest.mark.parametrize(
-    ("scheme", "may_cut"), [("never", True), ("first", False), ("always", True)]
+    ("scheme", "lines"), [("never", 2), ("first", None), ("always", 0)]
 )
 def test_a_tokenizer_that_treats_the_start_of_a_text_alone_is_not_cut(
-    scheme: Any, may_cut: bool
+    scheme: Any, lines: int | None
 ) -> None:
     from tokenizers import Tokenizer, models, trainers
     from tokenizers.pre_tokenizers import Metaspace
@@ -178,13 +265,13 @@ def test_a_tokenizer_that_treats_the_start_of_a_text_alone_is_not_cut(
     core.train_from_iterator(["a B a. (a a's 7 a, B"], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
     # an unknown letter gives its id too, so it cannot part words
-    assert find_cuts(tokenizer) == (["<s>"] if may_cut else [])
+    assert find_cuts(tokenizer) == (Cuts(["<s>"], lines) if lines is not None else None)
 
 
 def test_a_tokenizer_without_words_is_not_cut(make_tokenizer: MakeTokenizer) -> None:
     # every space takes the letter before it along
     tokenizer = cut_by(make_tokenizer(**CHATML), r"\S |\S+(?=\S )|\s+|\S+")
-    assert find_cuts(tokenizer) == []
+    assert find_cuts(tokenizer) is None
 
 
 def test_a_special_token_that_takes_spaces_along_forbids_cuts(
@@ -194,7 +281,7 @@ def test_a_special_token_that_takes_spaces_along_forbids_cuts(
 
     tokenizer = make_tokenizer(**CHATML)
     tokenizer.add_tokens([AddedToken("<|end|>", rstrip=True, special=True)])
-    assert find_cuts(tokenizer) == []
+    assert find_cuts(tokenizer) is None
 
 
 def test_a_special_token_that_another_begins_with_is_no_cut(
@@ -202,11 +289,21 @@ def test_a_special_token_that_another_begins_with_is_no_cut(
 ) -> None:
     tokenizer = make_tokenizer(("<|im_end|>!",), **CHATML)
     found = find_cuts(tokenizer)
-    assert "<|im_end|>" not in found and "<|im_start|>" in found
+    assert found is not None
+    assert "<|im_end|>" not in found.special and "<|im_start|>" in found.special
 
 
-def test_words_that_hold_the_separator_are_tokenised_alone(tokenizer: Any) -> None:
+def test_words_are_numbered_and_joined_to_their_ids(tokenizer: Any) -> None:
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
     words = Words(tokenizer, "<|im_end|>")
-    words.learn({" a<|im_end|>b", " c"})
-    for word, ids in words.ids.items():
-        assert ids == as_row(tokenizer(word, add_special_tokens=False).input_ids, [])[0]
+    fixed = f"{FIXED}<|im_end|>\n"
+    first = words.find([" florist", fixed, " a<|im_end|>b", " odd\t"])
+    assert first.tolist() == [2, 1, 0, 0]
+    again = words.find([" vases", " florist"])
+    assert again.tolist() == [3, 2]
+    joined, ends = words.join(np.array([2, 1, 0, 3]))
+    parts = [ids(" florist"), ids("<|im_end|>\n"), [], ids(" vases")]
+    assert joined.tolist() == [x for part in parts for x in part]
+    assert ends.tolist() == np.cumsum(list(map(len, parts))).tolist()
