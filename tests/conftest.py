@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.tiny import save_tiny_model
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -38,22 +40,39 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def heavy_modules() -> Callable[[str], list[str]]:
-    """Runs a program in a Python of its own; returns the heavy modules it loaded."""
-    heavy = ["torch", "transformers", "datasets", "trl", "peft", "unsloth"]
+def run_python(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a Python of its own in the project's folder, which must end well.
 
-    def run_program(program: str) -> list[str]:
-        loaded = f"print(*(name for name in {heavy} if name in sys.modules))"
+    Takes its command line, and variables of its environment.
+    """
+
+    def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        compiled = tmp_path_factory.mktemp("unsloth")
         done = subprocess.run(
-            [sys.executable, "-c", f"{program}\nimport sys\n{loaded}"],
+            [sys.executable, *arguments],
             cwd=Path(__file__).parent.parent,
+            env={**os.environ, "UNSLOTH_COMPILE_LOCATION": str(compiled), **more},
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
 
-    return run_program
+    return run
+
+
+@pytest.fixture(scope="session")
+def heavy_modules(
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+) -> Callable[[str], list[str]]:
+    """Runs a program in a Python of its own; returns the heavy modules it loaded."""
+    heavy = ["torch", "transformers", "datasets", "trl", "peft", "unsloth"]
+    loaded = f"print(*(name for name in {heavy} if name in sys.modules))"
+    return lambda program: run_python(
+        "-c", f"{program}\nimport sys\n{loaded}"
+    ).stdout.split()
 
 
 @pytest.fixture(scope="session")
@@ -103,28 +122,12 @@ def tiny_model_folder(
     tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The folder of a random two-layer Llama, with the offline tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny-model")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+    return save_tiny_model(
+        "Llama",
+        tokenizer,
+        tmp_path_factory.mktemp("tiny-model"),
         max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from helpers import data, generation, masking, train
 from helpers.models import load_tokenizer
 from helpers.runs import Run
 from helpers.templates import stop_token_ids
+from tests.tiny import save_tiny_model
 
 # family -> the class's name, trl's template for it, and what else its config needs
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -26,32 +27,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 @pytest.fixture(params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A model of random weights with the chat template of its family."""
-    import torch
-    import transformers
-
     kind, name, more = FAMILIES[request.param]
     base = load_tokenizer("smollm2-135m-offline")
     template = next(t for t in trl_templates() if f"trl/{name}" in t.names)
     tokenizer = fit_tokenizer(base, template)
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **more,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return save_tiny_model(kind, tokenizer, tmp_path / "model", **more)
 
 
 def test_another_family_is_masked_trained_and_answers(

@@ -7,9 +7,6 @@ its own; a few of trl's templates are asked about in this one too.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +36,11 @@ def base() -> Any:
 
 
 @pytest.fixture(scope="module")
-def today(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def today(tmp_path_factory: pytest.TempPathFactory, run_python: Any) -> dict[str, Any]:
     """What the program writes today."""
-    folder = tmp_path_factory.mktemp("masks")
-    done = subprocess.run(
-        [sys.executable, "benchmarks/masks.py", str(folder / "masks.json")],
-        cwd=ROOT,
-        env={**os.environ, "UNSLOTH_COMPILE_LOCATION": str(folder / "compiled")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "masks.json").read_text(encoding="utf-8"))
+    path = tmp_path_factory.mktemp("masks") / "masks.json"
+    run_python("benchmarks/masks.py", str(path))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # the table

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -148,16 +145,8 @@ def test_without_restarting_positions_the_loss_would_be_another(
 
 
 def test_a_packed_row_has_the_loss_of_its_documents_under_unsloth_too(
-    tmp_path: Path,
+    run_python: Any,
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", UNSLOTH],
-        cwd=ROOT,
-        env={**os.environ, "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "compiled")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(run_python("-c", UNSLOTH).stdout.splitlines()[-1])
     assert len(found) > 1
     assert [x for x, _ in found] == pytest.approx([y for _, y in found], abs=1e-5)

@@ -7,9 +7,6 @@ real offline model takes about an hour: `python -m pytest -m slow`.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -322,21 +319,12 @@ def test_the_tuned_model_answers_with_the_recipes_sampling(trained: Trained) -> 
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_runs_on_the_real_model_with_either_engine(
-    name: str, engine: str, tmp_path: Path
+    name: str, engine: str, tmp_path: Path, run_python: Any
 ) -> None:
     config = changed(small(name, "smollm2-135m-offline"), engine=engine)
     path = tmp_path / "config.json"
     path.write_text(config.model_dump_json(), encoding="utf-8")
-    environment = {
-        **os.environ,
-        "TUNEBOOK_RUNS": str(tmp_path / "runs"),
-        "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "compiled"),
-    }
-    command = [sys.executable, "-m", "helpers.train", str(path)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python("-m", "helpers.train", str(path), TUNEBOOK_RUNS=str(tmp_path / "runs"))
     text = (tmp_path / "runs" / name / "report.json").read_text(encoding="utf-8")
     report = json.loads(text)
     assert report["environment"]["engine"] == engine
@@ -345,12 +333,10 @@ def test_a_recipe_runs_on_the_real_model_with_either_engine(
 
 
 @pytest.mark.slow
-def test_a_recipes_small_version_is_one_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "helpers.train", "dolly-llama32-3b", "--small"]
-    environment = {**os.environ, "TUNEBOOK_RUNS": str(tmp_path)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_a_recipes_small_version_is_one_command(
+    tmp_path: Path, run_python: Any
+) -> None:
+    command = ["-m", "helpers.train", "dolly-llama32-3b", "--small"]
+    done = run_python(*command, TUNEBOOK_RUNS=str(tmp_path))
     assert "run dolly-llama32-3b-small on" in done.stdout
     assert "eval loss" in done.stdout

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -98,18 +98,12 @@ def test_the_series_is_the_numbered_notebooks_in_order() -> None:
         ("A helper in your own notebook", "[1.0, 0.0]"),
     ],
 )
-def test_the_readmes_example_runs(heading: str, expected: str, tmp_path: Path) -> None:
+def test_the_readmes_example_runs(
+    heading: str, expected: str, tmp_path: Path, run_python: Any
+) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.split(f"## {heading}\n")[1]
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert found is not None
     code = found.group(1).replace("path/to/tunebook", str(ROOT))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "TUNEBOOK_RUNS": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert expected in done.stdout
+    assert expected in run_python("-c", code, TUNEBOOK_RUNS=str(tmp_path)).stdout

@@ -243,13 +243,11 @@ def test_a_packed_batch_has_the_loss_of_its_documents_apart(
 
 
 def test_the_command_line_trains_both_stages_and_prints_the_table(
-    prepared: Run,
+    prepared: Run, run_python: Any
 ) -> None:
     path = prepared.path / "config.json"
     path.write_text(path.read_text().replace('"length"', '"number_present"'))
-    command = [sys.executable, "-m", "helpers.train", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_python("-m", "helpers.train", str(path))
     assert prepared.report()["grpo"]["steps"] == 3
     labels = [line.split("  ")[0] for line in done.stdout.splitlines()[-3:]]
     assert labels == ["base", "after SFT", "after GRPO"]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ print(export.export(run, "grpo", prompts=2))
 
 
 def test_the_series_runs_with_unsloth_as_the_engine(
-    run_factory: Callable[..., Run], tmp_path: Path
+    run_factory: Callable[..., Run], run_python: Any
 ) -> None:
     # the real model: Unsloth's loader wants a real architecture's complete folder
     run = run_factory(
@@ -42,14 +39,7 @@ def test_the_series_runs_with_unsloth_as_the_engine(
         evaluation__max_new_tokens=8,
     )
     data.prepare(run)
-    done = subprocess.run(
-        [sys.executable, "-c", SERIES],
-        cwd=ROOT,
-        env={**os.environ, "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "compiled")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python("-c", SERIES)
     assert "Unsloth" in done.stdout + done.stderr
     assert "should be imported before" not in done.stderr
     report = run.report()
@@ -83,11 +73,9 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def weights() -> tuple[dict[str, Any], str]:
+def weights(run_python: Any) -> tuple[dict[str, Any], str]:
     """What Unsloth's CPU backend loads when asked for each kind of weights."""
-    command = [sys.executable, "-c", WEIGHTS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python("-c", WEIGHTS)
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
