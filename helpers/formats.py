@@ -17,6 +17,8 @@ Row = dict[str, Any]
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 ROLES |= {"system": "system"}
+# half of a surrogate pair: it has no place in a file, and tokenizers refuse it
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 class DataError(ValueError):
@@ -180,6 +182,8 @@ def check_messages(messages: Messages) -> str | None:
             return f"the {message['role']} turn's content is not text"
         if message["role"] not in ROLES.values():
             return f"role {message['role']!r} is not system, user or assistant"
+        if half := HALF_A_CHARACTER.search(message["content"]):
+            return f"text with half a character, which was cut apart: {half[0]!r}"
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if "assistant" not in turns:

@@ -152,7 +152,7 @@ class Frames:
         import pyarrow as pa
         from pyarrow import compute
 
-        words = compute.split_pattern(pa.array(laid.pieces, pa.string()), BETWEEN)
+        words = compute.split_pattern(pa.array(laid.pieces, pa.large_string()), BETWEEN)
         coded = words.flatten().dictionary_encode()
         known = self.words.find(
             coded.dictionary.to_numpy(zero_copy_only=False).tolist()

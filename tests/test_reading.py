@@ -146,6 +146,16 @@ def test_rows_of_another_form_are_counted_when_bad_rows_may_be_dropped() -> None
     }
 
 
+def test_half_a_character_is_named_and_refused_or_left_out() -> None:
+    cut_apart = {"prompt": "Is it \ud83c?", "completion": "Yes."}
+    reason = "text with half a character, which was cut apart"
+    with pytest.raises(DataError, match=f"1 of 3 rows .* row 3: {reason}: '.ud83c'"):
+        to_conversations([*ROWS, cut_apart])
+    kept, left_out = to_conversations([*ROWS, cut_apart], drop_unusable=True)
+    assert len(kept) == 2
+    assert left_out[reason]["rows"] == 1
+
+
 def test_no_rows_are_refused() -> None:
     with pytest.raises(DataError, match="^mine.jsonl holds no rows$"):
         to_conversations([], source="mine.jsonl")
