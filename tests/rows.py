@@ -13,6 +13,13 @@ ROWS = [
     {"prompt": "Grüße?", "completion": "Zwei\nZeilen 🎉"},
 ]
 
+CHATML = {
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+}
+"""The special tokens of a ChatML tokenizer, for `make_tokenizer`."""
+
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
     """Writes JSON lines and returns the path as a source."""

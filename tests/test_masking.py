@@ -24,6 +24,7 @@ from helpers.templates import (
     LLAMA2_TEMPLATE,
     TemplateError,
 )
+from tests.rows import CHATML, turns
 
 MakeTokenizer = Callable[..., Any]
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -50,20 +51,6 @@ THINKING_TEMPLATE = (
     "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-CHATML = {
-    "bos_token": "<|im_start|>",
-    "eos_token": "<|im_end|>",
-    "pad_token": "<|endoftext|>",
-}
-
-
-def turns(*contents: str, system: str = "") -> Messages:
-    """Returns user and assistant turns in alternation."""
-    messages = [{"role": "system", "content": system}] if system else []
-    for number, content in enumerate(contents):
-        role = ("user", "assistant")[number % 2]
-        messages.append({"role": role, "content": content})
-    return messages
 
 
 class Pieces:

@@ -16,13 +16,9 @@ from helpers.frames import Example, Frames
 from helpers.masking import mask_conversation, mask_conversations, mask_rows
 from helpers.templates import TEMPLATES
 from helpers.words import BETWEEN, FIXED, KINDS, WORD, Cuts, Words, find_cuts
+from tests.rows import CHATML
 
 MakeTokenizer = Callable[..., Any]
-CHATML = {
-    "bos_token": "<|im_start|>",
-    "eos_token": "<|im_end|>",
-    "pad_token": "<|endoftext|>",
-}
 PIECES = ["yes", " no", "\n", "  ", "\t", "🎉", "é", "e\u0301", "<|im_end|>", "#### 12"]
 PIECES += [
     "你好",
