@@ -31,8 +31,9 @@ SPEEDS = {
 
 # two cores, SmolLM2-135M, fp32: 3.8 s for a training step of 512 tokens
 CPU_RATE = 6 * 135e6 * 512 / 3.8
-# Of a token sampled from the 16-bit copy, besides reading its weights once; a guess
-COPY_LAYER_S = 1.5e-3 / 16
+# Of a token sampled from the 16-bit copy, besides reading its weights once: 1.67 ms on
+# an H200, Llama-3.2-1B, 8 answers (results/grpo_speed.json), of which 0.52 are reading
+COPY_LAYER_S = 1.15e-3 / 16
 STEP_S, MICRO_S = 0.35, 0.03  # a step and a micro-batch besides, measured on an H100
 ROW_TOKENS = 400  # of a chat row, without a figure of the data
 PROMPT_TOKENS = 200  # of a GSM8K problem with a system prompt
@@ -87,7 +88,8 @@ def training_minutes(
 
     A token costs two operations a weight forward, two backward (frozen weights get no
     gradient) and two more where activations are recomputed (Kaplan et al.,
-    arXiv:2001.08361, section 2.1). GRPO also samples, a token at a time.
+    arXiv:2001.08361, section 2.1). GRPO also samples, a token at a time; `auto` is
+    counted as the 16-bit copy.
 
     Args:
         config: the run.
@@ -122,6 +124,9 @@ def training_minutes(
         kind = "cpu" if gpu is None else "t4" if gpu.is_old else "gpu"
         a_layer, a_parameter, batch, _ = SPEEDS[kind]
         token_s = a_layer * arch.layers + a_parameter * parameters
+        if gpu is not None and config.sampler in ("auto", "copy"):
+            reading_s = 2 * parameters / (gpu.bandwidth * 1e9)
+            token_s = COPY_LAYER_S * arch.layers + reading_s
         seconds += answer * token_s * max(1.0, rows / batch)
     return steps * seconds / 60
 

@@ -295,6 +295,22 @@ def test_the_measured_demo_on_two_cores_is_predicted_and_sampling_at_most_double
     assert 1 <= grpo / report["grpo"]["seconds"] <= 2
 
 
+def test_the_measured_grpo_on_an_h200_is_predicted_within_a_quarter() -> None:
+    measured = json.loads((ROOT / "results" / "grpo_speed.json").read_text())
+    shape = {"max_completion_length": 256, "per_device_train_batch_size": 8}
+    shape |= {"num_generations": 8, "gradient_accumulation_steps": 1}
+    config = changed(
+        STOCK, stages=["grpo"], **{f"grpo__{name}": x for name, x in shape.items()}
+    )
+    h200 = gpus.Gpu("H200", 14.0, *gpus.KNOWN["H200"])
+    copied, model = (
+        3600 / (60 * timing.training_minutes(with_it, h200, "grpo", 1))
+        for with_it in (config, changed(config, sampler="model"))
+    )
+    assert copied == pytest.approx(measured["ours"], rel=0.25)
+    assert model < copied / 3
+
+
 def test_the_weights_are_compared_on_both_engines_side_by_side() -> None:
     table = memory.compare_weights(SEVEN, gpus.T4)
     assert [row[0] for row in table.rows] == ["4bit", "8bit", "16bit"]
