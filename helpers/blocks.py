@@ -36,16 +36,15 @@ class Block:
 
     def __init__(self, rows: Rows, max_length: int | None = None) -> None:
         self.ids, self.labels, self.lengths = rows
+        count = len(self.lengths)
         self.starts = np.cumsum(self.lengths) - self.lengths
         limit = max_length or ANY_LENGTH
-        row = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        row = np.repeat(np.arange(count), self.lengths)
         place = np.arange(len(self.ids)) - self.starts[row]
         learnt = self.labels != NO_LOSS
-        self.ends = np.zeros(len(self.lengths), int)
+        self.ends = np.zeros(count, int)
         self.ends[row[learnt]] = place[learnt] + 1  # of several the last one stays
-        self.kept = (
-            np.bincount(row[learnt & (place < limit)], minlength=len(self.lengths)) > 0
-        )
+        self.kept = np.bincount(row[learnt & (place < limit)], minlength=count) > 0
         self.cut = self.kept & (self.lengths > limit)
         within = self.kept[row] & (place < limit)
         self.left = self.ids[within], self.labels[within]

@@ -47,11 +47,23 @@ class Rows(NamedTuple):
         )
         return cls(ids, labels, np.array([len(row["input_ids"]) for row in examples]))
 
+    @classmethod
+    def join(cls, rows: list[Rows]) -> Rows:
+        """Returns rows one after the other."""
+        return cls(*map(np.concatenate, zip(*rows, strict=True)))
+
+    def split(self) -> list[Rows]:
+        """Returns each row by itself."""
+        ends = np.cumsum(self.lengths)[:-1]
+        parts = np.split(self.ids, ends), np.split(self.labels, ends)
+        return list(map(Rows, *parts, self.lengths[:, None]))
+
     def examples(self) -> list[Example]:
         """Returns the rows as `input_ids` and `labels` each."""
-        ends = np.cumsum(self.lengths)[:-1]
-        both = zip(np.split(self.ids, ends), np.split(self.labels, ends), strict=True)
-        return [{"input_ids": x.tolist(), "labels": y.tolist()} for x, y in both]
+        return [
+            {"input_ids": row.ids.tolist(), "labels": row.labels.tolist()}
+            for row in self.split()
+        ]
 
 
 class Place(NamedTuple):
@@ -165,11 +177,13 @@ class Frames:
         firsts = np.cumsum([0, *laid.counts])  # pieces of the conversations
         rows = Rows(ids, labels, np.diff(bounds[firsts]))
         odd = np.append(0, np.cumsum(numbers == 0))[words.offsets.to_numpy()[firsts]]
-        unfit = (np.diff(odd) > 0) | (np.array(laid.counts) == 0)
-        if not unfit.any():
+        unfit = np.flatnonzero((np.diff(odd) > 0) | (np.array(laid.counts) == 0))
+        if not len(unfit):
             return rows
-        both = zip(laid.block, rows.examples(), unfit, strict=True)
-        return Rows.of([self.whole(m) if bad else row for m, row, bad in both])
+        each = rows.split()
+        for number in unfit:
+            each[number] = Rows.of([self.whole(laid.block[number])])
+        return Rows.join(each)
 
     def build(self, roles: tuple[str, ...]) -> Frame | None:
         """Returns the frame of a sequence of roles, None where the contents decide.

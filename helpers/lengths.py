@@ -86,8 +86,8 @@ def measure(
     rest = iter(conversations)
     tokens, answers = [], []
     for rows in mask_rows(tokenizer, islice(rest, sample), loss_on):
-        for labels in np.split(rows.labels, np.cumsum(rows.lengths)[:-1]):
-            learnt = labels != NO_LOSS
+        for row in rows.split():
+            learnt = row.labels != NO_LOSS
             edges = np.flatnonzero(np.diff(learnt, prepend=False, append=False))
             tokens.append(len(learnt))
             answers.append([(int(a), int(b)) for a, b in edges.reshape(-1, 2)])

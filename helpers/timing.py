@@ -123,10 +123,9 @@ def training_minutes(
     if stage == "grpo":
         kind = "cpu" if gpu is None else "t4" if gpu.is_old else "gpu"
         a_layer, a_parameter, batch, _ = SPEEDS[kind]
-        token_s = a_layer * arch.layers + a_parameter * parameters
         if gpu is not None and config.sampler in ("auto", "copy"):
-            reading_s = 2 * parameters / (gpu.bandwidth * 1e9)
-            token_s = COPY_LAYER_S * arch.layers + reading_s
+            a_layer, a_parameter = COPY_LAYER_S, 2 / (gpu.bandwidth * 1e9)
+        token_s = a_layer * arch.layers + a_parameter * parameters
         seconds += answer * token_s * max(1.0, rows / batch)
     return steps * seconds / 60
 

@@ -67,15 +67,13 @@ def one_run() -> Iterator[None]:
     Left open it would take in the next stage's curves under this one's name. A run that
     is open before the block is the user's, and stays open.
     """
-    if open_wandb() is not None:
-        yield
-        return
+    before = open_wandb()
     try:
         yield
     finally:
-        begun = open_wandb()
-        if begun is not None:
-            begun.finish()
+        after = open_wandb()
+        if before is None and after is not None:
+            after.finish()
 
 
 def open_wandb() -> Any:

@@ -579,14 +579,18 @@ def test_the_memory_of_preparing_does_not_grow_with_the_data(
                 file.write(json.dumps(row) + "\n")
         values = {**CHATS_ONLY, "data__train": [str(path)], "data__eval_share": 0.05}
         run_factory(**values)
-        peaks.append(float(run_python("-c", MEASURED).stdout))
+        # an allocator only adds to what is needed, up to 30 MB from run to run
+        found = [
+            float(run_python("-c", MEASURED, HF_DATASETS_CACHE=str(cache)).stdout)
+            for cache in (tmp_path / f"cache-{count}-{n}" for n in range(3))
+        ]
+        peaks.append(min(found))
         sizes.append(path.stat().st_size / 2**20)
     print(
         f"{sizes[0]:.0f} MB of rows: {peaks[0]:.0f} MB; {sizes[1]:.0f}: {peaks[1]:.0f}"
     )
     assert sizes[1] - sizes[0] > 60
-    # the allocator alone makes peaks of the same data 30 MB apart
-    assert peaks[1] - peaks[0] < 0.75 * (sizes[1] - sizes[0])
+    assert peaks[1] - peaks[0] < 25
 
 
 # files

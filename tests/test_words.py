@@ -233,6 +233,19 @@ def test_a_text_is_cut_where_it_may_be_or_has_what_is_no_word(
         assert found == cuts.pattern.split(text)
 
 
+def test_a_text_of_words_is_cut_where_it_may_be() -> None:
+    text = "The (quick) fox,\n\nit's 12 — 你好 🎉."
+    for lines in range(3):
+        found = Cuts([], lines).apart(text).split(BETWEEN)
+        assert found == Cuts([], lines).pattern.split(text)
+        assert all(map(WORD.fullmatch, found))
+
+
+@pytest.mark.parametrize("text", ["a \tb", "a\t b", "a\u00a0 b", "a \u00a0b", "a\t\nb"])
+def test_a_cut_beside_other_white_space_is_noticed(text: str) -> None:
+    assert not all(map(WORD.fullmatch, Cuts([], 2).apart(text).split(BETWEEN)))
+
+
 @pytest.mark.parametrize("text", ["a  b", "a\n b", "a \nb", "a\n\n\nb", "a,  b\n c"])
 def test_white_space_that_is_not_cut_leaves_words(text: str) -> None:
     assert Cuts([], 2).apart(text) == text
