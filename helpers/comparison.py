@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from helpers import recipes
 from helpers.config import ConfigError
 from helpers.formats import DataError
 from helpers.results import ACCURACIES, METRICS, STAGES, VERDICTS, Table, percent
@@ -95,8 +96,9 @@ def trained_runs() -> list[Run]:
 def runs_table(compared: Sequence[Run]) -> Table:
     """Returns a table of runs: losses, accuracy, time and memory, a row a stage.
 
-    Only what was measured has a column. Where runs held out other rows, or ran on
-    other machines, a note says which columns cannot be set against each other.
+    Below them what the sources of their recipes published. Only what was measured has
+    a column. Where runs held out other rows, or ran on other machines, a note says
+    which columns cannot be set against each other.
 
     Raises:
         DataError: none of the runs is trained.
@@ -112,8 +114,12 @@ def runs_table(compared: Sequence[Run]) -> Table:
         names = ", ".join(run.config.name for run in compared)
         raise DataError(f"no stage of {names or 'no run'} is trained: train one first")
     header = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
+    published = list(published_rows(compared))
+    rows += [{name: row.get(name, "-") for name in header} for row in published]
     reports = [run.report() for run in compared]
     notes = []
+    if published:
+        notes.append("published: the source's own run, of its held-out rows, on a T4")
     for part, columns in {
         "eval": "train and eval loss",
         **{part: f"{part}: right" for part in ACCURACIES.values()},
@@ -127,6 +133,25 @@ def runs_table(compared: Sequence[Run]) -> Table:
             f"seconds and peak GB: of different machines, {', '.join(sorted(machines))}"
         )
     return Table(header, [[row[name] for name in header] for row in rows], notes)
+
+
+def published_rows(compared: Sequence[Run]) -> Iterator[dict[str, str]]:
+    """Yields the published cells, by column, of each recipe that has any."""
+    forms = {
+        "train_loss_best": ("train loss", "{:.3f} at best"),
+        "eval_loss": ("eval loss", "{:.3f}"),
+        "seconds": ("seconds", "{:.1f}"),
+        "peak_memory_gb": ("peak GB", "{:.2f}"),
+    }
+    for name in dict.fromkeys(run.config.recipe for run in compared):
+        found = recipes.describe(name).get("published")
+        if found:
+            row = {"run": f"{name}, published", "model": STAGES["sft"]}
+            row["steps"] = str(recipes.load(name).sft["max_steps"])
+            for key, value in found.items():
+                column, form = forms[key]
+                row[column] = form.format(value)
+            yield row
 
 
 def stage_values(report: dict[str, Any], stage: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 from helpers.config import ConfigError, RunConfig, changed, check_config, nearest
 
 FILE = Path(__file__).with_name("recipes.toml")
-NOTES = ("source", "needs")  # said of a recipe, no part of its config
+NOTES = ("source", "needs", "published")  # said of a recipe, no part of its config
 
 # our samples in the row format of hub datasets, by the dataset's name
 SAMPLES = {
@@ -125,9 +125,14 @@ def sample_of(source: str) -> str:
     )
 
 
-def describe(name: str) -> dict[str, str]:
-    """Returns what `recipes.toml` says of a recipe: `source` and `needs`."""
-    return {note: read_file()[name][note] for note in NOTES}
+def describe(name: str) -> dict[str, Any]:
+    """Returns what `recipes.toml` says of a recipe, in words and figures.
+
+    `source` and `needs`, and `published` where the source tells how its run went:
+    `seconds`, `peak_memory_gb`, `eval_loss`, `train_loss_best` of SFT.
+    """
+    values = read_file().get(name, {})
+    return {note: values[note] for note in NOTES if note in values}
 
 
 def default_name() -> str:

@@ -160,6 +160,8 @@ def predict(
     card = gpu or gpus.T4
     places = {card.name: card} | ({} if gpu else {"this CPU": None})
     try:
+        if stage == "grpo":
+            config = memory.settle_sampler(config, card)
         found = memory.predict(config, card, stage)
         minutes = {
             name: timing.training_minutes(config, place, stage, steps)

@@ -174,21 +174,30 @@ def evaluation_minutes(
     a_layer, a_parameter, usual_batch, a_row = SPEEDS[kind]
     parameters = shapes.count_parameters(arch)
 
-    # problems are answered, conversations give a loss, the eval ones in training too
-    answered = [sizes.get("test", 0), sizes.get("test_new", 0)]
-    chats, evaluated = sizes.get("test_chat", 0), sizes.get("eval", 0)
     batch = config.evaluation.batch_size or usual_batch
-    tokens = sum(math.ceil(n / batch) for n in answered) * max(1.0, batch / usual_batch)
     token_s = a_layer * arch.layers + a_parameter * parameters
-    answering_s = tokens * config.evaluation.max_new_tokens * token_s
-    row_s = a_row * parameters
-    times = models
+    token_s *= max(1.0, batch / usual_batch) * config.evaluation.max_new_tokens
+
+    def answering_s(rows: int) -> float:
+        return models * math.ceil(rows / batch) * token_s
+
+    # problems are answered, and so many more times as answers are drawn to each;
+    # conversations give a loss, the eval ones in training too
+    problems = [sizes.get("test", 0), sizes.get("test_new", 0)]
+    chats, evaluated = sizes.get("test_chat", 0), sizes.get("eval", 0)
+    row_s, times = a_row * parameters, models
     if "sft" in config.stages and config.sft.get("eval_strategy") == "steps":
         steps, every = count_steps(config.sft, rows), config.sft.get("eval_steps")
         if steps and every:
             times += int(steps / every if every >= 1 else 1 / every)
-    test_s = models * (answering_s + chats * row_s)
+    test_s = sum(answering_s(n * (1 + config.evaluation.samples)) for n in problems)
+    test_s, eval_s = test_s + models * chats * row_s, times * evaluated * row_s
+    # some are answered too: of the test conversations, or where nothing else is
+    if chats:
+        test_s += answering_s(min(chats, config.evaluation.text_rows))
+    elif not any(problems):
+        eval_s += answering_s(min(evaluated, config.evaluation.text_rows))
     return {
-        "test": Pass(sum(answered) + chats, models, test_s / 60),
-        "eval": Pass(evaluated, times, times * evaluated * row_s / 60),
+        "test": Pass(sum(problems) + chats, models, test_s / 60),
+        "eval": Pass(evaluated, times, eval_s / 60),
     }

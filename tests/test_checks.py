@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helpers import checks, data, recipes, runtime, timing
+from helpers import checks, data, recipes, runtime, shapes, timing
 from helpers.checks import Advice
 from helpers.config import ConfigError, RunConfig, changed
 from helpers.runs import Run
@@ -376,6 +376,34 @@ def test_about_the_number_of_rows_that_is_offered_fits_the_time(
     fewer = {"data__test_rows": rows - 100, "data__test_new_rows": 100}
     assert advise(demo, LAPTOP, **fewer, evaluation__minutes=32) == []
     assert advise(demo, LAPTOP, **fewer, evaluation__minutes=28) != []
+
+
+def test_answers_drawn_to_each_problem_take_their_time(demo: RunConfig) -> None:
+    few = {"data__test_rows": 20, "data__test_new_rows": 20}
+    assert advise(demo, LAPTOP, **few) == []
+    many = advise(demo, LAPTOP, **few, evaluation__samples=16)
+    assert only(many, "data.test_rows").level == "warning"
+
+
+@pytest.mark.parametrize("share", ["eval_share", "test_share"])
+def test_conversations_that_are_answered_take_their_time(share: str) -> None:
+    chats = changed(
+        recipes.load("dolly-llama2-7b"),
+        data__eval_share=0.1,
+        data__test_share=0.1 if share == "test_share" else None,
+        data__eval_rows=100,
+        data__test_rows=100,
+    )
+    minutes = {}
+    for count in (1, 100):
+        config = changed(chats, evaluation__text_rows=count)
+        arch = shapes.find_architecture(config.model)
+        found = timing.evaluation_minutes(config, T4, arch, 12_000)
+        minutes[count] = {name: part.minutes for name, part in found.items()}
+    answered = "test" if share == "test_share" else "eval"
+    other = {"test": "eval", "eval": "test"}[answered]
+    assert minutes[100][answered] > minutes[1][answered]
+    assert minutes[100][other] == minutes[1][other]
 
 
 def test_more_time_allowed_is_a_remedy(demo: RunConfig) -> None:

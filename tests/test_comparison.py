@@ -14,8 +14,8 @@ from helpers.intervals import proportion
 def make_run(runs_home):
     """Makes a run whose SFT stage is trained and evaluated, with other values."""
 
-    def make(name, **parts):
-        config = changed(recipes.load("smoke"), name=name, stages=["sft"])
+    def make(name, recipe="smoke", **parts):
+        config = changed(recipes.load(recipe), name=name, stages=["sft"])
         run = runs.save_run(config)
         trained = {"steps": 40, "seconds": 3053.8, "peak_memory_gb": 7.508}
         trained |= {"loss_first": 1.25, "loss_last": 0.75}
@@ -95,6 +95,36 @@ def test_other_machines_are_noted(make_run):
     table = comparison.runs_table([make_run("a"), make_run("b", environment=here)])
     assert len(table.notes) == 1
     assert "cpu: x86_64, 2 cores, cuda: Tesla T4" in table.notes[0]
+
+
+def test_what_a_recipes_source_published_stands_below_the_runs(make_run):
+    recipe = "finetome-llama32-3b-c"
+    table = comparison.runs_table([make_run(n, recipe=recipe) for n in "ab"])
+    assert [row[0] for row in table.rows] == ["a", "b", f"{recipe}, published"]
+    assert cells(table, 2) == {
+        "run": "finetome-llama32-3b-c, published",
+        "model": "after SFT",
+        "rows": "-",
+        "steps": "40",
+        "train loss": "-",
+        "eval loss": "0.780",
+        "test: right [95 %]": "-",
+        "seconds": "2975.0",
+        "peak GB": "7.97",
+    }
+    assert table.notes == [
+        "published: the source's own run, of its held-out rows, on a T4"
+    ]
+
+
+PUBLISHED = [name for name in recipes.NAMES if "published" in recipes.describe(name)]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_figure_has_a_cell(make_run, name):
+    table = comparison.runs_table([make_run("mine", recipe=name)])
+    said = [cell for cell in table.rows[1] if cell != "-"]
+    assert len(said) == 3 + len(recipes.describe(name)["published"])
 
 
 def test_runs_that_are_not_trained_are_named(make_run):

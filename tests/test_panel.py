@@ -219,6 +219,20 @@ def test_a_recipe_that_is_saved_gets_a_run_of_its_own(form):
     assert (old.path / "config.json").read_text(encoding="utf-8") == before
 
 
+def test_replacing_the_config_of_another_run_is_warned_of(form):
+    fill(form, "name", "other")
+    assert "Save replaces" not in note(form, "name")
+    form.button.click()
+    fill(form, "name", "smoke")
+    assert (
+        f"Save replaces {runs.runs_folder() / 'smoke' / 'config.json'}"
+        in html.unescape(note(form, "name"))
+    )
+    form.button.click()
+    assert runs.open_run().config.name == "smoke"
+    assert "Save replaces" not in note(form, "name")
+
+
 def test_the_saved_run_can_be_chosen_again_after_a_recipe(form):
     fill(form, "sft__max_steps", "7")
     form.button.click()
@@ -494,3 +508,14 @@ def test_every_recipe_is_shown_and_saved_unchanged(name, tmp_path, monkeypatch):
     form = panel.form(runs.save_run(config))
     form.button.click()
     assert runs.open_run(name).config == config
+
+
+def test_where_a_copy_does_not_fit_the_minutes_are_those_of_the_model_itself():
+    config = changed(recipes.load("gsm8k-grpo-llama32-1b"), engine="transformers")
+    small = gpus.T4._replace(memory_gb=4.0)
+    assert memory.settle_sampler(config, small).sampler == "model"
+    itself = changed(config, sampler="model")
+    minutes, copied = (
+        summary.predict(config, "grpo", gpu, 1000)[0] for gpu in (small, gpus.T4)
+    )
+    assert minutes == summary.predict(itself, "grpo", small, 1000)[0] != copied
