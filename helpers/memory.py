@@ -22,6 +22,7 @@ from helpers.timing import (
     ROW_TOKENS,
     sampled_rows,
     training_minutes,
+    uses_unsloth,
 )
 
 if TYPE_CHECKING:
@@ -151,11 +152,6 @@ def count_targets(config: RunConfig, arch: Architecture) -> int:
     inputs = shapes.linear_shapes(arch)
     targets = config.lora.get("target_modules") or list(inputs)
     return arch.layers * sum(math.prod(inputs[name]) for name in targets)
-
-
-def uses_unsloth(config: RunConfig) -> bool:
-    """Returns whether a config trains with Unsloth on a GPU."""
-    return config.engine in ("auto", "unsloth")
 
 
 def bits_of(config: RunConfig) -> str:

@@ -19,7 +19,8 @@ from helpers.runs import Run
 from tests.judge_server import JudgeServer
 
 MESSAGES = [{"role": "user", "content": "Rate this."}]
-ONE_MORE = {"retries": 1, "timeout_s": 0.4}
+ONE_MORE = {"retries": 1, "timeout_s": 1.0}
+TOO_LATE = 3.0  # seconds after which the server answers
 
 
 def echo(request: dict[str, Any]) -> str:
@@ -66,7 +67,7 @@ def test_the_judge_is_asked_greedily_with_its_model_and_key(server, open_client)
         (429, {"Retry-After": "0"}),
         500,
         503,
-        1.0,
+        TOO_LATE,
         "cut",
         '{"choices": [',
         "<html>Bad gateway</html>",
@@ -96,7 +97,7 @@ def test_retry_after_is_waited_for(server, open_client):
         (500, 2, "status 500"),
         (429, 2, "status 429"),
         (400, 1, "status 400"),
-        (1.0, 2, "timed out"),
+        (TOO_LATE, 2, "timed out"),
         ("cut", 2, "Connection error"),
         ('{"choices": [', 2, "no chat completion"),
     ],

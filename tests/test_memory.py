@@ -303,12 +303,11 @@ def test_the_measured_grpo_on_an_h200_is_predicted_within_a_quarter() -> None:
         STOCK, stages=["grpo"], **{f"grpo__{name}": x for name, x in shape.items()}
     )
     h200 = gpus.Gpu("H200", 14.0, *gpus.KNOWN["H200"])
-    copied, model = (
-        3600 / (60 * timing.training_minutes(with_it, h200, "grpo", 1))
-        for with_it in (config, changed(config, sampler="model"))
-    )
-    assert copied == pytest.approx(measured["ours"], rel=0.25)
-    assert model < copied / 3
+    itself = changed(config, sampler="model")
+    plain = changed(itself, engine="transformers")
+    for name, sampled in (("ours", config), ("unsloth", itself), ("trl", plain)):
+        minutes = timing.training_minutes(sampled, h200, "grpo", 1)
+        assert 60 / minutes == pytest.approx(measured[name], rel=0.25), name
 
 
 def test_the_weights_are_compared_on_both_engines_side_by_side() -> None:
