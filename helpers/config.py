@@ -77,7 +77,7 @@ class EvaluationConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     batch_size: int | None = Field(
-        None, ge=1, description="null = 16 on a CPU, by the model's size on a GPU"
+        None, ge=1, description="null = 32 on a CPU, by the model's size on a GPU"
     )
     max_new_tokens: int = Field(256, ge=1, description="answers are cut here")
     protocol: Literal["ours", "gsm8k", "gsm8k_cot_llama"] = Field(

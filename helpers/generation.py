@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     )
 
 Prompt = Messages | str
-CPU_ROWS, MOST_ROWS = 16, 256
+CPU_ROWS, MOST_ROWS = 32, 256
 CACHE_GB = 2.0  # of keys and values, beside the weights
 
 
@@ -83,7 +83,7 @@ def generate_batches(
     Args:
         prompts: conversations that end in a user turn, or texts to go on with.
         max_new_tokens: answers are cut here.
-        batch_size: prompts a batch; None is 16 on a CPU, where long batches wait for
+        batch_size: prompts a batch; None is 32 on a CPU, where long batches wait for
             their longest answer, and on a GPU, where they cost little, as many as
             `fitting_rows` says.
         sampling: `temperature`, `top_p`, ... of `generate`, and `max_new_tokens`, as
