@@ -148,7 +148,6 @@ def test_the_badge_opens_this_notebook_of_the_repository(path):
     assert links == [f"{COLAB}{owner}/blob/main/notebooks/{path.name}"]
 
 
-@pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
 def test_the_readme_links_only_to_the_repository_that_pyproject_names():
     text = README.read_text(encoding="utf-8")
     owner = repository().removeprefix("https://github.com/")
@@ -158,10 +157,15 @@ def test_the_readme_links_only_to_the_repository_that_pyproject_names():
     assert {url.removesuffix(".git") for url in clones} <= {repository()}
 
 
-@pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
 @every_notebook
-def test_the_readme_lists_the_notebook(path):
-    assert path.name in README.read_text(encoding="utf-8")
+def test_the_readme_lists_the_notebook_with_its_measured_minutes_and_its_memory(path):
+    measured = json.loads((ROOT / "results" / "demo_cpu.json").read_text())
+    minutes = f"{measured['notebooks']['seconds'][path.stem] / 60:.1f}"
+    (line,) = re.findall(rf"^\| \[{path.stem}\].*", README.read_text(), re.M)
+    said, memory_gb = line.strip("| ").split(" | ")[-2:]
+    title = "".join(load(path)["cells"][0]["source"])
+    assert said == minutes
+    assert f"**Takes** {minutes} minutes and {memory_gb} GB on two CPU cores" in title
 
 
 @every_notebook

@@ -49,7 +49,8 @@ def test_a_table_is_html_in_a_notebook():
     html = results.Table(["a", "b"], [["1", "2"]])._repr_html_()
     left = ' style="text-align:left"'
     head = f"<tr><th{left}>a</th><th{left}>b</th></tr>"
-    body = f"<tr><td{left}>1</td><td{left}>2</td></tr>"
+    cell = ' style="text-align:left;white-space:pre-wrap"'
+    body = f"<tr><td{cell}>1</td><td{cell}>2</td></tr>"
     assert html == f"<table>{head}{body}</table>"
 
 
