@@ -115,7 +115,7 @@ def runs_table(compared: Sequence[Run]) -> Table:
         raise DataError(f"no stage of {names or 'no run'} is trained: train one first")
     header = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
     published = list(published_rows(compared))
-    rows += [{name: row.get(name, "-") for name in header} for row in published]
+    rows += published
     reports = [run.report() for run in compared]
     notes = []
     if published:
@@ -136,45 +136,41 @@ def runs_table(compared: Sequence[Run]) -> Table:
 
 
 def published_rows(compared: Sequence[Run]) -> Iterator[dict[str, str]]:
-    """Yields the published cells, by column, of each recipe that has any."""
-    forms = {
-        "train_loss_best": ("train loss", "{:.3f} at best"),
-        "eval_loss": ("eval loss", "{:.3f}"),
-        "seconds": ("seconds", "{:.1f}"),
-        "peak_memory_gb": ("peak GB", "{:.2f}"),
-    }
+    """Yields the cells, by column, of each recipe whose source published any."""
     for name in dict.fromkeys(run.config.recipe for run in compared):
         found = recipes.describe(name).get("published")
         if found:
-            row = {"run": f"{name}, published", "model": STAGES["sft"]}
-            row["steps"] = str(recipes.load(name).sft["max_steps"])
-            for key, value in found.items():
-                column, form = forms[key]
-                row[column] = form.format(value)
-            yield row
+            trained = {"steps": recipes.load(name).sft["max_steps"], **found}
+            cells = stage_values({"sft": trained}, "sft")
+            yield {"run": f"{name}, published", **cells}
 
 
 def stage_values(report: dict[str, Any], stage: str) -> dict[str, str]:
     """Returns the cells of a trained stage in the table of runs, by column."""
     trained, measured = report[stage], report.get("eval", {}).get(stage, {})
 
+    def cell(form: str, *values: float | None) -> str:
+        return "-" if None in values else form.format(*values)
+
     def ends(name: str) -> str:
         found = [trained.get(f"{name}_{end}") for end in ("first", "last")]
-        return "-" if None in found else "{:.3f} to {:.3f}".format(*found)
+        if None in found:
+            return cell("{:.3f} at best", trained.get(f"{name}_best"))
+        return cell("{:.3f} to {:.3f}", *found)
 
     loss = measured.get("eval_loss", trained.get("eval_loss_best"))
     rows = report.get("data", {}).get("problems" if stage == "grpo" else "train")
     return {
         "model": STAGES.get(stage, stage),
-        "rows": "-" if rows is None else f"{rows:,}",
+        "rows": cell("{:,}", rows),
         "steps": str(trained["steps"]),
         "train loss": ends("loss"),
         "reward": ends("reward"),
-        "eval loss": "-" if loss is None else f"{loss:.3f}",
+        "eval loss": cell("{:.3f}", loss),
         **{
             f"{part}: right [95 %]": percent(measured[key]) if key in measured else "-"
             for key, part in ACCURACIES.items()
         },
-        "seconds": f"{trained['seconds']:.1f}",
-        "peak GB": f"{trained['peak_memory_gb']:.2f}",
+        "seconds": cell("{:.1f}", trained.get("seconds")),
+        "peak GB": cell("{:.2f}", trained.get("peak_memory_gb")),
     }

@@ -63,6 +63,16 @@ def parts_of(config: DataConfig) -> list[str]:
     return [name for name in PARTS if given[name]]
 
 
+def answered(parts: Iterable[str]) -> list[str]:
+    """Returns the held-out parts that models answer: problems, test conversations.
+
+    Those of `eval` only where there is nothing else; otherwise they give a loss alone.
+    """
+    known = set(parts)
+    order = ["test", "test_new", "test_chat"]
+    return [name for name in order if name in known] or sorted(known & {"eval"})
+
+
 def prepare(run: Run) -> dict[str, Any]:
     """Writes the run's `data/` and returns its part of the report.
 

@@ -270,8 +270,7 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     now, in_all = 0.0, 0.0  # seconds of answering: in this call, and with former ones
     solved = [name for name in ("test", "test_new") if name in sets]
     chats = [name for name in ("test_chat", "eval") if name in sets]
-    texts = chats[:1] if "test_chat" in chats or not solved else []
-    for name in [*solved, *texts]:
+    for name in data.answered(sets):
         clock = time.perf_counter()
         found = (solve if name in solved else answer_chats)(subject, name, sets[name])
         in_all += found.pop("item_seconds")

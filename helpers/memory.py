@@ -61,6 +61,7 @@ def predict(
     stage: Stage | None = None,
     *,
     row_tokens: int | None = None,
+    steps: int | None = None,
 ) -> Prediction:
     """Returns what training a stage takes: memory by component, and minutes.
 
@@ -70,6 +71,7 @@ def predict(
         stage: `sft` or `grpo`; by default the config's hungriest.
         row_tokens: of the longest row (SFT) or prompt (GRPO); by default
             `max_length`, and `max_prompt_length` or 200.
+        steps: optimiser steps, where the config counts epochs.
 
     Raises:
         UnknownArchitecture: the base model's numbers are not known.
@@ -96,7 +98,7 @@ def predict(
             parts["KV cache"] = max(0.0, parts["KV cache"] - parts["loss"])
     parts["workspace"] = (BASE_GB_UNSLOTH if unsloth else BASE_GB) * GIB
     gb = {name: size / GIB for name, size in parts.items()}
-    return Prediction(stage, gpu, gb, training_minutes(config, gpu, stage))
+    return Prediction(stage, gpu, gb, training_minutes(config, gpu, stage, steps))
 
 
 def settle_sampler(

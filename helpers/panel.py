@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from helpers import recipes, summary
 from helpers.config import ConfigError, RunConfig, check_config
 from helpers.knobs import BY_PATH, KNOBS, hint, parse, read, show, write
-from helpers.runs import Run, runs_folder, save_run
+from helpers.runs import Run, save_run
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -136,7 +136,7 @@ class Panel:
         else:
             rows, exact = summary.count_rows(config, self.run)
             advice = advise(config, rows=rows.get("train") if exact else None)
-            place = runs_folder() / config.name / "config.json"
+            place = self.run.path.with_name(config.name) / "config.json"
             if config.name != self.run.config.name and place.exists():
                 text = f"Save replaces {place}, of a run of that name; give it another"
                 advice.append(Advice("warning", "name", text))

@@ -128,8 +128,8 @@ def sample_of(source: str) -> str:
 def describe(name: str) -> dict[str, Any]:
     """Returns what `recipes.toml` says of a recipe, in words and figures.
 
-    `source` and `needs`, and `published` where the source tells how its run went:
-    `seconds`, `peak_memory_gb`, `eval_loss`, `train_loss_best` of SFT.
+    `source` and `needs`, and `published` where the source tells how its SFT went:
+    figures under the names that they have in our report of a stage.
     """
     values = read_file().get(name, {})
     return {note: values[note] for note in NOTES if note in values}

@@ -158,15 +158,12 @@ def predict(
     from helpers import gpus, memory, shapes, timing
 
     card = gpu or gpus.T4
-    places = {card.name: card} | ({} if gpu else {"this CPU": None})
     try:
-        if stage == "grpo":
-            config = memory.settle_sampler(config, card)
-        found = memory.predict(config, card, stage)
-        minutes = {
-            name: timing.training_minutes(config, place, stage, steps)
-            for name, place in places.items()
-        }
+        found = memory.predict(config, card, stage, steps=steps)
+        minutes = {card.name: found.minutes}
+        if gpu is None:
+            here = timing.training_minutes(config, None, stage, steps)
+            minutes["this CPU"] = here
     except shapes.UnknownArchitecture:
         return "unknown", "unknown"
     said = [

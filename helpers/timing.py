@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from helpers import runtime, shapes
 from helpers.config import RunConfig, Stage
+from helpers.data import answered, parts_of
 from helpers.gpus import Gpu
 
 # Of a machine: seconds that a batch takes for one token, by layer and by parameter;
@@ -183,30 +184,30 @@ def evaluation_minutes(
     a_layer, a_parameter, usual_batch, a_row = SPEEDS[kind]
     parameters = shapes.count_parameters(arch)
 
-    batch = config.evaluation.batch_size or usual_batch
+    options = config.evaluation
+    batch = options.batch_size or usual_batch
     token_s = a_layer * arch.layers + a_parameter * parameters
-    token_s *= max(1.0, batch / usual_batch) * config.evaluation.max_new_tokens
+    batch_s = token_s * options.max_new_tokens * max(1.0, batch / usual_batch)
 
-    def answering_s(rows: int) -> float:
-        return models * math.ceil(rows / batch) * token_s
+    def answering_s(name: str) -> float:
+        if name in ("test", "test_new"):  # and to each so many answers are drawn
+            count = sizes.get(name, 0) * (1 + options.samples)
+        else:
+            count = min(sizes.get(name, 0), options.text_rows)
+        return models * math.ceil(count / batch) * batch_s
 
-    # problems are answered, and so many more times as answers are drawn to each;
+    seconds = {n: answering_s(n) for n in answered(parts_of(config.data))}
     # conversations give a loss, the eval ones in training too
-    problems = [sizes.get("test", 0), sizes.get("test_new", 0)]
     chats, evaluated = sizes.get("test_chat", 0), sizes.get("eval", 0)
     row_s, times = a_row * parameters, models
     if "sft" in config.stages and config.sft.get("eval_strategy") == "steps":
         steps, every = count_steps(config.sft, rows), config.sft.get("eval_steps")
         if steps and every:
             times += int(steps / every if every >= 1 else 1 / every)
-    test_s = sum(answering_s(n * (1 + config.evaluation.samples)) for n in problems)
-    test_s, eval_s = test_s + models * chats * row_s, times * evaluated * row_s
-    # some are answered too: of the test conversations, or where nothing else is
-    if chats:
-        test_s += answering_s(min(chats, config.evaluation.text_rows))
-    elif not any(problems):
-        eval_s += answering_s(min(evaluated, config.evaluation.text_rows))
+    eval_s = seconds.pop("eval", 0.0) + times * evaluated * row_s
+    test_s = sum(seconds.values()) + models * chats * row_s
+    tested = sum(sizes.get(name, 0) for name in ("test", "test_new", "test_chat"))
     return {
-        "test": Pass(sum(problems) + chats, models, test_s / 60),
+        "test": Pass(tested, models, test_s / 60),
         "eval": Pass(evaluated, times, eval_s / 60),
     }

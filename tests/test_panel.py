@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import statistics
 import time
 
 import pytest
@@ -484,13 +483,11 @@ def test_the_plan_is_put_into_the_fields_and_explained(form):
 
 def test_an_edit_is_answered_at_once(form):
     form.recipe.value = "finetome-llama32-1b"
-    seconds = []
+    started = time.perf_counter()
     for steps in range(10, 20):
-        started = time.perf_counter()
         fill(form, "sft__max_steps", str(steps))
-        seconds.append(time.perf_counter() - started)
     # a hundredth of a second each on a machine at rest
-    assert statistics.median(seconds) < 0.1
+    assert (time.perf_counter() - started) / 10 < 0.1
 
 
 def test_the_file_that_save_writes_is_what_the_command_line_reads(form):
