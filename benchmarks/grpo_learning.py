@@ -1,15 +1,16 @@
 """Proves, or not, that GRPO learns: accuracy after SFT, after GRPO, after more SFT.
 
     python benchmarks/grpo_learning.py run OUT                     # seeds 0, 1, 2
-    python benchmarks/grpo_learning.py run OUT --seeds 0 --settings lr1e-4 lr2e-4
+    python benchmarks/grpo_learning.py run OUT --seeds 0 --settings recipe lr2e-4
     python benchmarks/grpo_learning.py run OUT --seeds --gsm8k FOLDER
     python benchmarks/grpo_learning.py table OUT [OUT ...]         # into results/
 
-For each seed: the demo recipe's SFT (its best checkpoint by eval loss), then GRPO from
-it within `--minutes`, and, as a control, further SFT from it for the same time. All
-answer the 400 items of `test` and the 200 of `test_new`, greedily; the p value is of
-McNemar's exact test on the items, against SFT. With `--gsm8k` the same on real GSM8K,
-from a folder with train.jsonl and test_first660.jsonl, the base model beside it.
+For each seed: the recipe `demo-gpu`, that is the demo's SFT (its best checkpoint by
+eval loss), then GRPO from it within `--minutes`; as a control, further SFT from the
+same start for the same time. All answer the 400 items of `test` and the 200 of
+`test_new`, greedily; the p value is of McNemar's exact test on the items, against SFT.
+With `--gsm8k` the same on real GSM8K, from a folder with train.jsonl and
+test_first660.jsonl, the base model beside it.
 
 Jobs run side by side, each in a process of its own, in fp16 under a cap of 14.0 GiB, as
 on a T4. Runs lie in `--runs`, and what is finished there is not made again. Every job
@@ -32,54 +33,31 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+RECIPE = "demo-gpu"
 CAP_GB = 14.0
 TABLE = ROOT / "results" / "grpo_learning.json"
 END_S = 75  # a job needs after training: to load the model and answer the test items
 
-# What a GPU affords: sampling 256 answers takes about the time of 8.
-LARGE = {
-    "per_device_train_batch_size": 32,
-    "gradient_accumulation_steps": 8,
-    "num_generations": 8,
-    "max_completion_length": 96,
-    "learning_rate": 1e-4,
-    "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 3,
-    "adam_beta2": 0.99,
-    "weight_decay": 0.0,
-    "max_grad_norm": 0.5,
-    "optim": "adamw_torch",
-    "logging_steps": 1,
-    "save_strategy": "no",
-}
+# changes to the recipe's GRPO
 SETTINGS: dict[str, dict[str, Any]] = {
-    "lr5e-5": LARGE | {"learning_rate": 5e-5},
-    "lr1e-4": LARGE,
-    "lr2e-4": LARGE | {"learning_rate": 2e-4},
-    "lr4e-4": LARGE | {"learning_rate": 4e-4},
-    "wide": LARGE
-    | {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 4},
+    "recipe": {},
+    "lr5e-5": {"learning_rate": 5e-5},
+    "lr2e-4": {"learning_rate": 2e-4},
+    "lr4e-4": {"learning_rate": 4e-4},
     # two and four updates an answer sampled, which is clipped where it goes too far
-    "two": LARGE | {"gradient_accumulation_steps": 4, "steps_per_generation": 8},
-    "four": LARGE | {"gradient_accumulation_steps": 2, "steps_per_generation": 8},
-    "four2e-4": LARGE
-    | {
-        "gradient_accumulation_steps": 2,
-        "steps_per_generation": 8,
-        "learning_rate": 2e-4,
-    },
-    "sixteen": LARGE | {"num_generations": 16, "learning_rate": 2e-4},
-    "small": LARGE | {"gradient_accumulation_steps": 2},
+    "two": {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
+    "four": {"gradient_accumulation_steps": 1, "steps_per_generation": 4},
+    "sixteen": {"num_generations": 16},
+    "small": {"gradient_accumulation_steps": 1},
     # proves on a CPU that the program runs
-    "tiny": LARGE
-    | {
+    "tiny": {
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "num_generations": 4,
         "max_completion_length": 24,
     },
 }
-DEFAULT = "wide"
+DEFAULT = "recipe"
 GSM8K = "gsm8k"
 EVAL_ROWS = 200  # of the train split, for the eval loss and the best adapter
 
@@ -90,20 +68,20 @@ def start_config(seed: int, given: argparse.Namespace) -> Any:
     from helpers.config import changed
 
     base = changed(
-        recipes.load("demo"),
+        recipes.load(RECIPE),
         name=f"start{seed}",
         stages=["sft"],
         seed=seed,
-        engine=given.engine,
-        data__test_rows=given.rows,
-        data__test_new_rows=given.rows,
-        data__eval_rows=given.rows or 200,
         data__problems=None,
         grpo={},
         evaluation__batch_size=given.batch,
     )
-    if given.weights:
-        base = changed(base, weights=given.weights)
+    if given.rows:
+        held = ("data__test_rows", "data__test_new_rows", "data__eval_rows")
+        base = changed(base, **dict.fromkeys(held, given.rows))
+    for name in ("engine", "weights"):
+        if getattr(given, name):
+            base = changed(base, **{name: getattr(given, name)})
     if given.sft_steps:
         base = changed(base, sft__max_steps=given.sft_steps)
     return base
@@ -172,7 +150,7 @@ def start(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Trains on from a start, by GRPO or by more SFT, and evaluates the result."""
-    from helpers import data, runs, stages, train
+    from helpers import data, recipes, runs, stages, train
     from helpers.config import changed
 
     origin, _, setting = name.partition("-")
@@ -198,19 +176,17 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
         part = train.fit(run, "sft", train.build_sft(run, model, tokenizer))
         stage = "sft"
     else:
-        values = dict(SETTINGS[setting])
-        if origin == GSM8K:
-            values["max_completion_length"] = min(
-                256, 2 * values["max_completion_length"]
-            )
+        values = recipes.load(RECIPE).grpo | SETTINGS[setting]
+        if origin == GSM8K:  # longer, in micro-batches that take the same memory
+            values["max_completion_length"] *= 2
+            values["per_device_train_batch_size"] //= 2
+            values["gradient_accumulation_steps"] *= 2
         config = changed(
             config,
             stages=["grpo"],
             grpo=values,
             grpo_minutes=given.minutes,
-            grpo_held_out=given.rows or 128,
             data__problems=before.config.data.train[0],
-            rewards={"correctness": 1.0},
         )
         run = runs.save_run(config)
         part = train.train_stage(run, "grpo")
@@ -232,12 +208,13 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 def job(name: str, given: argparse.Namespace) -> None:
     """Does one job in this process; its result goes to the runs and to OUT."""
-    from helpers import runs
+    from helpers import models, runs
 
     started = time.perf_counter()
     os.environ["TUNEBOOK_RUNS"] = str(Path(given.runs).resolve())
     result = go_on(name, given) if "-" in name else start(name, given)
-    result |= {"name": name, "engine": given.engine, "minutes": given.minutes}
+    engine = models.resolve_engine(runs.open_run(name).config.engine)
+    result |= {"name": name, "engine": engine, "minutes": given.minutes}
     result["seconds"] = round(time.perf_counter() - started, 1)
     runs.write_json(result_file(name, given), result)
     shutil.copy(result_file(name, given), Path(given.out) / f"{name}.json")
@@ -385,9 +362,9 @@ def main() -> None:
     run.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     run.add_argument("--settings", nargs="*", default=[DEFAULT], choices=[*SETTINGS])
     run.add_argument("--minutes", type=float, default=4.0, help="of GRPO, at most 10")
-    run.add_argument("--limit", type=float, default=570.0, help="seconds for it all")
-    run.add_argument("--workers", type=int, default=6, help="jobs side by side")
-    run.add_argument("--engine", default="unsloth", choices=["unsloth", "transformers"])
+    run.add_argument("--limit", type=float, default=7200.0, help="seconds for it all")
+    run.add_argument("--workers", type=int, default=2, help="jobs side by side")
+    run.add_argument("--engine", default="", choices=["", "unsloth", "transformers"])
     run.add_argument("--weights", default="", choices=["", "4bit", "16bit"])
     run.add_argument("--gsm8k", default="", help="folder with the real splits")
     run.add_argument("--runs", default=str(ROOT / "runs" / "grpo_learning"))

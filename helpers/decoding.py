@@ -17,9 +17,10 @@ LOOK = 16  # tokens between two looks at whether all rows have ended
 
 
 class Settings(NamedTuple):
-    """How a token is drawn; temperature 0 is greedy."""
+    """How a token is drawn."""
 
     temperature: float = 1.0
+    """Over 0."""
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -62,6 +63,8 @@ class Decoder:
         max_new_tokens: int,
         stops: list[int],
         settings: Settings | None = None,
+        *,
+        greedy: bool = False,
     ) -> list[Completion]:
         """Returns a completion of each prompt, in their order.
 
@@ -70,6 +73,7 @@ class Decoder:
             max_new_tokens: completions are cut here.
             stops: tokens that end a completion.
             settings: how tokens are drawn; None = as the model says.
+            greedy: take the likeliest token instead of drawing one; by the same graph.
         """
         import torch
 
@@ -81,6 +85,7 @@ class Decoder:
             rows = prompts + prompts[-1:] * (self.rows - len(prompts))
             ids = torch.tensor([[0] * (widest - len(r)) + r for r in rows])
             mask = torch.tensor([[0] * (widest - len(r)) + [1] * len(r) for r in rows])
+            self.greedy.fill_(greedy)
             self.start(ids.to(device), mask.to(device).bool())
             for done in range(1, max_new_tokens):
                 if done % LOOK == 0 and bool(self.ended.all()):
@@ -124,6 +129,7 @@ class Decoder:
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
         self.count = torch.zeros(1, dtype=torch.long, device=device)
         self.ended = torch.zeros(rows, 1, dtype=torch.bool, device=device)
+        self.greedy = torch.zeros(1, dtype=torch.bool, device=device)
         self.tokens = torch.zeros(rows, self.length, dtype=torch.long, device=device)
         self.logps = torch.zeros(rows, self.length, device=device)
         self.captured = wanted
@@ -206,19 +212,17 @@ class Decoder:
         """Writes a token drawn from logits (rows, vocabulary), and its log-probability.
 
         Of the exponential trick: the largest of p / Exp(1) falls on each token with
-        its probability p.
+        its probability p. Without the noise it is the likeliest, which no setting
+        rules out.
         """
         import torch
 
-        temperature = self.settings.temperature
-        scores = logits.float() / (temperature or 1.0)
+        scores = logits.float() / self.settings.temperature
         logps = scores.log_softmax(-1)
-        if temperature:
-            kept = keep(scores, self.settings)
-            noise = torch.empty_like(kept).exponential_().log()
-            token = (kept - noise).argmax(-1, keepdim=True)
-        else:
-            token = scores.argmax(-1, keepdim=True)
+        kept = keep(scores, self.settings)
+        noise = torch.empty_like(kept).exponential_().log()
+        noise.masked_fill_(self.greedy, 0.0)
+        token = (kept - noise).argmax(-1, keepdim=True)
         self.tokens.index_copy_(1, self.count, token)
         self.logps.index_copy_(1, self.count, logps.gather(-1, token))
         self.last.copy_(token)

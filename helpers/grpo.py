@@ -11,12 +11,16 @@ from helpers.config import ConfigError
 from helpers.record import Record
 from helpers.runs import Run, write_json
 from helpers.stages import open_stage, require_stage
+from helpers.timing import sampled_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+    from helpers import data
+    from helpers.config import RunConfig
+    from helpers.generation import Answer
     from helpers.results import Table
 
 PROBE_STEPS = 4  # timed for the plan, at most; the first, which compiles, not
@@ -136,9 +140,8 @@ def make_trainer(
 
     class Trainer(GRPOTrainer):
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-            found = heldout.score(
-                self.model, tokenizer, held, config, functions, weights
-            )
+            answers = answer_held(self, held, config, choice.rollout)
+            found = heldout.score(answers, held, tokenizer, functions, weights)
             # in this mode what the steps since the last log measured stays theirs
             with inference(self.model):
                 self.log(found)
@@ -161,6 +164,24 @@ def make_trainer(
     said = {"name": choice.name, "reason": choice.reason}
     write_json(run.path / "grpo" / "sampler.json", said)
     return trainer
+
+
+def answer_held(
+    trainer: Trainer,
+    held: list[data.Row],
+    config: RunConfig,
+    sampler: sampling.Sampler | None,
+) -> list[Answer]:
+    """Returns greedy answers to held-out prompts, by the copy where one samples."""
+    from helpers.generation import generate
+
+    asked = [row["prompt"] for row in held]
+    rows = sampled_rows(config.grpo)  # the memory of these is counted
+    if sampler is not None:
+        return sampler.answer(asked, trainer, rows)
+    model, tokenizer = trainer.model, trainer.processing_class
+    longest = heldout.answer_tokens(config)
+    return generate(model, tokenizer, asked, batch_size=rows, max_new_tokens=longest)
 
 
 def show_plan(

@@ -8,12 +8,13 @@ from helpers import data
 from helpers.answers import parse_gold
 from helpers.config import RunConfig
 from helpers.runs import Run
-from helpers.timing import sampled_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from helpers.generation import Answer
 
 
 def split_problems(run: Run) -> tuple[list[data.Row], list[data.Row]]:
@@ -43,28 +44,20 @@ def answer_tokens(config: RunConfig) -> int:
 
 
 def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    answers: list[Answer],
     held: list[data.Row],
-    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
     functions: list[Callable[..., list[float | None]]],
     weights: list[float],
 ) -> dict[str, float]:
-    """Returns the mean reward of greedy answers, whole and by component.
+    """Returns the mean reward of answers, whole and by component.
 
     Args:
+        answers: greedy, one to each held-out problem.
         held: `prompt` and `gold` each.
+        tokenizer: of the model that answered.
         functions: the rewards, of `rewards.choose`, with their weights.
     """
-    from helpers.generation import generate
-
-    answers = generate(
-        model,
-        tokenizer,
-        [row["prompt"] for row in held],
-        batch_size=sampled_rows(config.grpo),  # the memory of these is counted
-        max_new_tokens=answer_tokens(config),
-    )
     given = {
         "prompts": [row["prompt"] for row in held],
         "completions": [[{"role": "assistant", "content": a.text}] for a in answers],

@@ -16,6 +16,7 @@ from helpers import runtime
 from helpers.config import ConfigError, RunConfig, changed
 from helpers.decoding import Completion, Decoder, Settings
 from helpers.folding import FoldedCopy
+from helpers.generation import Answer, Prompt, cut_answer, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -155,24 +156,9 @@ class Sampler:
             prompts: one for each completion, as TRL repeats them.
             trainer: TRL's or Unsloth's, whose arguments say how to sample.
         """
-        step = trainer.state.global_step
-        # 8-bit optimisers change weights without counting a version, loading does not
-        versions = sum(p._version for p in self.model.parameters() if p.requires_grad)
-        if self.mark != (step, versions):
-            self.copy.refresh()
-            self.mark = (step, versions)
         ids = trainer._tokenize_prompts(prompts)[0]
-        found = self.decoder.generate(
-            ids,
-            trainer.max_completion_length,
-            trainer.eos_token_ids,
-            Settings(
-                trainer.temperature,
-                trainer.top_k or 0,
-                trainer.top_p or 1.0,
-                trainer.min_p or 0.0,
-            ),
-        )
+        found = self.complete(ids, trainer)
+        step = trainer.state.global_step
         if trainer.model.training and step % CHECK_STEPS == 0:
             row = step // CHECK_STEPS % len(ids)
             agreement(trainer, ids[row], found[row])
@@ -181,6 +167,52 @@ class Sampler:
             "completion_ids": [completion.ids for completion in found],
             "logprobs": [completion.logps for completion in found],
         }
+
+    def answer(self, prompts: list[Prompt], trainer: Any, rows: int) -> list[Answer]:
+        """Returns greedy answers of the model as it is now, as `generation.generate`.
+
+        Args:
+            prompts: conversations that end in a user turn, or texts.
+            trainer: as for a rollout.
+            rows: answered at a time.
+        """
+        tokenizer, stops = trainer.processing_class, trainer.eos_token_ids
+        ids = [encode(tokenizer, prompt) for prompt in prompts]
+        answers = []
+        for start in range(0, len(ids), rows):
+            found = self.complete(ids[start : start + rows], trainer, greedy=True)
+            answers += [cut_answer(tokenizer, each.ids, stops) for each in found]
+        return answers
+
+    def complete(
+        self, ids: list[list[int]], trainer: Any, *, greedy: bool = False
+    ) -> list[Completion]:
+        """Returns completions by the copy, brought up to date where training changed.
+
+        Args:
+            ids: of the prompts.
+            trainer: as for a rollout.
+            greedy: take the likeliest tokens.
+        """
+        # 8-bit optimisers change weights without counting a version, loading does not
+        versions = sum(p._version for p in self.model.parameters() if p.requires_grad)
+        mark = (trainer.state.global_step, versions)
+        if self.mark != mark:
+            self.copy.refresh()
+            self.mark = mark
+        settings = Settings(
+            trainer.temperature,
+            trainer.top_k or 0,
+            trainer.top_p or 1.0,
+            trainer.min_p or 0.0,
+        )
+        return self.decoder.generate(
+            ids,
+            trainer.max_completion_length,
+            trainer.eos_token_ids,
+            settings,
+            greedy=greedy,
+        )
 
 
 def agreement(trainer: Any, prompt: list[int], completion: Completion) -> None:

@@ -330,8 +330,13 @@ def read_arguments(arguments: list[str]) -> RunConfig:
         )
         if "sft" in config.stages:  # a micro-batch a step
             config = changed(config, sft__gradient_accumulation_steps=1)
-        if "grpo" in config.stages:  # hundreds of tokens an answer take a CPU minutes
-            config = changed(config, grpo__max_completion_length=64)
+        if "grpo" in config.stages:  # a group of short answers a step
+            config = changed(
+                config,
+                grpo__max_completion_length=64,
+                grpo__per_device_train_batch_size=config.grpo["num_generations"],
+                grpo__gradient_accumulation_steps=1,
+            )
     return config
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from helpers import budget, data, grpo, guards, heldout, models, rewards, train
+from helpers import budget, data, grpo, guards, heldout, rewards, train
 from helpers.config import ConfigError, changed
+from helpers.generation import Answer
 from helpers.runs import Run
 
 
@@ -75,18 +76,39 @@ def test_eval_conversations_without_a_gold_answer_are_not_held_out(
     assert heldout.split_problems(run)[1][0]["id"] == "train-02396"
 
 
-def test_the_held_out_reward_is_the_weighted_mean_over_greedy_answers(
-    make: Callable[..., Run], tiny_model_folder: Any
+def test_the_held_out_reward_is_the_weighted_mean_over_answers(
+    tiny_model_folder: Any,
 ) -> None:
-    run = make()
-    model, tokenizer = models.load_model(str(tiny_model_folder))
-    held = [{"prompt": data.ask(q, ""), "gold": "5"} for q in ("1 + 4?", "2 + 3?")]
-    paid = (run.config, [length, rewards.correctness], [0.5, 1.0])
-    found = heldout.score(model, tokenizer, held, *paid)
-    assert found["eval_reward"] == pytest.approx(
-        0.5 * found["eval_rewards/length"] + found["eval_rewards/correctness"], abs=1e-3
-    )
-    assert found == heldout.score(model, tokenizer, held, *paid)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    held = [{"prompt": data.ask(q, ""), "gold": "5"} for q in ("1 + 4?", "2 + 2?")]
+    answers = [Answer("five: 5", 7, True), Answer("no", 2, True)]
+    functions: Any = [length, rewards.correctness]
+    assert heldout.score(answers, held, tokenizer, functions, [0.5, 1.0]) == {
+        "eval_rewards/length": 1.0,  # of 0 and 2
+        "eval_rewards/correctness": 0.5,
+        "eval_reward": 1.0,
+    }
+
+
+@pytest.mark.parametrize("sampler", ["model", "copy"])
+def test_held_out_answers_are_greedy_whoever_samples(
+    make: Callable[..., Run], sampler: str
+) -> None:
+    from helpers.generation import generate
+
+    run = make(sampler=sampler, grpo__eval_steps=1, grpo__learning_rate=1e-2)
+    model, tokenizer = train.load_for_training(run, "grpo")
+    trainer = grpo.build_grpo(run, model, tokenizer)
+    trainer.train()
+    measured = [e["eval_reward"] for e in history(run) if "eval_reward" in e]
+    held = trainer.eval_dataset.to_list()
+    prompts = [row["prompt"] for row in held]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=6)
+    functions: Any = [length, rewards.strict_format]
+    found = heldout.score(answers, held, tokenizer, functions, [1.0, 0.5])
+    assert found["eval_reward"] == measured[-1]
 
 
 # the training

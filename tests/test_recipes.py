@@ -255,7 +255,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def test_every_system_that_we_reproduce_is_in_the_table() -> None:
-    assert {*PUBLISHED, "demo", "smoke"} == set(recipes.NAMES)
+    assert {*PUBLISHED, "demo", "demo-gpu", "smoke"} == set(recipes.NAMES)
 
 
 @pytest.mark.parametrize(
@@ -287,12 +287,19 @@ def test_a_dataset_without_a_sample_is_refused_by_name() -> None:
         recipes.sample_of("owner/other")
 
 
-def test_the_demo_needs_no_hub() -> None:
-    config = recipes.load("demo")
+@pytest.mark.parametrize("name", ["demo", "demo-gpu"])
+def test_the_demo_needs_no_hub(name: str) -> None:
+    config = recipes.load(name)
     data = config.data
     sources = [*data.train, data.eval, data.problems, data.test, data.test_new]
     assert config.model == "smollm2-135m-offline"
     assert all((runtime.ROOT / source).is_file() for source in sources)
+
+
+def test_on_a_gpu_the_demos_sft_is_the_same() -> None:
+    one, other = recipes.load("demo"), recipes.load("demo-gpu")
+    assert (one.sft, one.lora, one.seed) == (other.sft, other.lora, other.seed)
+    assert one.data.train == other.data.train
 
 
 def test_smoke_is_the_demo_with_sizes_cut_and_nothing_else() -> None:

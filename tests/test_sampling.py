@@ -13,7 +13,6 @@ from helpers.config import ConfigError, changed
 from helpers.gpus import T4
 from helpers.runs import Run
 
-GREEDY = decoding.Settings(temperature=0.0)
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [20]]
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
 
@@ -82,7 +81,7 @@ def test_greedy_samples_are_what_the_trained_model_generates(
     model = load(weights)
     sampler = sampling.Sampler(model)
     sampler.copy.refresh()
-    found = sampler.decoder.generate(PROMPTS, 12, [2], GREEDY)
+    found = sampler.decoder.generate(PROMPTS, 12, [2], greedy=True)
     for prompt, completion in zip(PROMPTS, found, strict=True):
         assert completion.ids == greedy_of(model, prompt, 12, stop=2)
     assert len({tuple(completion.ids) for completion in found}) > 1
@@ -109,11 +108,11 @@ def test_a_refresh_follows_the_adapter_and_keeps_every_weight_in_its_place(
     sampler = sampling.Sampler(model)
     sampler.copy.refresh()
     places = [p.data_ptr() for p in sampler.copy.net.parameters()]
-    before = sampler.decoder.generate(PROMPTS, 12, [2], GREEDY)
+    before = sampler.decoder.generate(PROMPTS, 12, [2], greedy=True)
     for _ in range(3):  # nothing of a former adapter may stay behind
         shake(model, 0.3)
         sampler.copy.refresh()
-    after = sampler.decoder.generate(PROMPTS, 12, [2], GREEDY)
+    after = sampler.decoder.generate(PROMPTS, 12, [2], greedy=True)
     assert after != before
     assert after[0].ids == greedy_of(model, PROMPTS[0], 12, stop=2)
     assert [p.data_ptr() for p in sampler.copy.net.parameters()] == places
@@ -136,9 +135,9 @@ def test_a_completion_ends_with_its_stop_token(load: Callable[..., Any]) -> None
     model = load()
     sampler = sampling.Sampler(model)
     sampler.copy.refresh()
-    whole = sampler.decoder.generate(PROMPTS, 12, [2], GREEDY)[1].ids
+    whole = sampler.decoder.generate(PROMPTS, 12, [2], greedy=True)[1].ids
     stop = whole[4]
-    cut = sampler.decoder.generate(PROMPTS, 12, [stop], GREEDY)[1]
+    cut = sampler.decoder.generate(PROMPTS, 12, [stop], greedy=True)[1]
     assert cut.ids == whole[: whole.index(stop) + 1]
     assert len(cut.logps) == len(cut.ids)
 
@@ -162,9 +161,10 @@ def test_smaller_batches_and_shorter_prompts_reuse_what_was_allocated(
 ) -> None:
     sampler = sampling.Sampler(load())
     sampler.copy.refresh()
-    first = sampler.decoder.generate(PROMPTS, 12, [2], GREEDY)
+    first = sampler.decoder.generate(PROMPTS, 12, [2], greedy=True)
     cache = sampler.decoder.cache
-    again = sampler.decoder.generate(PROMPTS[:2], 12, [2], GREEDY)
+    sampler.decoder.generate(PROMPTS[:2], 12, [2])  # drawn: by the same graph
+    again = sampler.decoder.generate(PROMPTS[:2], 12, [2], greedy=True)
     assert sampler.decoder.cache is cache
     assert again == first[:2]
 
@@ -205,7 +205,7 @@ def test_a_model_that_is_changed_elsewhere_does_not_change_the_copys_class(
         monkeypatch.setattr(getattr(modeling_llama, name), "forward", broken)
     sampler = sampling.Sampler(model)
     sampler.copy.refresh()
-    assert sampler.decoder.generate(PROMPTS[:1], 4, [2], GREEDY)[0].ids == expected
+    assert sampler.decoder.generate(PROMPTS[:1], 4, [2], greedy=True)[0].ids == expected
 
 
 def test_training_samples_from_the_copy_as_it_is_after_each_step(
