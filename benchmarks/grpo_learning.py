@@ -274,8 +274,9 @@ def summary(result: dict[str, Any]) -> str:
 
 def run_all(given: argparse.Namespace) -> None:
     """Runs all jobs, each as soon as what it starts from is there."""
-    from helpers import hub
+    from helpers import hub, recipes
 
+    given.minutes = given.minutes or recipes.load(RECIPE).grpo_minutes
     out = Path(given.out)
     out.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + given.limit
@@ -361,7 +362,7 @@ def main() -> None:
     run.add_argument("out")
     run.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     run.add_argument("--settings", nargs="*", default=[DEFAULT], choices=[*SETTINGS])
-    run.add_argument("--minutes", type=float, default=4.0, help="of GRPO, at most 10")
+    run.add_argument("--minutes", type=float, help="of GRPO; else the recipe's")
     run.add_argument("--limit", type=float, default=7200.0, help="seconds for it all")
     run.add_argument("--workers", type=int, default=2, help="jobs side by side")
     run.add_argument("--engine", default="", choices=["", "unsloth", "transformers"])
