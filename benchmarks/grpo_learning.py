@@ -107,6 +107,7 @@ def gsm8k_config(given: argparse.Namespace) -> Any:
         data__train=[str(places["train"])],
         data__eval=str(places["eval"]),
         data__test=str(folder / "test_first660.jsonl"),
+        data__test_rows=given.rows,
         data__test_new=None,
         evaluation__max_new_tokens=256,
         sft__max_steps=steps,

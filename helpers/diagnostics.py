@@ -6,6 +6,7 @@ that log, show and act are in `guards`.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ WINDOW = 10  # logged steps that are averaged before they are judged
 SKIPPED = "skipped_steps"
 NORMAL_SKIPS = 3  # while fp16's loss scale is found
 SHORT = 0.25  # of the first length is a collapse
-LOST = 0.3  # of the best reward is a collapse
+LOST = 0.3  # of the best reward is a collapse, where it is no noise:
+SURE = 3  # standard errors
 CUT = 0.9  # of the answers cut off is a collapse
 
 
@@ -43,32 +45,54 @@ class State(NamedTuple):
     max_length: int
 
 
-def read_state(
-    entries: list[Entry], max_length: int, completions: int = 8
-) -> State | None:
+def width_of_ends(steps: int) -> int:
+    """Returns over how many logged steps the first and the last rewards are averaged.
+
+    >>> width_of_ends(3), width_of_ends(100)
+    (1, 10)
+    """
+    return max(1, min(WINDOW, steps // 2))
+
+
+def noise_of_means(rewards: list[float], width: int) -> float:
+    """Returns the standard error of the difference of two means of rewards.
+
+    From how far rewards are from the one before, which a trend leaves alone: answers
+    to one problem are alike, so a step's spread would make it look surer than it is.
+
+    >>> noise_of_means([0.0, 1.0, 0.0, 1.0], width=2)
+    0.707...
+
+    Args:
+        rewards: the mean of each logged step, in order.
+        width: steps in each of the two means.
+    """
+    changes = [(b - a) ** 2 for a, b in itertools.pairwise(rewards)]
+    return (statistics.fmean(changes) / width) ** 0.5 if changes else 0.0
+
+
+def read_state(entries: list[Entry], max_length: int) -> State | None:
     """Returns the state that logged values describe, None before the first step.
 
     Args:
         entries: of `history.json`.
         max_length: of a completion, in tokens.
-        completions: sampled for a step.
     """
     steps = [e for e in entries if e.get("reward") is not None]
     if not steps:
         return None
-    width = max(1, min(WINDOW, len(steps) // 2))
+    width = width_of_ends(len(steps))
     first, last = steps[:width], steps[-width:]
 
     def mean(part: list[Entry], name: str) -> float | None:
         found = [e[name] for e in part if e.get(name) is not None]
         return sum(found) / len(found) if found else None
 
-    spread = mean(steps, "reward_std") or 0.0
     return State(
         step=steps[-1].get("step", len(steps)),
         reward=mean(last, "reward") or 0.0,
         reward_first=mean(first, "reward") or 0.0,
-        noise=spread * (2 / (width * completions)) ** 0.5,
+        noise=noise_of_means([e["reward"] for e in steps], width),
         zero_spread=mean(last, "frac_reward_zero_std") or 0.0,
         all_wrong=mean(last, ALL_WRONG) or 0.0,
         all_right=mean(last, ALL_RIGHT) or 0.0,
@@ -184,7 +208,8 @@ def collapse(entries: list[Entry]) -> str:
     """Returns why a training should stop, empty while it should go on.
 
     Length or reward have collapsed when their mean over `WINDOW` logged steps is a
-    fraction of what it was, or nearly all answers are cut.
+    fraction of what it was, the reward's beyond its noise, or nearly all answers are
+    cut.
     """
     steps = [e for e in entries if e.get("reward") is not None]
     if len(steps) < 2 * WINDOW:
@@ -203,10 +228,12 @@ def collapse(entries: list[Entry]) -> str:
             f"answers collapsed from {length[0]:.0f} to {length[-1]:.0f} tokens; lower "
             "the learning rate, or add a reward that short answers do not get"
         )
-    if max(reward) > 0 and reward[-1] < LOST * max(reward):
+    noise = noise_of_means([e["reward"] for e in steps], WINDOW)
+    best, now = max(reward), reward[-1]
+    if best > 0 and now < LOST * best and best - now > SURE * noise:
         return (
-            f"the reward collapsed from {max(reward):.2f} to {reward[-1]:.2f}; lower "
-            "the learning rate, or set beta"
+            f"the reward collapsed from {best:.2f} to {now:.2f}; lower the learning "
+            "rate, or set beta"
         )
     if clipped[-1] > CUT and clipped[0] <= CUT:
         return (

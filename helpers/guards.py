@@ -19,6 +19,7 @@ from helpers.runs import write_json
 
 SHOW_S = 10.0  # between two drawings of the panel
 ANSWERS = "answers.jsonl"
+PATIENCE = 4  # times its minutes a probe may take for its second step
 
 
 class TimeBudget(TrainerCallback):
@@ -98,6 +99,9 @@ class TimeBudget(TrainerCallback):
         time_is_up = self.minutes is not None and (
             self.used_s + end_s + next_s / 2 >= 60 * self.minutes
         )
+        if self.probe and len(self.step_s) == 1:
+            # the first compiles, and says little of the others
+            time_is_up = self.used_s >= PATIENCE * 60 * (self.minutes or 0)
         if not budget.agreed(time_is_up):
             return control
         control.should_training_stop = True
@@ -200,11 +204,7 @@ class LivePanel(TrainerCallback):
         minutes = (self.clock() - self.started) / 60
         self.title = f"step {state.global_step} of {state.max_steps}, "
         self.title += f"{minutes:.1f} minutes"
-        found = diagnostics.read_state(
-            self.entries,
-            args.max_completion_length,
-            args.per_device_train_batch_size * args.gradient_accumulation_steps,
-        )
+        found = diagnostics.read_state(self.entries, args.max_completion_length)
         self.sentences = diagnostics.explain(found) if found else []
         if self.clock() - self.shown >= SHOW_S:
             self.show()

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import budget, runtime
+from helpers import budget, diagnostics, runtime
 from helpers.config import ConfigError, RunConfig, Stage
 from helpers.runs import Run, fingerprint, write_json
 
@@ -97,7 +97,7 @@ def stage_report(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
         part["stopped"] = "; ".join(filter(None, reasons))
     if stage == "grpo":
         rewards_seen = history.values("reward")
-        ends = max(1, len(rewards_seen) // 4)
+        ends = diagnostics.width_of_ends(len(rewards_seen))
         prompts = read_note(run.path / stage / "prompts.json")
         part |= {
             "reward_first": round(sum(rewards_seen[:ends]) / ends, 4),

@@ -9,6 +9,7 @@ The notebooks' cells call these functions, and so does the command line:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -34,6 +35,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 PROMPTS = "data_samples/eval_prompts.jsonl"
+DECISIVE = (  # for what is learnt
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "beta",
+    "loss_type",
+    "mask_truncated_completions",
+)
 
 
 def recomputes(config: RunConfig, stage: Stage) -> bool:
@@ -101,11 +114,27 @@ def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
         "seed": config.seed,
         "save_total_limit": 2,
         "logging_first_step": True,
+        **defaults(stage),
         **machine_arguments(config),
         **values,
         "gradient_checkpointing": recomputes(config, stage),
         "report_to": choose_trackers(values.get("report_to", "none")) or "none",
     }
+
+
+def defaults(stage: Stage) -> dict[str, Any]:
+    """Returns TRL's defaults of what decides how a stage learns.
+
+    Unsloth's trainers have others: another optimiser, two micro-batches a step. AdamW
+    is not TRL's fused one, which hides from accelerate the steps that fp16 skips.
+    """
+    import trl
+
+    kind = trl.SFTConfig if stage == "sft" else trl.GRPOConfig
+    plain = next(k for k in kind.__mro__ if k.__module__.startswith("trl."))
+    found = {f.name: f.default for f in dataclasses.fields(plain)}
+    found["optim"] = "adamw_torch"
+    return {n: found[n] for n in DECISIVE if found.get(n) is not None}
 
 
 def keep_lora_fp32(model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -107,16 +108,16 @@ def entries(**columns: list[float]) -> list[dict[str, Any]]:
 def test_a_state_is_read_from_the_first_and_the_last_logged_steps() -> None:
     logged = entries(
         reward=[0.1] * 10 + [0.3] * 5 + [0.5] * 10,
-        reward_std=[0.4] * 25,
         **{"completions/mean_length": [50.0] * 20 + [30.0] * 5},
     )
     logged.insert(3, {"step": 3, "eval_reward": 0.2})
-    state = diagnostics.read_state(logged, 64, completions=80)
+    state = diagnostics.read_state(logged, 64)
     assert state is not None
     assert (state.step, state.reward) == (25, 0.5)
     assert state.reward_first == pytest.approx(0.1)
     assert (state.length_first, state.length) == (50, 40)
-    assert state.noise == pytest.approx(0.4 * (2 / 800) ** 0.5)
+    # two changes of 0.2 in 24: their variance is of twice a step's
+    assert state.noise == pytest.approx((2 * 0.2**2 / 24 / 10) ** 0.5)
     assert state.held_out == [(3, 0.2)] and state.kl is None and state.entropy is None
 
 
@@ -159,6 +160,22 @@ def test_a_collapse_is_told_with_what_collapsed(
     columns: dict[str, list[float]], expected: str
 ) -> None:
     assert expected in diagnostics.collapse(entries(**columns))
+
+
+def test_a_reward_that_only_swings_has_not_collapsed() -> None:
+    # the mean of eight answers to two problems: what one GPU run was stopped for
+    rewards = [0.5, 0.0, 0.5, 0.25, 0.5, 0.0, 0.25, 0.5, 0.25, 0.0]
+    assert diagnostics.collapse(entries(reward=rewards + [0.25, *[0.0] * 4] * 2)) == ""
+    steady = [0.28, 0.27] * 5 + [0.08, 0.06] * 5
+    assert "from 0.28 to 0.07" in diagnostics.collapse(entries(reward=steady))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_noise_is_the_standard_error_of_the_difference(seed: int) -> None:
+    drawn = random.Random(seed)
+    rewards = [drawn.gauss(0.01 * n, 0.2) for n in range(400)]  # with a trend
+    expected = (2 * 0.2**2 / 10) ** 0.5
+    assert diagnostics.noise_of_means(rewards, 10) == pytest.approx(expected, rel=0.15)
 
 
 def test_answers_that_were_cut_from_the_start_are_no_collapse() -> None:

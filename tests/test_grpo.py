@@ -179,8 +179,8 @@ def test_a_training_with_minutes_ends_by_the_clock_with_its_adapter_saved(
     part = train.train_stage(run, "grpo")
     made = budget.read_plan(run.path / "grpo")
     assert made is not None
-    # besides: the probe's step and evaluation, the first and the last evaluation
-    assert part["planned_steps"] == made.steps == 4
+    # besides: the probe's two steps and evaluation, the first and the last evaluation
+    assert part["planned_steps"] == made.steps == 3
     assert budget.read_used(run.path / "grpo") == pytest.approx(45, abs=5)
     assert "0.75 minutes of grpo_minutes are used" in part["stopped"]
     rates = [e["learning_rate"] for e in history(run) if "learning_rate" in e]

@@ -97,16 +97,20 @@ def test_a_budget_that_ended_leaves_a_state_with_no_step_to_go(tmp_path: Path) -
     assert state.max_steps == 7
 
 
-def test_a_probe_ends_without_evaluation_checkpoint_and_words(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("first_s", "steps"), [(3, 3), (9, 2), (30, 1)])
+def test_a_probe_takes_a_second_step_and_ends_without_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], first_s: float, steps: int
 ) -> None:
     clock = Clock()
     guard = guards.TimeBudget(tmp_path, 0.1, probe=True, clock=clock)
-    state, control = TrainerState(global_step=1, max_steps=4), TrainerControl()
+    state, control = TrainerState(max_steps=4), TrainerControl()
     guard.on_train_begin(ARGUMENTS, state, control)
-    clock.now += 9
-    guard.on_step_end(ARGUMENTS, state, control)
-    assert control.should_training_stop
+    while not control.should_training_stop:
+        guard.on_step_begin(ARGUMENTS, state, control)
+        clock.now += 1.5 if state.global_step else first_s
+        state.global_step += 1
+        guard.on_step_end(ARGUMENTS, state, control)
+    assert state.global_step == steps
     assert not control.should_save and not control.should_evaluate
     assert capsys.readouterr().out == ""
 

@@ -376,6 +376,36 @@ def test_activations_are_recomputed_on_a_gpu_if_the_config_says_so(
         assert given["gradient_checkpointing"] == expected
 
 
+@pytest.mark.parametrize(("stage", "name"), [("sft", "SFT"), ("grpo", "GRPO")])
+def test_what_a_config_leaves_open_is_trls_default_whoever_patched_trl(
+    run_factory: Callable[..., Run],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: Any,
+    name: str,
+) -> None:
+    import dataclasses
+
+    import trl
+
+    plain: Any = getattr(trl, f"{name}Config")
+
+    @dataclasses.dataclass
+    class Patched(plain):  # as Unsloth's, with its values
+        gradient_accumulation_steps: int = 2
+        learning_rate: float = 5e-5
+        weight_decay: float = 0.001
+        warmup_steps: float = 0.1
+        optim: str = "adamw_8bit"
+
+    monkeypatch.setattr(trl, f"{name}Config", Patched)
+    run = run_factory(**{stage: {"learning_rate": 1e-4}})
+    values = train.training_arguments(run, stage, run.path)
+    assert values["learning_rate"] == 1e-4
+    for open_ in ("gradient_accumulation_steps", "weight_decay", "warmup_steps"):
+        assert values[open_] == plain.__dataclass_fields__[open_].default
+    assert values["optim"] == "adamw_torch"  # TRL's, but not the fused one
+
+
 @pytest.mark.parametrize(
     ("dtype", "capability", "flags"),
     [
