@@ -2,11 +2,14 @@
 
     python benchmarks/eval_speed.py                    # -> results/eval_speed.json
     python benchmarks/eval_speed.py --adapter runs/demo/sft/adapter
+    TUNEBOOK_DTYPE=float32 python benchmarks/eval_speed.py --out FILE  # no near ties
     python benchmarks/eval_speed.py --items 8 --tokens 32 --out /tmp/speed.json  # a CPU
 
 The same model, loaded once, greedily answers the same held-out word problems, twice:
 one prompt after another through `model.generate`, and through `generation.generate`.
 Both are warmed up first. Loading is not timed; templates, tokenising and verdicts are.
+In fp16 two tokens can be so near that the batch decides between them; in fp32 the
+answers and verdicts of both are the same.
 """
 
 from __future__ import annotations
@@ -161,6 +164,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--loop-items", type=int, help="fewer, where the loop is slow")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--machine", help="what else is to be said of it")
     parser.add_argument("--out", default=ROOT / "results" / "eval_speed.json")
     given = parser.parse_args(arguments)
 
@@ -196,6 +200,8 @@ def main(arguments: list[str]) -> dict[str, Any]:
         "decoding": "greedy",
         **runtime.environment(engine),
     }
+    if given.machine:
+        found["conditions"]["machine"] = given.machine
     runs.write_json(Path(given.out), found)
     print(json.dumps(found, indent=1))
     return found

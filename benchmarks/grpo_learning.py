@@ -317,7 +317,8 @@ def write_table(given: argparse.Namespace) -> None:
             table["gsm8k"] |= row(found, GSM8K, setting)
         else:
             table["gsm8k"]["sft"] = found[GSM8K]["sft"]["test"]
-    first = next(v for k, v in found.items() if k.endswith(setting))
+    names = sorted(found, key=lambda name: name.startswith(GSM8K))
+    first = next(found[name] for name in names if name.endswith(setting))
     table["conditions"] = {
         "machine": given.machine,
         "model": "smollm2-135m-offline",

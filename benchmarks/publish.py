@@ -86,14 +86,15 @@ RATES = {
 def rate_lines() -> list[str]:
     """Returns a section for each program that compares ways in one run."""
     lines = []
-    for name, what in RATES.items():
-        path = RESULTS / f"{name}.json"
-        if not path.exists():
-            continue
-        found = json.loads(path.read_text(encoding="utf-8"))
+    paths = [(n, p) for n in RATES for p in sorted(RESULTS.glob(f"{n}*.json"))]
+    for name, path in paths:
+        what, found = RATES[name], json.loads(path.read_text(encoding="utf-8"))
         plain = {k: v for k, v in found.items() if isinstance(v, int | float)}
-        lines += ["", f"## {name}", "", f"{what[0].upper()}{what[1:]}"]
-        lines[-1] += f", by `python benchmarks/{name}.py`."
+        lines += ["", f"## {path.stem}", "", f"{what[0].upper()}{what[1:]}"]
+        lines[-1] += f", by `python benchmarks/{name}.py`"
+        on = found.get("conditions", {})
+        said = [on[k] for k in ("engine", "dtype", "weights", "machine") if k in on]
+        lines[-1] += f": {', '.join(said)}." if said else "."
         lines += ["", f"| {' | '.join(plain)} |", "|---" * len(plain) + "|"]
         lines.append(f"| {' | '.join(map(str, plain.values()))} |")
         if "same_verdicts" in found:
@@ -119,9 +120,10 @@ def learning_lines() -> list[str]:
             cells += [f"{part['p']:.2g}", f"{row['minutes']}", share(part["more_sft"])]
             lines.append("| " + " | ".join(cells) + " |")
     if "gsm8k" in found:
-        parts = [(k, v) for k, v in found["gsm8k"].items() if "k" in v]
-        told = ", ".join(f"{name} {share(part)}" for name, part in parts)
-        lines += ["", f"Real GSM8K, first 660 test problems: {told}."]
+        parts = [(k, found["gsm8k"].get(k)) for k in ("base", "sft", "grpo")]
+        told = ", ".join(f"{name} {share(part)}" for name, part in parts if part)
+        count = found["gsm8k"]["base"]["n"]
+        lines += ["", f"Real GSM8K, first {count} test problems: {told}."]
     return lines
 
 
