@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 PROMPTS = "data_samples/eval_prompts.jsonl"
 DECISIVE = (  # for what is learnt
     "per_device_train_batch_size",
-    "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "learning_rate",
     "warmup_steps",
@@ -106,7 +105,11 @@ def load_for_training(
 def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
     """Returns a stage's training arguments: the config's, and what they leave open."""
     config = run.config
-    values = getattr(config, stage)
+    values = {**defaults(stage), **getattr(config, stage)}
+    # what fits while training fits while evaluating
+    values.setdefault(
+        "per_device_eval_batch_size", values["per_device_train_batch_size"]
+    )
     return {
         "output_dir": str(folder / "checkpoints"),
         "run_name": f"{config.name}-{stage}",
@@ -114,7 +117,6 @@ def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
         "seed": config.seed,
         "save_total_limit": 2,
         "logging_first_step": True,
-        **defaults(stage),
         **machine_arguments(config),
         **values,
         "gradient_checkpointing": recomputes(config, stage),

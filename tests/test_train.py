@@ -406,6 +406,17 @@ def test_what_a_config_leaves_open_is_trls_default_whoever_patched_trl(
     assert values["optim"] == "adamw_torch"  # TRL's, but not the fused one
 
 
+def test_an_evaluation_takes_the_batches_that_training_takes(
+    run_factory: Callable[..., Run],
+) -> None:
+    run = run_factory(sft={"per_device_train_batch_size": 2})
+    values = train.training_arguments(run, "sft", run.path)
+    assert values["per_device_eval_batch_size"] == 2
+    run = run_factory(sft={"per_device_eval_batch_size": 4})
+    values = train.training_arguments(run, "sft", run.path)
+    assert values["per_device_eval_batch_size"] == 4
+
+
 @pytest.mark.parametrize(
     ("dtype", "capability", "flags"),
     [
