@@ -49,6 +49,7 @@ ELSEWHERE = {
 }
 POSITIVE = ["learning_rate", "num_train_epochs", "num_generations", "eval_steps"]
 POSITIVE += ["per_device_train_batch_size", "gradient_accumulation_steps"]
+POSITIVE += ["temperature"]  # at 0 the answers of a group are all the same
 NUMBERS = [*POSITIVE, "warmup_steps", "max_steps", "save_steps"]
 
 

@@ -316,6 +316,13 @@ def test_a_rate_that_is_not_above_0_is_an_error(demo: RunConfig, rate: float) ->
     assert advice.text == f"found {rate}; expected more than 0"
 
 
+def test_a_temperature_of_0_is_an_error_since_answers_would_be_alike(
+    demo: RunConfig,
+) -> None:
+    advice = only(advise(demo, grpo__temperature=0), "grpo.temperature")
+    assert advice == ("error", "grpo.temperature", "found 0; expected more than 0")
+
+
 @pytest.mark.parametrize("value", ["2e-4", True, [1e-4], None, float("nan")])
 def test_a_rate_that_is_no_number_is_an_error(demo: RunConfig, value: Any) -> None:
     advice = only(advise(demo, sft__learning_rate=value), "sft.learning_rate")
