@@ -242,9 +242,9 @@ def measure_sampler(trainer: Any, sampler: Any, tokens: int) -> dict[str, float]
         found[name] = round((synchronize() - start) / times, 5)
 
     clock("fold_s", sampler.copy.refresh)
-    stops = trainer.eos_token_ids
-    clock("one_token_s", lambda: sampler.decoder.generate(ids, 1, stops))
-    clock("all_tokens_s", lambda: sampler.decoder.generate(ids, tokens, stops))
+    stops, drawn = trainer.eos_token_ids, sampler.decoder.settings
+    clock("one_token_s", lambda: sampler.decoder.generate(ids, 1, stops, drawn))
+    clock("all_tokens_s", lambda: sampler.decoder.generate(ids, tokens, stops, drawn))
     found["ms_a_token"] = round(
         (found["all_tokens_s"] - found["one_token_s"]) / max(1, tokens - 1) * 1000, 3
     )

@@ -53,18 +53,16 @@ class Decoder:
         self.forward = net.forward
         if self.compiled:
             self.forward = torch.compile(net.forward, dynamic=False)
-        self.captured: tuple[Any, ...] | None = None
         self.graph: Any = None
-        self.rows = self.length = 0
+        self.rows = self.length = self.room = 0
+        self.settings = Settings()
 
     def generate(
         self,
         prompts: list[list[int]],
         max_new_tokens: int,
         stops: list[int],
-        settings: Settings | None = None,
-        *,
-        greedy: bool = False,
+        settings: Settings | None,
     ) -> list[Completion]:
         """Returns a completion of each prompt, in their order.
 
@@ -72,20 +70,20 @@ class Decoder:
             prompts: token ids, of any lengths.
             max_new_tokens: completions are cut here.
             stops: tokens that end a completion.
-            settings: how tokens are drawn; None = as the model says.
-            greedy: take the likeliest token instead of drawing one; by the same graph.
+            settings: how tokens are drawn; None takes the likeliest instead, by the
+                same graph.
         """
         import torch
 
-        settings = settings or Settings()
         widest = max(map(len, prompts))
         device = self.net.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            self.prepare(len(prompts), widest + max_new_tokens, stops, settings)
+            length = widest + max_new_tokens
+            self.prepare(len(prompts), length, stops, settings or self.settings)
             rows = prompts + prompts[-1:] * (self.rows - len(prompts))
             ids = torch.tensor([[0] * (widest - len(r)) + r for r in rows])
             mask = torch.tensor([[0] * (widest - len(r)) + [1] * len(r) for r in rows])
-            self.greedy.fill_(greedy)
+            self.greedy.fill_(settings is None)
             self.start(ids.to(device), mask.to(device).bool())
             for done in range(1, max_new_tokens):
                 if done % LOOK == 0 and bool(self.ended.all()):
@@ -107,19 +105,35 @@ class Decoder:
         Args:
             rows: of a batch.
             length: tokens of the longest prompt and completion together.
-            stops: as for `generate`, and so `settings`.
+            stops: at least one, as for `generate`.
+            settings: how tokens are drawn.
+        """
+        import torch
+
+        fits = rows <= self.rows and length <= self.length and len(stops) <= self.room
+        if not fits or settings != self.settings:
+            self.allocate(rows, length, len(stops), settings)
+        padded = stops + stops[-1:] * (self.room - len(stops))
+        self.stops.copy_(torch.tensor(padded))
+
+    def allocate(self, rows: int, length: int, room: int, settings: Settings) -> None:
+        """Makes buffers and the graph, no smaller than those that they replace.
+
+        Args:
+            rows: as for `prepare`, and so `length`.
+            length: rounded up to whole blocks.
+            room: for as many stop tokens.
+            settings: as for `generate`.
         """
         import torch
         from transformers import StaticCache
 
-        wanted = (tuple(stops), settings)
-        if self.captured == wanted and rows <= self.rows and length <= self.length:
-            return
         self.rows = rows = max(rows, self.rows)
         self.length = max(-(-length // 64) * 64, self.length)
+        self.room, self.settings = max(room, self.room), settings
         self.graph = None  # gives its memory back before the new one takes its own
         device = self.net.device
-        self.stops, self.settings = torch.tensor(stops, device=device), settings
+        self.stops = torch.zeros(self.room, dtype=torch.long, device=device)
         self.cache = StaticCache(self.net.config, max_cache_len=self.length)
         self.mask = torch.zeros(
             rows, 1, 1, self.length, dtype=torch.bool, device=device
@@ -132,9 +146,11 @@ class Decoder:
         self.greedy = torch.zeros(1, dtype=torch.bool, device=device)
         self.tokens = torch.zeros(rows, self.length, dtype=torch.long, device=device)
         self.logps = torch.zeros(rows, self.length, device=device)
-        self.captured = wanted
         if device.type == "cuda":
-            self.capture()
+            with torch.random.fork_rng(
+                [device]
+            ):  # training's own draws go on as before
+                self.capture()
 
     def capture(self) -> None:
         """Records one token as a CUDA graph."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +29,9 @@ class Answer(NamedTuple):
     """Generated tokens, the stop token included."""
     stopped: bool
     """False when it was cut at `max_new_tokens`."""
+
+
+Answering = Callable[..., list[Answer]]  # `generate` of some model and tokenizer
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import statistics
+import time
 from typing import TYPE_CHECKING, Any
 
 from helpers import budget, heldout, prompts, rewards, runtime, sampling, train
@@ -18,9 +20,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-    from helpers import data
     from helpers.config import RunConfig
-    from helpers.generation import Answer
+    from helpers.generation import Answering
     from helpers.results import Table
 
 PROBE_STEPS = 4  # timed for the plan, at most; the first, which compiles, not
@@ -135,12 +136,14 @@ def make_trainer(
     functions, weights = rewards.choose(config.rewards, heldout.answer_tokens(config))
     choice = sampling.choose(config, model)
     problems, held_out = heldout.split_problems(run)
-    rows = prompts.select(run, model, tokenizer, problems)
+    answer = answering(model, tokenizer, config, choice.rollout)
+    rows = prompts.select(run, tokenizer, answer, problems)
     held = prompts.to_prompts(run, held_out)
 
     class Trainer(GRPOTrainer):
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-            answers = answer_held(self, held, config, choice.rollout)
+            asked = [row["prompt"] for row in held]
+            answers = answer(asked, max_new_tokens=heldout.answer_tokens(config))
             found = heldout.score(answers, held, tokenizer, functions, weights)
             # in this mode what the steps since the last log measured stays theirs
             with inference(self.model):
@@ -166,22 +169,18 @@ def make_trainer(
     return trainer
 
 
-def answer_held(
-    trainer: Trainer,
-    held: list[data.Row],
+def answering(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
     sampler: sampling.Sampler | None,
-) -> list[Answer]:
-    """Returns greedy answers to held-out prompts, by the copy where one samples."""
+) -> Answering:
+    """Returns what answers prompts during GRPO: the copy where one samples."""
     from helpers.generation import generate
 
-    asked = [row["prompt"] for row in held]
-    rows = sampled_rows(config.grpo)  # the memory of these is counted
-    if sampler is not None:
-        return sampler.answer(asked, trainer, rows)
-    model, tokenizer = trainer.model, trainer.processing_class
-    longest = heldout.answer_tokens(config)
-    return generate(model, tokenizer, asked, batch_size=rows, max_new_tokens=longest)
+    one = sampler.generate if sampler else functools.partial(generate, model)
+    # the memory of so many rows is counted
+    return functools.partial(one, tokenizer, batch_size=sampled_rows(config.grpo))
 
 
 def show_plan(
@@ -198,8 +197,9 @@ def make_plan(
 ) -> budget.Plan:
     """Returns how many steps fit into `grpo_minutes`, by timing a few on this machine.
 
-    The probe trains with a rate of zero, so that nothing is learnt from it. A plan that
-    the stage's folder holds already, of a killed session, stays.
+    The probe trains with a rate of zero, so that nothing is learnt from it. What it
+    takes, choosing the prompts included, is part of the minutes. A plan that the
+    stage's folder holds already, of a killed session, stays.
 
     Raises:
         ConfigError: the config names no `grpo_minutes`.
@@ -233,7 +233,9 @@ def make_plan(
     }
     record = Record(config.rewards)
     arguments = grpo_arguments(run, folder) | silent
+    began = time.monotonic()
     probe = make_trainer(run, model, tokenizer, arguments, record, [clock])
+    selected_s = time.monotonic() - began  # with probe_samples the longest part
     probe.remove_callback(PrinterCallback)
     forward = vars(model).get("forward")
     probe.train()
@@ -249,7 +251,7 @@ def make_plan(
         budget.Timing(
             step_s=statistics.fmean(clock.step_s[1:] or clock.step_s),
             evaluation_s=used_s - before,
-            spent_s=used_s,
+            spent_s=selected_s + used_s,
             longest=max(len(tokenizer(text)["input_ids"]) for text in record.answers),
         )
     )

@@ -18,8 +18,8 @@ from helpers.config import RunConfig, Stage, changed
 from helpers.gpus import CONTEXT_GB, T4, Gpu, this_gpu
 from helpers.shapes import Architecture
 from helpers.timing import (
-    PROMPT_TOKENS,
     ROW_TOKENS,
+    prompt_tokens,
     sampled_rows,
     training_minutes,
     uses_unsloth,
@@ -70,7 +70,7 @@ def predict(
         gpu: of the machine asked about; this machine's by default, a T4 without one.
         stage: `sft` or `grpo`; by default the config's hungriest.
         row_tokens: of the longest row (SFT) or prompt (GRPO); by default
-            `max_length`, and `max_prompt_length` or 200.
+            `max_length`, and what `timing.prompt_tokens` says.
         steps: optimiser steps, where the config counts epochs.
 
     Raises:
@@ -91,7 +91,7 @@ def predict(
         parts |= pass_bytes(config, arch, stage, batch, length)
     else:
         answer = values.get("max_completion_length", 256)
-        length = answer + (row_tokens or config.max_prompt_length or PROMPT_TOKENS)
+        length = answer + (row_tokens or prompt_tokens(config))
         parts |= pass_bytes(config, arch, stage, batch, length, answer)
         parts |= sampling_bytes(config, arch, sampled_rows(values), length)
         if config.sampler == "model" and not unsloth:  # freed before the loss

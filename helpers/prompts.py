@@ -15,7 +15,9 @@ from helpers.runs import Run, fingerprint, write_json
 from helpers.stages import made_from, read_note
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from helpers.generation import Answering
 
 PASS_RATES = "pass_rates.json"  # in the run folder
 CHUNK = 64  # problems between two writes of the pass rates
@@ -62,8 +64,8 @@ def to_prompts(run: Run, problems: list[data.Row]) -> list[data.Row]:
 
 def select(
     run: Run,
-    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    answer: Answering,
     problems: list[data.Row] | None = None,
 ) -> list[data.Row]:
     """Returns the prompts to train on, `{"prompt", "gold"}` each.
@@ -74,8 +76,8 @@ def select(
 
     Args:
         run: with `data/` prepared.
-        model: as GRPO starts with it, with its adapter.
         tokenizer: of the model.
+        answer: draws answers of the model as GRPO starts with it.
         problems: to choose from; all of the run's by default.
 
     Raises:
@@ -92,7 +94,7 @@ def select(
         report["too_long"] = len(left) - len(short)
         left = short
     if config.probe_samples:
-        left, report["probe"] = keep_useful(run, model, tokenizer, left)
+        left, report["probe"] = keep_useful(run, answer, left)
     counts = {"prompts": len(left), "left_out": len(problems) - len(left)}
     write_json(run.path / "grpo" / "prompts.json", counts | report)
     return to_prompts(run, left)
@@ -123,10 +125,7 @@ def keep_short(
 
 
 def keep_useful(
-    run: Run,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: list[data.Row],
+    run: Run, answer: Answering, problems: list[data.Row]
 ) -> tuple[list[data.Row], dict[str, Any]]:
     """Returns the probed problems that are solved sometimes, and what was found.
 
@@ -138,7 +137,7 @@ def keep_useful(
     samples, cap = run.config.probe_samples, run.config.probe_problems
     if cap is not None and cap < len(problems):
         problems = random.Random(run.config.seed).sample(problems, cap)
-    solved = probe(run, model, tokenizer, problems)
+    solved = probe(run, answer, problems)
     counts = Counter(solved[problem["id"]] for problem in problems)
     histogram = [counts[n] for n in range(samples + 1)]
     useful = [p for p in problems if 0 < solved[p["id"]] < samples]
@@ -167,20 +166,13 @@ def describe(histogram: list[int]) -> str:
     )
 
 
-def probe(
-    run: Run,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: list[data.Row],
-) -> dict[str, int]:
+def probe(run: Run, answer: Answering, problems: list[data.Row]) -> dict[str, int]:
     """Returns how many of `probe_samples` answers to each problem are right, by its id.
 
     Answers are drawn as GRPO draws them. What is found is kept in `pass_rates.json`
     of the run folder, for a stopped run to go on from.
     """
     import torch
-
-    from helpers.generation import generate
 
     config, path = run.config, run.path / PASS_RATES
     made, kept = made_of(run), read_note(path)
@@ -192,15 +184,10 @@ def probe(
         # the training that follows draws the same numbers whether or not this ran
         with torch.random.fork_rng():
             torch.manual_seed(config.seed + start)
-            answers = generate(
-                model,
-                tokenizer,
-                [row["prompt"] for row in rows],
-                batch_size=config.evaluation.batch_size,
-                sampling=sampling(config),
-            )
+            asked = [row["prompt"] for row in rows]
+            answers = answer(asked, sampling=sampling(config))
         right = rewards.correctness(
-            [answer.text for answer in answers],
+            [each.text for each in answers],
             gold=[row["gold"] for row in rows],
             prompts=[row["prompt"] for row in rows],
         )

@@ -17,9 +17,12 @@ from helpers.config import ConfigError, RunConfig, changed
 from helpers.decoding import Completion, Decoder, Settings
 from helpers.folding import FoldedCopy
 from helpers.generation import Answer, Prompt, cut_answer, encode
+from helpers.templates import stop_token_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 COMPILE_MINUTES, COMPILE_STEPS = 10, 200  # from which on compiling pays
 CHECK_STEPS = 10  # optimiser steps between two comparisons with the trained model
@@ -147,7 +150,6 @@ class Sampler:
         dtype, _ = runtime.choose_dtype(runtime.find_machine())
         self.copy = FoldedCopy(model, dtype)
         self.decoder = Decoder(self.copy.net, compiled=compiled)
-        self.mark: tuple[int, int] | None = None
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """Returns TRL's rollout of prompts: their ids, completions, log-probabilities.
@@ -157,7 +159,11 @@ class Sampler:
             trainer: TRL's or Unsloth's, whose arguments say how to sample.
         """
         ids = trainer._tokenize_prompts(prompts)[0]
-        found = self.complete(ids, trainer)
+        settings = settings_of({n: getattr(trainer, n) for n in Settings._fields})
+        self.copy.refresh()
+        found = self.decoder.generate(
+            ids, trainer.max_completion_length, trainer.eos_token_ids, settings
+        )
         step = trainer.state.global_step
         if trainer.model.training and step % CHECK_STEPS == 0:
             row = step // CHECK_STEPS % len(ids)
@@ -168,51 +174,46 @@ class Sampler:
             "logprobs": [completion.logps for completion in found],
         }
 
-    def answer(self, prompts: list[Prompt], trainer: Any, rows: int) -> list[Answer]:
-        """Returns greedy answers of the model as it is now, as `generation.generate`.
+    def generate(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        *,
+        batch_size: int,
+        max_new_tokens: int = 256,
+        sampling: dict[str, Any] | None = None,
+    ) -> list[Answer]:
+        """Returns the model's answers as `generation.generate` does, but faster.
 
         Args:
+            tokenizer: of the model.
             prompts: conversations that end in a user turn, or texts.
-            trainer: as for a rollout.
-            rows: answered at a time.
+            batch_size: prompts a batch.
+            max_new_tokens: answers are cut here.
+            sampling: as there; greedy without.
         """
-        tokenizer, stops = trainer.processing_class, trainer.eos_token_ids
+        drawn = dict(sampling or {})
+        max_new_tokens = drawn.pop("max_new_tokens", max_new_tokens)
+        settings = settings_of(drawn) if drawn else None
         ids = [encode(tokenizer, prompt) for prompt in prompts]
+        stops = stop_token_ids(tokenizer)
+        self.copy.refresh()
         answers = []
-        for start in range(0, len(ids), rows):
-            found = self.complete(ids[start : start + rows], trainer, greedy=True)
+        for start in range(0, len(ids), batch_size):
+            batch = ids[start : start + batch_size]
+            found = self.decoder.generate(batch, max_new_tokens, stops, settings)
             answers += [cut_answer(tokenizer, each.ids, stops) for each in found]
         return answers
 
-    def complete(
-        self, ids: list[list[int]], trainer: Any, *, greedy: bool = False
-    ) -> list[Completion]:
-        """Returns completions by the copy, brought up to date where training changed.
 
-        Args:
-            ids: of the prompts.
-            trainer: as for a rollout.
-            greedy: take the likeliest tokens.
-        """
-        # 8-bit optimisers change weights without counting a version, loading does not
-        versions = sum(p._version for p in self.model.parameters() if p.requires_grad)
-        mark = (trainer.state.global_step, versions)
-        if self.mark != mark:
-            self.copy.refresh()
-            self.mark = mark
-        settings = Settings(
-            trainer.temperature,
-            trainer.top_k or 0,
-            trainer.top_p or 1.0,
-            trainer.min_p or 0.0,
-        )
-        return self.decoder.generate(
-            ids,
-            trainer.max_completion_length,
-            trainer.eos_token_ids,
-            settings,
-            greedy=greedy,
-        )
+def settings_of(values: dict[str, Any]) -> Settings:
+    """Returns how tokens are drawn, of values named as transformers does.
+
+    >>> settings_of({"temperature": 0.7, "top_k": 0, "min_p": None})
+    Settings(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0)
+    """
+    given = {name: values.get(name) for name in Settings._fields}
+    return Settings(**{n: value for n, value in given.items() if value is not None})
 
 
 def agreement(trainer: Any, prompt: list[int], completion: Completion) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +156,23 @@ def test_the_plan_is_timed_on_real_steps_that_change_no_weight(
     assert budget.read_used(run.path / "grpo") == made.timing.spent_s
     assert grpo.make_plan(run, model, tokenizer) == made  # kept, not timed again
     assert not (run.path / "grpo" / "probe").exists()
+
+
+def test_choosing_the_prompts_is_part_of_the_minutes(
+    make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, choose, later = time.monotonic, grpo.prompts.select, [0.0]
+
+    def slow(*given: Any) -> Any:
+        later[0] += 20
+        return choose(*given)
+
+    monkeypatch.setattr(grpo.prompts, "select", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + later[0])
+    run = make(grpo_minutes=0.5)
+    made = grpo.make_plan(run, *train.load_for_training(run, "grpo"))
+    assert made.timing.spent_s > 20
+    assert made.steps < (30 - 20) / made.timing.step_s
 
 
 def test_a_plan_without_minutes_is_refused(make: Callable[..., Run]) -> None:

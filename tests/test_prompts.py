@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers import answers, data, prompts, stages, train
+from helpers import answers, data, grpo, prompts, sampling, stages, train
 from helpers.config import SYSTEM_PROMPT, ConfigError, changed
 from helpers.runs import Run, write_json
 
@@ -37,8 +37,20 @@ def problem_run(run_factory: Callable[..., Run], tmp_path: Path) -> Callable[...
     return make
 
 
-def select(run: Run, model: Any = None, tokenizer: Any = None) -> list[data.Row]:
-    return prompts.select(run, model, tokenizer)
+def unasked(*_: Any, **__: Any) -> Any:
+    raise AssertionError("the model was asked")
+
+
+def select(run: Run, tokenizer: Any = None, answer: Any = unasked) -> list[data.Row]:
+    return prompts.select(run, tokenizer, answer)
+
+
+def load(run: Run, sampler: str = "model") -> tuple[Any, Any]:
+    """Returns a run's tokenizer, and what answers prompts during its GRPO."""
+    config = changed(run.config, sampler=sampler)
+    model, tokenizer = train.load_for_training(run, "grpo")
+    rollout = sampling.choose(config, model).rollout
+    return tokenizer, grpo.answering(model, tokenizer, config, rollout)
 
 
 def report(run: Run) -> dict[str, Any]:
@@ -167,21 +179,22 @@ def test_problems_that_are_never_or_always_solved_are_left_out_and_reported(
     assert "3 never solved, 2 always, 7 kept" in capsys.readouterr().out
 
 
-def test_a_probe_that_was_stopped_goes_on_with_what_is_left(probed: Run) -> None:
+@pytest.mark.parametrize("sampler", ["model", "copy"])
+def test_a_probe_that_was_stopped_goes_on_with_what_is_left(
+    probed: Run, sampler: str
+) -> None:
     problems = data.read_rows(probed.path / "data/problems.jsonl")
     before = {row["id"]: 3 for row in problems[:-1]}
     path = keep_rates(probed, before)
-    model, tokenizer = train.load_for_training(probed, "grpo")
-    found = prompts.probe(probed, model, tokenizer, problems)
+    found = prompts.probe(probed, load(probed, sampler)[1], problems)
     assert found == {**before, problems[-1]["id"]: 0}
     assert json.loads(path.read_text("utf-8"))["solved"] == found
 
 
 def test_other_sampling_is_probed_anew(probed: Run) -> None:
     config = changed(probed.config, grpo__temperature=0.5, probe_problems=3)
-    model, tokenizer = train.load_for_training(probed, "grpo")
     with pytest.raises(ConfigError, match="to learn from: 3 problems, .* 3 never sol"):
-        select(Run(probed.path, config), model, tokenizer)
+        select(Run(probed.path, config), *load(probed))
 
 
 def test_a_capped_probe_draws_its_problems_by_the_seed(probed: Run) -> None:
@@ -201,12 +214,12 @@ def test_the_random_numbers_of_training_are_the_same_with_and_without_a_probe(
     import torch
 
     run = problem_run(probe_samples=2, probe_problems=2)
-    model, tokenizer = train.load_for_training(run, "grpo")
+    loaded = load(run)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     with pytest.raises(ConfigError, match="no problem is left"):
-        select(run, model, tokenizer)
+        select(run, *loaded)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -241,7 +254,6 @@ def test_a_real_model_solves_an_easy_problem_more_often_than_a_hard_one(
         probe_samples=4,
     )
     data.prepare(run)
-    model, tokenizer = train.load_for_training(run, "grpo")
     problems = data.read_rows(run.path / "data/problems.jsonl")
-    easy, hard = prompts.probe(run, model, tokenizer, problems).values()
+    easy, hard = prompts.probe(run, load(run)[1], problems).values()
     assert easy > hard == 0

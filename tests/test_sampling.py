@@ -14,6 +14,7 @@ from helpers.gpus import T4
 from helpers.runs import Run
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [20]]
+DRAWN = decoding.Settings()
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
 
 
@@ -81,7 +82,7 @@ def test_greedy_samples_are_what_the_trained_model_generates(
     model = load(weights)
     sampler = sampling.Sampler(model)
     sampler.copy.refresh()
-    found = sampler.decoder.generate(PROMPTS, 12, [2], greedy=True)
+    found = sampler.decoder.generate(PROMPTS, 12, [2], None)
     for prompt, completion in zip(PROMPTS, found, strict=True):
         assert completion.ids == greedy_of(model, prompt, 12, stop=2)
     assert len({tuple(completion.ids) for completion in found}) > 1
@@ -95,7 +96,7 @@ def test_log_probabilities_are_the_trained_models(
     sampler = sampling.Sampler(model)
     sampler.copy.refresh()
     for prompt, completion in zip(
-        PROMPTS, sampler.decoder.generate(PROMPTS, 12, [2]), strict=True
+        PROMPTS, sampler.decoder.generate(PROMPTS, 12, [2], DRAWN), strict=True
     ):
         expected = trained_logps(model, prompt, completion.ids).tolist()
         assert completion.logps == pytest.approx(expected, abs=2e-4)
@@ -108,11 +109,11 @@ def test_a_refresh_follows_the_adapter_and_keeps_every_weight_in_its_place(
     sampler = sampling.Sampler(model)
     sampler.copy.refresh()
     places = [p.data_ptr() for p in sampler.copy.net.parameters()]
-    before = sampler.decoder.generate(PROMPTS, 12, [2], greedy=True)
+    before = sampler.decoder.generate(PROMPTS, 12, [2], None)
     for _ in range(3):  # nothing of a former adapter may stay behind
         shake(model, 0.3)
         sampler.copy.refresh()
-    after = sampler.decoder.generate(PROMPTS, 12, [2], greedy=True)
+    after = sampler.decoder.generate(PROMPTS, 12, [2], None)
     assert after != before
     assert after[0].ids == greedy_of(model, PROMPTS[0], 12, stop=2)
     assert [p.data_ptr() for p in sampler.copy.net.parameters()] == places
@@ -135,9 +136,9 @@ def test_a_completion_ends_with_its_stop_token(load: Callable[..., Any]) -> None
     model = load()
     sampler = sampling.Sampler(model)
     sampler.copy.refresh()
-    whole = sampler.decoder.generate(PROMPTS, 12, [2], greedy=True)[1].ids
+    whole = sampler.decoder.generate(PROMPTS, 12, [2], None)[1].ids
     stop = whole[4]
-    cut = sampler.decoder.generate(PROMPTS, 12, [stop], greedy=True)[1]
+    cut = sampler.decoder.generate(PROMPTS, 12, [stop], None)[1]
     assert cut.ids == whole[: whole.index(stop) + 1]
     assert len(cut.logps) == len(cut.ids)
 
@@ -151,7 +152,7 @@ def test_sampling_ends_when_every_row_has_ended(
     token = sampler.decoder.token
     monkeypatch.setattr(sampler.decoder, "token", lambda: (drawn.append(1), token()))
     everything = list(range(sampler.copy.net.config.vocab_size))
-    found = sampler.decoder.generate(PROMPTS, 200, everything)
+    found = sampler.decoder.generate(PROMPTS, 200, everything, DRAWN)
     assert [len(completion.ids) for completion in found] == [1, 1, 1]
     assert len(drawn) < decoding.LOOK
 
@@ -161,10 +162,10 @@ def test_smaller_batches_and_shorter_prompts_reuse_what_was_allocated(
 ) -> None:
     sampler = sampling.Sampler(load())
     sampler.copy.refresh()
-    first = sampler.decoder.generate(PROMPTS, 12, [2], greedy=True)
+    first = sampler.decoder.generate(PROMPTS, 12, [2, 3], None)
     cache = sampler.decoder.cache
-    sampler.decoder.generate(PROMPTS[:2], 12, [2])  # drawn: by the same graph
-    again = sampler.decoder.generate(PROMPTS[:2], 12, [2], greedy=True)
+    sampler.decoder.generate(PROMPTS[:2], 12, [5], DRAWN)  # drawn: by the same graph
+    again = sampler.decoder.generate(PROMPTS[:2], 12, [2, 3], None)
     assert sampler.decoder.cache is cache
     assert again == first[:2]
 
@@ -205,7 +206,7 @@ def test_a_model_that_is_changed_elsewhere_does_not_change_the_copys_class(
         monkeypatch.setattr(getattr(modeling_llama, name), "forward", broken)
     sampler = sampling.Sampler(model)
     sampler.copy.refresh()
-    assert sampler.decoder.generate(PROMPTS[:1], 4, [2], greedy=True)[0].ids == expected
+    assert sampler.decoder.generate(PROMPTS[:1], 4, [2], None)[0].ids == expected
 
 
 def test_training_samples_from_the_copy_as_it_is_after_each_step(
@@ -244,7 +245,28 @@ def test_training_samples_from_the_copy_as_it_is_after_each_step(
     ratios = [e[name] for e in trainer.state.log_history if name in e]
     # of the first step, and of the eleventh: ten large updates lie between
     assert ratios == pytest.approx([1.0, 1.0], abs=1e-3)
-    assert sampler.mark is not None and sampler.mark[0] == 10
+
+
+def test_the_copy_answers_as_the_model_does_whatever_it_drew_before(
+    load: Callable[..., Any], tiny_model_folder: Any
+) -> None:
+    from transformers import AutoTokenizer
+
+    from helpers import generation
+
+    model = load()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    sampler = sampling.Sampler(model)
+    asked = [f"{'What is ' * n}{n} + {n}?" for n in (9, 1, 4, 2, 7)]
+    drawn = {"temperature": 2.0, "top_k": None, "max_new_tokens": 12}
+    options: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 12}
+    sampled = sampler.generate(tokenizer, asked, batch_size=2, sampling=drawn)
+    for _ in range(2):
+        found = sampler.generate(tokenizer, asked, **options)
+        assert found == generation.generate(model, tokenizer, asked, **options)
+        assert found != sampled
+        shake(model, 0.3)  # the copy follows
+    assert sampler.decoder.settings.temperature == 2.0  # of the graph, which stayed
 
 
 def test_on_a_cpu_the_trained_model_samples(load: Callable[..., Any], run: Run) -> None:
