@@ -10,7 +10,8 @@ eval loss), then GRPO from it within `--minutes`; as a control, further SFT from
 same start for the same time. All answer the 400 items of `test` and the 200 of
 `test_new`, greedily; the p value is of McNemar's exact test on the items, against SFT.
 With `--gsm8k` the same on real GSM8K, from a folder with train.jsonl and
-test_first660.jsonl, the base model beside it.
+test_first660.jsonl, the base model beside it; GRPO there takes the problems that the
+model solves at times, of `--probe`.
 
 Jobs run side by side, each in a process of its own, in fp16 under a cap of 14.0 GiB, as
 on a T4. Runs lie in `--runs`, and what is finished there is not made again. Every job
@@ -178,20 +179,24 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
         stage = "sft"
     else:
         values = recipes.load(RECIPE).grpo | SETTINGS[setting]
-        if origin == GSM8K:  # longer, in micro-batches that take the same memory
-            values["max_completion_length"] *= 2
-            values["per_device_train_batch_size"] //= 2
-            values["gradient_accumulation_steps"] *= 2
         config = changed(
             config,
             stages=["grpo"],
-            grpo=values,
             grpo_minutes=given.minutes,
             data__problems=before.config.data.train[0],
         )
+        if origin == GSM8K:
+            # longer, in micro-batches that take the same memory; most groups would be
+            # all wrong, so of some problems those are taken that are solved at times
+            values["max_completion_length"] *= 2
+            values["per_device_train_batch_size"] //= 2
+            values["gradient_accumulation_steps"] *= 2
+            config = changed(config, probe_samples=8, probe_problems=given.probe)
+        config = changed(config, grpo=values)
         run = runs.save_run(config)
         part = train.train_stage(run, "grpo")
         stage = "grpo"
+    prompts = stages.read_note(run.path / stage / "prompts.json")
     history = json.loads((run.path / stage / "history.json").read_text())
     kept = ("step", "seconds", "reward", "eval_reward", "eval_loss", "entropy")
     kept += ("frac_reward_zero_std", "completions/mean_length", "grad_norm")
@@ -199,6 +204,7 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
         "after": evaluate(run, stage, run.path / stage / "adapter"),
         "trained": part,
         "best": stages.read_note(run.path / stage / "best.json"),
+        "prompts": prompts,
         "config": config.grpo if stage == "grpo" else config.sft,
         "history": [
             {k: v for k, v in e.items() if k in kept}
@@ -370,6 +376,7 @@ def main() -> None:
     run.add_argument("--engine", default="", choices=["", "unsloth", "transformers"])
     run.add_argument("--weights", default="", choices=["", "4bit", "16bit"])
     run.add_argument("--gsm8k", default="", help="folder with the real splits")
+    run.add_argument("--probe", type=int, default=1024, help="GSM8K problems tried")
     run.add_argument("--runs", default=str(ROOT / "runs" / "grpo_learning"))
     run.add_argument("--no-control", action="store_true")
     run.add_argument("--rows", type=int, default=None, help="test items, to try it out")

@@ -167,6 +167,8 @@ CASES = [
     grpo("3b-un-kh", True, 8, 8, 256, sampler="copy"),
     grpo("1b-tr-kh", True, 8, 8, 256, sampler="copy"),
     grpo("3b-tr-kh", True, 4, 4, 256, sampler="copy"),
+    # the default on Colab, finetome-llama32-1b
+    grpo("1b-un-kh2", True, 8, 8, 320, accumulation=8, sampler="copy"),
 ]
 
 
