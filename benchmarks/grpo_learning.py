@@ -358,7 +358,8 @@ def row(found: dict[str, Any], origin: str, setting: str) -> dict[str, Any]:
     for name, job in (("grpo", grpo), ("more_sft", control)):
         if job:
             took = round(job["trained"]["seconds"] / 60, 2)
-            counts[name] |= {"minutes": took, "steps": job["trained"]["steps"]}
+            part = {"minutes": took, "steps": job["trained"]["steps"]}
+            counts[name] |= part | {"peak_gb": job["trained"]["peak_memory_gb"]}
     return counts | {"minutes": counts["grpo"]["minutes"]}
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from helpers import runtime
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -54,6 +56,7 @@ class Decoder:
         if self.compiled:
             self.forward = torch.compile(net.forward, dynamic=False)
         self.graph: Any = None
+        self.cache: Any = None
         self.rows = self.length = self.room = 0
         self.settings = Settings()
 
@@ -131,7 +134,9 @@ class Decoder:
         self.rows = rows = max(rows, self.rows)
         self.length = max(-(-length // 64) * 64, self.length)
         self.room, self.settings = max(room, self.room), settings
-        self.graph = None  # gives its memory back before the new one takes its own
+        # give their memory back before the new ones take theirs: a capture cannot
+        self.graph = self.cache = None
+        runtime.free_memory()
         device = self.net.device
         self.stops = torch.zeros(self.room, dtype=torch.long, device=device)
         self.cache = StaticCache(self.net.config, max_cache_len=self.length)
