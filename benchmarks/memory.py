@@ -460,8 +460,9 @@ FITTED = [
         "HIDDEN INNER BACKWARD LOGIT_UNSLOTH GRADIENT BASE_GB_UNSLOTH LOGIT_FUSED "
         "LOGIT_CHUNKED",
     ),
-    ("transformers", "sft", "KEPT INT8 FEED_FORWARD ATTENTION LOGIT BASE_GB"),
-    ("unsloth", "grpo", "CACHE GRAPH_LOGIT"),
+    # not BASE_GB, which these cases do not tell from LOGIT
+    ("transformers", "sft", "KEPT INT8 FEED_FORWARD ATTENTION LOGIT"),
+    ("unsloth", "grpo", "CACHE"),
     ("transformers", "grpo", "ANSWER_LOGIT"),
 ]
 

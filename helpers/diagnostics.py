@@ -208,8 +208,9 @@ def collapse(entries: list[Entry]) -> str:
     """Returns why a training should stop, empty while it should go on.
 
     Length or reward have collapsed when their mean over `WINDOW` logged steps is a
-    fraction of what it was, the reward's beyond its noise, or nearly all answers are
-    cut.
+    fraction of what it was, or nearly all answers are cut. The reward's fall has to be
+    beyond its noise and, where a held-out reward is measured, to be in that as well:
+    problems differ from step to step, the held-out ones do not.
     """
     steps = [e for e in entries if e.get("reward") is not None]
     if len(steps) < 2 * WINDOW:
@@ -230,7 +231,9 @@ def collapse(entries: list[Entry]) -> str:
         )
     noise = noise_of_means([e["reward"] for e in steps], WINDOW)
     best, now = max(reward), reward[-1]
-    if best > 0 and now < LOST * best and best - now > SURE * noise:
+    held = [e["eval_reward"] for e in entries if "eval_reward" in e] or [0.0]
+    stands = held[-1] > LOST * max(held)
+    if now < LOST * best and best - now > SURE * noise and not stands:
         return (
             f"the reward collapsed from {best:.2f} to {now:.2f}; lower the learning "
             "rate, or set beta"

@@ -286,12 +286,12 @@ def kept_a_token(config: RunConfig, arch: Architecture) -> int:
 # (`python benchmarks/memory.py fit`). Bytes a token and layer, by width:
 HIDDEN, INNER = 19.4, 3.36
 BACKWARD = 1.63  # a layer's backward pass, in units of what it keeps
-LOGIT_UNSLOTH, LOGIT, ANSWER_LOGIT = 2.83, 20.7, 15.0  # bytes a logit
+LOGIT_UNSLOTH, LOGIT, ANSWER_LOGIT = 2.83, 14.8, 9.93  # bytes a logit
 GRADIENT = 5.68  # bytes a LoRA parameter
 LOGIT_FUSED, LOGIT_CHUNKED = 5.44, 8.6  # bytes a logit of Unsloth's loss in 8 bit
-KEPT, INT8 = 1.26, 4.23  # in units of `kept_a_token`
-FEED_FORWARD = 35.6  # bytes a token and inner width of the MLP
-ATTENTION = 16.4  # bytes a score
+KEPT, INT8 = 1.28, 6.34  # in units of `kept_a_token`
+FEED_FORWARD = 10.8  # bytes a token and inner width of the MLP
+ATTENTION = 14.8  # bytes a score
 CACHE = 4.28  # grown by concatenation: blocks of every size stay reserved
 GRAPH_LOGIT = 24.0  # bytes a logit of the copy, not fitted: six fp32 rows
 BASE_GB_UNSLOTH, BASE_GB = 0.339, 0.286

@@ -170,6 +170,27 @@ def test_a_reward_that_only_swings_has_not_collapsed() -> None:
     assert "from 0.28 to 0.07" in diagnostics.collapse(entries(reward=steady))
 
 
+@pytest.mark.parametrize(
+    ("held", "expected"),
+    [
+        ([0.375] * 4, ""),
+        ([0.375, 0.375, 0.375, 0.0625], "from 0.29 to 0.06"),
+        ([0.0] * 4, "from 0.29 to 0.06"),  # tells nothing
+        ([], "from 0.29 to 0.06"),
+    ],
+)
+def test_a_reward_has_not_collapsed_while_the_held_out_one_stands(
+    held: list[float], expected: str
+) -> None:
+    # eighths of eight answers to two problems a step: of a GPU run that was stopped
+    eighths = [4, 3, 2, 0, 0, 0, 4, 3, 4, 3, 1, 4, 0, 0, 0, 4, 0, 3, 3, 1, 1, 1, 0, 1]
+    logged = entries(reward=[n / 8 for n in [*eighths, 2, 0, 0, 0, 0, 0, 1]])
+    for number, value in enumerate(held):
+        logged.insert(11 * number, {"step": 10 * number, "eval_reward": value})
+    found = diagnostics.collapse(logged)
+    assert expected in found and bool(expected) == bool(found)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_noise_is_the_standard_error_of_the_difference(seed: int) -> None:
     drawn = random.Random(seed)
