@@ -152,9 +152,8 @@ class Decoder:
         self.tokens = torch.zeros(rows, self.length, dtype=torch.long, device=device)
         self.logps = torch.zeros(rows, self.length, device=device)
         if device.type == "cuda":
-            with torch.random.fork_rng(
-                [device]
-            ):  # training's own draws go on as before
+            # the draws of training go on as if this had not been needed
+            with torch.random.fork_rng([device]):
                 self.capture()
 
     def capture(self) -> None:

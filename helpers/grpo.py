@@ -12,7 +12,7 @@ from helpers import budget, heldout, prompts, rewards, runtime, sampling, train
 from helpers.config import ConfigError
 from helpers.record import Record
 from helpers.runs import Run, write_json
-from helpers.stages import open_stage, require_stage
+from helpers.stages import open_stage, read_note, require_stage
 from helpers.timing import sampled_rows
 
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ def grpo_arguments(
 ) -> dict[str, Any]:
     """Returns the arguments of `GRPOConfig`: the config's, a plan's, and ours.
 
-    The held-out reward is measured before the first step, so that training has to be
-    better than its start to change the adapter.
+    The held-out reward is measured before the first step, so that an adapter worse than
+    the start never takes its place.
     """
     values = train.training_arguments(run, "grpo", folder)
     # TRL samples so many answers where it evaluates, which is not asked of it here
@@ -189,7 +189,8 @@ def show_plan(
     """Returns the plan in words, made first where `grpo_minutes` asks for one."""
     made = make_plan(run, model, tokenizer) if run.config.grpo_minutes else None
     problems, _ = heldout.split_problems(run)
-    return budget.table(made, run.config, len(problems))
+    chosen = read_note(run.path / "grpo" / "prompts.json")
+    return budget.table(made, run.config, chosen.get("prompts", len(problems)))
 
 
 def make_plan(

@@ -175,6 +175,13 @@ def test_choosing_the_prompts_is_part_of_the_minutes(
     assert made.steps < (30 - 20) / made.timing.step_s
 
 
+def test_the_plan_counts_the_prompts_that_were_chosen(make: Callable[..., Run]) -> None:
+    run = make(grpo_minutes=0.2, few_shot=2)
+    problems, _ = heldout.split_problems(run)
+    said = repr(grpo.show_plan(run, *train.load_for_training(run, "grpo")))
+    assert f"drawn from {len(problems) - 2}" in said
+
+
 def test_a_plan_without_minutes_is_refused(make: Callable[..., Run]) -> None:
     with pytest.raises(ConfigError, match="grpo_minutes is empty"):
         grpo.make_plan(make(), None, None)  # type: ignore[arg-type]

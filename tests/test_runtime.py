@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import platform
 import random
+import subprocess
+import sys
 import threading
 from importlib.metadata import version
 
@@ -231,3 +234,25 @@ class served:
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "None"),
+    ],
+)
+def test_gpu_memory_comes_in_segments_that_grow_unless_told_otherwise(
+    given: dict[str, str], expected: str
+) -> None:
+    kept = {k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")}
+    code = "import os, sys, helpers; print(os.environ.get('PYTORCH_ALLOC_CONF'))"
+    found = subprocess.check_output(
+        [sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"],
+        cwd=runtime.ROOT,
+        env=kept | given,
+        text=True,
+    )
+    assert found.strip() == expected
