@@ -178,9 +178,12 @@ def answering(
     """Returns what answers prompts during GRPO: the copy where one samples."""
     from helpers.generation import generate
 
-    one = sampler.generate if sampler else functools.partial(generate, model)
-    # the memory of so many rows is counted
-    return functools.partial(one, tokenizer, batch_size=sampled_rows(config.grpo))
+    rows = sampled_rows(config.grpo)  # the memory of these is counted
+    if sampler is not None:
+        return functools.partial(sampler.generate, tokenizer, batch_size=rows)
+    # on a CPU as many as are fastest
+    size = None if model.device.type == "cpu" else rows
+    return functools.partial(generate, model, tokenizer, batch_size=size)
 
 
 def show_plan(
