@@ -101,10 +101,14 @@ def grpo_arguments(
     The held-out reward is measured before the first step, so that an adapter worse than
     the start never takes its place.
     """
+    from trl import GRPOConfig
+
     values = train.training_arguments(run, "grpo", folder)
     # TRL samples so many answers where it evaluates, which is not asked of it here
     given = {"num_generations_eval": 1, "eval_strategy": "steps", **values}
     given.setdefault("eval_on_start", given["eval_strategy"] != "no")
+    if given["loss_type"] == "dapo":  # for which Unsloth has another than TRL
+        given.setdefault("epsilon_high", given.get("epsilon", GRPOConfig.epsilon))
     if made is not None:
         # the time ends it, after more steps where the machine is faster than the probe
         given |= {"max_steps": 3 * made.steps, "eval_steps": made.eval_steps}

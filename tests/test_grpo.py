@@ -139,6 +139,16 @@ def test_without_evaluation_the_last_adapter_is_kept(make: Callable[..., Run]) -
     assert (run.path / "grpo" / "adapter" / "adapter_config.json").exists()
 
 
+def test_clipping_is_as_far_to_both_sides_unless_told_otherwise(
+    make: Callable[..., Run],
+) -> None:
+    run = make(grpo__epsilon=0.1)
+    given = grpo.grpo_arguments(run, run.path / "grpo")
+    assert (given["epsilon"], given["epsilon_high"]) == (0.1, 0.1)
+    other = Run(run.path, changed(run.config, grpo__epsilon_high=0.3))
+    assert grpo.grpo_arguments(other, run.path / "grpo")["epsilon_high"] == 0.3
+
+
 # the budget
 
 

@@ -42,6 +42,7 @@ def test_the_series_runs_with_unsloth_as_the_engine(
     done = run_python("-c", SERIES)
     assert "Unsloth" in done.stdout + done.stderr
     assert "should be imported before" not in done.stderr
+    assert "we will set it" not in done.stdout  # but what the config says
     report = run.report()
     assert report["environment"]["engine"] == "unsloth"
     assert report["sft"]["steps"] == 2 and report["sft"]["loss_last"] > 0
