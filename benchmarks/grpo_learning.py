@@ -196,7 +196,6 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
         run = runs.save_run(config)
         part = train.train_stage(run, "grpo")
         stage = "grpo"
-    prompts = stages.read_note(run.path / stage / "prompts.json")
     history = json.loads((run.path / stage / "history.json").read_text())
     kept = ("step", "seconds", "reward", "eval_reward", "eval_loss", "entropy")
     kept += ("frac_reward_zero_std", "completions/mean_length", "grad_norm")
@@ -204,7 +203,7 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
         "after": evaluate(run, stage, run.path / stage / "adapter"),
         "trained": part,
         "best": stages.read_note(run.path / stage / "best.json"),
-        "prompts": prompts,
+        "prompts": stages.read_note(run.path / stage / "prompts.json"),
         "config": config.grpo if stage == "grpo" else config.sft,
         "history": [
             {k: v for k, v in e.items() if k in kept}
@@ -357,9 +356,12 @@ def row(found: dict[str, Any], origin: str, setting: str) -> dict[str, Any]:
         counts |= part if name == "test" else {name: part}
     for name, job in (("grpo", grpo), ("more_sft", control)):
         if job:
-            took = round(job["trained"]["seconds"] / 60, 2)
-            part = {"minutes": took, "steps": job["trained"]["steps"]}
-            counts[name] |= part | {"peak_gb": job["trained"]["peak_memory_gb"]}
+            trained = job["trained"]
+            counts[name] |= {
+                "minutes": round(trained["seconds"] / 60, 2),
+                "steps": trained["steps"],
+                "peak_gb": trained["peak_memory_gb"],
+            }
     return counts | {"minutes": counts["grpo"]["minutes"]}
 
 
