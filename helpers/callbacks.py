@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from helpers import curves
 from helpers.generation import reply
+from helpers.models import Witness, save_adapter
 from helpers.runs import write_json
 from helpers.runtime import peak_memory_gb
 
@@ -113,10 +113,13 @@ class BestAdapter(TrainerCallback):
         folder: where the adapter goes.
         by: `eval_loss`, or `loss` for the train loss of each log; a name that ends in
             `reward` is better when it is greater, and of equals the later one is kept.
+        witness: see `models.save_adapter`.
     """
 
-    def __init__(self, folder: Path, by: str = "eval_loss") -> None:
-        self.folder, self.by = folder, by
+    def __init__(
+        self, folder: Path, by: str = "eval_loss", witness: Witness | None = None
+    ) -> None:
+        self.folder, self.by, self.witness = folder, by, witness
         self.note = folder.with_name("best.json")
         self.greater_is_better = by.endswith("reward")
         self.best = float("-inf" if self.greater_is_better else "inf")
@@ -146,22 +149,9 @@ class BestAdapter(TrainerCallback):
             return
         self.best, self.step = value, state.global_step
         if state.is_world_process_zero:
-            save_adapter(model, self.folder)
+            save_adapter(model, self.folder, self.witness)
             kept = {"by": self.by, "value": value, "step": self.step}
             write_json(self.note, kept)
-
-
-def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Writes a model's adapter to a folder, which is complete or as it was before."""
-    scratch = folder.with_name(f".{folder.name}.new")
-    old = folder.with_name(f".{folder.name}.old")
-    for leftover in (scratch, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(scratch)
-    if folder.exists():
-        folder.rename(old)
-    scratch.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 class LiveSamples(TrainerCallback):

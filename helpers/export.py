@@ -45,7 +45,7 @@ def merge(config: RunConfig, adapter: Path | str, folder: Path) -> None:
     if models.resolve_weights(config.weights) != "16bit":
         model = model.dequantize(dtype=model.dtype)
     model = models.load_adapter(model, adapter, engine="transformers")
-    merged = model.merge_and_unload()
+    merged = models.merge_adapter(model)
     scratch = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(scratch, ignore_errors=True)
     merged.save_pretrained(scratch)
@@ -108,11 +108,8 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
         )
 
     model, tokenizer = models.load_model(config.model, adapter=trained, **options)
-    # brings transformers in, which Unsloth wants imported after itself
-    from helpers.callbacks import save_adapter
-
     expected = answer(model, tokenizer)
-    save_adapter(model, folder / "adapter")
+    models.save_adapter(model, folder / "adapter")
     tokenizer.save_pretrained(folder / "adapter")
     del model
     runtime.free_memory()

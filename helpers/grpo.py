@@ -8,7 +8,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from helpers import budget, heldout, prompts, rewards, runtime, sampling, train
+from helpers import budget, data, heldout, prompts, rewards, runtime, sampling, train
 from helpers.config import ConfigError
 from helpers.record import Record
 from helpers.runs import Run, write_json
@@ -67,7 +67,9 @@ def build_grpo(
         [
             guards.LivePanel(folder, record),
             callbacks.History(folder),
-            callbacks.BestAdapter(folder / "adapter", "eval_reward"),
+            callbacks.BestAdapter(
+                folder / "adapter", "eval_reward", train.find_witness(run, tokenizer)
+            ),
             callbacks.TimedSaves(config.save_minutes),
             callbacks.SkippedSteps(),
             guards.CollapseGuard(folder),
@@ -84,6 +86,37 @@ def build_grpo(
 
         trainer.create_scheduler = create_scheduler
     return trainer
+
+
+def require_prompts(run: Run) -> None:
+    """Raises ConfigError when a run's data hold fewer problems than one step takes."""
+    if (run.path / "data" / "problems.jsonl").exists():
+        check_enough(run, len(heldout.split_problems(run)[0]))
+
+
+def check_enough(run: Run, count: int) -> None:
+    """Raises ConfigError when prompts do not fill one optimiser step of GRPO.
+
+    TRL drops an incomplete batch, so that such a run would end without a step.
+
+    Args:
+        run: with `data/` prepared.
+        count: the prompts that are left to train on.
+    """
+    from trl import GRPOConfig
+
+    arguments = grpo_arguments(run, run.path / "grpo")
+    settings = GRPOConfig(**arguments)
+    needed = settings.generation_batch_size // settings.num_generations
+    if count < needed:
+        total = sum(1 for _ in data.stream_rows(run.require("data/problems.jsonl")))
+        raise ConfigError(
+            f"GRPO would take no step: {count} of {total} problems are left to train "
+            f"on, and a step takes {needed} ({settings.generation_batch_size} answers, "
+            f"{settings.num_generations} to each); give more problems, or lower "
+            "grpo_held_out, grpo.per_device_train_batch_size or "
+            "grpo.gradient_accumulation_steps"
+        )
 
 
 def open_grpo(run: Run) -> Path:
@@ -142,6 +175,7 @@ def make_trainer(
     problems, held_out = heldout.split_problems(run)
     answer = answering(model, tokenizer, config, choice.rollout)
     rows = prompts.select(run, tokenizer, answer, problems)
+    check_enough(run, len(rows))
     held = prompts.to_prompts(run, held_out)
 
     class Trainer(GRPOTrainer):

@@ -8,21 +8,37 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from helpers import runtime
 from helpers.hub import ModelError, find_model, unknown_model
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from helpers.config import RunConfig
 
 Engine = Literal["unsloth", "transformers"]
+CAUSAL = "CAUSAL_LM"
+WITNESS = "trained_logits.npz"
+# of the largest logit, by what autocast computes in
+TOLERANCE = {"32bit": 1e-4, "16bit": 2e-2}
 # bytes a weight, with what loading needs beside the weights
 WEIGHT_BYTES = {"4bit": 0.6, "8bit": 1.1, "16bit": 2.1}
+
+
+class Witness(NamedTuple):
+    """Rows on which a saved adapter is compared with the model that was trained."""
+
+    ids: Tensor
+    """Token ids, (rows, seq)."""
+    half: Any = None
+    """The dtype that autocast computes in, None without."""
 
 
 def resolve_engine(engine: str) -> Engine:
@@ -153,13 +169,14 @@ def load_model(
     check_weights(model, bits, double_quant)
     keep_trainable(model)
     tokenizer = load_tokenizer(name, template=template, pad_token=pad_token)
+    check_vocabulary(model, tokenizer, name)
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.max_length = None  # callers give max_new_tokens
     model.requires_grad_(False)
     if adapter is not None:
-        model = load_adapter(model, adapter, engine=chosen, max_length=max_length)
+        model = load_adapter(model, adapter, engine=chosen)
     return model, tokenizer
 
 
@@ -199,6 +216,20 @@ def check_weights(model: PreTrainedModel, bits: str, double_quant: bool) -> None
             f"double_quant={double_quant} is not followed: the weights were loaded "
             f"with double_quant={not double_quant}",
             stacklevel=3,
+        )
+
+
+def check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
+    """Raises ModelError when a tokenizer gives ids that the model has no row for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= rows:
+        raise ModelError(
+            f"the tokenizer of {name} gives ids up to {highest} ({token!r}), but the "
+            f"model's embedding has {rows} rows; take the model's own tokenizer, or "
+            "save the model after model.resize_token_embeddings(len(tokenizer))"
         )
 
 
@@ -243,86 +274,199 @@ def add_lora(
             time and much less memory; None does on a GPU. Never on a CPU.
 
     Raises:
-        ModelError: a target module does not exist in the model.
+        ModelError: a setting names what the model does not have, or its result could
+            not be loaded again.
     """
     import torch
 
-    on_gpu = torch.cuda.is_available()
-    recompute = on_gpu and checkpointing is not False
-    targets = lora.get("target_modules", [])
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    absent = [t for t in targets if t not in names] if isinstance(targets, list) else []
-    if absent:
-        linear = sorted(
-            {
-                n.rpartition(".")[2]
-                for n, m in model.named_modules()
-                if isinstance(m, torch.nn.Linear)
-            }
-        )
-        raise ModelError(
-            f"target modules {', '.join(absent)} do not exist in this model; it has "
-            f"{', '.join(linear)}"
-        )
-    if resolve_engine(engine) == "unsloth":
-        from unsloth import FastLanguageModel
+    recompute = torch.cuda.is_available() and checkpointing is not False
+    check_lora(model, lora)
+    try:
+        if resolve_engine(engine) == "unsloth":
+            from unsloth import FastLanguageModel
 
-        return FastLanguageModel.get_peft_model(
-            model,
-            **{"bias": "none", "lora_dropout": 0, **lora},
-            use_gradient_checkpointing="unsloth" if recompute else False,
-            random_state=seed,
-            max_seq_length=max_length,
-        )
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+            tuned = FastLanguageModel.get_peft_model(
+                model,
+                **{"bias": "none", "lora_dropout": 0, **lora},
+                use_gradient_checkpointing="unsloth" if recompute else False,
+                random_state=seed,
+                max_seq_length=max_length,
+            )
+        else:
+            from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(seed)
-    quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(
-        model, "is_loaded_in_8bit", False
+            torch.manual_seed(seed)
+            model = prepare_quantised(model, recompute)
+            tuned = get_peft_model(model, LoraConfig(**{"task_type": CAUSAL, **lora}))
+    except (ValueError, TypeError, LookupError, NotImplementedError) as error:
+        message = str(error.args[0] if error.args else error)[:300]
+        raise ModelError(f"LoRA cannot be attached as configured: {message}") from error
+    check_attached(tuned, lora)
+    if rewrites_base(lora):
+        from peft import get_peft_model_state_dict
+
+        state = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+        tuned.initial_lora = {
+            name: t.detach().cpu().clone() for name, t in state.items()
+        }
+    return tuned
+
+
+def prepare_quantised(model: PreTrainedModel, recompute: bool) -> PreTrainedModel:
+    """Returns a 4- or 8-bit model ready to train LoRA on; others as they are."""
+    from peft import prepare_model_for_kbit_training
+
+    if not is_quantised(model):
+        return model
+    return prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=recompute,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
     )
-    if quantised:
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=recompute,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+
+
+def is_quantised(model: PreTrainedModel) -> bool:
+    """Returns whether a model's weights are in 4 or 8 bit."""
+    return any(getattr(model, f"is_loaded_in_{n}bit", False) for n in (4, 8))
+
+
+def rewrites_base(lora: dict[str, Any]) -> bool:
+    """Returns whether an initialisation takes its start out of the base weights.
+
+    >>> rewrites_base({"init_lora_weights": "pissa_niter_4"}), rewrites_base({"r": 8})
+    (True, False)
+    """
+    start = str(lora.get("init_lora_weights")).lower()
+    return start == "olora" or start.startswith("pissa")
+
+
+def check_lora(model: PreTrainedModel, lora: dict[str, Any]) -> None:
+    """Raises ModelError for settings that name absent modules or cannot come back."""
+    import torch
+
+    modules = dict(model.named_modules())
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in modules.items()
+        if isinstance(module, torch.nn.Linear)
+    }
+    for field in ("target_modules", "modules_to_save"):
+        names = lora.get(field) or []
+        ends = [] if isinstance(names, str) else [str(name) for name in names]
+        absent = [
+            end
+            for end in ends
+            if end not in modules and not any(m.endswith(f".{end}") for m in modules)
+        ]
+        if absent:
+            raise ModelError(
+                f"{field.replace('_', ' ')} {', '.join(absent)} do not exist in this "
+                f"model; it has {', '.join(sorted(linear))}"
+            )
+    start = lora.get("init_lora_weights", True)
+    if isinstance(start, str):
+        plain = start.lower() in ("gaussian", "orthogonal", "mica")
+        if not plain and not rewrites_base(lora):
+            raise ModelError(
+                f"init_lora_weights={start!r} needs data or quantises the base weights "
+                "anew, so that a saved adapter would not fit the model it is loaded "
+                "on; use true, 'gaussian', 'orthogonal', 'olora' or 'pissa'"
+            )
+        if rewrites_base(lora) and is_quantised(model):
+            raise ModelError(
+                f"init_lora_weights={start!r} changes the base weights, which a "
+                "quantised model rounds: a saved adapter would compute something else "
+                "once loaded; train with weights='16bit', or set it to true"
+            )
+    if lora.get("layer_replication"):
+        raise ModelError(
+            "layer_replication makes another model than the base, which cannot be "
+            "merged or exported; remove it"
         )
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+
+
+def check_attached(model: PreTrainedModel, lora: dict[str, Any]) -> None:
+    """Raises ModelError for settings that no module of the tuned model follows."""
+    targets = list(model.base_model.targeted_module_names)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in lora.get(field) or {}:  # matched as PEFT does
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
+                raise ModelError(
+                    f"{field} {pattern!r} matches no target module, such as "
+                    f"{targets[0]!r}; correct or remove it"
+                )
+    layers = lora.get("layers_to_transform")
+    count = model.config.get_text_config().num_hidden_layers
+    numbers = [layers] if isinstance(layers, int) else layers or []
+    if beyond := [n for n in numbers if not 0 <= n < count]:
+        raise ModelError(
+            f"layers_to_transform names layer {beyond[0]}; the model's layers are 0 to "
+            f"{count - 1}"
+        )
+    layer = model.get_submodule(f"base_model.model.{targets[0]}")
+    if lora.get("lora_bias") and getattr(layer.base_layer, "bias", None) is None:
+        raise ModelError(
+            "lora_bias=True trains a bias that the model's layers do not have, so that "
+            "it cannot be merged into them; remove it"
+        )
 
 
 def load_adapter(
-    model: PreTrainedModel, adapter: str | Path, *, engine: str = "auto", **lora: Any
+    model: PreTrainedModel,
+    adapter: str | Path,
+    *,
+    engine: str = "auto",
+    trainable: bool = False,
+    seed: int = 3407,
+    checkpointing: bool | None = None,
 ) -> PreTrainedModel:
-    """Returns the base model with a saved adapter on it, ready to use or train on.
+    """Returns the base model with a saved adapter on it, as PEFT itself loads it.
 
     Args:
         model: the base, from `load_model`.
-        adapter: a folder or hub id that PEFT can read.
+        adapter: a folder or hub id that PEFT can read, of whatever kind and settings.
         engine: as for `load_model`.
-        lora: more arguments of `add_lora` (`seed`, `max_length`, `checkpointing`).
+        trainable: train on from it; else it is only used.
+        seed: for initialisations that draw numbers before the saved values are set.
+        checkpointing: as for `add_lora`.
 
     Raises:
         ModelError: there is no adapter, or its matrices do not fit this model.
     """
-    from peft import LoraConfig
+    import torch
+    from peft import PeftModel
 
+    recompute = trainable and torch.cuda.is_available() and checkpointing is not False
+    unsloth = resolve_engine(engine) == "unsloth"
+    if not unsloth:
+        model = prepare_quantised(model, recompute)
+    torch.manual_seed(seed)
     try:
-        saved = LoraConfig.from_pretrained(str(adapter))
+        tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    except (RuntimeError, TypeError, LookupError) as error:
+        raise unfit_adapter(adapter, error) from error
     except (OSError, ValueError) as error:
+        if (Path(adapter) / "adapter_model.safetensors").exists():
+            raise unfit_adapter(adapter, error) from error
         raise ModelError(
             f"no adapter at {adapter} (adapter_config.json and "
             f"adapter_model.safetensors are needed): {str(error)[:200]}"
         ) from error
-    fields = {
-        "r": saved.r,
-        "lora_alpha": saved.lora_alpha,
-        "lora_dropout": saved.lora_dropout,
-        "bias": saved.bias,
-        "use_rslora": saved.use_rslora,
-        "target_modules": sorted(saved.target_modules or []),
-    }
-    tuned = add_lora(model, fields, engine=engine, **lora)
     set_adapter_weights(tuned, adapter)
+    if unsloth:
+        from unsloth import FastLanguageModel
+
+        if hasattr(FastLanguageModel, "patch_peft_model"):  # not on a CPU
+            mode = "unsloth" if recompute else False
+            tuned = FastLanguageModel.patch_peft_model(tuned, mode)
     return tuned
+
+
+def unfit_adapter(adapter: str | Path, error: Exception) -> ModelError:
+    """Returns the error for an adapter that cannot be put on a model."""
+    return ModelError(
+        f"the adapter at {adapter} cannot be put on this model: {str(error)[:200]}"
+    )
 
 
 def set_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
@@ -336,18 +480,161 @@ def set_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
     try:
         state = load_peft_weights(str(adapter), device="cpu")
         result = set_peft_model_state_dict(model, state)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"the adapter at {adapter} cannot be put on this model: {str(error)[:200]}"
-        ) from error
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
+        raise unfit_adapter(adapter, error) from error
     strange = list(getattr(result, "unexpected_keys", []))
-    empty = [k for k in getattr(result, "missing_keys", []) if "lora_" in k]
+    parts = ("lora_", ".modules_to_save.", "trainable_tokens_delta")
+    missing = getattr(result, "missing_keys", [])
+    own = dict(model.named_parameters())  # a shared one by its first name only
+    empty = [k for k in missing if k in own and any(part in k for part in parts)]
     if strange or empty or not any(t.abs().sum() > 0 for t in state.values()):
         raise ModelError(
             f"the adapter at {adapter} does not fit this model: {len(strange)} "
             f"matrices have no place, {len(empty)} places got none; load the base "
             "model it was trained on (named in its adapter_config.json)"
         )
+
+
+def save_adapter(
+    model: PreTrainedModel, folder: Path, witness: Witness | None = None
+) -> None:
+    """Writes a model's adapter to a folder, which is complete or as it was before.
+
+    An adapter whose start was taken out of the base weights (PiSSA, OLoRA) is written
+    as the plain LoRA that does the same on the base as everybody has it.
+
+    Args:
+        model: with the adapter.
+        folder: where to.
+        witness: keep the model's logits there too, for `compare_saved`.
+    """
+    scratch = folder.with_name(f".{folder.name}.new")
+    old = folder.with_name(f".{folder.name}.old")
+    for leftover in (scratch, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(scratch)
+    if initial := getattr(model, "initial_lora", None):
+        make_plain(scratch, initial)
+    if witness is not None:
+        import numpy as np
+
+        logits = last_logits(model, witness.ids, witness.half)
+        np.savez(scratch / WITNESS, ids=witness.ids.numpy(), logits=logits.numpy())
+    if folder.exists():
+        folder.rename(old)
+    scratch.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns an ordinary model that computes what a PEFT model does.
+
+    Where embedding and head share a weight and the adapter changes one of them alone,
+    they are parted first: PEFT would change both.
+    """
+    import torch
+
+    def plain(module: Any) -> Any:
+        return getattr(module, "base_layer", getattr(module, "original_module", module))
+
+    base = model.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    embedding, head = map(plain, ends)
+    if head is not None and head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), False)
+    merged = model.merge_and_unload()
+    embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if head is not None and merged.config.get_text_config().tie_word_embeddings:
+        if torch.equal(embedding.weight, head.weight):
+            merged.tie_weights()
+        else:
+            merged.config.get_text_config().tie_word_embeddings = False
+            merged.config.tie_word_embeddings = False
+    return merged
+
+
+def make_plain(folder: Path, initial: dict[str, Tensor]) -> None:
+    """Rewrites a saved adapter as plain LoRA of twice the rank.
+
+    It was trained on W - s B0 A0, s being the scaling; on W, s (B A - B0 A0) does the
+    same. PEFT's own conversion needs a second adapter on the live model, and drops
+    `modules_to_save`.
+
+    Args:
+        folder: of the adapter.
+        initial: its weights before training, by their names in the file.
+    """
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    state = load_file(file)
+    for name, start in initial.items():
+        if ".lora_A." in name:
+            state[name] = torch.cat([state[name], start.to(state[name])], dim=0)
+        elif ".lora_B." in name:
+            state[name] = torch.cat([state[name], -start.to(state[name])], dim=1)
+    save_file({k: v.contiguous() for k, v in state.items()}, file, {"format": "pt"})
+    config = LoraConfig.from_pretrained(folder)
+    growth = 2**0.5 if config.use_rslora else 2  # keeps alpha / r, or alpha / sqrt(r)
+    config.r, config.lora_alpha = 2 * config.r, growth * config.lora_alpha
+    config.rank_pattern = {k: 2 * v for k, v in config.rank_pattern.items()}
+    config.alpha_pattern = {k: growth * v for k, v in config.alpha_pattern.items()}
+    config.init_lora_weights = True
+    config.save_pretrained(folder)
+
+
+def compare_saved(
+    model: PreTrainedModel, folder: Path, half: Any = None
+) -> dict[str, float] | None:
+    """Returns how far a reloaded adapter's logits are from the trained model's.
+
+    `difference` is the largest one, `logits` the largest logit, for the scale. None
+    where the folder holds no logits of the trained model.
+
+    Args:
+        model: the base with the adapter on it, loaded anew.
+        folder: of the adapter, from `save_adapter` with a witness.
+        half: as in the witness.
+
+    Raises:
+        ModelError: they differ by more than arithmetic explains.
+    """
+    import numpy as np
+    import torch
+
+    if not (folder / WITNESS).exists():
+        return None
+    with np.load(folder / WITNESS) as kept:
+        ids, trained = (torch.from_numpy(kept[name]) for name in ("ids", "logits"))
+    reloaded = last_logits(model, ids, half)
+    largest = trained.abs().max().item()
+    difference = (reloaded - trained).abs().max().item()
+    if not difference <= TOLERANCE["16bit" if half else "32bit"] * largest:
+        raise ModelError(
+            f"the adapter at {folder}, loaded again, does not compute what was "
+            f"trained: logits of up to {largest:.3g} differ by up to {difference:.3g}. "
+            "The checkpoints are kept; train with plainer settings of lora (r, "
+            "lora_alpha, target_modules), and report these settings"
+        )
+    return {"difference": float(f"{difference:.3g}"), "logits": float(f"{largest:.3g}")}
+
+
+def last_logits(model: PreTrainedModel, ids: Tensor, half: Any = None) -> Tensor:
+    """Returns the logits after each row, float32 on the CPU, (rows, vocab).
+
+    Args:
+        ids: token ids, (rows, seq).
+        half: the dtype that autocast computes in, as in training; None without.
+    """
+    import torch
+
+    from helpers.generation import inference
+
+    device = model.device
+    with inference(model), torch.autocast(device.type, half, enabled=half is not None):
+        return model(input_ids=ids.to(device)).logits[:, -1].float().cpu()
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from helpers import runtime
@@ -124,7 +125,7 @@ def unsupported_model(model: PreTrainedModel) -> str:
     odd = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and ".lora_A." not in name and ".lora_B." not in name
+        if parameter.requires_grad and not re.search(r"\.lora_[AB]\.\w+\.weight$", name)
     ]
     if odd:
         return f"{odd[0]} is trained besides LoRA matrices"

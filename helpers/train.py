@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import weakref
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 PROMPTS = "data_samples/eval_prompts.jsonl"
+WITNESSES, WITNESS_TOKENS = 4, 64  # rows, and tokens of each
 DECISIVE = (  # for what is learnt
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -83,6 +85,8 @@ def load_for_training(
     Raises:
         ConfigError: the run has no such stage, or its config cannot be trained.
     """
+    from helpers import grpo
+
     config = run.config
     require_stage(config, stage)
     advice = checks.advise(config, rows=run.report().get("data", {}).get("train"))
@@ -94,11 +98,14 @@ def load_for_training(
     options: dict[str, Any] = {
         "engine": config.engine,
         "seed": config.seed,
-        "max_length": config.max_length,
         "checkpointing": recomputes(config, stage),
     }
+    if "grpo" in config.stages:
+        grpo.require_prompts(run)
     if adapter is not None:
-        return models.load_adapter(base, adapter, **options), tokenizer
+        tuned = models.load_adapter(base, adapter, trainable=True, **options)
+        return tuned, tokenizer
+    options["max_length"] = config.max_length
     return models.add_lora(base, config.lora, **options), tokenizer
 
 
@@ -208,7 +215,9 @@ def build_sft(
         processing_class=tokenizer,
         callbacks=[
             callbacks.History(folder),
-            callbacks.BestAdapter(folder / "adapter", config.best_by),
+            callbacks.BestAdapter(
+                folder / "adapter", config.best_by, find_witness(run, tokenizer)
+            ),
             callbacks.TimedSaves(config.save_minutes),
             callbacks.SkippedSteps(),
             callbacks.LiveSamples(
@@ -249,14 +258,72 @@ def fit(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
     if checkpoint is None or not restore_finished(trainer, checkpoint):
         with one_run():
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    if trainer.state.global_step == 0:
+        raise ConfigError(
+            f"{stage} took no optimiser step, so nothing is learnt and nothing saved: "
+            f"{len(trainer.train_dataset)} rows, max_steps={trainer.args.max_steps}, "
+            f"{trainer.args.num_train_epochs:g} epochs; give more rows, or a smaller "
+            "batch"
+        )
     if not (folder / "adapter").exists():  # no evaluation has chosen one
-        callbacks.save_adapter(trainer.model, folder / "adapter")
+        witness = find_witness(run, trainer.processing_class)
+        models.save_adapter(trainer.model, folder / "adapter", witness)
     part = stage_report(run, stage, trainer)
+    part["reloaded"] = compare_reloaded(run, folder / "adapter")
     run.write_part(stage, part)
     engine = models.resolve_engine(run.config.engine)
     run.write_part("environment", runtime.environment(engine, run.config.dtype))
     finish(run, stage)
     return part
+
+
+def half_of(config: RunConfig) -> Any:
+    """Returns the dtype that a run's training autocasts to, None on a CPU."""
+    machine = runtime.find_machine()
+    if machine.device == "cpu":
+        return None
+    return runtime.choose_dtype(machine, config.dtype)[0]
+
+
+def find_witness(run: Run, tokenizer: PreTrainedTokenizerBase) -> models.Witness:
+    """Returns the starts of the first few training rows, cut to the same length."""
+    import torch
+
+    from helpers.templates import render
+
+    names = [n for n in ("train", "problems") if n in data.parts_of(run.config.data)]
+    rows = islice(data.stream_rows(run.require(f"data/{names[0]}.jsonl")), WITNESSES)
+    system = run.config.system_prompt
+    texts = [
+        render(tokenizer, r.get("messages") or data.ask(r["question"], system))
+        for r in rows
+    ]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    length = min(WITNESS_TOKENS, *map(len, ids))
+    return models.Witness(torch.tensor([i[:length] for i in ids]), half_of(run.config))
+
+
+def compare_reloaded(run: Run, adapter: Path) -> dict[str, float] | None:
+    """Returns how a saved adapter, loaded again, differs from the trained model.
+
+    None where the machine does not hold a second model, or no logits were kept.
+
+    Raises:
+        ModelError: see `models.compare_saved`.
+    """
+    import torch
+
+    config = run.config
+    try:
+        model, _ = models.load_model(
+            config.model, adapter=adapter, **models.options(config)
+        )
+        return models.compare_saved(model, adapter, half_of(config))
+    except (MemoryError, torch.OutOfMemoryError):
+        return None
+    finally:
+        model = None
+        runtime.free_memory()
 
 
 def restore_finished(trainer: Trainer, checkpoint: Path) -> bool:
