@@ -17,9 +17,9 @@ from helpers import data, intervals, metrics, models, protocols, runtime
 from helpers import verdicts as verdict_rules
 from helpers.config import RunConfig
 from helpers.formats import DataError, Row
-from helpers.items import adapter_print, answer_rows
+from helpers.items import answer_rows
 from helpers.masking import NO_LOSS, Example, mask_conversations
-from helpers.runs import Run, fingerprint
+from helpers.runs import Run, content_hash, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,7 +90,7 @@ def model_print(config: RunConfig, adapter: Path | str | None) -> str:
         "dtype": str(runtime.choose_dtype(runtime.find_machine(), config.dtype)[0]),
         "max_length": None,
     }
-    return fingerprint(config.model, options, adapter_print(adapter))
+    return fingerprint(content_hash(config.model), options, content_hash(adapter))
 
 
 def solve(subject: Subject, name: str, problems: list[Row]) -> dict[str, Any]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +15,20 @@ from helpers import data, models, runtime
 from helpers.config import RunConfig, Stage
 from helpers.formats import Messages
 from helpers.generation import Answer, generate
+from helpers.hub import ModelError
+from helpers.prompts import to_prompts
 from helpers.runs import Run
 from helpers.stages import require_stage
+from helpers.templates import answer_marks, render, stop_token_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import (
+        GenerationConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+
+LOST_STOPS = 0.2  # share of the answers that may end in the trained model alone
 
 
 def agreement(ours: list[Answer], theirs: list[Answer]) -> float:
@@ -46,6 +60,8 @@ def merge(config: RunConfig, adapter: Path | str, folder: Path) -> None:
         model = model.dequantize(dtype=model.dtype)
     model = models.load_adapter(model, adapter, engine="transformers")
     merged = models.merge_adapter(model)
+    write_stops(tokenizer, merged.generation_config)
+    merged.config.eos_token_id = tokenizer.eos_token_id
     scratch = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(scratch, ignore_errors=True)
     merged.save_pretrained(scratch)
@@ -54,6 +70,78 @@ def merge(config: RunConfig, adapter: Path | str, folder: Path) -> None:
     scratch.rename(folder)
     del model, merged
     runtime.free_memory()
+
+
+def write_stops(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) -> None:
+    """Writes into what is exported how an answer ends, for programs that are not ours.
+
+    All tokens that end a turn go into the generation config. The tokenizer's EOS, by
+    which other programs stop, becomes the token that the template ends an answer with,
+    unless the template prints EOS elsewhere.
+    """
+    settings.eos_token_id = stop_token_ids(tokenizer)
+    settings.pad_token_id = tokenizer.pad_token_id
+    turns = [{"role": r, "content": "x"} for r in ("user", "assistant")]
+    text, before = render(tokenizer, turns), tokenizer.eos_token
+    _, closing = answer_marks(tokenizer)
+    ids = tokenizer(closing, add_special_tokens=False).input_ids
+    ends = [i for i in ids if i in settings.eos_token_id]
+    if ends and tokenizer.eos_token_id not in ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+        if render(tokenizer, turns) != text:
+            tokenizer.eos_token = before
+
+
+def ask_plainly(
+    folders: list[Path], prompts: list[Messages], max_new_tokens: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Returns the answers of exported folders in plain transformers, by folder.
+
+    Raises:
+        ModelError: a folder cannot be loaded or asked without this project.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "answers.json"
+        request = {"folders": list(map(str, folders)), "prompts": prompts}
+        request |= {"max_new_tokens": max_new_tokens, "out": str(out)}
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("ask_exported.py"))],
+            input=json.dumps(request),
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ModelError(
+                "the exported files cannot be used in plain transformers: "
+                f"{reason[:300]}"
+            )
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def compare_plain(
+    folder: Path, expected: list[Answer], plain: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns how exported files answer in plain transformers.
+
+    `agreement` is the share of answers equal to the trained model's, `stop_rate` that
+    of answers that end by themselves, both 0 to 1.
+
+    Raises:
+        ModelError: answers of the trained model end, and those of the files do not.
+    """
+    same = sum(a.text == b["text"] for a, b in zip(expected, plain, strict=True))
+    stopped = sum(answer["stopped"] for answer in plain)
+    lost = sum(answer.stopped for answer in expected) - stopped
+    if lost > max(1, LOST_STOPS * len(expected)):
+        raise ModelError(
+            f"{folder}: {lost} of {len(expected)} answers end by themselves in the "
+            "trained model but run on in plain transformers; its template or its stop "
+            "tokens do not reach other programs"
+        )
+    rates = {"agreement": same / len(plain), "stop_rate": stopped / len(plain)}
+    return {name: round(rate, 4) for name, rate in rates.items()}
 
 
 def held_out_prompts(run: Run, count: int) -> tuple[list[Messages], list[str]]:
@@ -67,9 +155,8 @@ def held_out_prompts(run: Run, count: int) -> tuple[list[Messages], list[str]]:
     name = next(name for name in order if name in parts)
     rows = data.read_rows(run.require(f"data/{name}.jsonl"))[:count]
     if "gold" in rows[0]:
-        system = run.config.system_prompt
-        prompts = [data.ask(row["question"], system) for row in rows]
-        return prompts, [row["gold"] for row in rows]
+        asked = to_prompts(run, rows)
+        return [row["prompt"] for row in asked], [row["gold"] for row in asked]
     return [data.first_question(row["messages"]) for row in rows], []
 
 
@@ -78,7 +165,8 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
 
     Writes `export/adapter` and `export/merged`. Both are loaded again from disk and
     answer held-out prompts greedily; `greedy_agreement` is the share of answers that
-    equal the trained model's, letter for letter.
+    equal the trained model's, letter for letter. `plain` says the same of the files
+    in plain transformers, see `compare_plain`.
 
     Args:
         run: with the stage trained.
@@ -88,6 +176,7 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
     Raises:
         ConfigError: the run has no such stage.
         MissingInput: the stage has not been trained.
+        ModelError: the exported files do not work without this project.
     """
     config = run.config
     stage = stage or config.stages[-1]
@@ -110,11 +199,18 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
     model, tokenizer = models.load_model(config.model, adapter=trained, **options)
     expected = answer(model, tokenizer)
     models.save_adapter(model, folder / "adapter")
-    tokenizer.save_pretrained(folder / "adapter")
+    settings = copy.deepcopy(model.generation_config)
     del model
     runtime.free_memory()
+    own = {name: options[name] for name in ("template", "pad_token")}
+    written = models.load_tokenizer(config.model, **own)
+    write_stops(written, settings)
+    written.save_pretrained(folder / "adapter")
+    settings.save_pretrained(folder / "adapter")
 
-    part: dict[str, Any] = {"trained": {"prompts": len(asked)}}
+    stopped = sum(a.stopped for a in expected) / len(expected)
+    trained_part = {"prompts": len(asked), "stop_rate": round(stopped, 4)}
+    part: dict[str, Any] = {"trained": trained_part}
     model, tokenizer = models.load_model(
         config.model, adapter=folder / "adapter", **options
     )
@@ -139,6 +235,10 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
         part["merged"]["right"] = count_right(merged_answers, gold)
     del model
     runtime.free_memory()
+    folders = [folder / name for name in ("adapter", "merged")]
+    plain = ask_plainly(folders, asked, config.evaluation.max_new_tokens)
+    for path in folders:
+        part[path.name]["plain"] = compare_plain(path, expected, plain[str(path)])
     part["peak_memory_gb"] = round(runtime.peak_memory_gb(), 3)
     run.write_part("export", part)
     return part

@@ -21,7 +21,7 @@ from helpers import data, models, runtime
 from helpers.config import ConfigError, RunConfig, read_config
 from helpers.formats import DataError, Messages, Row
 from helpers.hub import ModelError
-from helpers.runs import Run, fingerprint, runs_folder
+from helpers.runs import Run, content_hash, fingerprint, runs_folder
 from helpers.templates import TemplateError
 
 if TYPE_CHECKING:
@@ -154,12 +154,12 @@ def answer_file(
 ) -> None:
     """Answers prompts, from `read_prompts`, and writes the answers as they come."""
     from helpers.generation import generate_batches
-    from helpers.items import adapter_print, answer_rows
+    from helpers.items import answer_rows
 
     answer_rows(
         given.out,
         rows,
-        fingerprint(chosen, adapter_print(chosen.adapter)),
+        fingerprint(chosen, content_hash(chosen.adapter)),
         lambda prompts: generate_batches(
             model,
             tokenizer,

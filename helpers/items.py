@@ -6,7 +6,6 @@ long as nothing changed that decides the answer; verdicts are always given anew.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -74,14 +73,6 @@ def answer_rows(
     write_rows(path, items)
     part.unlink()
     return items
-
-
-def adapter_print(adapter: Path | str | None) -> str:
-    """Returns what tells an adapter from others: its weights' hash, if local."""
-    file = Path(str(adapter)) / "adapter_model.safetensors"
-    if adapter is None or not file.exists():
-        return str(adapter)
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def to_line(item: Row) -> str:

@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from helpers import runtime
 from helpers.config import RunConfig, read_config
 
+CONTENT = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 MADE_BY = {
     "config.json": "00_setup",
     "data": "01_data_prep",
@@ -88,6 +90,31 @@ def fingerprint(*values: Any) -> str:
     """
     text = json.dumps(values, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def content_hash(path: Path | str | None) -> str:
+    """Returns what tells a local model or adapter from others: a hash of its files.
+
+    Weights, configs, tokenizer and template count. What is no folder here, a hub id
+    say, is told by its name.
+    """
+    folder = Path(str(path))
+    if path is None or not folder.is_dir():
+        return str(path)
+    files = sorted(f for f in folder.iterdir() if f.suffix in CONTENT and f.is_file())
+    stats = [(f, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hash_files(tuple(stats))
+
+
+@cache
+def hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Returns the hash of files' names and contents; size and time only tell anew."""
+    digest = hashlib.sha256()
+    for path, size, _ in files:
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:32]
 
 
 def runs_folder() -> Path:

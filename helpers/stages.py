@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from helpers import budget, diagnostics, runtime
 from helpers.config import ConfigError, RunConfig, Stage
-from helpers.runs import Run, fingerprint, write_json
+from helpers.formats import Row
+from helpers.runs import Run, content_hash, fingerprint, write_json
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 NOTE = "made_from.json"
+REPORTING = ("report_to", "run_name", "project", "trackio_space_id", "logging_dir")
 NOTEBOOKS: dict[Stage, str] = {"sft": "02_sft_qlora", "grpo": "03_grpo_gsm8k"}
 
 
@@ -28,14 +30,46 @@ def require_stage(config: RunConfig, stage: Stage) -> None:
         )
 
 
+def inputs_of(run: Run, stage: Stage) -> dict[str, Any]:
+    """Returns all that decides a stage's result, by name: settings and contents.
+
+    An allow-list: what is not named here leaves a finished stage alone. Data count by
+    the content of the prepared rows, adapters by their weights.
+    """
+    config = run.config
+    rows = run.report().get("data", {}).get("fingerprints", {})
+    names = ["engine", "weights", "double_quant", "dtype", "pad_token", "seed"]
+    if stage == "sft":
+        names += ["max_length", "loss_on", "best_by"]
+        parts = ["train", "eval"]
+    else:
+        names += ["grpo_minutes", "grpo_held_out", "sampler", "rewards"]
+        names += ["max_prompt_length", "few_shot", "probe_samples", "probe_problems"]
+        names += ["system_prompt"]
+        parts = ["problems", "eval"]
+    inputs = {name: getattr(config, name) for name in names}
+    inputs |= {"model": content_hash(config.model), "template": config.template}
+    inputs |= {f"data.{name}": rows[name] for name in parts if name in rows}
+    inputs |= flat(stage, getattr(config, stage), REPORTING)
+    if stage == "sft" or "sft" not in config.stages and not config.sft_adapter:
+        return inputs | flat("lora", config.lora)
+    if config.sft_adapter:
+        return inputs | {"sft_adapter": content_hash(config.sft_adapter)}
+    return inputs | {"sft": made_from(run, "sft")}
+
+
+def flat(group: str, values: dict[str, Any], without: tuple[str, ...] = ()) -> Row:
+    """Returns a group's values under dotted names.
+
+    >>> flat("lora", {"r": 16})
+    {'lora.r': 16}
+    """
+    return {f"{group}.{k}": v for k, v in values.items() if k not in without}
+
+
 def made_from(run: Run, stage: Stage) -> str:
     """Returns the fingerprint of all that decides a stage's result."""
-    config = run.config.model_dump(exclude={"evaluation", "inference", "save_minutes"})
-    config["data"] = run.report().get("data", {}).get("fingerprints")
-    if stage == "sft":
-        later = ("stages", "max_prompt_length", "few_shot", "rewards", "grpo", "probe")
-        config = {k: v for k, v in config.items() if not k.startswith(later)}
-    return fingerprint(config)
+    return fingerprint(inputs_of(run, stage))
 
 
 def open_stage(run: Run, stage: Stage) -> Path:
@@ -45,16 +79,33 @@ def open_stage(run: Run, stage: Stage) -> Path:
     never deleted.
     """
     folder = run.path / stage
-    now = made_from(run, stage)
-    old = read_note(folder / NOTE).get("fingerprint", now)
-    if old != now:
+    note = read_note(folder / NOTE)
+    if note and note["fingerprint"] != made_from(run, stage):
         number = 1 + len(list(run.path.glob(f"{stage}.before-*")))
         aside = run.path / f"{stage}.before-{number}"
-        print(f"{stage}: settings or data changed, former result kept in {aside}")  # noqa: T201
+        print(  # noqa: T201
+            f"{stage}: {name_changes(note, run, stage)} changed since it was trained; "
+            f"the former result is in {aside}, and it is trained anew"
+        )
         folder.rename(aside)
     if not (folder / NOTE).exists():
-        write_json(folder / NOTE, {"fingerprint": now, "finished": False})
+        write_note(run, stage, finished=False)
     return folder
+
+
+def name_changes(note: dict[str, Any], run: Run, stage: Stage) -> str:
+    """Returns which inputs of a stage are others than its note says, in words."""
+    before, now = note.get("inputs", {}), inputs_of(run, stage)
+    now = json.loads(json.dumps(now))  # as the note was written
+    names = sorted(k for k in before | now if before.get(k) != now.get(k))
+    return ", ".join(names) or "settings or data"
+
+
+def write_note(run: Run, stage: Stage, finished: bool) -> None:
+    """Writes what a stage is made from, and whether it was trained to its end."""
+    note = {"fingerprint": made_from(run, stage), "finished": finished}
+    note["inputs"] = inputs_of(run, stage)
+    write_json(run.path / stage / NOTE, note)
 
 
 def is_finished(run: Run, stage: Stage) -> bool:
@@ -70,8 +121,7 @@ def read_note(path: Path) -> dict[str, Any]:
 
 def finish(run: Run, stage: Stage) -> None:
     """Notes that a stage was trained to its end with the settings as they are."""
-    note = {"fingerprint": made_from(run, stage), "finished": True}
-    write_json(run.path / stage / NOTE, note)
+    write_note(run, stage, finished=True)
 
 
 def callback_of(trainer: Trainer, kind: type) -> Any:

@@ -1,0 +1,195 @@
+"""What comes back of an adapter: trained, saved, loaded again, merged.
+
+A tiny model is trained for a few steps with each LoRA setting. Its logits are compared
+with those of the saved adapter on a fresh base, of the merged model in plain
+transformers, and of the same adapter as PEFT alone saves it ("foreign"). What could not
+come back is refused before training, with the reason.
+
+    python benchmarks/adapters.py --out results/adapters.json     # both engines, CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+ENGINES = ("transformers", "unsloth")
+LIMIT = 1e-4  # of a difference between logits of float32
+STEPS = 4
+PLAIN: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj", "v_proj", "down_proj"],
+}
+TIED = {"ensure_weight_tying": True}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "rank pattern": {"rank_pattern": {"q_proj": 8}},
+    "alpha pattern": {"alpha_pattern": {"layers.1.self_attn.v_proj": 64}},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "PiSSA by fast SVD": {"init_lora_weights": "pissa_niter_4"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "Gaussian": {"init_lora_weights": "gaussian"},
+    "LoftQ": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+    "EVA": {"init_lora_weights": "eva"},
+    "embedding and head saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "head saved": {"modules_to_save": ["lm_head"]},
+    "embedding saved, tied": {"modules_to_save": ["embed_tokens"], **TIED},
+    "embedding as target": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head as target": {"target_modules": ["q_proj", "lm_head"]},
+    "token rows": {"trainable_token_indices": [5, 17, 300]},
+    "one layer": {"layers_to_transform": [1]},
+    "regular expression": {"target_modules": r".*\.(q_proj|up_proj)$"},
+    "all-linear": {"target_modules": "all-linear"},
+    "all-linear but one": {
+        "target_modules": "all-linear",
+        "exclude_modules": ["down_proj"],
+    },
+    "LoRA bias": {"lora_bias": True},
+    "layers replicated": {"layer_replication": [[0, 2], [1, 2]]},
+    "DoRA, rsLoRA, patterns": {
+        "use_dora": True,
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 8},
+        "alpha_pattern": {"v_proj": 3},
+    },
+    "PiSSA, rsLoRA, patterns, head": {
+        "init_lora_weights": "pissa",
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 6},
+        "alpha_pattern": {"v_proj": 32},
+        "modules_to_save": ["lm_head"],
+    },
+}
+
+
+def make_base(folder: Path) -> Path:
+    """Writes a random two-layer Llama with tied embeddings; returns its folder."""
+    from helpers.hub import OFFLINE
+    from helpers.models import load_tokenizer
+    from tests.tiny import save_tiny_model
+
+    return save_tiny_model(
+        "Llama", load_tokenizer(OFFLINE), folder, max_position_embeddings=512
+    )
+
+
+def train(model: Any) -> None:
+    """Trains the model for a few steps on fixed tokens."""
+    import torch
+
+    ids = torch.arange(3, 131).reshape(4, 32)
+    chosen = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(chosen, lr=1e-2)
+    model.train()
+    for _ in range(STEPS):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def measure(setting: str, engine: str, base: Path, folder: Path) -> dict[str, Any]:
+    """Returns one setting's row: the largest differences of logits, or a reason."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from helpers import models
+
+    row: dict[str, Any] = {"setting": setting, "engine": engine}
+    row |= {"reloaded": None, "merged": None, "foreign": None, "refused": None}
+    probe = torch.arange(40, 104).reshape(2, 32)
+    options = {"engine": engine, "weights": "16bit"}
+
+    def reload(adapter: Path) -> Any:
+        return models.load_model(str(base), adapter=adapter, **options)[0]
+
+    def far(model: Any) -> float:
+        found = (models.last_logits(model, probe) - trained).abs().max().item()
+        return float(f"{found:.2g}")
+
+    model, tokenizer = models.load_model(str(base), **options)
+    before = models.last_logits(model, probe)
+    try:
+        model = models.add_lora(model, PLAIN | SETTINGS[setting], engine=engine)
+    except models.ModelError as error:
+        return row | {"refused": str(error)}
+    train(model)
+    trained = models.last_logits(model, probe)
+    row["moved"] = float(f"{(trained - before).abs().max().item():.2g}")
+    models.save_adapter(model, folder / "ours")
+    model.save_pretrained(folder / "foreign")
+    row["reloaded"] = far(reload(folder / "ours"))
+    row["foreign"] = far(reload(folder / "foreign"))
+    # as `export.merge` does
+    plain, _ = models.load_model(str(base), engine="transformers", weights="16bit")
+    tuned = models.load_adapter(plain, folder / "ours", engine="transformers")
+    models.merge_adapter(tuned).save_pretrained(folder / "merged")
+    row["merged"] = far(AutoModelForCausalLM.from_pretrained(folder / "merged"))
+    return row
+
+
+def measure_all(engine: str, settings: list[str]) -> list[dict[str, Any]]:
+    """Returns the rows of an engine; run it in a process of its own."""
+    if engine == "unsloth":
+        import unsloth  # noqa: F401  # before transformers
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        base = make_base(Path(scratch) / "base")
+        for number, setting in enumerate(settings):
+            rows.append(measure(setting, engine, base, Path(scratch) / str(number)))
+    return rows
+
+
+def main() -> None:
+    """Measures, prints a table, and writes the rows.
+
+    Raises:
+        SystemExit: something came back otherwise than it was trained.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engine", choices=ENGINES, help="both by default")
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), metavar="NAME")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    settings = given.settings or list(SETTINGS)
+    if given.engine:
+        rows = measure_all(given.engine, settings)
+    else:
+        rows = []
+        with tempfile.TemporaryDirectory() as scratch:
+            for engine in ENGINES:
+                out = Path(scratch) / f"{engine}.json"
+                command = [sys.executable, __file__, "--engine", engine, "--out", out]
+                more = {"UNSLOTH_COMPILE_LOCATION": str(Path(scratch) / "compiled")}
+                subprocess.run(
+                    [*map(str, command), "--settings", *settings],
+                    check=True,
+                    env={**os.environ, **more},
+                    stdout=subprocess.DEVNULL,
+                )
+                rows += json.loads(out.read_text())["rows"]
+    for row in rows:
+        figures = [row[name] for name in ("reloaded", "merged", "foreign")]
+        print(f"{row['engine']:12} {row['setting']:30}", row["refused"] or figures)
+    if given.out:
+        given.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    kept = [row for row in rows if row["refused"] is None]
+    wrong = [r for r in kept if max(r["reloaded"], r["merged"]) > LIMIT]
+    if wrong:
+        sys.exit(f"{len(wrong)} of {len(rows)} came back otherwise than trained")
+
+
+if __name__ == "__main__":
+    main()

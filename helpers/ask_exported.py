@@ -1,0 +1,61 @@
+"""Answers prompts from exported files with plain transformers, as other programs do.
+
+A script for a process of its own: it imports nothing of this project, so that nothing
+of it can make up for what the files lack. Reads a request as JSON from standard input,
+writes the answers of each folder to the file that the request names.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def ask(folder: str, prompts: list[Any], max_new_tokens: int) -> list[dict[str, Any]]:
+    """Returns the greedy answers of an exported model or adapter, and if they ended.
+
+    Args:
+        folder: what `from_pretrained` takes.
+        prompts: conversations that end in a user turn.
+        max_new_tokens: answers are cut here.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    settings = GenerationConfig.from_pretrained(folder)
+    inputs = tokenizer.apply_chat_template(
+        prompts,
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
+    ).to(model.device)
+    output = model.generate(
+        **inputs,
+        generation_config=settings,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+    )
+    width = inputs["input_ids"].shape[1]
+    ends = settings.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    answers = []
+    for row in output[:, width:].tolist():
+        end = next((n for n, token in enumerate(row) if token in ends), None)
+        text = tokenizer.decode(row[:end], skip_special_tokens=True)
+        answers.append({"text": text.strip(), "stopped": end is not None})
+    return answers
+
+
+if __name__ == "__main__":
+    request = json.load(sys.stdin)
+    found = {
+        folder: ask(folder, request["prompts"], request["max_new_tokens"])
+        for folder in request["folders"]
+    }
+    Path(request["out"]).write_text(json.dumps(found), encoding="utf-8")
