@@ -90,7 +90,7 @@ def train(model: Any) -> None:
     """Trains the model for a few steps on fixed tokens."""
     import torch
 
-    ids = torch.arange(3, 131).reshape(4, 32)
+    ids = torch.arange(3, 131, device=model.device).reshape(4, 32)
     chosen = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(chosen, lr=1e-2)
     model.train()
@@ -105,7 +105,8 @@ def measure(setting: str, engine: str, base: Path, folder: Path) -> dict[str, An
     import torch
     from transformers import AutoModelForCausalLM
 
-    from helpers import models
+    from helpers import export, models, recipes
+    from helpers.config import changed
 
     row: dict[str, Any] = {"setting": setting, "engine": engine}
     row |= {"reloaded": None, "merged": None, "foreign": None, "refused": None}
@@ -119,7 +120,7 @@ def measure(setting: str, engine: str, base: Path, folder: Path) -> dict[str, An
         found = (models.last_logits(model, probe) - trained).abs().max().item()
         return float(f"{found:.2g}")
 
-    model, tokenizer = models.load_model(str(base), **options)
+    model, _ = models.load_model(str(base), **options)
     before = models.last_logits(model, probe)
     try:
         model = models.add_lora(model, PLAIN | SETTINGS[setting], engine=engine)
@@ -132,10 +133,8 @@ def measure(setting: str, engine: str, base: Path, folder: Path) -> dict[str, An
     model.save_pretrained(folder / "foreign")
     row["reloaded"] = far(reload(folder / "ours"))
     row["foreign"] = far(reload(folder / "foreign"))
-    # as `export.merge` does
-    plain, _ = models.load_model(str(base), engine="transformers", weights="16bit")
-    tuned = models.load_adapter(plain, folder / "ours", engine="transformers")
-    models.merge_adapter(tuned).save_pretrained(folder / "merged")
+    config = changed(recipes.load("demo"), model=str(base), **options)
+    export.merge(config, folder / "ours", folder / "merged")
     row["merged"] = far(AutoModelForCausalLM.from_pretrained(folder / "merged"))
     return row
 

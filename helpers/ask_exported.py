@@ -13,20 +13,32 @@ from pathlib import Path
 from typing import Any
 
 
-def ask(folder: str, prompts: list[Any], max_new_tokens: int) -> list[dict[str, Any]]:
+def ask(
+    folder: str, quantised: dict[str, Any] | None, prompts: list[Any], max_tokens: int
+) -> list[dict[str, Any]]:
     """Returns the greedy answers of an exported model or adapter, and if they ended.
 
     Args:
         folder: what `from_pretrained` takes.
+        quantised: of an adapter, how the base it was trained on was quantised.
         prompts: conversations that end in a user turn.
-        max_new_tokens: answers are cut here.
+        max_tokens: answers are cut here.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        GenerationConfig,
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto",
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+        quantization_config=BitsAndBytesConfig(**quantised) if quantised else None,
+    ).eval()
     settings = GenerationConfig.from_pretrained(folder)
     inputs = tokenizer.apply_chat_template(
         prompts,
@@ -38,7 +50,7 @@ def ask(folder: str, prompts: list[Any], max_new_tokens: int) -> list[dict[str, 
     output = model.generate(
         **inputs,
         generation_config=settings,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_tokens,
         do_sample=False,
     )
     width = inputs["input_ids"].shape[1]
@@ -55,7 +67,7 @@ def ask(folder: str, prompts: list[Any], max_new_tokens: int) -> list[dict[str, 
 if __name__ == "__main__":
     request = json.load(sys.stdin)
     found = {
-        folder: ask(folder, request["prompts"], request["max_new_tokens"])
-        for folder in request["folders"]
+        folder: ask(folder, quantised, request["prompts"], request["max_tokens"])
+        for folder, quantised in request["folders"].items()
     }
     Path(request["out"]).write_text(json.dumps(found), encoding="utf-8")

@@ -93,17 +93,23 @@ def write_stops(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) 
 
 
 def ask_plainly(
-    folders: list[Path], prompts: list[Messages], max_new_tokens: int
+    folders: dict[Path, dict[str, Any] | None], prompts: list[Messages], max_tokens: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Returns the answers of exported folders in plain transformers, by folder.
+
+    Args:
+        folders: and how the base of an adapter is quantised, as `BitsAndBytesConfig`
+            takes it.
+        prompts: conversations that end in a user turn.
+        max_tokens: answers are cut here.
 
     Raises:
         ModelError: a folder cannot be loaded or asked without this project.
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "answers.json"
-        request = {"folders": list(map(str, folders)), "prompts": prompts}
-        request |= {"max_new_tokens": max_new_tokens, "out": str(out)}
+        request: dict[str, Any] = {"prompts": prompts, "max_tokens": max_tokens}
+        request |= {"folders": {str(k): v for k, v in folders.items()}, "out": str(out)}
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("ask_exported.py"))],
             input=json.dumps(request),
@@ -235,7 +241,12 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
         part["merged"]["right"] = count_right(merged_answers, gold)
     del model
     runtime.free_memory()
-    folders = [folder / name for name in ("adapter", "merged")]
+    # the adapter was trained on the weights as they were loaded
+    bits = models.resolve_weights(config.weights)
+    half = runtime.choose_dtype(runtime.find_machine(), config.dtype)[0]
+    quantised = models.quantization(bits, half, config.double_quant)
+    values = quantised and quantised.to_diff_dict()
+    folders = {folder / "adapter": values, folder / "merged": None}
     plain = ask_plainly(folders, asked, config.evaluation.max_new_tokens)
     for path in folders:
         part[path.name]["plain"] = compare_plain(path, expected, plain[str(path)])

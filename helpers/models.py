@@ -540,17 +540,9 @@ def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
     base = model.get_base_model()
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     embedding, head = map(plain, ends)
-    if head is not None and head.weight is embedding.weight:
+    if [embedding, head] != ends and head.weight is embedding.weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), False)
-    merged = model.merge_and_unload()
-    embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
-    if head is not None and merged.config.get_text_config().tie_word_embeddings:
-        if torch.equal(embedding.weight, head.weight):
-            merged.tie_weights()
-        else:
-            merged.config.get_text_config().tie_word_embeddings = False
-            merged.config.tie_word_embeddings = False
-    return merged
+    return model.merge_and_unload()
 
 
 def make_plain(folder: Path, initial: dict[str, Tensor]) -> None:

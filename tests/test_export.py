@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 
 from helpers import data, evaluation, export, train
 from helpers.config import ConfigError
+from helpers.generation import Answer
+from helpers.hub import ModelError
 from helpers.runs import MissingInput, Run
 
 
@@ -29,7 +32,11 @@ def test_adapter_and_merged_model_answer_as_trained(
     part = export.export(run, "sft", prompts=6)
     assert part["adapter"]["greedy_agreement"] == 1.0
     assert part["merged"]["greedy_agreement"] == 1.0
-    assert (Path(part["merged"]["path"]) / "chat_template.jinja").exists()
+    assert part["adapter"]["plain"]["agreement"] == 1.0
+    assert part["merged"]["plain"]["agreement"] == 1.0
+    merged = Path(part["merged"]["path"])
+    assert (merged / "chat_template.jinja").exists()
+    assert json.loads((merged / "config.json").read_text())["tie_word_embeddings"]
     assert run.report()["export"] == part
 
 
@@ -72,7 +79,7 @@ def test_a_run_of_sft_alone_is_exported_with_its_template(
     run = run_factory(**SFT_ONLY)
     train.train_stage(run, "sft")
     part = export.export(run, prompts=3)
-    assert part["trained"] == {"prompts": 3}
+    assert part["trained"]["prompts"] == 3
     assert part["merged"]["greedy_agreement"] == 1.0
     template = Path(part["merged"]["path"]) / "chat_template.jinja"
     assert "[INST]" in template.read_text()
@@ -103,3 +110,66 @@ def test_prompts_to_compare_come_from_held_out_rows(
     asked = row.get("question") or data.questions_of(row["messages"])[0]
     assert prompts[0][-1] == {"role": "user", "content": asked}
     assert len(gold) == (2 if question != "eval" else 0)
+
+
+def make_base_like(folder: Path) -> Path:
+    """Copies the offline model, with another EOS than the one its template writes."""
+    import shutil
+
+    from helpers.hub import OFFLINE, find_model
+
+    shutil.copytree(find_model(OFFLINE), folder)
+    edits = {
+        "tokenizer_config.json": {"eos_token": "<|endoftext|>"},
+        "config.json": {"eos_token_id": 0},
+        "generation_config.json": {"eos_token_id": 0},
+    }
+    for name, values in edits.items():
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+def test_what_a_base_like_model_becomes_stops_by_itself_in_plain_transformers(
+    run_factory: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = run_factory(
+        model=str(make_base_like(tmp_path / "base")),
+        stages=["sft"],
+        sft={"max_steps": 1, "learning_rate": 1e-5},
+        best_by="loss",
+        data__eval=None,
+        data__problems=None,
+        data__train=["data_samples/openai_messages.jsonl"],
+        data__test=None,
+        data__test_new=None,
+        evaluation__max_new_tokens=48,
+    )
+    train.train_stage(run, "sft")
+    part = export.export(run, "sft", prompts=3)
+    assert part["trained"]["stop_rate"] > 0
+    for name in ("adapter", "merged"):
+        assert part[name]["plain"]["stop_rate"] == part["trained"]["stop_rate"]
+        assert part[name]["plain"]["agreement"] == 1.0
+    merged = Path(part["merged"]["path"])
+    settings = json.loads((merged / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [0, 2]
+    tokenizer = json.loads((merged / "tokenizer_config.json").read_text())
+    assert tokenizer["eos_token"] == "<|im_end|>"
+
+
+def test_files_that_do_not_stop_elsewhere_fail_the_export() -> None:
+    ours = [Answer("4", 2, True)] * 5
+    theirs = [{"text": "4 and on", "stopped": False}] * 5
+    with pytest.raises(ModelError, match="5 of 5 answers end by themselves in the tr"):
+        export.compare_plain(Path("merged"), ours, theirs)
+
+
+def test_files_that_cannot_be_loaded_elsewhere_fail_the_export(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot be used in plain transformers"):
+        export.ask_plainly({tmp_path: None}, [[{"role": "user", "content": "Hi"}]], 4)
+
+
+def test_the_script_that_asks_exported_files_imports_nothing_of_ours() -> None:
+    script = Path(export.__file__).with_name("ask_exported.py").read_text()
+    assert "import helpers" not in script and "from helpers" not in script
