@@ -46,7 +46,7 @@ BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 TAGS = re.compile(r"<(?:answer|solution)>", re.IGNORECASE)
 TAG_ENDS = re.compile(r"</(?:answer|solution)>", re.IGNORECASE)
 # `#### 12`, but not the heading `#### 1. Find the price`
-MARKED = re.compile(rf"{MARKER}\s*+(?!\d+[.:)]\s+[^\W\d])([^\n#]*)")
+MARKED = re.compile(rf"{MARKER}\s*+(?!\d+[.:)][ \t]+[^\W\d])([^\n#]*)")
 ANNOUNCED = re.compile(
     rf"(?:{MARKER}[^\n\d#]*?|answer|antwort|respuesta|réponse|resposta|ответ|答案|答え)"
     r"[*_ ]*(?:\b(?:is|ist|es|est|é)\b|[:=：是は])([^\n#]*)",
@@ -80,9 +80,9 @@ def enclosed(text: str) -> list[str]:
     >>> enclosed(r"First 2, then \\boxed{3}."), enclosed("<answer>\\n3\\n</answer>")
     (['3'], ['3'])
     """
-    tagged = [TAG_ENDS.split(piece, 1)[0] for piece in TAGS.split(text)[1:]]
+    contents = [TAG_ENDS.split(piece, 1)[0] for piece in TAGS.split(text)[1:]]
     return BOXED.findall(text) + [
-        ", ".join(piece.split("\n")).strip(", ") for piece in tagged
+        ", ".join(piece.split("\n")).strip(", ") for piece in contents
     ]
 
 
@@ -132,8 +132,9 @@ def extract_answer(text: str) -> Fraction | None:
         if tokens(box)
     }
     if not values:
-        announced = set(map(parse_number, ANNOUNCED.findall(text))) - {None}
-        values = announced if len(announced) == 1 else {last_number(text)}
+        values = set(map(parse_number, ANNOUNCED.findall(text))) - {None}
+        if not values or (len(values) > 1 and MARKER in text):  # headings
+            values = {last_number(text)}
     return values.pop() if len(values) == 1 else None
 
 

@@ -20,8 +20,8 @@ from fractions import Fraction
 
 # Unicode categories and signs, as the patterns below know them
 KINDS = {"Sc": "$", "Pd": "-", "Pi": "'", "Pf": "'", "Zs": " ", "Zl": "\n", "Zp": "\n"}
-KINDS |= dict.fromkeys(["Cf", "Mn", "Me", "No"], "")
-SIGNS = {"\u2212": "-", "\u2215": "/", "\u066b": ".", "\u066c": ","}
+KINDS |= {"So": "'"} | dict.fromkeys(["Cf", "Mn", "Me", "No"], "")
+SIGNS = {"°": "°", "\u2212": "-", "\u2215": "/", "\u066b": ".", "\u066c": ","}
 # Latin, Greek and Cyrillic letters: scripts that part words, so that x2 is a name
 LETTER = r"[A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u052f\u1e00-\u1fff]"
 LATEX = {"times": "×", "cdot": "×", "sqrt": "√", "pi": "π", "pm": "±", "approx": "≈"}
@@ -46,19 +46,21 @@ CLEANING = [
 NUMBER = (
     r"(?:\d+ (?:and )?\d\d?/\d+|\d{1,3}(?: \d{3}){1,6}(?! ?\d)|(?:(?<![\w.])\.)?\d+)"
     r"(?:[.,:/'_]\d+)*(?:\^[-+]?\d+)*(?:[eE][-+]?\d+| ?[x×*·] ?10\^[-+]?\d+)?"
-    rf"(?:{LETTER}+(?![23]\b)\d+)*"
+    rf"(?:(?!(?:[cdkm]?m|ft|in)[23]\b){LETTER}+\d+)*"
 )
 TOKEN = rf"(?P<sign>[-+] ?)?(?P<money>\$ ?(?P<inner>[-+])?)?(?P<number>{NUMBER})"
 # names and powers such as x2 and ^2 are passed over
 TOKENS = re.compile(rf"(?:{LETTER}|[_^])\d(?:[.,:/'_]?\d)*|{TOKEN}")
 # `5 + 7 = ` and `x = `
 SUM = r"(?:(?: *[^\W\d_] *|(?:(?![=≈→])[\W\d_xX])*+)[=≈→])*+"
-# US, Rs., kr, EUR, but neither `about` nor `Step`
+# US, Rs., kr, EUR, 元, but neither `about` nor `Step` nor 第
 CURRENCY = (
     rf"(?:{LETTER}+(?=\$)|(?:(?![xyz]){LETTER}\.? |(?:{LETTER}{{2}}|[A-Z]{{3}})\.? ?"
-    rf"|{LETTER}{{3,4}}\. ?)(?!\$|[-+] ))?"
+    rf"|{LETTER}{{3,4}}\. ?|(?!{LETTER}|第)[^\W\d_] ?)(?!\$|[-+] ))?"
 )
-OPENING = re.compile(rf"{SUM}[\s~>:|\"'(\[*_`$]*?(?P<outer>[-+] ?)?{CURRENCY}{TOKEN}")
+OPENING = re.compile(
+    rf"{SUM}[\s~>:|\"'(\[*_`$√±∓]*?(?P<outer>[-+] ?)?{CURRENCY}{TOKEN}"
+)
 # plain digits or groups of thousands, by what parts them and by the decimal sign
 POINT = re.compile(
     r"(?:\d+|[1-9]\d{0,2}([ ,'_])\d{3}(?:\1\d{3})*|[1-9]\d?(?:,\d\d)+,\d{3})?(?:\.\d+)?"
@@ -76,7 +78,7 @@ SHORT_COMMA = re.compile(r"\d+,\d\d?")
 MILLION = re.compile(rf" ?m(?!{LETTER})")  # $5m
 SCALES = {
     2: "hundred|百",
-    3: r"k|thousand|tausend|mille?|mil|тыс[а-я]*\.?|千(?![克米瓦卡])|천",
+    3: r"(?-i:k)|thousand|tausend|mille?|mil|тыс[а-я]*\.?|千(?![克米瓦卡])|천",
     4: "[万萬만]",
     5: "lakhs?|लाख",
     6: r"millions?|million(?:en|i)|mill[oó]n(?:es)?|mio\.?|mln|миллион\w*|млн",
@@ -96,9 +98,9 @@ BROKEN = re.compile(
     r"| and (?:[^\W\d_]+[ -])?(?:half|thirds?|quarters?)\b"
 )
 UNIT = re.compile(r" ?(?:[^\W\d_]|[%$°])")
-OR = r"(?:\b(?:and|or|und|oder|et|ou|y|o|e|и|или)\b|[和或と]|または)"
+OR = r"(?:\b(?:and|or|to|bis|und|oder|et|ou|y|o|e|и|или)\b|[和或と]|または)"
 # what begins a remark after an answer
-REMARK = re.compile(rf"(?:[,;.:(]| -) *(?!(?i:{OR}))[^\W\d_]")
+REMARK = re.compile(rf"(?:[,;.:(!?。]| -) *(?!(?i:{OR}))[^\W\d_]")
 
 
 def fold(char: str) -> str:
@@ -111,6 +113,8 @@ def fold(char: str) -> str:
     if kind == "Nd":
         return str(unicodedata.decimal(char))
     plain = unicodedata.normalize("NFKC", char)
+    if kind == "So" and plain != char:  # ℃, ㎡
+        return plain
     if unicodedata.decomposition(char).startswith("<fraction>"):
         return " " + plain.replace("\u2044", "/")
     return SIGNS.get(char, KINDS.get(kind, plain))
@@ -169,9 +173,9 @@ def is_negative(token: re.Match[str], before: str) -> bool:
         raise ValueError(f"{sign!r} are two signs")
     if not signs["sign"]:
         return "-" in sign
-    if sign == "- " and before[-1:].isalpha():
-        raise ValueError("minus or dash")
     left = before.rstrip(" ") if sign == "- " else before
+    if sign == "- " and left[-1:].isalpha():
+        raise ValueError("a minus or a dash")
     return "-" in sign and not re.search(r"[\w)%\]$°]\Z", left)
 
 
@@ -182,14 +186,16 @@ def value_of(token: re.Match[str]) -> Fraction | None:
         SHAPE.fullmatch(token["number"]) if len(token["number"]) <= LONGEST else None
     )
     before = text[max(0, token.start() - 9) : token.start()]
-    if shape is None or before.rstrip(" ").endswith(("√", "±", "∓")):
+    start = token.start("number")
+    if shape is None or re.search(r"[√±∓][ $+-]*\Z", text[max(0, start - 9) : start]):
         return None
     whole, over, under, power, *tens = shape.groups()
     comma = bool(token["money"] or UNIT.match(text, end))
     exponent = int(tens[0] or tens[1] or 0)
     while scale := SCALE.match(text, end):
         exponent, end = exponent + int(str(scale.lastgroup)[1:]), scale.end()
-    if BROKEN.match(text, end) or (token["money"] and MILLION.match(text, end)):
+    broken = BROKEN.match(text, end) or (token["money"] and MILLION.match(text, end))
+    if broken or exponent > LONGEST:
         return None
     try:
         value = (amount(over, comma) / amount(under or "1", comma)) ** int(power or 1)
