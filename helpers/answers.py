@@ -6,16 +6,19 @@ What counts as the answer of a completion:
 
 1. Reasoning does not: nothing up to the last `</think>` or `</reasoning>`, and nothing
    at all after a `<think>` or `<reasoning>` that is never closed.
-2. What follows `####` in its line or stands in `\boxed{...}`, if it begins with a
-   number. It must be one number, perhaps with a unit or after a sum (`5 + 7 = 12`), and
-   where several are marked they must be equal: who offers two values gives no answer.
-3. Without a mark the last number of the last line, but of no list (`1, 2, 3`) and no
-   choice (`12 or 13`). Numbers in the lines before are reasoning.
-4. A line of six words or more that stands in the prompt is not the model's own.
+2. What stands in `\boxed{...}` or in `<answer>` (`<SOLUTION>`) tags, or follows `####`
+   in its line and begins with a number. It must hold one number, with any unit, after a
+   sum (`5 + 7 = 12`) or before a remark (`12, for 3 days`). Where several are marked
+   they must be equal: a completion that offers two values gives no answer.
+3. Without such a mark, what follows `answer is`, `Answer:` or `#### Total:`.
+4. Without either, the last number of the last line, but of no list (`1, 2, 3`), choice
+   (`12 or 13`) or range (`12-15`). Numbers in the lines before are reasoning.
+5. A line of six words or more that stands in the prompt is not the model's own.
 
-What counts as equal: exact values. 1080 = 1,080 = 1080.00 = $1,080 = 1080% = 2160/2 =
-1080 apples; 0.333 is not 1/3, 50% is 50, and numbers in words are none. A gold answer
-between dollars, `$2\sqrt{3}$`, is an expression; math-verify compares what is marked.
+What a number is, `numerals` says. What counts as equal: exact values. 1080 = 1,080 =
+1080.00 = $1,080 = 1080% = 2160/2 = 1080 apples; 0.333 is not 1/3, 50% is 50, and
+numbers in words are none. A gold answer between dollars, `$2\sqrt{3}$`, is an
+expression; math-verify compares what is marked.
 """
 
 from __future__ import annotations
@@ -24,66 +27,41 @@ import re
 from fractions import Fraction
 from typing import Any
 
+from helpers.numerals import (
+    LETTER,
+    OPENING,
+    OR,
+    TOKEN,
+    clean,
+    fold,
+    parse_number,
+    tokens,
+    value_of,
+)
+
 MARKER = "####"
 COPIED_WORDS = 6
-# A minus is a sign only where nothing stands before it: 10-5 ends in 5, not in -5.
-MINUS = r"(?<![\w)%])[-\u2212]"
-CURRENCY = r"[$\u20ac\u00a3\u00a5]"
-# Digits with thousands commas, or plain ones; a decimal part; a fraction or a mixed
-# number. Digits after a letter or a power sign are no number of their own: x2, m^2.
-NUMBER = (
-    rf"(?:{MINUS})?(?:{CURRENCY}-?)?"
-    r"(?:(?<![A-Za-z\d^])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?: \d+(?=/))?(?:/\d+)?"
-    r"|(?<![\w.])\.\d+)"
-)
-UNIT = r"(?:%|[(a-zA-Z\u00b0][a-zA-Z\u00b0/\u00b2\u00b3() -]*+(?:\^[23])?)"
-WRITTEN = re.compile(rf"\s*+({NUMBER})\s*+{UNIT}?+\s*+\.?\s*+")
-STRICT = re.compile(rf"\w\W*\n{MARKER} ?{NUMBER} ?%?\.?\s*\Z")
-SOFT = re.compile(rf"{MARKER}[ \t]*+{NUMBER}[ \t]*+{UNIT}?+\.?[ \t]*+$", re.MULTILINE)
-# `#### 12`, but not the heading `#### 1. Find the price`
-STARTS = re.compile(rf"(?!\d+[.:)]\s+[^\W\d]){NUMBER}")
-BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
-MARKED = re.compile(rf"{MARKER}\s*([^\n#]*)")
 REASONING = re.compile(r"\A.*</(?:think|reasoning)>|<(?:think|reasoning)>.*", re.DOTALL)
-# what makes a last number one of a choice or of a list
-LISTED = re.compile(
-    rf"{NUMBER}%? or \Z|(?:{NUMBER}%?(?:[\s,;|]|\bor\b|\band\b)+){{2}}\Z"
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+TAGS = re.compile(r"<(?:answer|solution)>", re.IGNORECASE)
+TAG_ENDS = re.compile(r"</(?:answer|solution)>", re.IGNORECASE)
+# `#### 12`, but not the heading `#### 1. Find the price`
+MARKED = re.compile(rf"{MARKER}\s*+(?!\d+[.:)][ \t]+[^\W\d])([^\n#]*)")
+ANNOUNCED = re.compile(
+    rf"(?:{MARKER}[^\n\d#]*?|answer|antwort|respuesta|réponse|resposta|ответ|答案|答え)"
+    r"[*_ ]*(?:\b(?:is|ist|es|est|é)\b|[:=：是は])([^\n#]*)",
+    re.IGNORECASE,
 )
-# LaTeX that a plain number may be written with
-LATEX = [
-    (re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}"), r" \1"),
-    (re.compile(r"(?<=\d)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r" \1/\2"),
-    (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"),
-    (re.compile(r"\{,\}|,?\\[,!;: ](?=\d{3})"), ","),
-    (re.compile(r"\\([$%])"), r"\1"),
-    (re.compile(r"\A(?:\s*+[a-zA-Z]\s*+|[^a-wyzA-Z=]*+)=\s*"), ""),
-]
+FINAL = re.compile(rf"{MARKER} ?{TOKEN} ?[%$]?\.?")
+# what stands between two numbers that are both offered, or that are one quantity
+JOINED = re.compile(
+    rf"[^\S\n]*|\W*(?:[^\W\d_]+\W*?)?{OR}\W*|{LETTER}{{1,3}} "
+    r"|[^-\w\s]*(?:~|\.\.+)[^\w\s]*"
+)
+RANGE = re.compile(r"[^-\w]*-[^-\w]*")
+LISTED = re.compile(r"%?[\s,;|、]+")
 EXPRESSION = re.compile(r"\$([^$]{1,200})\$")
-SECONDS = 2  # for each step of math-verify, which an evil expression can keep busy
-
-
-def parse_number(text: str) -> Fraction | None:
-    """Returns the exact value of a written number, None when it is none.
-
-    Thousands commas, currency signs, `%`, a final dot and a unit do not count.
-
-    >>> parse_number("1,080.00") == parse_number("$1080") == parse_number("1080%")
-    True
-    >>> parse_number("3/4"), parse_number("2 1/2 km"), parse_number("about 12")
-    (Fraction(3, 4), Fraction(5, 2), None)
-    """
-    matched = WRITTEN.fullmatch(text.replace(r"\$", "$").replace(r"\%", "%"))
-    if matched is None:
-        return None
-    number = matched.group(1).replace("\u2212", "-")
-    digits = re.sub(rf"[,-]|{CURRENCY}", "", number)
-    whole, _, fraction = digits.rpartition(" ")
-    over, _, under = fraction.partition("/")
-    try:
-        value = Fraction(over) / Fraction(under or 1) + Fraction(whole or 0)
-    except (ValueError, ZeroDivisionError):  # too long to be meant, or a zero below
-        return None
-    return -value if "-" in number else value
+SECONDS = 2  # for each step of math-verify, which an adversarial expression can stall
 
 
 def parse_gold(answer: str) -> Fraction | None:
@@ -96,25 +74,42 @@ def parse_gold(answer: str) -> Fraction | None:
     return parse_number(final) if marker else None
 
 
-def plain(written: str) -> str:
-    """Returns a marked answer without the LaTeX and the emphasis around a number.
+def enclosed(text: str) -> list[str]:
+    """Returns what a text encloses as its answers, in a box or in tags.
 
-    >>> plain(r" **\\frac{3}{4}** "), plain(r"x = 1{,}080 \\text{ km}")
-    ('3/4', '1,080   km')
+    >>> enclosed(r"First 2, then \\boxed{3}."), enclosed("<answer>\\n3\\n</answer>")
+    (['3'], ['3'])
     """
-    for pattern, instead in LATEX:
-        written = pattern.sub(instead, written)
-    return written.strip(" \t*_`").removesuffix("$")
+    contents = [TAG_ENDS.split(piece, 1)[0] for piece in TAGS.split(text)[1:]]
+    return BOXED.findall(text) + [
+        ", ".join(piece.split("\n")).strip(", ") for piece in contents
+    ]
 
 
-def marked(text: str) -> list[str]:
-    """Returns what a text marks as its answers, in plain writing.
+def last_number(text: str) -> Fraction | None:
+    """Returns the last number of the last line that has words, if it stands alone.
 
-    >>> marked("First 2, then\\n#### 3 nuts."), marked("It is 3.")
-    (['3 nuts.'], [])
+    >>> last_number("5 - 2 = 3.\\nSo she has 3 apples."), last_number("3 or 4")
+    (Fraction(3, 1), None)
     """
-    found = [*MARKED.findall(text), *BOXED.findall(text)]
-    return [written for written in map(plain, found) if written]
+    lines = [line for line in clean(text).splitlines() if re.search(r"\w", line)]
+    text = "\n".join(lines[-3:])
+    numbers = tokens(text)[-3:]
+    if not numbers or "\n" in text[numbers[-1].end() :]:
+        return None
+    value = value_of(numbers[-1])
+    gaps = [
+        text[left.end() : right.start("number")].replace("$", "")
+        for left, right in zip(numbers, numbers[1:], strict=False)
+    ]
+    if len(gaps) == 2 and all(map(LISTED.fullmatch, gaps)):
+        return None
+    if gaps and value is not None:
+        first = value_of(numbers[-2])
+        rising = first is None or first < value
+        if JOINED.fullmatch(gaps[-1]) or (rising and RANGE.fullmatch(gaps[-1])):
+            return None
+    return value
 
 
 def extract_answer(text: str) -> Fraction | None:
@@ -124,18 +119,23 @@ def extract_answer(text: str) -> Fraction | None:
 
     >>> extract_answer("5 - 2 = 3 left.\\n#### 3")
     Fraction(3, 1)
-    >>> extract_answer("5 - 2 = 3.\\nSo she has 3 apples."), extract_answer("3 or 4")
-    (Fraction(3, 1), None)
+    >>> extract_answer("<answer>\\n12 €\\n</answer>"), extract_answer("#### 3 or 4")
+    (Fraction(12, 1), None)
     """
-    text = REASONING.sub("", text).rstrip()
-    values = {parse_number(found) for found in marked(text) if STARTS.match(found)}
-    if values:
-        return values.pop() if len(values) == 1 else None
-    last = [*re.finditer(NUMBER, text)][-1:]
-    if not last or "\n" in text[last[0].start() :]:
-        return None
-    listed = LISTED.search(text[: last[0].start()])
-    return None if listed else parse_number(last[0].group())
+    text = REASONING.sub("", text)
+    boxes = [clean(box).strip() for box in enclosed(text)]
+    lines = [clean(line).strip() for line in MARKED.findall(text)]
+    values = {parse_number(line) for line in lines if OPENING.match(line)}
+    values |= {
+        parse_number(box) if OPENING.match(box) else last_number(box)
+        for box in boxes
+        if tokens(box)
+    }
+    if not values:
+        values = set(map(parse_number, ANNOUNCED.findall(text))) - {None}
+        if not values or (len(values) > 1 and MARKER in text):  # headings
+            values = {last_number(text)}
+    return values.pop() if len(values) == 1 else None
 
 
 def own_words(text: str, prompt: str) -> str:
@@ -176,10 +176,11 @@ def is_correct(text: str, gold: str, prompt: str = "") -> bool:
         return False
     from math_verify import verify
 
-    found = set(marked(REASONING.sub("", text)))
-    if len(found) != 1:
+    text = REASONING.sub("", text)
+    marks = {mark.strip("$. \t*_`") for mark in enclosed(text) + MARKED.findall(text)}
+    if len(marks - {""}) != 1:
         return False
-    answer = parse_expression(f"${found.pop().strip('$. ')}$")
+    answer = parse_expression(f"${max(marks)}$")
     return answer is not None and verify(expected, answer, timeout_seconds=SECONDS)
 
 
@@ -211,17 +212,21 @@ def has_strict_format(text: str) -> bool:
     >>> has_strict_format("2 + 3 = 5\\n#### 5"), has_strict_format("#### 5 #### 6")
     (True, False)
     """
-    return has_soft_format(text) and STRICT.search(text) is not None
+    working, _, line = text.rstrip().rpartition("\n")
+    line = "".join(map(fold, line))
+    working_there = re.search(r"\w", working) is not None
+    return working_there and FINAL.fullmatch(line) is not None and has_soft_format(text)
 
 
 def has_soft_format(text: str) -> bool:
-    """Returns whether `####` stands once, a number ends its line, and is the answer.
+    """Returns whether `####` stands once, a number follows in its line, and that is it.
 
     >>> has_soft_format("It is #### 5 nuts.\\nDone."), has_soft_format("#### five")
     (True, False)
     """
+    line = text.partition(MARKER)[2].partition("\n")[0]
     return (
         text.count(MARKER) == 1
-        and SOFT.search(text) is not None
+        and parse_number(line) is not None
         and extract_answer(text) is not None
     )

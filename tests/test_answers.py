@@ -7,10 +7,10 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from helpers import answers
+from helpers import answers, numerals
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,6 @@ def test_a_boxed_number_is_the_answer(text, value):
         ("#### twelve, that is 12", 12),
         (r"\boxed{x} is 12", 12),
         ("That is 10-5", 5),
-        ("A range of 3-4", 4),
         ("10% - 5% = 5%-3", 3),
         ("(10)-5", 5),
         ("x = -5", -5),
@@ -281,6 +280,7 @@ def test_anything_else_is_not_the_strict_format(text):
         pytest.param(r"\boxed{12, 13}", id="a boxed list"),
         pytest.param(r"\boxed{12 \text{ or } 13}", id="a boxed choice"),
         pytest.param("It is 12 or 13 apples.", id="a choice in words"),
+        pytest.param("It takes 12-13 days.", id="a range in words"),
         pytest.param("11 12 13", id="numbers in a row"),
         pytest.param("11, 12, and 13", id="a list in words"),
         pytest.param("11\n12\n13", id="numbers under each other"),
@@ -394,7 +394,7 @@ def test_an_expression_is_refused_outside_the_main_thread():
 def test_numbers_are_graded_in_any_thread_without_a_library(heavy_modules):
     program = """
 import sys, threading
-from helpers import answers
+from helpers import answers, numerals
 def grade():
     assert answers.is_correct(r"So \\boxed{\\frac{3}{4}}", "0.75")
 thread = threading.Thread(target=grade)
@@ -436,6 +436,13 @@ def test_the_soft_format_is_one_mark_and_a_number_that_ends_its_line(text, held)
             for piece in ["<think>", "</think>", "#### 5 a ", "a\n", "(", "="]
         ),
         *("#### 5" + piece * 20000 + "!" for piece in [" ", " a", "(", "-", "9", "\n"]),
+        *(
+            piece * 4000 + end
+            for piece in ["100 ", "1,", "1.", "a1", "10^", "5 x 10^", "$ ", "- ", "* "]
+            + ["<answer>", "answer is ", "#### a: ", "x = ", "5 k", "\u00b2", "\u0661"]
+            + [r"\frac{1}{", "1 and 1/", "<|", "minus ", "1:", "_", "\u5143", "5, a "]
+            for end in ["", "!", "5"]
+        ),
     ],
 )
 def test_no_long_text_keeps_the_parser_busy(text):
@@ -517,3 +524,166 @@ def test_a_text_in_the_strict_format_always_has_an_answer(text):
 def test_a_text_in_the_strict_format_is_in_the_soft_one(text):
     if answers.has_strict_format("working\n#### " + text):
         assert answers.has_soft_format("working\n#### " + text)
+
+
+# two laws, over any script: number form x currency or unit x sign x surroundings
+
+DIGITS = ["0123456789", "\u0660\u0661\u0662\u0663\u0664\u0665\u0666\u0667\u0668\u0669"]
+DIGITS += ["".join(chr(zero + n) for n in range(10)) for zero in (0x966, 0xE50, 0xFF10)]
+# what parts thousands, and the decimal signs that go with it
+SEPARATORS = [("", "."), (",", "."), (" ", "."), (" ", ","), ("\u00a0", ",")]
+SEPARATORS += [("\u2009", "."), ("\u202f", ","), ("'", "."), ("\u2019", ".")]
+SIGNS = {"": 1, "+": 1, "-": -1, "\u2212": -1, "\u2013": -1, "\uff0d": -1, "minus ": -1}
+currencies = st.characters(categories=["Sc"])
+letters = st.text(st.characters(categories=["Lu", "Ll", "Lo"]), min_size=2, max_size=6)
+symbols = st.sampled_from(["%", "\u00b0C", "m\u00b2", "m^2", "\u33a1", "km/h"])
+MARKS = [
+    "#### {}",
+    "So\n#### {}.\nI checked it 3 times.",
+    "#### **{}**",
+    "#### {}<|im_end|>",
+    "#### {}</s>\n99",
+    "#### {}, as 2 and 3 make 5",
+    "#### {} (rounded from 17.6)",
+    r"It is \boxed{{{}}} of 99",
+    r"#### \({}\)",
+    "<think>98</think>\n<answer>\n{}\n</answer>",
+    "<answer>{}</answer> in 3 steps",
+    "**Answer:** {}\n\n---",
+    "The answer is {}.\nThat took 3 steps.",
+]
+LINES = [
+    "It is {}.",
+    "{}",
+    "2 + 3\nSo we have {} in all",
+    "\u7b54\u6848\u662f{}\u3002",
+    "= {}</s>",
+]
+
+
+@st.composite
+def written_numbers(draw):
+    """A number as people anywhere write it, and its value."""
+    whole, cents = draw(st.integers(0, 10**9)), draw(st.integers(0, 99))
+    separator, point = draw(st.sampled_from(SEPARATORS))
+    text = f"{whole:,}".replace(",", separator)
+    # a comma is decimal only where other groups stand before it
+    if cents and (point == "." or whole >= 1000):
+        text += f"{point}{cents:02}"
+    else:
+        cents = 0
+    text = text.translate(str.maketrans(DIGITS[0], draw(st.sampled_from(DIGITS))))
+    sign = draw(st.sampled_from(sorted(SIGNS)))
+    place = draw(
+        st.sampled_from(["none", "before", "inside", "after", "unit", "symbol"])
+    )
+    if place in ("before", "inside"):
+        money = draw(currencies) + draw(st.sampled_from(["", " "]))
+        if sign == "minus ":
+            sign = "-"
+        text = money + sign + text if place == "inside" else sign + money + text
+    else:
+        kinds = {"none": st.just(""), "after": currencies, "unit": letters}
+        unit = draw(st.sampled_from(["", " "])) + draw(kinds.get(place, symbols))
+        folded = numerals.clean(unit)
+        assume(not numerals.SCALE.match(folded) and not numerals.BROKEN.match(folded))
+        text = sign + text + unit
+    return text, SIGNS[sign] * (whole + Fraction(cents, 100))
+
+
+@given(written_numbers(), st.sampled_from(MARKS))
+@settings(max_examples=400)
+def test_a_marked_line_that_holds_one_number_gives_it(number, surroundings):
+    text, value = number
+    assert answers.extract_answer(surroundings.format(text)) == value
+
+
+@given(written_numbers(), st.sampled_from(MARKS + LINES))
+@settings(max_examples=400)
+def test_a_part_of_a_number_is_never_given_for_the_whole(number, surroundings):
+    text, value = number
+    assert answers.extract_answer(surroundings.format(text)) in (value, None)
+
+
+@given(
+    st.lists(st.integers(1, 3000), min_size=3, max_size=3, unique=True).map(sorted),
+    st.sampled_from(
+        [
+            "{}:{}",
+            "{}-{}",
+            "{}\u2013{}",
+            "{}~{}",
+            "{}..{}",
+            "{}h{}",
+            "{}'{}",
+            "{}:{}:{}",
+        ]
+        + [
+            "{}/{}/{}",
+            "{}.{}.{}",
+            "{}-{}-{}",
+            "{} or {}",
+            "{}\u20ac-{}\u20ac",
+            "{}\u221a{}",
+        ]
+        + [
+            "{}_{}",
+            "{} hours and {} minutes",
+            "{}ft {}in",
+            "\u00b1{}",
+            "\u221a{}",
+            "{}\u03c0",
+        ]
+        + ["{}^n", "{}{}^", "{} and a half", "{} million {} thousand", "{}\uff1a{}"]
+    ),
+    st.sampled_from(["", "\u20ac", " \u5143", " days", "%"]),
+    st.sampled_from(MARKS[:-2] + LINES[:3]),
+)
+@settings(max_examples=600)
+def test_a_part_of_a_time_a_range_or_a_date_is_no_answer(parts, form, unit, around):
+    answer = answers.extract_answer(around.format(form.format(*parts) + unit))
+    assert answer not in parts
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("#### 1.000", 1),
+        ("#### 1.000.000 \u20ab", 1000000),
+        ("#### 1,00,000", 100000),
+        ("#### 1.234,5", Fraction(2469, 2)),
+        ("#### 12,50 z\u0142", Fraction(25, 2)),
+        ("#### 12,50", None),
+        ("#### 0,5", Fraction(1, 2)),
+        ("#### \u0663\u066b\u0665", Fraction(7, 2)),
+        ("#### 10^3", 1000),
+        ("#### 10\u00b3 m\u00b3", 1000),
+        ("#### 1.5e3", 1500),
+        ("#### 2 \u00d7 10\u207b\u00b2", Fraction(1, 50)),
+        (r"\boxed{2 \times 10^{3}}", 2000),
+        ("#### 2\u00bd", Fraction(5, 2)),
+        ("#### $1.5 million", 1500000),
+        ("#### 3\u4e07\u5143", 30000),
+        ("#### 60\u5343\u7c73", 60),
+        ("#### 300 K", 300),
+        ("#### Rs. 500\nfor 3 days", 500),
+        ("#### kr 12\nfor 3 days", 12),
+        ("#### US$18/day", 18),
+        ("#### \u2705 12\nafter 3 steps", 12),
+        ("The answer is $18 per day, for 7 days.", 18),
+        ("#### Total: 18 eggs\nThat took 3 steps.", 18),
+        ("#### Step 1\nAdd 5.\n#### Step 2\nSo 12 in all.", 12),
+        ("#### 12, or 13", None),
+        ("#### 12 (or 13)", None),
+        ("#### 12 oder 13", None),
+        ("<answer>12\n13</answer>", None),
+        ("<answer>12</answer> <answer>13</answer>", None),
+        ("Answer: 12\nAnswer: 13", None),
+        ("The answer is 12.\nIt took 3 days.", 12),
+        ("#### Tom: 5\n#### Ann: 7\nSo 12 in all.", 12),
+        ("The rest is - 3.", None),
+        ("#### 5" + " million" * 400, None),
+    ],
+)
+def test_a_form_of_another_country_has_its_value_or_none(text, value):
+    assert answers.extract_answer(text) == value

@@ -171,6 +171,11 @@ PROBES = [
     ("right, without working", "#### 7", 1.4),
     ("right, nothing marked", "12 - 5 = 7.", 1.3),
     ("right, boxed", r"So \boxed{7}.", 1.3),
+    ("right, in tags", "<reasoning>12-5</reasoning>\n<answer>\n7\n</answer>", 1.3),
+    ("right, in another currency and script", "So\n#### \u20b9\u096d", 1.6),
+    ("a range", "It takes 7-8 days.", 0.0),
+    ("two values in tags", "<answer>7</answer> <answer>8</answer>", 0.0),
+    ("two announced answers", "Answer: 8\nAnswer: 7", 0.0),
     ("right, marked twice", RIGHT + "\n#### 7", 1.2),
     ("wrong, in the format", "12 + 5 = 17 nuts.\n#### 17", 0.4),
     ("wrong, nothing marked", "So 17 nuts.", 0.1),
@@ -247,6 +252,17 @@ PIECES = st.sampled_from(
     + [r"\boxed{12}", r"\boxed{13}", r"\boxed{", "}", "=", "(", "#", "or ", "and "]
     + ["So ", "nuts", "working\n", "working\n#### ", "<think>", "</think>", "2."]
     + ["\n#### 12", "\n#### 13", "So it is", *QUESTION.splitlines()]
+    + [
+        "<answer>",
+        "</answer>",
+        "Answer: ",
+        "\u20ac",
+        "\u2013",
+        "minus ",
+        " million",
+        ":",
+    ]
+    + ["12,50", "1 000", "\u0661\u0662", "^2", "e1", "</s>", "'"]
 )
 TEXTS = st.lists(PIECES, max_size=12).map("".join)
 RIGHT_TEXTS = TEXTS.filter(lambda text: rewards.is_correct(text, GOLD, QUESTION))

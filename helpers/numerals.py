@@ -1,0 +1,226 @@
+r"""Numbers as people and models write them, in any script.
+
+A number is digits of any script with a sign, a currency sign before, and any unit or a
+word such as `million` after. A part of a number is none: `8:30`, `3.4.5`, `1/2/2024`
+and `2√3` have no value. Separators are read by one rule, whatever the language:
+
+- a point is decimal (`1.000` is 1), unless there are two (`1.000.000`);
+- a comma before three digits parts thousands (`1,000`, `1,00,000`), as do a space, an
+  apostrophe and `_`;
+- a comma is decimal after a 0 (`0,5`), after other groups (`1.000,50`), and before one
+  or two digits next to a unit or a currency sign (`12,50 €`); `12,50` alone has no
+  value, as it may be a list.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from fractions import Fraction
+
+# Unicode categories and signs, as the patterns below know them
+KINDS = {"Sc": "$", "Pd": "-", "Pi": "'", "Pf": "'", "Zs": " ", "Zl": "\n", "Zp": "\n"}
+KINDS |= {"So": "'"} | dict.fromkeys(["Cf", "Mn", "Me", "No"], "")
+SIGNS = {"°": "°", "\u2212": "-", "\u2215": "/", "\u066b": ".", "\u066c": ","}
+# Latin, Greek and Cyrillic letters: scripts that part words, so that x2 is a name
+LETTER = r"[A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u052f\u1e00-\u1fff]"
+LATEX = {"times": "×", "cdot": "×", "sqrt": "√", "pi": "π", "pm": "±", "approx": "≈"}
+CLEANING = [
+    (re.compile(r"<sup>"), "^"),
+    (re.compile(r"<[/|]*[^\W\d][^<>\s]{0,40}>"), " "),  # tags and end tokens
+    (re.compile(r"\\([$%&#_])"), r"\1"),
+    (re.compile(r"\{,\}|,?\\[,!;: ](?=\d{3})"), ","),
+    (re.compile(r"(?<=\d)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r" \1/\2"),
+    (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"),
+    (re.compile(r"\^?\{?\\(?:circ|degree)\b\}?"), "°"),
+    *((re.compile(rf"\\{name}(?![a-z])"), sign) for name, sign in LATEX.items()),
+    (re.compile(r"(?<=\d)(?:\^\{?|\*\*)([-+]?\d+)\}?"), r"^\1"),
+    (re.compile(r"\\(?:text|math)[a-z]*|\\(?:left|right)\b|\\[()\[\],;:! ]|[{}]"), " "),
+    (re.compile(r"(?<=[^\W\d_])\^ ?[-+]?\d+"), ""),  # the power of a unit
+    (re.compile(r"(?<!\w)[*_`]+(?=\S)|(?<=\S)[*_`]+(?!\w)"), ""),
+    (re.compile(r"(?<![\d)%] )\b(?:minus|negative|moins|menos|минус) (?=\$?\d)"), "-"),
+    (re.compile(r"[负負] ?(?=\$?\d)|マイナス ?(?=\d)"), "-"),
+]
+# A number and whatever is joined to it without a space, to be read as a whole or not at
+# all. The powers of a unit (12m2) are no part of it.
+NUMBER = (
+    r"(?:\d+ (?:and )?\d\d?/\d+|\d{1,3}(?: \d{3}){1,6}(?! ?\d)|(?:(?<![\w.])\.)?\d+)"
+    r"(?:[.,:/'_]\d+)*(?:\^[-+]?\d+)*(?:[eE][-+]?\d+| ?[x×*·] ?10\^[-+]?\d+)?"
+    rf"(?:(?!(?:[cdkm]?m|ft|in)[23]\b){LETTER}+\d+)*"
+)
+TOKEN = rf"(?P<sign>[-+] ?)?(?P<money>\$ ?(?P<inner>[-+])?)?(?P<number>{NUMBER})"
+# names and powers such as x2 and ^2 are passed over
+TOKENS = re.compile(rf"(?:{LETTER}|[_^])\d(?:[.,:/'_]?\d)*|{TOKEN}")
+# `5 + 7 = ` and `x = `
+SUM = r"(?:(?: *[^\W\d_] *|(?:(?![=≈→])[\W\d_xX])*+)[=≈→])*+"
+# US, Rs., kr, EUR, 元, but neither `about` nor `Step` nor 第
+CURRENCY = (
+    rf"(?:{LETTER}+(?=\$)|(?:(?![xyz]){LETTER}\.? |(?:{LETTER}{{2}}|[A-Z]{{3}})\.? ?"
+    rf"|{LETTER}{{3,4}}\. ?|(?!{LETTER}|第)[^\W\d_] ?)(?!\$|[-+] ))?"
+)
+OPENING = re.compile(
+    rf"{SUM}[\s~>:|\"'(\[*_`$√±∓]*?(?P<outer>[-+] ?)?{CURRENCY}{TOKEN}"
+)
+# plain digits or groups of thousands, by what parts them and by the decimal sign
+POINT = re.compile(
+    r"(?:\d+|[1-9]\d{0,2}([ ,'_])\d{3}(?:\1\d{3})*|[1-9]\d?(?:,\d\d)+,\d{3})?(?:\.\d+)?"
+)
+COMMA = re.compile(r"0,\d+|[1-9]\d{0,2}(?:[ .'_]\d{3})+,\d+")
+POINTS = re.compile(r"[1-9]\d{0,2}(?:\.\d{3}){2,}")
+# a mixed number, a fraction, a power, and times a power of ten
+SHAPE = re.compile(
+    r"(?:(\d+) (?:and )?(?=\d\d?/))?([\d.,' _]*\d)(?:/([\d.,' _]*\d))?"
+    r"(?:\^([-+]?\d\d?))?(?:e([-+]?\d\d?)| ?[x×*·] ?10\^([-+]?\d\d?))?",
+    re.IGNORECASE,
+)
+LONGEST = 40  # characters of a number
+SHORT_COMMA = re.compile(r"\d+,\d\d?")
+MILLION = re.compile(rf" ?m(?!{LETTER})")  # $5m
+SCALES = {
+    2: "hundred|百",
+    3: r"(?-i:k)|thousand|tausend|mille?|mil|тыс[а-я]*\.?|千(?![克米瓦卡])|천",
+    4: "[万萬만]",
+    5: "lakhs?|लाख",
+    6: r"millions?|million(?:en|i)|mill[oó]n(?:es)?|mio\.?|mln|миллион\w*|млн",
+    7: "crores?|करोड\u093c?",
+    8: "[亿億억]",
+    9: r"billions?|bn|milliard\w*|mrd\.?|миллиард\w*|млрд",
+    12: "trillions?|兆",
+}
+SCALE = re.compile(
+    r"(?: ?(?i:"
+    + "|".join(f"(?P<e{n}>{words})" for n, words in SCALES.items())
+    + rf")|(?P<k3>K)|(?P<m6>M)|(?P<b9>B))(?!{LETTER})"
+)
+# what makes the number before it a part of something else: 2√3, 2π, 3x, 2 and a half
+BROKEN = re.compile(
+    rf" ?[√π∞^]| ?[+*×÷·] ?[^\W\d_(]|[xyz](?!{LETTER})"
+    r"| and (?:[^\W\d_]+[ -])?(?:half|thirds?|quarters?)\b"
+)
+UNIT = re.compile(r" ?(?:[^\W\d_]|[%$°])")
+OR = r"(?:\b(?:and|or|to|bis|und|oder|et|ou|y|o|e|и|или)\b|[和或と]|または)"
+# what begins a remark after an answer
+REMARK = re.compile(rf"(?:[,;.:(!?。]| -) *(?!(?i:{OR}))[^\W\d_]")
+
+
+def fold(char: str) -> str:
+    """Returns a character as the patterns know it.
+
+    >>> [fold(char) for char in "٣，€½–"]
+    ['3', ',', '$', ' 1/2', '-']
+    """
+    kind = unicodedata.category(char)
+    if kind == "Nd":
+        return str(unicodedata.decimal(char))
+    plain = unicodedata.normalize("NFKC", char)
+    if kind == "So" and plain != char:  # ℃, ㎡
+        return plain
+    if unicodedata.decomposition(char).startswith("<fraction>"):
+        return " " + plain.replace("\u2044", "/")
+    return SIGNS.get(char, KINDS.get(kind, plain))
+
+
+def clean(text: str) -> str:
+    """Returns a text in plain signs: no LaTeX, emphasis or tags around its numbers.
+
+    >>> clean(r"**\\frac{3}{4}** m²"), clean(r"x = 1{,}080 \\text{km}</s>")
+    ('3/4 m', 'x = 1,080   km  ')
+    """
+    text = re.sub(
+        "[⁰¹²³⁴-⁹⁺⁻]+", lambda run: "^" + unicodedata.normalize("NFKC", run[0]), text
+    )
+    text = text.translate({ord(c): fold(c) for c in set(text) if not c.isascii()})
+    for pattern, instead in CLEANING:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def tokens(text: str, start: int = 0) -> list[re.Match[str]]:
+    """Returns the numbers of a cleaned text, readable or not."""
+    return [token for token in TOKENS.finditer(text, start) if token["number"]]
+
+
+def amount(written: str, short_comma: bool = False) -> Fraction:
+    """Returns the value of digits with their separators.
+
+    >>> amount("1 000.50"), amount("1.000,5"), amount("12,5", short_comma=True)
+    (Fraction(2001, 2), Fraction(2001, 2), Fraction(25, 2))
+
+    Raises:
+        ValueError: the separators fit no rule.
+    """
+    if POINT.fullmatch(written):
+        return Fraction(re.sub("[ ,'_]", "", written))
+    decimal = COMMA.fullmatch(written) or (
+        short_comma and SHORT_COMMA.fullmatch(written)
+    )
+    if decimal:
+        return Fraction(re.sub("[ .'_]", "", written).replace(",", "."))
+    if POINTS.fullmatch(written):
+        return Fraction(written.replace(".", ""))
+    raise ValueError(f"{written!r} is no number")
+
+
+def is_negative(token: re.Match[str], before: str) -> bool:
+    """Returns whether a number has a minus, which is no operator.
+
+    Raises:
+        ValueError: that cannot be told (`The rest - 3`), or there are two signs.
+    """
+    signs = token.groupdict()
+    sign = "".join(signs.get(name) or "" for name in ("outer", "sign", "inner"))
+    if len(sign.strip()) > 1:
+        raise ValueError(f"{sign!r} are two signs")
+    if not signs["sign"]:
+        return "-" in sign
+    left = before.rstrip(" ") if sign == "- " else before
+    if sign == "- " and left[-1:].isalpha():
+        raise ValueError("a minus or a dash")
+    return "-" in sign and not re.search(r"[\w)%\]$°]\Z", left)
+
+
+def value_of(token: re.Match[str]) -> Fraction | None:
+    """Returns the exact value of a number in its text, None when it has none."""
+    text, end = token.string, token.end()
+    shape = (
+        SHAPE.fullmatch(token["number"]) if len(token["number"]) <= LONGEST else None
+    )
+    before = text[max(0, token.start() - 9) : token.start()]
+    start = token.start("number")
+    if shape is None or re.search(r"[√±∓][ $+-]*\Z", text[max(0, start - 9) : start]):
+        return None
+    whole, over, under, power, *tens = shape.groups()
+    comma = bool(token["money"] or UNIT.match(text, end))
+    exponent = int(tens[0] or tens[1] or 0)
+    while scale := SCALE.match(text, end):
+        exponent, end = exponent + int(str(scale.lastgroup)[1:]), scale.end()
+    broken = BROKEN.match(text, end) or (token["money"] and MILLION.match(text, end))
+    if broken or exponent > LONGEST:
+        return None
+    try:
+        value = (amount(over, comma) / amount(under or "1", comma)) ** int(power or 1)
+        value = (value + int(whole or 0)) * Fraction(10) ** exponent
+        return -value if is_negative(token, before) else value
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def parse_number(text: str) -> Fraction | None:
+    """Returns the exact value of a written number, None when it is none.
+
+    Thousands separators, currency signs, units and a remark do not count.
+
+    >>> parse_number("1,080.00") == parse_number("$1080") == parse_number("1 080 руб.")
+    True
+    >>> parse_number("3/4"), parse_number("2 1/2 km"), parse_number("about 12")
+    (Fraction(3, 4), Fraction(5, 2), None)
+    >>> parse_number("−2 × 10³"), parse_number("1.5 million"), parse_number("8:30")
+    (Fraction(-2000, 1), Fraction(1500000, 1), None)
+    """
+    first = OPENING.match(clean(text).strip())
+    if first is None:
+        return None
+    value, others = value_of(first), tokens(first.string, first.end())
+    if others and not REMARK.search(first.string, first.end(), others[0].start()):
+        return value if all(value_of(other) == value for other in others) else None
+    return value
