@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from importlib.metadata import PathDistribution
 from pathlib import Path
 
@@ -74,13 +75,29 @@ def test_every_file_of_the_helpers_is_installed_and_nothing_else(
     assert names == {"helpers", "tunebook"}
 
 
-def test_installing_asks_for_no_other_package_unless_the_stack_is_named(
+def test_installing_replaces_no_package_unless_the_stack_is_named(
     installed: Path,
 ) -> None:
     (folder,) = installed.glob("*.dist-info")
-    wanted = PathDistribution(folder).requires or []
-    assert [line for line in wanted if not line.endswith('; extra == "stack"')] == []
-    assert any(line.startswith("trl==") for line in wanted)
+    lines = PathDistribution(folder).requires or []
+    always = [line for line in lines if not line.endswith('; extra == "stack"')]
+    assert always == ["numpy", "pydantic"]  # of any version, so what is there stays
+    assert any(line.startswith("trl==") for line in lines)
+
+
+def test_masking_and_rewards_need_only_what_pip_installs_with_them(
+    installed: Path, tmp_path: Path
+) -> None:
+    code = """
+        import sys, annotated_types, numpy, pydantic
+        before = {name.partition(".")[0] for name in sys.modules}
+        from helpers import masking, rewards
+        after = {name.partition(".")[0] for name in sys.modules}
+        names = after - before - sys.stdlib_module_names
+        print(sorted(name for name in names if name[0] != "_"))
+    """
+    done = python(installed, tmp_path, "-c", textwrap.dedent(code))
+    assert done.stdout == "['helpers']\n", done.stderr
 
 
 def test_runs_of_installed_helpers_lie_in_the_working_folder(
