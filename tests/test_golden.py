@@ -48,7 +48,7 @@ LOSS_TOLERANCE = 2e-2  # relative; ten steps let a difference grow
 LOGIT_TOLERANCE = 1e-2
 SAME_PROCESSOR = 1e-3  # logits as near as this let greedy answers be compared by text
 
-# Templates of the kinds that are about, each in as few words as shows the kind.
+# One short template for each kind in use.
 TEMPLATES = {
     "chatml": (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
@@ -267,12 +267,12 @@ def judged() -> list[str]:
             text = shape.format(work=WORK, question=QUESTION)
             texts.append(text.replace("RIGHT", gold).replace("WRONG", other))
             golds.append(gold)
-    asked = [[{"role": "user", "content": QUESTION}]] * len(texts)
+    prompts = [[{"role": "user", "content": QUESTION}]] * len(texts)
     weights = dict.fromkeys([*rewards.REWARDS, "overlong"], 1.0)
     functions, _ = rewards.choose(weights, max_completion_length=100)
-    paid = {
+    pay = {
         function.__name__: function(
-            prompts=asked,
+            prompts=prompts,
             completions=[[{"role": "assistant", "content": text}] for text in texts],
             completion_ids=[[0] * len(text) for text in texts],
             gold=golds,
@@ -282,17 +282,16 @@ def judged() -> list[str]:
     ungraded = rewards.correctness(["#### 18"], gold=["?"])
     lines = [f"without a gold number: {ungraded}"]
     for number, (text, gold) in enumerate(zip(texts, golds, strict=True)):
-        problem = {"gold": gold, "answer": f"So.\n#### {gold}", "prompt": asked[number]}
+        answer = f"So.\n#### {gold}"
+        problem = {"gold": gold, "answer": answer, "prompt": prompts[number]}
         item = verdicts.judge(text, problem)
         item |= {
-            f"{name}_llama": getattr(verdicts, name)(
-                text, problem["answer"], "gsm8k_cot_llama"
-            )
+            f"{name}_llama": getattr(verdicts, name)(text, answer, "gsm8k_cot_llama")
             for name in ("strict_match", "flexible_extract")
         }
-        pay = " ".join(f"{name}={values[number]}" for name, values in paid.items())
+        scores = " ".join(f"{name}={values[number]}" for name, values in pay.items())
         yes = [name for name, value in item.items() if value is True]
-        lines.append(f"{text!r} -> {item['extracted']} | {pay} | {', '.join(yes)}")
+        lines.append(f"{text!r} -> {item['extracted']} | {scores} | {', '.join(yes)}")
     return lines
 
 
@@ -409,10 +408,10 @@ def runs_of_the_record(
         yield
 
 
-def near(found: list[float], expected: list[float], tolerance: float) -> bool:
-    return len(found) == len(expected) and all(
+def near(values: list[float], expected: list[float], tolerance: float) -> bool:
+    return len(values) == len(expected) and all(
         math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
-        for a, b in zip(found, expected, strict=True)
+        for a, b in zip(values, expected, strict=True)
     )
 
 

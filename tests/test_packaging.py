@@ -38,11 +38,12 @@ def python(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a Python in a folder, with the installed package on its path."""
     steering = ("TUNEBOOK_RUNS", "TUNEBOOK_RUN", "PYTHONSAFEPATH")
-    kept = {k: v for k, v in os.environ.items() if k not in steering}
+    environment = {k: v for k, v in os.environ.items() if k not in steering}
+    environment |= {"PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
-        env=kept | {"PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1"},
+        env=environment,
         capture_output=True,
         text=True,
     )
@@ -53,9 +54,9 @@ def test_the_readmes_example_runs_from_an_empty_folder(
 ) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.split("## A helper in your own notebook\n")[1]
-    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert found is not None
-    code = f"{found[1]}\nimport helpers; print(helpers.__file__)"
+    snippet = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert snippet is not None
+    code = f"{snippet[1]}\nimport helpers; print(helpers.__file__)"
     done = python(installed, tmp_path, "-c", code)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "[1.0, 0.0]" in done.stdout
