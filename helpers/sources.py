@@ -113,12 +113,16 @@ def open_dataset(source: Source) -> Any:
     datasets.disable_progress_bars()
     path, suffix = source.path, Path(source.path).suffix.lower()
     if suffix in READERS:
-        places = [Path(path), runtime.ROOT / path]
-        place = next((place for place in places if place.is_file()), None)
+        folders = dict.fromkeys([Path.cwd(), runtime.home()])
+        files = (folder / path for folder in folders)
+        place = next((file for file in files if file.is_file()), None)
         if place is None:
+            looked = " and ".join(map(str, folders))
+            hint = "; data_samples/ is in the repository alone, pip leaves it out"
             raise FileNotFoundError(
-                f"no file {path} (looked in {Path.cwd()} and {runtime.ROOT}); "
+                f"no file {path} (looked in {looked}); "
                 "give a path to a .jsonl, .json, .csv or .parquet file"
+                + (hint if runtime.INSTALLED else "")
             )
         arguments: dict[str, Any] = {"path": READERS[suffix], "split": "train"}
         arguments |= {"data_files": str(place)}

@@ -35,7 +35,7 @@ from helpers.trackers import choose_trackers, one_run
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-PROMPTS = "data_samples/eval_prompts.jsonl"
+PROMPTS = Path(__file__).with_name("eval_prompts.jsonl")
 WITNESSES, WITNESS_TOKENS = 4, 64  # rows, and tokens of each
 DECISIVE = (  # for what is learnt
     "per_device_train_batch_size",
@@ -222,7 +222,7 @@ def build_sft(
             callbacks.SkippedSteps(),
             callbacks.LiveSamples(
                 tokenizer,
-                [row["prompt"] for row in data.load_rows(PROMPTS)],
+                [row["prompt"] for row in data.read_rows(PROMPTS)],
                 folder / "samples.jsonl",
                 system_prompt=config.system_prompt,
             ),

@@ -131,6 +131,21 @@ def test_the_first_code_cell_is_the_same_in_every_notebook():
 
 
 @every_notebook
+def test_the_bootstrap_keeps_runs_on_drive_in_one_line_and_asks_before_installing(path):
+    code = sources(path, "code")[0]
+    assert len(re.findall(r"^KEEP_ON_DRIVE = True  # on Colab: ", code, re.M)) == 1
+    opened = code.index("\nruntime.open_drive(KEEP_ON_DRIVE)\n")
+    assert opened < code.index("\ninstall.ensure()\n")
+
+
+@every_notebook
+def test_a_promise_to_go_on_after_a_kill_says_where_the_run_lies_on_colab(path):
+    promises = [t for t in sources(path, "markdown") if "Killed half-way?" in t]
+    assert all("Google Drive" in text for text in promises)
+    assert promises or path.stem not in ("02_sft_qlora", "03_grpo_gsm8k")
+
+
+@every_notebook
 def test_the_bootstrap_fetches_the_repository_that_pyproject_names(path):
     found = [
         node.value.value

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import threading
 from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy
 import pytest
 import torch
 
-from helpers import runtime
+from helpers import runs, runtime
 from helpers.config import RunConfig
 from helpers.runtime import Machine
 
@@ -256,3 +259,115 @@ def test_gpu_memory_comes_in_segments_that_grow_unless_told_otherwise(
         text=True,
     )
     assert found.strip() == expected
+
+
+class ColabError(Exception):
+    """As `google.colab.errors.Error`."""
+
+
+@pytest.fixture
+def mounted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a Colab notebook is asked to mount; tests may put in an error to raise."""
+    calls: list[Any] = []
+
+    def mount(folder: str) -> None:
+        if calls and isinstance(calls[0], Exception):
+            raise calls[0]
+        calls.append(folder)
+
+    colab = ModuleType("google.colab")
+    colab.drive = SimpleNamespace(mount=mount)
+    colab.errors = SimpleNamespace(Error=ColabError)
+    google = ModuleType("google")
+    google.colab = colab
+    monkeypatch.setitem(sys.modules, "google", google)
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setenv("TUNEBOOK_RUNS", "")  # to be put back afterwards
+    monkeypatch.delenv("TUNEBOOK_RUNS")
+    return calls
+
+
+ON_DRIVE = Path("/content/drive/MyDrive/tunebook/runs")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "variable", "opened"),
+    [
+        (True, None, True),
+        (False, None, False),
+        (True, "0", False),
+        (False, "1", True),
+        (True, "", True),
+    ],
+)
+def test_a_colab_notebook_keeps_its_runs_on_drive_if_it_is_told_to(
+    wanted: bool,
+    variable: str | None,
+    opened: bool,
+    mounted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("TUNEBOOK_DRIVE", variable)
+    runtime.open_drive(wanted)
+    assert mounted == (["/content/drive"] if opened else [])
+    assert runs.runs_folder() == (ON_DRIVE if opened else runtime.ROOT / "runs")
+
+
+def test_drive_is_not_opened_outside_colab(
+    mounted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "google.colab")
+    runtime.open_drive(True)
+    assert mounted == []
+    assert runs.runs_folder() == runtime.ROOT / "runs"
+
+
+def test_listing_runs_does_not_open_drive_by_itself(
+    mounted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNEBOOK_DRIVE", "1")
+    assert runs.runs_folder() == runtime.ROOT / "runs"
+    assert mounted == []
+
+
+def test_a_folder_of_runs_that_is_named_stays_although_drive_is_wanted(
+    mounted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNEBOOK_RUNS", "/elsewhere")
+    runtime.open_drive(True)
+    assert (mounted, runs.runs_folder()) == ([], Path("/elsewhere"))
+
+
+def test_the_first_cell_run_again_without_drive_leaves_it(mounted: list[str]) -> None:
+    runtime.open_drive(True)
+    runtime.open_drive(True)
+    assert runs.runs_folder() == ON_DRIVE
+    runtime.open_drive(False)
+    assert runs.runs_folder() == runtime.ROOT / "runs"
+
+
+@pytest.mark.parametrize("error", [ColabError("denied"), ValueError("mount failed")])
+def test_a_drive_that_does_not_open_stops_the_first_cell_and_says_what_to_do(
+    error: Exception, mounted: list[Any]
+) -> None:
+    mounted.append(error)
+    with pytest.raises(RuntimeError, match=rf"\({error}\).*KEEP_ON_DRIVE = False"):
+        runtime.open_drive(True)
+    assert runs.runs_folder() == runtime.ROOT / "runs"
+
+
+def test_an_unknown_value_of_the_drive_variable_is_refused(
+    mounted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNEBOOK_DRIVE", "yes")
+    with pytest.raises(ValueError, match="TUNEBOOK_DRIVE is 'yes'; expected 1 .* or 0"):
+        runtime.open_drive(True)
+
+
+def test_the_first_cell_asks_for_drive_before_anything_is_installed() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(runtime.ROOT)!r})\n"
+        "from helpers import install, runtime; runtime.open_drive(True)"
+    )
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)

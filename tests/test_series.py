@@ -91,19 +91,10 @@ def test_the_series_is_the_numbered_notebooks_in_order() -> None:
     assert names == sorted(names) and names[0] == "00_setup" and len(names) == 6
 
 
-@pytest.mark.parametrize(
-    ("heading", "expected"),
-    [
-        ("Your own data", "'steps': 2"),
-        ("A helper in your own notebook", "[1.0, 0.0]"),
-    ],
-)
-def test_the_readmes_example_runs(
-    heading: str, expected: str, tmp_path: Path, run_python: Any
-) -> None:
+def test_the_readmes_example_of_own_data_runs(tmp_path: Path, run_python: Any) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.split(f"## {heading}\n")[1]
+    section = readme.split("## Your own data\n")[1]
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert found is not None
-    code = found.group(1).replace("path/to/tunebook", str(ROOT))
-    assert expected in run_python("-c", code, TUNEBOOK_RUNS=str(tmp_path)).stdout
+    done = run_python("-c", found[1], TUNEBOOK_RUNS=str(tmp_path))
+    assert "'steps': 2" in done.stdout
