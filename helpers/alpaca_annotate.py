@@ -91,7 +91,7 @@ def ask_with_care(model: str) -> None:
             choice.message.content = replies.without_thoughts(choice.message.content)
         return completion
 
-    Completions.create = careful
+    Completions.create = careful  # type: ignore[method-assign]
 
 
 def count_wins(annotations: Any) -> dict[str, float]:

@@ -78,7 +78,8 @@ def results_section(run: Run, report: dict[str, Any]) -> Section:
     """Returns the models' table and bars, every measured value in the details."""
     results.draw_results(report, run.path / "results.png")
     parts = results.evaluated(report).items()
-    shown = (results.results_table, results.rates_table, results.texts_table)
+    shown = [results.results_table, results.rates_table]
+    shown += [results.labels_table, results.texts_table]
     return Section(
         "Results",
         "The same held-out rows, prompts and decoding for every model; counts with "

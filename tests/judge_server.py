@@ -35,8 +35,9 @@ class JudgeServer:
     """Answers `/v1/chat/completions`; a context manager.
 
     The answer to a request is a text, or `(status, error)`, an error as OpenAI's
-    protocol has it. Faults are worked off first, one a request: a status, `(status, headers)`, a body,
-    `cut` (the connection, amid the body), or seconds to wait before the answer.
+    protocol has it. Faults are worked off first, one a request: a status,
+    `(status, headers)`, a body, `cut` (the connection, amid the body), or seconds to
+    wait before the answer.
     """
 
     def __init__(self, answer: Callable[[Request], Any]) -> None:
