@@ -123,9 +123,13 @@ class Judge:
         """Returns the reply to one conversation and keeps it, unless it failed."""
         import openai
 
+        reason = "an answer that is no chat completion"
         for attempt in range(self.retries + 1):
             try:
-                choice = self.send(client, messages).choices[0]
+                completion = self.send(client, messages)
+                if error := getattr(completion, "error", None):  # with status 200
+                    reason = f"an error for an answer: {str(error)[:200]}"
+                choice = completion.choices[0]
                 text = choice.message.content
             except openai.APIConnectionError as error:
                 # a time-out means that the server exists
@@ -150,7 +154,7 @@ class Judge:
                     write_json(self.place(messages), values)
                 return Reply(text)
             return Reply(None, f"empty answer, finished by {choice.finish_reason}")
-        return Reply(None, "an answer that is no chat completion")
+        return Reply(None, reason)
 
     def send(self, client: Any, messages: Messages) -> Any:
         """Returns a completion, by options that the server takes and that are kept."""
@@ -349,7 +353,7 @@ def open_judge(run: Run, url: str | None, model: str | None) -> Judge | None:
     The key is `OPENAI_API_KEY`; a server of your own may need none.
 
     Raises:
-        JudgeError: an address without a model's name.
+        JudgeError: an address without a model's name, or a key that is none.
     """
     url = url or os.environ.get("OPENAI_BASE_URL")
     model = model or os.environ.get("TUNEBOOK_JUDGE")
@@ -358,4 +362,8 @@ def open_judge(run: Run, url: str | None, model: str | None) -> Judge | None:
             return None
         raise JudgeError(f"which model judges at {url}? give --judge-model NAME")
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+    if not key.isascii() or not key.isprintable():
+        raise JudgeError(
+            "OPENAI_API_KEY holds other characters than a key: copy it again"
+        )
     return Judge(model, run.path / "eval" / "judge", url, key)

@@ -9,9 +9,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-TAG = r"(?:think|thinking|thought|reasoning)\b[^<>]*>"
-OPENED, CLOSED = (re.compile(start + TAG, re.I) for start in ("<", "</"))
-BLOCK = re.compile(f"<{TAG}.*?</{TAG}", re.I | re.S)
+NAME = r"(?:\w+:)?(?:think|thinking|thought|reasoning)\b[^<>]*>"
+# and as Mistral's, Moonshot's and OpenAI's open models write them
+OPEN = rf"<{NAME}|(?-i:\[THINK\])|◁think▷|<\|channel\|>analysis"
+CLOSE = rf"</{NAME}|(?-i:\[/THINK\])|◁/think▷|<\|channel\|>final<\|message\|>"
+OPENED, CLOSED = re.compile(OPEN, re.I), re.compile(CLOSE, re.I)
+BLOCK = re.compile(f"(?:{OPEN}).*?(?:{CLOSE})", re.I | re.S)
 # of an account; a limit of rate, which passes, is none
 QUOTA = re.compile(r"insufficient[ _]?(quota|balance|credit|fund)|billing_hard", re.I)
 PASSING = (408, 409, 429)

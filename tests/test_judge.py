@@ -99,6 +99,7 @@ def test_retry_after_is_waited_for(server, open_client):
         (TOO_LATE, 2, "timed out"),
         ("cut", 2, "Connection error"),
         ('{"choices": [', 2, "no chat completion"),
+        ('{"error": {"message": "overloaded"}}', 2, "an error .*overloaded"),
     ],
     ids=str,
 )
@@ -110,7 +111,7 @@ def test_a_fault_that_stays_gives_no_text_but_a_reason(
     first, second, third = open_client(**ONE_MORE, workers=1).ask(asked)
     assert (first.text, third.text) == ("about first [[8]]", "about third [[8]]")
     assert second.text is None
-    assert reason in second.error
+    assert re.search(reason, second.error)
 
 
 def test_a_failure_is_not_kept_so_that_the_next_run_asks_again(server, open_client):
@@ -296,6 +297,10 @@ def test_an_address_where_nobody_is_ends_it_with_one_sentence(server, open_clien
         ("Rather [[2]].</think> Rating: [[7]]", 7),
         ("Rating: [[7]] <think>or [[2]]</think>", 7),
         ("Rating: [[7]] <think>or [[2]]", 7),
+        ("[THINK]Rather [[2]].[/THINK]Rating: [[7]]", 7),
+        ("[Think] it is good: [[7]]", 7),
+        ("<seed:think>[[2]]</seed:think>[[7]]", 7),
+        ("<|channel|>analysis<|message|>[[2]]<|channel|>final<|message|>[[7]]", 7),
         ("<think>Rather [[2]]", None),
         ("<think>[[2]]</think> I cannot rate this.", None),
         ("I think so, <b>indeed</b>: [[7]]", 7),
@@ -375,6 +380,13 @@ def test_a_judge_is_named_by_the_environment(run: Run, monkeypatch):
     assert found is not None
     assert (found.base_url, found.model) == ("http://localhost:1/v1", "local")
     assert found.api_key == "secret"
+
+
+@pytest.mark.parametrize("key", ["sk-schlüssel", "two\nlines"])
+def test_a_key_that_cannot_be_sent_is_refused(run: Run, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(JudgeError, match="OPENAI_API_KEY holds other characters"):
+        judge.open_judge(run, "http://x/v1", "local")
 
 
 def test_an_address_without_a_model_is_refused(run: Run, monkeypatch):
