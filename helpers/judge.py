@@ -16,7 +16,7 @@ import re
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,17 +87,24 @@ class Judge:
             client = self.open_client()
             # the first request alone: a wrong address ends it before others wait for it
             answers[new[0]] = self.request(client, conversations[new[0]], first=True)
-            with ThreadPoolExecutor(self.workers) as pool:
-                futures = {
-                    pool.submit(self.request, client, conversations[n]): n
-                    for n in new[1:]
-                }
+            ended = threading.Event()
+
+            def ask_next(n: int) -> Reply | None:
+                if ended.is_set():
+                    return None
                 try:
-                    for future in as_completed(futures):
-                        answers[futures[future]] = future.result()
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
+                    return self.request(client, conversations[n])
+                except JudgeError:
+                    ended.set()
                     raise
+
+            with ThreadPoolExecutor(self.workers) as pool:
+                try:
+                    rest = pool.map(ask_next, new[1:])
+                    for n, reply in zip(new[1:], rest, strict=True):
+                        answers[n] = reply
+                finally:
+                    ended.set()
         return [reply or Reply(None, "not asked") for reply in answers]
 
     def open_client(self) -> Any:
