@@ -152,7 +152,8 @@ def annotate(
             a judge that returns log-probabilities (`alpaca_eval_gpt4` does not).
 
     Raises:
-        JudgeError: there is no `uv`, or the package stopped; its last line is told.
+        JudgeError: there is no `uv`, the judge refuses a request, or the package
+            stopped, after which its last line is told.
     """
     beside = Path(sys.executable).parent
     uv = shutil.which("uv", path=str(beside)) or shutil.which("uv")
@@ -191,7 +192,11 @@ def annotate(
             f"alpaca_eval stopped: {lines[-1][:300]} (more in {log}); a judge without "
             "log-probabilities needs --evaluator alpaca_eval_gpt4"
         )
-    return json.loads(found.read_text(encoding="utf-8"))
+    values = json.loads(found.read_text(encoding="utf-8"))
+    if "refusal" in values:
+        found.unlink()
+        raise JudgeError(values["refusal"])
+    return values
 
 
 def measure(

@@ -12,13 +12,15 @@
 """Annotates outputs with the package `alpaca_eval`; run by `alpaca.annotate`.
 
 It stands alone: `uv run --script` gives it the environment named above, newer versions
-of which the package of 2024 no longer works with, and none of ours.
+of which the package of 2024 no longer works with. Of ours it reads `replies.py`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +50,77 @@ def write_config(settings: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+def ask_with_care(model: str) -> None:
+    """Has the package ask and read a judge as `judge.Judge` does.
+
+    Refusals end the program with their sentence, options are sent as the server wants
+    them, and thoughts are cut out of an answer before it is read.
+    """
+    import openai
+    from openai.resources.chat.completions import Completions
+
+    spec = spec_from_file_location("replies", Path(__file__).with_name("replies.py"))
+    assert spec and spec.loader
+    replies = module_from_spec(spec)
+    spec.loader.exec_module(replies)
+    create = Completions.create
+    refused: list[Any] = []
+    ended: list[str] = []
+
+    @functools.wraps(create)
+    def careful(self: Any, **options: Any) -> Any:
+        if ended:
+            sys.exit(ended[0])
+        for error in refused:
+            options = replies.adapted(options, error) or options
+        while True:
+            try:
+                completion = create(self, **options)
+                break
+            except openai.APIStatusError as error:
+                other = replies.adapted(options, error)
+                if other is None:
+                    sentence = replies.refusal(error, self._client.base_url, model)
+                    if sentence:
+                        ended.append(sentence)
+                        sys.exit(sentence)  # which the package does not catch
+                    raise
+                options = other
+                refused.append(error)
+        for choice in completion.choices:
+            choice.message.content = replies.without_thoughts(choice.message.content)
+        return completion
+
+    Completions.create = careful  # type: ignore[method-assign]
+
+
+def count_wins(annotations: Any) -> dict[str, float]:
+    """Returns the package's win rate; ends the program where no verdict was read."""
+    import pandas
+    from alpaca_eval.metrics import get_winrate
+
+    if not any(pandas.notna(row["preference"]) for row in annotations):
+        sys.exit(
+            f"the judge gave no readable verdict in any of {len(annotations)} "
+            "judgments: take one that answers and keeps to the format; one without "
+            "log-probabilities needs --evaluator alpaca_eval_gpt4"
+        )
+    return get_winrate(annotations)
+
+
 def annotate(settings: dict[str, Any]) -> dict[str, Any]:
     """Returns the win rate, length-controlled too where that can be had, or why not."""
     import alpaca_eval
     import pandas
     from alpaca_eval.metrics import get_length_controlled_winrate
 
+    ask_with_care(settings["model"])
     outputs = Path(settings["outputs"])
     board, annotations = alpaca_eval.evaluate(
         model_outputs=outputs,
         reference_outputs=settings["reference"],
         annotators_config=write_config(settings, outputs.parent),
-        fn_metric="get_winrate",
+        fn_metric=count_wins,
         sort_by="win_rate",
         output_path=outputs.parent / "annotated",
         precomputed_leaderboard=None,
@@ -86,5 +147,9 @@ def annotate(settings: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    result = json.dumps(annotate(given), indent=1)
+    try:
+        values = annotate(given)
+    except SystemExit as end:
+        values = {"refusal": end.code}
+    result = json.dumps(values, indent=1)
     Path(given["result"]).write_text(result + "\n", encoding="utf-8")

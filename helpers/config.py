@@ -91,7 +91,22 @@ class EvaluationConfig(BaseModel):
     text_rows: int = Field(
         100, ge=1, description="held-out conversations answered for ROUGE, BLEU, ..."
     )
+    labels: list[str] | None = Field(
+        None, description="classes of held-out conversations; null = they are texts"
+    )
     minutes: float = Field(30.0, gt=0, description="warn when it would take longer")
+
+    @field_validator("labels")
+    @classmethod
+    def labels_differ(cls, value: list[str] | None) -> list[str] | None:
+        """Refuses labels that are none, or no names of different classes."""
+        names = [label.strip() for label in value or []]
+        if value is not None and (not all(names) or len({*names}) < max(1, len(names))):
+            raise ValueError(
+                "one or more different labels expected, none of them empty; null where "
+                "the held-out conversations are no classification"
+            )
+        return value
 
 
 class RunConfig(BaseModel):

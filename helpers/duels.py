@@ -21,6 +21,7 @@ from helpers.judge import (
     fill,
     open_judge,
     read_winner,
+    unreadable,
 )
 from helpers.pairs import count_wins, read_pairs
 from helpers.results import percent
@@ -110,10 +111,8 @@ def compare_models(
     data.write_rows(path, rows)
     found = {**count_wins([row["winner"] for row in rows]), "judge": judge.model}
     if found["missing"] == len(rows):
-        raise JudgeError(
-            f"the judge gave no readable verdict on any of {len(rows)} pairs: read "
-            f"what it wrote in {path}, and take a judge that keeps to the format"
-        )
+        texts = [text for row in rows for text in row["judgments"]]
+        raise unreadable("verdict", texts, path)
     add_result(home, models[1], path.stem, found)
     return found
 

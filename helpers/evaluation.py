@@ -137,32 +137,67 @@ def solve(subject: Subject, name: str, problems: list[Row]) -> dict[str, Any]:
 def answer_chats(subject: Subject, name: str, rows: list[Row]) -> dict[str, Any]:
     """Returns text metrics of answers to the first questions of conversations.
 
-    At most `evaluation.text_rows` of them, the first ones.
+    At most `evaluation.text_rows` of them, the first ones. Where `evaluation.labels`
+    are set, rates of classes instead, in `labels`.
     """
+    labels = subject.run.config.evaluation.labels
     asked = [
         {
             "id": row["id"],
             "prompt": data.first_question(row["messages"]),
             "question": data.questions_of(row["messages"])[0],
-            "reference": next(
-                m["content"] for m in row["messages"] if m["role"] == "assistant"
-            ),
+            "reference": first_answer(row),
         }
         for row in rows[: subject.run.config.evaluation.text_rows]
     ]
 
     def judge(text: str, row: Row) -> Row:
         texts = {name: row[name] for name in ("question", "reference")}
+        if labels:
+            return {**texts, "correct": metrics.same_label(text, row["reference"])}
         return {**texts, **metrics.score(text, row["reference"])}
 
     items = answer(subject, name, asked, judge)
     stopped = sum(item["stopped"] for item in items)
     return {
         "answers": len(items),
-        **metrics.summarise(items),
+        **({"labels": metrics.classify(items, labels)} if labels else {}),
+        **({} if labels else metrics.summarise(items)),
         "stop_rate": round(stopped / len(items), 4),
         "item_seconds": sum(item["seconds"] for item in items),
     }
+
+
+def first_answer(row: Row) -> str:
+    """Returns the assistant's first turn in a conversation."""
+    return next(m["content"] for m in row["messages"] if m["role"] == "assistant")
+
+
+def check_labels(config: RunConfig, sets: dict[str, list[Row]]) -> None:
+    """Refuses right answers that `evaluation.labels` do not name.
+
+    Args:
+        config: the run's.
+        sets: the rows of the conversations that are answered, by name.
+
+    Raises:
+        DataError: there is such an answer, or there are no conversations.
+    """
+    labels = {label.strip() for label in config.evaluation.labels or []}
+    if labels and not sets:
+        raise DataError(
+            "evaluation.labels name classes, but no held-out conversations are answered"
+            ": set data.test_share, or leave the labels out"
+        )
+    for name, rows in sets.items() if labels else ():
+        rest = [row for row in rows if first_answer(row).strip() not in labels]
+        if rest:
+            raise DataError(
+                f"{len(rest)} of {len(rows)} right answers of {name} are not among "
+                f"evaluation.labels, the first is {first_answer(rest[0])[:80]!r} (row "
+                f"{rest[0]['id']}): add the missing labels, or leave evaluation.labels "
+                "out if this is no classification"
+            )
 
 
 def response_loss(
@@ -258,6 +293,9 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
             f"run {config.name!r} holds no rows out to measure on: set data.eval_share "
             "or data.test_share (a part of the training rows), data.eval, or data.test"
         )
+    solved = [name for name in ("test", "test_new") if name in sets]
+    answered = data.answered(sets)
+    check_labels(config, {n: sets[n] for n in answered if n not in solved})
     started = time.perf_counter()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -268,9 +306,8 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
         "model_print": model_print(config, adapter),
     }
     now, in_all = 0.0, 0.0  # seconds of answering: in this call, and with former ones
-    solved = [name for name in ("test", "test_new") if name in sets]
     chats = [name for name in ("test_chat", "eval") if name in sets]
-    for name in data.answered(sets):
+    for name in answered:
         clock = time.perf_counter()
         found = (solve if name in solved else answer_chats)(subject, name, sets[name])
         in_all += found.pop("item_seconds")
@@ -301,8 +338,9 @@ def compare(run: Run, first: str, second: str) -> dict[str, Any]:
     """Returns how two evaluated models differ on the same items, set by set.
 
     Problems: for each verdict McNemar's test and the difference with its interval, and
-    where a gain comes from (`verdicts.gain`). Conversations: the mean difference of
-    each text metric. Writes it to the report's part `comparisons`.
+    where a gain comes from (`verdicts.gain`). Class labels: the test of right ones.
+    Conversations: the mean difference of each text metric. Writes it to the report's
+    part `comparisons`.
 
     Args:
         run: with both evaluated.
@@ -310,7 +348,7 @@ def compare(run: Run, first: str, second: str) -> dict[str, Any]:
         second: another.
 
     Raises:
-        DataError: they answered different rows.
+        DataError: they answered different rows, or one text and the other labels.
         MissingInput: a model has not been evaluated.
     """
     found: dict[str, Any] = {}
@@ -325,17 +363,25 @@ def compare(run: Run, first: str, second: str) -> dict[str, Any]:
                 f"{first} and {second} answered other questions of {name}: the data "
                 "changed between the evaluations; evaluate both again"
             )
-        problems = "correct" in a[0]
-        names = verdict_rules.VERDICTS if problems else metrics.OF_ITEMS
+        decided = "correct" in a[0]
+        if decided != ("correct" in b[0]):
+            raise DataError(
+                f"{first} and {second} answered {name} under other evaluation.labels: "
+                "evaluate both again"
+            )
+        known = verdict_rules.VERDICTS if decided else metrics.OF_ITEMS
         values = {
-            key: [(x[key], y[key]) for x, y in zip(a, b, strict=True)] for key in names
+            key: [(x[key], y[key]) for x, y in zip(a, b, strict=True)]
+            for key in known
+            if key in a[0]
         }
-        if problems:
+        if decided:
             found[name] = {
                 key: intervals.compare(*zip(*v, strict=True))
                 for key, v in values.items()
             }
-            found[name]["gain"] = verdict_rules.gain(a, b)
+            if "strict_match" in values:
+                found[name]["gain"] = verdict_rules.gain(a, b)
         else:
             found[name] = {
                 key: intervals.mean([y - x for x, y in v]) for key, v in values.items()

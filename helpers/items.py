@@ -18,6 +18,8 @@ from helpers.formats import Row
 from helpers.generation import Answer, Prompt
 from helpers.runs import fingerprint, write_text
 
+# of an item, without verdicts: those of former settings do not stay
+ANSWER = ("id", "prompt", "output", "tokens", "stopped", "seconds", "made_from")
 Generate = Callable[[list[Prompt]], Iterator[dict[int, Answer]]]
 
 
@@ -67,7 +69,8 @@ def answer_rows(
             os.fsync(file.fileno())
             started = time.perf_counter()
     items = [
-        {**done[key], **judge(done[key]["output"], row)}
+        {name: value for name, value in done[key].items() if name in ANSWER}
+        | judge(done[key]["output"], row)
         for key, row in zip(keys, rows, strict=True)
     ]
     write_rows(path, items)

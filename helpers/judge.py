@@ -9,15 +9,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import math
 import os
 import re
+import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from helpers import replies
 from helpers.formats import DataError, Messages, Row
 from helpers.runs import Run, open_run, write_json
 
@@ -42,12 +46,13 @@ class Reply(NamedTuple):
     error: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Judge:
     """A model behind an OpenAI-compatible address, whose answers are kept on disk.
 
     Greedy with at most 2,048 tokens, as FastChat asks its judges
-    (`fastchat/llm_judge/common.py`), unless `options` say otherwise.
+    (`fastchat/llm_judge/common.py`), unless `options` say otherwise or the server
+    refuses one of them (`replies.adapted`); what it takes instead is remembered.
     """
 
     model: str
@@ -64,60 +69,77 @@ class Judge:
     """Of 408, 409, 429 (after its Retry-After), 5xx, time-outs, cut connections and
     answers that are no completion; each wait is longer than the one before."""
     workers: int = 4
-    """Questions asked at the same time; lower it where the limit of rate is low."""
+    """Questions asked at the same time; lower it where the rate limit is low."""
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def ask(self, conversations: list[Messages]) -> list[Reply]:
         """Returns one reply a conversation, in their order.
 
         Raises:
-            JudgeError: the address, the key or the model's name is wrong, or the first
-                question finds nobody there.
+            JudgeError: the server refuses a request for good, or does not answer the
+                first one; replies until then are kept.
         """
+        while (path := self.place([])).exists():
+            self.options = json.loads(path.read_text(encoding="utf-8"))["options"]
+        answers = [self.recall(messages) for messages in conversations]
+        new = [n for n, reply in enumerate(answers) if reply is None]
+        if new:
+            client = self.open_client()
+            # the first request alone: a wrong address ends it before others wait for it
+            answers[new[0]] = self.request(client, conversations[new[0]], first=True)
+            ended = threading.Event()
+
+            def ask_next(n: int) -> Reply | None:
+                if ended.is_set():
+                    return None
+                try:
+                    return self.request(client, conversations[n])
+                except JudgeError:
+                    ended.set()
+                    raise
+
+            with ThreadPoolExecutor(self.workers) as pool:
+                try:
+                    rest = pool.map(ask_next, new[1:])
+                    for n, reply in zip(new[1:], rest, strict=True):
+                        answers[n] = reply
+                finally:
+                    ended.set()
+        return [reply or Reply(None, "not asked") for reply in answers]
+
+    def open_client(self) -> Any:
+        """Returns the `openai` client; it does not try again without credit."""
         import openai
 
-        replies = [self.recall(messages) for messages in conversations]
-        new = [n for n, reply in enumerate(replies) if reply is None]
-        if new:
-            client = openai.OpenAI(
-                base_url=self.base_url,
-                api_key=self.api_key,
-                timeout=self.timeout_s,
-                max_retries=self.retries,
-            )
-            # alone, so that a wrong address ends it before the rest wait for it too
-            replies[new[0]] = self.request(client, conversations[new[0]], first=True)
-            with ThreadPoolExecutor(self.workers) as pool:
-                asked = pool.map(
-                    lambda n: self.request(client, conversations[n]), new[1:]
-                )
-                for n, reply in zip(new[1:], asked, strict=True):
-                    replies[n] = reply
-        return [reply or Reply(None, "not asked") for reply in replies]
+        def end_without_credit(response: Any) -> None:
+            if response.status_code == 429:
+                response.read()
+                if replies.QUOTA.search(response.text):
+                    response.headers["x-should-retry"] = "false"
+
+        hooks = {"response": [end_without_credit]}
+        return openai.OpenAI(
+            base_url=self.base_url,
+            api_key=self.api_key,
+            timeout=self.timeout_s,
+            max_retries=self.retries,
+            http_client=openai.DefaultHttpxClient(event_hooks=hooks),
+        )
 
     def request(self, client: Any, messages: Messages, first: bool = False) -> Reply:
         """Returns the reply to one conversation and keeps it, unless it failed."""
         import openai
 
-        reply = Reply(None, "an answer that is no chat completion")
+        reason = "an answer that is no chat completion"
         for attempt in range(self.retries + 1):
             try:
-                completion = client.chat.completions.create(
-                    model=self.model, messages=messages, **self.options
-                )
+                completion = self.send(client, messages)
+                if error := getattr(completion, "error", None):  # with status 200
+                    reason = f"an error for an answer: {str(error)[:200]}"
                 choice = completion.choices[0]
                 text = choice.message.content
-            except (
-                openai.AuthenticationError,
-                openai.PermissionDeniedError,
-                openai.NotFoundError,
-            ) as error:
-                raise JudgeError(
-                    f"the judge at {client.base_url} refuses model {self.model!r}: "
-                    f"{str(error)[:200]}; check OPENAI_API_KEY, the address (most end "
-                    "in /v1) and the model's name"
-                ) from error
             except openai.APIConnectionError as error:
-                # after a time-out somebody is there, if slow
+                # a time-out means that the server exists
                 if first and not isinstance(error, openai.APITimeoutError):
                     raise JudgeError(
                         f"no judge answers at {client.base_url}: {error} "
@@ -126,25 +148,59 @@ class Judge:
                     ) from error
                 return Reply(None, str(error))
             except openai.APIStatusError as error:
+                if sentence := replies.refusal(error, client.base_url, self.model):
+                    raise JudgeError(sentence) from error
                 return Reply(None, f"status {error.status_code}")
             except (*MALFORMED, openai.APIError):
                 if attempt < self.retries:
                     time.sleep(min(0.5 * 2**attempt, 8))
                 continue
             if text:
-                write_json(self.place(messages), {"messages": messages, "text": text})
+                with self.lock:
+                    values = {"messages": messages, "text": text}
+                    write_json(self.place(messages), values)
                 return Reply(text)
             return Reply(None, f"empty answer, finished by {choice.finish_reason}")
-        return reply
+        return Reply(None, reason)
+
+    def send(self, client: Any, messages: Messages) -> Any:
+        """Returns a completion, by options that the server takes and that are kept."""
+        import openai
+
+        options = self.options
+        while True:
+            try:
+                completion = client.chat.completions.create(
+                    model=self.model, messages=messages, **options
+                )
+            except openai.APIStatusError as error:
+                other = replies.adapted(options, error)
+                if other is None:
+                    raise
+                options = other
+            else:
+                with self.lock:
+                    if options != self.options:
+                        write_json(self.place([]), {"options": options})
+                        self.options = options
+                        logging.getLogger(__name__).warning(
+                            "%s is asked with %s, as its server wants it",
+                            self.model,
+                            options,
+                        )
+                return completion
 
     def place(self, messages: Messages) -> Path:
-        """Returns the file of an answer, named by all that decides it."""
-        asked = [self.base_url, self.model, self.options, messages]
-        text = json.dumps(asked, sort_keys=True, ensure_ascii=False)
+        """Returns the file of an answer, named by everything that decides it.
+
+        Without messages it is the file of the options that the server takes instead.
+        """
+        values = [self.base_url, self.model, self.options, messages]
+        text = json.dumps(values, sort_keys=True, ensure_ascii=False)
         return self.cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
     def recall(self, messages: Messages) -> Reply | None:
-        """Returns an answer that an earlier run was given, None without one."""
+        """Returns the answer that an earlier run got, None without one."""
         path = self.place(messages)
         if not path.exists():
             return None
@@ -154,19 +210,23 @@ class Judge:
 def read_rating(text: str | None) -> float | None:
     """Returns the rating of 1 to 10 in a judgment, None where there is none.
 
-    FastChat's rule: the first `[[rating]]`, else the first `[rating]`. Spaces inside
+    The last `[[rating]]` outside thoughts, else the last `[rating]`: a judge that
+    changes its mind means the last one. FastChat takes the first of each. Spaces inside
     and `/10` are forgiven; a number off the scale is no rating.
 
     >>> read_rating("Clear and correct. Rating: [[8]]")
     8.0
+    >>> read_rating("[[2]] at first sight. Rating: [[7]]")
+    7.0
     >>> read_rating("Rating: [7.5]"), read_rating("**[[ 9/10 ]]**")
     (7.5, 9.0)
     >>> read_rating("Rating: 8") is read_rating("Rating: [[85]]") is read_rating(None)
     True
     """
+    spoken = replies.without_thoughts(text)
     for pattern in (rf"\[\[\s*{RATING}\s*\]\]", rf"\[\s*{RATING}\s*\]"):
-        if found := re.search(pattern, text or ""):
-            rating = float(found[1])
+        if ratings := re.findall(pattern, spoken):
+            rating = float(ratings[-1])
             return rating if 1 <= rating <= 10 else None
     return None
 
@@ -174,15 +234,34 @@ def read_rating(text: str | None) -> float | None:
 def read_winner(text: str | None) -> str | None:
     """Returns `first`, `second` or `tie` by `[[A]]`, `[[B]]`, `[[C]]`, None without.
 
-    A judgment that holds two different verdicts has none.
+    The last one outside thoughts, as with ratings; where its sentence holds another one
+    too, it decides nothing. FastChat takes the first letter that occurs.
 
-    >>> read_winner("Assistant B is more precise. [[B]]")
+    >>> read_winner("[[A]] at first sight. Assistant B is more precise: [[B]]")
     'second'
     >>> read_winner("[[A]] if A is better, [[B]] if B is: I cannot say.") is None
     True
     """
-    found = set(re.findall(r"\[\[([ABC])\]\]", text or ""))
-    return WINNERS[found.pop()] if len(found) == 1 else None
+    for sentence in reversed(re.split(r"[.!?\n]", replies.without_thoughts(text))):
+        if letters := set(re.findall(r"\[\[\s*([ABC])\s*\]\]", sentence)):
+            return WINNERS[letters.pop()] if len(letters) == 1 else None
+    return None
+
+
+def unreadable(kind: str, reasons: list[str], path: Path) -> JudgeError:
+    """Returns the error of a judge whose judgments all hold no verdict.
+
+    Args:
+        kind: `rating` or `verdict`.
+        reasons: of each judgment: an error, or what the judge wrote.
+        path: of the judgments.
+    """
+    reason, count = Counter(reasons).most_common(1)[0]
+    return JudgeError(
+        f"the judge gave no readable {kind} in any of {len(reasons)} judgments, "
+        f"{count} times {' '.join(reason.split())[-100:]!r}: read them in {path}, and "
+        "take a judge that answers and keeps to the format"
+    )
 
 
 def fill(prompt: Row, **fields: str) -> Messages:
@@ -281,7 +360,7 @@ def open_judge(run: Run, url: str | None, model: str | None) -> Judge | None:
     The key is `OPENAI_API_KEY`; a server of your own may need none.
 
     Raises:
-        JudgeError: an address without a model's name.
+        JudgeError: an address without a model's name, or a key that is none.
     """
     url = url or os.environ.get("OPENAI_BASE_URL")
     model = model or os.environ.get("TUNEBOOK_JUDGE")
@@ -289,5 +368,9 @@ def open_judge(run: Run, url: str | None, model: str | None) -> Judge | None:
         if url is None:
             return None
         raise JudgeError(f"which model judges at {url}? give --judge-model NAME")
-    key = os.environ.get("OPENAI_API_KEY", "none")
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+    if not key.isascii() or not key.isprintable():
+        raise JudgeError(
+            "OPENAI_API_KEY holds other characters than a key: copy it again"
+        )
     return Judge(model, run.path / "eval" / "judge", url, key)

@@ -139,6 +139,7 @@ KNOBS: dict[str, dict[str, Knob]] = {
             "evaluation: prompts of", choices=choices("evaluation__protocol")
         ),
         "evaluation__samples": Knob("answers for pass@k", int),
+        "evaluation__labels": Knob("evaluation: class labels", list, wide=True),
     },
     "Run": {
         "name": Knob("name"),

@@ -1,8 +1,7 @@
-"""Text metrics of answers against references, and rates of classes.
+"""Text metrics of answers against references, and rates of class labels.
 
-ROUGE is rouge-score's (Google's, with the Porter stemmer), BLEU and chrF are
-sacrebleu's with its defaults. ROUGE splits at everything but a-z and 0-9, so it is of
-no use for languages in other scripts; chrF is.
+ROUGE is rouge-score's (Google's), BLEU and chrF are sacrebleu's. Their own tokenizers
+read English; other scripts get one that can read them, and the result names it.
 """
 
 from __future__ import annotations
@@ -14,11 +13,39 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import regex
+
 from helpers import intervals
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 OF_ITEMS = (*ROUGE, "exact_match", "token_f1")
-MOST_LABELS, LABEL_WORDS = 20, 5
+# of scripts that write no spaces between words
+UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+# a character of these, else the letters, marks and digits between two others
+WORD = regex.compile(rf"(?={UNSPACED})\X|(?:(?!{UNSPACED})[\p{{L}}\p{{M}}\p{{Nd}}])+")
+CHARACTERS = 0.1  # share of such letters from which BLEU counts characters
+CLASS_RATES = ("precision", "recall", "f1")
+
+
+class Words:
+    """A tokenizer for rouge-score: words of any script.
+
+    ASCII is left to its own one, with the Porter stemmer. It drops everything else.
+    """
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self.english = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Returns the words of a text; the characters, where words have no spaces."""
+        if text.isascii():
+            return self.english.tokenize(text)
+        words: list[str] = []
+        for word in WORD.findall(text.lower()):
+            words += self.english.tokenize(word) if word.isascii() else [word]
+        return words
 
 
 @cache
@@ -26,20 +53,26 @@ def rouge_scorer() -> Any:
     """Returns rouge-score's scorer."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(list(ROUGE), use_stemmer=True)
+    return RougeScorer(list(ROUGE), tokenizer=Words())
 
 
 def score(output: str, reference: str) -> dict[str, float]:
     """Returns the metrics of one answer, each from 0 to 1; ROUGE is the F measure.
 
-    >>> found = score("The cat sat.", "a cat sat down")
-    >>> round(found["rouge1"], 3), found["exact_match"], round(found["token_f1"], 3)
+    >>> values = score("The cat sat.", "a cat sat down")
+    >>> round(values["rouge1"], 3), values["exact_match"], round(values["token_f1"], 3)
     (0.571, 0.0, 0.8)
+    >>> score("这只猫坐下了", "这只猫坐着")["rouge1"]
+    0.7273
     """
-    found = rouge_scorer().score(reference, output)
+    same = output.strip() == reference.strip()
+    if same and not reference.isascii():  # one word has no ROUGE-2, an emoji no word
+        return dict.fromkeys(OF_ITEMS, 1.0)
+    rouge = rouge_scorer().score(reference, output)
+    bare = normal(reference)
     return {
-        **{name: round(found[name].fmeasure, 4) for name in ROUGE},
-        "exact_match": float(normal(output) == normal(reference)),
+        **{name: round(rouge[name].fmeasure, 4) for name in ROUGE},
+        "exact_match": float(same or bool(bare) and normal(output) == bare),
         "token_f1": round(token_f1(output, reference), 4),
     }
 
@@ -59,91 +92,112 @@ def normal(text: str) -> str:
 def token_f1(output: str, reference: str) -> float:
     """Returns the harmonic mean of precision and recall over words, as SQuAD's.
 
-    Two texts without a word agree, as in its version 2 (arXiv:1806.03822).
+    Where words have no spaces, over characters. Two texts without a word agree if they
+    are the same.
     """
-    first, second = normal(output).split(), normal(reference).split()
+    first, second = (
+        [
+            part
+            for word in normal(text).split()
+            for part in (WORD.findall(word) if regex.search(UNSPACED, word) else [word])
+        ]
+        for text in (output, reference)
+    )
     if not first or not second:
-        return float(first == second)
+        return float(output.strip() == reference.strip())
     shared = sum((Counter(first) & Counter(second)).values())
     return 2 * shared / (len(first) + len(second))
 
 
 def summarise(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the metrics of a whole set; labels' too, where the references are such.
+    """Returns the text metrics of a whole set.
 
     Means of the items' own metrics come with a bootstrap interval. BLEU and chrF are
-    of the whole corpus, 0 to 100, with sacrebleu's signature.
+    of the whole corpus, 0 to 100. Each says how it was made in its signature.
 
     Args:
         items: `output`, `reference` and `score`'s metrics each.
     """
+    from importlib.metadata import version
+
     from sacrebleu.metrics import BLEU, CHRF
 
     outputs = [item["output"] for item in items]
     references = [item["reference"] for item in items]
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         name: intervals.mean([item[name] for item in items]) for name in OF_ITEMS
     }
-    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+    ascii_only = all(text.isascii() for text in references)
+    words = "default" if ascii_only else "default, words and characters of all scripts"
+    values["rouge"] = {
+        "signature": f"stemmer:porter|tok:{words}|version:{version('rouge-score')}"
+    }
+    # of other scripts also where no answer has the four words that BLEU counts up to
+    bleu = BLEU(tokenize=bleu_tokenizer(references), effective_order=not ascii_only)
+    for name, metric in (("bleu", bleu), ("chrf", CHRF())):
         value = metric.corpus_score(outputs, [references])
-        found[name] = {
+        values[name] = {
             "score": round(value.score, 2),
             "signature": str(metric.get_signature()),
         }
-    labels = find_labels(references)
-    if labels:
-        found["labels"] = classify(outputs, references, labels)
-    return found
+    return values
 
 
-def find_labels(references: Sequence[str]) -> list[str]:
-    """Returns the labels of a classification set, none where it is no such set.
+def bleu_tokenizer(references: Sequence[str]) -> str:
+    """Returns the name of sacrebleu's tokenizer that reads the references' script.
 
-    It is one when there are at most 20 different references, of at most five words,
-    each twice or more on average.
-
-    >>> find_labels(["Yes", "no", "yes.", "no"]), find_labels(["a cat", "a dog"])
-    (['no', 'yes'], [])
+    >>> [bleu_tokenizer([text]) for text in ("A cat.", "一只猫。", "ねこ")]
+    ['13a', 'zh', 'char']
     """
-    labels = sorted({normal(text) for text in references})
-    short = all(len(label.split()) <= LABEL_WORDS for label in labels)
-    few = 1 < len(labels) <= min(MOST_LABELS, len(references) // 2)
-    return labels if short and few else []
+    text = "".join(references)
+    letters = regex.findall(UNSPACED, text)
+    if len(letters) < max(1, CHARACTERS * len(regex.findall(r"\p{L}", text))):
+        return "13a"
+    return (
+        "zh" if all(regex.match(r"\p{Han}", letter) for letter in letters) else "char"
+    )
 
 
-def classify(
-    outputs: Sequence[str], references: Sequence[str], labels: list[str]
-) -> dict[str, Any]:
+def same_label(output: str, label: str) -> bool:
+    """Returns whether an answer is a label, as it is but for white space around it.
+
+    >>> same_label(" C++\\n", "C++"), same_label("c++", "C++"), same_label("C", "C++")
+    (True, False, False)
+    """
+    return output.strip() == label.strip()
+
+
+def classify(items: Sequence[dict[str, Any]], labels: list[str]) -> dict[str, Any]:
     """Returns accuracy and, for each class, precision, recall and F1.
 
-    An answer that is no label counts as wrong, and for no class.
+    An answer that is no label counts as wrong, and for no class. The macro F1 is over
+    the classes that occur, in references or answers.
 
     Args:
-        outputs: the answers.
-        references: the right labels.
-        labels: all of them, as `find_labels` returns them.
+        items: `output` and `reference` each, a label as `same_label` compares them.
+        labels: of all classes.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
-    right = [normal(text) for text in references]
-    said = [normal(text) for text in outputs]
-    columns = precision_recall_fscore_support(
-        right, said, labels=labels, zero_division=0.0
+    answers = [item["output"].strip() for item in items]
+    right = [item["reference"].strip() for item in items]
+    names = [label.strip() for label in labels]
+    table = precision_recall_fscore_support(
+        right, answers, labels=names, zero_division=0.0
     )
     classes = {
-        label: dict(
-            zip(
-                ("precision", "recall", "f1", "count"),
-                (*(round(float(number), 4) for number in numbers[:3]), int(numbers[3])),
-                strict=True,
-            )
-        )
-        for label, *numbers in zip(labels, *columns, strict=True)
+        name: {
+            **{k: round(float(v), 4) for k, v in zip(CLASS_RATES, rates, strict=True)},
+            "count": int(count),
+        }
+        for name, *rates, count in zip(names, *table, strict=True)
     }
-    hits = sum(a == b for a, b in zip(right, said, strict=True))
+    seen = {*right, *answers}
+    f1 = [rates["f1"] for name, rates in classes.items() if name in seen]
+    hits = sum(a == b for a, b in zip(right, answers, strict=True))
     return {
         "accuracy": intervals.proportion(hits, len(right)),
-        "macro_f1": round(sum(c["f1"] for c in classes.values()) / len(labels), 4),
-        "no_label": sum(text not in labels for text in said),
+        "macro_f1": round(sum(f1) / len(f1), 4),
+        "no_label": sum(answer not in names for answer in answers),
         "classes": classes,
     }

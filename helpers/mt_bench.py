@@ -195,7 +195,7 @@ def measure(
 
     Raises:
         DataError: FastChat's files are missing or not as they should be.
-        JudgeError: see `Judge.ask`.
+        JudgeError: see `Judge.ask`, or no rating at all could be read.
     """
     folder = find_data(folder)
     questions = judge.spread(read_questions(folder), limit)
@@ -205,7 +205,10 @@ def measure(
         if client is None:
             continue
         rows = rate(client, folder, questions, answers)
-        data.write_rows(run.path / "eval" / label / "mt_bench_judged.jsonl", rows)
+        path = run.path / "eval" / label / "mt_bench_judged.jsonl"
+        data.write_rows(path, rows)
+        if all(row["score"] is None for row in rows):
+            raise judge.unreadable("rating", [row["judgment"] for row in rows], path)
         parts[label] = {**summarise(rows), "judge": client.model}
         judge.add_result(run, label, "mt_bench", parts[label])
     if parts:

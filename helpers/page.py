@@ -21,7 +21,7 @@ from helpers.results import STAGES, Table
 from helpers.runs import MissingInput, Run, write_text
 
 EXAMPLES = 12
-JUDGED = ("alpaca_eval", "mt_bench")
+MEASURED = {*results.ACCURACIES, *results.ACCURACIES.values(), *results.TEXTS}
 
 
 @dataclass
@@ -78,7 +78,8 @@ def results_section(run: Run, report: dict[str, Any]) -> Section:
     """Returns the models' table and bars, every measured value in the details."""
     results.draw_results(report, run.path / "results.png")
     parts = results.evaluated(report).items()
-    shown = (results.results_table, results.rates_table, results.texts_table)
+    shown = [results.results_table, results.rates_table]
+    shown += [results.labels_table, results.texts_table]
     return Section(
         "Results",
         "The same held-out rows, prompts and decoding for every model; counts with "
@@ -139,15 +140,18 @@ def people_section(report: dict[str, Any]) -> Section:
 
 
 def judges_section(run: Run, report: dict[str, Any]) -> Section:
-    """Returns what judges said: AlpacaEval, MT-Bench, and pairs of models."""
+    """Returns each result of a model that its evaluation did not measure itself.
+
+    They are judges': AlpacaEval, MT-Bench and pairs of models, under whatever name.
+    """
     tables = [
-        (f"{STAGES.get(label, label)}: {name.replace('_', ' ')}", facts(found))
+        (f"{STAGES.get(label, label)}: {name.replace('_', ' ')}", facts(values))
         for label, part in report.get("eval", {}).items()
-        for name, found in part.items()
-        if name in JUDGED or "_against_" in name
+        for name, values in part.items()
+        if isinstance(values, dict) and name not in MEASURED
     ]
-    found = pictures(run.path / "eval", "judged")
-    return Section("Judged by a model", tables=tables, pictures=found)
+    drawn = pictures(run.path / "eval", "judged")
+    return Section("Judged by a model", tables=tables, pictures=drawn)
 
 
 def data_section(report: dict[str, Any]) -> Section:

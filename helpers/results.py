@@ -158,6 +158,25 @@ def texts_table(report: dict[str, Any]) -> Table:
     return Table(["model", "set", *METRICS.values(), "BLEU", "chrF"], rows)
 
 
+def labels_table(report: dict[str, Any]) -> Table:
+    """Returns accuracy and macro F1 of each model on held-out class labels."""
+    rows = []
+    for label, part in evaluated(report).items():
+        for key, name in TEXTS.items():
+            if rates := part.get(key, {}).get("labels"):
+                shares = [percent(rates["accuracy"]), f"{rates['macro_f1']:.3f}"]
+                missed = str(rates["no_label"])
+                rows.append([STAGES.get(label, label), name, *shares, missed])
+    header = [
+        "model",
+        "set",
+        "right labels [95 %]",
+        "macro F1",
+        "answers without label",
+    ]
+    return Table(header, rows)
+
+
 def draw_results(report: dict[str, Any], path: Path) -> Figure:
     """Draws the models side by side, one group of bars a held-out set; saves it too.
 

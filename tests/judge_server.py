@@ -34,11 +34,13 @@ def completion(text: str | None) -> dict[str, Any]:
 class JudgeServer:
     """Answers `/v1/chat/completions`; a context manager.
 
-    Faults are worked off first, one a request: a status, `(status, headers)`, a body,
-    `cut` (the connection, amid the body), or seconds to wait before the answer.
+    The answer to a request is a text, or `(status, error)`, an error as OpenAI's
+    protocol has it. Faults are worked off first, one a request: a status,
+    `(status, headers)`, a body, `cut` (the connection, amid the body), or seconds to
+    wait before the answer.
     """
 
-    def __init__(self, answer: Callable[[Request], str | None]) -> None:
+    def __init__(self, answer: Callable[[Request], Any]) -> None:
         self.answer = answer
         self.faults: list[Any] = []
         self.always: Any = None
@@ -84,8 +86,11 @@ class JudgeServer:
             return self.send(handler, status, b'{"error": {"message": "oh"}}', headers)
         if isinstance(fault, float):
             time.sleep(fault)
-        body = json.dumps(completion(self.answer(request)))
-        return self.send(handler, 200, body.encode())
+        answer = self.answer(request)
+        if isinstance(answer, tuple):
+            status, error = answer
+            return self.send(handler, status, json.dumps({"error": error}).encode())
+        return self.send(handler, 200, json.dumps(completion(answer)).encode())
 
     @staticmethod
     def send(

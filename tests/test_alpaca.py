@@ -234,5 +234,40 @@ def test_a_judge_that_the_evaluator_cannot_read_is_told_what_to_do(
     server.answer = lambda request: "I like the first."
     path = write(tmp_path / "out" / "model_outputs.json", outputs("mine"))
     client = Judge("local", tmp_path / "cache", server.url, retries=0)
-    with pytest.raises(JudgeError, match="stopped: .*--evaluator alpaca_eval_gpt4"):
+    reason = "no readable verdict in any of 4 judgments: .*--evaluator alpaca_eval_gpt4"
+    with pytest.raises(JudgeError, match=reason):
         annotate(path, reference, client)
+
+
+@pytest.mark.network
+def test_a_refusal_ends_the_package_with_its_sentence_at_a_later_question(
+    reference, tmp_path, server
+):
+    def answer(request: dict[str, Any]) -> Any:
+        if "max_tokens" in request:
+            return 400, {"message": "Use 'max_completion_tokens' instead."}
+        asked.append(request)
+        return "m" if len(asked) < 3 else (402, {"message": "Payment required."})
+
+    asked: list[Any] = []
+    server.answer = answer
+    path = write(tmp_path / "out" / "model_outputs.json", outputs("mine"))
+    client = Judge("local", tmp_path / "cache", server.url, workers=1)
+    with pytest.raises(
+        JudgeError, match=r"status 402 \(Payment required\): add credit"
+    ):
+        annotate(path, reference, client)
+    assert (len(asked), len(server.requests)) == (3, 4)
+    assert asked[0]["max_completion_tokens"] == 1
+
+
+@pytest.mark.network
+def test_the_package_reads_what_follows_the_thoughts(reference, tmp_path, server):
+    ranks = '[{"model": "model_1", "rank": %d}, {"model": "model_2", "rank": %d}]'
+    server.answer = lambda request: f"<think>{ranks % (2, 1)}</think>{ranks % (1, 2)}"
+    path = write(tmp_path / "out" / "model_outputs.json", outputs("mine"))
+    client = Judge("local", tmp_path / "cache", server.url)
+    found = annotate(path, reference, client, "alpaca_eval_gpt4")
+    assert (found["n_total"], found["missing"]) == (4, 0)
+    texts = [file.read_text() for file in (tmp_path / "out").rglob("*.json")]
+    assert not any("<think>" in text for text in texts)

@@ -128,7 +128,10 @@ def test_two_runs_are_judged_against_each_other(run_factory, client, prompts):
 def test_without_any_verdict_nothing_is_reported(run, client, server, prompts):
     server.answer = lambda request: "Hm."
     write_answers(run, {"base": ["a"], "sft": ["b"]})
-    with pytest.raises(JudgeError, match="no readable verdict on any of 1 pairs: read"):
+    with pytest.raises(
+        JudgeError,
+        match="no readable verdict in any of 2 judgments, 2 times 'Hm.': read",
+    ):
         duels.compare_models(run, client, prompts, ("base", "sft"), "test_chat")
     assert "eval" not in run.report()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers import data, evaluation, intervals, metrics, models, verdicts
+from helpers import data, evaluation, intervals, metrics, models, results, verdicts
 from helpers.config import ConfigError
 from helpers.runs import Run
 
@@ -154,6 +155,93 @@ def test_held_out_conversations_get_text_metrics(
     assert part["answers"] == len(items)
     assert part["rougeL"] == intervals.mean([item["rougeL"] for item in items])
     assert set(metrics.OF_ITEMS) | {"bleu", "chrf", "loss", "perplexity"} <= set(part)
+
+
+@pytest.fixture
+def labelled(run_factory: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
+    """A run on a prepared classification set with the labels that are passed."""
+    from helpers.runs import write_text
+
+    rows = [
+        {"prompt": f"Which language has {n} fans?", "completion": "C" + "+" * (n % 3)}
+        for n in range(30)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    write_text(tmp_path / "labels.jsonl", lines)
+
+    def prepare(labels: list[str] | None) -> Run:
+        source = {"data__train": [str(tmp_path / "labels.jsonl")]}
+        run = run_factory(**CHATS | source, evaluation__labels=labels)
+        data.prepare(run)
+        return run
+
+    return prepare
+
+
+def test_labels_that_the_config_names_are_counted_as_they_are(
+    labelled: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from helpers import generation
+    from helpers.generation import Answer
+
+    def answer(model: Any, tokenizer: Any, prompts: list[Any], **_: Any) -> Any:
+        # "C" is right for a third; SQuAD's normaliser would take it for all
+        if prompts:
+            yield {n: Answer(" C\n", 2, True) for n in range(len(prompts))}
+
+    monkeypatch.setattr(generation, "generate_batches", answer)
+    run = labelled(["C", "C+", "C++"])
+    part = evaluation.evaluate(run, "base")["test_chat"]
+    items = data.read_rows(run.path / "eval" / "base" / "test_chat.jsonl")
+    right = [item["reference"] == "C" for item in items]
+    assert [item["correct"] for item in items] == right
+    assert 0 < sum(right) < len(right)
+    assert part["labels"]["accuracy"] == intervals.proportion(sum(right), len(right))
+    assert part["labels"]["classes"]["C"]["recall"] == 1.0
+    assert part["loss"] > 0
+    assert "rougeL" not in part and "bleu" not in part
+    (row,) = results.labels_table(run.report()).rows
+    assert row[:2] == ["base", "test_chat"] and row[4] == "0"
+    evaluation.evaluate(run, "mine")
+    compared = evaluation.compare(run, "base", "mine")["test_chat"]
+    assert list(compared) == ["correct"] and compared["correct"]["difference"] == 0
+    other = labelled(None)
+    evaluation.evaluate(other, "mine")
+    with pytest.raises(data.DataError, match="under other evaluation.labels: evaluate"):
+        evaluation.compare(other, "base", "mine")
+
+
+def test_a_set_is_no_classification_unless_the_config_says_so(
+    labelled: Callable[..., Run],
+) -> None:
+    part = evaluation.evaluate(labelled(None), "base")["test_chat"]
+    assert "labels" not in part and "rougeL" in part
+
+
+def test_a_right_answer_that_is_no_label_is_refused_before_the_model_is_loaded(
+    labelled: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_model", None)
+    reason = r"of \d right answers of test_chat are not among .*'C\+.*' \(row .*add the"
+    with pytest.raises(data.DataError, match=reason):
+        evaluation.evaluate(labelled(["C", "c+"]), "base")
+
+
+def test_labels_without_conversations_to_answer_are_refused(
+    run_factory: Callable[..., Run],
+) -> None:
+    run = run_factory(**PROBLEMS, data__test_rows=1, evaluation__labels=["a", "b"])
+    data.prepare(run)
+    with pytest.raises(data.DataError, match="no held-out conversations are answered"):
+        evaluation.evaluate(run, "base")
+
+
+@pytest.mark.parametrize("labels", [[], [""], ["a", " "], ["a", "a "]])
+def test_labels_that_name_no_classes_are_refused(
+    run_factory: Callable[..., Run], labels: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match="evaluation.labels: one or more different"):
+        run_factory(**CHATS, evaluation__labels=labels)
 
 
 def test_what_judges_said_is_kept_until_the_model_changes(

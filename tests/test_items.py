@@ -55,6 +55,14 @@ def test_items_stand_in_the_rows_order_with_their_verdicts(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [tmp_path / "a.jsonl"]
 
 
+def test_a_verdict_by_other_rules_replaces_the_former_one(tmp_path: Path) -> None:
+    path, answering = tmp_path / "a.jsonl", Answering()
+    answer_rows(path, ROWS, "s", answering, judge)
+    items = answer_rows(path, ROWS, "s", answering, lambda text, row: {"rougeL": 1.0})
+    assert len(answering.asked) == len(ROWS)
+    assert all("rougeL" in item and "correct" not in item for item in items)
+
+
 def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     path, again = tmp_path / "a.jsonl", Answering()
     with pytest.raises(KeyboardInterrupt):

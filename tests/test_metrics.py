@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from helpers import metrics
@@ -52,7 +54,10 @@ def test_bleu_is_that_of_the_corpus_and_says_how_it_was_made():
         ("The cat.", "a CAT", 1.0),
         ("cat cat", "cat", 2 / 3),
         ("dog", "cat", 0.0),
-        ("", "the", 1.0),
+        ("", "the", 0.0),
+        ("the", "a", 0.0),
+        ("!", "?", 0.0),
+        (" ... ", "...", 1.0),
         ("", "cat", 0.0),
     ],
 )
@@ -60,37 +65,158 @@ def test_token_f1_is_that_of_squad(output, reference, f1):
     assert metrics.token_f1(output, reference) == pytest.approx(f1)
 
 
+@pytest.mark.parametrize(
+    ("output", "reference", "match"),
+    [("", "A", 0.0), ("the", "An", 0.0), ("!", "?", 0.0), ("- ", " -", 1.0)],
+)
+def test_texts_without_a_word_match_where_they_are_equal(output, reference, match):
+    values = metrics.score(output, reference)
+    assert (values["exact_match"], values["token_f1"]) == (match, match)
+
+
+SCRIPTS = {
+    "Chinese": "今天的天气很好，我们去公园。",
+    "Japanese": "ねこが古い塀の上にすわっている。",
+    "Korean": "고양이가 낡은 담 위에 앉아 있다.",
+    "Thai": "แมวนั่งอยู่บนกำแพงเก่า",
+    "Khmer": "ឆ្មាអង្គុយលើជញ្ជាំង",
+    "Hindi": "बिल्ली पुरानी दीवार पर बैठी है।",
+    "Arabic": "القط يجلس على الجدار القديم",
+    "Hebrew": "החתול יושב על הקיר הישן",
+    "Russian": "Кот сидит на старой стене.",
+    "Greek": "Η γάτα κάθεται στον παλιό τοίχο.",
+    "German": "Die Mäuse fräßen größere Nüsse.",
+    "mixed": "Python 是一种编程语言 (version 3)",
+    "one word": "кот",
+    "one letter": "é",
+    "one character": "猫",
+    "emoji": "🙂",
+}
+
+
+@pytest.mark.parametrize("text", SCRIPTS.values(), ids=SCRIPTS)
+def test_a_text_of_any_script_against_itself_has_the_highest_metrics(text):
+    values = metrics.summarise(scored(*[(text, text)] * 2))
+    assert all(values[name]["mean"] == 1.0 for name in metrics.OF_ITEMS)
+    assert (values["bleu"]["score"], values["chrf"]["score"]) == (100.0, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("output", "reference", "other"),
+    [
+        ("今天天气很好", "今天天气不好", "昨晚下雨"),
+        ("กขคงจฉ", "กขคงจช", "ดตถท"),
+        ("кот сидит дома", "кот сидит там", "снег идёт"),
+        ("answer: 猫", "answer: 猫和狗", "狐"),
+        ("größer ist besser", "größer ist gut", "kleine Mäuse"),
+    ],
+)
+def test_what_texts_of_any_script_share_counts_and_the_rest_does_not(
+    output, reference, other
+):
+    for name in ("rouge1", "token_f1"):
+        assert 0 < metrics.score(output, reference)[name] < 1
+        assert metrics.score(other, reference)[name] == 0
+
+
+def test_a_difference_in_another_script_than_the_rest_is_seen():
+    assert metrics.score("The word is 猫", "The word is 狗")["rouge1"] == 0.75
+
+
+def test_words_with_marks_are_whole():
+    assert metrics.Words().tokenize("हिन्दी naïve 10² don't") == [
+        *("हिन्दी", "naïve", "10", "don", "t")
+    ]
+
+
+def test_the_metrics_of_english_are_those_of_the_packages():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    words = (
+        "The cats' sitting, mats_2 running don't 3.50 easily; (nothing) state-of-art"
+    )
+    draw = random.Random(0)
+    theirs = RougeScorer(list(metrics.ROUGE), use_stemmer=True)
+    for _ in range(50):
+        output, reference = (
+            " ".join(draw.choices(words.split(), k=draw.randint(1, 8))) for _ in "12"
+        )
+        expected = theirs.score(reference, output)
+        values = metrics.score(output, reference)
+        for name in metrics.ROUGE:
+            assert values[name] == round(expected[name].fmeasure, 4)
+
+
+@pytest.mark.parametrize(
+    ("references", "tokenizer", "effective"),
+    [
+        (["A cat."], "13a", "no"),
+        (["Кот сидит."], "13a", "yes"),
+        (["今天很好。", "A cat."], "zh", "yes"),
+        (["ねこと犬"], "char", "yes"),
+        (["แมว"], "char", "yes"),
+        (["The word 猫 stands for a cat in both of these languages."], "13a", "yes"),
+    ],
+)
+def test_the_result_names_the_tokenizer_of_the_script(references, tokenizer, effective):
+    values = metrics.summarise(scored(*((text, text) for text in references)))
+    assert f"eff:{effective}|tok:{tokenizer}|" in values["bleu"]["signature"]
+    english = "|tok:default|" in values["rouge"]["signature"]
+    assert english == (effective == "no")
+
+
+def labelled(*pairs: tuple[str, str]) -> list[dict[str, str]]:
+    """Items of outputs and references."""
+    return [{"output": o, "reference": r} for o, r in pairs]
+
+
 def test_classes_get_accuracy_precision_recall_and_f1():
     references = ["positive", "positive", "positive", "negative", "negative"]
-    outputs = ["Positive.", "negative", "I like it", "negative", "positive"]
-    labels = metrics.find_labels(references)
-    found = metrics.classify(outputs, references, labels)
-    assert found["accuracy"] == proportion(2, 5)
-    assert found["classes"]["positive"] == {
+    outputs = [" positive\n", "negative", "I like it", "negative", "positive"]
+    items = labelled(*zip(outputs, references, strict=True))
+    rates = metrics.classify(items, ["negative", "positive"])
+    assert rates["accuracy"] == proportion(2, 5)
+    assert rates["classes"]["positive"] == {
         "precision": 0.5,
         "recall": 0.3333,
         "f1": 0.4,
         "count": 3,
     }
-    assert found["classes"]["negative"]["f1"] == 0.5
-    assert (found["macro_f1"], found["no_label"]) == (0.45, 1)
-
-
-def test_the_labels_of_a_set_are_reported_with_its_texts():
-    found = metrics.summarise(
-        scored(("yes", "yes"), ("no", "yes"), ("no", "no"), ("", "no"))
-    )
-    assert found["labels"]["accuracy"] == proportion(2, 4)
-    assert set(found["labels"]["classes"]) == {"yes", "no"}
+    assert rates["classes"]["negative"]["f1"] == 0.5
+    assert (rates["macro_f1"], rates["no_label"]) == (0.45, 1)
 
 
 @pytest.mark.parametrize(
-    "references",
+    ("output", "label"),
     [
-        ["a long answer about some thing or other"] * 4 + ["no"] * 4,
-        ["yes"] * 8,
-        [f"answer {n}" for n in range(8)],
+        ("", "A"),
+        ("the", "A"),
+        ("-1", "1"),
+        ("1.0", "10"),
+        ("C", "C++"),
+        ("C#", "C"),
+        ("yes", "Yes"),
+        ("Yes.", "Yes"),
+        ("a cat", "cat"),
+        ("是", "否"),
     ],
 )
-def test_other_sets_have_no_labels(references):
-    assert metrics.find_labels(references) == []
+def test_a_label_is_compared_as_it_is(output, label):
+    assert not metrics.same_label(output, label)
+    assert metrics.same_label(f"\n {label} ", label)
+    rates = metrics.classify(labelled((output, label)), [label, "other"])
+    assert (rates["accuracy"]["k"], rates["no_label"]) == (0, 1)
+
+
+def test_labels_may_have_any_name():
+    names = ["accuracy", "macro avg", "0", "-0", "C++"]
+    rates = metrics.classify(labelled(*zip(names, names, strict=True)), names)
+    assert (rates["accuracy"]["k"], rates["macro_f1"]) == (5, 1.0)
+    assert list(rates["classes"]) == names
+
+
+def test_a_class_that_occurs_nowhere_does_not_lower_the_macro_f1():
+    rates = metrics.classify(labelled(("a", "a"), ("b", "b")), ["a", "b", "c"])
+    assert rates["macro_f1"] == 1.0
+    rates = metrics.classify(labelled(("c", "a"), ("b", "b")), ["a", "b", "c"])
+    assert rates["macro_f1"] == 0.3333

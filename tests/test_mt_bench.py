@@ -350,6 +350,31 @@ def test_a_judge_that_refuses_ends_the_command_with_one_sentence(
         mt_bench.main([run.config.name, *options, *named])
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("I would rather not.", "6 times 'I would rather not.'"),
+        ("<think>Rating: [[4]]", "6 times"),
+        ((500, {"message": "down"}), "6 times 'no answer: status 500'"),
+    ],
+    ids=str,
+)
+def test_a_judge_that_is_never_read_fails_the_command_with_count_and_reason(
+    run: Run, folder: Path, server, capsys, answer, reason
+):
+    server.answer = lambda request: answer
+    found = f"no readable rating in any of 6 judgments, {reason}"
+    with pytest.raises(SystemExit, match=found) as caught:
+        mt_bench.main(
+            [run.config.name, *"--models base --max-new-tokens 4 --data".split()]
+            + [str(folder), "--judge", server.url, "--judge-model", "local"]
+        )
+    assert isinstance(caught.value.code, str)  # which Python ends with status 1
+    assert capsys.readouterr().out == ""
+    assert "eval" not in run.report()
+    assert (run.path / "eval" / "base" / "mt_bench_judged.jsonl").exists()
+
+
 def test_a_folder_without_the_files_is_refused_by_their_names(tmp_path: Path):
     with pytest.raises(DataError, match="lacks judge_prompts.jsonl, mt_bench/question"):
         fastchat.find_data(tmp_path)

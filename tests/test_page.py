@@ -190,12 +190,21 @@ def test_what_judges_said_is_on_the_page_with_its_picture(run):
     assert 'alt="judged: mt bench"' in text
 
 
-def test_a_run_that_was_judged_and_not_evaluated_has_a_page(runs_home):
+@pytest.mark.parametrize("name", ["alpaca_eval", "alpaca_eval_90", "a_later_bench"])
+def test_a_run_that_was_judged_and_not_evaluated_has_a_page(runs_home, name):
     run = runs.save_run(recipes.load("smoke"))
-    run.write_part("eval", {"base": {"alpaca_eval": {"win_rate": 12.5}}})
+    run.write_part("eval", {"base": {name: {"win_rate": 12.5}}})
     text = page.write(run).read_text(encoding="utf-8")
     assert titles(text) == ["Judged by a model"]
-    assert "12.5" in text
+    assert f"base: {name.replace('_', ' ')}" in text and "12.5" in text
+
+
+def test_what_an_evaluation_measured_is_not_taken_for_a_judges(run):
+    part = run.report()["eval"]
+    measured = dict.fromkeys(("test", "test_new", "test_chat", "eval_text"), {})
+    part["sft"] |= measured | {"accuracy_new": proportion(1, 2)}
+    run.write_part("eval", part)
+    assert "Judged by a model" not in titles(page.write(run).read_text("utf-8"))
 
 
 def test_a_run_that_is_only_prepared_has_a_page_of_its_data(runs_home):

@@ -109,6 +109,18 @@ def test_text_metrics_have_their_intervals(chats):
     assert float(shown["chrF"]) > 0
 
 
+def test_rates_of_labels_have_a_table_of_their_own(chats):
+    from helpers import metrics
+
+    items = [{"output": o, "reference": "a"} for o in ("a", "b", "so: a")]
+    rates = metrics.classify(items, ["a", "b"])
+    chats["eval"]["sft"]["test_chat"] = {"loss": 1.0, "labels": rates}
+    table = results.labels_table(chats)
+    share = results.percent(rates["accuracy"])
+    assert table.rows == [["after SFT", "test_chat", share, "0.250", "1"]]
+    assert results.texts_table(chats).rows == []
+
+
 def test_a_run_without_problems_has_no_rates(chats):
     assert results.rates_table(chats).rows == []
 
