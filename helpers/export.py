@@ -171,7 +171,8 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
 
     Writes `export/adapter` and `export/merged`. Both are loaded again from disk and
     answer held-out prompts greedily; `greedy_agreement` is the share of answers that
-    equal the trained model's, letter for letter. `plain` says the same of the files
+    equal the trained model's, letter for letter, `reloaded` how far their logits are
+    from it (`models.compare_saved`). `plain` says the same of the files
     in plain transformers, see `compare_plain`.
 
     Args:
@@ -191,6 +192,7 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
     folder = run.path / "export"
     folder.mkdir(exist_ok=True)
     options = models.options(config)
+    bits, half = models.resolve_weights(config.weights), models.half_of(config)
     asked, gold = held_out_prompts(run, prompts)
 
     def answer(model: PreTrainedModel, tokenizer: Any) -> list[Answer]:
@@ -223,6 +225,7 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
     part["adapter"] = {
         "path": str(folder / "adapter"),
         "greedy_agreement": agreement(expected, answer(model, tokenizer)),
+        "reloaded": models.compare_saved(model, trained, half, bits),
     }
     del model
     runtime.free_memory()
@@ -235,6 +238,7 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
     part["merged"] = {
         "path": str(folder / "merged"),
         "greedy_agreement": agreement(expected, merged_answers),
+        "reloaded": models.compare_saved(model, trained, half, bits),
     }
     if gold:
         part["trained"]["right"] = count_right(expected, gold)
@@ -242,9 +246,8 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
     del model
     runtime.free_memory()
     # the adapter was trained on the weights as they were loaded
-    bits = models.resolve_weights(config.weights)
-    half = runtime.choose_dtype(runtime.find_machine(), config.dtype)[0]
-    quantised = models.quantization(bits, half, config.double_quant)
+    arithmetic = runtime.choose_dtype(runtime.find_machine(), config.dtype)[0]
+    quantised = models.quantization(bits, arithmetic, config.double_quant)
     values = quantised and quantised.to_diff_dict()
     values = values and {k: v for k, v in values.items() if not k.startswith("_")}
     folders = {folder / "adapter": values, folder / "merged": None}

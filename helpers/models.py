@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Engine = Literal["unsloth", "transformers"]
 CAUSAL = "CAUSAL_LM"
 WITNESS = "trained_logits.npz"
-# of the largest logit, by what autocast computes in
-TOLERANCE = {"32bit": 1e-4, "16bit": 2e-2}
+# of the largest logit, by what is computed in
+TOLERANCE = {"float32": 1e-4, "half": 2e-2, "8bit": 0.1}
 # bytes a weight, with what loading needs beside the weights
 WEIGHT_BYTES = {"4bit": 0.6, "8bit": 1.1, "16bit": 2.1}
 
@@ -72,6 +72,14 @@ def options(config: RunConfig) -> dict[str, Any]:
     names = ["engine", "weights", "double_quant", "dtype", "max_length"]
     names += ["template", "pad_token"]
     return {name: getattr(config, name) for name in names}
+
+
+def half_of(config: RunConfig) -> Any:
+    """Returns the dtype that a run's training autocasts to, None on a CPU."""
+    machine = runtime.find_machine()
+    if machine.device == "cpu":
+        return None
+    return runtime.choose_dtype(machine, config.dtype)[0]
 
 
 def load_tokenizer(
@@ -578,7 +586,7 @@ def make_plain(folder: Path, initial: dict[str, Tensor]) -> None:
 
 
 def compare_saved(
-    model: PreTrainedModel, folder: Path, half: Any = None
+    model: PreTrainedModel, folder: Path, half: Any = None, bits: str = "16bit"
 ) -> dict[str, float] | None:
     """Returns how far a reloaded adapter's logits are from the trained model's.
 
@@ -586,9 +594,10 @@ def compare_saved(
     where the folder holds no logits of the trained model.
 
     Args:
-        model: the base with the adapter on it, loaded anew.
-        folder: of the adapter, from `save_adapter` with a witness.
+        model: the base with the adapter on it, or merged, loaded anew.
+        folder: of the trained adapter, from `save_adapter` with a witness.
         half: as in the witness.
+        bits: of the weights in training; in 8 bit activations are rounded too.
 
     Raises:
         ModelError: they differ by more than arithmetic explains.
@@ -603,7 +612,8 @@ def compare_saved(
     reloaded = last_logits(model, ids, half)
     largest = trained.abs().max().item()
     difference = (reloaded - trained).abs().max().item()
-    if not difference <= TOLERANCE["16bit" if half else "32bit"] * largest:
+    name = "8bit" if bits == "8bit" else "half" if half else "float32"
+    if not difference <= TOLERANCE[name] * largest:
         raise ModelError(
             f"the adapter at {folder}, loaded again, does not compute what was "
             f"trained: logits of up to {largest:.3g} differ by up to {difference:.3g}. "

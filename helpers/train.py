@@ -277,14 +277,6 @@ def fit(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
     return part
 
 
-def half_of(config: RunConfig) -> Any:
-    """Returns the dtype that a run's training autocasts to, None on a CPU."""
-    machine = runtime.find_machine()
-    if machine.device == "cpu":
-        return None
-    return runtime.choose_dtype(machine, config.dtype)[0]
-
-
 def find_witness(run: Run, tokenizer: PreTrainedTokenizerBase) -> models.Witness:
     """Returns the starts of the first few training rows, cut to the same length."""
     import torch
@@ -300,7 +292,9 @@ def find_witness(run: Run, tokenizer: PreTrainedTokenizerBase) -> models.Witness
     ]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     length = min(WITNESS_TOKENS, *map(len, ids))
-    return models.Witness(torch.tensor([i[:length] for i in ids]), half_of(run.config))
+    return models.Witness(
+        torch.tensor([i[:length] for i in ids]), models.half_of(run.config)
+    )
 
 
 def compare_reloaded(run: Run, adapter: Path) -> dict[str, float] | None:
@@ -318,7 +312,8 @@ def compare_reloaded(run: Run, adapter: Path) -> dict[str, float] | None:
         model, _ = models.load_model(
             config.model, adapter=adapter, **models.options(config)
         )
-        return models.compare_saved(model, adapter, half_of(config))
+        bits = models.resolve_weights(config.weights)
+        return models.compare_saved(model, adapter, models.half_of(config), bits)
     except (MemoryError, torch.OutOfMemoryError):
         return None
     finally:

@@ -16,7 +16,7 @@ from helpers.hub import ModelError
 from helpers.runs import MissingInput, Run
 
 
-@pytest.mark.parametrize("weights", ["16bit", "4bit"])
+@pytest.mark.parametrize("weights", ["16bit", "4bit", "8bit"])
 def test_adapter_and_merged_model_answer_as_trained(
     run_factory: Callable[..., Run], weights: str
 ) -> None:
@@ -32,6 +32,10 @@ def test_adapter_and_merged_model_answer_as_trained(
     part = export.export(run, "sft", prompts=6)
     assert part["adapter"]["greedy_agreement"] == 1.0
     assert part["merged"]["greedy_agreement"] == 1.0
+    for name in ("adapter", "merged"):
+        reloaded = part[name]["reloaded"]
+        limit = 0.1 if weights == "8bit" else 1e-4
+        assert reloaded["difference"] <= limit * reloaded["logits"]
     assert part["adapter"]["plain"]["agreement"] == 1.0
     assert part["merged"]["plain"]["agreement"] == 1.0
     merged = Path(part["merged"]["path"])
@@ -135,6 +139,7 @@ def test_what_a_base_like_model_becomes_stops_by_itself_in_plain_transformers(
 ) -> None:
     run = run_factory(
         model=str(make_base_like(tmp_path / "base")),
+        pad_token="<file_sep>",
         stages=["sft"],
         sft={"max_steps": 1, "learning_rate": 1e-5},
         best_by="loss",

@@ -113,11 +113,11 @@ def test_a_run_with_fewer_problems_than_a_step_takes_is_refused_before_training(
         data__eval_share=0.2,
         grpo_held_out=32,
         grpo__per_device_train_batch_size=64,
-        grpo__gradient_accumulation_steps=64,
+        grpo__gradient_accumulation_steps=512,
         grpo__num_generations=8,
     )
     data.prepare(run)
-    with pytest.raises(ConfigError, match="would take no step: .* a step takes 512"):
+    with pytest.raises(ConfigError, match="would take no step: .* a step takes 4096"):
         train.train_stage(run, "sft")
     assert not stages.is_finished(run, "sft")
 
