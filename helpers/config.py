@@ -99,6 +99,14 @@ class DataConfig(BaseModel):
     test_rows: int | None = Field(None, ge=1)
     test_new_rows: int | None = Field(None, ge=1)
 
+    @field_validator("eval", "problems", "test", "test_new")
+    @classmethod
+    def is_not_mixed(cls, value: str | Source | None) -> str | Source | None:
+        """Refuses a weight where nothing is mixed."""
+        if isinstance(value, Source) and value.weight is not None:
+            raise ValueError("a weight is of data.train alone, which is mixed")
+        return value
+
 
 class EvaluationConfig(BaseModel):
     """How held-out problems and conversations are answered: greedy, in batches."""

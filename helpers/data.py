@@ -50,7 +50,9 @@ def ask(question: str, system_prompt: str, shots: Messages | None = None) -> Mes
 def first_question(messages: Messages) -> Messages:
     """Returns a conversation up to its first user turn, a prompt to answer."""
     number = [m["role"] for m in messages].index("user")
-    return messages[: number + 1]
+    return [
+        {"role": m["role"], "content": m["content"]} for m in messages[: number + 1]
+    ]
 
 
 def parts_of(config: DataConfig) -> list[str]:

@@ -54,9 +54,13 @@ class Fields:
     adjusted: Counter[str] = field(default_factory=Counter)
     """How often turns were dropped or joined, by what was done."""
 
-    def strip(self, fields: Row) -> Row:
+    def strip(self, fields: Row, prefix: str = "") -> Row:
         """Returns the fields that are not to be ignored."""
-        return {name: fields[name] for name in fields if name not in self.ignore}
+        return {
+            name: value
+            for name, value in fields.items()
+            if name not in self.ignore and f"{prefix}{name}" not in self.ignore
+        }
 
     def count(self, fields: Row, used: set[str], prefix: str = "") -> None:
         """Counts the fields that say something and are not used."""
@@ -96,13 +100,12 @@ def text_of(value: Any, place: str) -> str:
     Raises:
         DataError: it is something else, or holds half a character.
     """
-    if isinstance(value, list) and value:
-        for part in value:
-            kind = part.get("type") if isinstance(part, dict) else "text"
-            if kind not in ("text", "input_text", "output_text", None):
-                raise DataError(f"{place} has a part that is not text: {kind}")
-        parts = [part.get("text") if isinstance(part, dict) else part for part in value]
-        value = "".join(text_of(part, place) for part in parts)
+    if isinstance(value, list) and value and all(isinstance(p, dict) for p in value):
+        kinds = [part.get("type") or "text" for part in value]
+        strange = set(kinds) - {"text", "input_text", "output_text"}
+        if strange:
+            raise DataError(f"{place} has a part that is not text: {strange.pop()}")
+        value = "".join(text_of(part.get("text"), place) for part in value)
     if isinstance(value, bool | int | float) and value == value:  # not NaN
         return json.dumps(value)
     if not isinstance(value, str):
@@ -167,7 +170,7 @@ def read_turn(turn: Any, name: str, fields: Fields, place: str) -> dict[str, Any
         raise turn
     if not isinstance(turn, dict):
         raise DataError(f"a turn is not an object: {name} is {kind_of(turn)}")
-    turn = fields.strip(turn)
+    turn = fields.strip(turn, f"{place}.")
     word = turn.get("from") or turn.get("role")
     if not isinstance(word, str):
         raise DataError(f"a turn has no role: {name} has {', '.join(turn)}")
@@ -435,7 +438,7 @@ def read_prompt(row: Any, system_prompt: str) -> Messages:
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def detect_format(rows: list[Any]) -> tuple[str, str]:
+def detect_format(rows: list[Any], source: str = "the rows") -> tuple[str, str]:
     """Returns the name of the rows' format and the reason for it.
 
     >>> detect_format([{"instruction": "Add.", "input": "1 2", "output": "3"}])
@@ -454,8 +457,8 @@ def detect_format(rows: list[Any]) -> tuple[str, str]:
             return form.name, f"the rows have {needed}"
         described.append(f"{form.name}: {needed}")
     raise DataError(
-        f"the rows have {', '.join(sorted(columns)) or 'no columns'}, which fits no "
-        f"known format ({'; '.join(described)}); rename columns to one of these"
+        f"{source}: the columns {', '.join(sorted(columns))} fit no known format "
+        f"({'; '.join(described)}); rename them to one of these"
     )
 
 

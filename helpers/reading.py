@@ -109,7 +109,7 @@ class Reader:
             samples = [row for _, row in first]
             if all(isinstance(row, DataError) for row in samples):
                 raise DataError(f"{self.source}, row {first[0][0]}: {samples[0]}")
-            self.form, self.why = detect_format(samples)
+            self.form, self.why = detect_format(samples, self.source)
         form = find_format(self.form)
         for number, row in chain(first, rows):
             self.rows += 1

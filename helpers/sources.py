@@ -258,6 +258,8 @@ def read_file(place: Path) -> Iterator[Any]:
             if head == b"PAR1":
                 yield from read_parquet(place)
                 return
+            if not (place.name.lower().endswith(SUFFIXES) or head[:1] in b"{["):
+                raise DataError(f"not {KNOWN}")
             # of the first two characters, which are ASCII in all that is read here
             encoding = json.detect_encoding(head)
             text = io.TextIOWrapper(file, encoding, newline="")  # type: ignore[arg-type]
@@ -300,7 +302,9 @@ def read_table(file: IO[str]) -> Iterator[Any]:
         cells = next(csv.reader([header], delimiter=sign), [""])
         if len(cells) > len(names):
             names, separator = cells, sign
-    names = next(csv.reader([header], delimiter=separator), [])
+    names = [
+        name.strip() for name in next(csv.reader([header], delimiter=separator), [])
+    ]
     check_names(names)
     rows = csv.reader(file, delimiter=separator, strict=True)
     while True:

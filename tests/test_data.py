@@ -384,7 +384,7 @@ def test_fields_are_ignored_by_choice(
     own_files["data__train"] = [write(tmp_path / "chat.jsonl", [row])]
     with pytest.raises(DataError, match="field 'tools' is not trained on"):
         data.prepare(run_factory(**own_files))
-    ignore = ["tools", "reasoning_content"]
+    ignore = ["tools", "messages.reasoning_content"]
     run = run_factory(**own_files, data__ignore=ignore)
     data.prepare(run)
     assert read_all(run)["train"][0]["messages"] == turns("a?", "b")
@@ -638,6 +638,7 @@ def test_a_config_with_options_comes_back_from_json(tmp_path: Path) -> None:
         ("train", [{"path": "a", "weight": float("inf")}], "finite number"),
         ("train", [5], "valid dictionary"),
         ("eval", {"path": "a", "rows": 0}, "greater than or equal to 1"),
+        ("test", {"path": "a", "weight": 2}, "a weight is of data.train alone"),
         ("max_chars", 0, "greater than or equal to 1"),
     ],
 )

@@ -152,7 +152,7 @@ def test_llama2_text_with_a_system_prompt_and_two_turns_is_taken_apart() -> None
 
 def test_columns_of_no_known_format_are_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        DataError, match="rows have body, title, which .*alpaca: input, in"
+        DataError, match="the columns body, title fit no .*alpaca: input, in"
     ):
         detect_format([{"title": "a", "body": "b"}])
 
@@ -250,7 +250,7 @@ def test_a_marker_in_a_later_row_is_seen() -> None:
 
 
 def test_text_without_markers_is_refused() -> None:
-    with pytest.raises(DataError, match=r"rows have text, which .*chatml: text with <"):
+    with pytest.raises(DataError, match=r"the columns text fit .*chatml: text with <"):
         detect_format([{"text": "Once upon a time."}])
 
 

@@ -173,10 +173,10 @@ def test_a_field_of_each_group_and_kind_is_saved(form, path, value, expected):
 
 @pytest.mark.parametrize("path", ["data__train", "data__test"])
 def test_a_source_with_options_is_typed_and_shown_as_json(form, path):
-    text = '{"path": "a.jsonl", "rows": 5, "weight": 2.0}'
+    text = '{"path": "a.jsonl", "rows": 5, "format": "dolly"}'
     fill(form, path, text)
     form.button.click()
-    source = Source(path="a.jsonl", rows=5, weight=2)
+    source = Source(path="a.jsonl", rows=5, format="dolly")
     config = runs.open_run().config
     value = getattr(config.data, path.removeprefix("data__"))
     assert value == ([source] if path == "data__train" else source)

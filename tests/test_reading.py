@@ -40,7 +40,7 @@ def test_turns_in_order_with_a_system_turn_first_are_fine() -> None:
     assert tuple(message["role"] for message in found) == roles
 
 
-@pytest.mark.parametrize("value", [None, {"a": "b"}, float("nan"), []])
+@pytest.mark.parametrize("value", [None, {"a": "b"}, float("nan"), [], ["a", "b"]])
 def test_content_that_is_no_text_is_refused(value: Any) -> None:
     rows = [{"messages": [{"role": "user", "content": value}]}]
     with pytest.raises(DataError, match="row 1: the user turn's content is not text"):

@@ -306,6 +306,20 @@ def test_a_table_is_cut_by_the_sign_that_cuts_its_header(
     assert load_rows(str(tmp_path / name)) == [pair(f"a{sign} b?", "c")]
 
 
+def test_white_space_around_a_name_of_a_column_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt, completion\na, b\n")
+    assert load_rows(str(tmp_path / "rows.csv")) == [pair("a", " b")]
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04\0\0", b"\x28\xb5\x2f\xfd", b"a,b"])
+def test_a_file_of_another_kind_is_refused_with_those_that_are_read(
+    tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "rows.xlsx").write_bytes(content)
+    with pytest.raises(DataError, match="rows.xlsx: not a .jsonl, .json, .csv"):
+        load_rows(str(tmp_path / "rows.xlsx"))
+
+
 def test_text_of_a_cell_stays_text(tmp_path: Path) -> None:
     cells = ["None", "NA", "null", "N/A", "nan", "007", "1.0", "true", "", " x ", "[]"]
     text = "prompt,completion\n" + "".join(f"q,{cell}\n" for cell in cells)
