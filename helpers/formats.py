@@ -418,7 +418,7 @@ def read_prompt(row: Any, system_prompt: str) -> Messages:
     if not isinstance(row, dict):
         raise DataError(f"it is {kind_of(row)}, not a text or an object")
     columns = ("prompt", "question", "instruction", "messages", "conversations")
-    column = next((name for name in columns if name in row), None)
+    column = next((name for name in columns if row.get(name) is not None), None)
     if column is None:
         raise DataError(f"it has {', '.join(map(str, row)) or 'no field'}")
     refuse(row, REFUSED_OF_ROW)

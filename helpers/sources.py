@@ -113,10 +113,10 @@ def find_place(path: str) -> Path | None:
             return place
     head, mark, options = path.partition("?")
     if mark:
-        fields = ", ".join(option.replace("=", " = ") for option in options.split("&"))
+        fields = {"path": head} | dict(re.findall(r"(\w+)=([^&]*)", options))
         raise DataError(
             f"no file {path!r}; if what follows the ? are options, write a source: "
-            f'{{path = "{head}", {fields}}} in TOML, with colons in JSON'
+            f"{json.dumps(fields)} in JSON, with = for : in TOML"
         )
     if path.lower().endswith(SUFFIXES):
         raise FileNotFoundError(
@@ -159,11 +159,10 @@ def revision_of(path: str) -> str | None:
     if matched is None or not runtime.hub_reachable():
         return None
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return HfApi().dataset_info(matched[1], timeout=10).sha
-    except (HfHubHTTPError, OSError):  # `load_dataset` says what is the matter
+    except Exception:  # of requests or httpx; `load_dataset` says what is the matter
         return None
 
 

@@ -117,6 +117,7 @@ def test_prompts_are_read_as_training_rows_are(
         ({"messages": [{"role": "developer", "content": "Be brief."}, *turns("Hi")]},
          turns("Hi", system="Be brief.")),
         ({"prompt": "Hi", "system": "Be brief."}, turns("Hi", system="Be brief.")),
+        ({"prompt": None, "messages": turns("Hi")}, turns("Hi")),
         ({"prompt": "Hi", "completion": "Ho"}, data.ask("Hi", "Be kind.")),
     ],
 )  # fmt: skip
@@ -135,7 +136,8 @@ def test_a_prompt_may_have_the_shape_of_any_training_row(
         ('{"messages": []}', "it does not end with the user"),
         ('{"id": 3}', "it has id"),
         ('{"prompt": ""}', "it is empty"),
-        ('{"prompt": null}', "the user turn's content is not text: null"),
+        ('{"prompt": null}', "it has prompt"),
+        ('{"prompt": ["a"]}', "the user turn's content is not text: a list"),
         ('{"messages": "What?"}', "messages is text that is not JSON"),
         (json.dumps({"messages": turns("Hi", "Hi.")}), "it does not end with the user"),
         (json.dumps({"messages": [{"role": "function", "content": "4"}, *turns("?")]}),

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,7 +186,7 @@ def test_a_name_is_a_file_whatever_signs_are_in_it(tmp_path: Path, name: str) ->
 def test_options_after_a_question_mark_are_refused_with_the_new_spelling(
     path: str,
 ) -> None:
-    with pytest.raises(DataError, match="no file .*write a source: .*rows = 5"):
+    with pytest.raises(DataError, match='no file .*write a source: .*"rows": "5"'):
         load_rows(path)
 
 
@@ -401,3 +402,24 @@ def test_rows_are_those_of_the_file_now_even_with_its_old_time_stamp(
 def test_of_what_is_not_there_no_content_is_known() -> None:
     assert content_of("gone.jsonl") is None
     assert content_of("nobody-here/no-such-set:train") is None
+
+
+def test_of_a_hub_dataset_the_revision_decides_and_is_the_one_that_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    def load(*names: str, **options: Any) -> list[dict[str, str]]:
+        assert (names, options["split"]) == (("owner/name", "main"), "test")
+        return [pair(f"of {options['revision']}?")]
+
+    def info(api: Any, name: str, **options: Any) -> Any:
+        return SimpleNamespace(sha=f"sha-of-{name}")
+
+    monkeypatch.setattr(runtime, "hub_reachable", lambda: True)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = "owner/name/main:test"
+    assert content_of(source) == "sha-of-owner/name"
+    assert load_rows(source) == [pair("of sha-of-owner/name?")]
