@@ -129,7 +129,8 @@ def sample_of(source: str | Source) -> str | Source:
     for known in (source, source.partition(":")[0]):
         if known in SAMPLES:
             return SAMPLES[known]
-    if (runtime.ROOT / source).exists() or source.endswith(SUFFIXES):
+    local = Path(source).exists() or (runtime.ROOT / source).exists()
+    if local or source.endswith(SUFFIXES):
         return source
     raise ConfigError(
         f"no sample of {source!r}; there are some of {', '.join(SAMPLES)}"

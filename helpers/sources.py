@@ -113,7 +113,8 @@ def find_place(path: str) -> Path | None:
             return place
     head, mark, options = path.partition("?")
     if mark:
-        fields = {"path": head} | dict(re.findall(r"(\w+)=([^&]*)", options))
+        pairs = re.findall(r"(\w+)=([^&]*)", options)
+        fields = {"path": head} | {k: int(v) if v.isdigit() else v for k, v in pairs}
         raise DataError(
             f"no file {path!r}; if what follows the ? are options, write a source: "
             f"{json.dumps(fields)} in JSON, with = for : in TOML"
@@ -196,14 +197,21 @@ def read_folder(place: Path) -> Any:
     """
     import datasets
 
-    homes = [state.parent for state in place.glob("*/state.json")]
-    home = next((home for home in homes if len(homes) == 1 or home.name == "train"), "")
-    home = place if (place / "state.json").is_file() else home
-    if not home:
-        names = ", ".join(sorted(path.name for path in place.iterdir())[:9])
+    inside = {path.name: path for path in place.iterdir()}
+    inside.pop("dataset_dict.json", None)
+    splits = [path for path in inside.values() if (path / "state.json").is_file()]
+    if "state.json" in inside:
+        home = place
+    elif (
+        splits
+        and len(splits) == len(inside)
+        and (len(splits) == 1 or "train" in inside)
+    ):
+        home = inside.get("train", splits[0])
+    else:
         raise DataError(
             f"{place} is a folder, not a file or one dataset of `save_to_disk`; name "
-            f"one of what is in it: {names}"
+            f"one of what is in it: {', '.join(sorted(inside)[:9])}"
         )
     try:
         return datasets.load_from_disk(str(home))

@@ -186,7 +186,7 @@ def test_a_name_is_a_file_whatever_signs_are_in_it(tmp_path: Path, name: str) ->
 def test_options_after_a_question_mark_are_refused_with_the_new_spelling(
     path: str,
 ) -> None:
-    with pytest.raises(DataError, match='no file .*write a source: .*"rows": "5"'):
+    with pytest.raises(DataError, match='no file .*write a source: .*"rows": 5'):
         load_rows(path)
 
 
@@ -202,6 +202,8 @@ def test_a_folder_that_save_to_disk_wrote_is_read(tmp_path: Path, name: str) -> 
     both.save_to_disk(str(tmp_path / "both"))
     assert load_rows(str(tmp_path / "both")) == list(rows)
     assert load_rows(str(tmp_path / "both" / "test")) == [rows[0]]
+    with pytest.raises(DataError, match="is a folder, .*name one .*both"):
+        load_rows(str(tmp_path))
 
 
 def test_another_folder_is_refused_with_what_is_in_it(tmp_path: Path) -> None:
