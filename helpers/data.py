@@ -48,11 +48,16 @@ def ask(question: str, system_prompt: str, shots: Messages | None = None) -> Mes
 
 
 def first_question(messages: Messages) -> Messages:
-    """Returns a conversation up to its first user turn, a prompt to answer."""
-    number = [m["role"] for m in messages].index("user")
-    return [
-        {"role": m["role"], "content": m["content"]} for m in messages[: number + 1]
-    ]
+    """Returns a conversation up to its first answer that is learnt, a prompt."""
+    number = messages.index(first_answer(messages))
+    return [{"role": m["role"], "content": m["content"]} for m in messages[:number]]
+
+
+def first_answer(messages: Messages) -> dict[str, Any]:
+    """Returns the first answer of a conversation that is learnt."""
+    return next(
+        m for m in messages if m["role"] == "assistant" and m.get("weight") != 0
+    )
 
 
 def parts_of(config: DataConfig) -> list[str]:

@@ -143,10 +143,8 @@ def answer_chats(subject: Subject, name: str, rows: list[Row]) -> dict[str, Any]
         {
             "id": row["id"],
             "prompt": data.first_question(row["messages"]),
-            "question": data.questions_of(row["messages"])[0],
-            "reference": next(
-                m["content"] for m in row["messages"] if m["role"] == "assistant"
-            ),
+            "question": data.first_question(row["messages"])[-1]["content"],
+            "reference": data.first_answer(row["messages"])["content"],
         }
         for row in rows[: subject.run.config.evaluation.text_rows]
     ]

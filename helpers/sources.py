@@ -29,7 +29,6 @@ KNOWN = "a .jsonl, .json, .csv, .tsv or .parquet file (.gz too)"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(\w+))?")
 BLANK = re.compile(r"\s*")
 TURNS = {form.columns[0] for form in FORMATS}  # of these no list is one of rows
-csv.field_size_limit(2**31 - 1)  # a cell may be longer than the default 128 KiB
 
 
 def open_rows(
@@ -303,6 +302,7 @@ def read_table(file: IO[str]) -> Iterator[Any]:
 
     Cells are separated by what cuts the header into most names.
     """
+    csv.field_size_limit(2**31 - 1)  # a cell may be longer than the default 128 KiB
     header = next((line for line in file if line.strip()), "")
     names, separator = [""], ","
     for sign in ",;\t|":

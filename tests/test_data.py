@@ -390,6 +390,14 @@ def test_fields_are_ignored_by_choice(
     assert read_all(run)["train"][0]["messages"] == turns("a?", "b")
 
 
+def test_an_answer_that_is_not_learnt_is_part_of_the_prompt_and_no_reference() -> None:
+    messages = turns("a?", "wrong", "again?", "right", "and?", "yes")
+    assert data.first_question(messages) == turns("a?")
+    messages[1]["weight"] = 0
+    assert data.first_question(messages) == turns("a?", "wrong", "again?")
+    assert data.first_answer(messages) == turns("", "right")[1]
+
+
 def test_a_turn_that_is_not_learnt_keeps_its_mark(
     run_factory: Callable[..., Run], own_files: dict[str, Any], tmp_path: Path
 ) -> None:
