@@ -10,12 +10,14 @@ import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -29,30 +31,67 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message says what to change."""
 
 
-class DataConfig(BaseModel):
-    """Where the rows come from: a file, or `hub-name:split`; then `?format=...`.
+class Source(BaseModel):
+    """Rows of a file or of a hub dataset, where a path alone does not say it all."""
 
-    The options behind `?` are those of `sources.Source`, joined by `&`.
-    """
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str = Field(
+        min_length=1, description="a file, or owner/name[/config][:split] on the hub"
+    )
+    rows: int | None = Field(None, ge=1, description="at most so many are read")
+    weight: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="part of the mix, by proportion"
+    )
+    format: str | None = Field(None, description="of the rows; null = detected")
+    stream: bool = Field(False, description="of a hub set: store nothing on disk")
+
+    def __str__(self) -> str:
+        return self.path
+
+    @field_validator("format")
+    @classmethod
+    def format_exists(cls, value: str | None) -> str | None:
+        """Refuses a format that is not known."""
+        from helpers.formats import find_format
+
+        return value and find_format(value).name
+
+
+TAGS = ("<path>", "<source>")  # in pydantic's errors; `check_config` leaves them out
+Rows = Annotated[
+    Annotated[str, Tag(TAGS[0])] | Annotated[Source, Tag(TAGS[1])],
+    Discriminator(lambda value: TAGS[not isinstance(value, str)]),
+]
+
+
+class DataConfig(BaseModel):
+    """Where the rows come from: a path, to the letter, or a `Source` with options."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    train: list[str] = Field(
+    train: list[Rows] = Field(
         [],
-        description="SFT rows, mixed; behind a source ?rows=500&weight=2&format=dolly",
+        description='SFT rows, one path a line, or {"path": ..., "rows": 500, '
+        '"weight": 2, "format": "dolly"}',
     )
-    eval: str | None = Field(None, description="rows for the eval loss, not trained on")
+    eval: Rows | None = Field(
+        None, description="rows for the eval loss, not trained on"
+    )
     eval_share: float | None = Field(
         None, gt=0, lt=1, description="instead of eval: this share of the train rows"
     )
     test_share: float | None = Field(
         None, gt=0, lt=1, description="share of the train rows held out for metrics"
     )
-    problems: str | None = Field(None, description="questions with answers, for GRPO")
-    test: str | None = Field(None, description="held-out problems like training's")
-    test_new: str | None = Field(None, description="held-out problems of another kind")
+    problems: Rows | None = Field(None, description="questions with answers, for GRPO")
+    test: Rows | None = Field(None, description="held-out problems like training's")
+    test_new: Rows | None = Field(None, description="held-out problems of another kind")
     train_rows: int | None = Field(None, ge=1, description="cap a source; null = all")
     drop_unusable: bool = Field(False, description="leave bad rows out, counted")
+    ignore: list[str] = Field(
+        [], description="columns and fields of turns to leave out, like tools"
+    )
     max_chars: int | None = Field(
         None, ge=1, description="leave longer conversations out, counted"
     )
@@ -60,14 +99,12 @@ class DataConfig(BaseModel):
     test_rows: int | None = Field(None, ge=1)
     test_new_rows: int | None = Field(None, ge=1)
 
-    @field_validator("train", "eval", "problems", "test", "test_new")
+    @field_validator("eval", "problems", "test", "test_new")
     @classmethod
-    def options_exist(cls, value: list[str] | str | None) -> list[str] | str | None:
-        """Refuses a source whose options are unknown."""
-        from helpers.sources import parse_source
-
-        for source in [value] if isinstance(value, str) else value or []:
-            parse_source(source)
+    def is_not_mixed(cls, value: str | Source | None) -> str | Source | None:
+        """Refuses a weight where nothing is mixed."""
+        if isinstance(value, Source) and value.weight is not None:
+            raise ValueError("a weight is of data.train alone, which is mixed")
         return value
 
 
@@ -236,10 +273,12 @@ def check_config(values: dict[str, Any]) -> RunConfig:
         }
         lines = []
         for fault in error.errors():
-            where = ".".join(str(part) for part in fault["loc"])
+            places = [str(part) for part in fault["loc"] if part not in TAGS]
+            where = ".".join(places)
             if fault["type"] == "extra_forbidden":
                 parent, _, leaf = where.rpartition(".")
-                hint = nearest(leaf, known.get(parent, ()))
+                inner = Source.model_fields if parent.startswith("data.") else ()
+                hint = nearest(leaf, known.get(parent, inner))
                 lines.append(f"{where} is no field of the config{hint}")
             else:
                 found = f" (found {repr(fault['input'])[:80]})" if where else ""

@@ -18,11 +18,14 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
-from helpers.config import DataConfig
-from helpers.formats import DataError, Messages, Row
-from helpers.reading import Reader, to_conversations, to_problems
+from helpers.config import DataConfig, Source
+from helpers.formats import DataError, Fields, Messages, Row
+from helpers.reading import LeftOut, Reader, leave_out
+from helpers.reading import to_conversations as to_conversations
+from helpers.reading import to_problems as to_problems
 from helpers.runs import Run, fingerprint
-from helpers.sources import load_rows, open_rows, parse_source
+from helpers.sources import content_of, open_rows
+from helpers.sources import load_rows as load_rows
 from helpers.splits import assert_disjoint, normal, place_of, split
 from helpers.spool import Spool, questions_of
 
@@ -45,9 +48,16 @@ def ask(question: str, system_prompt: str, shots: Messages | None = None) -> Mes
 
 
 def first_question(messages: Messages) -> Messages:
-    """Returns a conversation up to its first user turn, a prompt to answer."""
-    number = [m["role"] for m in messages].index("user")
-    return messages[: number + 1]
+    """Returns a conversation up to its first answer that is learnt, a prompt."""
+    number = messages.index(first_answer(messages))
+    return [{"role": m["role"], "content": m["content"]} for m in messages[:number]]
+
+
+def first_answer(messages: Messages) -> dict[str, Any]:
+    """Returns the first answer of a conversation that is learnt."""
+    return next(
+        m for m in messages if m["role"] == "assistant" and m.get("weight") != 0
+    )
 
 
 def parts_of(config: DataConfig) -> list[str]:
@@ -85,17 +95,21 @@ def prepare(run: Run) -> dict[str, Any]:
     Raises:
         DataError: rows are unusable, or a held-out question would be trained on.
     """
-    config = run.config.data
+    config, contents = run.config.data, inputs(run)
     with tempfile.TemporaryFile() as file:
         spool = Spool(file)
         groups: dict[str, array[int]] = {}
-        report: dict[str, Any] = {}
+        report: dict[str, Any] = {"sources": {}, "left_out": {}}
         if config.train:
             chosen, report = mix(run, spool)
-            groups, again = divide(config, spool, chosen)
-            if again.left_out:
-                report["left_out"]["the mix"] = again.left_out
-        sets = held_in_memory(run)
+            groups, leaks = divide(config, spool, chosen)
+            if leaks:
+                report["left_out"]["the mix"] = leaks
+        sets = {}
+        for name, (part, reader) in held_in_memory(run).items():
+            sets[name] = part
+            report["sources"][name] = reader.report(len(part))
+            report["left_out"][name] = reader.left_out
         trained = chain(
             (q for at in groups.get("train", ()) for q in questions_of(spool[at])),
             (row["question"] for row in sets.get("problems", [])),
@@ -117,8 +131,22 @@ def prepare(run: Run) -> dict[str, Any]:
             elif name in sets:
                 counts[name], prints[name] = write_rows(path, sets[name])
     report = counts | report | {"fingerprints": prints, "made_from": made_from(run)}
+    report["inputs"] = contents
     run.write_part("data", report)
     return report
+
+
+def open_reader(run: Run, source: str | Source, **options: Any) -> Reader:
+    """Returns the reader of a source of a run."""
+    config = run.config.data
+    return Reader(
+        str(source),
+        source.format if isinstance(source, Source) else None,
+        run.config.system_prompt,
+        drop_unusable=config.drop_unusable,
+        fields=Fields(tuple(config.ignore)),
+        **options,
+    )
 
 
 def mix(run: Run, spool: Spool) -> tuple[array[int], dict[str, Any]]:
@@ -128,22 +156,18 @@ def mix(run: Run, spool: Spool) -> tuple[array[int], dict[str, Any]]:
     shuffle of numbers costs little memory; a buffer would leave the sources apart.
     """
     config, seen = run.config.data, set[int]()
-    readers, counts = {}, []
+    readers: dict[str, Reader] = {}
     for source in config.train:
-        reader = Reader(
-            source,
-            parse_source(source).format,
-            run.config.system_prompt,
-            config.max_chars,
-            config.drop_unusable,
-            seen,
-        )
+        reader = open_reader(run, source, max_chars=config.max_chars, seen=seen)
+        label = str(source)
+        if label in readers:  # another part of it, or in another format
+            label += f" ({len(readers) + 1})"
+        readers[label] = reader
         rows = open_rows(source, config.train_rows, run.config.seed)
         for messages in reader.read(rows):
             spool.append(messages)
-        readers[source] = reader
-        counts.append(reader.kept)
-    weights = [parse_source(source).weight for source in config.train]
+    counts = [reader.kept for reader in readers.values()]
+    weights = [s.weight if isinstance(s, Source) else None for s in config.train]
     quotas, taken = by_weight(counts, weights), [0] * len(counts)
     ends, chosen = list(accumulate(counts)), array("Q")
     order = array("Q", range(sum(counts)))
@@ -153,11 +177,9 @@ def mix(run: Run, spool: Spool) -> tuple[array[int], dict[str, Any]]:
         if taken[of] < quotas[of]:
             taken[of] += 1
             chosen.append(number)
-    sources = {
-        source: {"format": r.form, "why": r.why, "read": r.rows, "rows": rows}
-        for (source, r), rows in zip(readers.items(), taken, strict=True)
-    }
-    left_out = {source: reader.left_out for source, reader in readers.items()}
+    pairs = zip(readers.items(), taken, strict=True)
+    sources = {label: reader.report(rows) for (label, reader), rows in pairs}
+    left_out = {label: reader.left_out for label, reader in readers.items()}
     return chosen, {"sources": sources, "left_out": left_out}
 
 
@@ -179,7 +201,7 @@ def by_weight(counts: list[int], weights: list[float | None]) -> list[int]:
 
 def divide(
     config: DataConfig, spool: Spool, chosen: array[int]
-) -> tuple[dict[str, array[int]], Reader]:
+) -> tuple[dict[str, array[int]], LeftOut]:
     """Returns the numbers on the spool of each part, and what training leaves out.
 
     A conversation that asks later what a held-out one asks first is not trained on.
@@ -192,44 +214,41 @@ def divide(
     for number, side in zip(chosen, sides, strict=True):
         groups[side].append(number)
     held = {spool.places[number] for name in given for number in groups[name]}
-    again, kept = Reader("the mix"), array("Q")
+    leaks: LeftOut = {}
+    free = array("Q")
     for number in groups["train"] if held else ():
         leaked = [q for q in questions_of(spool[number])[1:] if place_of(q) in held]
         if leaked:
-            again.leave_out("asks later what is held out", normal(leaked[0])[:60])
+            leave_out(leaks, "asks later what is held out", normal(leaked[0])[:60])
         else:
-            kept.append(number)
-    groups["train"] = kept if held else groups["train"]
-    return {name: part[: limits.get(name)] for name, part in groups.items()}, again
+            free.append(number)
+    groups["train"] = free if held else groups["train"]
+    return {name: part[: limits.get(name)] for name, part in groups.items()}, leaks
 
 
-def held_in_memory(run: Run) -> dict[str, list[Row]]:
-    """Returns the rows of the parts that are read whole: problems, tests, eval rows."""
-    config, parts = run.config.data, dict[str, list[Row]]()
-    problem_rows = load_rows(config.problems) if config.problems else []
-    if config.eval:
-        if config.eval == config.problems:
-            problem_rows, rows = share_problems(config, problem_rows)
-        else:
-            rows = load_rows(config.eval, config.eval_rows)
-        conversations, _ = to_conversations(
-            rows[: config.eval_rows],
-            run.config.system_prompt,
-            config.eval,
-            form=parse_source(config.eval).format,
-            drop_unusable=config.drop_unusable,
+def held_in_memory(run: Run) -> dict[str, tuple[list[Row], Reader]]:
+    """Returns the parts that are read whole, problems, tests and eval rows, by name."""
+    config = run.config.data
+    limits = {"eval": config.eval_rows, "problems": None}
+    limits |= {"test": config.test_rows, "test_new": config.test_new_rows}
+    given = {name: getattr(config, name) for name in limits if getattr(config, name)}
+    shared = config.problems is not None and config.eval == config.problems
+    parts = {}
+    for name, source in given.items():
+        rows = list(
+            open_rows(source, None if shared and name == "eval" else limits[name])
         )
-        parts["eval"] = list(with_ids(conversations))
-    if config.problems:
-        parts["problems"] = to_problems(problem_rows, config.problems)
-    for name in ("test", "test_new"):
-        source, limit = getattr(config, name), getattr(config, f"{name}_rows")
-        if source:
-            parts[name] = to_problems(load_rows(source, limit), source)
+        if shared and name in ("eval", "problems"):
+            rows = share_problems(config, rows)[name]
+        reader = open_reader(run, source)
+        if name == "eval":
+            parts[name] = list(with_ids(reader.read(rows))), reader
+        else:
+            parts[name] = list(reader.problems(rows)), reader
     return parts
 
 
-def share_problems(config: DataConfig, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+def share_problems(config: DataConfig, rows: list[Any]) -> dict[str, list[Any]]:
     """Returns one source's rows as problems and, the last ones, for the eval loss."""
     cut = len(rows) - (config.eval_rows or max(1, len(rows) // 10))
     if cut < 1:
@@ -237,7 +256,7 @@ def share_problems(config: DataConfig, rows: list[Row]) -> tuple[list[Row], list
             f"{config.problems} has {len(rows)} rows and serves as problems and as "
             f"eval; eval_rows={config.eval_rows} leaves no problem"
         )
-    return rows[:cut], rows[cut:]
+    return {"problems": rows[:cut], "eval": rows[cut:]}
 
 
 def with_ids(conversations: Iterable[Messages]) -> Iterator[Row]:
@@ -290,18 +309,65 @@ def made_from(run: Run) -> str:
     return fingerprint(config.data.model_dump(), config.system_prompt, config.seed)
 
 
-def ensure_data(run: Run) -> Path:
-    """Returns the run's `data/`, preparing it first, with a word, where it must be.
+def inputs(run: Run) -> dict[str, str]:
+    """Returns a hash of what each source of a run holds now, by its path.
 
-    That is where a part is missing, or where it was prepared from other settings.
+    A source that is gone, or a hub out of reach, has none: nothing is known of it.
+    """
+    config = run.config.data
+    sources = [
+        *config.train,
+        config.eval,
+        config.problems,
+        config.test,
+        config.test_new,
+    ]
+    paths = dict.fromkeys(str(source) for source in sources if source)
+    contents = {path: content_of(path) for path in paths}
+    return {path: content for path, content in contents.items() if content}
+
+
+def changed_inputs(run: Run) -> list[str]:
+    """Returns the sources that hold something else than when `data/` was made."""
+    known = run.report().get("data", {}).get("inputs", {})
+    now = inputs(run)
+    return [path for path in now if known.get(path, now[path]) != now[path]]
+
+
+def remarks(report: dict[str, Any]) -> list[str]:
+    """Returns a line for each source of which fields were not used, or turns changed.
+
+    Args:
+        report: of `prepare`.
+    """
+    lines = []
+    for name, part in report.get("sources", {}).items():
+        for title in ("unused", "adjusted"):
+            counts = [f"{what} ({n:,})" for what, n in part.get(title, {}).items()]
+            if counts:
+                lines.append(f"{name}: {title}: {', '.join(counts)}")
+    return lines
+
+
+def ensure_data(run: Run) -> Path:
+    """Returns the run's `data/`, preparing it first, with a note, where it must be.
+
+    That is where a part is missing, or where it was prepared from other settings or
+    from files that have changed since.
     """
     folder = run.path / "data"
     old = run.report().get("data", {}).get("made_from", made_from(run))
     parts = parts_of(run.config.data)
     if not all((folder / f"{name}.jsonl").exists() for name in parts):
-        print(f"{folder} is missing (notebook 01_data_prep makes it): preparing it now")  # noqa: T201
-        prepare(run)
+        reason = "is missing (notebook 01_data_prep makes it): preparing it now"
     elif old != made_from(run):
-        print(f"{folder} was made from other settings: preparing it anew")  # noqa: T201
-        prepare(run)
+        reason = "was made from other settings: preparing it anew"
+    elif changed := changed_inputs(run):
+        verb = "has" if len(changed) == 1 else "have"
+        reason = f"is old, {' and '.join(changed)} {verb} changed: preparing it anew"
+    else:
+        return folder
+    print(f"{folder} {reason}")  # noqa: T201
+    for line in remarks(prepare(run)):
+        print(line)  # noqa: T201
     return folder

@@ -145,8 +145,8 @@ def answer_chats(subject: Subject, name: str, rows: list[Row]) -> dict[str, Any]
         {
             "id": row["id"],
             "prompt": data.first_question(row["messages"]),
-            "question": data.questions_of(row["messages"])[0],
-            "reference": first_answer(row),
+            "question": data.first_question(row["messages"])[-1]["content"],
+            "reference": data.first_answer(row["messages"])["content"],
         }
         for row in rows[: subject.run.config.evaluation.text_rows]
     ]
@@ -168,11 +168,6 @@ def answer_chats(subject: Subject, name: str, rows: list[Row]) -> dict[str, Any]
     }
 
 
-def first_answer(row: Row) -> str:
-    """Returns the assistant's first turn in a conversation."""
-    return next(m["content"] for m in row["messages"] if m["role"] == "assistant")
-
-
 def check_labels(config: RunConfig, sets: dict[str, list[Row]]) -> None:
     """Refuses right answers that `evaluation.labels` do not name.
 
@@ -190,12 +185,15 @@ def check_labels(config: RunConfig, sets: dict[str, list[Row]]) -> None:
             ": set data.test_share, or leave the labels out"
         )
     for name, rows in sets.items() if labels else ():
-        rest = [row for row in rows if first_answer(row).strip() not in labels]
+        answers = {
+            row["id"]: data.first_answer(row["messages"])["content"] for row in rows
+        }
+        rest = [key for key, text in answers.items() if text.strip() not in labels]
         if rest:
             raise DataError(
                 f"{len(rest)} of {len(rows)} right answers of {name} are not among "
-                f"evaluation.labels, the first is {first_answer(rest[0])[:80]!r} (row "
-                f"{rest[0]['id']}): add the missing labels, or leave evaluation.labels "
+                f"evaluation.labels, the first is {answers[rest[0]][:80]!r} (row "
+                f"{rest[0]}): add the missing labels, or leave evaluation.labels "
                 "out if this is no classification"
             )
 

@@ -5,21 +5,22 @@
     python -m helpers.generate smollm2-135m-offline --adapter path/or/hub-id
     python -m helpers.generate demo --file prompts.jsonl --out answers.jsonl
 
-A line of the file is a text, or an object with `prompt` (or `question`) or `messages`.
+The file is read as training rows are: JSON lines, a JSON list, a table, or a text with
+a prompt a line. A row is a text, or an object with `prompt`, `question`, `instruction`,
+`messages` or `conversations`.
 A stopped batch goes on where it was when it is started again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from helpers import data, models, runtime
+from helpers import data, models, runtime, sources
 from helpers.config import ConfigError, RunConfig, read_config
-from helpers.formats import DataError, Messages, Row
+from helpers.formats import DataError, Messages, Row, read_prompt
 from helpers.hub import ModelError
 from helpers.runs import Run, content_hash, fingerprint, runs_folder
 from helpers.templates import TemplateError
@@ -53,7 +54,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--adapter",
         help="folder, hub id, a stage of the run, or none; a run's last one by default",
     )
-    parser.add_argument("--file", type=Path, help="prompts, a JSON line each")
+    parser.add_argument(
+        "--file",
+        type=Path,
+        help="prompts: .jsonl, .json, .csv, .parquet, or .txt with one a line",
+    )
     parser.add_argument("--out", type=Path, help="answers, a JSON line each")
     parser.add_argument("--system", help="system prompt; a run's own by default")
     parser.add_argument("--max-new-tokens", type=int)
@@ -117,31 +122,23 @@ def read_prompts(path: Path, system_prompt: str) -> list[Row]:
     """Returns `{"id", "prompt"}` rows, the prompt being a conversation.
 
     Raises:
-        DataError: the file is missing or empty, or a line is no prompt.
+        FileNotFoundError: there is no such file.
+        DataError: the file is empty, or a row is no prompt.
     """
-    if not path.is_file():
-        raise DataError(f"no file {path}: give one with a prompt a line, as JSON")
     rows = []
-    for number, line in data.numbered_lines(path):
+    for number, row in sources.open_rows(str(path)):
         try:
-            found = json.loads(line)
-        except json.JSONDecodeError:
-            found = None
-        if isinstance(found, str):
-            found = {"prompt": found}
-        fields = found if isinstance(found, dict) else {}
-        text = fields.get("prompt") or fields.get("question")
-        messages = fields.get("messages")
-        if isinstance(text, str):
-            messages = data.ask(text, system_prompt)
-        if not messages or messages[-1].get("role") != "user":
+            if isinstance(row, DataError):
+                raise row
+            prompt = read_prompt(row, system_prompt)
+        except DataError as error:
             raise DataError(
-                f"{path}, line {number}: {line[:60]!r} is no prompt; expected a JSON "
-                'string, {"prompt": ...} or {"messages": [...]} that ends with the user'
-            )
-        rows.append({"id": fields.get("id", number), "prompt": messages})
-    if not rows:
-        raise DataError(f"{path} holds no prompt")
+                f"{path}, row {number} is no prompt: {error}; expected a text, or an "
+                "object with prompt, question, instruction, messages or conversations "
+                "that ends with the user"
+            ) from None
+        key = row.get("id", number) if isinstance(row, dict) else number
+        rows.append({"id": key, "prompt": prompt})
     return rows
 
 

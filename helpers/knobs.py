@@ -6,11 +6,18 @@ the value that the recipe gave it.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from pydantic import BaseModel
 
-from helpers.config import ConfigError, DataConfig, EvaluationConfig, RunConfig
+from helpers.config import (
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    RunConfig,
+    Source,
+)
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -30,7 +37,10 @@ class Knob(NamedTuple):
 
     label: str
     kind: Any = str
-    """`str`, `int`, `float`, `bool`, `list`, or `int | float`: the first that fits."""
+    """`str`, `int`, `float`, `bool`, `list`, or `int | float`: the first that fits.
+
+    `Source` is a path or an object, `list[Source]` one a line.
+    """
     choices: tuple[str, ...] = ()
     default: Any = None
     """TRL's or PEFT's own, which holds when the config does not say."""
@@ -67,19 +77,19 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "system_prompt": Knob("system prompt", wide=True),
     },
     "Data": {
-        "data__train": Knob("train on", list, wide=True),
+        "data__train": Knob("train on", list[Source], wide=True),
         "data__train_rows": Knob("rows of each source", int),
         "data__drop_unusable": Knob("drop unusable rows", bool, default=False),
         "data__max_chars": Knob("drop longer, characters", int),
         "loss_on": Knob("loss on", choices=choices("loss_on")),
-        "data__eval": Knob("eval loss on"),
+        "data__eval": Knob("eval loss on", Source),
         "data__eval_rows": Knob("eval rows", int),
         "data__eval_share": Knob("or a share for eval", float),
         "data__test_share": Knob("share for metrics", float),
-        "data__problems": Knob("problems (GRPO)"),
-        "data__test": Knob("test problems"),
+        "data__problems": Knob("problems (GRPO)", Source),
+        "data__test": Knob("test problems", Source),
         "data__test_rows": Knob("test rows", int),
-        "data__test_new": Knob("test problems, other kind"),
+        "data__test_new": Knob("test problems, other kind", Source),
         "data__test_new_rows": Knob("test rows, other kind", int),
     },
     "LoRA": {
@@ -182,15 +192,31 @@ def write(values: dict[str, Any], path: str, value: Any) -> None:
         values[leaf] = value
 
 
-def show(value: Any) -> str:
-    """Returns a value as text; nothing for None, commas between the items of a list.
+def show(value: Any, between: str = ", ") -> str:
+    """Returns a value as text; nothing for None, a source with options as JSON.
 
-    >>> show(None), show(2e-05), show(["q_proj", "v_proj"])
-    ('', '2e-05', 'q_proj, v_proj')
+    >>> show(None), show(["q_proj", "v_proj"]), show({"path": "a", "rows": 5})
+    ('', 'q_proj, v_proj', '{"path": "a", "rows": 5}')
     """
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return between.join(map(show, value))
+    if isinstance(value, dict):
+        return json.dumps({k: v for k, v in value.items() if v}, ensure_ascii=False)
     return "" if value is None else str(value)
+
+
+def parse_source(text: str, where: str) -> Any:
+    """Returns the source that a text means: a path, or a JSON object.
+
+    Raises:
+        ConfigError: it begins as an object does and is none.
+    """
+    if not text.startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: {text!r} is no JSON object: {error}") from None
 
 
 def parse(text: str | bool, path: str) -> Any:
@@ -212,6 +238,11 @@ def parse(text: str | bool, path: str) -> Any:
         return None
     if kind is str:
         return text
+    if kind is Source:
+        return parse_source(text, where)
+    if kind == list[Source]:
+        lines = [line.strip() for line in text.splitlines()]
+        return [parse_source(line, where) for line in lines if line]
     if kind is list:
         return [item.strip() for item in text.split(",") if item.strip()]
     value = None

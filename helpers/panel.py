@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from helpers import recipes, summary
-from helpers.config import ConfigError, RunConfig, check_config
+from helpers.config import ConfigError, RunConfig, Source, check_config
 from helpers.knobs import BY_PATH, KNOBS, hint, parse, read, show, write
 from helpers.runs import Run, save_run
 
@@ -237,7 +237,7 @@ def make_field(path: str) -> ipywidgets.Widget:
     arguments = {"placeholder": unset, "continuous_update": False}
     if knob.wide:
         return widgets.Textarea(rows=3, **arguments, **labelled(knob.label, WIDE))
-    width = LONG if knob.kind is str else SHORT
+    width = LONG if knob.kind in (str, Source) else SHORT
     return widgets.Text(**arguments, **labelled(knob.label, width))
 
 
@@ -246,7 +246,7 @@ def as_shown(value: Any, path: str) -> str | bool:
     knob = BY_PATH[path]
     if knob.kind is bool:
         return bool(knob.default if value is None else value)
-    return show(value)
+    return show(value, "\n" if knob.kind == list[Source] else ", ")
 
 
 def locate(fault: str) -> tuple[str, str]:

@@ -5,29 +5,51 @@ Bad rows are refused by number and reason. What a format is lies in `formats`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
+from helpers.answers import MARKER, parse_gold, parse_number
 from helpers.formats import (
     DataError,
+    Fields,
+    Format,
     Messages,
     Row,
     check_messages,
     detect_format,
     find_format,
+    is_solved,
+    kind_of,
+    read_row,
+    text_of,
 )
 from helpers.runs import fingerprint
 
 PEEK = 20  # rows that the format is detected from
 SHOWN = 3  # examples of what was left out, for each reason
-FILTERS = ("empty answer", "over-long", "duplicate")  # never a reason to refuse all
+# never a reason to refuse all
+FILTERS = ("empty answer", "no answer is learnt", "over-long", "duplicate")
+
+
+LeftOut = dict[str, dict[str, Any]]  # `rows`, a number, and `examples`, by reason
+
+
+def leave_out(left_out: LeftOut, reason: str, example: str) -> None:
+    """Counts what is left out for a reason, and keeps the first few as examples."""
+    part = left_out.setdefault(reason, {"rows": 0, "examples": []})
+    part["rows"] += 1
+    if len(part["examples"]) < SHOWN:
+        part["examples"].append(example)
 
 
 @dataclass
 class Reader:
-    """Reads one source's rows into conversations; says afterwards how that went."""
+    """Reads one source's rows into conversations; says afterwards how that went.
+
+    A row may be a `DataError`, which says why the source could not read it.
+    """
 
     source: str = "the rows"
     """Where the rows come from, for messages."""
@@ -41,6 +63,8 @@ class Reader:
     """Leave unusable rows out and count them, instead of refusing all."""
     seen: set[int] = field(default_factory=set)
     """Hashes of the conversations known already, other sources' too."""
+    fields: Fields = field(default_factory=Fields)
+    """What became of columns and fields that the format does not need."""
 
     why: str = "asked for"
     """How the format was found."""
@@ -48,10 +72,25 @@ class Reader:
     """Rows read."""
     kept: int = 0
     """Conversations made of them."""
-    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=dict)
     """`{"rows": 3, "examples": ["row 7: ..."]}` by reason."""
 
-    def read(self, rows: Iterable[tuple[int, Row]]) -> Iterator[Messages]:
+    def report(self, used: int) -> Row:
+        """Returns what the run's report says of the source.
+
+        Args:
+            used: how many of its rows are used.
+        """
+        return {
+            "format": self.form,
+            "why": self.why,
+            "read": self.rows,
+            "rows": used,
+            "unused": dict(self.fields.unused),
+            "adjusted": dict(self.fields.adjusted),
+        }
+
+    def read(self, rows: Iterable[tuple[int, Any]]) -> Iterator[Messages]:
         """Yields the conversations of numbered rows, one by one.
 
         Empty answers, duplicates and over-long conversations are always left out. No
@@ -67,53 +106,70 @@ class Reader:
             raise DataError(f"{self.source} holds no rows")
         asked = self.form is not None
         if self.form is None:
-            self.form, self.why = detect_format([row for _, row in first])
-        convert = find_format(self.form).convert
+            samples = [row for _, row in first]
+            if all(isinstance(row, DataError) for row in samples):
+                raise DataError(f"{self.source}, row {first[0][0]}: {samples[0]}")
+            self.form, self.why = detect_format(samples, self.source)
+        form = find_format(self.form)
         for number, row in chain(first, rows):
             self.rows += 1
-            messages, fault, shown = self.check_row(convert, row)
-            if fault:
-                self.leave_out(fault, f"row {number}: {shown}")
+            try:
+                messages = self.check_row(form, row)
+            except DataError as error:
+                self.leave_out(number, error)
                 continue
-            if self.form == "gsm8k" and self.system_prompt:
+            problem = form.name == "gsm8k" and is_solved(messages[-1]["content"])
+            if problem and self.system_prompt and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": self.system_prompt})
             self.kept += 1
             yield messages
         self.refuse_unusable(asked)
 
-    def check_row(
-        self, convert: Callable[[Row], Messages], row: Row
-    ) -> tuple[Messages, str, str]:
-        """Returns a row's messages, why it is left out (or ""), and the details."""
-        try:
-            messages = convert(row)
-            fault = check_messages(messages)
-        except (KeyError, TypeError, AttributeError, DataError) as error:
-            said = f"no {error}" if isinstance(error, KeyError) else str(error)
-            return (
-                [],
-                f"unreadable as {self.form}",
-                f"unreadable as {self.form}: {said}",
-            )
-        if fault:
-            return [], fault.partition(":")[0], fault
+    def check_row(self, form: Format, row: Any) -> Messages:
+        """Returns a row's messages.
+
+        Raises:
+            DataError: it is left out; the reason stands before the first colon.
+        """
+        if isinstance(row, DataError):
+            raise row
+        messages = read_row(form, row, self.fields)
+        if fault := check_messages(messages):
+            raise DataError(fault)
         question = next(m["content"] for m in messages if m["role"] == "user")
         opening = " ".join(question.split())[:60]
         length = sum(len(m["content"]) for m in messages)
         if self.max_chars and length > self.max_chars:
-            return [], "over-long", f"{length:,} characters: {opening}"
+            raise DataError(f"over-long: {length:,} characters: {opening}")
         key = int(fingerprint(messages), 16)
         if key in self.seen:
-            return [], "duplicate", opening
+            raise DataError(f"duplicate: {opening}")
         self.seen.add(key)
-        return messages, "", ""
+        return messages
 
-    def leave_out(self, reason: str, example: str) -> None:
-        """Counts a row that is left out, and keeps the first few as examples."""
-        found = self.left_out.setdefault(reason, {"rows": 0, "examples": []})
-        found["rows"] += 1
-        if len(found["examples"]) < SHOWN:
-            found["examples"].append(example)
+    def problems(self, rows: Iterable[tuple[int, Any]]) -> Iterator[Row]:
+        """Yields numbered rows as problems, `{"id", "question", "answer", "gold"}`.
+
+        Raises:
+            DataError: rows have no question or no gold answer and are not dropped.
+        """
+        self.form = "problems with a gold answer"
+        for number, row in rows:
+            self.rows += 1
+            try:
+                problem = to_problem(row, self.fields)
+            except DataError as error:
+                self.leave_out(number, error)
+                continue
+            self.kept += 1
+            yield problem
+        self.refuse_unusable(False)
+
+    def leave_out(self, number: int, error: DataError) -> None:
+        """Counts a row that is left out for what an error says before a colon."""
+        reason, _, details = str(error).partition(": ")
+        shown = details if reason in ("duplicate", "over-long") else str(error)
+        leave_out(self.left_out, reason, f"row {number}: {shown}")
 
     def refuse_unusable(self, asked: bool) -> None:
         """Raises DataError for rows that cannot be used, or when none is left.
@@ -126,7 +182,7 @@ class Reader:
         unusable = {reason: n for reason, n in counts.items() if reason not in FILTERS}
         remedy = "data.drop_unusable in the config leaves such rows out"
         if asked:
-            remedy += "; without format= in the source the format is detected"
+            remedy += "; without format in the source the format is detected"
         if unusable and not self.drop_unusable:
             shown = [e for r in unusable for e in self.left_out[r]["examples"]]
             raise DataError(
@@ -146,7 +202,7 @@ def to_conversations(
     system_prompt: str = "",
     source: str = "the rows",
     **options: Any,
-) -> tuple[list[Messages], dict[str, dict[str, Any]]]:
+) -> tuple[list[Messages], LeftOut]:
     """Returns the rows as conversations, and what was left out, by reason.
 
     The options and the errors are those of `Reader`; rows are numbered from 1.
@@ -159,37 +215,36 @@ def to_conversations(
     return list(reader.read(enumerate(rows, start=1))), reader.left_out
 
 
-def to_problems(rows: list[Row], source: str = "the rows") -> list[Row]:
-    """Returns problems as `{"id", "question", "answer", "gold"}`.
-
-    Args:
-        rows: GSM8K-format rows; `answer` ends in a line `#### <number>`.
+def to_problem(row: Any, fields: Fields) -> Row:
+    """Returns a row as a problem, `{"id", "question", "answer", "gold"}`.
 
     Raises:
-        DataError: a row has no question, or no gold answer after `####`.
+        DataError: it has no question, or no gold answer.
     """
-    from helpers.answers import parse_gold
-
-    problems, faults = [], []
-    for number, row in enumerate(rows, start=1):
-        question, answer = row.get("question"), row.get("answer")
-        if not question or not answer:
-            faults.append(f"row {number}: question or answer is missing")
-            continue
-        if not isinstance(question, str) or not isinstance(answer, str):
-            faults.append(f"row {number}: question or answer is not text")
-            continue
-        gold = parse_gold(answer)
-        if gold is None:
-            faults.append(f"row {number}: answer has no `#### <number>` line")
-            continue
-        key = str(row.get("id") or fingerprint(question))
-        problems.append(
-            {"id": key, "question": question, "answer": answer, "gold": str(gold)}
-        )
-    if faults:
+    if isinstance(row, DataError):
+        raise row
+    if not isinstance(row, dict):
+        raise DataError(f"a row is not an object: it is {kind_of(row)}")
+    row = fields.strip(row)
+    if any(row.get(name) in (None, "") for name in ("question", "answer")):
         raise DataError(
-            f"{source}: {len(faults)} of {len(rows)} rows are no problems with a gold "
-            "answer; " + "; ".join(faults[:3])
+            f"question or answer is missing: the row has {', '.join(map(str, row))}"
         )
-    return problems
+    question = text_of(row["question"], "question")
+    answer = text_of(row["answer"], "answer")
+    if MARKER not in answer and parse_number(answer.strip()) is not None:
+        answer = f"{MARKER} {answer.strip()}"
+    gold = parse_gold(answer)
+    if gold is None:
+        raise DataError(
+            f"no gold number: the answer ends in {answer[-40:]!r}; a line "
+            f"`{MARKER} <number>` or a number alone is expected"
+        )
+    fields.count(row, {"id", "question", "answer"})
+    key = str(row.get("id") or fingerprint(question))
+    return {"id": key, "question": question, "answer": answer, "gold": str(gold)}
+
+
+def to_problems(rows: Iterable[Any], source: str = "the rows") -> list[Row]:
+    """Returns the rows as problems; the errors are those of `Reader.problems`."""
+    return list(Reader(source).problems(enumerate(rows, start=1)))

@@ -12,7 +12,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from helpers.config import ConfigError, RunConfig, changed, check_config, nearest
+from helpers import runtime
+from helpers.config import (
+    ConfigError,
+    RunConfig,
+    Source,
+    changed,
+    check_config,
+    nearest,
+)
+from helpers.sources import SUFFIXES
 
 FILE = Path(__file__).with_name("recipes.toml")
 NOTES = ("source", "needs", "published")  # said of a recipe, no part of its config
@@ -93,32 +102,35 @@ def scaled(
                 part |= {"max_steps": count, "save_steps": every}
         if "eval_steps" in values["sft"]:
             values["sft"]["eval_steps"] = every
-    data = values["data"]
+    data, given = values["data"], config.data
     if rows is not None:
         values["grpo_held_out"] = max(1, rows // 4)
         data |= {"train_rows": 8 * rows, "eval_rows": rows}
         data |= {"test_rows": rows, "test_new_rows": rows}
     if samples:
-        data["train"] = [sample_of(source) for source in data["train"]]
+        data["train"] = [sample_of(source) for source in given.train]
         for part in ("eval", "problems", "test", "test_new"):
-            data[part] = data[part] and sample_of(data[part])
+            source = getattr(given, part)
+            data[part] = source and sample_of(source)
     return check_config(values)
 
 
-def sample_of(source: str) -> str:
+def sample_of(source: str | Source) -> str | Source:
     """Returns our sample in the row format of a hub dataset; a local file as it is.
 
-    >>> sample_of("databricks/databricks-dolly-15k:train?rows=500")
-    'data_samples/dolly.jsonl?rows=500'
+    >>> sample_of("databricks/databricks-dolly-15k:train")
+    'data_samples/dolly.jsonl'
 
     Raises:
         ConfigError: we have no sample of the dataset.
     """
-    path, mark, options = source.partition("?")
-    for known in (path, path.partition(":")[0]):
+    if isinstance(source, Source):
+        return source.model_copy(update={"path": str(sample_of(source.path))})
+    for known in (source, source.partition(":")[0]):
         if known in SAMPLES:
-            return SAMPLES[known] + mark + options
-    if path.endswith((".jsonl", ".json", ".csv", ".parquet")):
+            return SAMPLES[known]
+    local = Path(source).exists() or (runtime.ROOT / source).exists()
+    if local or source.endswith(SUFFIXES):
         return source
     raise ConfigError(
         f"no sample of {source!r}; there are some of {', '.join(SAMPLES)}"
@@ -142,8 +154,6 @@ def default_name() -> str:
     hub in reach, and the offline demo everywhere else.
     """
     import torch
-
-    from helpers import runtime
 
     asked = os.environ.get("TUNEBOOK_RECIPE")
     if asked:

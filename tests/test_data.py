@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def test_preparing_writes_its_part_of_the_report(run: Run) -> None:
         "why": "the rows have conversations",
         "read": 12,
         "rows": 12,
+        "unused": {},
+        "adjusted": {},
     }
 
 
@@ -232,7 +235,7 @@ def test_a_run_of_grpo_alone_has_problems_and_no_conversations(
     run = run_factory(**values, stages=["grpo"])
     report = data.prepare(run)
     assert sorted(read_all(run)) == ["problems", "test", "test_new"]
-    assert "sources" not in report
+    assert sorted(report["sources"]) == ["problems", "test", "test_new"]
 
 
 def test_preparing_takes_away_what_the_config_no_longer_has(
@@ -310,6 +313,102 @@ def test_the_data_of_a_run_that_prepared_none_is_missing(run: Run) -> None:
         run.require("data/train.jsonl")
 
 
+@pytest.mark.parametrize("part", ["train", "eval", "problems", "test", "test_new"])
+def test_a_file_that_was_edited_is_noticed_and_named(
+    run_factory: Callable[..., Run],
+    own_files: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    part: str,
+) -> None:
+    path = tmp_path / "edited.jsonl"
+    value: Any = [str(path)] if part == "train" else str(path)
+    run = run_factory(**own_files | {f"data__{part}": value})
+    write(path, [problem("was this here before?", 2), problem("and this, before?", 3)])
+    data.prepare(run)
+    times = path.stat()
+    write(path, [problem("is this here by now?", 2), problem("and this, by now?", 3)])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    data.ensure_data(run)
+    assert f"{path} has changed: preparing it anew" in capsys.readouterr().out
+    assert "by now?" in (run.path / "data" / f"{part}.jsonl").read_text()
+    data.ensure_data(run)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_inputs_of_a_run_are_its_files_by_their_content(
+    run_factory: Callable[..., Run], own_files: dict[str, Any]
+) -> None:
+    run = run_factory(**own_files)
+    report = data.prepare(run)
+    paths = [own_files[f"data__{part}"] for part in ("eval", "test", "test_new")]
+    assert sorted(report["inputs"]) == sorted([*own_files["data__train"], *paths])
+    assert data.inputs(run) == report["inputs"]
+    Path(paths[0]).write_text("{}")
+    changed_now = {k for k, v in data.inputs(run).items() if v != report["inputs"][k]}
+    assert changed_now == set(data.changed_inputs(run)) == {paths[0]}
+
+
+def test_fields_that_are_not_used_are_reported_and_told(
+    run_factory: Callable[..., Run],
+    own_files: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "chat.jsonl", [pair("a?") | {"context": "b"}])
+    run = run_factory(**own_files | {"data__train": [path]})
+    data.ensure_data(run)
+    assert run.report()["data"]["sources"][path]["unused"] == {"context": 1}
+    assert f"{path}: unused: context (1)" in capsys.readouterr().out
+
+
+def test_bad_problems_are_dropped_by_choice_and_counted_by_the_part(
+    run_factory: Callable[..., Run], own_files: dict[str, Any], tmp_path: Path
+) -> None:
+    for part in ("problems", "test", "test_new"):
+        rows = [problem(f"new {part}?"), {"question": "b", "answer": "#### 8:30"}]
+        own_files[f"data__{part}"] = write(tmp_path / f"bad {part}.jsonl", rows)
+    with pytest.raises(DataError, match="bad problems.jsonl: 1 of 2 .*#### 8:30"):
+        data.prepare(run_factory(**own_files))
+    report = data.prepare(run_factory(**own_files, data__drop_unusable=True))
+    for part in ("problems", "test", "test_new"):
+        assert report[part] == 1
+        assert report["left_out"][part]["no gold number"]["rows"] == 1
+
+
+def test_fields_are_ignored_by_choice(
+    run_factory: Callable[..., Run], own_files: dict[str, Any], tmp_path: Path
+) -> None:
+    row: dict[str, Any] = {"messages": turns("a?", "b"), "tools": [{"name": "look"}]}
+    row["messages"][1]["reasoning_content"] = "Hm."
+    own_files["data__train"] = [write(tmp_path / "chat.jsonl", [row])]
+    with pytest.raises(DataError, match="field 'tools' is not trained on"):
+        data.prepare(run_factory(**own_files))
+    ignore = ["tools", "messages.reasoning_content"]
+    run = run_factory(**own_files, data__ignore=ignore)
+    data.prepare(run)
+    assert read_all(run)["train"][0]["messages"] == turns("a?", "b")
+
+
+def test_an_answer_that_is_not_learnt_is_part_of_the_prompt_and_no_reference() -> None:
+    messages = turns("a?", "wrong", "again?", "right", "and?", "yes")
+    assert data.first_question(messages) == turns("a?")
+    messages[1]["weight"] = 0
+    assert data.first_question(messages) == turns("a?", "wrong", "again?")
+    assert data.first_answer(messages) == turns("", "right")[1]
+
+
+def test_a_turn_that_is_not_learnt_keeps_its_mark(
+    run_factory: Callable[..., Run], own_files: dict[str, Any], tmp_path: Path
+) -> None:
+    messages = turns("a?", "wrong", "again?", "right")
+    messages[1]["weight"] = 0
+    own_files["data__train"] = [write(tmp_path / "c.jsonl", [{"messages": messages}])]
+    run = run_factory(**own_files)
+    data.prepare(run)
+    assert read_all(run)["train"][0]["messages"] == messages
+
+
 # mixing
 
 
@@ -356,7 +455,7 @@ def test_sources_are_mixed_by_weight_without_repeating_a_row(
     run_factory: Callable[..., Run], two_files: list[str]
 ) -> None:
     big, small = two_files
-    sources = [f"{big}?weight=1", f"{small}?weight=2"]
+    sources = [{"path": big, "weight": 1}, {"path": small, "weight": 2}]
     run = run_factory(**{**CHATS_ONLY, "data__train": sources})
     report = data.prepare(run)
     found = words(run)
@@ -368,7 +467,7 @@ def test_sources_are_mixed_by_weight_without_repeating_a_row(
 def test_a_weight_draws_by_the_runs_seed(
     run_factory: Callable[..., Run], two_files: list[str]
 ) -> None:
-    sources = [two_files[0], f"{two_files[1]}?weight=2"]
+    sources = [two_files[0], {"path": two_files[1], "weight": 2}]
     drawn = []
     for seed in (1, 1, 2):
         run = run_factory(**{**CHATS_ONLY, "data__train": sources}, seed=seed)
@@ -382,7 +481,8 @@ def test_a_weight_draws_by_the_runs_seed(
 def test_sources_are_mixed_by_their_own_counts(
     run_factory: Callable[..., Run], two_files: list[str]
 ) -> None:
-    sources = [f"{two_files[0]}?rows=40", f"{two_files[1]}?rows=5"]
+    counts = zip(two_files, (40, 5), strict=True)
+    sources = [{"path": path, "rows": rows} for path, rows in counts]
     run = run_factory(**{**CHATS_ONLY, "data__train": sources})
     data.prepare(run)
     found = words(run)
@@ -411,12 +511,21 @@ def test_a_row_of_two_sources_is_trained_on_once(
     }  # fmt: skip
 
 
+def test_two_parts_of_one_source_are_both_reported(
+    run_factory: Callable[..., Run], two_files: list[str]
+) -> None:
+    sources = [{"path": two_files[0], "rows": rows} for rows in (20, 80)]
+    report = data.prepare(run_factory(**{**CHATS_ONLY, "data__train": sources}))
+    assert [part["read"] for part in report["sources"].values()] == [20, 80]
+
+
 def test_a_format_that_a_source_asks_for_is_taken(
     run_factory: Callable[..., Run], tmp_path: Path
 ) -> None:
     row = {**pair("a?"), "instruction": "b?", "response": "Yes."}
-    source = write(tmp_path / "both.jsonl", [row]) + "?format=prompt-completion"
-    run = run_factory(**{**CHATS_ONLY, "data__train": [source]})
+    source = write(tmp_path / "both.jsonl", [row])
+    asked = {"path": source, "format": "prompt-completion"}
+    run = run_factory(**{**CHATS_ONLY, "data__train": [asked]})
     report = data.prepare(run)
     assert words(run) == ["a?"]
     assert report["sources"][source]["why"] == "asked for"
@@ -425,9 +534,9 @@ def test_a_format_that_a_source_asks_for_is_taken(
 def test_a_format_that_does_not_fit_is_refused_by_the_source(
     run_factory: Callable[..., Run], two_files: list[str]
 ) -> None:
-    source = f"{two_files[0]}?format=sharegpt"
+    source = {"path": two_files[0], "format": "sharegpt"}
     run = run_factory(**{**CHATS_ONLY, "data__train": [source]})
-    with pytest.raises(DataError, match="format=sharegpt: 100 of 100 rows cannot be"):
+    with pytest.raises(DataError, match="big.jsonl: 100 of 100 rows cannot be used as"):
         data.prepare(run)
 
 
@@ -505,11 +614,9 @@ def test_a_streamed_source_is_prepared_like_a_stored_one(
     run_factory: Callable[..., Run], two_files: list[str]
 ) -> None:
     found = []
-    for options in ("", "?stream=true"):
-        values = {
-            **CHATS_ONLY,
-            "data__train": [source + options for source in two_files],
-        }
+    for stream in (False, True):
+        sources = [{"path": path, "stream": stream} for path in two_files]
+        values = {**CHATS_ONLY, "data__train": sources}
         found.append(data.prepare(run_factory(**values))["fingerprints"])
     assert found[0] == found[1]
 
@@ -518,7 +625,11 @@ def test_a_streamed_source_is_prepared_like_a_stored_one(
 
 
 def test_a_config_with_options_comes_back_from_json(tmp_path: Path) -> None:
-    sources = ["a.jsonl?format=alpaca&rows=5", "owner/name:train?weight=0.5", "b.csv"]
+    sources = [
+        {"path": "a.jsonl", "format": "alpaca", "rows": 5},
+        {"path": "owner/name:train", "weight": 0.5},
+        "b [1]&c?.csv",
+    ]
     config = changed(recipes.load("demo"), data__train=sources, data__max_chars=9)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     assert read_config(tmp_path / "config.json") == config
@@ -527,16 +638,22 @@ def test_a_config_with_options_comes_back_from_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("train", ["a.jsonl?fromat=alpaca"], "did you mean 'format'"),
-        ("train", ["a.jsonl", "b.jsonl?format=alpacca"], "did you mean 'alpaca'"),
-        ("eval", "a.jsonl?rows=0", "greater than or equal to 1"),
+        ("train", [{"path": "a", "fromat": "alpaca"}], "did you mean 'format'"),
+        ("train", ["a", {"path": "b", "format": "alpacca"}], "did you mean 'alpaca'"),
+        ("train", [{"rows": 5}], "Field required"),
+        ("train", [{"path": "a", "rows": "many"}], "valid integer"),
+        ("train", [{"path": "a", "weight": -1}], "greater than 0"),
+        ("train", [{"path": "a", "weight": float("inf")}], "finite number"),
+        ("train", [5], "valid dictionary"),
+        ("eval", {"path": "a", "rows": 0}, "greater than or equal to 1"),
+        ("test", {"path": "a", "weight": 2}, "a weight is of data.train alone"),
         ("max_chars", 0, "greater than or equal to 1"),
     ],
 )
 def test_a_source_that_cannot_be_read_so_is_refused_by_the_config(
     field: str, value: Any, said: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"^data.{field}: .*{said}"):
+    with pytest.raises(ConfigError, match=rf"^data.{field}[\w.]*:? .*{said}"):
         changed(recipes.load("demo"), **{f"data__{field}": value})
 
 

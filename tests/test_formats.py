@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,16 @@ import pytest
 from helpers import runtime
 from helpers.config import SYSTEM_PROMPT
 from helpers.data import ask
-from helpers.formats import FORMATS, DataError, Messages, detect_format
-from helpers.reading import to_conversations
+from helpers.formats import (
+    FORMATS,
+    LEARNT,
+    DataError,
+    Fields,
+    Messages,
+    detect_format,
+    read_turns,
+)
+from helpers.reading import Reader, to_conversations
 from helpers.sources import load_rows
 from helpers.templates import INSTRUCTION_TEMPLATE, render
 from tests.rows import ROWS, messages_row, problem, turns
@@ -143,7 +152,7 @@ def test_llama2_text_with_a_system_prompt_and_two_turns_is_taken_apart() -> None
 
 def test_columns_of_no_known_format_are_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        DataError, match="rows have body, title, which .*alpaca: input, in"
+        DataError, match="the columns body, title fit no .*alpaca: input, in"
     ):
         detect_format([{"title": "a", "body": "b"}])
 
@@ -157,6 +166,21 @@ def test_the_system_prompt_goes_before_problems() -> None:
 
 def test_the_system_prompt_does_not_go_before_other_conversations() -> None:
     assert to_conversations(ROWS[:1], "Think.")[0][0][0]["role"] == "user"
+
+
+@pytest.mark.parametrize("more", [[], [problem("How many?")]])
+def test_questions_and_answers_are_not_taken_for_maths(more: list[Any]) -> None:
+    rows = [{"question": "Where?", "answer": "Here, or in room 5."}, *more]
+    assert to_conversations(rows, "Think.")[0][0] == turns(
+        "Where?", "Here, or in room 5."
+    )
+
+
+def test_the_system_prompt_does_not_go_before_one_of_the_row() -> None:
+    row = problem("How many?") | {"system": "Be brief."}
+    assert to_conversations([row], "Think.")[0] == [
+        turns("How many?", "Working.\n#### 5", system="Be brief.")
+    ]
 
 
 def test_problems_are_asked_in_training_as_in_evaluation() -> None:
@@ -190,7 +214,16 @@ DETECTED: list[tuple[dict[str, Any], str, str]] = [
         "the rows have instruction, response",
     ),
     (ROWS[0], "prompt-completion", "the rows have completion, prompt"),
-    (problem("How many?"), "gsm8k", "the rows have answer, question"),
+    (
+        problem("How many?"),
+        "gsm8k",
+        "the rows have answer, question with #### <number>",
+    ),
+    (
+        {"question": "Where?", "answer": "Here.\n#### 1. A list\nof places"},
+        "question-answer",
+        "the rows have answer, question",
+    ),
     ({"text": "[INST] a [/INST] b"}, "llama-2", "the rows have text with [INST]"),
     (
         {"text": "<|im_start|>user\na<|im_end|>"},
@@ -217,7 +250,7 @@ def test_a_marker_in_a_later_row_is_seen() -> None:
 
 
 def test_text_without_markers_is_refused() -> None:
-    with pytest.raises(DataError, match=r"rows have text, which .*chatml: text with <"):
+    with pytest.raises(DataError, match=r"the columns text fit .*chatml: text with <"):
         detect_format([{"text": "Once upon a time."}])
 
 
@@ -251,6 +284,233 @@ def test_a_turn_whose_other_spelling_is_null_is_read() -> None:
         ]
     }
     assert to_conversations([row])[0] == [turns("Hi", "Hi.")]
+
+
+@pytest.mark.parametrize(
+    ("words", "role"),
+    [
+        ("system System developer DEVELOPER", "system"),
+        ("user User human Human prompter", "user"),
+        ("assistant Assistant gpt GPT chatgpt bing bard model bot", "assistant"),
+    ],
+)
+def test_a_role_is_told_in_any_of_its_names(words: str, role: str) -> None:
+    for word in words.split():
+        turns_in = [{"role": word, "content": "a"}]
+        assert read_turns(turns_in, Fields()) == [{"role": role, "content": "a"}]
+
+
+def as_json(row: Any) -> Any:
+    return json.dumps(row)
+
+
+def as_lists(row: Any) -> Any:
+    return {name: [turn[name] for turn in row] for name in row[0]}
+
+
+def in_parts(row: Any) -> Any:
+    for turn in row:
+        half = len(turn["content"]) // 2
+        texts = turn["content"][:half], turn["content"][half:]
+        turn["content"] = [{"type": "text", "text": text} for text in texts]
+    return row
+
+
+@pytest.mark.parametrize("shape", [as_json, as_lists, in_parts])
+def test_turns_are_read_in_other_shapes(shape: Callable[[Any], Any]) -> None:
+    messages = turns("Hi", "Hi.", "And?", "No.", system="Be brief.")
+    row = {"messages": shape(json.loads(json.dumps(messages)))}
+    assert to_conversations([row])[0] == [messages]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ("What is it?", "messages is text that is not JSON: 'What is it"),
+        ({"role": ["user"], "content": ["a", "b"]}, "messages has lists of different"),
+        (
+            [{"role": "user", "content": "a"}, None],
+            "a turn is not an object: turn 2 is",
+        ),
+        (["Hi"], "a turn is not an object: turn 1 is text"),
+        ([{"content": "a"}], "a turn has no role: turn 1 has content"),
+        (5, "messages is not a list of turns: 5"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+            "the user turn's content has a part that is not text: image_url",
+        ),
+    ],
+)
+def test_turns_in_no_known_shape_are_refused_in_words(
+    messages: Any, reason: str
+) -> None:
+    with pytest.raises(DataError, match=f"row 1: {reason}"):
+        to_conversations([{"messages": messages}])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(True, "true"), (4, "4"), (0, "0"), (2.5, "2.5"), (10**30, "1" + 30 * "0")],
+)
+def test_a_value_that_is_no_text_is_learnt_as_json_writes_it(
+    value: Any, text: str
+) -> None:
+    row = {"prompt": "2 + 2?", "completion": value}
+    assert to_conversations([row])[0] == [turns("2 + 2?", text)]
+
+
+def test_prompt_and_completion_may_be_lists_of_turns() -> None:
+    said = turns("Hi", "Hi.", "And?", system="Be brief.")
+    row = {"prompt": said, "completion": turns("", "No.")[1:]}
+    first = {"role": "assistant", "content": "Hi.", "weight": 0}  # it is the prompt's
+    (messages,) = to_conversations([row])[0]
+    assert messages == [*said[:2], first, *said[3:], *row["completion"]]
+    row = {"prompt": said[:2], "completion": "Hi."}
+    assert to_conversations([row])[0] == [turns("Hi", "Hi.", system="Be brief.")]
+
+
+def test_an_answer_before_the_first_question_is_dropped_and_counted() -> None:
+    reader = Reader()
+    row = {"messages": [*turns("", "Welcome!", "Hi", "Hi.")[1:]]}
+    assert list(reader.read([(1, row)])) == [turns("Hi", "Hi.")]
+    assert reader.fields.adjusted == {"answer before the first question dropped": 1}
+
+
+def test_questions_in_a_row_are_joined_and_counted() -> None:
+    reader = Reader()
+    row = {"messages": [*turns("Hello."), *turns("Hi?", "Hi.")]}
+    assert list(reader.read([(1, row)])) == [turns("Hello.\n\nHi?", "Hi.")]
+    assert reader.report(1)["adjusted"] == {"questions in a row joined": 1}
+
+
+# fields beside question and answer
+
+
+EXCHANGES: list[dict[str, Any]] = [
+    {"messages": turns("Hi", "Hi.")},
+    {"conversations": turns("Hi", "Hi.")},
+    {"instruction": "Hi", "input": "", "output": "Hi."},
+    {"instruction": "Hi", "response": "Hi."},
+    {"question": "Hi", "answer": "Hi."},
+    {"prompt": "Hi", "completion": "Hi."},
+]
+
+
+@pytest.mark.parametrize("row", EXCHANGES)
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_column_is_the_first_turn(row: dict[str, Any], column: str) -> None:
+    for text in ("Be brief.", "", None):
+        found = to_conversations([row | {column: text}])[0]
+        assert found == [turns("Hi", "Hi.", system=text or "")]
+
+
+@pytest.mark.parametrize("row", EXCHANGES)
+@pytest.mark.parametrize("shape", [list, json.dumps])
+def test_a_history_comes_before_the_question(
+    row: dict[str, Any], shape: Callable[[Any], Any]
+) -> None:
+    row = row | {"history": shape([["a?", "b"], ["c?", "d"]]), "system": "Be brief."}
+    assert to_conversations([row])[0] == [
+        turns("a?", "b", "c?", "d", "Hi", "Hi.", system="Be brief.")
+    ]
+
+
+@pytest.mark.parametrize("history", ["a?", {"a": "b"}, [["a?"]], ["a?", "b"]])
+def test_a_history_in_another_shape_is_refused(history: Any) -> None:
+    with pytest.raises(DataError, match="row 1: history is "):
+        to_conversations([EXCHANGES[0] | {"history": history}])
+
+
+def test_two_system_prompts_that_differ_are_refused() -> None:
+    row = {"messages": turns("Hi", "Hi.", system="Be brief."), "system": "Be kind."}
+    with pytest.raises(DataError, match="row 1: two system prompts: a column and"):
+        to_conversations([row])
+    row["system"] = "Be brief."
+    assert to_conversations([row])[0] == [row["messages"]]
+
+
+@pytest.mark.parametrize("mark", LEARNT)
+@pytest.mark.parametrize("value", [0, False, 0.0])
+def test_a_turn_that_is_marked_so_is_not_learnt(mark: str, value: Any) -> None:
+    messages = turns("Hi", "Wrong.", "Again?", "Right.")
+    row = json.loads(json.dumps(messages))
+    row[1][mark], row[3][mark] = value, 1
+    row[0][mark] = None
+    messages[1]["weight"] = 0
+    assert to_conversations([{"messages": row}])[0] == [messages]
+
+
+@pytest.mark.parametrize("value", [0.5, 2, "0", [1]])
+def test_another_weight_is_refused(value: Any) -> None:
+    row = {"messages": turns("Hi", "Hi.")}
+    row["messages"][1]["weight"] = value
+    with pytest.raises(DataError, match="a weight that is neither 0 nor 1: turn 2 has"):
+        to_conversations([row])
+
+
+def test_a_conversation_of_which_no_answer_is_learnt_is_left_out_and_counted() -> None:
+    row = {"messages": turns("Hi", "Wrong.")}
+    row["messages"][1]["weight"] = 0
+    left_out = to_conversations([EXCHANGES[0], row])[1]
+    assert left_out["no answer is learnt"]["rows"] == 1
+
+
+CALL = [{"type": "function", "function": {"name": "look", "arguments": "{}"}}]
+HARMFUL = [
+    ("reasoning_content", "Let me see."), ("thinking", "Hm."), ("tool_calls", CALL),
+    ("function_call", {"name": "look"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("place", "field", "value"),
+    [("row", *pair) for pair in [*HARMFUL, ("tools", CALL), ("functions", CALL)]]
+    + [("turn", *pair) for pair in [*HARMFUL, ("reasoning", "Hm.")]],
+)
+def test_a_field_that_changes_what_is_learnt_is_refused_dropped_or_ignored(
+    place: str, field: str, value: Any
+) -> None:
+    good = {"messages": turns("Hi", "Hi.")}
+    bad: dict[str, Any] = {"messages": turns("Ho", "Ho.")}
+    (bad if place == "row" else bad["messages"][1])[field] = value
+    with pytest.raises(DataError, match=f"row 2: field '{field}' .*data.ignore.*drop_"):
+        to_conversations([good, bad])
+    kept, left_out = to_conversations([good, bad], drop_unusable=True)
+    assert kept == [turns("Hi", "Hi.")]
+    assert [part["rows"] for part in left_out.values()] == [1]
+    assert field in next(iter(left_out))
+    kept, _ = to_conversations([good, bad], fields=Fields(ignore=(field,)))
+    assert kept == [turns("Hi", "Hi."), turns("Ho", "Ho.")]
+
+
+@pytest.mark.parametrize("value", [None, "", [], "[]", {}, {"name": None}, " "])
+def test_a_field_that_says_nothing_changes_nothing(value: Any) -> None:
+    reader = Reader()
+    row: dict[str, Any] = {"messages": turns("Hi", "Hi."), "tools": value, "x": value}
+    row["messages"][1] |= {"tool_calls": value, "name": value}
+    assert list(reader.read([(1, row)])) == [turns("Hi", "Hi.")]
+    assert reader.fields.unused == {}
+
+
+@pytest.mark.parametrize("role", ["tool", "function", "ipython", "observation"])
+def test_a_tool_turn_is_refused_by_its_role(role: str) -> None:
+    row = {"messages": turns("Hi", "Hi.", "4")}
+    row["messages"][2]["role"] = role
+    with pytest.raises(DataError, match=f"row 1: role '{role}' is not system, user or"):
+        to_conversations([row])
+
+
+@pytest.mark.parametrize("row", EXCHANGES)
+def test_fields_that_are_not_used_are_counted_by_name(row: dict[str, Any]) -> None:
+    reader = Reader()
+    row = json.loads(json.dumps(row)) | {"id": 7, "source": "x", "score": 0.5}
+    expected = {"id": 2, "source": 2, "score": 2}
+    for column in {"messages", "conversations"} & set(row):
+        row[column][0]["name"] = "Ann"
+        expected[f"{column}.name"] = 2
+    list(reader.read([(1, row), (2, row | {"id": 8, "other": "Ho."})]))
+    expected["other"] = 1
+    assert reader.report(1)["unused"] == expected
 
 
 def test_dolly_rows_come_back_from_the_instruction_template(
@@ -288,7 +548,7 @@ def test_dolly_rows_come_back_from_the_instruction_template(
     ],
 )
 def test_broken_llama2_markers_are_refused(text: str) -> None:
-    with pytest.raises(DataError, match="row 1: unreadable as llama-2: .*(INST|SYS)"):
+    with pytest.raises(DataError, match="row 1: broken markers: .*(INST|SYS)"):
         to_conversations([{"text": text}])
 
 
@@ -326,7 +586,7 @@ def test_chatml_rows_come_out_of_a_chatml_template_as_they_went_in(
     ],
 )
 def test_broken_chatml_markers_are_refused_by_the_turn(text: str, turn: int) -> None:
-    with pytest.raises(DataError, match=f"row 1: unreadable as chatml: turn {turn} is"):
+    with pytest.raises(DataError, match=f"row 1: broken markers: turn {turn} is"):
         to_conversations([{"text": text}])
 
 
@@ -356,7 +616,7 @@ def test_rows_that_do_not_fit_the_format_asked_for_are_refused_with_the_remedy()
 ):
     with pytest.raises(
         DataError,
-        match="2 of 2 rows cannot be used as dolly; row 1: unreadable as dolly: "
-        "no 'instruction'; .*without format= in the source the format is detected",
+        match="2 of 2 rows cannot be used as dolly; row 1: no 'instruction': the row "
+        "has prompt, comp.*without format in the source the format is detected",
     ):
         to_conversations(ROWS, form="dolly")

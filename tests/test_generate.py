@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from helpers import data, generate, generation, models, runtime
 from helpers.runs import Run
+from tests.rows import turns, write
 
 
 def choose(*arguments: str) -> generate.Chosen:
@@ -74,15 +76,86 @@ def test_a_file_of_prompts_is_answered_with_and_without_a_template(
     assert "3 answers in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", ["not json", "[1]", '{"messages": []}', '{"id": 3}'])
-def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
-    (tmp_path / "prompts.jsonl").write_text(f'"Hello"\n{line}\n')
-    with pytest.raises(data.DataError, match="line 2: .* is no prompt; expected"):
+PROMPTS = ["What is 2 + 2? é", "Name a fruit."]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.json", json.dumps([{"prompt": p} for p in PROMPTS], indent=1)),
+        ("p.json", json.dumps(PROMPTS)),
+        ("p.jsonl", "\n\n".join(json.dumps(prompt) for prompt in PROMPTS)),
+        ("p.txt", "\n".join(PROMPTS)),
+        ("p.txt", "\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS)),
+        ("p.csv", "question;answer\n" + "".join(f"{p};x\n" for p in PROMPTS)),
+        ("[p] #1.jsonl", "\n".join(json.dumps({"question": p}) for p in PROMPTS)),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_prompts_are_read_as_training_rows_are(
+    tmp_path: Path, name: str, text: str, encoding: str
+) -> None:
+    path = tmp_path / name
+    for content in (text.encode(encoding), gzip.compress(text.encode(encoding))):
+        path.write_bytes(content)
+        rows = generate.read_prompts(path, "Be brief.")
+        assert [row["prompt"] for row in rows] == [
+            data.ask(prompt, "Be brief.") for prompt in PROMPTS
+        ]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": turns("Hi")}, turns("Hi")),
+        ({"prompt": 5}, data.ask("5", "Be kind.")),
+        ({"instruction": "Add.", "input": "1 2"}, data.ask("Add.\n\n1 2", "Be kind.")),
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, turns("Hi")),
+        ({"messages": json.dumps(turns("a", "b", "c"))}, turns("a", "b", "c")),
+        ({"messages": [{"role": "User", "content": [{"type": "text", "text": "Hi"}]}]},
+         turns("Hi")),
+        ({"messages": [{"role": "developer", "content": "Be brief."}, *turns("Hi")]},
+         turns("Hi", system="Be brief.")),
+        ({"prompt": "Hi", "system": "Be brief."}, turns("Hi", system="Be brief.")),
+        ({"prompt": None, "messages": turns("Hi")}, turns("Hi")),
+        ({"prompt": "Hi", "completion": "Ho"}, data.ask("Hi", "Be kind.")),
+    ],
+)  # fmt: skip
+def test_a_prompt_may_have_the_shape_of_any_training_row(
+    tmp_path: Path, row: Any, prompt: Any
+) -> None:
+    path = Path(write(tmp_path / "p.jsonl", [row]))
+    assert generate.read_prompts(path, "Be kind.") == [{"id": 1, "prompt": prompt}]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("[1]", "it is a list, not a text or an object"),
+        ("not json", "broken JSON"),
+        ('{"messages": []}', "it does not end with the user"),
+        ('{"id": 3}', "it has id"),
+        ('{"prompt": ""}', "it is empty"),
+        ('{"prompt": null}', "it has prompt"),
+        ('{"prompt": ["a"]}', "the user turn's content is not text: a list"),
+        ('{"messages": "What?"}', "messages is text that is not JSON"),
+        (json.dumps({"messages": turns("Hi", "Hi.")}), "it does not end with the user"),
+        (json.dumps({"messages": [{"role": "function", "content": "4"}, *turns("?")]}),
+         "role 'function' is not system, user or assistant"),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_no_prompt_is_named_with_the_reason(
+    tmp_path: Path, row: str, reason: str
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text(f'"Hello"\n{row}\n')
+    with pytest.raises(
+        data.DataError, match=rf"row 2 is no prompt: {reason}.*; expect"
+    ):
         generate.read_prompts(tmp_path / "prompts.jsonl", "")
 
 
 def test_a_missing_file_ends_the_command_with_a_sentence(runs_home: Path) -> None:
-    with pytest.raises(SystemExit, match="no file nowhere.jsonl: give one"):
+    with pytest.raises(SystemExit, match="no file nowhere.jsonl .*; give a path"):
         generate.main(["m", "--file", "nowhere.jsonl", "--out", "a.jsonl"])
 
 
@@ -110,9 +183,9 @@ def test_a_chat_remembers_what_was_said_until_a_new_one(
     runtime.seed_everything(0)
     start = data.ask("Hello", "Be brief.")
     first = generation.reply(model, tokenizer, start, sampling=drawn)
-    turns = [*start, {"role": "assistant", "content": first}]
-    turns += data.ask("And now?", "")
-    second = generation.reply(model, tokenizer, turns, sampling=drawn)
+    said_so_far = [*start, {"role": "assistant", "content": first}]
+    said_so_far += data.ask("And now?", "")
+    second = generation.reply(model, tokenizer, said_so_far, sampling=drawn)
     third = generation.reply(model, tokenizer, start, sampling=drawn)
     assert len({first, second, third, ""}) == 4
     assert all(text in printed for text in (first, second, third))

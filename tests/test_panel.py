@@ -9,7 +9,7 @@ import time
 import pytest
 
 from helpers import gpus, knobs, memory, panel, recipes, runs, summary, timing
-from helpers.config import ConfigError, changed, read_config
+from helpers.config import ConfigError, Source, changed, read_config
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_a_value_can_be_changed_back_after_saving(form):
     [
         ("weights", "8bit", "8bit"),
         ("double_quant", False, False),
-        ("data__train", "a.jsonl,  b.jsonl", ["a.jsonl", "b.jsonl"]),
+        ("data__train", "a, [1].jsonl\n\n b.jsonl ", ["a, [1].jsonl", "b.jsonl"]),
         ("data__eval_rows", "", None),
         ("lora__target_modules", "q_proj, v_proj", ["q_proj", "v_proj"]),
         ("sft__gradient_checkpointing", False, False),
@@ -169,6 +169,26 @@ def test_a_field_of_each_group_and_kind_is_saved(form, path, value, expected):
     form.button.click()
     found = knobs.read(runs.open_run().config.model_dump(), path)
     assert (found, type(found)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize("path", ["data__train", "data__test"])
+def test_a_source_with_options_is_typed_and_shown_as_json(form, path):
+    text = '{"path": "a.jsonl", "rows": 5, "format": "dolly"}'
+    fill(form, path, text)
+    form.button.click()
+    source = Source(path="a.jsonl", rows=5, format="dolly")
+    config = runs.open_run().config
+    value = getattr(config.data, path.removeprefix("data__"))
+    assert value == ([source] if path == "data__train" else source)
+    assert form.fields[path].value == text
+    assert form.config == config
+
+
+def test_a_source_that_is_no_json_is_refused_beside_its_field(form):
+    fill(form, "data__train", "a.jsonl\n{b.jsonl")
+    assert "is no JSON object" in html.unescape(note(form, "data__train"))
+    fill(form, "data__train", '{"path": "a.jsonl", "rows": "many"}')
+    assert "should be a valid integer" in html.unescape(note(form, "data__train"))
 
 
 def test_an_emptied_field_of_a_trainer_leaves_it_to_the_trainer(form):
