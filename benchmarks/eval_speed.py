@@ -138,8 +138,7 @@ def random_weights(shape: str, folder: Path) -> str:
     tokenizer = models.load_tokenizer("smollm2-135m-offline")
     config = AutoConfig.for_model(
         "llama",
-        **shapes.config_fields(shapes.KNOWN[shape]),
-        max_position_embeddings=8192,
+        **{**shapes.KNOWN[shape], "max_position_embeddings": 8192},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -346,10 +346,11 @@ def make(shape: str, folder: Path) -> None:
     """Writes a model of random weights; `tiny` is a shape of this program's own."""
     import memory
 
-    from helpers.shapes import KNOWN, Architecture
+    from helpers.shapes import KNOWN, NUMBERS
 
     memory.SHAPES["tiny"] = "tiny"
-    KNOWN["tiny"] = Architecture(64, 2, 4, 2, 16, 128, 300, True)
+    tiny = (64, 2, 4, 16, 2, 128, 300, 8192, True)
+    KNOWN["tiny"] = dict(zip(NUMBERS, tiny, strict=True))
     memory.make_model(shape, folder)
 
 

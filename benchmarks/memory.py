@@ -178,9 +178,8 @@ def make_model(shape: str, folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from helpers.shapes import KNOWN, config_fields
+    from helpers.shapes import KNOWN
 
-    arch = KNOWN[SHAPES[shape]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<s>", "</s>"]
     core = Tokenizer(models.BPE({t: i for i, t in enumerate(special + alphabet)}, []))
@@ -199,8 +198,7 @@ def make_model(shape: str, folder: Path) -> None:
         ),
     ).save_pretrained(folder)
     config = LlamaConfig(
-        **config_fields(arch),
-        max_position_embeddings=8192,
+        **{**KNOWN[SHAPES[shape]], "max_position_embeddings": 8192},
         rms_norm_eps=1e-5,
         bos_token_id=1,
         eos_token_id=2,

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from helpers import fields
 from helpers.results import Table
 from helpers.runs import write_json
 from helpers.timing import count_steps, step_rows
@@ -86,14 +87,14 @@ def table(made: Plan | None, config: RunConfig, prompts: int) -> Table:
         config: that it was made for.
         prompts: to train on.
     """
-    values = config.grpo
-    answers, size = step_rows(values), values.get("num_generations", 8)
+    values = fields.complete(config, "grpo")
+    answers, size = step_rows(values), values["num_generations"]
     steps = made.steps if made else count_steps(values, size * prompts) or 0
     seen = steps * answers // size
     rows = {
         "steps": f"{steps}, with {seen} prompts drawn from {prompts}",
         "a step": f"{answers // size} prompts, {size} answers each",
-        "answers": f"at most {values.get('max_completion_length', 512)} tokens",
+        "answers": f"at most {values['max_completion_length']} tokens",
         "held out": f"{config.grpo_held_out} problems",
     }
     if made is None:

@@ -6,17 +6,13 @@ libraries' fields, the machine, the data's size, and what usually works.
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import math
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from helpers import runtime, shapes
-from helpers.config import ConfigError, RunConfig, nearest
-from helpers.timing import count_steps, evaluation_minutes, step_rows
+from helpers import fields, runtime, shapes
+from helpers.config import ConfigError, RunConfig, Stage
+from helpers.timing import count_steps, step_rows
 
 # the rates that LoRA is usually trained with; we warn ten times outside of them
 USUAL_RATES = {
@@ -28,16 +24,6 @@ ENDS = ["eos", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>"]
 ENDS += ["<end_of_turn>", "<|end|>"]
 MAX_CUT_SHARE = 0.01  # of the answers
 
-# where the libraries declare their fields: reading takes 0.1 s, importing ten
-TRAINING = ["trl/trainer/base_config.py", "transformers/training_args.py"]
-SOURCES = {
-    "sft": ["trl/trainer/sft_config.py", *TRAINING],
-    "grpo": ["trl/trainer/grpo_config.py", *TRAINING],
-    "lora": ["peft/tuners/lora/config.py", "peft/config.py"],
-    "inference": ["transformers/generation/configuration_utils.py"],
-}
-CLASSES = ["SFTConfig", "GRPOConfig", "_BaseConfig", "TrainingArguments"]
-CLASSES += ["LoraConfig", "PeftConfig", "PeftConfigMixin", "GenerationConfig"]
 # what the libraries also take, or took, but the rest of the config decides
 ELSEWHERE = {
     "sft.max_length": "max_length",
@@ -46,11 +32,11 @@ ELSEWHERE = {
     "grpo.output_dir": "name",
     "grpo.max_prompt_length": "max_prompt_length",
     "grpo.reward_weights": "rewards",
+    "lora.task_type": "model",
 }
-POSITIVE = ["learning_rate", "num_train_epochs", "num_generations", "eval_steps"]
+POSITIVE = ["learning_rate", "num_train_epochs", "eval_steps", "max_completion_length"]
 POSITIVE += ["per_device_train_batch_size", "gradient_accumulation_steps"]
 POSITIVE += ["temperature"]  # at 0 the answers of a group are all the same
-NUMBERS = [*POSITIVE, "warmup_steps", "max_steps", "save_steps"]
 
 
 class Advice(NamedTuple):
@@ -78,20 +64,20 @@ def advise(
         rows: conversations to train on, once the data are prepared.
     """
     machine = machine or runtime.find_machine()
-    found = [*check_names(config), *check_dtype(config, machine), *check_pad(config)]
+    fields.import_engine(config.engine)
+    found = [*check_dtype(config, machine), *check_pad(config)]
     for stage in config.stages:
-        values = getattr(config, stage)
-        wrong = list(check_numbers(stage, values))
-        found += wrong or check_stage(stage, values, rows if stage == "sft" else None)
-        if stage == "grpo" and not wrong:
-            found += [*check_groups(values), *check_rewards(config)]
+        wrong = list(check_training(config, stage))
+        found += wrong or check_stage(config, stage, rows if stage == "sft" else None)
+    if "grpo" in config.stages:
+        found += check_rewards(config)
+    found += check_group(config, "inference", {"do_sample": True})
+    wrong = list(check_group(config, "lora", {"task_type": "CAUSAL_LM"}))
+    found += wrong
     try:
-        arch = shapes.find_architecture(config.model)
+        found += [*check_positions(config), *(() if wrong else check_lora(config))]
     except shapes.UnknownArchitecture:
-        return sorted(found)
-    found += check_targets(config.lora.get("target_modules"), arch)
-    if all(advice.level == "warning" for advice in found):
-        found += check_minutes(config, machine, arch, rows)
+        pass  # nothing is known of the model until it is loaded
     return sorted(found)
 
 
@@ -137,58 +123,38 @@ which cuts at most 1 %, or leave the long rows out.'
     return Advice("warning", "max_length", text)
 
 
-@cache
-def known_fields(group: str) -> frozenset[str]:
-    """Returns the names that a group of the config may hold, empty when unknown.
-
-    Args:
-        group: `sft`, `grpo`, `lora` or `inference`.
-    """
-    names: set[str] = set()
-    for place in SOURCES[group]:
-        package, _, inner = place.partition("/")
-        spec = importlib.util.find_spec(package)
-        file = Path(spec.origin if spec and spec.origin else "").parent / inner
-        if not file.exists():
-            return frozenset()
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for kind in tree.body:
-            if isinstance(kind, ast.ClassDef) and kind.name in CLASSES:
-                names |= declared(kind)
-    return frozenset(name for name in names if not name.startswith("_"))
+def check_group(
+    config: RunConfig, group: str, more: dict[str, Any]
+) -> Iterator[Advice]:
+    """Finds what the class of a group does not take; see `fields.faults`."""
+    values = dict(getattr(config, group))
+    for name in list(values):
+        field = f"{group}.{name}"
+        if field in ELSEWHERE:
+            text = f"the config's own {ELSEWHERE[field]} decides it. Remove it."
+            yield Advice("error", field, text)
+            del values[name]
+    for name, text in fields.faults(group, values, more):
+        yield Advice("error", f"{group}.{name}".removesuffix("."), text)
 
 
-def declared(kind: ast.ClassDef) -> set[str]:
-    """Returns the annotated fields of a class, and the kwargs that `__init__` takes."""
-    names, nodes = set(), list[ast.AST](kind.body)
-    for member in kind.body:
-        if isinstance(member, ast.FunctionDef) and member.name == "__init__":
-            nodes += ast.walk(member)
-    for node in nodes:
-        match node:
-            case ast.AnnAssign(target=ast.Name(id=name)):
-                names.add(name)
-            case ast.Call(
-                func=ast.Attribute(value=ast.Name(id="kwargs"), attr="pop"),
-                args=[ast.Constant(value=str(name)), *_],
-            ):
-                names.add(name)
-    return names
+def check_training(config: RunConfig, stage: Stage) -> Iterator[Advice]:
+    """Finds training arguments that TRL refuses, or that must be above 0."""
+    from helpers.train import machine_arguments
 
-
-def check_names(config: RunConfig) -> Iterator[Advice]:
-    """Finds names in `sft`, `grpo`, `lora`, `inference` that their library lacks."""
-    for group in SOURCES:
-        known = known_fields(group)
-        for name in getattr(config, group):
-            field = f"{group}.{name}"
-            if field in ELSEWHERE:
-                text = f"the config's own {ELSEWHERE[field]} decides it. Remove it."
-                yield Advice("error", field, text)
-            # Unsloth adds fields of its own to TRL's configs
-            elif known and name not in known and not name.startswith("unsloth_"):
-                hint = nearest(name, known) or "; remove it"
-                yield Advice("error", field, f"the library has no such field{hint}")
+    values = getattr(config, stage)
+    numbers = [n for n in POSITIVE if isinstance(values.get(n), int | float)]
+    low = [n for n in numbers if not values[n] > 0]
+    for name in low:
+        text = f"found {values[name]}; expected more than 0"
+        yield Advice("error", f"{stage}.{name}", text)
+    if low:
+        return
+    # nothing is written there; and our evaluation of GRPO needs no whole groups
+    more: dict[str, Any] = {"output_dir": "unused", "report_to": "none"}
+    if stage == "grpo":
+        more["num_generations_eval"] = 1
+    yield from check_group(config, stage, more | machine_arguments(config))
 
 
 def check_dtype(config: RunConfig, machine: runtime.Machine) -> Iterator[Advice]:
@@ -222,27 +188,11 @@ def check_pad(config: RunConfig) -> Iterator[Advice]:
         yield Advice("warning", "pad_token", text)
 
 
-def check_numbers(stage: str, values: dict[str, Any]) -> Iterator[Advice]:
-    """Finds values that should be numbers and are not, or must be above 0."""
-    for name in NUMBERS:
-        value = values.get(name, 1)
-        if name == "eval_steps" and value is None:
-            continue
-        number = isinstance(value, int | float) and math.isfinite(value)
-        if isinstance(value, bool) or not number:
-            text = f"found {value!r}; expected a number, without quotes"
-            yield Advice("error", f"{stage}.{name}", text)
-        elif name in POSITIVE and not value > 0:
-            text = f"found {value}; expected more than 0"
-            yield Advice("error", f"{stage}.{name}", text)
-
-
-def check_stage(
-    stage: str, values: dict[str, Any], rows: int | None
-) -> Iterator[Advice]:
-    """Finds a rate, a warm-up, a length or saves that defeat the training."""
+def check_stage(config: RunConfig, stage: Stage, rows: int | None) -> Iterator[Advice]:
+    """Finds a rate, a warm-up or a length that defeats the training."""
+    values = fields.complete(config, stage)
     low, high, source = USUAL_RATES[stage]
-    rate = values.get("learning_rate", low)
+    rate = values["learning_rate"]
     if round(rate / low, 6) < 0.1 or round(rate / high, 6) > 10:
         text = (
             f"{rate:g} is more than ten times outside the {low:g} to {high:g} usual "
@@ -251,8 +201,8 @@ def check_stage(
         )
         yield Advice("warning", f"{stage}.learning_rate", text)
 
-    steps, warmup = count_steps(values, rows), values.get("warmup_steps", 0)
-    if steps and values.get("lr_scheduler_type") != "constant":
+    steps, warmup = count_steps(values, rows), values["warmup_steps"]
+    if steps and values["lr_scheduler_type"] != "constant":
         # below 1 it is a share of the run, as in transformers' get_warmup_steps
         length = int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
         if length >= steps:
@@ -262,8 +212,8 @@ def check_stage(
             )
             yield Advice("warning", f"{stage}.warmup_steps", text)
 
-    counts = rows and values.get("max_steps", -1) > 0 and not values.get("packing")
-    seen, a_step = values.get("max_steps", 0) * step_rows(values), step_rows(values)
+    counts = rows and values["max_steps"] > 0 and not values.get("packing")
+    seen, a_step = values["max_steps"] * step_rows(values), step_rows(values)
     if rows and counts and seen < rows:
         text = (
             f"{steps} steps of {a_step} rows see {seen} of {rows} "
@@ -271,30 +221,6 @@ def check_stage(
             f"{math.ceil(rows / a_step)}; or take fewer rows by data.train_rows."
         )
         yield Advice("warning", f"{stage}.max_steps", text)
-
-    save, every = values.get("save_steps", 500), values.get("eval_steps")
-    best = values.get("load_best_model_at_end") and every
-    if best and round(save / every, 6) % 1:  # both may be shares of the run
-        text = f"{save} is no multiple of eval_steps={every}: the best step may not be "
-        yield Advice("error", f"{stage}.save_steps", f"{text}saved. Set it to {every}.")
-
-
-def check_groups(values: dict[str, Any]) -> Iterator[Advice]:
-    """Finds GRPO batches that do not hold whole groups of answers to a prompt."""
-    group = values.get("num_generations", 8)
-    accumulation = values.get("gradient_accumulation_steps", 1)
-    rounds = values.get("steps_per_generation") or accumulation
-    batch = step_rows(values) // accumulation * rounds
-    batch = values.get("generation_batch_size") or batch
-    if group < 2:
-        text = f"{group}, but an answer is judged against others. Set it to 2 or more."
-        yield Advice("error", "grpo.num_generations", text)
-    elif batch % group:
-        text = (
-            f"{group}, but {batch} answers are generated at a time, no multiple of it. "
-            f"Set per_device_train_batch_size to {group}, or change this."
-        )
-        yield Advice("error", "grpo.num_generations", text)
 
 
 def check_rewards(config: RunConfig) -> Iterator[Advice]:
@@ -317,31 +243,37 @@ def check_rewards(config: RunConfig) -> Iterator[Advice]:
         )
 
 
-def check_targets(targets: Any, arch: shapes.Architecture) -> Iterator[Advice]:
-    """Finds target modules that the model lacks; patterns are left to PEFT."""
-    layer = shapes.linear_shapes(arch)
-    known = [*layer, "lm_head", "embed_tokens"]
-    for target in targets if isinstance(targets, list) else []:
-        if str(target).rpartition(".")[2] not in known:
-            hint = nearest(str(target), known)
-            text = f"the model has no {target!r}{hint} (it has {', '.join(layer)})"
-            yield Advice("error", "lora.target_modules", text)
+def check_lora(config: RunConfig) -> Iterator[Advice]:
+    """Finds LoRA that PEFT cannot put on the model, or that trains nothing."""
+    try:
+        trained = shapes.count_lora(config.model, config.lora).trained
+    except shapes.LoraError as error:
+        yield Advice("error", f"lora.{error.field}".removesuffix("."), str(error))
+        return
+    if not trained:
+        text = "no parameter would be trained. Take inference_mode away."
+        yield Advice("error", "lora", text)
 
 
-def check_minutes(
-    config: RunConfig,
-    machine: runtime.Machine,
-    arch: shapes.Architecture,
-    rows: int | None,
-) -> Iterator[Advice]:
-    """Finds held-out sets that take longer than `evaluation.minutes`."""
-    budget = config.evaluation.minutes
-    for name, part in evaluation_minutes(config, machine, arch, rows).items():
-        if part.minutes > budget:
+def check_positions(config: RunConfig) -> Iterator[Advice]:
+    """Finds rows, prompts and answers that are longer than the model's positions."""
+    numbers = shapes.find_config(config.model).get_text_config()
+    positions = getattr(numbers, "max_position_embeddings", None)
+    lengths: dict[str, Any] = {
+        "evaluation.max_new_tokens": config.evaluation.max_new_tokens,
+        "inference.max_new_tokens": config.inference.get("max_new_tokens"),
+    }
+    if "sft" in config.stages:
+        lengths["max_length"] = config.max_length
+    if "grpo" in config.stages:
+        answer = fields.complete(config, "grpo")["max_completion_length"]
+        if isinstance(answer, int):
+            answer += config.max_prompt_length or 0
+        lengths["grpo.max_completion_length"] = answer
+    for field, length in lengths.items():
+        if positions and isinstance(length, int) and length > positions:
             text = (
-                f"{part.rows} held-out rows, {part.times} times, take up to "
-                f"{part.minutes:.0f} minutes on {machine.name}; evaluation.minutes is "
-                f"{budget:g}. Hold out about {int(part.rows * budget / part.minutes)}, "
-                "or allow more minutes."
+                f"{length} tokens in a row, prompt included, but the model has "
+                f"{positions} positions. Allow fewer."
             )
-            yield Advice("warning", f"data.{name}_rows", text)
+            yield Advice("error", field, text)

@@ -131,7 +131,7 @@ class EvaluationConfig(BaseModel):
     labels: list[str] | None = Field(
         None, description="classes of held-out conversations; null = they are texts"
     )
-    minutes: float = Field(30.0, gt=0, description="warn when it would take longer")
+    minutes: float = Field(30.0, gt=0, description="of older configs; nothing reads it")
 
     @field_validator("labels")
     @classmethod
@@ -235,13 +235,15 @@ class RunConfig(BaseModel):
                     "best_by='eval_loss' needs data.eval or data.eval_share; "
                     "without them use best_by='loss'"
                 )
-            if self.sft.get("eval_strategy", "no") != "no":
+            if self.sft.get("eval_strategy") not in (None, "no"):
                 raise ValueError("sft.eval_strategy needs data.eval or data.eval_share")
         return self
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], *, sure: float | None = None) -> str:
     """Returns a hint at the known name closest to a mistyped one.
+
+    With `sure`, a ratio of difflib's, nothing less alike is named, and no longer name.
 
     >>> nearest("learning_rat", ["learning_rate", "seed"])
     "; did you mean 'learning_rate'?"
@@ -251,8 +253,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     ''
     """
     names = list(known)
-    longer = [k for k in names if name and k.startswith(name)]
-    close = difflib.get_close_matches(name, names, n=1) or longer
+    longer = [k for k in names if name and k.startswith(name) and not sure]
+    close = difflib.get_close_matches(name, names, 1, sure or 0.6) or longer
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

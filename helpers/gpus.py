@@ -47,7 +47,7 @@ T4 = Gpu("Tesla T4", 14.0, *KNOWN["T4"])  # it reports 14.74 GiB
 def this_gpu() -> Gpu | None:
     """Returns this machine's GPU, under the cap of `TUNEBOOK_GPU_GB`; None without.
 
-    One that is not in the table is taken for a T4, the slowest of them.
+    One that is not in the table is taken for a T4, which is what Colab lends.
     """
     import torch
 

@@ -8,7 +8,17 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from helpers import budget, data, heldout, prompts, rewards, runtime, sampling, train
+from helpers import (
+    budget,
+    data,
+    fields,
+    heldout,
+    prompts,
+    rewards,
+    runtime,
+    sampling,
+    train,
+)
 from helpers.config import ConfigError
 from helpers.record import Record
 from helpers.runs import Run, write_json
@@ -146,7 +156,7 @@ def grpo_arguments(
         # the time ends it, after more steps where the machine is faster than the probe
         given |= {"max_steps": 3 * made.steps, "eval_steps": made.eval_steps}
     elif "eval_steps" not in given:
-        steps = given.get("max_steps", -1)
+        steps = given.get("max_steps") or -1
         # a share of the run, where its steps are counted in epochs
         given["eval_steps"] = -(-steps // EVALUATIONS) if steps > 0 else 1 / EVALUATIONS
     return given
@@ -216,7 +226,8 @@ def answering(
     """Returns what answers prompts during GRPO: the copy where one samples."""
     from helpers.generation import generate
 
-    rows = sampled_rows(config.grpo)  # the memory of these is counted
+    # the memory of these is counted
+    rows = sampled_rows(fields.complete(config, "grpo"))
     if sampler is not None:
         return functools.partial(sampler.generate, tokenizer, batch_size=rows)
     # on a CPU as many as are fastest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from helpers import data
+from helpers import data, fields
 from helpers.answers import parse_gold
 from helpers.config import RunConfig
 from helpers.runs import Run
@@ -40,7 +40,7 @@ def split_problems(run: Run) -> tuple[list[data.Row], list[data.Row]]:
 
 def answer_tokens(config: RunConfig) -> int:
     """Returns where completions are cut: the config's value, or TRL's default."""
-    return config.grpo.get("max_completion_length", 512)
+    return fields.complete(config, "grpo")["max_completion_length"]
 
 
 def score(

@@ -1,16 +1,18 @@
-"""The values of a config that people turn: label, kind, default, and how text is read.
+"""The values of a config that people turn: label, kind, choices, how text is read.
 
-The panel shows them; this is no second list of TRL's fields: what is not here keeps
-the value that the recipe gave it.
+The panel shows them, with the defaults of the classes that take them; what is not here
+keeps the value that the recipe gave it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from pydantic import BaseModel
 
+from helpers import fields
 from helpers.config import (
     ConfigError,
     DataConfig,
@@ -39,11 +41,10 @@ class Knob(NamedTuple):
     kind: Any = str
     """`str`, `int`, `float`, `bool`, `list`, or `int | float`: the first that fits.
 
-    `Source` is a path or an object, `list[Source]` one a line.
+    `list | str` is a list of names, or else a pattern; `Source` is a path or an
+    object, `list[Source]` one a line.
     """
     choices: tuple[str, ...] = ()
-    default: Any = None
-    """TRL's or PEFT's own, which holds when the config does not say."""
     wide: bool = False
 
 
@@ -63,13 +64,23 @@ def choices(path: str) -> tuple[str, ...]:
     return get_args(field.annotation) if field else ()
 
 
+def default(path: str) -> Any:
+    """Returns TRL's or PEFT's default of a value; None of our own fields.
+
+    >>> default("sft__packing"), default("seed")
+    (False, None)
+    """
+    group, _, leaf = path.partition("__")
+    return fields.defaults(group).get(leaf) if group in fields.PLACES else None
+
+
 # by group and path into the config
 KNOBS: dict[str, dict[str, Knob]] = {
     "Model": {
         "model": Knob("base model"),
         "engine": Knob("engine", choices=choices("engine")),
         "weights": Knob("weights", choices=choices("weights")),
-        "double_quant": Knob("double quantisation", bool, default=True),
+        "double_quant": Knob("double quantisation", bool),
         "dtype": Knob("dtype", choices=choices("dtype")),
         "max_length": Knob("max length, tokens", int),
         "template": Knob("template", choices=choices("template")),
@@ -79,7 +90,7 @@ KNOBS: dict[str, dict[str, Knob]] = {
     "Data": {
         "data__train": Knob("train on", list[Source], wide=True),
         "data__train_rows": Knob("rows of each source", int),
-        "data__drop_unusable": Knob("drop unusable rows", bool, default=False),
+        "data__drop_unusable": Knob("drop unusable rows", bool),
         "data__max_chars": Knob("drop longer, characters", int),
         "loss_on": Knob("loss on", choices=choices("loss_on")),
         "data__eval": Knob("eval loss on", Source),
@@ -93,46 +104,38 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "data__test_new_rows": Knob("test rows, other kind", int),
     },
     "LoRA": {
-        "lora__r": Knob("rank", int, default=8),
-        "lora__lora_alpha": Knob("alpha", int, default=8),
-        "lora__lora_dropout": Knob("dropout", float, default=0.0),
-        "lora__target_modules": Knob("target modules", list, wide=True),
+        "lora__r": Knob("rank", int),
+        "lora__lora_alpha": Knob("alpha", int),
+        "lora__lora_dropout": Knob("dropout", float),
+        "lora__target_modules": Knob("target modules", list | str, wide=True),
     },
     "Optimisation": {
         "sft__max_steps": Knob("steps", int),
-        "sft__num_train_epochs": Knob("or epochs", int | float, default=3.0),
-        "sft__learning_rate": Knob("learning rate", float, default=2e-5),
-        "sft__lr_scheduler_type": Knob("schedule", str, SCHEDULES, "linear"),
-        "sft__warmup_steps": Knob("warm-up steps, or share", int | float, default=0),
-        "sft__per_device_train_batch_size": Knob("rows a micro-batch", int, default=8),
-        "sft__gradient_accumulation_steps": Knob(
-            "micro-batches a step", int, default=1
-        ),
-        "sft__packing": Knob("packing", bool, default=False),
-        "sft__gradient_checkpointing": Knob(
-            "gradient checkpointing", bool, default=True
-        ),
-        "sft__optim": Knob("optimiser", str, OPTIMIZERS, "adamw_torch_fused"),
-        "sft__weight_decay": Knob("weight decay", float, default=0.0),
-        "sft__max_grad_norm": Knob("max gradient norm", float, default=1.0),
-        "sft__eval_strategy": Knob("evaluate by", str, ("no", "steps", "epoch"), "no"),
+        "sft__num_train_epochs": Knob("or epochs", int | float),
+        "sft__learning_rate": Knob("learning rate", float),
+        "sft__lr_scheduler_type": Knob("schedule", str, SCHEDULES),
+        "sft__warmup_steps": Knob("warm-up steps, or share", int | float),
+        "sft__per_device_train_batch_size": Knob("rows a micro-batch", int),
+        "sft__gradient_accumulation_steps": Knob("micro-batches a step", int),
+        "sft__packing": Knob("packing", bool),
+        "sft__gradient_checkpointing": Knob("gradient checkpointing", bool),
+        "sft__optim": Knob("optimiser", str, OPTIMIZERS),
+        "sft__weight_decay": Knob("weight decay", float),
+        "sft__max_grad_norm": Knob("max gradient norm", float),
+        "sft__eval_strategy": Knob("evaluate by", str, ("no", "steps", "epoch")),
         "sft__eval_steps": Knob("steps between evals", int),
-        "sft__save_steps": Knob("steps between saves", int, default=500),
+        "sft__save_steps": Knob("steps between saves", int),
     },
     "Generation": {
         "grpo__max_steps": Knob("GRPO steps", int),
-        "grpo__num_train_epochs": Knob("or GRPO epochs", int | float, default=3.0),
-        "grpo__learning_rate": Knob("GRPO learning rate", float, default=1e-6),
-        "grpo__warmup_steps": Knob("GRPO warm-up, or share", int | float, default=0),
-        "grpo__num_generations": Knob("answers a problem", int, default=8),
-        "grpo__per_device_train_batch_size": Knob(
-            "answers a micro-batch", int, default=8
-        ),
-        "grpo__gradient_accumulation_steps": Knob(
-            "micro-batches, GRPO step", int, default=1
-        ),
-        "grpo__max_completion_length": Knob("answer length, tokens", int, default=512),
-        "grpo__temperature": Knob("sampling temperature", float, default=1.0),
+        "grpo__num_train_epochs": Knob("or GRPO epochs", int | float),
+        "grpo__learning_rate": Knob("GRPO learning rate", float),
+        "grpo__warmup_steps": Knob("GRPO warm-up, or share", int | float),
+        "grpo__num_generations": Knob("answers a problem", int),
+        "grpo__per_device_train_batch_size": Knob("answers a micro-batch", int),
+        "grpo__gradient_accumulation_steps": Knob("micro-batches, GRPO step", int),
+        "grpo__max_completion_length": Knob("answer length, tokens", int),
+        "grpo__temperature": Knob("sampling temperature", float),
         "grpo_minutes": Knob("or GRPO minutes", float),
         "grpo_held_out": Knob("GRPO: held-out problems", int),
         "sampler": Knob("GRPO samples from", choices=choices("sampler")),
@@ -144,7 +147,6 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "inference__min_p": Knob("chat: min p", float),
         "evaluation__max_new_tokens": Knob("evaluation: answer length", int),
         "evaluation__batch_size": Knob("evaluation: batch size", int),
-        "evaluation__minutes": Knob("evaluation: minutes", float),
         "evaluation__protocol": Knob(
             "evaluation: prompts of", choices=choices("evaluation__protocol")
         ),
@@ -243,8 +245,10 @@ def parse(text: str | bool, path: str) -> Any:
     if kind == list[Source]:
         lines = [line.strip() for line in text.splitlines()]
         return [parse_source(line, where) for line in lines if line]
-    if kind is list:
-        return [item.strip() for item in text.split(",") if item.strip()]
+    if kind in (list, list | str):
+        names = [item.strip() for item in text.split(",") if item.strip()]
+        word = re.compile(r"[\w.]+")
+        return names if kind is list or all(map(word.fullmatch, names)) else text
     value = None
     for convert in get_args(kind) or (kind,):
         try:

@@ -10,15 +10,13 @@ Unsloth 2026.10; what cannot be counted is fitted on the calibration half of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from helpers import shapes
+from helpers import fields, shapes
 from helpers.config import RunConfig, Stage, changed
 from helpers.gpus import CONTEXT_GB, T4, Gpu, this_gpu
 from helpers.shapes import Architecture
 from helpers.timing import (
-    ROW_TOKENS,
     prompt_tokens,
     sampled_rows,
     training_minutes,
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 COPY = "16-bit copy to sample from"
+MARGIN = 1.07  # room for most of the errors in results/memory.json
 
 
 class Prediction(NamedTuple):
@@ -84,13 +83,13 @@ def predict(
         config = settle_sampler(config, gpu, row_tokens)
     arch = shapes.find_architecture(config.model)
     parts = fixed_bytes(config, arch, stage)
-    values, unsloth = getattr(config, stage), uses_unsloth(config)
-    batch = values.get("per_device_train_batch_size", 8)
+    values, unsloth = fields.complete(config, stage), uses_unsloth(config)
+    batch = values["per_device_train_batch_size"]
     if stage == "sft":
         length = min(row_tokens or config.max_length, config.max_length)
         parts |= pass_bytes(config, arch, stage, batch, length)
     else:
-        answer = values.get("max_completion_length", 256)
+        answer = values["max_completion_length"]
         length = answer + (row_tokens or prompt_tokens(config))
         parts |= pass_bytes(config, arch, stage, batch, length, answer)
         parts |= sampling_bytes(config, arch, sampled_rows(values), length)
@@ -111,12 +110,17 @@ def settle_sampler(
         gpu: of the machine asked about.
         row_tokens: as for `predict`.
     """
+    from helpers.sampling import unsupported
+
     if config.sampler != "auto":
         return config
     copied = changed(config, sampler="copy")
-    peak_gb = predict(copied, gpu, "grpo", row_tokens=row_tokens).peak_gb
-    fits = peak_gb <= gpu.memory_gb / MARGIN
-    return copied if fits else changed(config, sampler="model")
+    model = shapes.adapt(config.model, config.lora)
+    if not unsupported(config, model):
+        peak_gb = predict(copied, gpu, "grpo", row_tokens=row_tokens).peak_gb
+        if peak_gb <= gpu.memory_gb / MARGIN:
+            return copied
+    return changed(config, sampler="model")
 
 
 def sampling_bytes(
@@ -136,24 +140,16 @@ def sampling_bytes(
     keys = 2 * arch.layers * arch.kv_heads * arch.head_dim * 2
     if config.sampler != "copy":
         return {"KV cache": CACHE * rows * length * keys}
-    linear, every = shapes.count_linear(arch), shapes.count_parameters(arch)
     if bits_of(config) == "16bit":
-        copied = count_targets(config, arch)
+        copied = shapes.count_lora(config.model, config.lora).folded
     else:
-        copied = linear if uses_unsloth(config) else every
+        copied = arch.linear if uses_unsloth(config) else arch.parameters
     return {
         # folding holds the largest matrix in 16 bit, and twice in fp32
         COPY: 2.0 * copied + 10 * arch.hidden * arch.intermediate,
         "KV cache": float(rows * (-(-length // 64) * 64) * keys),
         "sampling graph": GRAPH_LOGIT * rows * arch.vocab,
     }
-
-
-def count_targets(config: RunConfig, arch: Architecture) -> int:
-    """Returns the weights of the matrices that LoRA is put on, in all layers."""
-    inputs = shapes.linear_shapes(arch)
-    targets = config.lora.get("target_modules") or list(inputs)
-    return arch.layers * sum(math.prod(inputs[name]) for name in targets)
 
 
 def bits_of(config: RunConfig) -> str:
@@ -176,23 +172,16 @@ def fixed_bytes(
     bits = bits_of(config)
     scales = 1 / 64 + 4 / (64 * 256) if config.double_quant else 4 / 64
     each = {"4bit": 0.5 + scales, "8bit": 1.0, "16bit": 2.0}[bits]
-    linear = shapes.count_linear(arch)
     unsloth = uses_unsloth(config)
     cast = 2 if unsloth or bits == "16bit" else 4
-    lora = trainable(config, arch)
-    optim = getattr(config, stage).get("optim", "adamw_torch")
+    lora = shapes.count_lora(config.model, config.lora).trained
+    optim = fields.complete(config, stage)["optim"]
     state = 0 if "paged" in optim else 2 if "8bit" in optim else 8
     return {
-        "weights": each * linear + cast * (shapes.count_parameters(arch) - linear),
+        "weights": each * arch.linear + cast * (arch.parameters - arch.linear),
         "LoRA and gradients": (4 + (GRADIENT if unsloth else 4)) * lora,
         "optimiser": float(state * lora),
     }
-
-
-def trainable(config: RunConfig, arch: Architecture) -> int:
-    """Returns the parameters that a config trains."""
-    targets = config.lora.get("target_modules") or list(shapes.linear_shapes(arch))
-    return shapes.count_lora(arch, config.lora.get("r", 8), targets)
 
 
 def pass_bytes(
@@ -218,7 +207,8 @@ def pass_bytes(
         answer: of them, those that GRPO sampled.
     """
     tokens, hidden, inner = batch * length, arch.hidden, arch.intermediate
-    recompute = getattr(config, stage).get("gradient_checkpointing", True)
+    values = fields.complete(config, stage)
+    recompute = values["gradient_checkpointing"]
     dequantised = 2.0 * hidden * inner  # the largest matrix, in fp16
     if uses_unsloth(config):
         layer = tokens * (HIDDEN * hidden + INNER * inner)
@@ -234,7 +224,7 @@ def pass_bytes(
         eight = INT8 if bits == "8bit" else 1
         # Without FlashAttention, grouped heads and no mask are left to SDPA's math
         # kernel, which makes the matrix of all scores; packed rows come with a mask.
-        packed = stage == "sft" and config.sft.get("packing", False)
+        packed = values.get("packing")
         whole = arch.kv_heads != arch.heads and not packed
         scores = tokens * arch.heads * length if whole else 0
         layer = KEPT * eight * tokens * kept_a_token(config, arch)
@@ -269,15 +259,13 @@ def fused_logits(tokens: int, vocab: int) -> float:
     return LOGIT_CHUNKED * tokens / (4 * math.ceil(share / 4)) * vocab
 
 
-def kept_a_token(config: RunConfig, arch: Architecture) -> int:
-    """Returns the bytes a token that a transformers layer keeps for its backward pass.
+def kept_a_token(config: RunConfig, arch: Architecture) -> float:
+    """Returns the bytes a token that a transformers layer keeps, on average.
 
     Two residuals in fp32; queries, keys, values and attention's output, and the MLP's
     gate, activation and up, in fp16; an fp16 copy of the input of each LoRA module.
     """
-    inputs = shapes.linear_shapes(arch)
-    targets = config.lora.get("target_modules") or list(inputs)
-    lora = sum(inputs[name][0] for name in targets)
+    lora = shapes.count_lora(config.model, config.lora).inputs / arch.layers
     attention = arch.heads * arch.head_dim
     return 8 * arch.hidden + 8 * attention + 6 * arch.intermediate + 2 * lora
 
@@ -323,114 +311,3 @@ def compare_weights(config: RunConfig, gpu: Gpu | None = None) -> Table:
             fits = "" if found.fits else ", does not fit"
             row += [f"{found.parts['weights']:.2f}", f"{found.peak_gb:.2f}{fits}"]
     return Table(header, rows)
-
-
-LONGEST_ROW = 4096  # tokens; what older models were made for
-MARGIN = 1.07  # a plan leaves room for most of the errors in results/memory.json
-
-
-class Plan(NamedTuple):
-    """The fastest config that fits, and what it changes, in words."""
-
-    config: RunConfig
-    text: str
-
-
-def plan(
-    config: RunConfig, gpu: Gpu | None = None, *, row_tokens: int | None = None
-) -> Plan:
-    """Returns the fastest setting that fits at the same effective batch.
-
-    Tried for every stage: all splits of the batch into micro-batches, with and without
-    gradient checkpointing, and for packed rows all lengths from `max_length` to the
-    whole batch in one row. What is learnt stays the same: a row is cut nowhere else,
-    and a step holds as many tokens. A stage that nothing makes fit is left as it is.
-
-    Args:
-        config: the run.
-        gpu: as for `predict`.
-        row_tokens: as for `predict`; only without packing.
-
-    Raises:
-        UnknownArchitecture: the base model's numbers are not known.
-    """
-    gpu = gpu or this_gpu() or T4
-    said = []
-    for stage in config.stages:
-        first = config
-        found = [
-            (predict(tried, gpu, stage, row_tokens=row_tokens), tried)
-            for tried in candidates(config, stage)
-        ]
-        limit = gpu.memory_gb / MARGIN
-        fitting = [(p, tried) for p, tried in found if p.peak_gb <= limit]
-        if not fitting:
-            least = min(p.peak_gb for p, _ in found)
-            said.append(
-                f"{stage}: nothing fits; the least is {least:.1f} of "
-                f"{gpu.memory_gb:.1f} GiB. Choose a smaller model, max_length, or 4bit."
-            )
-            continue
-        after, config = min(fitting, key=lambda p: cost(p[1], gpu, stage, row_tokens))
-        values = getattr(config, stage)
-        batch = values.get("per_device_train_batch_size", 8)
-        count = values.get("gradient_accumulation_steps", 1)
-        recompute = values.get("gradient_checkpointing", True)
-        before, now = (cost(c, gpu, stage, row_tokens) for c in (first, config))
-        share = 1 - now / before
-        length = f" of {config.max_length} tokens" if values.get("packing") else ""
-        said.append(
-            f"{stage}: {batch} x {count} rows{length} a step, gradient checkpointing "
-            f"{'on' if recompute else 'off'}: {after.peak_gb:.1f} of "
-            f"{gpu.memory_gb:.1f} GiB, {max(share, 0):.0%} less time"
-        )
-    return Plan(config, "\n".join(said))
-
-
-def cost(
-    config: RunConfig, gpu: Gpu, stage: Stage, row_tokens: int | None = None
-) -> float:
-    """Returns the minutes of a stage's step, by its share of tokens that are not empty.
-
-    On average half a conversation's length is left empty at the end of a packed row.
-    """
-    if stage == "grpo":
-        config = settle_sampler(config, gpu, row_tokens)
-    packed = stage == "sft" and config.sft.get("packing", False)
-    empty = ROW_TOKENS / 2 / config.max_length if packed else 0.0
-    return (training_minutes(config, gpu, stage, 1) or 0.0) / max(0.1, 1 - empty)
-
-
-def candidates(config: RunConfig, stage: Stage) -> Iterator[RunConfig]:
-    """Yields the ways to take the same step: what was set first, then the others."""
-    values = getattr(config, stage)
-    batch = values.get("per_device_train_batch_size", 8)
-    rows = batch * values.get("gradient_accumulation_steps", 1)
-    packed = stage == "sft" and values.get("packing", False)
-    group = values.get("num_generations", 8) if stage == "grpo" else 1
-    for merged in divisors(rows) if packed else [1]:
-        if merged > 1 and config.max_length * merged > LONGEST_ROW:
-            break
-        sizes = divisors(rows // merged)
-        # a micro-batch of GRPO holds a part of a group, or whole groups
-        sizes = [n for n in sizes if n % group == 0 or group % n == 0]
-        for size in sorted(sizes, key=lambda n: n != batch):
-            for recompute in (True, False):
-                yield changed(
-                    config,
-                    max_length=config.max_length * merged,
-                    **{
-                        f"{stage}__per_device_train_batch_size": size,
-                        f"{stage}__gradient_accumulation_steps": rows // merged // size,
-                        f"{stage}__gradient_checkpointing": recompute,
-                    },
-                )
-
-
-def divisors(number: int) -> list[int]:
-    """Returns the numbers that divide another, from 1 on.
-
-    >>> divisors(12)
-    [1, 2, 3, 4, 6, 12]
-    """
-    return [n for n in range(1, number + 1) if number % n == 0]

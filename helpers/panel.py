@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers import recipes, summary
 from helpers.config import ConfigError, RunConfig, Source, check_config
-from helpers.knobs import BY_PATH, KNOBS, hint, parse, read, show, write
+from helpers.knobs import BY_PATH, KNOBS, default, hint, parse, read, show, write
 from helpers.runs import Run, save_run
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ class Panel:
     def __init__(self, run: Run) -> None:
         import ipywidgets as widgets
 
-        from helpers import gpus
+        from helpers import fields, gpus
 
+        fields.import_engine(run.config.engine)
         self.run = run
         self.gpu = gpus.this_gpu()
         self.fields: dict[str, ipywidgets.Widget] = {}
@@ -45,14 +46,9 @@ class Panel:
         self.summary, self.advice, self.message = (widgets.HTML() for _ in range(3))
         self.button = widgets.Button(description="Save", button_style="primary")
         self.button.on_click(lambda _: self.save())
-        place = "this GPU" if self.gpu else "a T4"
-        self.plan_button = widgets.Button(description=f"Plan for {place}")
-        for button in (self.button, self.plan_button):
-            button.layout.flex = "0 0 auto"  # a narrow page does not cut its text
-        self.plan_button.on_click(lambda _: self.plan())
+        self.button.layout.flex = "0 0 auto"  # a narrow page does not cut its text
         buttons = widgets.HBox(
-            [self.button, self.plan_button, self.message],
-            layout={"align_items": "center"},
+            [self.button, self.message], layout={"align_items": "center"}
         )
         self.widget = widgets.VBox(
             [self.recipe, self.tabs, self.summary, self.advice, buttons]
@@ -145,7 +141,7 @@ class Panel:
                 field.disabled = stage in ("sft", "grpo") and stage not in config.stages
         self.show_advice(advice)
         errors = [item for item in advice if item.level == "error"]
-        self.button.disabled = self.plan_button.disabled = bool(errors)
+        self.button.disabled = bool(errors)
         if errors:
             names = dict.fromkeys(item.field or "the config" for item in errors)
             text = f"cannot be saved; to correct: {', '.join(names)}"
@@ -176,19 +172,6 @@ class Panel:
             summary.remark(item.level, f"{item.field}: {item.text}".removeprefix(": "))
             for item in beside[""]
         )
-
-    def plan(self) -> None:
-        """Fills the fields with the fastest setting that fits; writes nothing."""
-        from helpers import memory, shapes
-
-        try:
-            plan = memory.plan(self.config, self.gpu)
-        except shapes.UnknownArchitecture as error:
-            self.message.value = summary.remark("error", f"no plan: {error}")
-            return
-        self.show_config(plan.config)
-        lines = plan.text.splitlines()
-        self.message.value = "".join(summary.remark("hint", line) for line in lines)
 
     def save(self) -> Run:
         """Writes the config to the run folder and returns the run.
@@ -230,10 +213,11 @@ def make_field(path: str) -> ipywidgets.Widget:
         return widgets.Checkbox(indent=True, **labelled(knob.label))
     if knob.choices:
         options = [(choice, choice) for choice in knob.choices]
-        if knob.default is not None:
-            options.insert(0, (f"{knob.default}, by default", ""))
+        if default(path) is not None:
+            options.insert(0, (f"{default(path)}, by default", ""))
         return widgets.Dropdown(options=options, **labelled(knob.label))
-    unset = "not set" if knob.default is None else f"{knob.default}, by default"
+    unset = default(path)
+    unset = "not set" if unset in (None, -1) else f"{unset}, by default"
     arguments = {"placeholder": unset, "continuous_update": False}
     if knob.wide:
         return widgets.Textarea(rows=3, **arguments, **labelled(knob.label, WIDE))
@@ -245,7 +229,7 @@ def as_shown(value: Any, path: str) -> str | bool:
     """Returns a value of the config as its widget shows it."""
     knob = BY_PATH[path]
     if knob.kind is bool:
-        return bool(knob.default if value is None else value)
+        return bool(default(path) if value is None else value)
     return show(value, "\n" if knob.kind == list[Source] else ", ")
 
 

@@ -95,8 +95,9 @@ def scaled(
         every = max(1, steps // 2)
         for stage, count in (("sft", steps), ("grpo", max(2, steps // 2))):
             part = values[stage]
-            warmup, before = part.get("warmup_steps", 0), part.get("max_steps", -1)
-            if warmup >= 1 and before > 0:  # below 1 it is a share of the run
+            warmup, before = part.get("warmup_steps"), part.get("max_steps")
+            # below 1 it is a share of the run
+            if warmup and before and warmup >= 1 and before > 0:
                 part["warmup_steps"] = round(warmup * count / before)
             if part:
                 part |= {"max_steps": count, "save_steps": every}

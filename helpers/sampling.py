@@ -13,7 +13,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from helpers import runtime
+from helpers import fields, runtime
 from helpers.config import ConfigError, RunConfig, changed
 from helpers.decoding import Completion, Decoder, Settings
 from helpers.folding import FoldedCopy
@@ -85,7 +85,7 @@ def is_long(config: RunConfig) -> bool:
     """
     if config.grpo_minutes:
         return config.grpo_minutes >= COMPILE_MINUTES
-    return not 0 < config.grpo.get("max_steps", -1) < COMPILE_STEPS
+    return not 0 < fields.complete(config, "grpo")["max_steps"] < COMPILE_STEPS
 
 
 def no_room(config: RunConfig) -> str:
@@ -105,10 +105,10 @@ def no_room(config: RunConfig) -> str:
 
 def unsupported(config: RunConfig, model: PreTrainedModel) -> str:
     """Returns why a run cannot be sampled from a copy, or an empty string."""
-    others = {"generation_kwargs": None, "repetition_penalty": 1.0}
-    others |= {"use_transformers_continuous_batching": False, "use_vllm": False}
-    for name, usual in others.items():
-        if config.grpo.get(name, usual) != usual:
+    others = ["generation_kwargs", "repetition_penalty", "use_vllm"]
+    usual = fields.defaults("grpo")
+    for name in [*others, "use_transformers_continuous_batching"]:
+        if config.grpo.get(name, usual[name]) != usual[name]:
             return f"it does not know grpo.{name}"
     return unsupported_model(model)
 

@@ -1,40 +1,40 @@
-"""The architecture numbers of base models, and what can be counted from them alone.
+"""Base models without weights: their numbers, and what LoRA trains of them.
 
-No weights are loaded. Only dense decoders of Llama's layout are known here (Llama,
-Mistral, Qwen2, Qwen3): separate q/k/v/o and gate/up/down projections.
+The libraries build the model, and PEFT puts LoRA on it, on torch's meta device, where
+tensors have shapes and no memory. So whatever PEFT knows is counted as PEFT does it.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from helpers.config import nearest
 
-LAYOUTS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-
-
-# our names -> those of transformers' LlamaConfig
-FIELDS = {
-    "hidden": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "intermediate": "intermediate_size",
-    "vocab": "vocab_size",
-    "tied": "tie_word_embeddings",
-}
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class UnknownArchitecture(ValueError):
     """A model whose numbers are neither known here nor found on disk or hub."""
 
 
+class LoraError(ValueError):
+    """LoRA that cannot be put on a model; the message says why."""
+
+    def __init__(self, field: str, text: str) -> None:
+        """Keeps the field of `lora` that is at fault, empty where none is named."""
+        super().__init__(text)
+        self.field = field
+
+
 class Architecture(NamedTuple):
-    """A dense decoder in numbers."""
+    """A decoder in numbers."""
 
     hidden: int
     """Width of the residual stream."""
@@ -45,169 +45,243 @@ class Architecture(NamedTuple):
     intermediate: int
     """Width inside the MLP."""
     vocab: int
-    tied: bool
-    """Whether the output head is the embedding matrix."""
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    linear: int
+    """Weights in the layers' matrices: what quantisation shrinks."""
+    parameters: int
+    """All of them, a tied head counted once."""
 
 
-# from the models' published config.json
-KNOWN = {
-    "llama-3.2-1b": Architecture(2048, 16, 32, 8, 64, 8192, 128256, True),
-    "llama-3.2-3b": Architecture(3072, 28, 24, 8, 128, 8192, 128256, True),
-    "llama-2-7b": Architecture(4096, 32, 32, 32, 128, 11008, 32000, False),
-    "smollm2-135m": Architecture(576, 30, 9, 3, 64, 1536, 49152, True),
+class Adapter(NamedTuple):
+    """LoRA on a base model, in numbers."""
+
+    trained: int
+    """Parameters that are trained, `modules_to_save` included."""
+    total: int
+    """All parameters, the adapter's included."""
+    folded: int
+    """Weights of the matrices that LoRA is put on, in all layers."""
+    inputs: int
+    """Widths of these matrices' inputs, added up."""
+
+
+# fields of LlamaConfig, from the models' published config.json
+NUMBERS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"]
+NUMBERS += ["num_key_value_heads", "intermediate_size", "vocab_size"]
+NUMBERS += ["max_position_embeddings", "tie_word_embeddings"]
+KNOWN: dict[str, dict[str, Any]] = {
+    name: dict(zip(NUMBERS, numbers, strict=True))
+    for name, numbers in {
+        "llama-3.2-1b": (2048, 16, 32, 64, 8, 8192, 128256, 131072, True),
+        "llama-3.2-3b": (3072, 28, 24, 128, 8, 8192, 128256, 131072, True),
+        "llama-2-7b": (4096, 32, 32, 128, 32, 11008, 32000, 4096, False),
+        "smollm2-135m": (576, 30, 9, 64, 3, 1536, 49152, 8192, True),
+    }.items()
 }
 
 
-def find_architecture(model: str) -> Architecture:
-    """Returns a model's numbers: those known here, of its folder, or of the hub.
+def find_config(model: str) -> PreTrainedConfig:
+    """Returns a model's config: that known here, of its folder, or of the hub.
 
-    >>> find_architecture("unsloth/Llama-3.2-1B-Instruct").layers
+    >>> find_config("unsloth/Llama-3.2-1B-Instruct").num_hidden_layers
     16
 
     Raises:
-        UnknownArchitecture: they are nowhere to be found, or the model is built in
-            another way than Llama.
+        UnknownArchitecture: it is nowhere to be found, or transformers cannot read it.
     """
-    if Path(model).is_dir():
-        return read_architecture(Path(model) / "config.json")
-    found = look_up(model)
-    if isinstance(found, UnknownArchitecture):
-        raise found
-    return found
+    # the hub is asked once; a folder may change
+    find = look_up.__wrapped__ if Path(model).is_dir() else look_up
+    config = find(model)
+    if isinstance(config, str):
+        raise UnknownArchitecture(config)
+    return config
 
 
 @cache
-def look_up(model: str) -> Architecture | UnknownArchitecture:
-    """Returns a model's numbers or the reason for having none; asks the hub once."""
-    try:
-        return search(model)
-    except UnknownArchitecture as error:
-        return error
+def look_up(model: str) -> PreTrainedConfig | str:
+    """Returns a model's config, or the reason for having none."""
+    from transformers import AutoConfig
 
-
-def search(model: str) -> Architecture:
-    """Returns the numbers of a model by its name; see `find_architecture`."""
-    name = model.lower().rpartition("/")[2]
-    for known, numbers in KNOWN.items():
-        if name.startswith((known, f"meta-{known}")):
-            return numbers
     from helpers import runtime
 
-    if not runtime.hub_reachable():
-        raise UnknownArchitecture(
-            f"the numbers of {model!r} are not known here and the model hub cannot be "
-            "reached"
-        )
-    from huggingface_hub import hf_hub_download
-
+    if not Path(model).is_dir():
+        name = model.lower().rpartition("/")[2]
+        for known, numbers in KNOWN.items():
+            if name.startswith((known, f"meta-{known}")):
+                return AutoConfig.for_model("llama", **numbers)
+        if not runtime.hub_reachable():
+            return (
+                f"the numbers of {model!r} are not known here and the model hub cannot "
+                "be reached"
+            )
     try:
-        return read_architecture(Path(hf_hub_download(model, "config.json")))
-    except (OSError, ValueError) as error:
-        raise UnknownArchitecture(
-            f"no config.json of {model!r}: {str(error)[:200]}"
-        ) from error
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, TypeError) as error:
+        return f"{model}: {str(error)[:200]}"
 
 
-def read_architecture(path: Path) -> Architecture:
-    """Returns the numbers in a model's `config.json`.
+@cache
+def build(config: str, lora: str = "") -> PreTrainedModel | PeftModel:
+    """Returns a model on the meta device, with LoRA where asked for.
+
+    Args:
+        config: of the base model, as JSON.
+        lora: fields of `LoraConfig`, as JSON.
 
     Raises:
-        UnknownArchitecture: the file is missing or describes another layout.
+        UnknownArchitecture: transformers has no causal model of this kind.
+        ValueError: PEFT cannot put the LoRA on it.
     """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # training warns, too
+        try:
+            numbers = AutoConfig.for_model(**json.loads(config))
+            net: PreTrainedModel = AutoModelForCausalLM.from_config(numbers)
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise UnknownArchitecture(str(error)[:200]) from error
+        if not lora:
+            return net
+        # the first values of the matrices do not count, and take time
+        fields = {**json.loads(lora), "init_lora_weights": False}
+        return get_peft_model(net, LoraConfig(task_type="CAUSAL_LM", **fields))
+
+
+def skeleton(model: str) -> PreTrainedModel:
+    """Returns a base model without weights; do not change it.
+
+    Raises:
+        UnknownArchitecture: see `find_config`.
+    """
+    return build(find_config(model).to_json_string())
+
+
+def adapt(model: str, lora: dict[str, Any]) -> PeftModel:
+    """Returns a base model without weights, with LoRA on it; do not change it.
+
+    Args:
+        model: the base model.
+        lora: fields of PEFT's `LoraConfig`.
+
+    Raises:
+        UnknownArchitecture: see `find_config`.
+        LoraError: PEFT refuses it, or leaves out a module that is named.
+    """
+    check_names(skeleton(model), lora)
+    fields = json.dumps(lora, default=list)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UnknownArchitecture(f"{path}: {error}") from error
-    kind = found.get("model_type")
-    if kind not in LAYOUTS:
-        raise UnknownArchitecture(
-            f"{path}: model type {kind!r}; known: {', '.join(LAYOUTS)}"
-        )
-    needed = ["num_attention_heads", "hidden_size", "num_hidden_layers"]
-    absent = [k for k in [*needed, "intermediate_size", "vocab_size"] if k not in found]
-    if absent:
-        raise UnknownArchitecture(f"{path} lacks {absent[0]!r}")
-    heads, hidden = found["num_attention_heads"], found["hidden_size"]
+        tuned = build(find_config(model).to_json_string(), fields)
+    except (ValueError, TypeError, IndexError) as error:
+        text = " ".join(str(error).split())[:300]
+        named = (name for name in lora if f"`{name}`" in text)
+        raise LoraError(next(named, ""), text) from error
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in lora.get(field) or {}:  # matched as PEFT's get_pattern_key does
+            pattern = compile_pattern(field, rf"(.*\.)?({key})")
+            if not any(map(pattern.fullmatch, tuned.targeted_module_names)):
+                names = {name.split(".")[-1] for name in tuned.targeted_module_names}
+                hint = nearest(key, names)
+                raise LoraError(field, f"no module with LoRA matches {key!r}{hint}")
+    return tuned
+
+
+def check_names(net: PreTrainedModel, lora: dict[str, Any]) -> None:
+    """Raises LoraError for a module or layer that the model lacks: PEFT skips it."""
+    every = [name for name, _ in net.named_modules()]
+    last = list(dict.fromkeys(name.split(".")[-1] for name in every))
+    linear = dict.fromkeys(name.split(".")[-1] for name in linear_names(net))
+    has = f"(it has {', '.join(linear)})"
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        value = lora.get(field) or []
+        for name in value if isinstance(value, list) else []:
+            if not any(f".{each}".endswith(f".{name}") for each in every):
+                hint = nearest(name, last)
+                raise LoraError(field, f"the model has no module {name!r}{hint} {has}")
+        if isinstance(value, str) and value != "all-linear":
+            if not any(map(compile_pattern(field, value).fullmatch, every)):
+                raise LoraError(field, f"no module matches {value} {has}")
+    layers = net.config.get_text_config().num_hidden_layers
+    chosen = lora.get("layers_to_transform")
+    for layer in chosen if isinstance(chosen, list) else [chosen]:
+        if layer is not None and not 0 <= layer < layers:
+            text = f"found {layer}; the model's layers are 0 to {layers - 1}"
+            raise LoraError("layers_to_transform", text)
+
+
+def compile_pattern(field: str, text: str) -> re.Pattern[str]:
+    """Returns a regular expression of `lora`; LoraError when it is none."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        text = f"{text!r} is no regular expression: {error}"
+        raise LoraError(field, text) from error
+
+
+def linear_names(net: PreTrainedModel) -> list[str]:
+    """Returns the names of a model's matrices, the output head left out."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = net.get_output_embeddings()
+    return [
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    ]
+
+
+def find_architecture(model: str) -> Architecture:
+    """Returns a base model in numbers.
+
+    >>> f"{find_architecture('unsloth/Llama-3.2-1B-Instruct').parameters:,}"
+    '1,235,814,400'
+
+    Raises:
+        UnknownArchitecture: see `find_config`; or it has no attention heads.
+    """
+    net = skeleton(model)
+    config = net.config.get_text_config()
+    try:
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        layers, vocab = config.num_hidden_layers, config.vocab_size
+    except AttributeError as error:
+        raise UnknownArchitecture(f"{model}: {error}") from error
+    matrices = (net.get_submodule(name).weight for name in linear_names(net))
     return Architecture(
         hidden=hidden,
-        layers=found["num_hidden_layers"],
+        layers=layers,
         heads=heads,
-        kv_heads=found.get("num_key_value_heads") or heads,
-        head_dim=found.get("head_dim") or hidden // heads,
-        intermediate=found["intermediate_size"],
-        vocab=found["vocab_size"],
-        tied=found.get("tie_word_embeddings", False),
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        # GPT-2 has no name for it
+        intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
+        vocab=vocab,
+        linear=sum(weight.numel() for weight in matrices),
+        parameters=net.num_parameters(),
     )
 
 
-def config_fields(arch: Architecture) -> dict[str, int | bool]:
-    """Returns the numbers as transformers' config classes take them.
+def count_lora(model: str, lora: dict[str, Any]) -> Adapter:
+    """Returns LoRA on a base model in numbers.
 
-    >>> config_fields(KNOWN["llama-3.2-1b"])["num_hidden_layers"]
-    16
-    """
-    return {theirs: getattr(arch, ours) for ours, theirs in FIELDS.items()}
-
-
-def linear_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
-    """Returns `(in, out)` of each projection of one layer, by name.
-
-    >>> linear_shapes(KNOWN["llama-3.2-1b"])["k_proj"]
-    (2048, 512)
-    """
-    width, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    return {
-        "q_proj": (arch.hidden, width),
-        "k_proj": (arch.hidden, kv),
-        "v_proj": (arch.hidden, kv),
-        "o_proj": (width, arch.hidden),
-        "gate_proj": (arch.hidden, arch.intermediate),
-        "up_proj": (arch.hidden, arch.intermediate),
-        "down_proj": (arch.intermediate, arch.hidden),
-    }
-
-
-def count_linear(arch: Architecture) -> int:
-    """Returns the weights in all layers' projections: what quantisation shrinks."""
-    return arch.layers * sum(a * b for a, b in linear_shapes(arch).values())
-
-
-def count_parameters(arch: Architecture) -> int:
-    """Returns all parameters of the base model, a tied head counted once.
-
-    >>> f"{count_parameters(KNOWN['llama-3.2-1b']):,}"
-    '1,235,814,400'
-    """
-    per_layer = 2 * arch.hidden
-    if arch.qkv_bias:
-        shapes = linear_shapes(arch)
-        per_layer += sum(shapes[name][1] for name in ("q_proj", "k_proj", "v_proj"))
-    if arch.qk_norm:
-        per_layer += 2 * arch.head_dim
-    embeddings = arch.vocab * arch.hidden * (1 if arch.tied else 2)
-    return embeddings + count_linear(arch) + arch.layers * per_layer + arch.hidden
-
-
-def count_lora(arch: Architecture, r: int, target_modules: list[str]) -> int:
-    """Returns the trainable parameters of LoRA: r x (in + out) a projection.
-
-    >>> stock = KNOWN["llama-3.2-1b"]
-    >>> count_lora(stock, 16, list(linear_shapes(stock)))
-    11272192
+    >>> lora = {"r": 16, "target_modules": "all-linear"}
+    >>> count_lora("unsloth/Llama-3.2-1B", lora)[:2]
+    (11272192, 1247086592)
 
     Raises:
-        ValueError: a target module is none of the model's projections.
+        UnknownArchitecture: see `find_config`.
+        LoraError: see `adapt`.
     """
-    shapes = linear_shapes(arch)
-    absent = [name for name in target_modules if name not in shapes]
-    if absent:
-        raise ValueError(
-            f"the model has no module {absent[0]!r}{nearest(absent[0], shapes)} "
-            f"(it has {', '.join(shapes)})"
-        )
-    per_layer = sum(r * sum(shapes[name]) for name in target_modules)
-    return arch.layers * per_layer
+    from peft.tuners.lora import Linear
+
+    tuned = adapt(model, lora)
+    trained, total = tuned.get_nb_trainable_parameters()
+    layers = [module for module in tuned.modules() if isinstance(module, Linear)]
+    return Adapter(
+        trained=trained,
+        total=total,
+        folded=sum(layer.get_base_layer().weight.numel() for layer in layers),
+        inputs=sum(layer.in_features for layer in layers),
+    )

@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from helpers import fields
 from helpers.config import RunConfig, Stage
 from helpers.runs import Run
 
@@ -41,11 +42,11 @@ def summarize(config: RunConfig, run: Run, gpu: Gpu | None) -> str:
     rows, exact = count_rows(config, run)
     lines: dict[str, list[str]] = defaultdict(list)
     for stage in config.stages:
-        values = getattr(config, stage)
+        values = fields.complete(config, stage)
         epoch, total = count_steps(config, stage, rows)
         # packed rows are fewer than the conversations in them; how many is not known
         most = "" if exact and not values.get("packing") else "at most "
-        fixed = "" if values.get("max_steps", -1) > 0 else most
+        fixed = "" if values["max_steps"] > 0 else most
         unknown = "unknown until the data are prepared"
         column = {
             "": f"<b>{stage.upper()}</b>",
@@ -97,10 +98,10 @@ def count_steps(
     """
     from helpers import timing
 
-    values = {**getattr(config, stage), "packing": False}
+    values = {**fields.complete(config, stage), "packing": False}
     count = rows.get("train" if stage == "sft" else "problems")
     if count and stage == "grpo":
-        count *= values.get("num_generations", 8)
+        count *= values["num_generations"]
     once = {**values, "max_steps": -1, "num_train_epochs": 1}
     return timing.count_steps(once, count), timing.count_steps(values, count)
 
@@ -114,11 +115,11 @@ def describe_batch(config: RunConfig, stage: Stage) -> str:
     """
     from helpers import timing
 
-    values = getattr(config, stage)
-    size, count = timing.step_rows(values), values.get("gradient_accumulation_steps", 1)
+    values = fields.complete(config, stage)
+    size, count = timing.step_rows(values), values["gradient_accumulation_steps"]
     text = f"{size} {'row' if size == 1 else 'rows'}"
     if stage == "grpo":
-        text = f"{size} answers, {values.get('num_generations', 8)} to a problem"
+        text = f"{size} answers, {values['num_generations']} to a problem"
     return text if count == 1 else f"{text} ({size // count} x {count})"
 
 
@@ -131,16 +132,11 @@ def count_trainable(config: RunConfig) -> str:
     """
     from helpers import shapes
 
-    targets = config.lora.get("target_modules")
     try:
-        arch = shapes.find_architecture(config.model)
+        trained, total, *_ = shapes.count_lora(config.model, config.lora)
     except shapes.UnknownArchitecture as error:
         return remark("hint", f"unknown: {error}")
-    if not isinstance(targets, list):
-        return remark("hint", "unknown: PEFT chooses the target modules")
-    trainable = shapes.count_lora(arch, config.lora.get("r", 8), targets)
-    whole = trainable + shapes.count_parameters(arch)
-    return f"{trainable:,} of {whole:,} ({100 * trainable / whole:.2f} %)"
+    return f"{trained:,} of {total:,} ({100 * trained / total:.2f} %)"
 
 
 def predict(

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import checks, data, models, runtime
+from helpers import checks, data, fields, models, runtime
 from helpers.config import ConfigError, RunConfig, Stage, changed, read_config
 from helpers.runs import Run, save_run, write_json
 from helpers.stages import (
@@ -55,8 +55,8 @@ def recomputes(config: RunConfig, stage: Stage) -> bool:
 
     There it would cost a third more time, and memory is plenty.
     """
-    asked = getattr(config, stage).get("gradient_checkpointing", True)
-    return bool(asked) and runtime.find_machine().device == "cuda"
+    asked = fields.complete(config, stage)["gradient_checkpointing"]
+    return asked and runtime.find_machine().device == "cuda"
 
 
 def machine_arguments(config: RunConfig) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
         **machine_arguments(config),
         **values,
         "gradient_checkpointing": recomputes(config, stage),
-        "report_to": choose_trackers(values.get("report_to", "none")) or "none",
+        "report_to": choose_trackers(values.get("report_to") or "none") or "none",
     }
 
 

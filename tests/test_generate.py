@@ -232,7 +232,7 @@ def test_rows_answered_at_once_go_by_the_model_and_the_length() -> None:
     from helpers import shapes
 
     def rows(shape: str, tokens: int) -> int:
-        config = LlamaConfig(**shapes.config_fields(shapes.KNOWN[shape]))
+        config = LlamaConfig(**shapes.KNOWN[shape])
         return generation.fitting_rows(config, tokens, "cuda")
 
     assert rows("smollm2-135m", 256) == generation.MOST_ROWS

@@ -1,37 +1,17 @@
-"""Tests of helpers.shapes: counts against real models, made without their weights."""
+"""Tests of helpers.shapes: what the libraries count on models without weights."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helpers import recipes, shapes
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def build(arch: shapes.Architecture, kind: str = "Llama"):
-    """A model of these numbers whose tensors have shapes but no memory."""
-    import torch
-    import transformers
-
-    config = getattr(transformers, f"{kind}Config")(**shapes.config_fields(arch))
-    with torch.device("meta"):
-        return getattr(transformers, f"{kind}ForCausalLM")(config)
-
-
-@pytest.mark.parametrize("name", shapes.KNOWN)
-def test_the_count_of_parameters_is_that_of_the_built_model(name: str) -> None:
-    arch = shapes.KNOWN[name]
-    assert shapes.count_parameters(arch) == build(arch).num_parameters()
-
-
-@pytest.mark.parametrize(("kind", "bias", "norm"), [("Qwen2", 1, 0), ("Qwen3", 0, 1)])
-def test_biases_and_norms_of_other_layouts_are_counted(kind, bias, norm) -> None:
-    arch = shapes.Architecture(64, 3, 4, 2, 16, 96, 300, True, bool(bias), bool(norm))
-    assert shapes.count_parameters(arch) == build(arch, kind).num_parameters()
+STOCK = "unsloth/Llama-3.2-1B-Instruct"
 
 
 @pytest.mark.parametrize(
@@ -45,7 +25,7 @@ def test_biases_and_norms_of_other_layouts_are_counted(kind, bias, norm) -> None
     ],
 )
 def test_base_models_have_the_published_number_of_parameters(name, base) -> None:
-    assert shapes.count_parameters(shapes.find_architecture(name)) == base
+    assert shapes.find_architecture(name).parameters == base
 
 
 @pytest.mark.parametrize(
@@ -62,43 +42,113 @@ def test_base_models_have_the_published_number_of_parameters(name, base) -> None
         ("guanaco-llama2-7b", 16_777_216),
     ],
 )
-def test_a_recipe_trains_what_peft_counts_on_its_base_model(recipe, trained) -> None:
-    from peft import LoraConfig, get_peft_model
-
+def test_a_recipe_trains_the_known_number_of_parameters(recipe, trained) -> None:
     config = recipes.load(recipe)
-    arch = shapes.find_architecture(config.model)
-    targets = config.lora["target_modules"]
-    assert shapes.count_lora(arch, config.lora["r"], targets) == trained
-    # all layers are alike: two of them show the same count a layer
-    two = build(arch._replace(layers=2))
-    counted = get_peft_model(two, LoraConfig(**config.lora)).num_parameters(True)
-    assert counted * arch.layers == 2 * trained
+    assert shapes.count_lora(config.model, config.lora).trained == trained
 
 
 def test_the_stock_recipe_trains_a_part_of_the_published_total() -> None:
-    arch = shapes.find_architecture("unsloth/Llama-3.2-1B-Instruct")
-    total = shapes.count_parameters(arch) + shapes.count_lora(arch, 16, ALL)
-    assert total == 1_247_086_592
+    found = shapes.count_lora(STOCK, {"r": 16, "target_modules": ALL})
+    assert found == (11_272_192, 1_247_086_592, 973_078_528, 16 * (6 * 2048 + 8192))
 
 
-def test_a_module_that_the_model_lacks_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(ValueError, match="did you mean 'q_proj'"):
-        shapes.count_lora(shapes.KNOWN["llama-3.2-1b"], 8, ["qproj"])
-
-
-def test_a_model_folder_is_read(tiny_model_folder: Path) -> None:
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ALL, "exclude_modules": r".*\.mlp\..*"},
+        {"target_modules": ALL, "layers_to_transform": [1]},
+        {
+            "target_modules": ALL,
+            "rank_pattern": {"q_proj": 2, "layers.0.*down_proj": 9},
+        },
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "lora_bias": True},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2, 3]},
+        {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+        {},
+    ],
+    ids=str,
+)
+def test_what_is_trained_is_what_peft_counts_on_the_loaded_model(
+    lora: dict[str, Any], tiny_model_folder: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    arch = shapes.find_architecture(str(tiny_model_folder))
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
-    assert shapes.count_parameters(arch) == model.num_parameters()
+    base = shapes.find_architecture(str(tiny_model_folder)).parameters
+    assert base == model.num_parameters()
+    tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    found = shapes.count_lora(str(tiny_model_folder), lora)
+    assert found[:2] == tuned.get_nb_trainable_parameters()
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "phi3", "qwen3", "gpt2"])
+def test_architectures_besides_llama_are_counted(kind: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    numbers = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+    numbers |= {"vocab_size": 300, "pad_token_id": 0}
+    if kind != "gpt2":
+        numbers |= {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96}
+    config = AutoConfig.for_model(kind, **numbers)
+    config.save_pretrained(tmp_path)
+    lora = {"r": 4, "target_modules": "all-linear"}
+    model = AutoModelForCausalLM.from_config(config)
+    arch = shapes.find_architecture(str(tmp_path))
+    assert (arch.layers, arch.parameters) == (2, model.num_parameters())
+    tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    found = shapes.count_lora(str(tmp_path), lora)
+    assert found[:2] == tuned.get_nb_trainable_parameters()
+
+
+@pytest.mark.parametrize(
+    ("lora", "field", "words"),
+    [
+        ({"target_modules": ["qproj"]}, "target_modules", "did you mean 'q_proj'"),
+        ({"target_modules": ["q_proj", "c_attn"]}, "target_modules", "it has q_proj"),
+        ({"target_modules": r".*\.c_attn"}, "target_modules", r"matches .*\.c_attn"),
+        ({"target_modules": "*_proj"}, "target_modules", "no regular expression"),
+        ({"target_modules": ALL, "exclude_modules": ["q"]}, "exclude_modules", "'q'"),
+        ({"modules_to_save": ["lm_hed"]}, "modules_to_save", "mean 'lm_head'"),
+        ({"rank_pattern": {"q_prj": 4}}, "rank_pattern", "mean 'q_proj'"),
+        ({"alpha_pattern": {"up_proj": 4}}, "alpha_pattern", "matches 'up_proj'"),
+        (
+            {"target_modules": ALL, "layers_to_transform": 16},
+            "layers_to_transform",
+            "0",
+        ),
+        ({"r": 0}, "r", "positive"),
+        ({"lora_dropout": 1.5}, "", "between 0 and 1"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "", "exclude"),
+    ],
+)
+def test_lora_that_does_not_fit_the_model_is_refused_in_one_sentence(
+    lora: dict[str, Any], field: str, words: str
+) -> None:
+    with pytest.raises(shapes.LoraError) as refusal:
+        shapes.count_lora(STOCK, lora)
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert refusal.value.field in (field, "target_modules" if not field else field)
 
 
 def test_the_offline_models_numbers_are_those_of_its_file() -> None:
     from helpers import models
 
     known = shapes.find_architecture("smollm2-135m-offline")
-    assert shapes.find_architecture(models.find_model("smollm2-135m-offline")) == known
+    place = models.find_model("smollm2-135m-offline")
+    assert shapes.find_architecture(place) == known
+    positions = [
+        shapes.find_config(name).max_position_embeddings
+        for name in (place, "smollm2-135m-offline")
+    ]
+    assert positions[0] == positions[1]
 
 
 def test_an_unknown_model_without_a_hub_is_said_to_be_unknown() -> None:
@@ -106,25 +156,24 @@ def test_an_unknown_model_without_a_hub_is_said_to_be_unknown() -> None:
         shapes.find_architecture("nobody/nothing-9b")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "No such file"),
-        ("{", "config.json: "),
-        ('{"model_type": "mamba"}', "model type 'mamba'; known: llama"),
-        ('{"model_type": "llama"}', "lacks 'num_attention_heads'"),
-    ],
-)
-def test_a_folder_without_usable_numbers_is_refused(content, message, tmp_path) -> None:
+@pytest.mark.parametrize("content", [None, "{", '{"model_type": "unheard-of"}'])
+def test_a_folder_without_a_usable_config_is_refused(content, tmp_path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(shapes.UnknownArchitecture, match=message):
-        shapes.read_architecture(tmp_path / "config.json")
+    with pytest.raises(shapes.UnknownArchitecture, match=str(tmp_path)):
+        shapes.find_architecture(str(tmp_path))
 
 
-def test_heads_of_their_own_keys_are_assumed_where_the_file_says_nothing(tmp_path):
+def test_a_model_without_attention_heads_is_unknown(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(shapes.UnknownArchitecture, match="num_attention_heads"):
+        shapes.find_architecture(str(tmp_path))
+
+
+def test_a_config_that_was_changed_is_read_again(tmp_path) -> None:
     numbers = {"model_type": "llama", "num_attention_heads": 4, "hidden_size": 64}
     numbers |= {"num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 300}
-    (tmp_path / "config.json").write_text(json.dumps(numbers))
-    arch = shapes.read_architecture(tmp_path / "config.json")
-    assert (arch.kv_heads, arch.head_dim, arch.tied) == (4, 16, False)
+    for layers in (2, 3):
+        text = json.dumps({**numbers, "num_hidden_layers": layers})
+        (tmp_path / "config.json").write_text(text)
+        assert shapes.find_architecture(str(tmp_path)).layers == layers
