@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from helpers import fields, runtime, shapes
-from helpers.config import ConfigError, RunConfig, Stage
+from helpers.config import ConfigError, RunConfig, Stage, nearest
+from helpers.hub import ModelError
 from helpers.timing import count_steps, step_rows
 
 # the rates that LoRA is usually trained with; we warn ten times outside of them
@@ -32,7 +33,6 @@ ELSEWHERE = {
     "grpo.output_dir": "name",
     "grpo.max_prompt_length": "max_prompt_length",
     "grpo.reward_weights": "rewards",
-    "lora.task_type": "model",
 }
 POSITIVE = ["learning_rate", "num_train_epochs", "eval_steps", "max_completion_length"]
 POSITIVE += ["per_device_train_batch_size", "gradient_accumulation_steps"]
@@ -75,7 +75,8 @@ def advise(
     wrong = list(check_group(config, "lora", {"task_type": "CAUSAL_LM"}))
     found += wrong
     try:
-        found += [*check_positions(config), *(() if wrong else check_lora(config))]
+        found += check_positions(config)
+        found += () if wrong else check_lora(config)
     except shapes.UnknownArchitecture:
         pass  # nothing is known of the model until it is loaded
     return sorted(found)
@@ -140,6 +141,8 @@ def check_group(
 
 def check_training(config: RunConfig, stage: Stage) -> Iterator[Advice]:
     """Finds training arguments that TRL refuses, or that must be above 0."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
     from helpers.train import machine_arguments
 
     values = getattr(config, stage)
@@ -155,6 +158,12 @@ def check_training(config: RunConfig, stage: Stage) -> Iterator[Advice]:
     if stage == "grpo":
         more["num_generations_eval"] = 1
     yield from check_group(config, stage, more | machine_arguments(config))
+    names = values.get("report_to") or []
+    known = ["all", "none", *INTEGRATION_TO_CALLBACK]
+    for name in [names] if isinstance(names, str) else names:
+        if name not in known:
+            text = f"found {name!r}{nearest(str(name), known)}"
+            yield Advice("error", f"{stage}.report_to", text)
 
 
 def check_dtype(config: RunConfig, machine: runtime.Machine) -> Iterator[Advice]:
@@ -224,14 +233,18 @@ def check_stage(config: RunConfig, stage: Stage, rows: int | None) -> Iterator[A
 
 
 def check_rewards(config: RunConfig) -> Iterator[Advice]:
-    """Yields a warning when the rewards may pay a wrong answer more than a right one.
+    """Finds unknown rewards, and those that may pay a wrong answer more.
 
     >>> from helpers import recipes
     >>> list(check_rewards(recipes.load("demo")))
     []
     """
-    from helpers.rewards import margin
+    from helpers.rewards import choose, margin
 
+    try:
+        choose(config.rewards)
+    except ValueError as error:
+        yield Advice("error", "rewards", str(error))
     least = margin(config.rewards)
     if least <= 0:
         yield Advice(
@@ -245,14 +258,30 @@ def check_rewards(config: RunConfig) -> Iterator[Advice]:
 
 def check_lora(config: RunConfig) -> Iterator[Advice]:
     """Finds LoRA that PEFT cannot put on the model, or that trains nothing."""
+    if config.lora.get("task_type") not in (None, "CAUSAL_LM"):
+        text = "only causal language models are trained here. Remove it."
+        yield Advice("error", "lora.task_type", text)
     try:
-        trained = shapes.count_lora(config.model, config.lora).trained
-    except shapes.LoraError as error:
-        yield Advice("error", f"lora.{error.field}".removesuffix("."), str(error))
+        tuned = shapes.adapt(config.model, config.lora)
+    except ModelError as error:
+        field = f"lora.{fields.named(config.lora, str(error))}"
+        yield Advice("error", field.removesuffix("."), str(error))
         return
-    if not trained:
+    if not tuned.num_parameters(only_trainable=True):
         text = "no parameter would be trained. Take inference_mode away."
         yield Advice("error", "lora", text)
+    chunked = config.sft.get("loss_type") in (None, "chunked_nll")
+    head = any(name.endswith("lm_head") for name in tuned.targeted_module_names)
+    if "sft" in config.stages and chunked and head:
+        text = "TRL trains LoRA on lm_head with the loss 'nll' alone. Set it to that."
+        yield Advice("error", "sft.loss_type", text)
+    if "grpo" in config.stages and config.sampler == "copy":
+        from helpers.sampling import unsupported
+
+        fault = unsupported(config, tuned)
+        if fault:
+            text = f"'copy' does not work: {fault}. Choose 'auto' or 'model'."
+            yield Advice("error", "sampler", text)
 
 
 def check_positions(config: RunConfig) -> Iterator[Advice]:

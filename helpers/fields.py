@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import typing
@@ -162,14 +163,9 @@ def check(group: str, name: str, value: Any) -> str:
     return ""
 
 
-def refusal(group: str, values: dict[str, Any]) -> str:
-    """Returns the sentence with which a class refuses its values, if it does."""
-    package, kind = PLACES[group]
-    try:
-        getattr(importlib.import_module(package), kind)(**values)
-    except (ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
-        return f"{kind} refuses it: {' '.join(str(error).split())[:300]}"
-    return ""
+def named(values: dict[str, Any], text: str) -> str:
+    """Returns the name that a text speaks of first, empty when it speaks of none."""
+    return next((word for word in re.findall(r"\w+", text) if word in values), "")
 
 
 def faults(
@@ -186,10 +182,13 @@ def faults(
     own = {n: v for n, v in values.items() if not n.startswith("unsloth_")}
     texts = {name: check(group, name, value) for name, value in own.items()}
     yield from ((name, text) for name, text in texts.items() if text)
-    if not any(texts.values()):
-        text = refusal(group, {**own, **more})
-        if not text:
-            return
-        named = [n for n in re.findall(r"\w+", text) if n in own]
-        name = named[0] if named else ""
+    # of several processes each would start their group before a model is loaded
+    if any(texts.values()) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return
+    package, kind = PLACES[group]
+    try:
+        getattr(importlib.import_module(package), kind)(**{**own, **more})
+    except (ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
+        text = f"{kind} refuses it: {' '.join(str(error).split())[:300]}"
+        name = named(own, text)
         yield name, f"found {own[name]!r}; {text}" if name else text

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from helpers import runtime
+from helpers.config import nearest
 from helpers.hub import ModelError, find_model, unknown_model
 
 if TYPE_CHECKING:
@@ -358,7 +359,7 @@ def check_lora(model: PreTrainedModel, lora: dict[str, Any]) -> None:
         for name, module in modules.items()
         if isinstance(module, torch.nn.Linear)
     }
-    for field in ("target_modules", "modules_to_save"):
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
         names = lora.get(field) or []
         ends = [] if isinstance(names, str) else [str(name) for name in names]
         absent = [
@@ -367,11 +368,33 @@ def check_lora(model: PreTrainedModel, lora: dict[str, Any]) -> None:
             if end not in modules and not any(m.endswith(f".{end}") for m in modules)
         ]
         if absent:
+            every = {name.rpartition(".")[2] for name in modules}
             raise ModelError(
-                f"{field.replace('_', ' ')} {', '.join(absent)} do not exist in this "
-                f"model; it has {', '.join(sorted(linear))}"
+                f"{field} {', '.join(absent)} do not exist in this model"
+                f"{nearest(absent[0], every)}; it has {', '.join(sorted(linear))}"
             )
-    start = lora.get("init_lora_weights", True)
+        if isinstance(names, str) and names != "all-linear":  # as PEFT matches it
+            try:
+                matches = any(re.fullmatch(names, module) for module in modules)
+            except re.error as error:
+                raise ModelError(
+                    f"{field}: {names} is no regular expression: {error}"
+                ) from error
+            if not matches:
+                raise ModelError(
+                    f"{field}: no module matches {names}; a text is a regular "
+                    "expression of whole names, a list holds their ends: "
+                    f"{', '.join(sorted(linear))}"
+                )
+    layers = lora.get("layers_to_transform")
+    count = model.config.get_text_config().num_hidden_layers
+    numbers = [layers] if isinstance(layers, int) else layers or []
+    if beyond := [n for n in numbers if not 0 <= n < count]:
+        raise ModelError(
+            f"layers_to_transform names layer {beyond[0]}; the model's layers are 0 to "
+            f"{count - 1}"
+        )
+    start = lora.get("init_lora_weights")
     if isinstance(start, str):
         plain = start.lower() in ("gaussian", "orthogonal", "mica")
         if not plain and not rewrites_base(lora):
@@ -403,14 +426,6 @@ def check_attached(model: PreTrainedModel, lora: dict[str, Any]) -> None:
                     f"{field} {pattern!r} matches no target module, such as "
                     f"{targets[0]!r}; correct or remove it"
                 )
-    layers = lora.get("layers_to_transform")
-    count = model.config.get_text_config().num_hidden_layers
-    numbers = [layers] if isinstance(layers, int) else layers or []
-    if beyond := [n for n in numbers if not 0 <= n < count]:
-        raise ModelError(
-            f"layers_to_transform names layer {beyond[0]}; the model's layers are 0 to "
-            f"{count - 1}"
-        )
     layer = model.get_submodule(f"base_model.model.{targets[0]}")
     if lora.get("lora_bias") and getattr(layer.base_layer, "bias", None) is None:
         raise ModelError(

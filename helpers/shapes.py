@@ -7,13 +7,10 @@ tensors have shapes and no memory. So whatever PEFT knows is counted as PEFT doe
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-from helpers.config import nearest
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,15 +19,6 @@ if TYPE_CHECKING:
 
 class UnknownArchitecture(ValueError):
     """A model whose numbers are neither known here nor found on disk or hub."""
-
-
-class LoraError(ValueError):
-    """LoRA that cannot be put on a model; the message says why."""
-
-    def __init__(self, field: str, text: str) -> None:
-        """Keeps the field of `lora` that is at fault, empty where none is named."""
-        super().__init__(text)
-        self.field = field
 
 
 class Architecture(NamedTuple):
@@ -146,7 +134,8 @@ def build(config: str, lora: str = "") -> PreTrainedModel | PeftModel:
             return net
         # the first values of the matrices do not count, and take time
         fields = {**json.loads(lora), "init_lora_weights": False}
-        return get_peft_model(net, LoraConfig(task_type="CAUSAL_LM", **fields))
+        fields["task_type"] = "CAUSAL_LM"
+        return get_peft_model(net, LoraConfig(**fields))
 
 
 def skeleton(model: str) -> PreTrainedModel:
@@ -167,56 +156,18 @@ def adapt(model: str, lora: dict[str, Any]) -> PeftModel:
 
     Raises:
         UnknownArchitecture: see `find_config`.
-        LoraError: PEFT refuses it, or leaves out a module that is named.
+        ModelError: PEFT refuses it, or would leave out a part of it.
     """
-    check_names(skeleton(model), lora)
+    from helpers import models
+
+    models.check_lora(skeleton(model), lora)
     fields = json.dumps(lora, default=list)
     try:
         tuned = build(find_config(model).to_json_string(), fields)
     except (ValueError, TypeError, IndexError) as error:
-        text = " ".join(str(error).split())[:300]
-        named = (name for name in lora if f"`{name}`" in text)
-        raise LoraError(next(named, ""), text) from error
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in lora.get(field) or {}:  # matched as PEFT's get_pattern_key does
-            pattern = compile_pattern(field, rf"(.*\.)?({key})")
-            if not any(map(pattern.fullmatch, tuned.targeted_module_names)):
-                names = {name.split(".")[-1] for name in tuned.targeted_module_names}
-                hint = nearest(key, names)
-                raise LoraError(field, f"no module with LoRA matches {key!r}{hint}")
+        raise models.ModelError(" ".join(str(error).split())[:300]) from error
+    models.check_attached(tuned, lora)
     return tuned
-
-
-def check_names(net: PreTrainedModel, lora: dict[str, Any]) -> None:
-    """Raises LoraError for a module or layer that the model lacks: PEFT skips it."""
-    every = [name for name, _ in net.named_modules()]
-    last = list(dict.fromkeys(name.split(".")[-1] for name in every))
-    linear = dict.fromkeys(name.split(".")[-1] for name in linear_names(net))
-    has = f"(it has {', '.join(linear)})"
-    for field in ("target_modules", "exclude_modules", "modules_to_save"):
-        value = lora.get(field) or []
-        for name in value if isinstance(value, list) else []:
-            if not any(f".{each}".endswith(f".{name}") for each in every):
-                hint = nearest(name, last)
-                raise LoraError(field, f"the model has no module {name!r}{hint} {has}")
-        if isinstance(value, str) and value != "all-linear":
-            if not any(map(compile_pattern(field, value).fullmatch, every)):
-                raise LoraError(field, f"no module matches {value} {has}")
-    layers = net.config.get_text_config().num_hidden_layers
-    chosen = lora.get("layers_to_transform")
-    for layer in chosen if isinstance(chosen, list) else [chosen]:
-        if layer is not None and not 0 <= layer < layers:
-            text = f"found {layer}; the model's layers are 0 to {layers - 1}"
-            raise LoraError("layers_to_transform", text)
-
-
-def compile_pattern(field: str, text: str) -> re.Pattern[str]:
-    """Returns a regular expression of `lora`; LoraError when it is none."""
-    try:
-        return re.compile(text)
-    except re.error as error:
-        text = f"{text!r} is no regular expression: {error}"
-        raise LoraError(field, text) from error
 
 
 def linear_names(net: PreTrainedModel) -> list[str]:
@@ -272,7 +223,7 @@ def count_lora(model: str, lora: dict[str, Any]) -> Adapter:
 
     Raises:
         UnknownArchitecture: see `find_config`.
-        LoraError: see `adapt`.
+        ModelError: see `adapt`.
     """
     from peft.tuners.lora import Linear
 

@@ -70,7 +70,7 @@ def test_what_rewrites_the_base_is_refused_where_it_would_be_rounded(
         ({"rank_pattern": {"x_proj": 3}}, "rank_pattern 'x_proj' matches no target"),
         ({"alpha_pattern": {"k_proj": 3}}, "alpha_pattern 'k_proj' matches no target"),
         ({"layers_to_transform": [0, 2]}, "names layer 2; the model's layers are 0 to"),
-        ({"modules_to_save": ["lm_haed"]}, "modules to save lm_haed do not exist"),
+        ({"modules_to_save": ["lm_haed"]}, "modules_to_save lm_haed do not exist"),
         ({"target_modules": "no.*such"}, "LoRA cannot be attached as configured: Targ"),
         ({"target_modules": ["attn.q_proj"]}, "target modules attn.q_proj do not exis"),
         ({"trainable_token_indices": [10**6]}, "LoRA cannot be attached as configured"),

@@ -377,10 +377,7 @@ def test_a_target_that_the_model_lacks_is_an_error_with_the_nearest(
     found = advise(demo, lora__target_modules=["q_prj", "v_proj"])
     advice = only(found, "lora.target_modules")
     assert advice.level == "error"
-    assert (
-        "no module 'q_prj'; did you mean 'q_proj'? (it has q_proj, k_proj"
-        in advice.text
-    )
+    assert "q_prj do not exist in this model; did you mean 'q_proj'?" in advice.text
 
 
 @pytest.mark.parametrize(
@@ -701,6 +698,50 @@ def test_a_part_of_lora_that_peft_would_skip_is_an_error(
     demo: RunConfig, field: str, value: Any
 ) -> None:
     only(advise(demo, **{f"lora__{field}": value}), f"lora.{field}")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("init_lora_weights", "eva"), ("lora_bias", True), ("task_type", "SEQ_CLS")]
+    + [("layer_replication", [[0, 3], [2, 4]])],
+)
+def test_lora_that_could_not_come_back_is_an_error_before_anything_is_loaded(
+    demo: RunConfig, field: str, value: Any
+) -> None:
+    advice = only(advise(demo, **{f"lora__{field}": value}), f"lora.{field}")
+    assert advice.level == "error"
+
+
+def test_lora_on_the_output_head_needs_the_loss_that_trl_has_for_it(
+    demo: RunConfig,
+) -> None:
+    head = changed(demo, lora__target_modules=["q_proj", "lm_head"])
+    assert "'nll'" in only(advise(head), "sft.loss_type").text
+    assert advise(head, sft__loss_type="nll") == []
+    assert advise(demo, lora__target_modules="all-linear") == []
+
+
+def test_a_copy_that_cannot_be_made_is_an_error_where_it_is_asked_for(
+    demo: RunConfig,
+) -> None:
+    dora = changed(demo, lora__use_dora=True)
+    assert advise(dora) == []
+    advice = only(advise(dora, sampler="copy"), "sampler")
+    assert "lora_magnitude_vector" in advice.text and "'model'" in advice.text
+
+
+def test_an_unknown_reward_is_an_error(demo: RunConfig) -> None:
+    found = advise(demo, rewards={"correctness": 1.0, "corectness": 1.0})
+    assert "no reward 'corectness'" in only(found, "rewards").text
+
+
+@pytest.mark.parametrize(
+    "names", ["wandbb", ["wandb", "tensorbord"], ["wandb", "none"]], ids=str
+)
+def test_a_misspelt_tracker_is_an_error(demo: RunConfig, names: Any) -> None:
+    found = advise(demo, sft__report_to=names)
+    assert bool(found) is ("none" not in names)
+    assert {advice.field for advice in found} <= {"sft.report_to"}
 
 
 @pytest.mark.parametrize("key", checks.ELSEWHERE)
