@@ -151,6 +151,9 @@ def check_training(config: RunConfig, stage: Stage) -> Iterator[Advice]:
     for name in low:
         text = f"found {values[name]}; expected more than 0"
         yield Advice("error", f"{stage}.{name}", text)
+    if values.get("max_completion_length", low) is None:
+        text = "found None; answers need an end. Give a number of tokens, or remove it."
+        yield Advice("error", f"{stage}.max_completion_length", text)
     if low:
         return
     # nothing is written there; and our evaluation of GRPO needs no whole groups

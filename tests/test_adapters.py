@@ -71,8 +71,11 @@ def test_what_rewrites_the_base_is_refused_where_it_would_be_rounded(
         ({"alpha_pattern": {"k_proj": 3}}, "alpha_pattern 'k_proj' matches no target"),
         ({"layers_to_transform": [0, 2]}, "names layer 2; the model's layers are 0 to"),
         ({"modules_to_save": ["lm_haed"]}, "modules_to_save lm_haed do not exist"),
-        ({"target_modules": "no.*such"}, "LoRA cannot be attached as configured: Targ"),
-        ({"target_modules": ["attn.q_proj"]}, "target modules attn.q_proj do not exis"),
+        (
+            {"target_modules": "no.*such"},
+            "no module matches no.*such; a text is a regular",
+        ),
+        ({"target_modules": ["attn.q_proj"]}, "target_modules attn.q_proj do not exis"),
         ({"trainable_token_indices": [10**6]}, "LoRA cannot be attached as configured"),
         ({"no_such_field": 1}, "LoRA cannot be attached as configured.*no_such_field"),
         ({"init_lora_weights": "pizza"}, "init_lora_weights='pizza' needs data or"),

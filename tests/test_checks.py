@@ -331,6 +331,11 @@ def test_a_rate_that_is_no_number_is_an_error(demo: RunConfig, value: Any) -> No
     assert advice.text == f"found {value!r}; expected float"
 
 
+def test_answers_without_an_end_are_an_error(demo: RunConfig) -> None:
+    found = advise(demo, grpo__max_completion_length=None)
+    assert only(found, "grpo.max_completion_length").level == "error"
+
+
 def test_evaluation_steps_may_be_left_to_the_trainer(demo: RunConfig) -> None:
     assert advise(demo, sft__eval_steps=None) == []
 
