@@ -377,6 +377,7 @@ def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
     from helpers import grpo
 
     require_stage(run.config, stage)
+    checks.require(checks.advise(run.config))
     data.ensure_data(run)
     start = ensure_adapter(run, "sft") if stage == "grpo" else None
     model, tokenizer = load_for_training(run, stage, start)
