@@ -222,6 +222,7 @@ def chat_loss(subject: Subject, rows: list[Row]) -> tuple[float, float]:
         [row["messages"] for row in rows],
         config.loss_on,
         config.max_length,
+        drop=config.data.drop_unusable,
     )
     loss = response_loss(subject.model, subject.tokenizer, masked.rows)
     return round(loss, 4), round(math.exp(loss), 3)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from pydantic import BaseModel
 
 from helpers.config import ConfigError, DataConfig, EvaluationConfig, RunConfig
+from helpers.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -62,7 +63,7 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "double_quant": Knob("double quantisation", bool, default=True),
         "dtype": Knob("dtype", choices=choices("dtype")),
         "max_length": Knob("max length, tokens", int),
-        "template": Knob("template", choices=choices("template")),
+        "template": Knob("template", choices=("own", *TEMPLATES)),
         "pad_token": Knob("pad token"),
         "system_prompt": Knob("system prompt", wide=True),
     },

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from helpers import data
 from helpers.formats import Messages
+from helpers.turns import learnt_spans
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,16 +80,15 @@ def measure(
         DataError: there are no conversations.
         TemplateError: see `masking.mask_conversation`.
     """
-    from helpers.masking import NO_LOSS, mask_rows
+    from helpers.masking import mask_batches
 
     rest = iter(conversations)
     tokens, answers = [], []
-    for rows in mask_rows(tokenizer, islice(rest, sample), loss_on):
-        for row in rows.split():
-            learnt = row.labels != NO_LOSS
-            edges = np.flatnonzero(np.diff(learnt, prepend=False, append=False))
-            tokens.append(len(learnt))
-            answers.append([(int(a), int(b)) for a, b in edges.reshape(-1, 2)])
+    for rows in mask_batches(tokenizer, islice(rest, sample), loss_on, drop=True):
+        for row in rows:
+            if not isinstance(row, str):  # training says what is wrong with it
+                tokens.append(len(row["labels"]))
+                answers.append(learnt_spans(row["labels"]))
     if not tokens:
         raise data.DataError("no conversations to measure; run data.prepare first")
     return Lengths(tokens, answers, len(tokens) + sum(1 for _ in rest))

@@ -14,10 +14,14 @@ from typing import Any
 import pytest
 
 from helpers import masking
-from helpers.blocks import Block, check_block
 from helpers.formats import DataError, Messages
-from helpers.frames import Rows
-from helpers.masking import NO_LOSS, Example, mask_conversation, mask_conversations
+from helpers.masking import (
+    NO_LOSS,
+    Example,
+    check_rows,
+    mask_conversation,
+    mask_conversations,
+)
 from helpers.templates import (
     FIXED_DATE,
     INSTRUCTION_TEMPLATE,
@@ -248,7 +252,7 @@ def test_rows_cut_and_rows_dropped_are_counted(tokenizer: Any) -> None:
         tokenizer, [short, far, long, far, short], max_length=limit
     )
     lengths = [len(row["input_ids"]) for row in made.rows]
-    assert made.dropped == [1, 3]
+    assert list(made.dropped) == [1, 3]
     assert made.truncated == 1
     assert len(lengths) == 3
     assert lengths[1] == limit == max(lengths)
@@ -256,7 +260,7 @@ def test_rows_cut_and_rows_dropped_are_counted(tokenizer: Any) -> None:
 
 def test_nothing_is_cut_or_dropped_without_a_maximum(tokenizer: Any) -> None:
     made = mask_conversations(tokenizer, list(CONVERSATIONS.values()))
-    assert (made.dropped, made.truncated) == ([], 0)
+    assert (made.dropped, made.truncated) == ({}, 0)
     assert len(made.rows) == len(CONVERSATIONS)
 
 
@@ -314,10 +318,10 @@ def test_a_later_row_that_starts_with_bos_twice_is_named(
     tokenizer = make_tokenizer(**CHATML, chat_template=INSTRUCTION_TEMPLATE)
     bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     rows = [{"input_ids": [bos, 5, end], "labels": [NO_LOSS, 5, end]}] * 2
-    check_block(tokenizer, Block(Rows.of(rows)), "assistant")
+    check_rows(tokenizer, rows, "assistant")
     rows.append({"input_ids": [bos, bos, end], "labels": [NO_LOSS, NO_LOSS, end]})
     with pytest.raises(DataError, match="^1 rows .*<.im_start.> twice, .* row 43;"):
-        check_block(tokenizer, Block(Rows.of(rows)), "assistant", before=40)
+        check_rows(tokenizer, rows, "assistant", before=40)
 
 
 def test_an_earlier_answer_that_no_stop_token_ends_is_named(
@@ -358,8 +362,8 @@ def test_rows_that_were_dropped_are_counted_and_named(tokenizer: Any) -> None:
     short = turns("Hi", "Yes.")
     made = mask_conversations(tokenizer, [short, far, short, far], max_length=60)
     assert made.describe_dropped() == (
-        "2 of 4 conversations are left out, none of their answers begins within "
-        "max_length (rows 2, 4)"
+        "2 of 4 conversations are left out: no answer begins within max_length "
+        "(rows 2, 4)"
     )
     assert made.counts()["dropped_rows"] == [2, 4]
 
@@ -578,7 +582,7 @@ def test_the_guards_pass_the_llama_templates(
 ) -> None:
     rows = [CONVERSATIONS["one turn"], CONVERSATIONS["three turns"]]
     made = mask_conversations(request.getfixturevalue(family), rows)
-    assert (len(made.rows), made.dropped, made.truncated) == (2, [], 0)
+    assert (len(made.rows), made.dropped, made.truncated) == (2, {}, 0)
 
 
 def test_white_space_that_a_template_trims_is_not_missed(llama3: Any) -> None:
