@@ -20,8 +20,9 @@ are, so one that header and answer share is not. With `loss_on="last"` it is the
 answer alone. Before each answer stands the prompt that inference renders for the turns
 before it. A conversation that a template refuses, leaves out text of, or asks for an
 earlier answer of with another prompt is skipped, and `masking` has to refuse it too;
-the last answer is put behind inference's prompt. A template that renders no text, or ends no answer
-with a token, is unsupported. Differences are put in words by `differences`.
+the last answer is put behind inference's prompt. A template that renders no text, or
+ends no answer with a token, is unsupported. Differences are put in words by
+`differences`.
 """
 
 from __future__ import annotations

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from helpers.formats import DataError, Messages
-from helpers.templates import TemplateError, stop_token_ids
+from helpers.templates import TemplateError, answer_marks, stop_token_ids
 from helpers.turns import NO_LOSS, LossOn, Span, find_spans, label_tokens, learnt_spans
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 BATCH = 512  # conversations in memory at a time
 NAMED = 20  # rows in a message
+TOO_LONG = "no answer begins within max_length"
+NOTHING = "there is no answer to learn"
 Example = dict[str, list[int]]
 
 
@@ -46,14 +49,11 @@ class Masked(NamedTuple):
         for position, reason in self.dropped.items():
             rows.setdefault(reason, []).append(str(position + 1))
         reasons = [
-            f"{reason} (rows {', '.join(numbers[:NAMED])}"
-            f"{', ...' if len(numbers) > NAMED else ''})"
-            for reason, numbers in rows.items()
+            f"{reason} (rows {', '.join(n[:NAMED] + ['...'] * (len(n) > NAMED))})"
+            for reason, n in rows.items()
         ]
-        return (
-            f"{len(self.dropped)} of {len(self.ends)} conversations are left out: "
-            + "; ".join(reasons)
-        )
+        count = f"{len(self.dropped)} of {len(self.ends)} conversations"
+        return f"{count} are left out: {'; '.join(reasons)}"
 
     def counts(self) -> dict[str, Any]:
         """Returns what `labels.json` holds."""
@@ -91,16 +91,18 @@ def mask_conversation(
 def tokenise(
     tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, list[Span]]]
 ) -> list[Example]:
-    """Returns the rows of rendered texts, which are given with the spans to learn."""
+    """Returns the rows of rendered texts, each given with the spans to learn."""
     encoder = tokenizer.backend_tokenizer
     # an earlier call may have left them on
     encoder.no_truncation()
     encoder.no_padding()
     batch = encoder.encode_batch([text for text, _ in texts], add_special_tokens=False)
-    return [
-        {"input_ids": e.ids, "labels": label_tokens(e.ids, e.offsets, text, spans)}
-        for e, (text, spans) in zip(batch, texts, strict=True)
-    ]
+    rows = []
+    for encoding, (text, spans) in zip(batch, texts, strict=True):
+        ids = encoding.ids
+        labels = label_tokens(ids, encoding.offsets, text, spans)
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
 
 
 def mask_batches(
@@ -111,29 +113,34 @@ def mask_batches(
 ) -> Iterator[list[Example | str]]:
     """Yields the rows of `mask_conversation`, many at a time.
 
-    Args:
-        tokenizer: see `mask_conversation`.
-        conversations: read one after the other.
-        loss_on: see `mask_conversation`.
-        drop: yield the reason for a conversation that cannot be used.
+    With `drop` a reason stands in for each conversation that cannot be used.
 
     Raises:
         TemplateError: a conversation cannot be used; the message names its row.
     """
-    remaining, before = iter(conversations), 0
-    while batch := list(islice(remaining, BATCH)):
-        rows: list[Any] = []
-        for number, messages in enumerate(batch, before + 1):
-            try:
-                rows.append(find_spans(tokenizer, messages, loss_on))
-            except TemplateError as error:
-                if not drop:
-                    raise TemplateError(f"row {number}: {error}") from error
-                rows.append(str(error))
-        texts = [row for row in rows if not isinstance(row, str)]
-        examples = iter(tokenise(tokenizer, texts))
-        yield [row if isinstance(row, str) else next(examples) for row in rows]
-        before += len(batch)
+    closing = answer_marks(tokenizer)[1] if loss_on != "all" else ""
+    numbered = enumerate(conversations, 1)
+    # a batch is tokenised while the next one is rendered
+    with ThreadPoolExecutor(1) as pool:
+        pending: tuple[list[str | None], Future[list[Example]]] | None = None
+        while True:
+            texts: list[tuple[str, list[Span]]] = []
+            reasons: list[str | None] = []
+            for number, messages in islice(numbered, BATCH):
+                try:
+                    texts.append(find_spans(tokenizer, messages, loss_on, closing))
+                    reasons.append(None)
+                except TemplateError as error:
+                    if not drop:
+                        raise TemplateError(f"row {number}: {error}") from error
+                    reasons.append(str(error))
+            following = reasons, pool.submit(tokenise, tokenizer, texts)
+            if pending:
+                rows = iter(pending[1].result())
+                yield [reason or next(rows) for reason in pending[0]]
+            pending = following
+            if not reasons:
+                return
 
 
 def mask_conversations(
@@ -152,8 +159,7 @@ def mask_conversations(
         loss_on: see `mask_conversation`.
         max_length: tokens past it are cut off.
         file: a new Arrow file for the rows; without it they are kept in memory.
-        drop: leave out rows that the template cannot render or ask for; else they are
-            an error.
+        drop: leave out conversations that `turns.find_spans` refuses.
 
     Raises:
         DataError: no row has a supervised token, or the labels break a guard; the
@@ -169,58 +175,54 @@ def mask_conversations(
     sink = pa.OSFile(str(file), "wb") if file else pa.BufferOutputStream()
     dropped: dict[int, str] = {}
     ends: list[int] = []
-    truncated = tokens = learnt = 0
     first: list[int] = []
+    truncated = tokens = learnt = 0
     with sink, pa.ipc.new_stream(sink, schema) as writer:
         for batch in mask_batches(tokenizer, conversations, loss_on, drop):
             check_rows(tokenizer, batch, loss_on, before=len(ends))
             kept = []
-            for row in batch:
-                labels = [] if isinstance(row, str) else row["labels"]
-                end = max((end for _, end in learnt_spans(labels)), default=0)
-                ends.append(end)
+            for number, row in enumerate(batch, len(ends)):
                 if isinstance(row, str):
-                    dropped[len(ends) - 1] = row
+                    dropped[number] = row
+                    ends.append(0)
                     continue
-                first = first or row["input_ids"]
-                cut = {name: values[:max_length] for name, values in row.items()}
-                count = len(labels[:max_length]) - cut["labels"].count(NO_LOSS)
+                first = first or row["input_ids"][:60]
+                spans = learnt_spans(row["labels"])
+                ends.append(spans[-1][1] if spans else 0)
+                labels = row["labels"][:max_length]
+                count = len(labels) - labels.count(NO_LOSS)
                 if not count:
-                    dropped[len(ends) - 1] = (
-                        "no answer begins within max_length"
-                        if end
-                        else "there is no answer to learn"
-                    )
+                    dropped[number] = TOO_LONG if spans else NOTHING
                     continue
-                kept.append(cut)
-                truncated += len(cut["labels"]) < len(labels)
-                tokens += len(cut["labels"])
-                learnt += count
-            columns = [pa.array([row[n] for row in kept], kind) for n in schema.names]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
+                kept.append(
+                    {"input_ids": row["input_ids"][:max_length], "labels": labels}
+                )
+                truncated += len(labels) < len(row["labels"])
+                tokens, learnt = tokens + len(labels), learnt + count
+            writer.write_batch(pa.RecordBatch.from_pylist(kept, schema))
     if not ends:
         raise DataError("no conversations to tokenise; the data is empty")
     if len(dropped) == len(ends):
-        cause = "The prompts alone fill max_length: raise it."
-        if not any(ends):
+        cause = f"{dropped[0]}."
+        if TOO_LONG in dropped.values():
+            cause = "The prompts alone fill max_length: raise it."
+        elif NOTHING in dropped.values():
             cause = "They have no answer to learn: check the roles of the turns."
-        if not first:
-            cause = dropped[0]
         raise DataError(
             f"none of {len(ends)} conversations has a token to learn from within "
             f"max_length={max_length}; the first one starts "
-            f"{tokenizer.decode(first[:60])!r}. {cause}"
+            f"{tokenizer.decode(first)!r}. {cause}"
         )
-    made = (
+    rows = (
         Dataset.from_file(str(file)) if file else Dataset.from_buffer(sink.getvalue())
     )
     fraction = learnt / tokens
     if loss_on != "all" and not 0.01 <= fraction <= 0.99:
         raise DataError(
             f"{fraction:.1%} of the tokens carry loss; 1 % to 99 % is plausible. "
-            f"Row 1 learns {supervised_text(tokenizer, made[0])[:200]!r}"
+            f"Row 1 learns {supervised_text(tokenizer, rows[0])[:200]!r}"
         )
-    return Masked(made, dropped, truncated, fraction, ends)
+    return Masked(rows, dropped, truncated, fraction, ends)
 
 
 def check_rows(
@@ -231,19 +233,17 @@ def check_rows(
 ) -> None:
     """Raises DataError when training on these labels would go silently wrong.
 
-    Guards against a doubled BOS, and supervised turns that do not end in a stop token,
-    in every row.
-
-    Args:
-        tokenizer: what made the tokens.
-        rows: some of them may be reasons why there is none.
-        loss_on: with `all` turns need no stop token.
-        before: number of rows in earlier batches, for the message.
+    Guards against a doubled BOS, and supervised turns that do not end in a stop token
+    (but with `all`), in every row; `before` is the number of rows in earlier batches.
 
     Raises:
         DataError: a guard is broken; the message names the first row, from 1.
     """
-    examples = {n: x for n, x in enumerate(rows, before + 1) if not isinstance(x, str)}
+    examples = {
+        number: row
+        for number, row in enumerate(rows, before + 1)
+        if not isinstance(row, str)
+    }
     twice = [tokenizer.bos_token_id] * 2
     doubled = [n for n, row in examples.items() if row["input_ids"][:2] == twice]
     if doubled:
@@ -256,19 +256,18 @@ def check_rows(
     stops = stop_token_ids(tokenizer)
     # where a question comes last, the answer before it may end in another token
     closing = {*stops, *tokenizer.added_tokens_decoder}
-    ends = [
-        (number, row["input_ids"][:end])
-        for number, row in examples.items()
-        for _, end in learnt_spans(row["labels"])
+    ends = [(n, e) for n, x in examples.items() for _, e in learnt_spans(x["labels"])]
+    unclosed = [
+        (n, e) for n, e in ends if examples[n]["input_ids"][e - 1] not in closing
     ]
-    unclosed = [(number, ids) for number, ids in ends if ids[-1] not in closing]
     if unclosed:
-        number, ids = unclosed[0]
+        number, end = unclosed[0]
+        tail = tokenizer.decode(examples[number]["input_ids"][max(0, end - 21) : end])
+        names = ", ".join(tokenizer.convert_ids_to_tokens(stops))
         raise DataError(
             f"{len(unclosed)} of {len(ends)} answers do not end in a stop token "
-            f"({', '.join(tokenizer.convert_ids_to_tokens(stops))}), so the model would "
-            f"not learn to stop; the first, in row {number}, ends in "
-            f"{tokenizer.decode(ids[-21:])!r}; use a template that ends turns with EOS"
+            f"({names}), so the model would not learn to stop; the first, in row "
+            f"{number}, ends in {tail!r}; use a template that ends turns with EOS"
         )
 
 
@@ -288,11 +287,12 @@ def supervised_text(tokenizer: PreTrainedTokenizerBase, row: Example) -> str:
     return tokenizer.decode([label for label in row["labels"] if label != NO_LOSS])
 
 
-class Shown:
+class Shown(NamedTuple):
     """A row with its mask, coloured in a notebook, bracketed in a terminal."""
 
-    def __init__(self, pieces: list[tuple[str, bool]], fraction: float) -> None:
-        self.pieces, self.fraction = pieces, fraction
+    pieces: list[tuple[str, bool]]
+    """Text, and whether it is learnt."""
+    fraction: float
 
     def __repr__(self) -> str:
         marked = "".join(f"[[{t}]]" if learnt else t for t, learnt in self.pieces)
@@ -300,23 +300,18 @@ class Shown:
 
     def _repr_html_(self) -> str:
         style = "background:#2e7d3255;border-bottom:2px solid #2e7d32"
-        body = "".join(
-            f'<span style="{style}">{html.escape(t)}</span>'
-            if learnt
-            else html.escape(t)
-            for t, learnt in self.pieces
-        )
+        tags = {True: (f'<span style="{style}">', "</span>"), False: ("", "")}
+        body = "".join(html.escape(t).join(tags[learnt]) for t, learnt in self.pieces)
         legend = f"underlined = learnt, {self.fraction:.0%} of the tokens"
         return f'<pre style="white-space:pre-wrap">{body}</pre><small>{legend}</small>'
 
 
 def show(tokenizer: PreTrainedTokenizerBase, row: Example) -> Shown:
     """Returns a view of a row in which the learnt tokens stand out."""
-    pieces: list[tuple[list[int], bool]] = []
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        learnt = label != NO_LOSS
-        if not pieces or pieces[-1][1] != learnt:
-            pieces.append(([], learnt))
-        pieces[-1][0].append(token)
-    fraction = sum(x != NO_LOSS for x in row["labels"]) / max(1, len(row["labels"]))
-    return Shown([(tokenizer.decode(ids), learnt) for ids, learnt in pieces], fraction)
+    pairs = list(zip(row["input_ids"], row["labels"], strict=True))
+    pieces = [
+        (tokenizer.decode([token for token, _ in run]), learnt)
+        for learnt, run in groupby(pairs, lambda pair: pair[1] != NO_LOSS)
+    ]
+    fraction = sum(label != NO_LOSS for _, label in pairs) / max(1, len(pairs))
+    return Shown(pieces, fraction)

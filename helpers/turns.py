@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os.path
 import re
-from itertools import pairwise
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Literal
 
 from helpers.formats import Messages
@@ -27,7 +27,10 @@ TAG = re.compile(r"<[^<>\s]+>")
 
 
 def find_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, loss_on: LossOn
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    loss_on: LossOn,
+    closing: str = "",
 ) -> tuple[str, list[Span]]:
     """Returns the training text of a conversation and the character spans to learn.
 
@@ -35,6 +38,12 @@ def find_spans(
     before it. Where a template renders the whole conversation otherwise, the text is
     that prompt, the last answer and its closing; for an earlier answer the row is
     refused. Turns of `"weight": 0` are not learnt.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: the turns.
+        loss_on: see `masking.mask_conversation`.
+        closing: what ends an answer, from `answer_marks`; it spares some renderings.
 
     Raises:
         TemplateError: the template refuses the conversation, asks for an earlier answer
@@ -58,6 +67,10 @@ def find_spans(
             messages = messages[: number + 1]
             text = compose(tokenizer, messages, prompt)
         if loss_on == "all":
+            continue
+        answer = prompt + messages[number]["content"].strip() + closing
+        if closing and text.startswith(answer):
+            spans.append((len(prompt), len(answer)))
             continue
         spans.append((len(prompt), find_end(tokenizer, messages, number, text)))
         if not holds(text[slice(*spans[-1])], messages[number]["content"]):
@@ -209,16 +222,16 @@ def label_tokens(
         spans: what is learnt, in order; a token that is only half inside is not.
     """
     labels = [NO_LOSS] * len(ids)
-    span = iter(spans)
-    start, end = next(span, (len(text), len(text)))
-    before = 0
-    for position, (left, right) in enumerate(offsets):
-        left, before = min(left, before), right  # some tokenizers leave out spaces
-        while left >= end and end < len(text):
-            start, end = next(span, (len(text), len(text)))
+    for start, end in spans:
+        first, last = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
+        # some tokenizers leave spaces before a token out of its offsets
+        first += first > 0 and offsets[first - 1][1] < start
+        while 0 < last < len(ids) and offsets[last - 1][1] < end:
+            last += 1
         # an end-of-turn token may take the white space after it with it
-        if start <= left < end and not text[end:right].strip():
-            labels[position] = ids[position]
+        while last > first and text[end : offsets[last - 1][1]].strip():
+            last -= 1
+        labels[first:last] = ids[first:last]
     return labels
 
 
@@ -228,6 +241,5 @@ def learnt_spans(labels: list[int]) -> list[Span]:
     >>> learnt_spans([-100, 8, 9, -100, 7])
     [(1, 3), (4, 5)]
     """
-    pairs = pairwise([NO_LOSS, *labels, NO_LOSS])
-    edges = [at for at, (a, b) in enumerate(pairs) if (a == NO_LOSS) != (b == NO_LOSS)]
-    return list(zip(edges[::2], edges[1::2], strict=True))
+    flags = bytes(map(NO_LOSS.__ne__, labels))
+    return [run.span() for run in re.finditer(b"\1+", flags)]
