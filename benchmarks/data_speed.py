@@ -311,6 +311,7 @@ def main(count: int, rounds: int, out: Path) -> None:
         f"{platform.machine()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}, "
         + ", ".join(f"{p} {version(p)}" for p in ("transformers", "trl", "unsloth"))
+        + f", load {os.getloadavg()[0]:.1f}"
     )
     write_json(out, result)
     print(json.dumps(result, indent=1))

@@ -17,9 +17,12 @@ what only the template writes before an answer (the channel of gpt-oss) is. Whit
 after the end-of-turn token is not learnt; an EOS that ends the last answer is. Content
 that the template trims is learnt as rendered. A token is learnt when all its characters
 are, so one that header and answer share is not. With `loss_on="last"` it is the last
-answer alone. A conversation that a template refuses, or leaves out text of, is skipped,
-and `masking` has to refuse it too. A template that renders no text, or ends no answer
-with a token, is unsupported. Differences are put in words by `differences`.
+answer alone. Before each answer stands the prompt that inference renders for the turns
+before it. A conversation that a template refuses, leaves out text of, or asks for an
+earlier answer of with another prompt is skipped, and `masking` has to refuse it too;
+the last answer is put behind inference's prompt. A template that renders no text, or
+ends no answer with a token, is unsupported. Differences are put in words by
+`differences`.
 """
 
 from __future__ import annotations
@@ -29,9 +32,8 @@ import sys
 import warnings
 from collections import Counter
 from importlib.metadata import version
-from operator import ne
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -48,16 +50,16 @@ from benchmarks.chats import (  # noqa: E402
     unsloth_templates,
 )
 from benchmarks.differences import Row, Theirs, describe  # noqa: E402
-from helpers.blocks import Block, check_block  # noqa: E402
 from helpers.formats import check_messages  # noqa: E402
-from helpers.frames import Rows  # noqa: E402
-from helpers.masking import NO_LOSS, mask_conversation, mask_rows  # noqa: E402
+from helpers.masking import NO_LOSS, check_rows, mask_conversation  # noqa: E402
 from helpers.templates import FIXED_DATE, FIXED_DAY, TemplateError  # noqa: E402
 
 RESULTS = ROOT / "results" / "masks.json"
 
 
-def ask(tokenizer: Any) -> tuple[list[Row], dict[str, str], Counter[str]]:
+def ask(
+    tokenizer: Any, loss_on: Literal["assistant", "last"] = "assistant"
+) -> tuple[list[Row], dict[str, str], Counter[str]]:
     """Returns the battery under a template, what is skipped and why, and our faults.
 
     Raises:
@@ -72,14 +74,17 @@ def ask(tokenizer: Any) -> tuple[list[Row], dict[str, str], Counter[str]]:
     faults = Counter[str]()
     for name, messages in battery(markers, ends[0]).items():
         try:
-            ours, refusal = mask_conversation(tokenizer, messages), ""
+            ours, refusal = mask_conversation(tokenizer, messages, loss_on), ""
         except TemplateError as error:
             ours, refusal = {}, str(error)
         try:
-            text, answers = oracle.find_answers(tokenizer, messages, header, ends)
+            text, answers = oracle.find_answers(
+                tokenizer, messages, header, ends, last_only=loss_on == "last"
+            )
         except oracle.Skipped as reason:
             skipped[name] = str(reason)
-            if not refusal:
+            # the text of earlier answers may be missing
+            if not refusal and loss_on == "assistant":
                 faults[f"does not refuse: {reason}"] += 1
             continue
         if refusal:
@@ -95,37 +100,19 @@ def compare_oracle(tokenizer: Any, rows: list[Row], faults: Counter[str]) -> str
     """Returns how the labels of `masking` compare with the oracle's."""
     ways = []
     for row in rows:
-        found: set[str] = set()
-        last = mask_conversation(tokenizer, row.messages, "last")
-        for ours, answers in (row.ours, row.answers), (last, row.answers[-1:]):
-            if ours["input_ids"] != row.ids:
-                found.add("other tokens")
-                continue
-            expected = oracle.labels(row.ids, row.spans, answers)
-            try:
-                found |= describe(row, expected, ours["labels"], Theirs())
-            except ValueError as unexplained:
-                found.add(str(unexplained)[:100])
-        ways.append(found)
+        if row.ours["input_ids"] != row.ids:
+            ways.append({"other tokens"})
+            continue
+        expected = oracle.labels(row.ids, row.spans, row.answers)
+        try:
+            ways.append(describe(row, expected, row.ours["labels"], Theirs()))
+        except ValueError as unexplained:
+            ways.append({str(unexplained)[:100]})
     try:
-        block = Block(Rows.of([row.ours for row in rows]))
-        check_block(tokenizer, block, "assistant")
+        check_rows(tokenizer, [row.ours for row in rows], "assistant")
     except ValueError as error:
         faults[f"the guards refuse: {error}"] += 1
-    if wrong := compare_quick(tokenizer, rows):
-        faults["other rows when made quickly"] = wrong
     return in_words(ways, faults)
-
-
-def compare_quick(tokenizer: Any, rows: list[Row]) -> int:
-    """Returns how many rows `mask_rows` makes otherwise than `mask_conversation`."""
-    chats = [row.messages for row in rows]
-    wrong = 0
-    for loss_on in ("assistant", "last", "all"):
-        quick = [x for y in mask_rows(tokenizer, chats, loss_on) for x in y.examples()]
-        whole = [mask_conversation(tokenizer, chat, loss_on) for chat in chats]
-        wrong += sum(map(ne, quick, whole))
-    return wrong
 
 
 def compare_unsloth(tokenizer: Any, rows: list[Row]) -> str:
@@ -168,7 +155,7 @@ def compare_trl(tokenizer: Any, rows: list[Row]) -> str:
             strftime_now=FIXED_DAY.strftime,
         )
         if row.ids != found["input_ids"]:
-            ways.append({"other tokens"})
+            ways.append({"trains on another prompt than inference renders"})
             continue
         masked = zip(row.ids, found["assistant_masks"], strict=True)
         labels = [token if learnt else NO_LOSS for token, learnt in masked]
@@ -202,8 +189,10 @@ def compare(base: Any, template: Template, columns: set[str]) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         try:
             rows, skipped, faults = ask(tokenizer)
+            last, _, more = ask(tokenizer, "last")
             found |= {"conversations": len(rows), "skipped": skipped}
-            found["oracle"] = compare_oracle(tokenizer, rows, faults)
+            found["conversations_last"] = len(last)
+            found["oracle"] = compare_oracle(tokenizer, [*rows, *last], faults + more)
         except oracle.Skipped as reason:
             found["oracle"] = unsupported = f"unsupported: {reason}"
         if "unsloth" in columns:

@@ -96,9 +96,48 @@ def find_format(tokenizer: Any) -> tuple[str, list[str]]:
 
 
 def find_answers(
+    tokenizer: Any,
+    messages: Messages,
+    header: str,
+    ends: list[str],
+    last_only: bool = False,
+) -> tuple[str, list[Answer]]:
+    """Returns the text to train on and where its answers lie.
+
+    Before each answer stands the prompt that inference renders, or the conversation
+    must be refused; the last answer may be put behind that prompt instead.
+
+    Raises:
+        Skipped: the template refuses the conversation, leaves out some of its text, or
+            renders another prompt for an earlier answer.
+    """
+    text, answers = lay_out(tokenizer, messages, header, ends)
+    numbers = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
+    if last_only:
+        numbers, answers = numbers[-1:], answers[-1:]
+    for number, answer in zip(numbers, answers, strict=True):
+        prompt = render(tokenizer, messages[:number], for_generation=True)
+        if text.startswith(prompt):
+            continue
+        if len(answers) > 1:
+            raise Skipped("an answer is asked for with another prompt")
+        text, (*_, answer) = lay_out(tokenizer, messages[: number + 1], header, ends)
+        if not text.startswith(prompt):
+            said = text[: answer.begin].rpartition(header)[2]
+            more = prompt.rpartition(header)[2].removeprefix(said)
+            if said and more.strip():
+                raise Skipped("the answer opens a thought that the prompt has closed")
+            text = prompt + text[answer.begin :]
+            shift = len(prompt) - answer.begin
+            answer = Answer(answer.previous, *(at + shift for at in answer[1:]))
+        return text, [answer]
+    return text, answers
+
+
+def lay_out(
     tokenizer: Any, messages: Messages, header: str, ends: list[str]
 ) -> tuple[str, list[Answer]]:
-    """Returns the rendered text and where its answers lie.
+    """Returns the text of a conversation and where its answers lie.
 
     Raises:
         Skipped: the template refuses the conversation or leaves out some of its text.

@@ -167,8 +167,8 @@ class RunConfig(BaseModel):
     dtype: Literal["auto", "float16", "bfloat16"] = Field(
         "auto", description="of arithmetic; bfloat16 needs a GPU newer than a T4"
     )
-    template: Literal["own", "instruction", "llama-2"] = Field(
-        "own", description="chat template; own = the tokenizer's"
+    template: str = Field(
+        "own", description="own = the tokenizer's; instruction, llama-2, or a file"
     )
     pad_token: str | None = Field(
         None, description="null = chosen; eos is refused with a warning"
@@ -214,6 +214,15 @@ class RunConfig(BaseModel):
     rewards: dict[str, float] = Field(
         default_factory=lambda: {"correctness": 1.0}, description="name -> weight"
     )
+
+    @field_validator("template")
+    @classmethod
+    def template_exists(cls, value: str) -> str:
+        """Refuses what is neither a known template nor a file."""
+        from helpers.templates import template_text
+
+        template_text(value)
+        return value
 
     @model_validator(mode="after")
     def stages_have_data(self) -> RunConfig:

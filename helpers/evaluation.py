@@ -20,6 +20,7 @@ from helpers.formats import DataError, Row
 from helpers.items import answer_rows
 from helpers.masking import NO_LOSS, Example, mask_conversations
 from helpers.runs import Run, content_hash, fingerprint
+from helpers.templates import template_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,6 +90,7 @@ def model_print(config: RunConfig, adapter: Path | str | None) -> str:
         "weights": models.resolve_weights(config.weights),
         "dtype": str(runtime.choose_dtype(runtime.find_machine(), config.dtype)[0]),
         "max_length": None,
+        "template": template_text(config.template),
     }
     return fingerprint(content_hash(config.model), options, content_hash(adapter))
 
@@ -255,6 +257,7 @@ def chat_loss(subject: Subject, rows: list[Row]) -> tuple[float, float]:
         [row["messages"] for row in rows],
         config.loss_on,
         config.max_length,
+        drop=config.data.drop_unusable,
     )
     loss = response_loss(subject.model, subject.tokenizer, masked.rows)
     return round(loss, 4), round(math.exp(loss), 3)

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from helpers import data
 from helpers.formats import Messages
+from helpers.turns import learnt_spans
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,11 +49,7 @@ class Lengths(NamedTuple):
         }
 
     def summary(self, max_length: int) -> dict[str, Any]:
-        """Returns the figures for a report: sizes, quantiles, and what is cut.
-
-        >>> Lengths([3, 5, 9], [[(0, 3)], [(1, 5)], [(1, 9)]], 9).summary(8)["median"]
-        5
-        """
+        """Returns the figures for a report: sizes, quantiles, and what is cut."""
         ordered = sorted(self.tokens)
         at = {"median": 0.5, "p95": 0.95, "longest": 1.0}
         return {
@@ -72,6 +67,7 @@ def measure(
     conversations: Iterable[Messages],
     loss_on: LossOn = "assistant",
     sample: int = SAMPLE,
+    drop: bool = False,
 ) -> Lengths:
     """Returns the lengths of conversations, of the first ones if there are many.
 
@@ -79,21 +75,17 @@ def measure(
 
     Raises:
         DataError: there are no conversations.
-        TemplateError: see `masking.mask_conversation`.
+        TemplateError: see `masking.mask_batches`, and there `drop`.
     """
-    from helpers.masking import NO_LOSS, mask_rows
+    from helpers.masking import mask_batches
 
     rest = iter(conversations)
-    tokens, answers = [], []
-    for rows in mask_rows(tokenizer, islice(rest, sample), loss_on):
-        for row in rows.split():
-            learnt = row.labels != NO_LOSS
-            edges = np.flatnonzero(np.diff(learnt, prepend=False, append=False))
-            tokens.append(len(learnt))
-            answers.append([(int(a), int(b)) for a, b in edges.reshape(-1, 2)])
-    if not tokens:
+    batches = mask_batches(tokenizer, islice(rest, sample), loss_on, drop)
+    rows = [row["labels"] for x in batches for row in x if not isinstance(row, str)]
+    if not rows:
         raise data.DataError("no conversations to measure; run data.prepare first")
-    return Lengths(tokens, answers, len(tokens) + sum(1 for _ in rest))
+    spans = list(map(learnt_spans, rows))
+    return Lengths(list(map(len, rows)), spans, len(rows) + sum(1 for _ in rest))
 
 
 def measure_run(run: Run, tokenizer: PreTrainedTokenizerBase) -> Lengths:
@@ -105,37 +97,31 @@ def measure_run(run: Run, tokenizer: PreTrainedTokenizerBase) -> Lengths:
     config = run.config
     part = data.parts_of(config.data)[0]
     rows = data.stream_rows(run.require(f"data/{part}.jsonl"))
-    found = measure(
-        tokenizer,
-        (
-            row["messages"]
-            if "messages" in row
-            else data.to_conversations([row], config.system_prompt)[0][0]
-            for row in rows
-        ),
-        config.loss_on,
+    conversations = (
+        row["messages"]
+        if "messages" in row
+        else data.to_conversations([row], config.system_prompt)[0][0]
+        for row in rows
     )
-    figures = {"part": part, **found.summary(config.max_length)}
+    drop = config.data.drop_unusable
+    lengths = measure(tokenizer, conversations, config.loss_on, drop=drop)
+    figures = {"part": part, **lengths.summary(config.max_length)}
     run.write_part("data", run.report().get("data", {}) | {"lengths": figures})
-    return found
+    return lengths
 
 
-def draw(found: Lengths, max_length: int) -> Figure:
+def draw(lengths: Lengths, max_length: int) -> Figure:
     """Returns a histogram of the lengths, with a line at `max_length`."""
     from matplotlib import pyplot
 
-    # of pyplot's making, as a notebook shows no other figure
+    # a pyplot figure: only these are displayed inline
     figure, axes = pyplot.subplots(figsize=(6.4, 2.8), layout="constrained")
-    axes.hist(found.tokens, bins=40)
-    axes.axvline(max_length, color="tab:red", linestyle="--")
-    axes.text(
-        max_length, 0.95, f" max_length {max_length:,} ", color="tab:red",
-        transform=axes.get_xaxis_transform(), va="top",
-        ha="right" if max_length > max(found.tokens) / 2 else "left",
-    )  # fmt: skip
-    measured, rows = len(found.tokens), f"{found.rows:,} conversations"
-    said = f"a sample of {measured:,} of {rows}" if measured < found.rows else rows
-    axes.set_title(said, fontsize="medium")
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("conversations")
+    axes.hist(lengths.tokens, bins=40)
+    axes.axvline(max_length, color="tab:red", linestyle="--", label="max_length")
+    axes.legend()
+    measured, rows = len(lengths.tokens), f"{lengths.rows:,} conversations"
+    sample = measured < lengths.rows
+    title = f"a sample of {measured:,} of {rows}" if sample else rows
+    axes.set_title(title, fontsize="medium")
+    axes.set(xlabel="tokens", ylabel="conversations")
     return figure

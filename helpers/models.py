@@ -90,7 +90,7 @@ def load_tokenizer(
 
     Args:
         name: as for `load_model`.
-        template: `own`, or the name of one in `templates.TEMPLATES`.
+        template: see `templates.template_text`.
         pad_token: a token of the vocabulary; None chooses one.
 
     Raises:

@@ -11,6 +11,7 @@ from helpers import budget, diagnostics, runtime
 from helpers.config import ConfigError, RunConfig, Stage
 from helpers.formats import Row
 from helpers.runs import Run, content_hash, fingerprint, write_json
+from helpers.templates import template_text
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -48,7 +49,8 @@ def inputs_of(run: Run, stage: Stage) -> dict[str, Any]:
         names += ["system_prompt"]
         parts = ["problems", "eval"]
     inputs = {name: getattr(config, name) for name in names}
-    inputs |= {"model": content_hash(config.model), "template": config.template}
+    template = fingerprint(template_text(config.template))
+    inputs |= {"model": content_hash(config.model), "template": template}
     inputs |= {f"data.{name}": rows[name] for name in parts if name in rows}
     inputs |= flat(stage, getattr(config, stage), REPORTING)
     if stage == "sft" or "sft" not in config.stages and not config.sft_adapter:

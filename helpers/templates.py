@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from datetime import date
-from typing import TYPE_CHECKING
-
-from helpers.formats import Messages
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ROOT = Path(__file__).resolve().parent.parent
 # Llama-3.x templates print today's date; a fixed one keeps tokens the same tomorrow.
 FIXED_DATE = "26 Jul 2024"
 FIXED_DAY = date(2024, 7, 26)
+# From a plane for private use: neither data nor templates have it.
+MARK = "\U000f0000"
 
 # For base models that ship no chat template.
 INSTRUCTION_TEMPLATE = (
@@ -41,9 +44,33 @@ class TemplateError(ValueError):
     """A chat template that cannot be trained or generated with as it is."""
 
 
+def template_text(template: str) -> str | None:
+    """Returns the text of a template that a config names, None for the tokenizer's own.
+
+    Args:
+        template: `own`, a name of `TEMPLATES`, or the path of a Jinja file, from here
+            or from the folder of this project.
+
+    Raises:
+        TemplateError: there is no such name or file, or the file is not UTF-8.
+    """
+    if template == "own" or template in TEMPLATES:
+        return TEMPLATES.get(template)
+    path = next((p for p in (Path(template), ROOT / template) if p.is_file()), None)
+    if path is None:
+        raise TemplateError(
+            f"template={template!r} is neither {', '.join(['own', *TEMPLATES])} nor a "
+            f"file (looked in {Path.cwd()} and {ROOT}); give a Jinja file's path"
+        )
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"template {path} is not UTF-8: save it so") from error
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
+    messages: Sequence[Mapping[str, Any]],
     *,
     for_generation: bool = False,
 ) -> str:
@@ -53,7 +80,7 @@ def render(
 
     Args:
         tokenizer: it carries the template.
-        messages: the turns.
+        messages: the turns; `weight` is not shown to the template.
         for_generation: end with the header of the assistant's next turn.
 
     Raises:
@@ -63,7 +90,7 @@ def render(
 
     try:
         text = tokenizer.apply_chat_template(
-            messages,
+            [{k: v for k, v in m.items() if k != "weight"} for m in messages],
             tokenize=False,
             add_generation_prompt=for_generation,
             date_string=FIXED_DATE,
@@ -94,18 +121,29 @@ def prepare_tokenizer(
 
     Args:
         tokenizer: it is changed in place.
-        template: `own`, or a name of `TEMPLATES`.
+        template: see `template_text`.
         pad_token: a token of the vocabulary, `eos`, or None to choose one.
 
     Raises:
-        TemplateError: the tokenizer has no EOS token, no such pad token, or none to
-            pad with.
+        TemplateError: there is no such template, or the tokenizer has no EOS token, no
+            such pad token, or none to pad with.
     """
     notes = []
     if tokenizer.eos_token_id is None:
         raise TemplateError("the tokenizer has no EOS token; set tokenizer.eos_token")
-    if template != "own":
-        tokenizer.chat_template = TEMPLATES[template]
+    text = template_text(template)
+    if text is None and isinstance(tokenizer.chat_template, dict):
+        names = list(tokenizer.chat_template)
+        if "default" not in names:
+            raise TemplateError(
+                f"the tokenizer has {len(names)} chat templates ({', '.join(names)}) "
+                "and none is called 'default'; save the one to train with as a file "
+                "and name it: template='path.jinja'"
+            )
+        text = tokenizer.chat_template["default"]
+        notes.append(f"chat template: 'default', of {', '.join(names)}")
+    if text is not None:
+        tokenizer.chat_template = text
     elif not tokenizer.chat_template:
         tokenizer.chat_template = INSTRUCTION_TEMPLATE
         notes.append("no chat template: '### Instruction / ### Response' is used")
@@ -141,6 +179,9 @@ def find_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     taken = {tokenizer.eos_token, tokenizer.bos_token, None}
     by_name = [token for token in added if "pad" in token.lower()]
     fallbacks = [tokenizer.unk_token, *(t for t in added if "reserved" in t)]
+    written = str(tokenizer.chat_template)
+    special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    fallbacks += [token for token in special if token not in written]
     for token in [*by_name, *fallbacks]:
         if token not in taken:
             return str(token)
@@ -156,7 +197,7 @@ def answer_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     Raises:
         TemplateError: the template does not print contents that are text.
     """
-    question, answer = "\U000f0000", "\U000f0001"
+    question, answer = MARK, "\U000f0001"
     asked = [{"role": "user", "content": question}]
     prompt = render(tokenizer, asked, for_generation=True)
     text = render(tokenizer, [*asked, {"role": "assistant", "content": answer}])

@@ -198,6 +198,7 @@ def build_sft(
             config.loss_on,
             config.max_length,
             Path(scratch.name) / f"{part}.arrow",
+            drop=config.data.drop_unusable,
         )
         if rows[part].dropped:
             print(f"{part}: {rows[part].describe_dropped()}")  # noqa: T201

@@ -1,18 +1,20 @@
-"""Where in a rendered conversation the assistant speaks, whatever the template.
+"""Where the answers lie in a rendered conversation, whatever the template.
 
-The conversation is rendered a second time with every letter of a turn replaced by one
-character that stands for that turn. Both texts line up, so the second one says where
-the turns lie in the first.
+An answer begins where the prompt ends that inference renders for the turns before it:
+the template itself is asked, so there are no markers to write by hand, and a row whose
+prompt would be another one at inference is noticed.
 """
 
 from __future__ import annotations
 
+import json
+import os.path
 import re
-import warnings
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Literal
 
 from helpers.formats import Messages
-from helpers.templates import TemplateError, answer_marks, render
+from helpers.templates import MARK, TemplateError, answer_marks, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,26 +22,189 @@ if TYPE_CHECKING:
 NO_LOSS = -100
 LossOn = Literal["all", "assistant", "last"]
 Span = tuple[int, int]
-
-# A plane for private use: neither data nor templates have its characters.
-FIRST, LAST = 0xF0000, 0xFFFFD
-RUN = re.compile(f"([{chr(FIRST)}-{chr(LAST)}])\\1*")
-# Every letter; or all but tags, for templates that move or drop thinking by its tags.
-LETTERS = [re.compile(rf"({kept})|\S") for kept in (r"(?!)", r"<[^<>\s]+>")]
+# templates move thoughts and write their tags themselves
+TAG = re.compile(r"<[^<>\s]+>")
 
 
 def find_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, loss_on: LossOn
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    loss_on: LossOn,
+    closing: str = "",
 ) -> tuple[str, list[Span]]:
-    """Returns the rendered text and the character spans to learn.
+    """Returns the training text of a conversation and the character spans to learn.
+
+    Up to each learnt answer the text is the prompt that inference renders for the turns
+    before it. Where a template renders the whole conversation otherwise, the text is
+    that prompt, the last answer and its closing; for an earlier answer the row is
+    refused. Turns of `"weight": 0` are not learnt.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: the turns.
+        loss_on: see `masking.mask_conversation`.
+        closing: what ends an answer, from `answer_marks`; it spares some renderings.
 
     Raises:
-        TemplateError: see `find_answers`.
+        TemplateError: the template refuses the conversation, asks for an earlier answer
+            with another prompt, or leaves out text of an answer.
     """
-    if loss_on == "all":
-        text = render(tokenizer, messages)
-        return text, [(0, len(text))]
-    return find_answers(tokenizer, messages, last_only=loss_on == "last")
+    text = render(tokenizer, messages)
+    answers = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
+    learnt = [n for n in answers if is_learnt(messages[n])]
+    if loss_on == "last":
+        learnt = learnt[-1:]
+    if not learnt and (answers or loss_on != "all"):
+        return text, []
+    spans: list[Span] = []
+    for number in learnt:
+        prompt = render_prompt(tokenizer, messages, number)
+        if not text.startswith(prompt):
+            follows = loss_on == "all" and number + 1 < len(messages)
+            earlier = text[: spans[-1][1]] if spans else ""
+            if number < learnt[-1] or follows or not prompt.startswith(earlier):
+                raise TemplateError(differs(number, prompt, text))
+            messages = messages[: number + 1]
+            text = compose(tokenizer, messages, prompt)
+        if loss_on == "all":
+            continue
+        answer = prompt + messages[number]["content"].strip() + closing
+        if closing and text.startswith(answer):
+            spans.append((len(prompt), len(answer)))
+            continue
+        spans.append((len(prompt), find_end(tokenizer, messages, number, text)))
+        if not holds(text[slice(*spans[-1])], messages[number]["content"]):
+            answer_marks(tokenizer)  # a template that prints no text is named as such
+            raise TemplateError(
+                f"turn {number + 1}: the template changes or leaves out text of this "
+                "answer; if it does so only where later turns follow, train on the "
+                "last turn (loss_on='last'), else choose another template"
+            )
+    if loss_on != "all":
+        return text, spans
+    edges = [0]
+    for number, message in enumerate(messages):
+        if not is_learnt(message):
+            prompt = render_prompt(tokenizer, messages, number) if number else ""
+            if not text.startswith(prompt):
+                raise TemplateError(differs(number, prompt, text))
+            edges += [len(prompt), find_end(tokenizer, messages, number, text)]
+    edges.append(len(text))
+    return text, list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def is_learnt(message: dict[str, str]) -> bool:
+    """Returns whether loss may be taken on a turn.
+
+    >>> is_learnt({"role": "assistant", "content": "Hi", "weight": 0})
+    False
+    """
+    return message.get("weight", 1) != 0
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, number: int
+) -> str:
+    """Returns what inference renders before a turn; for an answer, with its header."""
+    if not number:
+        raise TemplateError("turn 1 is an answer: there is no prompt before it")
+    asked = messages[number]["role"] == "assistant"
+    return render(tokenizer, messages[:number], for_generation=asked)
+
+
+def differs(number: int, prompt: str, text: str) -> str:
+    """Returns the sentence on a turn that inference asks for with another prompt."""
+    at = len(os.path.commonprefix([prompt, text]))
+    near = slice(max(0, at - 20), at + 40)
+    return (
+        f"turn {number + 1}: the prompt that the model will be given has "
+        f"{prompt[near]!r} where the text of the whole conversation has "
+        f"{text[near]!r}, so it would learn to answer another prompt; train on the "
+        "last turn (loss_on='last') or choose another template"
+    )
+
+
+def compose(tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt: str) -> str:
+    """Returns inference's prompt, the last answer as the template renders it, its end.
+
+    Raises:
+        TemplateError: it cannot be told where the template writes the answer.
+    """
+    text = render(tokenizer, messages)
+    if text.startswith(prompt):
+        return text
+    *asked, answer = messages
+    bare = render(tokenizer, [*asked, {**answer, "content": MARK}])
+    before, _, closing = bare.partition(MARK)
+    body = text[len(before) : len(text) - len(closing)]
+    if before + body + closing != text or not holds(body, answer["content"]):
+        answer_marks(tokenizer)
+        raise TemplateError(
+            f"turn {len(messages)}: the template moves or leaves out text of this "
+            f"answer, and its prompt ends in {prompt[-40:]!r}; choose another template"
+        )
+    at = len(os.path.commonprefix([prompt, before]))
+    more, header = prompt[at:].strip(), before[at:]
+    if more and header.strip():  # the template has moved text of earlier turns
+        opening = answer_marks(tokenizer)[0]
+        known = opening.strip() and prompt.endswith(opening) and opening in before
+        header = before.rpartition(opening)[2] if known else ""
+    elif more:
+        header = ""
+        if body.lstrip().startswith(more):  # the prompt has it already
+            body = body.lstrip()[len(more) :].lstrip()
+    return prompt + header + body + closing
+
+
+def find_end(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, number: int, text: str
+) -> int:
+    """Returns where a turn ends in a text, after the tokens that end it.
+
+    Raises:
+        TemplateError: the template renders the turn otherwise when its end is marked.
+    """
+    last = number + 1 == len(messages)
+    whole = text if last else render(tokenizer, messages[: number + 1])
+    whole = whole.rstrip()
+    if text.startswith(whole):
+        return len(whole)
+    # an earlier answer is ended or opened otherwise than the last one
+    content = messages[number]["content"].rstrip()
+    marked = content + MARK + messages[number]["content"][len(content) :]
+    turn = {**messages[number], "content": marked}
+    drawn = render(tokenizer, [*messages[:number], turn, *messages[number + 1 :]])
+    before, _, after = drawn.partition(MARK)
+    if before + after != text:
+        raise TemplateError(
+            f"turn {number + 1}: it cannot be told where the template ends this turn; "
+            "train on the last turn (loss_on='last') or choose another template"
+        )
+    _, closing = answer_marks(tokenizer)
+    end = len(text) - len(after.lstrip())
+    if closing and text.startswith(closing, end):
+        return end + len(closing)
+    tokens = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len)
+    fitting = [token for token in tokens if text.startswith(token, end)]
+    return end + len(fitting[-1]) if closing and fitting else len(before)
+
+
+def holds(text: str, content: str) -> bool:
+    """Returns whether a text has all of a content but white space, in its order.
+
+    The tags of thoughts may be written otherwise, and the content as a JSON string.
+
+    >>> holds("[final] It is 4.", "It  is 4. "), holds("It is", "It is 4.")
+    (True, False)
+    """
+    if content.strip() in text:
+        return True
+    flat = "".join(text.split())
+    quoted = [json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
+    if any("".join(form.split()) in flat for form in (content, *quoted)):
+        return True
+    pieces = ("".join(piece.split()) for piece in TAG.split(content))
+    return re.search(".*?".join(map(re.escape, pieces)), flat) is not None
 
 
 def label_tokens(
@@ -57,134 +222,24 @@ def label_tokens(
         spans: what is learnt, in order; a token that is only half inside is not.
     """
     labels = [NO_LOSS] * len(ids)
-    span = iter(spans)
-    start, end = next(span, (len(text), len(text)))
-    before = 0
-    for position, (left, right) in enumerate(offsets):
-        left, before = min(left, before), right  # some tokenizers leave out spaces
-        while left >= end and end < len(text):
-            start, end = next(span, (len(text), len(text)))
+    for start, end in spans:
+        first, last = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
+        # some tokenizers leave spaces before a token out of its offsets
+        first += first > 0 and offsets[first - 1][1] < start
+        while 0 < last < len(ids) and offsets[last - 1][1] < end:
+            last += 1
         # an end-of-turn token may take the white space after it with it
-        if start <= left < end and not text[end:right].strip():
-            labels[position] = ids[position]
+        while last > first and text[end : offsets[last - 1][1]].strip():
+            last -= 1
+        labels[first:last] = ids[first:last]
     return labels
 
 
-def find_answers(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, last_only: bool = False
-) -> tuple[str, list[Span]]:
-    """Returns the rendered text and the character spans of the assistant's turns.
+def learnt_spans(labels: list[int]) -> list[Span]:
+    """Returns the positions of the tokens that carry loss, as from and to.
 
-    A span is what the model has to say itself: from where the generation prompt ends,
-    as far as the text agrees with it, through the tokens that end the turn. With
-    `last_only` only the last answer is looked for; earlier ones may be cut.
-
-    Raises:
-        TemplateError: the template refuses the conversation or leaves out text of an
-            answer.
+    >>> learnt_spans([-100, 8, 9, -100, 7])
+    [(1, 3), (4, 5)]
     """
-    text = render(tokenizer, messages)
-    opening, closing = answer_marks(tokenizer)
-    tokens = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len)
-    special = re.compile("|".join(map(re.escape, reversed(tokens))) or r"(?!)")
-    places, letters = find_turns(tokenizer, messages, text)
-    answers = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
-    spans = []
-    for number in answers[-1:] if last_only else answers:
-        mine = places.get(number, [])
-        if not mine or "".join(text[a:b] for a, b in mine) != letters[number]:
-            raise TemplateError(
-                f"turn {number + 1}: the template leaves out text of this answer; if "
-                "it does so only where later turns follow, train on the last turn "
-                "(loss_on='last'), else choose another template"
-            )
-        before = [places[n][-1][1] for n in places if n < number]
-        after = [places[n][0][0] for n in places if n > number]
-        header = max(before, default=0), mine[0][0]
-        footer = mine[-1][1], min(after, default=len(text))
-        start = find_start(text, header, opening, special)
-        spans.append((start, find_end(text, footer, closing, special)))
-    return text, spans
-
-
-def find_turns(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str
-) -> tuple[dict[int, list[Span]], list[str]]:
-    """Returns where in a rendered text each turn's letters lie, and the letters.
-
-    Raises:
-        TemplateError: the template changes the turns' text.
-    """
-    for letter in LETTERS:
-        drawn = render(tokenizer, [draw(m, n, letter) for n, m in enumerate(messages)])
-        places: dict[int, list[Span]] = {}
-        position, same = 0, len(text) == len(drawn)
-        for run in RUN.finditer(drawn):
-            between = slice(position, run.start())
-            same = same and text[between] == drawn[between]
-            places.setdefault(ord(run[1]) - FIRST, []).append(run.span())
-            position = run.end()
-        if same and text[position:] == drawn[position:]:
-            found = [letter.finditer(m["content"]) for m in messages]
-            return places, ["".join(x[0] for x in f if not x[1]) for f in found]
-    raise TemplateError(
-        "the template changes the text of the turns, so that it cannot be told where "
-        "the assistant speaks; choose another template"
-    )
-
-
-def draw(
-    message: dict[str, str], number: int, letter: re.Pattern[str]
-) -> dict[str, str]:
-    """Returns a message with the letters replaced by what stands for its number.
-
-    >>> draw({"role": "user", "content": "a b"}, 0, LETTERS[0])["content"]
-    '\\U000f0000 \\U000f0000'
-    """
-    stand_in = chr(FIRST + number)
-    drawn = letter.sub(lambda found: found[1] or stand_in, message["content"])
-    return {**message, "content": drawn}
-
-
-def find_start(text: str, header: Span, opening: str, special: re.Pattern[str]) -> int:
-    """Returns where an answer's span starts; `header` is what lies before its text.
-
-    Raises:
-        TemplateError: the header has nothing of the generation prompt.
-    """
-    previous, first = header
-    if not opening.strip():
-        return previous
-    at = text.find(opening, previous, first + len(opening))
-    if at >= 0:
-        return at + len(opening)
-    position = first - len(text[previous:first].lstrip())
-    for piece in re.split(rf"({special.pattern}|\s+)", opening.lstrip()):
-        if not text.startswith(piece, position, first):
-            break
-        position += len(piece)
-    found = (
-        f"the template opens an answer with {text[previous:first][-40:]!r}, but its "
-        f"generation prompt is {opening[-40:]!r}"
-    )
-    if not text[previous:position].strip():
-        raise TemplateError(f"{found}; choose another template")
-    warnings.warn(
-        f"{found}: the model learns to answer another prompt than it will be given; "
-        "what both have in common is taken for the header",
-        stacklevel=4,
-    )
-    return position
-
-
-def find_end(text: str, footer: Span, closing: str, special: re.Pattern[str]) -> int:
-    """Returns where an answer's span ends; `footer` is what follows its text."""
-    last, following = footer
-    if not closing:
-        return last
-    end = following - len(text[last:following].lstrip())
-    if text.startswith(closing, end):
-        return end + len(closing)
-    # an earlier answer may be ended by another token than the last one
-    token = special.match(text, end, following)
-    return token.end() if token else last
+    flags = bytes(map(NO_LOSS.__ne__, labels))
+    return [run.span() for run in re.finditer(b"\1+", flags)]

@@ -139,7 +139,6 @@ def test_what_a_base_like_model_becomes_stops_by_itself_in_plain_transformers(
 ) -> None:
     run = run_factory(
         model=str(make_base_like(tmp_path / "base")),
-        pad_token="<file_sep>",
         stages=["sft"],
         sft={"max_steps": 1, "learning_rate": 1e-5},
         best_by="loss",

@@ -14,15 +14,20 @@ from typing import Any
 import pytest
 
 from helpers import masking
-from helpers.blocks import Block, check_block
 from helpers.formats import DataError, Messages
-from helpers.frames import Rows
-from helpers.masking import NO_LOSS, Example, mask_conversation, mask_conversations
+from helpers.masking import (
+    NO_LOSS,
+    Example,
+    check_rows,
+    mask_conversation,
+    mask_conversations,
+)
 from helpers.templates import (
     FIXED_DATE,
     INSTRUCTION_TEMPLATE,
     LLAMA2_TEMPLATE,
     TemplateError,
+    render,
 )
 from tests.rows import CHATML, turns
 
@@ -248,7 +253,7 @@ def test_rows_cut_and_rows_dropped_are_counted(tokenizer: Any) -> None:
         tokenizer, [short, far, long, far, short], max_length=limit
     )
     lengths = [len(row["input_ids"]) for row in made.rows]
-    assert made.dropped == [1, 3]
+    assert list(made.dropped) == [1, 3]
     assert made.truncated == 1
     assert len(lengths) == 3
     assert lengths[1] == limit == max(lengths)
@@ -256,7 +261,7 @@ def test_rows_cut_and_rows_dropped_are_counted(tokenizer: Any) -> None:
 
 def test_nothing_is_cut_or_dropped_without_a_maximum(tokenizer: Any) -> None:
     made = mask_conversations(tokenizer, list(CONVERSATIONS.values()))
-    assert (made.dropped, made.truncated) == ([], 0)
+    assert (made.dropped, made.truncated) == ({}, 0)
     assert len(made.rows) == len(CONVERSATIONS)
 
 
@@ -314,10 +319,10 @@ def test_a_later_row_that_starts_with_bos_twice_is_named(
     tokenizer = make_tokenizer(**CHATML, chat_template=INSTRUCTION_TEMPLATE)
     bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     rows = [{"input_ids": [bos, 5, end], "labels": [NO_LOSS, 5, end]}] * 2
-    check_block(tokenizer, Block(Rows.of(rows)), "assistant")
+    check_rows(tokenizer, rows, "assistant")
     rows.append({"input_ids": [bos, bos, end], "labels": [NO_LOSS, NO_LOSS, end]})
     with pytest.raises(DataError, match="^1 rows .*<.im_start.> twice, .* row 43;"):
-        check_block(tokenizer, Block(Rows.of(rows)), "assistant", before=40)
+        check_rows(tokenizer, rows, "assistant", before=40)
 
 
 def test_an_earlier_answer_that_no_stop_token_ends_is_named(
@@ -358,8 +363,8 @@ def test_rows_that_were_dropped_are_counted_and_named(tokenizer: Any) -> None:
     short = turns("Hi", "Yes.")
     made = mask_conversations(tokenizer, [short, far, short, far], max_length=60)
     assert made.describe_dropped() == (
-        "2 of 4 conversations are left out, none of their answers begins within "
-        "max_length (rows 2, 4)"
+        "2 of 4 conversations are left out: no answer begins within max_length "
+        "(rows 2, 4)"
     )
     assert made.counts()["dropped_rows"] == [2, 4]
 
@@ -402,14 +407,13 @@ def test_the_remedy_for_a_template_that_rewrites_earlier_turns_works(
     assert learnt == "<think>so</think>Bye!<|im_end|>"
 
 
-def test_an_answer_that_a_template_opens_otherwise_than_its_prompt_is_learnt_aloud(
+def test_an_answer_that_a_template_opens_otherwise_than_its_prompt_follows_the_prompt(
     make_tokenizer: MakeTokenizer,
 ) -> None:
     template = THINKING_TEMPLATE.replace("assistant\n' }}", "assistant\n<think>\n' }}")
     tokenizer = make_tokenizer(**CHATML, chat_template=template)
-    with pytest.warns(UserWarning, match="opens an answer with .*prompt is .*<think>"):
-        row = mask_conversation(tokenizer, turns("Hi", "Hello."))
-    assert masking.supervised_text(tokenizer, row) == "Hello.<|im_end|>"
+    row = mask_conversation(tokenizer, turns("Hi", "Hello."))
+    assert_follows_prompt(tokenizer, turns("Hi", "Hello."), row, "Hello.<|im_end|>")
 
 
 def test_thinking_that_the_prompt_opens_is_learnt_from_there_on(
@@ -510,6 +514,208 @@ def test_an_end_token_that_takes_the_white_space_after_it_is_learnt(
     assert masking.supervised_text(tokenizer, row) == "Yes.<|end|>No.<|end|>"
 
 
+# the prompt of training is the prompt of inference
+
+
+def assert_follows_prompt(
+    tokenizer: Any, messages: Messages, row: Example, answer: str
+) -> None:
+    """Checks that a row is the prompt of its last answer, and the answer learnt."""
+    prompt = render(tokenizer, messages[:-1], for_generation=True)
+    text = tokenizer.decode(row["input_ids"])
+    assert text.startswith(prompt + answer)
+    assert not text[len(prompt + answer) :].strip()
+    assert masking.supervised_text(tokenizer, row).endswith(answer)
+
+
+IN_LAST_QUESTION = (
+    "{% set first = messages[0] %}"
+    "{% set head = first.content + '\n' if first.role == 'system' else '' %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '[Q] ' + (head if loop.last else '') + m.content + ' [/Q]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+NO_THOUGHT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+)
+FLAGGED = (
+    "{% set quiet = '/quiet' in messages[0].content %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{ 'QUIET\n' if quiet and m.role == 'assistant' else '' }}"
+    "{{ m.content.replace('/quiet', '').rstrip() + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{{ 'QUIET\n' if quiet else '' }}{% endif %}"
+)
+
+
+def test_a_system_prompt_that_moves_to_the_last_question_is_trained_with(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**CHATML, chat_template=IN_LAST_QUESTION)
+    messages = turns("Hi", "Hello.", system="Be brief.")
+    for loss_on in ("assistant", "last", "all"):
+        row = mask_conversation(tokenizer, messages, loss_on)
+        assert_follows_prompt(tokenizer, messages, row, " Hello.<|im_end|>")
+    longer = turns("Hi", "Hello.", "Bye", "Bye!", system="Be brief.")
+    row = mask_conversation(tokenizer, longer, "last")
+    assert_follows_prompt(tokenizer, longer, row, " Bye!<|im_end|>")
+
+
+@pytest.mark.parametrize("template", [IN_LAST_QUESTION, NO_THOUGHT])
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_an_earlier_answer_with_another_prompt_refuses_the_row_with_the_way_out(
+    make_tokenizer: MakeTokenizer, template: str, loss_on: Any
+) -> None:
+    tokenizer = make_tokenizer(**CHATML, chat_template=template)
+    fine = turns("Hi", "Hello.")
+    bad = turns("Hi", "Hello.", "Bye", "Bye!", system="Be brief.")
+    with pytest.raises(
+        TemplateError, match="row 2: turn 3: the prompt .*loss_on='last'"
+    ):
+        mask_conversations(tokenizer, [fine, bad], loss_on)
+
+
+def test_a_row_that_a_template_refuses_may_be_dropped_with_its_reason(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**CHATML, chat_template=IN_LAST_QUESTION)
+    bad = turns("Hi", "Hello.", "Bye", "Bye!", system="Be brief.")
+    rows = mask_conversations(tokenizer, [turns("Hi", "Yes."), bad], drop=True)
+    assert (len(rows.rows), list(rows.dropped)) == (1, [1])
+    assert "turn 3: the prompt that the model" in rows.describe_dropped()
+    assert "(rows 2)" in rows.describe_dropped()
+    with pytest.raises(DataError, match="none of 1 .*turn 3: the prompt"):
+        mask_conversations(tokenizer, [bad], drop=True)
+
+
+def test_a_thought_that_the_prompt_closes_stands_before_the_learnt_answer(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**CHATML, chat_template=NO_THOUGHT)
+    messages = turns("Hi", "Hello.", system="Be brief.")
+    row = mask_conversation(tokenizer, messages)
+    assert_follows_prompt(tokenizer, messages, row, "Hello.<|im_end|>")
+    assert masking.supervised_text(tokenizer, row) == "Hello.<|im_end|>"
+
+
+def test_a_thought_that_answer_and_prompt_both_have_stands_there_once(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**CHATML, chat_template=NO_THOUGHT)
+    messages = turns("Hi", "<think>\n\n</think>Hello.")
+    row = mask_conversation(tokenizer, messages)
+    assert_follows_prompt(tokenizer, messages, row, "Hello.<|im_end|>")
+
+
+@pytest.mark.parametrize("system", ["Be brief.", "Be brief. /quiet"])
+def test_a_template_that_looks_for_words_in_the_contents_is_followed(
+    make_tokenizer: MakeTokenizer, system: str
+) -> None:
+    tokenizer = make_tokenizer(**CHATML, chat_template=FLAGGED)
+    messages = turns("Hi", "Hello.", "Bye", "Bye! ", system=system)
+    row = mask_conversation(tokenizer, messages)
+    assert_follows_prompt(tokenizer, messages, row, "Bye!<|im_end|>")
+    learnt = masking.supervised_text(tokenizer, row)
+    assert learnt == "Hello.<|im_end|>Bye!<|im_end|>"
+
+
+def test_contents_that_a_template_writes_as_json_are_learnt_as_written(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    template = NO_THOUGHT.replace("m.content", "(m.content | tojson)")
+    template = template.replace("<think>\n\n</think>\n\n", "")
+    tokenizer = make_tokenizer(**CHATML, chat_template=template)
+    row = mask_conversation(tokenizer, turns("Hi", 'So: "é"\n', "Bye", "Bye!"))
+    learnt = masking.supervised_text(tokenizer, row)
+    assert learnt == '"So: \\"é\\"\\n"<|im_end|>"Bye!"<|im_end|>'
+
+
+def test_a_header_that_inference_does_not_write_is_learnt(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    template = NO_THOUGHT.partition("{% if add")[0]
+    tokenizer = make_tokenizer(**CHATML, chat_template=template)
+    row = mask_conversation(tokenizer, turns("Hi", "Hello."))
+    learnt = masking.supervised_text(tokenizer, row)
+    assert learnt == "<|im_start|>assistant\nHello.<|im_end|>"
+
+
+def test_a_conversation_that_a_template_refuses_is_named_by_its_row(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
+    template = refusal + "{% endif %}" + INSTRUCTION_TEMPLATE
+    tokenizer = make_tokenizer(**CHATML, chat_template=template)
+    rows = [turns("Hi", "Yes."), turns("Hi", "Yes.", system="Be brief.")]
+    with pytest.raises(TemplateError, match="^row 2: .*refuses .*system user.*no syst"):
+        mask_conversations(tokenizer, rows)
+
+
+def test_an_answer_that_nothing_asks_for_is_refused(tokenizer: Any) -> None:
+    messages = [{"role": "assistant", "content": "Hello."}, *turns("Hi", "Yes.")]
+    with pytest.raises(TemplateError, match="turn 1 is an answer: .* no prompt"):
+        mask_conversation(tokenizer, messages)
+    assert masking.supervised_text(
+        tokenizer, mask_conversation(tokenizer, messages, "last")
+    ) == ("Yes.<|im_end|>")
+
+
+# turns of weight 0
+
+
+def unlearnt(messages: Messages, *numbers: int) -> Messages:
+    """Returns the messages, some of them marked as not to be learnt."""
+    return [
+        {**m, "weight": 0} if n in numbers else m  # type: ignore[dict-item]
+        for n, m in enumerate(messages)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "learnt"),
+    [
+        ("assistant", "Bye!<|im_end|>"),
+        ("last", "Bye!<|im_end|>"),
+        ("all", "<|im_start|>user\nHi<|im_end|>\n"),
+    ],
+)
+def test_answers_of_weight_0_are_not_learnt(
+    tokenizer: Any, loss_on: Any, learnt: str
+) -> None:
+    messages = unlearnt(turns("Hi", "Hello.", "Bye", "Bye!", system="S"), 2)
+    row = mask_conversation(tokenizer, messages, loss_on)
+    text = masking.supervised_text(tokenizer, row)
+    assert "Hello." not in text and learnt in text
+    plain = turns("Hi", "Hello.", "Bye", "Bye!", system="S")
+    assert row["input_ids"] == mask_conversation(tokenizer, plain)["input_ids"]
+
+
+def test_the_last_answer_is_the_last_that_may_be_learnt(tokenizer: Any) -> None:
+    row = mask_conversation(tokenizer, unlearnt(turns("A", "B", "C", "D"), 3), "last")
+    assert masking.supervised_text(tokenizer, row) == "B<|im_end|>"
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
+def test_a_row_whose_answers_all_have_weight_0_is_named_as_dropped(
+    tokenizer: Any, loss_on: Any
+) -> None:
+    nothing = unlearnt(turns("Hi", "Hello."), 1)
+    rows = mask_conversations(tokenizer, [turns("Hi", "Yes."), nothing], loss_on)
+    assert rows.describe_dropped() == (
+        "1 of 2 conversations are left out: there is no answer to learn (rows 2)"
+    )
+
+
+def test_a_template_never_sees_the_weight(make_tokenizer: MakeTokenizer) -> None:
+    template = "{% for m in messages %}{{ m.keys() | list | string }}{% endfor %}"
+    tokenizer = make_tokenizer(**CHATML, chat_template=template)
+    messages = unlearnt(turns("Hi", "Hello."), 0)
+    assert "weight" not in render(tokenizer, messages)
+
+
 # other templates
 
 
@@ -578,7 +784,7 @@ def test_the_guards_pass_the_llama_templates(
 ) -> None:
     rows = [CONVERSATIONS["one turn"], CONVERSATIONS["three turns"]]
     made = mask_conversations(request.getfixturevalue(family), rows)
-    assert (len(made.rows), made.dropped, made.truncated) == (2, [], 0)
+    assert (len(made.rows), made.dropped, made.truncated) == (2, {}, 0)
 
 
 def test_white_space_that_a_template_trims_is_not_missed(llama3: Any) -> None:

@@ -133,3 +133,18 @@ def test_a_stage_without_a_step_is_not_finished(
     with pytest.raises(ConfigError, match="sft took no optimiser step, .* 4?.*rows"):
         train.fit(run, "sft", trainer)
     assert "sft" not in run.report() and not stages.is_finished(run, "sft")
+
+
+def test_a_template_file_is_known_by_its_content(
+    run_factory: Callable[..., Run], tmp_path: Path, tokenizer: Any
+) -> None:
+    from helpers.evaluation import model_print
+
+    file = tmp_path / "mine.jinja"
+    file.write_text(tokenizer.chat_template)
+    run = run_factory(template=str(file))
+    data.prepare(run)
+    before = stages.made_from(run, "sft"), model_print(run.config, None)
+    file.write_text(tokenizer.chat_template + "{# another #}")
+    after = stages.made_from(run, "sft"), model_print(run.config, None)
+    assert before[0] != after[0] and before[1] != after[1]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import data, templates
-from helpers.config import RunConfig
+from helpers import data, recipes, templates
+from helpers.config import ConfigError, check_config
 from helpers.templates import FIXED_DATE, TemplateError, render
 
 MakeTokenizer = Callable[..., Any]
@@ -236,9 +237,58 @@ def test_a_template_of_ours_takes_the_place_of_the_tokenizers_own(
     assert tokenizer.chat_template == templates.TEMPLATES[name]
 
 
-def test_the_templates_are_those_that_a_config_can_name() -> None:
-    names = RunConfig.model_fields["template"].annotation.__args__
-    assert {"own", *templates.TEMPLATES} == set(names)
+@pytest.mark.parametrize("name", ["own", *templates.TEMPLATES])
+def test_a_config_may_name_each_known_template(name: str) -> None:
+    config = recipes.load("demo").model_dump() | {"template": name}
+    assert check_config(config).template == name
+    assert templates.template_text(name) == templates.TEMPLATES.get(name)
+
+
+def test_a_config_may_name_a_file_whose_text_becomes_the_template(
+    make_tokenizer: MakeTokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "mein [1] täglich.jinja"
+    path.write_text("\ufeff" + PLAIN, encoding="utf-8")
+    config = check_config(recipes.load("demo").model_dump() | {"template": str(path)})
+    assert templates.template_text(config.template) == PLAIN
+    tokenizer = make_tokenizer(**ONE_BOS, unk_token="<|endoftext|>")
+    templates.prepare_tokenizer(tokenizer, config.template)
+    assert render(tokenizer, EXCHANGE) == "user: Hi</s>assistant: Hello.</s>"
+
+
+@pytest.mark.parametrize("name", ["lama-2", "missing.jinja", "", "."])
+def test_a_template_that_is_neither_known_nor_a_file_is_refused(name: str) -> None:
+    config = recipes.load("demo").model_dump() | {"template": name}
+    with pytest.raises(ConfigError, match="neither own, instruction, llama-2 nor a fi"):
+        check_config(config)
+
+
+def test_a_template_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.jinja"
+    path.write_bytes("ä".encode("cp1252"))
+    with pytest.raises(TemplateError, match="old.jinja is not UTF-8"):
+        templates.template_text(str(path))
+
+
+def test_the_default_of_several_templates_is_taken_with_a_note(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**ONE_BOS, pad_token="<|endoftext|>")
+    tokenizer.chat_template = {"default": PLAIN, "tool_use": "{{ tools }}"}
+    notes = templates.prepare_tokenizer(tokenizer)
+    assert notes == ["chat template: 'default', of default, tool_use"]
+    assert tokenizer.chat_template == PLAIN
+
+
+def test_several_templates_without_a_default_are_refused_with_the_way_out(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(**ONE_BOS, pad_token="<|endoftext|>")
+    tokenizer.chat_template = {"rag": PLAIN, "tool_use": "{{ tools }}"}
+    with pytest.raises(TemplateError, match="2 chat templates .rag, tool_use.*='path"):
+        templates.prepare_tokenizer(tokenizer)
+    templates.prepare_tokenizer(tokenizer, "instruction")
+    assert tokenizer.chat_template == templates.INSTRUCTION_TEMPLATE
 
 
 @pytest.mark.parametrize("asked", ["eos", "</s>"])
@@ -342,3 +392,15 @@ def test_each_token_that_ends_a_turn_is_a_stop_token(
     )
     names = ["</s>", "<|end|>"]
     assert templates.stop_token_ids(tokenizer) == tokenizer.convert_tokens_to_ids(names)
+
+
+def test_a_special_token_that_the_template_does_not_write_can_pad(
+    make_tokenizer: Any,
+) -> None:
+    from helpers.templates import find_pad_token
+
+    tokenizer = make_tokenizer(bos_token="<|im_start|>", eos_token="<|endoftext|>")
+    tokenizer.chat_template = "{{ messages[0].content }}<|im_end|>"
+    token = find_pad_token(tokenizer)
+    assert token not in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    assert token in tokenizer.get_vocab()
