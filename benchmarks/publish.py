@@ -72,6 +72,10 @@ def page() -> str:
             total = sum(seconds.values()) / 60
             lines += ["", f"Minutes a notebook: {spent}; together {total:.1f}."]
     lines += [*rate_lines(), *learning_lines(), *memory_lines(), *mask_lines()]
+    if (RESULTS / "adapters.json").exists():
+        import adapters
+
+        lines += ["", "## adapters", "", *adapters.table()]
     return "\n".join(lines) + "\n"
 
 

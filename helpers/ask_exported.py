@@ -1,8 +1,11 @@
-"""Answers prompts from exported files with plain transformers, as other programs do.
+"""Answers prompts from exported files with plain transformers and PEFT, as others do.
 
 A script for a process of its own: it imports nothing of this project, so that nothing
 of it can make up for what the files lack. Reads a request as JSON from standard input,
 writes the answers of each folder to the file that the request names.
+
+Adapters are loaded by PEFT. `AutoModelForCausalLM.from_pretrained(adapter)` of
+transformers 5.17 loses DoRA's magnitudes and `modules_to_save`.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ def ask(
         max_tokens: answers are cut here.
     """
     import torch
+    from peft import AutoPeftModelForCausalLM
     from transformers import (
         AutoModelForCausalLM,
         AutoTokenizer,
@@ -33,7 +37,9 @@ def ask(
     )
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(
+    adapter = (Path(folder) / "adapter_config.json").exists()
+    loader = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+    model = loader.from_pretrained(
         folder,
         dtype="auto",
         device_map={"": 0 if torch.cuda.is_available() else "cpu"},
