@@ -91,16 +91,22 @@ def make_base(folder: Path) -> Path:
     )
 
 
-def train(model: Any) -> None:
-    """Trains the model for a few steps on fixed tokens."""
+def train(model: Any, half: Any = None) -> None:
+    """Trains the model for a few steps on fixed tokens; autocasts to `half`."""
     import torch
 
-    ids = torch.arange(3, 131, device=model.device).reshape(4, 32)
+    from helpers.train import keep_lora_fp32
+
+    keep_lora_fp32(model)
+    device = next((p.device for p in model.parameters() if p.is_cuda), model.device)
+    ids = torch.arange(3, 131, device=device).reshape(4, 32)
     chosen = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(chosen, lr=1e-2)
     model.train()
     for _ in range(STEPS):
-        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast(device.type, half, enabled=half is not None):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -141,7 +147,7 @@ def measure(
         return row | {"refused": str(error)}
     trained = models.last_logits(model, probe, half)
     row["moved"] = 0.0
-    train(model)
+    train(model, half)
     row["moved"], trained = far(model), models.last_logits(model, probe, half)
     row["logits"] = float(f"{trained.abs().max().item():.3g}")
     models.save_adapter(model, folder / "ours")

@@ -649,7 +649,8 @@ def last_logits(model: PreTrainedModel, ids: Tensor, half: Any = None) -> Tensor
 
     from helpers.generation import inference
 
-    device = model.device
+    # Unsloth keeps a frozen embedding on the CPU, by which model.device goes
+    device = next((p.device for p in model.parameters() if p.is_cuda), model.device)
     with inference(model), torch.autocast(device.type, half, enabled=half is not None):
         return model(input_ids=ids.to(device)).logits[:, -1].float().cpu()
 
