@@ -38,6 +38,11 @@ REFUSED = ("tool_calls", "function_call", "reasoning_content", "thinking")
 REFUSED_OF_ROW = (*REFUSED, "tools", "functions")
 REFUSED_OF_TURN = (*REFUSED, "reasoning", "train_detail")
 SYSTEM = ("system", "system_prompt", "system_message")
+# turns that a table holds as text, in JSON or, to be refused, as Python prints them
+TURNS_AS_TEXT = re.compile(
+    rf"""\s*\[\s*\{{\s*["'](?:role|from)["']\s*:\s*["'](?:{"|".join(ROLES)})["'].*\]\s*""",
+    re.DOTALL,
+)
 # half of a surrogate pair: it has no place in a file, and tokenizers refuse it
 HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 
@@ -129,6 +134,16 @@ def parse_json(value: Any, place: str) -> Any:
         raise DataError(f"{place} is text that is not JSON: {value[:40]!r}") from None
 
 
+def parse_turns(value: Any, place: str) -> Any:
+    """Returns a value, and turns that are written as text as what they are.
+
+    >>> parse_turns('[{"role": "user", "content": "Hi."}]', "prompt")
+    [{'role': 'user', 'content': 'Hi.'}]
+    """
+    written = isinstance(value, str) and TURNS_AS_TEXT.fullmatch(value)
+    return parse_json(value, place) if written else value
+
+
 def refuse(fields: Row, names: tuple[str, ...]) -> None:
     """Raises DataError for a field that would change what is learnt."""
     for name in names:
@@ -139,10 +154,10 @@ def refuse(fields: Row, names: tuple[str, ...]) -> None:
             )
 
 
-def is_learnt(mark: Any) -> bool | None:
-    """Returns what a mark says of whether something is learnt, None if nothing.
+def read_mark(mark: Any) -> bool | None:
+    """Returns whether a mark says that something is learnt, None if it does not say.
 
-    >>> is_learnt(0.0), is_learnt("True"), is_learnt(0.5)
+    >>> read_mark(0.0), read_mark("True"), read_mark(0.5)
     (False, True, None)
     """
     return MARKS.get(str(mark).lower())
@@ -202,10 +217,10 @@ def read_turn(turn: Any, name: str, fields: Fields, place: str) -> dict[str, Any
     message: dict[str, Any] = {"role": role, "content": content}
     for mark in LEARNT:
         weight = turn.get(mark)
-        if weight is None or is_learnt(weight):
+        if weight is None or read_mark(weight):
             continue
         message["weight"] = 0
-        if is_learnt(weight) is None:
+        if read_mark(weight) is None:
             raise DataError(
                 f"a {mark} that is neither 0 nor 1: {name} has {weight!r:.40}; "
                 "data.ignore leaves the field out knowingly"
@@ -216,6 +231,7 @@ def read_turn(turn: Any, name: str, fields: Fields, place: str) -> dict[str, Any
 
 def read_side(value: Any, role: str, fields: Fields, place: str) -> Messages:
     """Returns one side of an exchange: a text, or a list of turns."""
+    value = parse_turns(value, place)
     listed = value if isinstance(value, list) else [value]
     if all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in listed):
         return read_turns(value, fields, place)
@@ -413,7 +429,7 @@ def read_row(form: Format, row: Any, fields: Fields) -> Messages:
     if missing:
         raise DataError(f"no {missing[0]!r}: the row has {', '.join(map(str, row))}")
     refuse(row, REFUSED_OF_ROW)
-    if any(is_learnt(row.get(name)) is False for name in LEARNT_ROW):
+    if any(read_mark(row.get(name)) is False for name in LEARNT_ROW):
         raise DataError("no answer is learnt: the row is marked so")
     if form.name == "prompt-completion" and row.get("label") is False:
         raise DataError(
@@ -429,7 +445,7 @@ def read_row(form: Format, row: Any, fields: Fields) -> Messages:
             messages += read_side(row[answer], "assistant", fields, answer)
     used = {*form.columns, *SYSTEM, "history"}
     used |= {"input", "context"} if question == "instruction" else set()
-    used |= {name for name in LEARNT_ROW if is_learnt(row.get(name))}
+    used |= {name for name in LEARNT_ROW if read_mark(row.get(name))}
     fields.count(row, used)
     return tidy(begin(system, messages), fields)
 
@@ -454,6 +470,7 @@ def read_prompt(row: Any, system_prompt: str, fields: Fields) -> Messages:
     if column is None:
         raise DataError(f"it has {', '.join(map(str, row)) or 'no field'}")
     refuse(row, REFUSED_OF_ROW)
+    row = row | {column: parse_turns(row[column], column)}
     more = ("input", "context") if column == "instruction" else ()
     fields.count(row, {column, "id", *more, *SYSTEM, "history"})
     system, messages = read_context(row, fields)

@@ -19,6 +19,7 @@ from helpers.formats import (
     Fields,
     Messages,
     detect_format,
+    read_prompt,
     read_turns,
 )
 from helpers.reading import Reader, to_conversations, to_problems
@@ -703,3 +704,17 @@ def test_rows_among_problems_that_end_in_no_number_are_counted() -> None:
     first, second = reader.read(enumerate(rows, start=1))
     assert (first[0]["role"], second[0]["role"]) == ("system", "user")
     assert reader.fields.adjusted == {"no #### number, so no system prompt": 1}
+
+
+def test_turns_in_a_cell_of_a_table_are_turns() -> None:
+    prompt, answer = turns("Hi", system="Be kind."), {"from": "gpt", "value": "Yes."}
+    row = {"prompt": json.dumps(prompt, indent=1), "completion": json.dumps([answer])}
+    assert to_conversations([row])[0] == [turns("Hi", "Yes.", system="Be kind.")]
+    assert read_prompt(row, "Another.", Fields()) == prompt
+    with pytest.raises(DataError, match="prompt is text that is not JSON"):
+        to_conversations([{"prompt": str(prompt), "completion": "Yes."}])
+
+
+def test_json_that_holds_no_turns_is_an_answer() -> None:
+    text = '[{"role": "manager", "name": "Ann"}]'
+    assert to_conversations([pair("Who?", text)])[0] == [turns("Who?", text)]
