@@ -60,6 +60,7 @@ CURRENCY = (
     rf"(?:{LETTER}+(?=\$)|(?:(?![xyz]){LETTER}\.? |(?:{LETTER}{{2}}|[A-Z]{{3}})\.? ?"
     rf"|{LETTER}{{3,4}}\. ?|(?!{LETTER}|第)[^\W\d_] ?)(?!\$|[-+] ))?"
 )
+CODE = re.compile(r"[A-Z]{2,3}\b|(?:[Kk]r|Rs|Fr|z\u0142)\b")
 OPENING = re.compile(
     rf"{SUM}[\s~>:|\"'(\[*_`$√±∓]*?(?P<outer>[-+] ?)?(?P<unit>{CURRENCY}){TOKEN}"
 )
@@ -192,9 +193,8 @@ def value_of(token: re.Match[str]) -> Fraction | None:
     if shape is None or re.search(r"[√±∓][ $+-]*\Z", text[max(0, start - 9) : start]):
         return None
     whole, over, under, power, *tens = shape.groups()
-    # a letter and a list may be meant by `A 1,2`
-    unit = len(token.groupdict().get("unit", "").strip()) > 1
-    comma = bool(token["money"] or unit or UNIT.match(text, end))
+    code = CODE.match(token.groupdict().get("unit", ""))
+    comma = bool(token["money"] or code or UNIT.match(text, end))
     exponent = int(tens[0] or tens[1] or 0)
     while scale := SCALE.match(text, end):
         exponent, end = exponent + int(str(scale.lastgroup)[1:]), scale.end()

@@ -318,11 +318,17 @@ def read_table(file: IO[str]) -> Iterator[Any]:
     check_names(names)
     rows = csv.reader(file, strict=True, **options)
     while True:
+        begin = rows.line_num + 2  # the header is line 1
         try:
             cells = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
+            if "end of data" in str(error):  # it has taken in all rows that follow
+                raise DataError(
+                    f"broken quotes: one that opens in the row of line {begin} is "
+                    "never closed"
+                ) from None
             yield DataError(f"broken quotes: {error} (line {rows.line_num + 1})")
             continue
         if len(cells) == len(names):

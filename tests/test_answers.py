@@ -674,6 +674,7 @@ def test_a_part_of_a_time_a_range_or_a_date_is_no_answer(parts, form, unit, arou
         ("#### kr 12,50", Fraction(25, 2)),
         ("#### EUR 1,5", Fraction(3, 2)),
         ("#### A 1,2", None),
+        ("#### in 1,2", None),
         ("#### US$18/day", 18),
         ("#### \u2705 12\nafter 3 steps", 12),
         ("The answer is $18 per day, for 7 days.", 18),

@@ -331,7 +331,6 @@ def test_text_of_a_cell_stays_text(tmp_path: Path) -> None:
     [
         ("a,b,c", "row 2: the number of cells: 3 in a row, 2 in the header"),
         ("a", "row 2: the number of cells: 1 in a row, 2 in the header"),
-        ('"a,b', "row 2: broken quotes: .*line 3"),
         ('"a"x,b', "row 2: broken quotes: .*line 3"),
     ],
 )
@@ -457,3 +456,14 @@ def test_broken_json_in_a_text_file_is_not_taken_for_prompts(
     path.write_text(text)
     with pytest.raises(DataError, match="broken JSON"):
         load_rows(str(path))
+
+
+def test_a_quote_that_is_never_closed_stops_the_file_and_is_no_single_row(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion\na,b\nc,"d\ne,f\ng,h\n')
+    rows = open_rows(str(path))
+    assert next(rows) == (1, pair("a", "b"))
+    with pytest.raises(DataError, match="opens in the row of line 3 is never closed"):
+        list(rows)
