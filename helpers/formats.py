@@ -30,11 +30,19 @@ ROLES = {
 }
 # 0 or false in one of them: the turn is read, not learnt
 LEARNT = ("weight", "train", "training", "loss")
+LEARNT_ROW = ("weight", "train")  # the others are columns of measurements, too
+MARKS = {"0": False, "0.0": False, "false": False}
+MARKS |= {"1": True, "1.0": True, "true": True}
 # they change what is learnt, and training renders none of them
 REFUSED = ("tool_calls", "function_call", "reasoning_content", "thinking")
 REFUSED_OF_ROW = (*REFUSED, "tools", "functions")
-REFUSED_OF_TURN = (*REFUSED, "reasoning")
-SYSTEM = ("system", "system_prompt")
+REFUSED_OF_TURN = (*REFUSED, "reasoning", "train_detail")
+SYSTEM = ("system", "system_prompt", "system_message")
+# turns that a table holds as text, in JSON or, to be refused, as Python prints them
+TURNS_AS_TEXT = re.compile(
+    rf"""\s*\[\s*\{{\s*["'](?:role|from)["']\s*:\s*["'](?:{"|".join(ROLES)})["'].*\]\s*""",
+    re.DOTALL,
+)
 # half of a surrogate pair: it has no place in a file, and tokenizers refuse it
 HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 
@@ -100,12 +108,13 @@ def text_of(value: Any, place: str) -> str:
     Raises:
         DataError: it is something else, or holds half a character.
     """
-    if isinstance(value, list) and value and all(isinstance(p, dict) for p in value):
-        kinds = [part.get("type") or "text" for part in value]
+    parts = value if isinstance(value, list) else []
+    if parts and all(isinstance(p, dict) and {"type", "text"} & set(p) for p in parts):
+        kinds = [part.get("type") or "text" for part in parts]
         strange = set(kinds) - {"text", "input_text", "output_text"}
         if strange:
             raise DataError(f"{place} has a part that is not text: {strange.pop()}")
-        value = "".join(text_of(part.get("text"), place) for part in value)
+        value = "".join(text_of(part.get("text"), place) for part in parts)
     if isinstance(value, bool | int | float) and value == value:  # not NaN
         return json.dumps(value)
     if not isinstance(value, str):
@@ -125,6 +134,16 @@ def parse_json(value: Any, place: str) -> Any:
         raise DataError(f"{place} is text that is not JSON: {value[:40]!r}") from None
 
 
+def parse_turns(value: Any, place: str) -> Any:
+    """Returns a value, and turns that are written as text as what they are.
+
+    >>> parse_turns('[{"role": "user", "content": "Hi."}]', "prompt")
+    [{'role': 'user', 'content': 'Hi.'}]
+    """
+    written = isinstance(value, str) and TURNS_AS_TEXT.fullmatch(value)
+    return parse_json(value, place) if written else value
+
+
 def refuse(fields: Row, names: tuple[str, ...]) -> None:
     """Raises DataError for a field that would change what is learnt."""
     for name in names:
@@ -133,6 +152,15 @@ def refuse(fields: Row, names: tuple[str, ...]) -> None:
                 f"field {name!r} is not trained on: remove it, or name it in "
                 "data.ignore to leave it out knowingly"
             )
+
+
+def read_mark(mark: Any) -> bool | None:
+    """Returns whether a mark says that something is learnt, None if it does not say.
+
+    >>> read_mark(0.0), read_mark("True"), read_mark(0.5)
+    (False, True, None)
+    """
+    return MARKS.get(str(mark).lower())
 
 
 def read_turns(turns: Any, fields: Fields, place: str = "messages") -> Messages:
@@ -177,25 +205,33 @@ def read_turn(turn: Any, name: str, fields: Fields, place: str) -> dict[str, Any
     refuse(turn, REFUSED_OF_TURN)
     if "value" not in turn and "content" not in turn:
         raise DataError(f"a turn has no content: {name} has {', '.join(turn)}")
-    role = ROLES.get(word.strip().lower(), word)
-    value = turn["value"] if turn.get("value") is not None else turn.get("content")
+    role, other = (
+        ROLES.get(str(text).strip().lower(), text)
+        for text in (word, turn.get("role") or word)
+    )
+    values = [turn[key] for key in ("value", "content") if turn.get(key) is not None]
+    if role != other or values[1:] not in ([], values[:1]):
+        raise DataError(f"fields of a turn differ: {name} has {', '.join(turn)}")
+    value = values[0] if values else None
     content = text_of(value, f"the {role} turn's content")
     message: dict[str, Any] = {"role": role, "content": content}
     for mark in LEARNT:
         weight = turn.get(mark)
-        if weight is not None and weight not in (0, 1):
+        if weight is None or read_mark(weight):
+            continue
+        message["weight"] = 0
+        if read_mark(weight) is None:
             raise DataError(
-                f"a {mark} that is neither 0 nor 1: {name} has {kind_of(weight)}; "
+                f"a {mark} that is neither 0 nor 1: {name} has {weight!r:.40}; "
                 "data.ignore leaves the field out knowingly"
             )
-        if weight is not None and not weight:
-            message["weight"] = 0
     fields.count(turn, {"from", "role", "value", "content", *LEARNT}, f"{place}.")
     return message
 
 
 def read_side(value: Any, role: str, fields: Fields, place: str) -> Messages:
     """Returns one side of an exchange: a text, or a list of turns."""
+    value = parse_turns(value, place)
     listed = value if isinstance(value, list) else [value]
     if all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in listed):
         return read_turns(value, fields, place)
@@ -226,6 +262,8 @@ def read_question(column: str, row: Row, fields: Fields) -> Messages:
 def read_context(row: Row, fields: Fields) -> tuple[str, Messages]:
     """Returns a row's system prompt and former turns, from columns of their own."""
     prompts = [text_of(row[name], name) for name in SYSTEM if row.get(name) is not None]
+    if len({text.strip() for text in prompts} - {""}) > 1:
+        raise DataError("two system prompts: columns of the row differ")
     history = parse_json(row.get("history") or [], "history")
     if not isinstance(history, list):
         raise DataError(f"history is not a list: {kind_of(history)}")
@@ -246,12 +284,13 @@ def begin(system: str, messages: Messages) -> Messages:
     Raises:
         DataError: the messages have another one.
     """
-    if system and messages and messages[0]["role"] == "system":
-        if messages[0]["content"].strip() != system.strip():
+    if not system:
+        return messages
+    if messages and messages[0]["role"] == "system":
+        if messages[0]["content"].strip() not in ("", system.strip()):
             raise DataError("two system prompts: a column and the first turn differ")
-    elif system:
-        return [{"role": "system", "content": system}, *messages]
-    return messages
+        messages = messages[1:]
+    return [{"role": "system", "content": system}, *messages]
 
 
 def tidy(messages: Messages, fields: Fields) -> Messages:
@@ -390,6 +429,13 @@ def read_row(form: Format, row: Any, fields: Fields) -> Messages:
     if missing:
         raise DataError(f"no {missing[0]!r}: the row has {', '.join(map(str, row))}")
     refuse(row, REFUSED_OF_ROW)
+    if any(read_mark(row.get(name)) is False for name in LEARNT_ROW):
+        raise DataError("no answer is learnt: the row is marked so")
+    if form.name == "prompt-completion" and row.get("label") is False:
+        raise DataError(
+            "field 'label' is false, which marks an answer that is not wanted: remove "
+            "the row, or name the field in data.ignore if it means something else"
+        )
     system, messages = read_context(row, fields)
     if form.name in READY_MADE:
         messages += READY_MADE[form.name](text_of(row["text"], "text"))
@@ -399,17 +445,19 @@ def read_row(form: Format, row: Any, fields: Fields) -> Messages:
             messages += read_side(row[answer], "assistant", fields, answer)
     used = {*form.columns, *SYSTEM, "history"}
     used |= {"input", "context"} if question == "instruction" else set()
+    used |= {name for name in LEARNT_ROW if read_mark(row.get(name))}
     fields.count(row, used)
     return tidy(begin(system, messages), fields)
 
 
-def read_prompt(row: Any, system_prompt: str) -> Messages:
+def read_prompt(row: Any, system_prompt: str, fields: Fields) -> Messages:
     """Returns a prompt to answer: of a text, or of a row of any format.
 
     Args:
         row: a text, or an object with `prompt`, `question`, `instruction`, `messages`
             or `conversations`.
         system_prompt: put before what is no list of turns and has no own.
+        fields: counts those that are not used.
 
     Raises:
         DataError: it is no prompt.
@@ -422,7 +470,9 @@ def read_prompt(row: Any, system_prompt: str) -> Messages:
     if column is None:
         raise DataError(f"it has {', '.join(map(str, row)) or 'no field'}")
     refuse(row, REFUSED_OF_ROW)
-    fields = Fields()
+    row = row | {column: parse_turns(row[column], column)}
+    more = ("input", "context") if column == "instruction" else ()
+    fields.count(row, {column, "id", *more, *SYSTEM, "history"})
     system, messages = read_context(row, fields)
     messages = tidy(
         begin(system, messages + read_question(column, row, fields)), fields
@@ -447,7 +497,13 @@ def detect_format(rows: list[Any], source: str = "the rows") -> tuple[str, str]:
     Raises:
         DataError: the columns fit no known format.
     """
+    strange = [row for row in rows if not isinstance(row, dict | DataError)]
     rows = [row for row in rows if isinstance(row, dict)]
+    if strange and not rows:
+        raise DataError(
+            f"{source}: a row is {kind_of(strange[0])}, where an object with named "
+            "columns is expected"
+        )
     columns = set(map(str, set().union(*rows)))
     described = []
     for form in FORMATS:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from helpers import data, models, runtime, sources
 from helpers.config import ConfigError, RunConfig, read_config
-from helpers.formats import DataError, Messages, Row, read_prompt
+from helpers.formats import DataError, Fields, Messages, Row, read_prompt
 from helpers.hub import ModelError
 from helpers.runs import Run, content_hash, fingerprint, runs_folder
 from helpers.templates import TemplateError
@@ -121,16 +121,18 @@ def find_adapter(run: Run, asked: str | None) -> str | None:
 def read_prompts(path: Path, system_prompt: str) -> list[Row]:
     """Returns `{"id", "prompt"}` rows, the prompt being a conversation.
 
+    Prints which fields were not used, or turns changed.
+
     Raises:
         FileNotFoundError: there is no such file.
         DataError: the file is empty, or a row is no prompt.
     """
-    rows = []
+    rows, fields = [], Fields()
     for number, row in sources.open_rows(str(path)):
         try:
             if isinstance(row, DataError):
                 raise row
-            prompt = read_prompt(row, system_prompt)
+            prompt = read_prompt(row, system_prompt, fields)
         except DataError as error:
             raise DataError(
                 f"{path}, row {number} is no prompt: {error}; expected a text, or an "
@@ -139,6 +141,8 @@ def read_prompts(path: Path, system_prompt: str) -> list[Row]:
             ) from None
         key = row.get("id", number) if isinstance(row, dict) else number
         rows.append({"id": key, "prompt": prompt})
+    for line in data.remarks({"sources": {str(path): vars(fields)}}):
+        print(line)  # noqa: T201
     return rows
 
 

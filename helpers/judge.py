@@ -210,9 +210,10 @@ class Judge:
 def read_rating(text: str | None) -> float | None:
     """Returns the rating of 1 to 10 in a judgment, None where there is none.
 
-    The last `[[rating]]` outside thoughts, else the last `[rating]`: a judge that
-    changes its mind means the last one. FastChat takes the first of each. Spaces inside
-    and `/10` are forgiven; a number off the scale is no rating.
+    The last `[[rating]]` outside thoughts, else the last `Rating: [rating]` or one that
+    begins the text: a judge that changes its mind means the last one, and `[1]` may
+    cite. FastChat takes the first of each, and every `[1]`. Spaces inside and `/10` are
+    forgiven; a number off the scale is no rating.
 
     >>> read_rating("Clear and correct. Rating: [[8]]")
     8.0
@@ -224,7 +225,8 @@ def read_rating(text: str | None) -> float | None:
     True
     """
     spoken = replies.without_thoughts(text)
-    for pattern in (rf"\[\[\s*{RATING}\s*\]\]", rf"\[\s*{RATING}\s*\]"):
+    single = rf"(?:\A|(?i:rating))\W*\[\s*{RATING}\s*\]"
+    for pattern in (rf"\[\[\s*{RATING}\s*\]\]", single):
         if ratings := re.findall(pattern, spoken):
             rating = float(ratings[-1])
             return rating if 1 <= rating <= 10 else None

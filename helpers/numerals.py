@@ -21,7 +21,8 @@ from fractions import Fraction
 # Unicode categories and signs, as the patterns below know them
 KINDS = {"Sc": "$", "Pd": "-", "Pi": "'", "Pf": "'", "Zs": " ", "Zl": "\n", "Zp": "\n"}
 KINDS |= {"So": "'"} | dict.fromkeys(["Cf", "Mn", "Me", "No"], "")
-SIGNS = {"°": "°", "\u2212": "-", "\u2215": "/", "\u066b": ".", "\u066c": ","}
+SIGNS = {"°": "°", "\u2212": "-", "\u066b": ".", "\u066c": ","}
+SIGNS |= dict.fromkeys("\u2044\u2215", "/")
 # Latin, Greek and Cyrillic letters: scripts that part words, so that x2 is a name
 LETTER = r"[A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u052f\u1e00-\u1fff]"
 LATEX = {"times": "×", "cdot": "×", "sqrt": "√", "pi": "π", "pm": "±", "approx": "≈"}
@@ -30,6 +31,7 @@ CLEANING = [
     (re.compile(r"<[/|]*[^\W\d][^<>\s]{0,40}>"), " "),  # tags and end tokens
     (re.compile(r"\\([$%&#_])"), r"\1"),
     (re.compile(r"\{,\}|,?\\[,!;: ](?=\d{3})"), ","),
+    (re.compile(r"(\\[dt]?frac) ?(\d) ?(\d)(?!\d)"), r"\1{\2}{\3}"),
     (re.compile(r"(?<=\d)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r" \1/\2"),
     (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"),
     (re.compile(r"\^?\{?\\(?:circ|degree)\b\}?"), "°"),
@@ -58,8 +60,9 @@ CURRENCY = (
     rf"(?:{LETTER}+(?=\$)|(?:(?![xyz]){LETTER}\.? |(?:{LETTER}{{2}}|[A-Z]{{3}})\.? ?"
     rf"|{LETTER}{{3,4}}\. ?|(?!{LETTER}|第)[^\W\d_] ?)(?!\$|[-+] ))?"
 )
+CODE = re.compile(r"[A-Z]{2,3}\b|(?:[Kk]r|Rs|Fr|z\u0142)\b")
 OPENING = re.compile(
-    rf"{SUM}[\s~>:|\"'(\[*_`$√±∓]*?(?P<outer>[-+] ?)?{CURRENCY}{TOKEN}"
+    rf"{SUM}[\s~>:|\"'(\[*_`$√±∓]*?(?P<outer>[-+] ?)?(?P<unit>{CURRENCY}){TOKEN}"
 )
 # plain digits or groups of thousands, by what parts them and by the decimal sign
 POINT = re.compile(
@@ -190,7 +193,8 @@ def value_of(token: re.Match[str]) -> Fraction | None:
     if shape is None or re.search(r"[√±∓][ $+-]*\Z", text[max(0, start - 9) : start]):
         return None
     whole, over, under, power, *tens = shape.groups()
-    comma = bool(token["money"] or UNIT.match(text, end))
+    code = CODE.match(token.groupdict().get("unit", ""))
+    comma = bool(token["money"] or code or UNIT.match(text, end))
     exponent = int(tens[0] or tens[1] or 0)
     while scale := SCALE.match(text, end):
         exponent, end = exponent + int(str(scale.lastgroup)[1:]), scale.end()

@@ -20,6 +20,7 @@ from helpers.formats import (
     check_messages,
     detect_format,
     find_format,
+    is_empty,
     is_solved,
     kind_of,
     read_row,
@@ -118,9 +119,13 @@ class Reader:
             except DataError as error:
                 self.leave_out(number, error)
                 continue
-            problem = form.name == "gsm8k" and is_solved(messages[-1]["content"])
-            if problem and self.system_prompt and messages[0]["role"] != "system":
-                messages.insert(0, {"role": "system", "content": self.system_prompt})
+            own = form.name != "gsm8k" or messages[0]["role"] == "system"
+            if self.system_prompt and not own:
+                if is_solved(messages[-1]["content"]):
+                    first_turn = {"role": "system", "content": self.system_prompt}
+                    messages.insert(0, first_turn)
+                else:
+                    self.fields.adjusted["no #### number, so no system prompt"] += 1
             self.kept += 1
             yield messages
         self.refuse_unusable(asked)
@@ -154,10 +159,20 @@ class Reader:
             DataError: rows have no question or no gold answer and are not dropped.
         """
         self.form = "problems with a gold answer"
+        golds: dict[str, str] = {}
+        ids: dict[str, str] = {}
         for number, row in rows:
             self.rows += 1
             try:
                 problem = to_problem(row, self.fields)
+                question, gold = problem["question"], problem["gold"]
+                if golds.setdefault(question, gold) != gold:
+                    raise DataError(
+                        f"two gold answers to one question: {gold} and "
+                        f"{golds[question]}: {question[:60]}"
+                    )
+                if ids.setdefault(problem["id"], question) != question:
+                    problem["id"] = fingerprint(question)  # pass rates go by it
             except DataError as error:
                 self.leave_out(number, error)
                 continue
@@ -226,7 +241,7 @@ def to_problem(row: Any, fields: Fields) -> Row:
     if not isinstance(row, dict):
         raise DataError(f"a row is not an object: it is {kind_of(row)}")
     row = fields.strip(row)
-    if any(row.get(name) in (None, "") for name in ("question", "answer")):
+    if any(is_empty(row.get(name)) for name in ("question", "answer")):
         raise DataError(
             f"question or answer is missing: the row has {', '.join(map(str, row))}"
         )

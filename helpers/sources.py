@@ -27,6 +27,8 @@ from helpers.formats import FORMATS, DataError
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")
 KNOWN = "a .jsonl, .json, .csv, .tsv or .parquet file (.gz too)"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(\w+))?")
+# a text may begin with `[1]` or `"Why`, and is no broken JSON
+JSON_BEGINS = re.compile(r'\s*(?:\[\s*(?:$|[\["{])|\{\s*(?:$|"))')
 BLANK = re.compile(r"\s*")
 TURNS = {form.columns[0] for form in FORMATS}  # of these no list is one of rows
 
@@ -263,7 +265,7 @@ def read_file(place: Path) -> Iterator[Any]:
             head = file.read(4)
             file.seek(0)
             if head == b"PAR1":
-                yield from read_parquet(place)
+                yield from read_parquet(file)
                 return
             if not (place.name.lower().endswith(SUFFIXES) or head[:1] in b"{["):
                 raise DataError(f"not {KNOWN}")
@@ -287,15 +289,14 @@ def read_file(place: Path) -> Iterator[Any]:
         raise DataError(f"{place} is damaged: {str(error)[:300]}") from None
 
 
-def read_parquet(place: Path) -> Iterator[Any]:
+def read_parquet(file: IO[bytes]) -> Iterator[Any]:
     """Yields the rows of a Parquet file."""
     import pyarrow.parquet
 
-    with place.open("rb") as file:
-        table = pyarrow.parquet.ParquetFile(file)
-        check_names(table.schema_arrow.names)
-        for batch in table.iter_batches(batch_size=64):
-            yield from batch.to_pylist()
+    table = pyarrow.parquet.ParquetFile(file)
+    check_names(table.schema_arrow.names)
+    for batch in table.iter_batches(batch_size=64):
+        yield from batch.to_pylist()
 
 
 def read_table(file: IO[str]) -> Iterator[Any]:
@@ -310,22 +311,29 @@ def read_table(file: IO[str]) -> Iterator[Any]:
         cells = next(csv.reader([header], delimiter=sign), [""])
         if len(cells) > len(names):
             names, separator = cells, sign
-    names = [
-        name.strip() for name in next(csv.reader([header], delimiter=separator), [])
-    ]
+    # `a, "b"`: quotes after a space would be text
+    spaced = any(name.startswith(" ") for name in names)
+    options: dict[str, Any] = {"delimiter": separator, "skipinitialspace": spaced}
+    names = [name.strip() for name in next(csv.reader([header], **options), [])]
     check_names(names)
-    rows = csv.reader(file, delimiter=separator, strict=True)
+    rows = csv.reader(file, strict=True, **options)
     while True:
+        begin = rows.line_num + 2  # the header is line 1
         try:
             cells = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
+            if "end of data" in str(error):  # it has taken in all rows that follow
+                raise DataError(
+                    f"broken quotes: one that opens in the row of line {begin} is "
+                    "never closed"
+                ) from None
             yield DataError(f"broken quotes: {error} (line {rows.line_num + 1})")
             continue
         if len(cells) == len(names):
             yield dict(zip(names, cells, strict=True))
-        elif cells:
+        elif "".join(cells).strip():
             yield DataError(
                 f"the number of cells: {len(cells)} in a row, {len(names)} in the "
                 f"header, separated by {separator!r}"
@@ -350,11 +358,11 @@ def read_json(file: IO[str], plain: bool) -> Iterator[Any]:
     start = list(islice(lines, 2))
     if not start:
         return
-    sign = start[0][1].lstrip()[0]
-    if plain and sign not in '{["':
+    sign, first = start[0][1].lstrip()[0], parse_line(*start[0])
+    broken = isinstance(first, DataError) and not JSON_BEGINS.match(start[0][1])
+    if plain and (broken or sign not in '{["'):
         yield from (line.strip() for _, line in chain(start, lines))
         return
-    first = parse_line(*start[0])
     if sign != "[" and not isinstance(first, DataError):
         if len(start) == 1:
             yield from rows_in(first)

@@ -19,12 +19,13 @@ from helpers.formats import (
     Fields,
     Messages,
     detect_format,
+    read_prompt,
     read_turns,
 )
-from helpers.reading import Reader, to_conversations
+from helpers.reading import Reader, to_conversations, to_problems
 from helpers.sources import load_rows
 from helpers.templates import INSTRUCTION_TEMPLATE, render
-from tests.rows import ROWS, messages_row, problem, turns
+from tests.rows import ROWS, messages_row, pair, problem, turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -440,7 +441,7 @@ def test_a_turn_that_is_marked_so_is_not_learnt(mark: str, value: Any) -> None:
     assert to_conversations([{"messages": row}])[0] == [messages]
 
 
-@pytest.mark.parametrize("value", [0.5, 2, "0", [1]])
+@pytest.mark.parametrize("value", [0.5, 2, "no", [1]])
 def test_another_weight_is_refused(value: Any) -> None:
     row = {"messages": turns("Hi", "Hi.")}
     row["messages"][1]["weight"] = value
@@ -620,3 +621,100 @@ def test_rows_that_do_not_fit_the_format_asked_for_are_refused_with_the_remedy()
         "has prompt, comp.*without format in the source the format is detected",
     ):
         to_conversations(ROWS, form="dolly")
+
+
+@pytest.mark.parametrize("value", [0.0, "0", "False", False])
+def test_a_weight_is_read_however_a_table_writes_it(value: Any) -> None:
+    row = {"messages": turns("Hi", "Wrong.", "Again?", "Right.")}
+    row["messages"][1]["weight"] = value
+    row["messages"][3]["train"] = "true"
+    ((_, wrong, _, right),), _ = to_conversations([row])
+    assert wrong["weight"] == 0 and "weight" not in right
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": "0"}])
+def test_a_row_marked_as_not_learnt_is_left_out_and_counted(mark: Any) -> None:
+    reader = Reader()
+    rows = [pair("a") | mark, pair("b") | {"weight": 1}, pair("c") | {"weight": None}]
+    assert len(list(reader.read(enumerate(rows, start=1)))) == 2
+    assert reader.left_out["no answer is learnt"]["rows"] == 1
+    assert not reader.fields.unused
+
+
+def test_a_completion_that_is_labelled_as_not_wanted_is_refused() -> None:
+    rows = [pair("a") | {"label": False}, pair("b") | {"label": True}]
+    with pytest.raises(DataError, match="row 1: field 'label' is false"):
+        to_conversations(rows)
+    kept, _ = to_conversations(rows, fields=Fields(ignore=("label",)))
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"from": "gpt", "role": "user", "value": "Hi."},
+        {"role": "assistant", "value": "Hi.", "content": "Ho."},
+    ],
+)
+def test_a_turn_whose_fields_contradict_each_other_is_refused(turn: Any) -> None:
+    with pytest.raises(DataError, match="fields of a turn differ: turn 2 has"):
+        to_conversations([{"messages": [*turns("Hi"), turn]}])
+
+
+def test_a_turn_may_say_the_same_in_both_spellings() -> None:
+    turn = {"from": "gpt", "role": "assistant", "value": "Hi.", "content": "Hi."}
+    kept, _ = to_conversations([{"messages": [*turns("Hi"), turn]}])
+    assert kept == [turns("Hi", "Hi.")]
+
+
+def test_two_system_columns_that_differ_are_refused() -> None:
+    row = pair("Hi") | {"system": "Be kind.", "system_prompt": "Be rude."}
+    with pytest.raises(DataError, match="two system prompts: columns"):
+        to_conversations([row])
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
+def test_a_system_column_takes_the_place_of_an_empty_system_turn(column: str) -> None:
+    row = {column: "Be kind.", "messages": turns("Hi", "Yes.")}
+    row["messages"].insert(0, {"role": "system", "content": ""})
+    kept, _ = to_conversations([row])
+    assert kept == [turns("Hi", "Yes.", system="Be kind.")]
+
+
+def test_weights_of_parts_of_an_answer_are_refused() -> None:
+    row = {"messages": turns("Hi", "Yes.")}
+    row["messages"][1]["train_detail"] = [{"begin_offset": 0, "train": False}]
+    with pytest.raises(DataError, match="field 'train_detail' is not trained on"):
+        to_conversations([row])
+
+
+def test_rows_that_are_lists_are_named_as_such() -> None:
+    with pytest.raises(DataError, match="mine: a row is a list, where an object"):
+        detect_format([turns("Hi", "Yes.")], "mine")
+
+
+def test_a_list_of_turns_in_place_of_a_text_is_named_as_a_list() -> None:
+    with pytest.raises(DataError, match="question is not text: a list"):
+        to_problems([{"question": turns("How many?"), "answer": "5"}])
+
+
+def test_rows_among_problems_that_end_in_no_number_are_counted() -> None:
+    reader = Reader(system_prompt="Solve it.")
+    rows = [problem("a"), {"question": "b", "answer": "Many.\n#### 8:30"}]
+    first, second = reader.read(enumerate(rows, start=1))
+    assert (first[0]["role"], second[0]["role"]) == ("system", "user")
+    assert reader.fields.adjusted == {"no #### number, so no system prompt": 1}
+
+
+def test_turns_in_a_cell_of_a_table_are_turns() -> None:
+    prompt, answer = turns("Hi", system="Be kind."), {"from": "gpt", "value": "Yes."}
+    row = {"prompt": json.dumps(prompt, indent=1), "completion": json.dumps([answer])}
+    assert to_conversations([row])[0] == [turns("Hi", "Yes.", system="Be kind.")]
+    assert read_prompt(row, "Another.", Fields()) == prompt
+    with pytest.raises(DataError, match="prompt is text that is not JSON"):
+        to_conversations([{"prompt": str(prompt), "completion": "Yes."}])
+
+
+def test_json_that_holds_no_turns_is_an_answer() -> None:
+    text = '[{"role": "manager", "name": "Ann"}]'
+    assert to_conversations([pair("Who?", text)])[0] == [turns("Who?", text)]

@@ -128,6 +128,15 @@ def test_a_prompt_may_have_the_shape_of_any_training_row(
     assert generate.read_prompts(path, "Be kind.") == [{"id": 1, "prompt": prompt}]
 
 
+def test_fields_of_prompts_that_are_not_used_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": 1, "instruction": "a", "input": "b"}, {"prompt": "a", "input": "b"}]
+    path = write(tmp_path / "p.jsonl", rows)
+    generate.read_prompts(Path(path), "")
+    assert capsys.readouterr().out == f"{path}: unused: input (1)\n"
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

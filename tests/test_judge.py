@@ -287,6 +287,8 @@ def test_an_address_where_nobody_is_ends_it_with_one_sentence(server, open_clien
         ("[[9/10]]", 9),
         ("[4] is cited. Rating: [[3]]", 3),
         ("Rating: [5]", 5),
+        ("**Rating**: [5], then [1] is cited", 5),
+        ("By [1] and [2] it is good. Rating: 8", None),
         ("First [[2]], on reflection [[9]]", 9),
         ("[[8]], no: [[80]]", None),
         ("<think>Rather [[2]].</think>\n\nRating: [[7]]", 7),

@@ -221,7 +221,7 @@ def test_a_problem_carries_its_gold_number() -> None:
 
 def test_a_problem_without_an_id_gets_one_from_its_question() -> None:
     first, second, again = to_problems(
-        [problem("How many?"), problem("How few?"), problem("How many?", 6)]
+        [problem("How many?"), problem("How few?"), problem("How many?")]
     )
     assert first["id"] == again["id"] != second["id"]
 
@@ -285,3 +285,19 @@ def test_columns_of_problems_that_are_not_used_are_counted() -> None:
     reader = Reader()
     list(reader.problems([(1, problem("a") | {"system": "Be brief.", "id": "x"})]))
     assert reader.fields.unused == {"system": 1}
+
+
+def test_two_gold_answers_to_one_question_are_refused_by_row() -> None:
+    with pytest.raises(DataError, match="row 2: two gold answers .*: 6 and 5: a"):
+        to_problems([problem("a", 5), problem("a", 6), problem("b", 6)])
+    assert len(to_problems([problem("a", 5), problem("a", 5)])) == 2
+
+
+def test_two_problems_never_share_an_id() -> None:
+    rows = to_problems([problem("a") | {"id": 1}, problem("b") | {"id": 1}])
+    assert rows[0]["id"] == "1" != rows[1]["id"]
+
+
+def test_a_blank_question_is_missing() -> None:
+    with pytest.raises(DataError, match="question or answer is missing"):
+        to_problems([problem("  ")])
