@@ -158,6 +158,8 @@ def test_the_bos_token_is_not_taken_to_pad_with(make_tokenizer: MakeTokenizer) -
     tokenizer = make_tokenizer(
         **ONE_BOS, unk_token="<s>", pad_token="</s>", chat_template=PLAIN
     )
+    special = " ".join(map(str, tokenizer.added_tokens_decoder.values()))
+    tokenizer.chat_template = f"{{# writes {special} #}}{PLAIN}"
     with pytest.raises(TemplateError, match="pad is EOS .</s>. and no other .*add one"):
         templates.prepare_tokenizer(tokenizer)
 
