@@ -17,13 +17,14 @@ from typing import Any
 
 
 def ask(
-    folder: str, quantised: dict[str, Any] | None, prompts: list[Any], max_tokens: int
+    folder: str, loading: dict[str, Any], prompts: list[Any], max_tokens: int
 ) -> list[dict[str, Any]]:
     """Returns the greedy answers of an exported model or adapter, and if they ended.
 
     Args:
         folder: what `from_pretrained` takes.
-        quantised: of an adapter, how the base it was trained on was quantised.
+        loading: `dtype` and, where an adapter was trained on quantised weights,
+            `quantised`: what `BitsAndBytesConfig` takes.
         prompts: conversations that end in a user turn.
         max_tokens: answers are cut here.
     """
@@ -37,11 +38,12 @@ def ask(
     )
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    quantised = loading.get("quantised")
     adapter = (Path(folder) / "adapter_config.json").exists()
     loader = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
     model = loader.from_pretrained(
         folder,
-        dtype="auto",
+        dtype=loading["dtype"],
         device_map={"": 0 if torch.cuda.is_available() else "cpu"},
         quantization_config=BitsAndBytesConfig(**quantised) if quantised else None,
     ).eval()
@@ -73,7 +75,7 @@ def ask(
 if __name__ == "__main__":
     request = json.load(sys.stdin)
     found = {
-        folder: ask(folder, quantised, request["prompts"], request["max_tokens"])
-        for folder, quantised in request["folders"].items()
+        folder: ask(folder, loading, request["prompts"], request["max_tokens"])
+        for folder, loading in request["folders"].items()
     }
     Path(request["out"]).write_text(json.dumps(found), encoding="utf-8")

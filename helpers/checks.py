@@ -30,12 +30,25 @@ ELSEWHERE = {
     "sft.max_length": "max_length",
     "sft.max_seq_length": "max_length",
     "sft.output_dir": "name",
+    "sft.chat_template_path": "template",
+    "sft.eos_token": "template",
+    "sft.pad_token": "pad_token",
+    "sft.assistant_only_loss": "loss_on",
+    "sft.completion_only_loss": "loss_on",
+    "sft.dataset_text_field": "data",
+    "sft.metric_for_best_model": "best_by",
     "grpo.output_dir": "name",
     "grpo.max_prompt_length": "max_prompt_length",
     "grpo.reward_weights": "rewards",
+    "grpo.chat_template_kwargs": "template",
+    "grpo.num_generations_eval": "grpo_held_out",
+    "grpo.use_vllm": "sampler",
+    "inference.eos_token_id": "template",
+    "inference.pad_token_id": "pad_token",
 }
 POSITIVE = ["learning_rate", "num_train_epochs", "eval_steps", "max_completion_length"]
 POSITIVE += ["per_device_train_batch_size", "gradient_accumulation_steps"]
+POSITIVE += ["per_device_eval_batch_size", "num_iterations"]
 POSITIVE += ["temperature"]  # at 0 the answers of a group are all the same
 
 
@@ -147,26 +160,48 @@ def check_training(config: RunConfig, stage: Stage) -> Iterator[Advice]:
 
     values = getattr(config, stage)
     numbers = [n for n in POSITIVE if isinstance(values.get(n), int | float)]
-    low = [n for n in numbers if not values[n] > 0]
+    low = [n for n in numbers if not 0 < values[n] < math.inf]
     for name in low:
         text = f"found {values[name]}; expected more than 0"
         yield Advice("error", f"{stage}.{name}", text)
     if values.get("max_completion_length", low) is None:
         text = "found None; answers need an end. Give a number of tokens, or remove it."
         yield Advice("error", f"{stage}.max_completion_length", text)
+    if values.get("max_steps") == 0:
+        text = "found 0; expected more than 0, or -1 to go by num_train_epochs"
+        yield Advice("error", f"{stage}.max_steps", text)
     if low:
         return
     # nothing is written there; and our evaluation of GRPO needs no whole groups
     more: dict[str, Any] = {"output_dir": "unused", "report_to": "none"}
     if stage == "grpo":
         more["num_generations_eval"] = 1
-    yield from check_group(config, stage, more | machine_arguments(config))
+    wrong = list(check_group(config, stage, more | machine_arguments(config)))
+    yield from wrong
+    if stage == "grpo" and not wrong:
+        yield from check_drawing(values)
     names = values.get("report_to") or []
+    if not isinstance(names, str | list):
+        return  # named already
     known = ["all", "none", *INTEGRATION_TO_CALLBACK]
     for name in [names] if isinstance(names, str) else names:
         if name not in known:
             text = f"found {name!r}{nearest(str(name), known)}"
             yield Advice("error", f"{stage}.report_to", text)
+
+
+def check_drawing(values: dict[str, Any]) -> Iterator[Advice]:
+    """Finds values of GRPO that transformers refuses when it draws the answers."""
+    names = [*fields.DRAWING, "cache_implementation"]
+    drawn = {name: values[name] for name in names if name in values}
+    more = values.get("generation_kwargs") or {}
+    if not isinstance(more, dict):
+        text = f"found {more!r}; expected an object with GenerationConfig's fields"
+        yield Advice("error", "grpo.generation_kwargs", text)
+        return
+    for name, text in fields.faults("inference", drawn | more, {"do_sample": True}):
+        field = "generation_kwargs" if name in more else name
+        yield Advice("error", f"grpo.{field}".removesuffix("."), text)
 
 
 def check_dtype(config: RunConfig, machine: runtime.Machine) -> Iterator[Advice]:
@@ -245,7 +280,7 @@ def check_rewards(config: RunConfig) -> Iterator[Advice]:
     from helpers.rewards import choose, margin
 
     try:
-        choose(config.rewards)
+        choose(config.rewards, max_completion_length=1)  # the names are judged alone
     except ValueError as error:
         yield Advice("error", "rewards", str(error))
     least = margin(config.rewards)

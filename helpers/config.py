@@ -263,7 +263,7 @@ def nearest(name: str, known: Iterable[str], *, sure: float | None = None) -> st
     """
     names = list(known)
     longer = [k for k in names if name and k.startswith(name) and not sure]
-    close = difflib.get_close_matches(name, names, 1, sure or 0.6) or longer
+    close = longer or difflib.get_close_matches(name, names, 1, sure or 0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -93,13 +93,12 @@ def write_stops(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) 
 
 
 def ask_plainly(
-    folders: dict[Path, dict[str, Any] | None], prompts: list[Messages], max_tokens: int
+    folders: dict[Path, dict[str, Any]], prompts: list[Messages], max_tokens: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Returns the answers of exported folders in plain transformers, by folder.
 
     Args:
-        folders: and how the base of an adapter is quantised, as `BitsAndBytesConfig`
-            takes it.
+        folders: and how each is loaded, see `ask_exported.ask`.
         prompts: conversations that end in a user turn.
         max_tokens: answers are cut here.
 
@@ -250,7 +249,11 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
     quantised = models.quantization(bits, arithmetic, config.double_quant)
     values = quantised and quantised.to_diff_dict()
     values = values and {k: v for k, v in values.items() if not k.startswith("_")}
-    folders = {folder / "adapter": values, folder / "merged": None}
+    dtype = str(arithmetic).removeprefix("torch.")
+    folders = {
+        folder / "adapter": {"dtype": dtype, "quantised": values},
+        folder / "merged": {"dtype": "auto"},
+    }
     plain = ask_plainly(folders, asked, config.evaluation.max_new_tokens)
     for path in folders:
         part[path.name]["plain"] = compare_plain(path, expected, plain[str(path)])

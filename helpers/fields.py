@@ -30,6 +30,15 @@ PLACES = {
 }
 SURE = 0.8  # of difflib's ratio, from which on a name is taken for a misspelt one
 FEW = 12  # values, which are all named
+# values that transformers judges only when it draws a token
+DRAWING = {
+    "temperature": "TemperatureLogitsWarper",
+    "top_k": "TopKLogitsWarper",
+    "top_p": "TopPLogitsWarper",
+    "min_p": "MinPLogitsWarper",
+    "typical_p": "TypicalLogitsWarper",
+    "repetition_penalty": "RepetitionPenaltyLogitsProcessor",
+}
 # what earlier versions had, and tutorials still show
 REMOVED = {
     "save_safetensors": "transformers 5 saves nothing but safetensors; remove it",
@@ -69,11 +78,15 @@ def own_fields(group: str) -> dict[str, Any]:
 def defaults(group: str) -> dict[str, Any]:
     """Returns the defaults of a class that has them in its fields.
 
-    >>> defaults("grpo")["max_completion_length"]
-    512
+    But AdamW is not TRL's fused one, which hides from accelerate the steps that fp16
+    skips.
+
+    >>> defaults("grpo")["max_completion_length"], defaults("sft")["optim"]
+    (512, 'adamw_torch')
     """
     named = own_fields(group).items()
-    return {n: f.default for n, f in named if f.default is not dataclasses.MISSING}
+    found = {n: f.default for n, f in named if f.default is not dataclasses.MISSING}
+    return found | ({"optim": "adamw_torch"} if "optim" in found else {})
 
 
 def complete(config: RunConfig, stage: Stage) -> dict[str, Any]:
@@ -168,6 +181,39 @@ def named(values: dict[str, Any], text: str) -> str:
     return next((word for word in re.findall(r"\w+", text) if word in values), "")
 
 
+def try_out(settings: Any) -> None:
+    """Makes what training or drawing makes of settings first, which may refuse them."""
+    import torch
+    import transformers
+
+    if isinstance(settings, transformers.GenerationConfig):
+        for name, kind in DRAWING.items():
+            value = getattr(settings, name)
+            if value in (None, 1) or (name, value) == ("top_k", 0):
+                continue  # it is off
+            try:
+                getattr(transformers, kind)(value)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    if not isinstance(settings, transformers.TrainingArguments):
+        return
+    torch.utils.data.DataLoader(
+        [0],
+        settings.per_device_eval_batch_size,
+        num_workers=settings.dataloader_num_workers,
+    )
+    net = torch.nn.Linear(1, 1)
+    kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(settings, net)
+    if settings.optim_target_modules is None:  # those are of a real model
+        transformers.get_scheduler(
+            settings.lr_scheduler_type,
+            kind(net.parameters(), **options),
+            num_warmup_steps=0,
+            num_training_steps=10,
+            scheduler_specific_kwargs=settings.lr_scheduler_kwargs,
+        )
+
+
 def faults(
     group: str, values: dict[str, Any], more: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
@@ -186,7 +232,7 @@ def faults(
     if any(texts.values()) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return
     try:  # Unsloth's classes would mend some values with a printed word
-        owner(group)(**{**own, **more})
+        try_out(owner(group)(**{**own, **more}))
     except (ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
         text = f"{PLACES[group][1]} refuses it: {' '.join(str(error).split())[:300]}"
         name = named(own, text)

@@ -20,7 +20,6 @@ from helpers.config import (
     RunConfig,
     Source,
 )
-from helpers.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -84,7 +83,7 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "double_quant": Knob("double quantisation", bool),
         "dtype": Knob("dtype", choices=choices("dtype")),
         "max_length": Knob("max length, tokens", int),
-        "template": Knob("template", choices=("own", *TEMPLATES)),
+        "template": Knob("template"),
         "pad_token": Knob("pad token"),
         "system_prompt": Knob("system prompt", wide=True),
     },

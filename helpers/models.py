@@ -141,6 +141,8 @@ def load_model(
         ModelError: there is no such model or adapter, or the hub cannot be reached.
         MemoryError: the GPU is too small for it.
     """
+    from safetensors import SafetensorError
+
     chosen, bits = resolve_engine(engine), resolve_weights(weights)
     machine = runtime.prepare_device()
     arithmetic, _ = runtime.choose_dtype(machine, dtype)
@@ -171,7 +173,7 @@ def load_model(
                 device_map={"": 0} if machine.device == "cuda" else None,
                 quantization_config=quantization(bits, arithmetic, double_quant),
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if "out of memory" in str(error):
             raise
         raise unknown_model(name, error) from error
@@ -394,6 +396,12 @@ def check_lora(model: PreTrainedModel, lora: dict[str, Any]) -> None:
             f"layers_to_transform names layer {beyond[0]}; the model's layers are 0 to "
             f"{count - 1}"
         )
+    for field, value in (("lora_alpha", 0), ("lora_dropout", 1)):
+        if lora.get(field) == value:
+            raise ModelError(
+                f"{field}={value} takes away all that the matrices add, so that "
+                "nothing is learnt; give another value"
+            )
     start = lora.get("init_lora_weights")
     if isinstance(start, str):
         plain = start.lower() in ("gaussian", "orthogonal", "mica")
@@ -426,6 +434,11 @@ def check_attached(model: PreTrainedModel, lora: dict[str, Any]) -> None:
                     f"{field} {pattern!r} matches no target module, such as "
                     f"{targets[0]!r}; correct or remove it"
                 )
+    if not targets:
+        raise ModelError(
+            "no module is adapted, only target_parameters, which cannot be checked "
+            "once saved; name modules in target_modules"
+        )
     layer = model.get_submodule(f"base_model.model.{targets[0]}")
     if lora.get("lora_bias") and getattr(layer.base_layer, "bias", None) is None:
         raise ModelError(
@@ -458,6 +471,7 @@ def load_adapter(
     """
     import torch
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     recompute = trainable and torch.cuda.is_available() and checkpointing is not False
     unsloth = resolve_engine(engine) == "unsloth"
@@ -466,7 +480,7 @@ def load_adapter(
     torch.manual_seed(seed)
     try:
         tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-    except (RuntimeError, TypeError, LookupError) as error:
+    except (RuntimeError, TypeError, LookupError, SafetensorError) as error:
         raise unfit_adapter(adapter, error) from error
     except (OSError, ValueError) as error:
         if (Path(adapter) / "adapter_model.safetensors").exists():
@@ -665,4 +679,5 @@ def adapter_size(folder: Path) -> str:
     """Returns what an adapter folder holds, for a notebook's last line."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
-    return f"{folder}: rank {config['r']}, {size / 2**20:.1f} MiB"
+    rank = f"rank {config['r']}, " if "r" in config else ""  # not every kind has one
+    return f"{folder}: {rank}{size / 2**20:.1f} MiB"

@@ -180,17 +180,17 @@ def margin(weights: dict[str, float]) -> float:
 
 
 def choose(
-    weights: dict[str, float], max_completion_length: int = 512
+    weights: dict[str, float], max_completion_length: int
 ) -> tuple[list[Reward], list[float]]:
     """Returns reward functions and their weights, as `GRPOTrainer` takes them.
 
-    >>> functions, weights = choose({"correctness": 1.0, "overlong": 0.2})
+    >>> functions, weights = choose({"correctness": 1.0, "overlong": 0.2}, 64)
     >>> [f.__name__ for f in functions], weights
     (['correctness', 'overlong'], [1.0, 0.2])
 
     Args:
         weights: by the reward's name.
-        max_completion_length: in tokens, where completions are cut; TRL's default.
+        max_completion_length: in tokens, where completions are cut.
 
     Raises:
         ValueError: a reward is not known.

@@ -105,7 +105,7 @@ def no_room(config: RunConfig) -> str:
 
 def unsupported(config: RunConfig, model: PreTrainedModel) -> str:
     """Returns why a run cannot be sampled from a copy, or an empty string."""
-    others = ["generation_kwargs", "repetition_penalty", "use_vllm"]
+    others = ["generation_kwargs", "repetition_penalty"]
     usual = fields.defaults("grpo")
     for name in [*others, "use_transformers_continuous_batching"]:
         if config.grpo.get(name, usual[name]) != usual[name]:

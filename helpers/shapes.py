@@ -164,8 +164,11 @@ def adapt(model: str, lora: dict[str, Any]) -> PeftModel:
     fields = json.dumps(lora, default=list)
     try:
         tuned = build(find_config(model).to_json_string(), fields)
-    except (ValueError, TypeError, IndexError) as error:
-        raise models.ModelError(" ".join(str(error).split())[:300]) from error
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, AttributeError):
+            text = f"PEFT fails on a setting of lora that it should refuse: {text}"
+        raise models.ModelError(text) from error
     models.check_attached(tuned, lora)
     return tuned
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 NOTE = "made_from.json"
-REPORTING = ("report_to", "run_name", "project", "trackio_space_id", "logging_dir")
+REPORTING = ["report_to", "run_name", "project", "trackio_space_id", "logging_dir"]
+# how progress is shown and kept, and how rows reach the trainer
+REPORTING += ["disable_tqdm", "save_steps", "save_strategy", "save_total_limit"]
+REPORTING += ["dataloader_num_workers", "dataloader_pin_memory"]
+LOGGING = ["logging_steps", "logging_strategy", "logging_first_step"]
 NOTEBOOKS: dict[Stage, str] = {"sft": "02_sft_qlora", "grpo": "03_grpo_gsm8k"}
 
 
@@ -52,7 +57,10 @@ def inputs_of(run: Run, stage: Stage) -> dict[str, Any]:
     template = fingerprint(template_text(config.template))
     inputs |= {"model": content_hash(config.model), "template": template}
     inputs |= {f"data.{name}": rows[name] for name in parts if name in rows}
-    inputs |= flat(stage, getattr(config, stage), REPORTING)
+    # what is logged decides which adapter is best, and when GRPO is stopped
+    by_log = stage == "grpo" or config.best_by == "loss"
+    without = REPORTING if by_log else REPORTING + LOGGING
+    inputs |= flat(stage, getattr(config, stage), without)
     if stage == "sft" or "sft" not in config.stages and not config.sft_adapter:
         return inputs | flat("lora", config.lora)
     if config.sft_adapter:
@@ -60,7 +68,7 @@ def inputs_of(run: Run, stage: Stage) -> dict[str, Any]:
     return inputs | {"sft": made_from(run, "sft")}
 
 
-def flat(group: str, values: dict[str, Any], without: tuple[str, ...] = ()) -> Row:
+def flat(group: str, values: dict[str, Any], without: Sequence[str] = ()) -> Row:
     """Returns a group's values under dotted names.
 
     >>> flat("lora", {"r": 16})

@@ -8,10 +8,11 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers import runtime
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROOT = Path(__file__).resolve().parent.parent
 # Llama-3.x templates print today's date; a fixed one keeps tokens the same tomorrow.
 FIXED_DATE = "26 Jul 2024"
 FIXED_DAY = date(2024, 7, 26)
@@ -49,18 +50,20 @@ def template_text(template: str) -> str | None:
 
     Args:
         template: `own`, a name of `TEMPLATES`, or the path of a Jinja file, from here
-            or from the folder of this project.
+            or from the folder of `runs/`.
 
     Raises:
         TemplateError: there is no such name or file, or the file is not UTF-8.
     """
     if template == "own" or template in TEMPLATES:
         return TEMPLATES.get(template)
-    path = next((p for p in (Path(template), ROOT / template) if p.is_file()), None)
+    places = dict.fromkeys([Path.cwd(), runtime.home()])
+    path = next((p / template for p in places if (p / template).is_file()), None)
     if path is None:
         raise TemplateError(
             f"template={template!r} is neither {', '.join(['own', *TEMPLATES])} nor a "
-            f"file (looked in {Path.cwd()} and {ROOT}); give a Jinja file's path"
+            f"file (looked in {' and '.join(map(str, places))}); give the path of a "
+            "Jinja file"
         )
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -96,7 +99,8 @@ def render(
             date_string=FIXED_DATE,
             strftime_now=FIXED_DAY.strftime,
         )
-    except Refused as error:
+    # what Python raises on an expression comes through as it is
+    except (Refused, TypeError, ValueError, ArithmeticError, LookupError) as error:
         roles = " ".join(m["role"] for m in messages)
         raise TemplateError(
             f"the template refuses a conversation of {roles}: {error}"

@@ -9,7 +9,6 @@ The notebooks' cells call these functions, and so does the command line:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import os
 import sys
@@ -134,15 +133,9 @@ def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
 def defaults(stage: Stage) -> dict[str, Any]:
     """Returns TRL's defaults of what decides how a stage learns.
 
-    Unsloth's trainers have others: another optimiser, two micro-batches a step. AdamW
-    is not TRL's fused one, which hides from accelerate the steps that fp16 skips.
+    Unsloth's trainers have others: another optimiser, two micro-batches a step.
     """
-    import trl
-
-    kind = trl.SFTConfig if stage == "sft" else trl.GRPOConfig
-    plain = next(k for k in kind.__mro__ if k.__module__.startswith("trl."))
-    found = {f.name: f.default for f in dataclasses.fields(plain)}
-    found["optim"] = "adamw_torch"
+    found = fields.defaults(stage)
     return {n: found[n] for n in DECISIVE if found.get(n) is not None}
 
 

@@ -87,6 +87,23 @@ def test_a_setting_that_nothing_follows_is_refused_in_words(
         models.add_lora(model, LORA | setting)
 
 
+def test_an_adapter_that_was_cut_short_is_one_sentence(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    model, _ = models.load_model(str(tiny_model_folder))
+    tuned = models.add_lora(model, LORA)
+    tuned.save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(ModelError, match="cannot be put on this model"):
+        models.load_model(str(tiny_model_folder), adapter=tmp_path)
+
+
+def test_an_adapter_without_a_rank_has_a_size(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    assert models.adapter_size(tmp_path) == f"{tmp_path}: 0.0 MiB"
+
+
 def test_a_target_may_be_named_by_its_path(tiny_model_folder: Path) -> None:
     model, _ = models.load_model(str(tiny_model_folder))
     named = {**LORA, "target_modules": ["self_attn.q_proj", "layers.1.mlp.up_proj"]}

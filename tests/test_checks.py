@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
 from typing import Any
 
@@ -506,6 +507,7 @@ def test_a_value_of_the_wrong_type_is_an_error(
     ("field", "value", "meant"),
     [
         ("sft.optim", "adamw_8bits", "adamw_8bit"),
+        ("sft.optim", "adamw", "adamw_torch"),
         ("sft.lr_scheduler_type", "cosin", "cosine"),
         ("sft.save_strategy", "step", "steps"),
         ("sft.eval_strategy", "epochs", "epoch"),
@@ -537,12 +539,12 @@ def test_a_misspelt_choice_is_an_error_with_the_nearest(
         ("sft.learning_rate", 1),
         ("sft.report_to", ["wandb", "tensorboard"]),
         ("sft.gradient_checkpointing_kwargs", {"use_reentrant": False}),
-        ("sft.lr_scheduler_kwargs", {"num_cycles": 2}),
+        ("sft.lr_scheduler_kwargs", {}),
         ("grpo.scale_rewards", False),
         ("grpo.min_p", None),
         ("inference.top_p", 1),
         ("inference.stop_strings", ["Q:"]),
-        ("inference.eos_token_id", [1, 2]),
+        ("inference.suppress_tokens", [1, 2]),
     ],
 )
 def test_a_value_that_the_class_takes_is_sound(
@@ -550,6 +552,62 @@ def test_a_value_that_the_class_takes_is_sound(
 ) -> None:
     found = advise(demo, **{field.replace(".", "__"): value})
     assert [a for a in found if a.level == "error"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sft__lr_scheduler_type": "cosine_with_min_lr"}, "min_lr or min_lr_rate"),
+        ({"sft__lr_scheduler_kwargs": {"min_lr": 0.1}}, "keyword argument 'min_lr'"),
+        ({"sft__adam_beta1": 2}, "Invalid beta parameter"),
+        ({"sft__per_device_eval_batch_size": 0}, "expected more than 0"),
+        ({"sft__dataloader_num_workers": -1}, "should be non-negative"),
+        ({"sft__max_steps": 0}, "found 0; expected more than 0, or -1"),
+        ({"sft__learning_rate": math.inf}, "found inf"),
+        ({"sft__report_to": 3}, "found 3; expected"),
+        ({"grpo__top_k": -5}, "found -5; GenerationConfig refuses it: top_k"),
+        ({"grpo__min_p": 2.0}, "`min_p` has to be a float in the"),
+        ({"grpo__repetition_penalty": 0.0}, "grpo.repetition_penalty: found 0.0"),
+        ({"grpo__generation_kwargs": {"top_p": 2}}, "`top_p` has to be a float"),
+        ({"grpo__generation_kwargs": {"foo": 1}}, "GenerationConfig has no such field"),
+        ({"grpo__generation_kwargs": "x"}, "expected an object"),
+        ({"inference": {"top_p": 2}}, "inference.top_p: found 2"),
+        ({"inference": {"temperature": 0}}, "has to be a strictly positive float"),
+        ({"lora__lora_alpha": 0}, "lora.lora_alpha: lora_alpha=0 takes away"),
+        ({"lora__lora_dropout": 1.0}, "lora.lora_dropout: lora_dropout=1 takes away"),
+        ({"lora__runtime_config": {}}, "PEFT fails on a setting of lora"),
+        (
+            {"lora__target_modules": [], "lora__target_parameters": ["q_proj.weight"]},
+            "no module",
+        ),
+    ],
+)
+def test_what_training_or_drawing_would_refuse_is_an_error_before(
+    demo: RunConfig, change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        checks.require(advise(demo, **change))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "own"),
+    [
+        ("sft__eos_token", "template"),
+        ("sft__completion_only_loss", "loss_on"),
+        ("sft__metric_for_best_model", "best_by"),
+        ("grpo__use_vllm", "sampler"),
+        ("grpo__chat_template_kwargs", "template"),
+        ("inference__eos_token_id", "template"),
+    ],
+)
+def test_what_another_field_of_the_config_decides_is_refused(
+    demo: RunConfig, field: str, own: str
+) -> None:
+    found = advise(demo, **{field: None})
+    advice = only(found, field.replace("__", "."))
+    assert advice.text == f"the config's own {own} decides it. Remove it."
 
 
 @pytest.mark.parametrize(

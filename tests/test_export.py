@@ -171,7 +171,7 @@ def test_files_that_do_not_stop_elsewhere_fail_the_export() -> None:
 
 def test_files_that_cannot_be_loaded_elsewhere_fail_the_export(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be used in plain transformers"):
-        export.ask_plainly({tmp_path: None}, [[{"role": "user", "content": "Hi"}]], 4)
+        export.ask_plainly({tmp_path: {}}, [[{"role": "user", "content": "Hi"}]], 4)
 
 
 def test_the_script_that_asks_exported_files_imports_nothing_of_ours() -> None:

@@ -25,7 +25,7 @@ def test_a_recipe_carries_its_own_name_into_the_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", recipes.NAMES)
 def test_a_recipe_pays_only_rewards_that_exist(name: str) -> None:
-    functions, weights = rewards.choose(recipes.load(name).rewards)
+    functions, weights = rewards.choose(recipes.load(name).rewards, 64)
     assert len(functions) == len(weights) > 0
 
 

@@ -122,7 +122,7 @@ def test_an_expression_is_graded_and_an_unreadable_one_is_not():
 
 def test_choose_keeps_the_order_and_the_weights():
     weights = {"strict_format": 0.2, "correctness": 1.0}
-    functions, numbers = rewards.choose(weights)
+    functions, numbers = rewards.choose(weights, CUT)
     assert [f.__name__ for f in functions] == list(weights)
     assert numbers == [0.2, 1.0]
 
@@ -131,7 +131,7 @@ def test_choose_refuses_an_unknown_reward_and_names_the_known_ones():
     with pytest.raises(
         ValueError, match=r"no reward 'speed'; known: .*strict_format.*overlong"
     ):
-        rewards.choose({"correctness": 1.0, "speed": 1.0})
+        rewards.choose({"correctness": 1.0, "speed": 1.0}, CUT)
 
 
 def test_the_margin_is_what_lies_between_the_worst_right_and_the_best_wrong_answer():

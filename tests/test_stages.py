@@ -28,6 +28,8 @@ from helpers.runs import Run, content_hash, write_json
         {"save_minutes": 1},
         {"stages": ["sft"]},
         {"sft__report_to": "tensorboard"},
+        {"sft__logging_steps": 3},
+        {"sft__save_steps": 7},
         {"data__test_rows": 5},
         {"probe_samples": 4},
     ],
@@ -39,6 +41,16 @@ def test_what_sft_does_not_depend_on_leaves_it_alone(
     data.prepare(run)
     before = stages.made_from(run, "sft")
     assert stages.made_from(run_factory(**change), "sft") == before
+
+
+def test_what_is_logged_counts_where_it_chooses_the_adapter(
+    run_factory: Callable[..., Run],
+) -> None:
+    run = run_factory(best_by="loss")
+    data.prepare(run)
+    before = stages.made_from(run, "sft")
+    edited = run_factory(best_by="loss", sft__logging_steps=3)
+    assert stages.made_from(edited, "sft") != before
 
 
 @pytest.mark.parametrize(

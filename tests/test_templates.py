@@ -89,6 +89,35 @@ def test_a_conversation_that_a_template_refuses_is_named_with_the_reason(
         render(tokenizer, SYSTEM + EXCHANGE)
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ tools | length }}", "has no len"),
+        ("{{ messages[0].content + 3 }}", "can only concatenate"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% for m in messages %}{{ m.content }", "unexpected"),
+    ],
+)
+def test_what_python_raises_inside_a_template_is_one_sentence(
+    make_tokenizer: Any, template: str, reason: str
+) -> None:
+    tokenizer = make_tokenizer(**ONE_BOS, chat_template=template)
+    with pytest.raises(
+        TemplateError, match=f"refuses a conversation of user: .*{reason}"
+    ):
+        render(tokenizer, [{"role": "user", "content": "Hi"}])
+
+
+def test_a_template_is_looked_for_where_the_runs_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates.runtime, "home", lambda: tmp_path)
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    assert templates.template_text("mine.jinja") == "{{ messages }}"
+    with pytest.raises(TemplateError, match=str(tmp_path)):
+        templates.template_text("yours.jinja")
+
+
 def test_a_template_that_asks_for_the_day_gets_a_fixed_one(
     make_tokenizer: MakeTokenizer,
 ) -> None:
@@ -158,8 +187,9 @@ def test_the_bos_token_is_not_taken_to_pad_with(make_tokenizer: MakeTokenizer) -
     tokenizer = make_tokenizer(
         **ONE_BOS, unk_token="<s>", pad_token="</s>", chat_template=PLAIN
     )
-    special = " ".join(map(str, tokenizer.added_tokens_decoder.values()))
-    tokenizer.chat_template = f"{{# writes {special} #}}{PLAIN}"
+    # a special token that no template writes would do
+    written = " ".join(map(str, tokenizer.added_tokens_decoder.values()))
+    tokenizer.chat_template = f"{PLAIN}{{# {written} #}}"
     with pytest.raises(TemplateError, match="pad is EOS .</s>. and no other .*add one"):
         templates.prepare_tokenizer(tokenizer)
 
