@@ -250,7 +250,7 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
     values = quantised and quantised.to_diff_dict()
     values = values and {k: v for k, v in values.items() if not k.startswith("_")}
     dtype = str(arithmetic).removeprefix("torch.")
-    folders = {
+    folders: dict[Path, dict[str, Any]] = {
         folder / "adapter": {"dtype": dtype, "quantised": values},
         folder / "merged": {"dtype": "auto"},
     }
