@@ -439,8 +439,11 @@ def check_attached(model: PreTrainedModel, lora: dict[str, Any]) -> None:
             "no module is adapted, only target_parameters, which cannot be checked "
             "once saved; name modules in target_modules"
         )
-    layer = model.get_submodule(f"base_model.model.{targets[0]}")
-    if lora.get("lora_bias") and getattr(layer.base_layer, "bias", None) is None:
+    if lora.get("lora_bias") and any(
+        getattr(model.get_submodule(f"base_model.model.{n}").base_layer, "bias", None)
+        is None
+        for n in targets
+    ):
         raise ModelError(
             "lora_bias=True trains a bias that the model's layers do not have, so that "
             "it cannot be merged into them; remove it"
@@ -480,6 +483,8 @@ def load_adapter(
     torch.manual_seed(seed)
     try:
         tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    except torch.OutOfMemoryError:  # of the machine, not of the adapter
+        raise
     except (RuntimeError, TypeError, LookupError, SafetensorError) as error:
         raise unfit_adapter(adapter, error) from error
     except (OSError, ValueError) as error:

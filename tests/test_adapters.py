@@ -173,3 +173,29 @@ def test_other_peoples_adapters_are_loaded_as_peft_loads_them(
     assert torch.equal(found, models.last_logits(theirs, IDS))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert any("magnitude" in n for n in trained) and any("norm" in n for n in trained)
+
+
+def test_a_bias_is_refused_where_only_some_of_the_layers_have_one(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    from tests.tiny import save_tiny_model
+
+    folder = save_tiny_model("Qwen2", tokenizer, tmp_path / "qwen2")
+    model, _ = models.load_model(str(folder))
+    lora = {**LORA, "lora_bias": True}  # queries have a bias, the output has none
+    with pytest.raises(ModelError, match="lora_bias=True trains a bias that the mode"):
+        models.add_lora(model, lora | {"target_modules": ["q_proj", "o_proj"]})
+
+
+def test_a_machine_without_memory_is_not_taken_for_an_unfit_adapter(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peft
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", full)
+    model, _ = models.load_model(str(tiny_model_folder))
+    with pytest.raises(torch.OutOfMemoryError):
+        models.load_adapter(model, tmp_path)
