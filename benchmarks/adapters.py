@@ -82,8 +82,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def make_base(folder: Path) -> Path:
     """Writes a random two-layer Llama with tied embeddings; returns its folder."""
-    from helpers.hub import OFFLINE
-    from helpers.models import load_tokenizer
+    from helpers.models.hub import OFFLINE
+    from helpers.models.load import load_tokenizer
     from tests.tiny import save_tiny_model
 
     return save_tiny_model(
@@ -95,7 +95,7 @@ def train(model: Any, half: Any = None) -> None:
     """Trains the model for a few steps on fixed tokens; autocasts to `half`."""
     import torch
 
-    from helpers.train import keep_lora_fp32
+    from helpers.training.trainer import keep_lora_fp32
 
     keep_lora_fp32(model)
     device = next((p.device for p in model.parameters() if p.is_cuda), model.device)
@@ -118,8 +118,9 @@ def measure(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from helpers import export, models, recipes
+    from helpers import export, recipes
     from helpers.config import changed
+    from helpers.models import load as models
 
     row: dict[str, Any] = {"setting": setting, "engine": engine, "weights": weights}
     row |= dict.fromkeys((*FIGURES, "refused"))
@@ -178,7 +179,7 @@ def measure_all(
 
 def is_wrong(row: dict[str, Any]) -> bool:
     """Returns whether our own figures of a row are beyond what arithmetic explains."""
-    from helpers.models import TOLERANCE
+    from helpers.models.load import TOLERANCE
 
     if row["refused"]:
         return False

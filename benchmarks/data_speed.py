@@ -113,7 +113,7 @@ def load_tokenizer() -> Any:
     """Returns the offline model's tokenizer with the ChatML template that TRL ships."""
     import trl
 
-    from helpers import models
+    from helpers.models import load as models
 
     tokenizer = models.load_tokenizer("smollm2-135m-offline")
     folder = Path(trl.__file__).parent / "chat_templates"
@@ -155,8 +155,8 @@ def run_ours(path: Path) -> tuple[Any, Meter]:
     """Returns our packed rows."""
     from trl import pack_dataset
 
-    from helpers.data import stream_rows
-    from helpers.masking import mask_conversations
+    from helpers.data.preparation import stream_rows
+    from helpers.masking.dataset import mask_conversations
 
     tokenizer = load_tokenizer()
     with Meter() as meter:
@@ -258,7 +258,7 @@ def one(path: str, file: Path) -> None:
 
 def call(path: str, count: int, folder: Path) -> dict[str, Any]:
     """Returns what a path took in a process of its own."""
-    from helpers.data import write_rows
+    from helpers.data.preparation import write_rows
 
     file = folder / f"{count}.jsonl"
     if not file.exists():

@@ -62,9 +62,10 @@ def measure(
     """Returns items per second of both, and where their answers and verdicts differ."""
     import torch
 
-    from helpers import data, verdicts
     from helpers.config import SYSTEM_PROMPT
-    from helpers.generation import fitting_rows, generate, inference
+    from helpers.data import preparation as data
+    from helpers.evaluation import gsm8k as verdicts
+    from helpers.inference.generation import fitting_rows, generate, inference
 
     prompts = [data.ask(p["question"], SYSTEM_PROMPT) for p in problems]
 
@@ -133,7 +134,8 @@ def random_weights(shape: str, folder: Path) -> str:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from helpers import models, shapes
+    from helpers import shapes
+    from helpers.models import load as models
 
     tokenizer = models.load_tokenizer("smollm2-135m-offline")
     config = AutoConfig.for_model(
@@ -167,7 +169,9 @@ def main(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--out", default=ROOT / "results" / "eval_speed.json")
     given = parser.parse_args(arguments)
 
-    from helpers import data, models, runs, runtime
+    from helpers import runs, runtime
+    from helpers.data import preparation as data
+    from helpers.models import load as models
 
     engine = models.resolve_engine(given.engine)
     if engine == "unsloth":

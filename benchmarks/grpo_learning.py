@@ -122,7 +122,8 @@ def gsm8k_config(given: argparse.Namespace) -> Any:
 
 def evaluate(run: Any, label: str, adapter: Path | str | None) -> dict[str, Any]:
     """Returns right answers and items of each test set, with each item's verdict."""
-    from helpers import data, evaluation
+    from helpers.data import preparation as data
+    from helpers.evaluation import evaluator as evaluation
 
     part = evaluation.evaluate(run, label, adapter)
     found: dict[str, Any] = {"eval_loss": part.get("eval_loss")}
@@ -136,7 +137,9 @@ def evaluate(run: Any, label: str, adapter: Path | str | None) -> dict[str, Any]
 
 def start(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Trains and evaluates what GRPO starts from; the base model too, on GSM8K."""
-    from helpers import data, runs, train
+    from helpers import runs
+    from helpers.data import preparation as data
+    from helpers.training import trainer as train
 
     real = name == GSM8K
     config = gsm8k_config(given) if real else start_config(int(name[5:]), given)
@@ -152,8 +155,10 @@ def start(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Trains on from a start, by GRPO or by more SFT, and evaluates the result."""
-    from helpers import data, recipes, runs, stages, train
+    from helpers import recipes, runs, stages
     from helpers.config import changed
+    from helpers.data import preparation as data
+    from helpers.training import trainer as train
 
     origin, _, setting = name.partition("-")
     before = runs.open_run(origin)
@@ -214,7 +219,8 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 def job(name: str, given: argparse.Namespace) -> None:
     """Does one job in this process; its result goes to the runs and to OUT."""
-    from helpers import models, runs
+    from helpers import runs
+    from helpers.models import load as models
 
     started = time.perf_counter()
     os.environ["TUNEBOOK_RUNS"] = str(Path(given.runs).resolve())
@@ -280,7 +286,8 @@ def summary(result: dict[str, Any]) -> str:
 
 def run_all(given: argparse.Namespace) -> None:
     """Runs all jobs, each as soon as what it starts from is there."""
-    from helpers import hub, recipes
+    from helpers import recipes
+    from helpers.models import hub
 
     given.minutes = given.minutes or recipes.load(RECIPE).grpo_minutes
     out = Path(given.out)
@@ -336,7 +343,7 @@ def write_table(given: argparse.Namespace) -> None:
 
 def row(found: dict[str, Any], origin: str, setting: str) -> dict[str, Any]:
     """Returns accuracies after SFT, GRPO and the control, with the paired p values."""
-    from helpers.intervals import compare
+    from helpers.evaluation.stats import compare
 
     sft, grpo = found[origin]["sft"], found[f"{origin}-{setting}"]
     control = found.get(f"{origin}-control")

@@ -65,7 +65,8 @@ def build_trainer(
     way: Way, model_folder: str, out: Path, tokens: int
 ) -> tuple[Any, Any]:
     """Returns the trainer of a way, and our sampler where it has one."""
-    from helpers import models, runtime
+    from helpers import runtime
+    from helpers.models import load as models
 
     runtime.prepare_device()
     model, tokenizer = models.load_model(
@@ -86,7 +87,7 @@ def build_trainer(
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from helpers import sampling
+    from helpers.rollout import sampler as sampling
 
     machine = runtime.find_machine()
     sampler = sampling.Sampler(model, compiled=way.compiled) if way.copied else None

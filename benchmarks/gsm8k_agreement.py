@@ -4,10 +4,10 @@
 
 Twice, on any CPU, with lm-eval installed (requirements-dev.txt):
 
-1. The same outputs are judged by `helpers.verdicts` and by lm_eval's own tasks, filters
-   and metric: answers of the offline model, reference answers changed by program
-   (commas, $, dots, several marks, none, signs, decimals, other scripts), and random
-   strings of what its patterns look for.
+1. The same outputs are judged by `helpers.evaluation` and by lm_eval's own tasks,
+   filters and metric: answers of the offline model, reference answers changed by
+   program (commas, $, dots, several marks, none, signs, decimals, other scripts),
+   random strings of what its patterns look for.
 2. lm_eval evaluates the offline model from prompt to accuracy with its own model class;
    so do we, with our batches, on the same problems: small sums, of which it gets some
    right, or a file's, `--problems test.jsonl --shots train.jsonl` of GSM8K say.
@@ -121,9 +121,10 @@ def real_outputs(
     model: Any, tokenizer: Any, problems: list[dict[str, Any]]
 ) -> list[tuple[str, str]]:
     """Returns answers of a model, greedy ones and drawn ones."""
-    from helpers import data, runtime
+    from helpers import runtime
     from helpers.config import SYSTEM_PROMPT
-    from helpers.generation import generate
+    from helpers.data import preparation as data
+    from helpers.inference.generation import generate
 
     found = []
     for sampling in (None, {"temperature": 1.0}):
@@ -156,7 +157,7 @@ def judge_theirs(
     """Returns lm_eval's verdicts, by its own task, filters and metric."""
     from lm_eval.api.instance import Instance
 
-    from helpers.protocols import make_task
+    from helpers.evaluation.protocols import make_task
 
     rows = [{"question": "?", "answer": answer} for _, answer in outputs]
     task = make_task(protocol, rows, rows)
@@ -179,7 +180,7 @@ def judge_theirs(
 
 def judge_ours(protocol: str, outputs: list[tuple[str, str]]) -> list[dict[str, bool]]:
     """Returns our verdicts."""
-    from helpers import verdicts
+    from helpers.evaluation import gsm8k as verdicts
 
     return [
         {
@@ -218,11 +219,13 @@ def end_to_end(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    from helpers import protocols, recipes, verdicts
+    from helpers import recipes
     from helpers.config import changed
-    from helpers.generation import generate
+    from helpers.data.sources import load_rows
+    from helpers.evaluation import gsm8k as verdicts
+    from helpers.evaluation import protocols
+    from helpers.inference.generation import generate
     from helpers.runs import Run
-    from helpers.sources import load_rows
 
     chat = protocol in protocols.CHAT
     task = protocols.make_task(protocol, problems, load_rows(shots))
@@ -286,9 +289,10 @@ def main(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--out", default=ROOT / "results" / "gsm8k_agreement.json")
     given = parser.parse_args(arguments)
 
-    from helpers import models, runs
-    from helpers.reading import to_problems
-    from helpers.sources import load_rows
+    from helpers import runs
+    from helpers.data.reading import to_problems
+    from helpers.data.sources import load_rows
+    from helpers.models import load as models
 
     draw = random.Random(0)
     problems = to_problems(load_rows(SAMPLES))

@@ -1,4 +1,4 @@
-"""Proves that `helpers.masking` learns exactly the right tokens, template by template.
+"""Proves that `helpers.masking` labels exactly the right tokens, by template.
 
     python benchmarks/masks.py [OUT.json]    # -> results/masks.json, in a minute
 
@@ -50,9 +50,10 @@ from benchmarks.chats import (  # noqa: E402
     unsloth_templates,
 )
 from benchmarks.differences import Row, Theirs, describe  # noqa: E402
-from helpers.formats import check_messages  # noqa: E402
-from helpers.masking import NO_LOSS, check_rows, mask_conversation  # noqa: E402
-from helpers.templates import FIXED_DATE, FIXED_DAY, TemplateError  # noqa: E402
+from helpers.data.formats import check_messages  # noqa: E402
+from helpers.errors import TemplateError  # noqa: E402
+from helpers.masking.dataset import NO_LOSS, check_rows, mask_conversation  # noqa: E402
+from helpers.masking.templates import FIXED_DATE, FIXED_DAY  # noqa: E402
 
 RESULTS = ROOT / "results" / "masks.json"
 
@@ -225,7 +226,7 @@ def table(path: Path = RESULTS) -> list[str]:
 def main(out: Path) -> None:
     # unsloth before the libraries that it patches
     templates = [*unsloth_templates(), *trl_templates()]
-    from helpers.models import load_tokenizer
+    from helpers.models.load import load_tokenizer
     from helpers.runs import write_json
 
     base = load_tokenizer("smollm2-135m-offline")

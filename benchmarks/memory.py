@@ -5,7 +5,7 @@
     python benchmarks/memory.py fit OUT.jsonl                 # constants of `memory`
 
 Random weights of the published shapes: memory does not depend on their values. Every
-config runs in a process of its own, through `helpers.train` as a notebook would, in
+config runs in a process of its own, through `helpers.training` as a notebook would, in
 fp16 under a cap of 14.0 GiB, FlashAttention off, as on a T4 (which reports 14.74 GiB,
 the CUDA context included; torch's reserved figure does not hold the context). Rows are
 as long as the config allows. The held-out half was named before anything was fitted.
@@ -273,8 +273,11 @@ def build_config(case: Case, model: str, rows: Path) -> Any:
 
 def one(case: Case, model: str, out: Path) -> None:
     """Runs one case in this process and writes what it took."""
-    from helpers import data, grpo, runs, runtime, train
-    from helpers.templates import render
+    from helpers import runs, runtime
+    from helpers.data import preparation as data
+    from helpers.grpo import trainer as grpo
+    from helpers.masking.templates import render
+    from helpers.training import trainer as train
 
     record: dict[str, Any] = {"id": case.id}
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.chats import Messages, turns  # noqa: E402
-from helpers.templates import TemplateError, render  # noqa: E402
+from helpers.errors import TemplateError  # noqa: E402
+from helpers.masking.templates import render  # noqa: E402
 
 NO_LOSS = -100
 Span = tuple[int, int]

@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from helpers.results import results_table  # noqa: E402
+from helpers.evaluation.results import results_table  # noqa: E402
 from helpers.runs import write_json, write_text  # noqa: E402
 
 RESULTS = ROOT / "results"

@@ -1,9 +1,13 @@
-"""tunebook's helpers: one noun a module; import the one you need."""
+"""tunebook's helpers: one package a subject; import the one you need."""
 
-import os
+from importlib import import_module
+from typing import Any
 
-# Before torch is imported: memory of a GPU in segments that grow. Lengths change from
-# step to step, and blocks kept for each of them fill it: the recipe demo-gpu reserved
-# 13 GiB without, 5.6 with.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# the short names of two modules that other notebooks want: no torch until they need it
+SHORT = {"rewards": "helpers.grpo.rewards", "callbacks": "helpers.training.callbacks"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in SHORT:
+        return import_module(SHORT[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

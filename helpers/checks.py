@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from helpers import fields, runtime, shapes
-from helpers.config import ConfigError, RunConfig, Stage, nearest
-from helpers.hub import ModelError
+from helpers.config import RunConfig, Stage
+from helpers.errors import ConfigError, ModelError, nearest
 from helpers.timing import count_steps, step_rows
 
 # the rates that LoRA is usually trained with; we warn ten times outside of them
@@ -156,7 +156,7 @@ def check_training(config: RunConfig, stage: Stage) -> Iterator[Advice]:
     """Finds training arguments that TRL refuses, or that must be above 0."""
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    from helpers.train import machine_arguments
+    from helpers.training.trainer import machine_arguments
 
     values = getattr(config, stage)
     numbers = [n for n in POSITIVE if isinstance(values.get(n), int | float)]
@@ -277,7 +277,7 @@ def check_rewards(config: RunConfig) -> Iterator[Advice]:
     >>> list(check_rewards(recipes.load("demo")))
     []
     """
-    from helpers.rewards import choose, margin
+    from helpers.grpo.rewards import choose, margin
 
     try:
         choose(config.rewards, max_completion_length=1)  # the names are judged alone
@@ -314,7 +314,7 @@ def check_lora(config: RunConfig) -> Iterator[Advice]:
         text = "TRL trains LoRA on lm_head with the loss 'nll' alone. Set it to that."
         yield Advice("error", "sft.loss_type", text)
     if "grpo" in config.stages and config.sampler == "copy":
-        from helpers.sampling import unsupported
+        from helpers.rollout.sampler import unsupported
 
         fault = unsupported(config, tuned)
         if fault:

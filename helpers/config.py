@@ -6,9 +6,7 @@ Holds our few fields; what belongs to TRL and PEFT is handed to them unchanged, 
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,12 +21,10 @@ from pydantic import (
     model_validator,
 )
 
+from helpers.errors import ConfigError, nearest
+
 Stage = Literal["sft", "grpo"]
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message says what to change."""
 
 
 class Source(BaseModel):
@@ -53,7 +49,7 @@ class Source(BaseModel):
     @classmethod
     def format_exists(cls, value: str | None) -> str | None:
         """Refuses a format that is not known."""
-        from helpers.formats import find_format
+        from helpers.data.formats import find_format
 
         return value and find_format(value).name
 
@@ -219,7 +215,7 @@ class RunConfig(BaseModel):
     @classmethod
     def template_exists(cls, value: str) -> str:
         """Refuses what is neither a known template nor a file."""
-        from helpers.templates import template_text
+        from helpers.masking.templates import template_text
 
         template_text(value)
         return value
@@ -247,24 +243,6 @@ class RunConfig(BaseModel):
             if self.sft.get("eval_strategy") not in (None, "no"):
                 raise ValueError("sft.eval_strategy needs data.eval or data.eval_share")
         return self
-
-
-def nearest(name: str, known: Iterable[str], *, sure: float | None = None) -> str:
-    """Returns a hint at the known name closest to a mistyped one.
-
-    With `sure`, a ratio of difflib's, nothing less alike is named, and no longer name.
-
-    >>> nearest("learning_rat", ["learning_rate", "seed"])
-    "; did you mean 'learning_rate'?"
-    >>> nearest("guanaco", ["demo", "guanaco-llama2-7b"])
-    "; did you mean 'guanaco-llama2-7b'?"
-    >>> nearest("zzz", ["seed"])
-    ''
-    """
-    names = list(known)
-    longer = [k for k in names if name and k.startswith(name) and not sure]
-    close = longer or difflib.get_close_matches(name, names, 1, sure or 0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def check_config(values: dict[str, Any]) -> RunConfig:

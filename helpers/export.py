@@ -11,15 +11,17 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import data, models, runtime
+from helpers import runtime
 from helpers.config import RunConfig, Stage
-from helpers.formats import Messages
-from helpers.generation import Answer, generate
-from helpers.hub import ModelError
-from helpers.prompts import to_prompts
+from helpers.data import preparation as data
+from helpers.data.formats import Messages
+from helpers.errors import ModelError
+from helpers.grpo.prompts import to_prompts
+from helpers.inference.generation import Answer, generate
+from helpers.masking.templates import answer_marks, render, stop_token_ids
+from helpers.models import load as models
 from helpers.runs import Run
 from helpers.stages import require_stage
-from helpers.templates import answer_marks, render, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import (
@@ -264,6 +266,6 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
 
 def count_right(answers: list[Answer], gold: list[str]) -> int:
     """Returns how many answers are right."""
-    from helpers.rewards import is_correct
+    from helpers.grpo.rewards import is_correct
 
     return sum(is_correct(a.text, g) for a, g in zip(answers, gold, strict=True))

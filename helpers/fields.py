@@ -20,7 +20,8 @@ from functools import cache
 from types import NoneType, SimpleNamespace
 from typing import Any, get_args, get_origin
 
-from helpers.config import RunConfig, Stage, nearest
+from helpers.config import RunConfig, Stage
+from helpers.errors import nearest
 
 PLACES = {
     "sft": ("trl", "SFTConfig"),
@@ -51,7 +52,7 @@ REMOVED = {
 
 def import_engine(engine: str) -> None:
     """Imports Unsloth where it will train: it must come before TRL and PEFT."""
-    from helpers.models import resolve_engine
+    from helpers.models.load import resolve_engine
 
     late = "trl" in sys.modules or importlib.util.find_spec("unsloth") is None
     if not late and resolve_engine(engine) == "unsloth":

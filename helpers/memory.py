@@ -24,7 +24,7 @@ from helpers.timing import (
 )
 
 if TYPE_CHECKING:
-    from helpers.results import Table
+    from helpers.evaluation.results import Table
 
 GIB = 2**30
 COPY = "16-bit copy to sample from"
@@ -110,7 +110,7 @@ def settle_sampler(
         gpu: of the machine asked about.
         row_tokens: as for `predict`.
     """
-    from helpers.sampling import unsupported
+    from helpers.rollout.sampler import unsupported
 
     if config.sampler != "auto":
         return config
@@ -294,7 +294,7 @@ def compare_weights(config: RunConfig, gpu: Gpu | None = None) -> Table:
         config: the run; its own engine and weights do not count.
         gpu: as for `predict`.
     """
-    from helpers.results import Table
+    from helpers.evaluation.results import Table
 
     gpu = gpu or this_gpu() or T4
     try:

@@ -1,6 +1,6 @@
 """The named configurations of `recipes.toml`; `load("demo")` is one word from a run.
 
-python -m helpers.recipes    # lists them
+python -m helpers recipes    # lists them
 """
 
 from __future__ import annotations
@@ -13,15 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from helpers import runtime
-from helpers.config import (
-    ConfigError,
-    RunConfig,
-    Source,
-    changed,
-    check_config,
-    nearest,
-)
-from helpers.sources import SUFFIXES
+from helpers.config import RunConfig, Source, changed, check_config
+from helpers.data.sources import SUFFIXES
+from helpers.errors import ConfigError, nearest
 
 FILE = Path(__file__).with_name("recipes.toml")
 NOTES = ("source", "needs", "published")  # said of a recipe, no part of its config
@@ -178,7 +172,3 @@ def list_recipes() -> str:
         cells += [engine, notes["needs"], f"{peak:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(list_recipes())  # noqa: T201

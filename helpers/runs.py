@@ -16,6 +16,7 @@ from typing import Any
 
 from helpers import runtime
 from helpers.config import RunConfig, read_config
+from helpers.errors import MissingInput
 
 CONTENT = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 MADE_BY = {
@@ -26,10 +27,6 @@ MADE_BY = {
     "eval": "04_evaluation",
     "export": "05_export",
 }
-
-
-class MissingInput(FileNotFoundError):
-    """Something that a former notebook should have written is not there."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Executes the notebooks in order, unchanged, and prints the run's table.
 
-    python -m helpers.series demo
+    python -m helpers series demo
 
 The executed copies go to `runs/<name>/notebooks/`; a notebook that fails leaves its
 copy there too, and the command ends with the cell's own error.
@@ -41,7 +41,8 @@ def notebooks_for(config: RunConfig) -> list[Path]:
     Those of stages that it lacks are left out, and the evaluation where no rows are
     held out.
     """
-    from helpers import evaluation, stages
+    from helpers import stages
+    from helpers.evaluation import evaluator as evaluation
 
     idle = {
         name for stage, name in stages.NOTEBOOKS.items() if stage not in config.stages
@@ -89,7 +90,8 @@ def main(recipe: str) -> int:
     """
     from nbclient.exceptions import CellExecutionError
 
-    from helpers import page, recipes, results, runs
+    from helpers import recipes, runs
+    from helpers.evaluation import page, results
 
     config = recipes.load(recipe)
     os.environ["TUNEBOOK_RUN"] = config.name
@@ -112,8 +114,3 @@ def main(recipe: str) -> int:
         results.print_report(run)
     print(f"one page with pictures: {page.write(run)}")  # noqa: T201
     return 0
-
-
-if __name__ == "__main__":
-    with runtime.exit_on(FileNotFoundError):
-        sys.exit(main(sys.argv[1]))

@@ -12,13 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from helpers.errors import UnknownArchitecture
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel
-
-
-class UnknownArchitecture(ValueError):
-    """A model whose numbers are neither known here nor found on disk or hub."""
 
 
 class Architecture(NamedTuple):
@@ -158,7 +156,7 @@ def adapt(model: str, lora: dict[str, Any]) -> PeftModel:
         UnknownArchitecture: see `find_config`.
         ModelError: PEFT refuses it, or would leave out a part of it.
     """
-    from helpers import models
+    from helpers.models import load as models
 
     models.check_lora(skeleton(model), lora)
     fields = json.dumps(lora, default=list)

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import budget, diagnostics, runtime
-from helpers.config import ConfigError, RunConfig, Stage
-from helpers.formats import Row
+from helpers import runtime
+from helpers.config import RunConfig, Stage
+from helpers.data.formats import Row
+from helpers.errors import ConfigError
+from helpers.grpo import budget, diagnostics
+from helpers.masking.templates import template_text
 from helpers.runs import Run, content_hash, fingerprint, write_json
-from helpers.templates import template_text
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -141,7 +143,7 @@ def callback_of(trainer: Trainer, kind: type) -> Any:
 
 def stage_report(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
     """Returns a stage's part of `report.json` from what the trainer logged."""
-    from helpers import callbacks
+    from helpers.training import callbacks
 
     history = callback_of(trainer, callbacks.History)
     skipped = callback_of(trainer, callbacks.SkippedSteps)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from helpers.formats import Messages
+from helpers.data.formats import Messages
 
 ROWS = [
     {"prompt": "Say hi, twice.", "completion": 'hi "hi"'},

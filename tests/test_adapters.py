@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from benchmarks import adapters
-from helpers import data, models, train
-from helpers.models import ModelError
+from helpers.data import preparation as data
+from helpers.errors import ModelError
+from helpers.models import load as models
 from helpers.runs import Run
+from helpers.training import trainer as train
 
 COMMITTED = Path(__file__).parent.parent / "results" / "adapters.json"
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}

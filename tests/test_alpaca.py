@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from helpers import alpaca
-from helpers.formats import DataError
-from helpers.judge import Judge, JudgeError
+from helpers.errors import DataError, JudgeError
+from helpers.llm_judge import alpaca_eval as alpaca
+from helpers.llm_judge.judge import Judge
 from helpers.runs import Run
 from tests.judge_server import JudgeServer
 

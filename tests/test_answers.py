@@ -1,4 +1,4 @@
-"""Tests of helpers.answers: what an answer is, and which are right."""
+"""Tests of helpers.grpo.answers: what an answer is, and which are right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from helpers import answers, numerals
+from helpers.grpo import answers, numerals
 
 
 @pytest.mark.parametrize(

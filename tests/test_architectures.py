@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from benchmarks.chats import fit_tokenizer, trl_templates
-from helpers import data, generation, masking, train
-from helpers.models import load_tokenizer
+from helpers.data import preparation as data
+from helpers.inference import generation
+from helpers.masking import dataset as masking
+from helpers.masking.templates import stop_token_ids
+from helpers.models.load import load_tokenizer
 from helpers.runs import Run
-from helpers.templates import stop_token_ids
+from helpers.training import trainer as train
 from tests.tiny import save_tiny_model
 
 # family -> the class's name, trl's template for it, and what else its config needs

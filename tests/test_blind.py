@@ -1,11 +1,14 @@
-"""Tests of helpers.blind: the form's real widgets, without a browser."""
+"""Tests of helpers.widgets.blind_form: the form's real widgets, without a browser."""
 
 from __future__ import annotations
 
 import pytest
 
-from helpers import blind, data, ratings, recipes, runs
-from helpers.formats import DataError
+from helpers import recipes, runs
+from helpers.data import preparation as data
+from helpers.errors import DataError
+from helpers.widgets import blind_form as blind
+from helpers.widgets import ratings
 
 MODELS = ("base", "sft")
 

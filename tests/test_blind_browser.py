@@ -6,7 +6,9 @@ import pytest
 import test_panel_browser as browser
 from test_panel_browser import notebook, page, run_cell  # noqa: F401
 
-from helpers import data, ratings, recipes, runs
+from helpers import recipes, runs
+from helpers.data import preparation as data
+from helpers.widgets import ratings
 
 pytestmark = browser.pytestmark
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import budget, recipes
+from helpers import recipes
 from helpers.config import changed
+from helpers.grpo import budget
 
 
 def timing(**changes: float) -> budget.Timing:

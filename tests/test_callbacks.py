@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from helpers import callbacks, models
+from helpers.models import load as models
+from helpers.training import callbacks
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import pytest
 
 from helpers import checks, fields, recipes, runtime, timing
 from helpers.checks import Advice
-from helpers.config import ConfigError, RunConfig, changed
+from helpers.config import RunConfig, changed
+from helpers.errors import ConfigError
 from helpers.runtime import Machine
 
 T4 = Machine("local", "cuda", "Tesla T4", 14.7, (7, 5))
@@ -672,7 +673,7 @@ def test_no_default_of_a_class_is_written_down_a_second_time() -> None:
     named = set(fields.hints("sft")) | set(fields.hints("grpo"))
     named |= set(fields.hints("lora"))
     copies = []
-    for path in sorted(Path(checks.__file__).parent.glob("*.py")):
+    for path in sorted(Path(checks.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             match node:
                 case ast.Call(
@@ -838,7 +839,8 @@ def test_rewards_that_may_prefer_a_wrong_answer_are_warned_of(
 def test_a_config_with_errors_is_refused_before_its_data_are_read(
     runs_home: Path, demo: RunConfig
 ) -> None:
-    from helpers import runs, train
+    from helpers import runs
+    from helpers.training import trainer as train
 
     run = runs.save_run(changed(demo, lora__r="16"))
     with pytest.raises(ConfigError, match="^lora.r: found '16'; expected int$"):

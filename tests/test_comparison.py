@@ -1,13 +1,16 @@
-"""Tests of helpers.comparison: models in pairs, and several runs in one table."""
+"""Tests of evaluation.comparison: models in pairs, and several runs in one table."""
 
 from __future__ import annotations
 
 import pytest
 
-from helpers import comparison, data, evaluation, recipes, runs
+from helpers import recipes, runs
 from helpers.config import changed
-from helpers.formats import DataError
-from helpers.intervals import proportion
+from helpers.data import preparation as data
+from helpers.errors import DataError
+from helpers.evaluation import comparison
+from helpers.evaluation import evaluator as evaluation
+from helpers.evaluation.stats import proportion
 
 
 @pytest.fixture

@@ -8,14 +8,8 @@ from pathlib import Path
 import pytest
 
 from helpers import recipes
-from helpers.config import (
-    ConfigError,
-    RunConfig,
-    changed,
-    check_config,
-    nearest,
-    read_config,
-)
+from helpers.config import RunConfig, changed, check_config, read_config
+from helpers.errors import ConfigError, nearest
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from helpers import curves
+from helpers.training import plots as curves
 
 
 def entries(**columns: list[float]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Tests of helpers.data: sources are mixed, split and written; nothing leaks."""
+"""Tests of data.preparation: sources are mixed, split and written; nothing leaks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from helpers import data, recipes, runs
-from helpers.config import ConfigError, changed, read_config
-from helpers.formats import DataError
-from helpers.runs import MissingInput, Run
+from helpers import recipes, runs
+from helpers.config import changed, read_config
+from helpers.data import preparation as data
+from helpers.errors import ConfigError, DataError, MissingInput
+from helpers.runs import Run
 from tests.rows import ROWS, messages_row, pair, problem, turns, write
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers import train
+from helpers.training import trainer as train
 
 SAMPLES = Path(__file__).resolve().parent.parent / "data_samples"
 COUNTS = {"train": 2400, "eval": 200, "test": 400, "test_new": 200}

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from helpers import diagnostics
-from helpers.diagnostics import State
+from helpers.grpo import diagnostics
+from helpers.grpo.diagnostics import State
 
 HEALTHY = State(
     step=40,

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from helpers import data, duels, fastchat, pairs
-from helpers.judge import Judge, JudgeError
-from helpers.runs import MissingInput, Run
+from helpers.data import preparation as data
+from helpers.errors import JudgeError, MissingInput
+from helpers.llm_judge import duels, fastchat
+from helpers.llm_judge import pairwise as pairs
+from helpers.llm_judge.judge import Judge
+from helpers.runs import Run
 from tests.judge_server import JudgeServer
 
 PROMPTS = {

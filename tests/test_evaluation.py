@@ -11,8 +11,14 @@ from typing import Any
 
 import pytest
 
-from helpers import data, evaluation, intervals, metrics, models, results, verdicts
-from helpers.config import ConfigError
+from helpers.data import preparation as data
+from helpers.errors import ConfigError
+from helpers.evaluation import evaluator as evaluation
+from helpers.evaluation import gsm8k as verdicts
+from helpers.evaluation import results
+from helpers.evaluation import stats as intervals
+from helpers.evaluation import text_metrics as metrics
+from helpers.models import load as models
 from helpers.runs import Run
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -181,8 +187,8 @@ def labelled(run_factory: Callable[..., Run], tmp_path: Path) -> Callable[..., R
 def test_labels_that_the_config_names_are_counted_as_they_are(
     labelled: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from helpers import generation
-    from helpers.generation import Answer
+    from helpers.inference import generation
+    from helpers.inference.generation import Answer
 
     def answer(model: Any, tokenizer: Any, prompts: list[Any], **_: Any) -> Any:
         # "C" is right for a third; SQuAD's normaliser would take it for all
@@ -295,7 +301,7 @@ def test_models_that_answered_other_questions_are_not_compared(run: Run) -> None
 def test_a_protocol_without_lm_eval_says_how_to_get_it(
     run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from helpers import protocols
+    from helpers.evaluation import protocols
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match="pip install lm-eval==.*protocol='ours'"):
@@ -305,7 +311,7 @@ def test_a_protocol_without_lm_eval_says_how_to_get_it(
 def test_a_protocol_with_shots_wants_problems_to_show(
     run_factory: Callable[..., Run], tokenizer: Any
 ) -> None:
-    from helpers import protocols
+    from helpers.evaluation import protocols
 
     chats = run_factory(**CHATS, evaluation__protocol="gsm8k")
     with pytest.raises(ConfigError, match="solved examples of data.problems"):
@@ -332,7 +338,7 @@ def test_the_chat_protocol_has_a_turn_for_each_of_its_shots(
     run_factory: Callable[..., Run], tokenizer: Any
 ) -> None:
     pytest.importorskip("lm_eval")
-    from helpers import protocols
+    from helpers.evaluation import protocols
 
     run = run_factory(**PROBLEMS, evaluation__protocol="gsm8k_cot_llama")
     asked = protocols.ask(run, tokenizer, [{"question": "1 + 1?", "answer": "#### 2"}])

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from helpers import data, evaluation, export, train
-from helpers.config import ConfigError
-from helpers.generation import Answer
-from helpers.hub import ModelError
-from helpers.runs import MissingInput, Run
+from helpers import export
+from helpers.data import preparation as data
+from helpers.errors import ConfigError, MissingInput, ModelError
+from helpers.evaluation import evaluator as evaluation
+from helpers.inference.generation import Answer
+from helpers.runs import Run
+from helpers.training import trainer as train
 
 
 @pytest.mark.parametrize("weights", ["16bit", "4bit", "8bit"])
@@ -120,7 +122,7 @@ def make_base_like(folder: Path) -> Path:
     """Copies the offline model, with another EOS than the one its template writes."""
     import shutil
 
-    from helpers.hub import OFFLINE, find_model
+    from helpers.models.hub import OFFLINE, find_model
 
     shutil.copytree(find_model(OFFLINE), folder)
     edits = {

@@ -1,4 +1,4 @@
-"""Tests of helpers.formats: every format in, one form out, told apart with a reason."""
+"""Tests of data.formats: every format in, one form out, told apart with a reason."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import pytest
 
 from helpers import runtime
 from helpers.config import SYSTEM_PROMPT
-from helpers.data import ask
-from helpers.formats import (
+from helpers.data.formats import (
     FORMATS,
     LEARNT,
-    DataError,
     Fields,
     Messages,
     detect_format,
     read_prompt,
     read_turns,
 )
-from helpers.reading import Reader, to_conversations, to_problems
-from helpers.sources import load_rows
-from helpers.templates import INSTRUCTION_TEMPLATE, render
+from helpers.data.preparation import ask
+from helpers.data.reading import Reader, to_conversations, to_problems
+from helpers.data.sources import load_rows
+from helpers.errors import DataError
+from helpers.masking.templates import INSTRUCTION_TEMPLATE, render
 from tests.rows import ROWS, messages_row, pair, problem, turns
 
 if TYPE_CHECKING:

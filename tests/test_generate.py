@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 
-from helpers import data, generate, generation, models, runtime
+from helpers import runtime
+from helpers.data import preparation as data
+from helpers.inference import chat as generate
+from helpers.inference import generation
+from helpers.models import load as models
 from helpers.runs import Run
 from tests.rows import turns, write
 

@@ -25,19 +25,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import (
-    config,
-    data,
-    evaluation,
-    masking,
-    models,
-    recipes,
-    rewards,
-    runs,
-    templates,
-    train,
-    verdicts,
-)
+from helpers import config, recipes, runs
+from helpers.data import preparation as data
+from helpers.evaluation import evaluator as evaluation
+from helpers.evaluation import gsm8k as verdicts
+from helpers.grpo import rewards
+from helpers.masking import dataset as masking
+from helpers.masking import templates
+from helpers.models import load as models
+from helpers.training import trainer as train
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "golden.json"

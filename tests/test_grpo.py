@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 
-from helpers import budget, data, grpo, guards, heldout, rewards, train
-from helpers.config import ConfigError, changed
-from helpers.generation import Answer
+from helpers.config import changed
+from helpers.data import preparation as data
+from helpers.errors import ConfigError
+from helpers.grpo import budget, heldout, rewards
+from helpers.grpo import monitor as guards
+from helpers.grpo import trainer as grpo
+from helpers.inference.generation import Answer
 from helpers.runs import Run
+from helpers.training import trainer as train
 
 
 def length(completions: list[Any], **_: Any) -> list[float | None]:
@@ -97,7 +102,7 @@ def test_the_held_out_reward_is_the_weighted_mean_over_answers(
 def test_held_out_answers_are_greedy_whoever_samples(
     make: Callable[..., Run], sampler: str
 ) -> None:
-    from helpers.generation import generate
+    from helpers.inference.generation import generate
 
     run = make(sampler=sampler, grpo__eval_steps=1, grpo__learning_rate=1e-2)
     model, tokenizer = train.load_for_training(run, "grpo")

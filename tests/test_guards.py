@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from helpers import budget, diagnostics, guards
-from helpers.record import ALL_RIGHT, ALL_WRONG, Record
+from helpers.grpo import budget, diagnostics
+from helpers.grpo import monitor as guards
+from helpers.grpo.record import ALL_RIGHT, ALL_WRONG, Record
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = SimpleNamespace(

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import hub
-from helpers.hub import MIRRORS, gated_model
+from helpers.models import hub
+from helpers.models.hub import MIRRORS, gated_model
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = "meta-llama/Llama-3.2-1B-Instruct"

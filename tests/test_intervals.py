@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from helpers import intervals
+from helpers.evaluation import stats as intervals
 
 Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from helpers import data, evaluation
-from helpers.generation import Answer
-from helpers.items import answer_rows, read_items
+from helpers.data import preparation as data
+from helpers.evaluation import evaluator as evaluation
+from helpers.evaluation.items import answer_rows, read_items
+from helpers.inference.generation import Answer
 from helpers.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent

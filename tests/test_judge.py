@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from helpers import judge
-from helpers.formats import DataError
-from helpers.judge import Judge, JudgeError
+from helpers.errors import DataError, JudgeError
+from helpers.llm_judge import judge
+from helpers.llm_judge.judge import Judge
 from helpers.runs import Run
 from tests.judge_server import JudgeServer
 

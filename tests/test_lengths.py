@@ -1,4 +1,4 @@
-"""Tests of helpers.lengths: what is counted is what training would cut."""
+"""Tests of helpers.masking.lengths: what is counted is what training would cut."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from helpers import data, lengths, masking
-from helpers.formats import DataError, Messages
+from helpers.data import preparation as data
+from helpers.data.formats import Messages
+from helpers.errors import DataError
+from helpers.masking import dataset as masking
+from helpers.masking import lengths
+from helpers.masking.templates import render
 from helpers.runs import Run
-from helpers.templates import render
 from tests.rows import turns
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Tests of helpers.masking: exactly which tokens carry loss.
+"""Tests of helpers.masking.dataset: exactly which tokens carry loss.
 
 The oracles build the ids piece by piece, turn by turn, from what the formats are
 documented to be; they know nothing of templates, spans or offsets.
@@ -13,20 +13,20 @@ from typing import Any
 
 import pytest
 
-from helpers import masking
-from helpers.formats import DataError, Messages
-from helpers.masking import (
+from helpers.data.formats import Messages
+from helpers.errors import DataError, TemplateError
+from helpers.masking import dataset as masking
+from helpers.masking.dataset import (
     NO_LOSS,
     Example,
     check_rows,
     mask_conversation,
     mask_conversations,
 )
-from helpers.templates import (
+from helpers.masking.templates import (
     FIXED_DATE,
     INSTRUCTION_TEMPLATE,
     LLAMA2_TEMPLATE,
-    TemplateError,
     render,
 )
 from tests.rows import CHATML, turns

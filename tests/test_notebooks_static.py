@@ -14,7 +14,9 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import nbformat
@@ -69,7 +71,7 @@ def defined(tree: ast.Module) -> set[str]:
 
 @cache
 def helpers() -> dict[str, ast.Module]:
-    files = (ROOT / "helpers").glob("*.py")
+    files = (ROOT / "helpers").rglob("*.py")
     return {f.stem: ast.parse(f.read_text(encoding="utf-8")) for f in files}
 
 
@@ -295,38 +297,27 @@ def test_every_name_is_bound_by_a_cell_above(path):
     assert undefined("\n".join(s + "\n" for s in sources(path, "code"))) == ""
 
 
-@every_notebook
-def test_every_import_from_the_helpers_exists(path):
-    absent = []
+def imported(path: Path) -> dict[str, Any]:
+    """What the notebook's cells bind by importing from the helpers, really imported."""
+    bound = {}
     for node in nodes(path):
-        if isinstance(node, ast.ImportFrom) and node.module == "helpers":
-            known = set(helpers()) | defined(helpers()["__init__"])
-            absent += [a.name for a in node.names if a.name not in known]
-        elif isinstance(node, ast.ImportFrom) and node.module.startswith("helpers."):
-            module = node.module.removeprefix("helpers.")
-            assert module in helpers(), node.module
-            known = defined(helpers()[module])
-            absent += [a.name for a in node.names if a.name not in known]
-        elif isinstance(node, ast.Import):
-            names = [a.name for a in node.names if a.name.startswith("helpers.")]
-            absent += [n for n in names if n.split(".")[1] not in helpers()]
-    assert absent == []
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "helpers":
+            module = import_module(node.module)
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    import_module(f"{node.module}.{alias.name}")
+                bound[alias.asname or alias.name] = getattr(module, alias.name)
+    return bound
 
 
 @every_notebook
-def test_everything_that_is_asked_of_a_helper_module_exists(path):
-    modules = {
-        alias.asname or alias.name: alias.name
-        for node in nodes(path)
-        if isinstance(node, ast.ImportFrom) and node.module == "helpers"
-        for alias in node.names
-    }
+def test_everything_that_is_asked_of_the_helpers_exists(path):
+    modules = {k: v for k, v in imported(path).items() if isinstance(v, ModuleType)}
     absent = [
-        f"{modules[node.value.id]}.{node.attr}"
+        f"{node.value.id}.{node.attr}"
         for node in nodes(path)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-        if node.value.id in modules
-        if node.attr not in defined(helpers()[modules[node.value.id]])
+        if node.value.id in modules and not hasattr(modules[node.value.id], node.attr)
     ]
     assert absent == []
 
@@ -336,7 +327,7 @@ def test_no_imported_helper_module_is_overwritten(path):
     modules = {
         alias.asname or alias.name
         for node in nodes(path)
-        if isinstance(node, ast.ImportFrom) and node.module == "helpers"
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "helpers"
         for alias in node.names
     }
     names = [node for node in nodes(path) if isinstance(node, ast.Name)]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from helpers.formats import Messages
-from helpers.masking import NO_LOSS, mask_conversations
+from helpers.data.formats import Messages
+from helpers.masking.dataset import NO_LOSS, mask_conversations
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 160

@@ -1,4 +1,4 @@
-"""Tests of helpers.page: the report of a run as one page."""
+"""Tests of helpers.evaluation.page: the report of a run as one page."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from helpers import data, evaluation, page, recipes, runs
+from helpers import recipes, runs
 from helpers.config import changed
-from helpers.intervals import proportion
+from helpers.data import preparation as data
+from helpers.evaluation import evaluator as evaluation
+from helpers.evaluation import page
+from helpers.evaluation.stats import proportion
 
 ANSWER = {"question": "How many?", "gold": "7", "tokens": 4, "stopped": True}
 LOADING = ("src", "href", "data", "action", "srcset", "poster")

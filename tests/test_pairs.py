@@ -1,12 +1,14 @@
-"""Tests of helpers.pairs: pairs, winners, and answers side by side."""
+"""Tests of helpers.llm_judge.pairwise: pairs, winners, and answers side by side."""
 
 from __future__ import annotations
 
 import pytest
 
-from helpers import data, pairs, recipes, runs
+from helpers import recipes, runs
 from helpers.config import changed
-from helpers.formats import DataError
+from helpers.data import preparation as data
+from helpers.errors import DataError
+from helpers.llm_judge import pairwise as pairs
 
 
 def item(n, output, correct=None, **more):

@@ -1,4 +1,4 @@
-"""Tests of helpers.panel: the form's real widgets, without a browser."""
+"""Tests of helpers.widgets.panel: the form's real widgets, without a browser."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import time
 
 import pytest
 
-from helpers import gpus, knobs, memory, panel, recipes, runs, summary, timing, train
-from helpers.config import ConfigError, Source, changed, read_config
+from helpers import gpus, memory, recipes, runs, timing
+from helpers.config import Source, changed, read_config
+from helpers.errors import ConfigError
+from helpers.training import trainer as train
+from helpers.widgets import knobs, panel, summary
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Tests of helpers.prompts: few-shot turns, the length limit, the pass-rate filter."""
+"""Tests of grpo.prompts: few-shot turns, the length limit, the pass-rate filter."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 
-from helpers import answers, data, grpo, prompts, sampling, stages, train
-from helpers.config import SYSTEM_PROMPT, ConfigError, changed
+from helpers import stages
+from helpers.config import SYSTEM_PROMPT, changed
+from helpers.data import preparation as data
+from helpers.errors import ConfigError
+from helpers.grpo import answers, prompts
+from helpers.grpo import trainer as grpo
+from helpers.rollout import sampler as sampling
 from helpers.runs import Run, write_json
+from helpers.training import trainer as train
 
 # in the format of GSM8K's files, notes for a calculator included
 ROWS = [

@@ -1,11 +1,13 @@
-"""Tests of helpers.ratings: what is rated, and how it is counted."""
+"""Tests of helpers.widgets.ratings: what is rated, and how it is counted."""
 
 from __future__ import annotations
 
 import pytest
 
-from helpers import data, ratings, recipes, runs
-from helpers.pairs import Pair
+from helpers import recipes, runs
+from helpers.data import preparation as data
+from helpers.llm_judge.pairwise import Pair
+from helpers.widgets import ratings
 
 MODELS = ("base", "sft")
 

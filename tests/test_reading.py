@@ -1,4 +1,4 @@
-"""Tests of helpers.reading: rows are filtered in words, bad ones refused by number."""
+"""Tests of data.reading: rows are filtered in words, bad ones refused by number."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from helpers.formats import DataError
-from helpers.reading import Reader, to_conversations, to_problems
+from helpers.data.reading import Reader, to_conversations, to_problems
+from helpers.errors import DataError
 from tests.rows import ROWS, messages_row, pair, problem
 
 # bad rows

@@ -13,11 +13,17 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from helpers import data, evaluation, generation, grpo, recipes, results, runs, train
+from helpers import recipes, runs
 from helpers.config import RunConfig, changed
-from helpers.masking import NO_LOSS
+from helpers.data import preparation as data
+from helpers.evaluation import evaluator as evaluation
+from helpers.evaluation import results
+from helpers.grpo import trainer as grpo
+from helpers.inference import generation
+from helpers.masking.dataset import NO_LOSS
 from helpers.runs import Run
 from helpers.stages import callback_of
+from helpers.training import trainer as train
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [name for name in recipes.NAMES if name != "smoke"]  # the demo, smaller
@@ -265,7 +271,7 @@ def test_rows_are_drawn_as_the_recipe_says(trained: Trained) -> None:
 def test_the_callbacks_are_there_and_the_tracker_where_it_can_be(
     trained: Trained,
 ) -> None:
-    from helpers import callbacks
+    from helpers.training import callbacks
 
     trainer = trained.trainers["sft"]
     assert callback_of(trainer, callbacks.BestAdapter).by == trained.config.best_by
@@ -324,7 +330,9 @@ def test_a_recipe_runs_on_the_real_model_with_either_engine(
     config = changed(small(name, "smollm2-135m-offline"), engine=engine)
     path = tmp_path / "config.json"
     path.write_text(config.model_dump_json(), encoding="utf-8")
-    run_python("-m", "helpers.train", str(path), TUNEBOOK_RUNS=str(tmp_path / "runs"))
+    run_python(
+        "-m", "helpers", "train", str(path), TUNEBOOK_RUNS=str(tmp_path / "runs")
+    )
     text = (tmp_path / "runs" / name / "report.json").read_text(encoding="utf-8")
     report = json.loads(text)
     assert report["environment"]["engine"] == engine
@@ -336,7 +344,7 @@ def test_a_recipe_runs_on_the_real_model_with_either_engine(
 def test_a_recipes_small_version_is_one_command(
     tmp_path: Path, run_python: Any
 ) -> None:
-    command = ["-m", "helpers.train", "dolly-llama32-3b", "--small"]
+    command = ["-m", "helpers", "train", "dolly-llama32-3b", "--small"]
     done = run_python(*command, TUNEBOOK_RUNS=str(tmp_path))
     assert "run dolly-llama32-3b-small on" in done.stdout
     assert "eval loss" in done.stdout

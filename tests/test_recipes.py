@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from helpers import recipes, rewards, runtime
-from helpers.config import ConfigError
+from helpers import recipes, runtime
+from helpers.errors import ConfigError
+from helpers.grpo import rewards
 
 
 def test_an_unknown_recipe_gets_the_nearest_name_and_all_known_ones() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from helpers.record import ALL_RIGHT, ALL_WRONG, Record, answers_table
+from helpers.grpo.record import ALL_RIGHT, ALL_WRONG, Record, answers_table
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""Tests of what helpers.results shows of a report."""
+"""Tests of what helpers.evaluation.results shows of a report."""
 
 from __future__ import annotations
 
 import pytest
 
-from helpers import intervals, results
+from helpers.evaluation import results
+from helpers.evaluation import stats as intervals
 
 
 def part(k: int, k_new: int, **changes):
@@ -96,7 +97,7 @@ def test_a_model_that_was_only_judged_is_no_row(report):
 
 
 def test_text_metrics_have_their_intervals(chats):
-    from helpers import metrics
+    from helpers.evaluation import text_metrics as metrics
 
     texts = [("a cat sat", "a cat sat"), ("a dog", "a bird flew away")]
     rows = [{"output": o, "reference": r, **metrics.score(o, r)} for o, r in texts]
@@ -110,7 +111,7 @@ def test_text_metrics_have_their_intervals(chats):
 
 
 def test_rates_of_labels_have_a_table_of_their_own(chats):
-    from helpers import metrics
+    from helpers.evaluation import text_metrics as metrics
 
     items = [{"output": o, "reference": "a"} for o in ("a", "b", "so: a")]
     rates = metrics.classify(items, ["a", "b"])

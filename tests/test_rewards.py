@@ -1,4 +1,4 @@
-"""Tests of helpers.rewards: what each reward pays, and what no trick earns."""
+"""Tests of helpers.grpo.rewards: what each reward pays, and what no trick earns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from helpers import data, reading, recipes, rewards
+from helpers import recipes
+from helpers.data import preparation as data
+from helpers.data import reading
+from helpers.grpo import rewards
 
 ROOT = Path(__file__).resolve().parent.parent
 CUT = 100  # tokens, in these tests

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from helpers import recipes, runs, runtime
-from helpers.config import ConfigError, changed
-from helpers.runs import MissingInput, Run
+from helpers.config import changed
+from helpers.errors import ConfigError, MissingInput
+from helpers.runs import Run
 
 
 def files_below(folder: Path) -> list[str]:

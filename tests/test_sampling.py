@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
-from helpers import decoding, memory, models, sampling
-from helpers.config import ConfigError, changed
+from helpers import memory
+from helpers.config import changed
+from helpers.errors import ConfigError
 from helpers.gpus import T4
+from helpers.models import load as models
+from helpers.rollout import decoder as decoding
+from helpers.rollout import sampler as sampling
 from helpers.runs import Run
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [20]]
@@ -252,7 +256,7 @@ def test_the_copy_answers_as_the_model_does_whatever_it_drew_before(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from helpers import generation
+    from helpers.inference import generation
 
     model = load()
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)

@@ -79,7 +79,7 @@ def test_our_errors_are_shown_as_a_sentence_and_others_with_their_traceback(
 
 
 def test_the_command_line_says_in_a_sentence_what_is_wrong(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "helpers.train", str(tmp_path / "none.json")]
+    command = [sys.executable, "-m", "helpers", "train", str(tmp_path / "none.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("ConfigError: no config at")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from helpers import recipes, shapes
-from helpers.hub import ModelError
+from helpers.errors import ModelError
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STOCK = "unsloth/Llama-3.2-1B-Instruct"
@@ -134,7 +134,7 @@ def test_lora_that_does_not_fit_the_model_is_refused_in_one_sentence(
 
 
 def test_the_offline_models_numbers_are_those_of_its_file() -> None:
-    from helpers import models
+    from helpers.models import load as models
 
     known = shapes.find_architecture("smollm2-135m-offline")
     place = models.find_model("smollm2-135m-offline")

@@ -1,4 +1,4 @@
-"""Tests of helpers.sources: any file name, any encoding that says so, no cache."""
+"""Tests of helpers.data.sources: any file name, any encoding that says so, no cache."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 
 from helpers import runtime
 from helpers.config import Source
-from helpers.formats import DataError
-from helpers.sources import content_of, load_rows, open_rows
+from helpers.data.sources import content_of, load_rows, open_rows
+from helpers.errors import DataError
 from tests.rows import ROWS, pair, write
 
 

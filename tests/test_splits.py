@@ -1,11 +1,11 @@
-"""Tests of helpers.splits: a question stays on its side, and is on one side only."""
+"""Tests of data.splits: a question stays on its side, and is on one side only."""
 
 from __future__ import annotations
 
 import pytest
 
-from helpers.formats import DataError
-from helpers.splits import assert_disjoint, place_of, split
+from helpers.data.splits import assert_disjoint, place_of, split
+from helpers.errors import DataError
 
 # leaks
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from helpers import data, stages, train
-from helpers.config import ConfigError
+from helpers import stages
+from helpers.data import preparation as data
+from helpers.errors import ConfigError
 from helpers.runs import Run, content_hash, write_json
+from helpers.training import trainer as train
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_a_stage_without_a_step_is_not_finished(
 def test_a_template_file_is_known_by_its_content(
     run_factory: Callable[..., Run], tmp_path: Path, tokenizer: Any
 ) -> None:
-    from helpers.evaluation import model_print
+    from helpers.evaluation.evaluator import model_print
 
     file = tmp_path / "mine.jinja"
     file.write_text(tokenizer.chat_template)

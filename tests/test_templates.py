@@ -1,4 +1,4 @@
-"""Tests of helpers.templates: BOS once, pad told from EOS, turns that end."""
+"""Tests of helpers.masking.templates: BOS once, pad told from EOS, turns that end."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
-from helpers import data, recipes, templates
-from helpers.config import ConfigError, check_config
-from helpers.templates import FIXED_DATE, TemplateError, render
+from helpers import recipes
+from helpers.config import check_config
+from helpers.data import preparation as data
+from helpers.errors import ConfigError, TemplateError
+from helpers.masking import templates
+from helpers.masking.templates import FIXED_DATE, render
 
 MakeTokenizer = Callable[..., Any]
 
@@ -429,7 +432,7 @@ def test_each_token_that_ends_a_turn_is_a_stop_token(
 def test_a_special_token_that_the_template_does_not_write_can_pad(
     make_tokenizer: Any,
 ) -> None:
-    from helpers.templates import find_pad_token
+    from helpers.masking.templates import find_pad_token
 
     tokenizer = make_tokenizer(bos_token="<|im_start|>", eos_token="<|endoftext|>")
     tokenizer.chat_template = "{{ messages[0].content }}<|im_end|>"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import trackers, train
 from helpers.runs import Run
-from helpers.trackers import choose_trackers
+from helpers.training import trackers
+from helpers.training import trainer as train
+from helpers.training.trackers import choose_trackers
 
 
 @pytest.fixture(autouse=True)

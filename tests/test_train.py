@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 
-from helpers import data, recipes, rewards, runtime, stages, train
-from helpers.budget import read_used
-from helpers.config import ConfigError, changed
-from helpers.runs import MissingInput, Run
+from helpers import recipes, runtime, stages
+from helpers.config import changed
+from helpers.data import preparation as data
+from helpers.errors import ConfigError, MissingInput
+from helpers.grpo import rewards
+from helpers.grpo.budget import read_used
+from helpers.runs import Run
+from helpers.training import trainer as train
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLED = """
@@ -119,7 +123,7 @@ def test_a_run_killed_after_its_last_step_is_only_reported(prepared: Run) -> Non
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
-    from helpers.callbacks import last_checkpoint
+    from helpers.training.callbacks import last_checkpoint
 
     for step, state in ((2, '{"global_step": 2}'), (4, '{"global_st'), (6, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -222,9 +226,9 @@ def test_a_packed_batch_has_the_loss_of_its_documents_apart(
     from trl import pack_dataset
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from helpers.evaluation import response_loss
-    from helpers.masking import mask_conversations
-    from helpers.models import load_tokenizer
+    from helpers.evaluation.evaluator import response_loss
+    from helpers.masking.dataset import mask_conversations
+    from helpers.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(str(tiny_model_folder))
     rows = data.read_rows(prepared.path / "data" / "train.jsonl")[:12]
@@ -247,7 +251,7 @@ def test_the_command_line_trains_both_stages_and_prints_the_table(
 ) -> None:
     path = prepared.path / "config.json"
     path.write_text(path.read_text().replace('"length"', '"number_present"'))
-    done = run_python("-m", "helpers.train", str(path))
+    done = run_python("-m", "helpers", "train", str(path))
     assert prepared.report()["grpo"]["steps"] == 3
     labels = [line.split("  ")[0] for line in done.stdout.splitlines()[-3:]]
     assert labels == ["base", "after SFT", "after GRPO"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers import data
+from helpers.data import preparation as data
 from helpers.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from helpers import verdicts
-from helpers.intervals import proportion
+from helpers.evaluation import gsm8k as verdicts
+from helpers.evaluation.stats import proportion
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -1,0 +1,8 @@
+"""Held-out metrics: items, verdicts, intervals, tables and plots."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={},
+)

@@ -1,0 +1,8 @@
+"""GRPO: the answer parser, rewards, problems, trainer and diagnostics."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={},
+)

@@ -1,0 +1,8 @@
+"""Answers of a model: batched, streamed, interactive."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={},
+)

@@ -1,0 +1,8 @@
+"""Token ids and labels of conversations: loss on the assistant's words alone."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={},
+)

@@ -1,0 +1,325 @@
+"""Token ids + labels with loss on assistant tokens only; shows the mask to a human.
+
+Labels are computed when tokenising and stored with the tokens, so packing and any
+collator keep them. `turns` finds where the assistant speaks. The guards look at every
+row before training, not at a sample.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from helpers.data.formats import Messages
+from helpers.errors import DataError, TemplateError
+from helpers.masking.spans import (
+    NO_LOSS,
+    LossOn,
+    Span,
+    find_spans,
+    label_tokens,
+    learnt_spans,
+)
+from helpers.masking.templates import answer_marks, stop_token_ids
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+BATCH = 512  # conversations in memory at a time
+NAMED = 20  # rows in a message
+TOO_LONG = "no answer begins within max_length"
+NOTHING = "there is no answer to learn"
+Example = dict[str, list[int]]
+
+
+class Masked(NamedTuple):
+    """Tokenised rows and what happened on the way."""
+
+    rows: Dataset
+    """`input_ids` and `labels` each, both (seq,); -100 = no loss."""
+    dropped: dict[int, str]
+    """Conversations that are left out: position and reason."""
+    truncated: int
+    """How many of the kept rows were cut at `max_length`."""
+    supervised_fraction: float
+    """Share of the kept tokens that carry loss, 0 to 1."""
+    ends: list[int]
+    """Tokens of each conversation up to its last supervised one, uncut."""
+
+    def describe_dropped(self) -> str:
+        """Returns how many conversations were dropped, why, and which, from 1."""
+        rows: dict[str, list[str]] = {}
+        for position, reason in self.dropped.items():
+            rows.setdefault(reason, []).append(str(position + 1))
+        reasons = [
+            f"{reason} (rows {', '.join(n[:NAMED] + ['...'] * (len(n) > NAMED))})"
+            for reason, n in rows.items()
+        ]
+        count = f"{len(self.dropped)} of {len(self.ends)} conversations"
+        return f"{count} are left out: {'; '.join(reasons)}"
+
+    def counts(self) -> dict[str, Any]:
+        """Returns what `labels.json` holds."""
+        return {
+            "rows": len(self.rows),
+            "dropped": len(self.dropped),
+            "dropped_rows": [n + 1 for n in [*self.dropped][:NAMED]],
+            "truncated": self.truncated,
+            "supervised_fraction": self.supervised_fraction,
+        }
+
+
+def mask_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    loss_on: LossOn = "assistant",
+    max_length: int | None = None,
+) -> Example:
+    """Returns `input_ids` and `labels`, both (seq,); -100 = no loss.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        messages: the turns; those of `"weight": 0` are not learnt.
+        loss_on: `assistant` supervises every answer and its end-of-turn token, `last`
+            only the last answer, `all` every token.
+        max_length: tokens past it are cut off.
+
+    Raises:
+        TemplateError: see `turns.find_spans`.
+    """
+    (row,) = tokenise(tokenizer, [find_spans(tokenizer, messages, loss_on)])
+    return {name: values[:max_length] for name, values in row.items()}
+
+
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, list[Span]]]
+) -> list[Example]:
+    """Returns the rows of rendered texts, each given with the spans to learn."""
+    encoder = tokenizer.backend_tokenizer
+    # an earlier call may have left them on
+    encoder.no_truncation()
+    encoder.no_padding()
+    batch = encoder.encode_batch([text for text, _ in texts], add_special_tokens=False)
+    rows = []
+    for encoding, (text, spans) in zip(batch, texts, strict=True):
+        ids = encoding.ids
+        labels = label_tokens(ids, encoding.offsets, text, spans)
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def mask_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Iterable[Messages],
+    loss_on: LossOn = "assistant",
+    drop: bool = False,
+) -> Iterator[list[Example | str]]:
+    """Yields the rows of `mask_conversation`, many at a time.
+
+    With `drop` a reason stands in for each conversation that cannot be used.
+
+    Raises:
+        TemplateError: a conversation cannot be used; the message names its row.
+    """
+    closing = answer_marks(tokenizer)[1] if loss_on != "all" else ""
+    numbered = enumerate(conversations, 1)
+    # a batch is tokenised while the next one is rendered
+    with ThreadPoolExecutor(1) as pool:
+        pending: tuple[list[str | None], Future[list[Example]]] | None = None
+        while True:
+            texts: list[tuple[str, list[Span]]] = []
+            reasons: list[str | None] = []
+            for number, messages in islice(numbered, BATCH):
+                try:
+                    texts.append(find_spans(tokenizer, messages, loss_on, closing))
+                    reasons.append(None)
+                except TemplateError as error:
+                    if not drop:
+                        raise TemplateError(f"row {number}: {error}") from error
+                    reasons.append(str(error))
+            following = reasons, pool.submit(tokenise, tokenizer, texts)
+            if pending:
+                rows = iter(pending[1].result())
+                yield [reason or next(rows) for reason in pending[0]]
+            pending = following
+            if not reasons:
+                return
+
+
+def mask_conversations(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Iterable[Messages],
+    loss_on: LossOn = "assistant",
+    max_length: int | None = None,
+    file: Path | None = None,
+    drop: bool = False,
+) -> Masked:
+    """Returns the tokenised rows, with what was dropped and cut.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        conversations: read one after the other, so they need not fit in memory.
+        loss_on: see `mask_conversation`.
+        max_length: tokens past it are cut off.
+        file: a new Arrow file for the rows; without it they are kept in memory.
+        drop: leave out conversations that `turns.find_spans` refuses.
+
+    Raises:
+        DataError: no row has a supervised token, or the labels break a guard; the
+            message shows one row.
+        TemplateError: see `mask_batches`.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+
+    check_pad(tokenizer)
+    kind = pa.list_(pa.int32())
+    schema = pa.schema({"input_ids": kind, "labels": kind})
+    sink = pa.OSFile(str(file), "wb") if file else pa.BufferOutputStream()
+    dropped: dict[int, str] = {}
+    ends: list[int] = []
+    first: list[int] = []
+    truncated = tokens = learnt = 0
+    with sink, pa.ipc.new_stream(sink, schema) as writer:
+        for batch in mask_batches(tokenizer, conversations, loss_on, drop):
+            check_rows(tokenizer, batch, loss_on, before=len(ends))
+            kept = []
+            for number, row in enumerate(batch, len(ends)):
+                if isinstance(row, str):
+                    dropped[number] = row
+                    ends.append(0)
+                    continue
+                first = first or row["input_ids"][:60]
+                spans = learnt_spans(row["labels"])
+                ends.append(spans[-1][1] if spans else 0)
+                labels = row["labels"][:max_length]
+                count = len(labels) - labels.count(NO_LOSS)
+                if not count:
+                    dropped[number] = TOO_LONG if spans else NOTHING
+                    continue
+                kept.append(
+                    {"input_ids": row["input_ids"][:max_length], "labels": labels}
+                )
+                truncated += len(labels) < len(row["labels"])
+                tokens, learnt = tokens + len(labels), learnt + count
+            writer.write_batch(pa.RecordBatch.from_pylist(kept, schema))
+    if not ends:
+        raise DataError("no conversations to tokenise; the data is empty")
+    if len(dropped) == len(ends):
+        cause = f"{dropped[0]}."
+        if TOO_LONG in dropped.values():
+            cause = "The prompts alone fill max_length: raise it."
+        elif NOTHING in dropped.values():
+            cause = "They have no answer to learn: check the roles of the turns."
+        raise DataError(
+            f"none of {len(ends)} conversations has a token to learn from within "
+            f"max_length={max_length}; the first one starts "
+            f"{tokenizer.decode(first)!r}. {cause}"
+        )
+    rows = (
+        Dataset.from_file(str(file)) if file else Dataset.from_buffer(sink.getvalue())
+    )
+    fraction = learnt / tokens
+    if loss_on != "all" and not 0.01 <= fraction <= 0.99:
+        raise DataError(
+            f"{fraction:.1%} of the tokens carry loss; 1 % to 99 % is plausible. "
+            f"Row 1 learns {supervised_text(tokenizer, rows[0])[:200]!r}"
+        )
+    return Masked(rows, dropped, truncated, fraction, ends)
+
+
+def check_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example | str],
+    loss_on: LossOn,
+    before: int = 0,
+) -> None:
+    """Raises DataError when training on these labels would go silently wrong.
+
+    Guards against a doubled BOS, and supervised turns that do not end in a stop token
+    (but with `all`), in every row; `before` is the number of rows in earlier batches.
+
+    Raises:
+        DataError: a guard is broken; the message names the first row, from 1.
+    """
+    examples = {
+        number: row
+        for number, row in enumerate(rows, before + 1)
+        if not isinstance(row, str)
+    }
+    twice = [tokenizer.bos_token_id] * 2
+    doubled = [n for n, row in examples.items() if row["input_ids"][:2] == twice]
+    if doubled:
+        raise DataError(
+            f"{len(doubled)} rows start with {tokenizer.bos_token} twice, the first is "
+            f"row {doubled[0]}; the template writes it, so it must not be added again"
+        )
+    if loss_on == "all":
+        return
+    stops = stop_token_ids(tokenizer)
+    # where a question comes last, the answer before it may end in another token
+    closing = {*stops, *tokenizer.added_tokens_decoder}
+    ends = [(n, e) for n, x in examples.items() for _, e in learnt_spans(x["labels"])]
+    unclosed = [
+        (n, e) for n, e in ends if examples[n]["input_ids"][e - 1] not in closing
+    ]
+    if unclosed:
+        number, end = unclosed[0]
+        tail = tokenizer.decode(examples[number]["input_ids"][max(0, end - 21) : end])
+        names = ", ".join(tokenizer.convert_ids_to_tokens(stops))
+        raise DataError(
+            f"{len(unclosed)} of {len(ends)} answers do not end in a stop token "
+            f"({names}), so the model would not learn to stop; the first, in row "
+            f"{number}, ends in {tail!r}; use a template that ends turns with EOS"
+        )
+
+
+def check_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises DataError when a tokenizer pads with the token that ends answers."""
+    eos = tokenizer.eos_token_id
+    if eos is not None and tokenizer.pad_token_id == eos:
+        raise DataError(
+            f"pad and EOS are the same token ({tokenizer.eos_token}): no loss is taken "
+            "on padding, so the model would not learn to stop; let "
+            "templates.prepare_tokenizer choose another pad token"
+        )
+
+
+def supervised_text(tokenizer: PreTrainedTokenizerBase, row: Example) -> str:
+    """Returns the text that a row's loss is taken on, special tokens shown."""
+    return tokenizer.decode([label for label in row["labels"] if label != NO_LOSS])
+
+
+class Shown(NamedTuple):
+    """A row with its mask, coloured in a notebook, bracketed in a terminal."""
+
+    pieces: list[tuple[str, bool]]
+    """Text, and whether it is learnt."""
+    fraction: float
+
+    def __repr__(self) -> str:
+        marked = "".join(f"[[{t}]]" if learnt else t for t, learnt in self.pieces)
+        return f"{marked}\n[[...]] = learnt, {self.fraction:.0%} of the tokens"
+
+    def _repr_html_(self) -> str:
+        style = "background:#2e7d3255;border-bottom:2px solid #2e7d32"
+        tags = {True: (f'<span style="{style}">', "</span>"), False: ("", "")}
+        body = "".join(html.escape(t).join(tags[learnt]) for t, learnt in self.pieces)
+        legend = f"underlined = learnt, {self.fraction:.0%} of the tokens"
+        return f'<pre style="white-space:pre-wrap">{body}</pre><small>{legend}</small>'
+
+
+def show(tokenizer: PreTrainedTokenizerBase, row: Example) -> Shown:
+    """Returns a view of a row in which the learnt tokens stand out."""
+    pairs = list(zip(row["input_ids"], row["labels"], strict=True))
+    pieces = [
+        (tokenizer.decode([token for token, _ in run]), learnt)
+        for learnt, run in groupby(pairs, lambda pair: pair[1] != NO_LOSS)
+    ]
+    fraction = sum(label != NO_LOSS for _, label in pairs) / max(1, len(pairs))
+    return Shown(pieces, fraction)

@@ -1,0 +1,218 @@
+"""Chat templates: render a conversation, and check what would go silently wrong."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers import runtime
+from helpers.errors import TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Llama-3.x templates print today's date; a fixed one keeps tokens the same tomorrow.
+FIXED_DATE = "26 Jul 2024"
+FIXED_DAY = date(2024, 7, 26)
+# From a plane for private use: neither data nor templates have it.
+MARK = "\U000f0000"
+
+# For base models that ship no chat template.
+INSTRUCTION_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
+    "{% elif m['role'] == 'user' %}{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
+    "{% else %}{{ '### Response:\n' + m['content'] + eos_token }}"
+    "{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+# Llama-2's chat format: each pair of turns is a text of its own, BOS to EOS.
+LLAMA2_TEMPLATE = (
+    "{% set ns = namespace(system='') %}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}"
+    "{% set ns.system = '<<SYS>>\n' + m['content'] | trim + '\n<</SYS>>\n\n' %}"
+    "{% elif m['role'] == 'user' %}{{ bos_token }}"
+    "{{ '[INST] ' + ns.system + m['content'] | trim + ' [/INST]' }}"
+    "{% set ns.system = '' %}"
+    "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {"instruction": INSTRUCTION_TEMPLATE, "llama-2": LLAMA2_TEMPLATE}
+
+
+def template_text(template: str) -> str | None:
+    """Returns the text of a template that a config names, None for the tokenizer's own.
+
+    Args:
+        template: `own`, a name of `TEMPLATES`, or the path of a Jinja file, from here
+            or from the folder of `runs/`.
+
+    Raises:
+        TemplateError: there is no such name or file, or the file is not UTF-8.
+    """
+    if template == "own" or template in TEMPLATES:
+        return TEMPLATES.get(template)
+    places = dict.fromkeys([Path.cwd(), runtime.home()])
+    path = next((p / template for p in places if (p / template).is_file()), None)
+    if path is None:
+        raise TemplateError(
+            f"template={template!r} is neither {', '.join(['own', *TEMPLATES])} nor a "
+            f"file (looked in {' and '.join(map(str, places))}); give the path of a "
+            "Jinja file"
+        )
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"template {path} is not UTF-8: save it so") from error
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    for_generation: bool = False,
+) -> str:
+    """Returns the text of a conversation, with exactly one BOS where there is one.
+
+    Tokenise it with `add_special_tokens=False`: every special token is in the text.
+
+    Args:
+        tokenizer: it carries the template.
+        messages: the turns; `weight` is not shown to the template.
+        for_generation: end with the header of the assistant's next turn.
+
+    Raises:
+        TemplateError: the template refuses the conversation.
+    """
+    from jinja2 import TemplateError as Refused
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [{k: v for k, v in m.items() if k != "weight"} for m in messages],
+            tokenize=False,
+            add_generation_prompt=for_generation,
+            date_string=FIXED_DATE,
+            strftime_now=FIXED_DAY.strftime,
+        )
+    # what Python raises on an expression comes through as it is
+    except (Refused, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        roles = " ".join(m["role"] for m in messages)
+        raise TemplateError(
+            f"the template refuses a conversation of {roles}: {error}"
+        ) from error
+    bos = tokenizer.bos_token
+    if bos is None or text.startswith(bos) or not tokenizer.num_special_tokens_to_add():
+        return text
+    adds_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    return bos + text if adds_bos else text
+
+
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str = "own",
+    pad_token: str | None = None,
+) -> list[str]:
+    """Makes a tokenizer fit to train with and returns what was changed, in words.
+
+    A missing chat template becomes the `### Instruction` one. A pad token that is the
+    EOS token becomes another: loss is not taken on padding, so EOS would never be
+    learnt and the model would never stop. Asking for it all the same gets a warning.
+
+    Args:
+        tokenizer: it is changed in place.
+        template: see `template_text`.
+        pad_token: a token of the vocabulary, `eos`, or None to choose one.
+
+    Raises:
+        TemplateError: there is no such template, or the tokenizer has no EOS token, no
+            such pad token, or none to pad with.
+    """
+    notes = []
+    if tokenizer.eos_token_id is None:
+        raise TemplateError("the tokenizer has no EOS token; set tokenizer.eos_token")
+    text = template_text(template)
+    if text is None and isinstance(tokenizer.chat_template, dict):
+        names = list(tokenizer.chat_template)
+        if "default" not in names:
+            raise TemplateError(
+                f"the tokenizer has {len(names)} chat templates ({', '.join(names)}) "
+                "and none is called 'default'; save the one to train with as a file "
+                "and name it: template='path.jinja'"
+            )
+        text = tokenizer.chat_template["default"]
+        notes.append(f"chat template: 'default', of {', '.join(names)}")
+    if text is not None:
+        tokenizer.chat_template = text
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = INSTRUCTION_TEMPLATE
+        notes.append("no chat template: '### Instruction / ### Response' is used")
+    refused = pad_token in ("eos", tokenizer.eos_token)
+    if pad_token is not None and not refused:
+        if pad_token not in tokenizer.get_vocab():
+            raise TemplateError(
+                f"pad_token={pad_token!r} is not in the vocabulary; leave it null for "
+                f"{find_pad_token(tokenizer)!r}, or give a token that is there"
+            )
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        found = tokenizer.pad_token
+        tokenizer.pad_token = find_pad_token(tokenizer)
+        notes.append(f"pad token was {found}, is {tokenizer.pad_token} (EOS is learnt)")
+    if refused:
+        warnings.warn(
+            f"padding with EOS ({tokenizer.eos_token}) is asked for; no loss is taken "
+            "on padding, so EOS would never be learnt and answers would not end: "
+            f"{tokenizer.pad_token} pads instead",
+            stacklevel=2,
+        )
+    return notes
+
+
+def find_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a token to pad with that is neither EOS nor BOS.
+
+    Raises:
+        TemplateError: there is none among the special tokens.
+    """
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    taken = {tokenizer.eos_token, tokenizer.bos_token, None}
+    by_name = [token for token in added if "pad" in token.lower()]
+    fallbacks = [tokenizer.unk_token, *(t for t in added if "reserved" in t)]
+    written = str(tokenizer.chat_template)
+    special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    fallbacks += [token for token in special if token not in written]
+    for token in [*by_name, *fallbacks]:
+        if token not in taken:
+            return str(token)
+    raise TemplateError(
+        f"pad is EOS ({tokenizer.eos_token}) and no other special token can pad; add "
+        "one: tokenizer.add_special_tokens({'pad_token': '<pad>'}) and resize the model"
+    )
+
+
+def answer_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Returns what a template writes before an answer and after the last one.
+
+    Raises:
+        TemplateError: the template does not print contents that are text.
+    """
+    question, answer = MARK, "\U000f0001"
+    asked = [{"role": "user", "content": question}]
+    prompt = render(tokenizer, asked, for_generation=True)
+    text = render(tokenizer, [*asked, {"role": "assistant", "content": answer}])
+    if question not in prompt or answer not in text:
+        raise TemplateError(
+            "the template does not print contents that are text; it is made for lists "
+            "of text and images: choose a template for text"
+        )
+    return prompt.partition(question)[2], text.partition(answer)[2].strip()
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the ids that end an assistant's turn: EOS, and what the template puts."""
+    _, closing = answer_marks(tokenizer)
+    ids = tokenizer(closing, add_special_tokens=False).input_ids
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return sorted({tokenizer.eos_token_id, *special.intersection(ids)})

@@ -1,0 +1,8 @@
+"""Models, tokenizers and LoRA adapters: found, loaded, saved."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={},
+)

@@ -1,0 +1,8 @@
+"""SFT: trainer arguments, resume, callbacks, plots."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={},
+)
