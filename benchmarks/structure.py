@@ -72,7 +72,7 @@ def imports(name: str, *, hidden: bool) -> list[str]:
 
 
 def circles() -> list[str]:
-    """Returns the modules that import themselves in the end, hidden imports included."""
+    """Returns the modules that import themselves through others."""
     graph = {
         n: {*imports(n, hidden=False), *imports(n, hidden=True)} for n in modules()
     }

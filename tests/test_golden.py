@@ -45,132 +45,13 @@ LOGIT_TOLERANCE = 1e-2
 SAME_PROCESSOR = 1e-3  # logits as near as this let greedy answers be compared by text
 
 # One short template for each kind in use.
-TEMPLATES = {
-    "chatml": (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
-        "<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-    "chatml with a system text of its own": (
-        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe brief."
-        "<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-        "{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-    "a header of special tokens, and the date": (
-        "<|endoftext|><repo_name>system<file_sep>\n\nToday: {{ date_string }}\n\n"
-        "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}"
-        "{% endif %}<|im_end|>{% for m in messages if m['role'] != 'system' %}"
-        "<repo_name>{{ m['role'] }}<file_sep>\n\n{{ m['content'] | trim }}<|im_end|>"
-        "{% endfor %}{% if add_generation_prompt %}"
-        "<repo_name>assistant<file_sep>\n\n{% endif %}"
-    ),
-    "instructions in brackets": (
-        "{% set ns = namespace(system='') %}<|endoftext|>{% for m in messages %}"
-        "{% if m['role'] == 'system' %}{% set ns.system = m['content'] + '\n\n' %}"
-        "{% elif m['role'] == 'user' %}[INST] {{ ns.system }}{{ m['content'] }} [/INST]"
-        "{% set ns.system = '' %}{% else %} {{ m['content'] }}<|im_end|>{% endif %}"
-        "{% endfor %}"
-    ),
-    "the assistant is called model": (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}<file_sep>model\n"
-        "{% else %}<file_sep>{{ m['role'] }}\n{% endif %}{{ m['content'] | trim }}"
-        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<file_sep>model\n"
-        "{% endif %}"
-    ),
-    "roles in bars": (
-        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] + eos_token }}\n"
-        "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-    ),
-    "capital names, no line ends": (
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }} "
-        "{% elif m['role'] == 'user' %}USER: {{ m['content'] }} "
-        "{% else %}ASSISTANT: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
-    ),
-    "headings": (
-        "{% for m in messages %}### {{ m['role'] | capitalize }}\n\n{{ m['content'] }}"
-        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
-        "{% if add_generation_prompt %}### Assistant\n\n{% endif %}"
-    ),
-    "an empty thought before the last answer": (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-        "{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n"
-        "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-    "questions and answers, indented": (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}\n  A: "
-        "{{ m['content'] | trim }}{{ eos_token }}{% else %}\n  Q: "
-        "{{ m['content'] | trim }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}\n  A: {% endif %}"
-    ),
-}
+INPUTS = json.loads((ROOT / "tests" / "golden_inputs.json").read_text(encoding="utf-8"))
+TEMPLATES = INPUTS["templates"]
 
 QUESTION = "Mina packs 6 boxes with 3 pens each. How many pens does Mina pack?"
 WORK = "Each box takes 3 pens.\n6 * 3 = 18 pens are packed."
 # Completions: RIGHT and WRONG stand for the gold number and another one.
-COMPLETIONS = [
-    "{work}\n#### RIGHT",
-    "{work}\n#### WRONG",
-    "{work}\n#### RIGHT\n",
-    "{work}\n\n#### RIGHT",
-    "#### RIGHT",
-    "#### WRONG",
-    "{work} #### RIGHT",
-    "####RIGHT",
-    "{work}\n#### RIGHT.",
-    "{work}\n#### RIGHT pens",
-    "{work}\n#### $RIGHT",
-    "{work}\n#### RIGHT.00",
-    "{work}\n#### -RIGHT",
-    "{work}\n#### RIGHT\n#### RIGHT",
-    "{work}\n#### WRONG\n#### RIGHT",
-    "{work}\n#### RIGHT\n#### WRONG",
-    "{work}\n#### RIGHT or WRONG",
-    "{work}\n#### eighteen",
-    "{work}\n####",
-    "The answer is RIGHT.",
-    "The answer is WRONG.",
-    "The answer is RIGHT",
-    "So Mina packs RIGHT pens.",
-    "So Mina packs RIGHT pens in all!",
-    "6 * 3 = RIGHT",
-    "6 * 3 = WRONG",
-    "RIGHT",
-    "WRONG",
-    "I cannot say.",
-    "Mina packs many pens.",
-    "",
-    "   \n\n",
-    "WRONG or RIGHT",
-    "WRONG, RIGHT, 77",
-    "1, 2, 3, 4, 5, 6, 7",
-    "First WRONG pens, then more.\nThat makes RIGHT pens.",
-    "First RIGHT pens, then more.\nThat makes WRONG pens.",
-    r"So it is \boxed{{RIGHT}}.",
-    r"So it is \boxed{{WRONG}}.",
-    r"\boxed{{RIGHT}} and then \boxed{{WRONG}}",
-    r"{work}" + "\n" + r"\boxed{{RIGHT}}" + "\n#### RIGHT",
-    r"{work}" + "\n" + r"\boxed{{WRONG}}" + "\n#### RIGHT",
-    "<think>Perhaps WRONG.</think>\n{work}\n#### RIGHT",
-    "<think>Perhaps RIGHT.</think>\n{work}\n#### WRONG",
-    "<think>It is RIGHT",
-    "{question}",
-    "{work}\n#### RIGHT\nThe answer is RIGHT.",
-    "{work}\nThe final answer is RIGHT",
-    "{work}\nThe final answer is WRONG",
-    "Step 1: count.\nStep 2: multiply.\n#### RIGHT",
-    "**RIGHT**",
-    "RIGHT pens",
-    "{work}\nSo the answer is RIGHT pens.",
-    "There are WRONG pens in the boxes.",
-    "I think that it is WRONG. No, it is RIGHT.",
-    "{work}\n#### RIGHT pens.",
-    "<reasoning>Perhaps WRONG.</reasoning>\n#### RIGHT",
-    "Nobody can know.\n#### none",
-    "Answer: RIGHT\n\nAnswer: RIGHT",
-]
+COMPLETIONS = INPUTS["completions"]
 # gold, and another number
 NUMBERS = [("18", "20"), ("1,234", "1,300")]
 

@@ -70,5 +70,7 @@ def test_every_exported_name_is_defined_where_its_package_says() -> None:
             tree = structure.modules()[f"{package}.{file}"]
             defined = {getattr(node, "name", None) for node in tree.body}
             assigned = (node for node in tree.body if isinstance(node, ast.Assign))
-            defined |= {getattr(t, "id", None) for node in assigned for t in node.targets}
+            defined |= {
+                getattr(t, "id", None) for node in assigned for t in node.targets
+            }
             assert not set(names) - defined, package
