@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from helpers import fields, runtime, shapes
+from helpers import estimate, fields, runtime
 from helpers.config import RunConfig, Stage
-from helpers.errors import ConfigError, ModelError, nearest
-from helpers.timing import count_steps, step_rows
+from helpers.errors import ConfigError, UnknownArchitecture, nearest
+from helpers.estimate import count_steps, step_rows
 
 # the rates that LoRA is usually trained with; we warn ten times outside of them
 USUAL_RATES = {
@@ -90,7 +90,7 @@ def advise(
     try:
         found += check_positions(config)
         found += () if wrong else check_lora(config)
-    except shapes.UnknownArchitecture:
+    except UnknownArchitecture:
         pass  # nothing is known of the model until it is loaded
     return sorted(found)
 
@@ -248,7 +248,7 @@ def check_stage(config: RunConfig, stage: Stage, rows: int | None) -> Iterator[A
         )
         yield Advice("warning", f"{stage}.learning_rate", text)
 
-    steps, warmup = count_steps(values, rows), values["warmup_steps"]
+    steps, warmup = count_steps(config, stage, rows), values["warmup_steps"]
     if steps and values["lr_scheduler_type"] != "constant":
         # below 1 it is a share of the run, as in transformers' get_warmup_steps
         length = int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
@@ -260,7 +260,8 @@ def check_stage(config: RunConfig, stage: Stage, rows: int | None) -> Iterator[A
             yield Advice("warning", f"{stage}.warmup_steps", text)
 
     counts = rows and values["max_steps"] > 0 and not values.get("packing")
-    seen, a_step = values["max_steps"] * step_rows(values), step_rows(values)
+    a_step = step_rows(config, stage)
+    seen = values["max_steps"] * a_step
     if rows and counts and seen < rows:
         text = (
             f"{steps} steps of {a_step} rows see {seen} of {rows} "
@@ -299,11 +300,19 @@ def check_lora(config: RunConfig) -> Iterator[Advice]:
     if config.lora.get("task_type") not in (None, "CAUSAL_LM"):
         text = "only causal language models are trained here. Remove it."
         yield Advice("error", "lora.task_type", text)
+    from helpers.models import load
+
+    base = estimate.skeleton(config.model)
     try:
-        tuned = shapes.adapt(config.model, config.lora)
-    except ModelError as error:
-        field = f"lora.{fields.named(config.lora, str(error))}"
-        yield Advice("error", field.removesuffix("."), str(error))
+        load.check_lora(base, config.lora)
+        tuned = estimate.skeleton(config.model, config.lora)
+        load.check_attached(tuned, config.lora)
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, AttributeError):
+            text = f"PEFT fails on a setting of lora that it should refuse: {text}"
+        field = f"lora.{fields.named(config.lora, text)}"
+        yield Advice("error", field.removesuffix("."), text)
         return
     if not tuned.num_parameters(only_trainable=True):
         text = "no parameter would be trained. Take inference_mode away."
@@ -324,7 +333,7 @@ def check_lora(config: RunConfig) -> Iterator[Advice]:
 
 def check_positions(config: RunConfig) -> Iterator[Advice]:
     """Finds rows, prompts and answers that are longer than the model's positions."""
-    numbers = shapes.find_config(config.model).get_text_config()
+    numbers = estimate.skeleton(config.model).config.get_text_config()
     positions = getattr(numbers, "max_position_embeddings", None)
     lengths: dict[str, Any] = {
         "evaluation.max_new_tokens": config.evaluation.max_new_tokens,

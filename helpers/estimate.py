@@ -177,8 +177,9 @@ def build(model: str, lora: str, changed_at: int) -> Any:
         if lora == "null":
             return base
         # without the matrices' first values, which would take time
-        settings = {**json.loads(lora), "init_lora_weights": False}
-        return get_peft_model(base, LoraConfig(**settings, task_type="CAUSAL_LM"))
+        settings = json.loads(lora) | {"init_lora_weights": False}
+        settings["task_type"] = "CAUSAL_LM"
+        return get_peft_model(base, LoraConfig(**settings))
 
 
 def estimate_memory(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers import checks, fields, recipes, runtime, timing
+from helpers import checks, estimate, fields, recipes, runtime
 from helpers.checks import Advice
 from helpers.config import RunConfig, changed
 from helpers.errors import ConfigError
@@ -33,7 +33,8 @@ def demo() -> RunConfig:
 
 def count_steps(values: dict[str, Any], rows: int) -> int | None:
     """Returns the steps of training with these values, the rest TRL's defaults."""
-    return timing.count_steps({**fields.defaults("sft"), **values}, rows)
+    config = changed(recipes.load("demo"), sft=values)
+    return estimate.count_steps(config, "sft", rows)
 
 
 def only(advice: list[Advice], field: str) -> Advice:
