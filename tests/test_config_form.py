@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 import time
 from typing import Any
@@ -44,17 +43,10 @@ def value(name: str) -> Any:
 @pytest.mark.parametrize("recipe", recipes.NAMES)
 def test_every_recipe_is_shown_and_saved_unchanged(page, recipe, runs_home) -> None:
     form = ConfigForm(recipe, page)
+    assert 12 <= len(form.fields) - 1 <= 20
     assert form.config == recipes.load(recipe)
     form.button.click()
     assert runs.open_run(recipe).config == recipes.load(recipe)
-
-
-@pytest.mark.parametrize("page", PAGE)
-def test_a_page_has_12_to_20_fields_and_the_rest_as_toml(page, runs_home) -> None:
-    form = ConfigForm("smoke", page)
-    assert 12 <= len(form.fields) - 1 <= 20
-    assert list(form.fields)[-1] == MORE
-    assert "grpo.logging_steps = 1" in form.fields[MORE].value
 
 
 def test_a_change_leaves_every_other_value_alone_and_saves_nothing(form) -> None:
@@ -69,7 +61,7 @@ def test_a_change_leaves_every_other_value_alone_and_saves_nothing(form) -> None
     ("page", "name", "text", "expected"),
     [
         ("setup", "weights", "8bit", "8bit"),
-        ("setup", "seed", " 12 ", 12),
+        ("setup", "model", " org/name ", "org/name"),
         ("setup", "stages", "sft\n", ["sft"]),
         ("setup", "system_prompt", "", ""),
         ("setup", "data.train_rows", "", None),
@@ -79,17 +71,14 @@ def test_a_change_leaves_every_other_value_alone_and_saves_nothing(form) -> None
             "a, [1].jsonl\n\n b.jsonl ",
             ["a, [1].jsonl", "b.jsonl"],
         ),
-        ("setup", "inference.temperature", "0.5", 0.5),
         ("sft", "lora.target_modules", '["q_proj", "v_proj"]', ["q_proj", "v_proj"]),
         ("sft", "lora.target_modules", "all-linear", "all-linear"),
         ("sft", "lora.target_modules", r".*\.(q|v)_proj{1,1}", r".*\.(q|v)_proj{1,1}"),
         ("sft", "sft.learning_rate", "5e-4", 0.0005),
         ("sft", "sft.warmup_steps", "0.5", 0.5),
-        ("sft", "sft.warmup_steps", "3", 3),
         ("sft", "sft.gradient_checkpointing", False, False),
         ("sft", "lora.lora_dropout", "", None),
         ("grpo", "rewards", '{"correctness": 2}', {"correctness": 2.0}),
-        ("grpo", "grpo_minutes", "2.5", 2.5),
         ("grpo", "grpo.temperature", "1", 1),
     ],
 )
@@ -169,15 +158,12 @@ def test_an_error_without_a_field_stands_in_the_list(form, text, words) -> None:
     ("page", "name", "text", "words"),
     [
         ("setup", "seed", "eleven", "valid integer.*found 'eleven'"),
-        ("setup", "seed", "-1", "greater than or equal to 0"),
         ("setup", "max_length", "8", "greater than or equal to 16"),
-        ("setup", "model", "", "at least 1 character"),
         ("setup", "name", "a/b", "should match pattern"),
         ("setup", "data.train", "a.jsonl\n{b.jsonl", "cannot be read: "),
         ("setup", "data.train", '{"path": "a", "rows": "many"}', "valid integer"),
         ("sft", "sft.max_steps", "4.5", "found 4.5; expected int"),
         ("sft", "sft.max_steps", "0", "found 0; expected more than 0"),
-        ("sft", "sft.learning_rate", "fast", "found 'fast'; expected float"),
         ("sft", "sft.learning_rate", "<b>1</b>", "found '<b>1</b>'"),
         ("sft", "lora.target_modules", '["q_prj"]', "did you mean 'q_proj'"),
         ("sft", "template", "no/such.jinja", "the path of a Jinja file"),
@@ -231,21 +217,16 @@ def test_an_empty_field_shows_the_default_of_the_class_that_takes_it(form) -> No
 
 
 def test_choosing_a_recipe_shows_its_values_and_writes_nothing(form) -> None:
-    before = stored(form)
+    before, path = stored(form), form.run.path
     form.recipe.value = "guanaco-llama2-7b"
     assert form.config == recipes.load("guanaco-llama2-7b")
     assert stored(form) == before
-    form.recipe.value = ""
-    assert form.config == runs.open_run().config
-
-
-def test_a_recipe_that_is_saved_gets_a_run_of_its_own(form) -> None:
-    before, path = stored(form), form.run.path
-    form.recipe.value = "guanaco-llama2-7b"
     form.button.click()
-    assert form.run.path.name == "guanaco-llama2-7b"
-    assert runs.open_run().config == recipes.load("guanaco-llama2-7b")
+    assert (form.run.path.name, path.name) == ("guanaco-llama2-7b", "smoke")
     assert (path / "config.json").read_text(encoding="utf-8") == before
+    form.recipe.value = "demo"
+    form.recipe.value = ""
+    assert form.config == runs.open_run().config == recipes.load("guanaco-llama2-7b")
 
 
 def test_replacing_the_config_of_another_run_is_warned_of(runs_home) -> None:
@@ -307,9 +288,3 @@ def test_an_edit_is_answered_at_once(form) -> None:
         form.fields["sft.max_steps"].value = str(steps)
     # a twentieth of a second each on a machine at rest
     assert (time.perf_counter() - started) / 10 < 0.3
-
-
-def test_what_the_form_saves_is_json_with_the_typed_value(form) -> None:
-    form.fields["sft.max_steps"].value = "7"
-    form.button.click()
-    assert json.loads(stored(form))["sft"]["max_steps"] == 7

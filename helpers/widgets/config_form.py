@@ -10,6 +10,7 @@ import json
 import math
 import tomllib
 from collections import defaultdict
+from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 import ipywidgets as widgets
@@ -35,6 +36,7 @@ PAGES = {  # what a notebook asks about; all the rest is set as TOML
     "grpo.gradient_accumulation_steps grpo.max_completion_length grpo.temperature",
 }
 GROUPS = ("data", "evaluation", "inference", "lora", "sft", "grpo")
+dump = partial(json.dumps, ensure_ascii=False)
 MORE = "more settings (TOML)"
 COLORS = {"error": "#d32f2f", "warning": "#b26a00", "hint": "gray", "fits": "#2e7d32"}
 
@@ -58,13 +60,14 @@ class ConfigForm:
         self.run = run if isinstance(run, Run) else open_run(run)
         self.gpu = estimate.this_gpu()
         self.fields = {name: make_field(name) for name in [*PAGES[page].split(), MORE]}
-        self.notes = {name: widgets.HTML() for name in self.fields}
+        beside = {"flex": "1 1 200px"}
+        self.notes = {name: widgets.HTML(layout=beside) for name in self.fields}
         self.recipe = widgets.Dropdown(description="start from")
         self.summary, self.advice, self.message = (widgets.HTML() for _ in range(3))
         self.button = widgets.Button(description="Save", button_style="primary")
-        rows = [widgets.HBox([self.fields[n], self.notes[n]]) for n in self.fields]
-        for row in rows:
-            row.layout.flex_flow = "row wrap"
+        wrap = {"flex_flow": "row wrap"}
+        pairs = zip(self.fields.values(), self.notes.values(), strict=True)
+        rows = [widgets.HBox(pair, layout=wrap) for pair in pairs]
         last = [self.summary, self.advice, widgets.HBox([self.button, self.message])]
         self.widget = widgets.VBox([self.recipe, *rows, *last])
         self.show_run()
@@ -85,7 +88,7 @@ class ConfigForm:
         self.base = recipes.load(recipe) if recipe else self.run.config
         values = flatten(self.base.model_dump(exclude_defaults=True))
         values[MORE] = "\n".join(
-            f"{name} = {as_json(value, ' = ')}"  # TOML but for the colons
+            f"{name} = {dump(value, separators=(', ', ' = '))}"  # as TOML has it
             for name, value in values.items()
             if name not in self.fields and value is not None
         )
@@ -221,36 +224,38 @@ def make_field(name: str) -> widgets.Widget:
     if default and default != -1:
         arguments["placeholder"] = f"{default}, by default"
     if get_origin(kind) is list or name in ("system_prompt", MORE):
-        return widgets.Textarea(continuous_update=False, **arguments)
+        rows = 10 if name == MORE else 2
+        return widgets.Textarea(rows=rows, continuous_update=False, **arguments)
     return widgets.Text(continuous_update=False, **arguments)
 
 
 def show(value: Any, name: str) -> str | bool:
     """Returns a value as its widget shows it: our lists by line, else JSON."""
     kind, default, _ = describe(name)
+    if isinstance(default, bool):
+        return bool(default if value is None else value)
     if value is None:
-        whole = isinstance(default, bool) or kind is str or get_origin(kind) is Literal
-        return default if whole else ""
+        return default if kind is str or get_origin(kind) is Literal else ""
     if get_origin(kind) is list:
         return "\n".join(str(show(each, MORE)) for each in value)
-    return value if isinstance(value, str | bool) else as_json(value)
+    return value if isinstance(value, str) else dump(value)
 
 
 def parse(text: str | bool, name: str) -> Any:
     """Returns the value that a field's text means, None where it is empty."""
     kind = describe(name)[0]
-    if isinstance(text, bool) or kind is str:
+    if isinstance(text, bool):
+        return text
+    text = text.strip()
+    if kind is str:
         return text
     if get_origin(kind) is list:
-        lines = [line.strip() for line in text.splitlines()]
-        return [json.loads(x) if x.startswith("{") else x for x in lines if x]
-    text = text.strip()
-    if kind and not text.startswith("{"):
-        return text or None  # pydantic reads the numbers
-    try:
-        return json.loads(text)
+        lines = filter(None, map(str.strip, text.splitlines()))
+        return [json.loads(each) if each[0] == "{" else each for each in lines]
+    try:  # pydantic reads the numbers of our fields, but no objects
+        return text or None if kind and text[:1] != "{" else json.loads(text)
     except json.JSONDecodeError:
-        if text.startswith("{"):
+        if text[:1] == "{":
             raise
         return text or None
 
@@ -264,11 +269,6 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
             {f"{name}.{k}": v for k, v in value.items()} if group else {name: value}
         )
     return pairs
-
-
-def as_json(value: Any, colon: str = ": ") -> str:
-    """Returns a value as JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(", ", colon))
 
 
 def remark(level: str, text: str) -> str:
