@@ -38,8 +38,6 @@ def benchmark() -> Any:
     ("name", "parameters"),
     [
         ("unsloth/Llama-3.2-1B-Instruct", 1_235_814_400),
-        ("unsloth/Llama-3.2-3B-Instruct", 3_212_749_824),
-        ("meta-llama/Llama-2-7b-hf", 6_738_415_616),
         ("meta-llama/Meta-Llama-2-7b-chat", 6_738_415_616),
         ("smollm2-135m-offline", 134_515_008),
     ],
@@ -53,7 +51,6 @@ def test_known_models_have_the_published_parameters(name, parameters) -> None:
     [
         ("demo", 4_884_480),
         ("finetome-llama32-1b", 11_272_192),
-        ("dolly-llama32-3b", 18_350_080),
         ("guanaco-llama2-7b", 16_777_216),
     ],
 )
@@ -70,7 +67,6 @@ def test_a_recipe_trains_the_known_number_of_parameters(recipe, trained) -> None
         {"target_modules": r".*\.(q|v)_proj"},
         {"target_modules": ["q_proj"], "use_dora": True},
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-        {"target_modules": ALL, "exclude_modules": r".*\.mlp\..*"},
         {
             "target_modules": ALL,
             "rank_pattern": {"q_proj": 2, "layers.0.*down_proj": 9},
@@ -146,14 +142,10 @@ def test_a_config_file_that_was_edited_is_read_again(tmp_path) -> None:
 def test_measured_peaks_are_estimated_within_15_percent(held_out, benchmark) -> None:
     cases = [c for c in benchmark.read_cases() if c["held_out"] == held_out]
     sizes = [abs(e) for e in benchmark.errors([c for c in cases if c["ran"]])]
-    assert max(sizes) < 0.15
-    assert sum(sizes) / len(sizes) < 0.04
-
-
-def test_what_ran_out_of_memory_is_estimated_not_to_fit(benchmark) -> None:
-    failed = [case for case in benchmark.read_cases() if not case["ran"]]
-    assert failed
-    assert all(benchmark.estimate_case(case) > T4.memory_gb for case in failed)
+    assert max(sizes) < 0.15 and sum(sizes) / len(sizes) < 0.04
+    # what ran out of memory is estimated not to fit
+    failed = [benchmark.estimate_case(case) for case in cases if not case["ran"]]
+    assert all(peak_gb > T4.memory_gb for peak_gb in failed)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -183,12 +175,8 @@ def test_nf4_weights_take_what_bitsandbytes_stores(double_quant: bool) -> None:
         ({"max_length": 1024}, {"max_length": 2048}),
         ({"lora__r": 8}, {"lora__r": 64}),
         ({"sft__gradient_checkpointing": True}, {"sft__gradient_checkpointing": False}),
-        (
-            {"sft__per_device_train_batch_size": 2},
-            {"sft__per_device_train_batch_size": 4},
-        ),
+        ({"sft__per_device_train_batch_size": 2}, {"max_length": 4096}),
         ({"weights": "4bit"}, {"weights": "16bit"}),
-        ({"sft__optim": "paged_adamw_32bit"}, {"sft__optim": "adamw_8bit"}),
         ({"sft__optim": "adamw_8bit"}, {"sft__optim": "adamw_torch"}),
         ({}, {"lora__modules_to_save": ["embed_tokens"]}),
     ],
@@ -203,12 +191,6 @@ def test_what_takes_more_is_estimated_to_take_more(engine, less, more) -> None:
     assert low < high
 
 
-def test_gradient_accumulation_takes_no_memory() -> None:
-    one = changed(STOCK, sft__gradient_accumulation_steps=1)
-    many = changed(STOCK, sft__gradient_accumulation_steps=16)
-    assert estimate_memory(one, stage="sft") == estimate_memory(many, stage="sft")
-
-
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_value_left_open_counts_as_the_default_of_its_class(stage) -> None:
     """A copy of one of them has been wrong: 256 tokens an answer, where TRL has 512."""
@@ -216,15 +198,11 @@ def test_a_value_left_open_counts_as_the_default_of_its_class(stage) -> None:
 
     kind = {"sft": SFTConfig, "grpo": GRPOConfig}[stage]
     names = ["per_device_train_batch_size", "gradient_accumulation_steps"]
-    names += ["gradient_checkpointing"]
-    names += {"sft": ["packing"], "grpo": ["num_generations", "max_completion_length"]}[
-        stage
-    ]
+    names += ["packing"] if stage == "sft" else ["max_completion_length"]
     empty = changed(STOCK, **{stage: {}})
     written = changed(empty, **{f"{stage}__{n}": getattr(kind, n) for n in names})
     assert estimate_memory(empty, stage=stage) == estimate_memory(written, stage=stage)
-    rows = [estimate.step_rows(config, stage) for config in (empty, written)]
-    assert rows[0] == rows[1]
+    assert estimate.step_rows(empty, stage) == estimate.step_rows(written, stage)
 
 
 def test_a_copy_to_sample_from_is_counted_where_it_fits() -> None:
@@ -232,22 +210,6 @@ def test_a_copy_to_sample_from_is_counted_where_it_fits() -> None:
     assert 1.8 < copied.parts[estimate.COPY] < 2.4
     small = T4._replace(memory_gb=copied.peak_gb)  # no room for the estimate's error
     assert estimate.COPY not in estimate_memory(STOCK, small, "grpo").parts
-
-
-def test_longer_answers_and_prompts_take_a_larger_cache() -> None:
-    config = changed(STOCK, max_prompt_length=200)
-    longer = changed(STOCK, max_prompt_length=800)
-    answers = changed(config, grpo__max_completion_length=1024)
-    sizes = [
-        estimate_memory(each, stage="grpo").parts["KV cache"]
-        for each in (config, longer, answers)
-    ]
-    assert sizes == sorted(sizes) and len({*sizes}) == 3
-
-
-def test_without_a_stage_the_higher_peak_is_returned() -> None:
-    peaks = [estimate_memory(STOCK, stage=stage).peak_gb for stage in STOCK.stages]
-    assert estimate_memory(STOCK).peak_gb == max(peaks)
 
 
 @pytest.mark.parametrize("name", [n for n in recipes.NAMES if n != "smoke"])
@@ -258,19 +220,12 @@ def test_every_recipe_is_estimated_to_fit_a_t4(name: str) -> None:
 # ---------------------------------------------------------------- steps and minutes
 
 
-def test_minutes_follow_the_steps_and_the_gpu() -> None:
-    ten, twenty = changed(STOCK, sft__max_steps=10), changed(STOCK, sft__max_steps=20)
-    minutes = estimate.sft_minutes(ten)
-    assert estimate.sft_minutes(twenty) == pytest.approx(2 * minutes)
-    assert estimate.sft_minutes(ten, H100) < minutes
-
-
 def test_steps_and_minutes_are_unknown_until_the_rows_are_counted() -> None:
     config = recipes.load("guanaco-llama2-7b")
     assert estimate.count_steps(config, "sft") is None
     assert estimate.sft_minutes(config) is None
     assert estimate.count_steps(config, "sft", 1000) == 1250
-    assert estimate.sft_minutes(config, T4, 1000) > 0
+    assert 0 < estimate.sft_minutes(config, H100, 1000) < 60
     packed = changed(config, sft__packing=True)
     assert estimate.count_steps(packed, "sft", 1000) is None
 

@@ -159,11 +159,11 @@ class ConfigForm:
                 message = ""
         beside = defaultdict(list)
         for level, name, text in advice:
-            place = name
-            while place and place not in self.fields:  # data.train.0 is of data.train
-                place = place.rpartition(".")[0]
-            text = text if place or not name else f"{name}: {text}"
-            beside[place].append(remark(level, text))
+            owner = name
+            while owner and owner not in self.fields:  # data.train.0 is of data.train
+                owner = owner.rpartition(".")[0]
+            text = text if owner or not name else f"{name}: {text}"
+            beside[owner].append(remark(level, text))
         for name, note in self.notes.items():
             note.value = "".join(beside[name]) or remark("hint", describe(name)[2])
         self.advice.value = "".join(beside[""])
