@@ -26,6 +26,10 @@ from helpers.errors import ConfigError, nearest
 Stage = Literal["sft", "grpo"]
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
 
+# Fields of earlier versions, by dotted name: the values that changed nothing (None:
+# any value), and what replaced the field. Saved configs still name them.
+RETIRED: dict[str, tuple[tuple[Any, ...] | None, str]] = {}
+
 
 class Source(BaseModel):
     """Rows of a file or of a hub dataset, where a path alone does not say it all."""
@@ -210,6 +214,25 @@ class RunConfig(BaseModel):
     rewards: dict[str, float] = Field(
         default_factory=lambda: {"correctness": 1.0}, description="name -> weight"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_retired(cls, values: Any) -> Any:
+        """Leaves out retired fields that changed nothing, and refuses the others."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for name, (inert, replacement) in RETIRED.items():
+            group, _, leaf = name.rpartition(".")
+            holder = values.get(group) if group else values
+            if not isinstance(holder, dict) or leaf not in holder:
+                continue
+            value = holder[leaf]
+            if inert is not None and value not in inert:
+                raise ValueError(f"{name}={value!r} no longer exists: {replacement}")
+            rest = {key: each for key, each in holder.items() if key != leaf}
+            values = {**values, group: rest} if group else rest
+        return values
 
     @field_validator("template")
     @classmethod

@@ -6,32 +6,36 @@ import difflib
 from collections.abc import Iterable
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message says what to change."""
+class TunebookError(ValueError):
+    """Base of our errors: the message says what was found and what to change."""
 
 
-class MissingInput(FileNotFoundError):
-    """Something that a former notebook should have written is not there."""
+class ConfigError(TunebookError):
+    """A configuration that cannot be run."""
 
 
-class ModelError(ValueError):
-    """A model or adapter that cannot be loaded; the message says what to do."""
+class MissingInput(TunebookError, FileNotFoundError):
+    """A file that an earlier notebook should have written is missing."""
 
 
-class JudgeError(ValueError):
-    """A judge that cannot be asked; the message says what to do."""
+class ModelError(TunebookError):
+    """A model or adapter that cannot be loaded."""
 
 
-class UnknownArchitecture(ValueError):
-    """A model whose numbers are neither known here nor found on disk or hub."""
+class UnknownArchitecture(TunebookError):
+    """A model whose config is neither known here nor on disk or hub."""
 
 
-class DataError(ValueError):
+class DataError(TunebookError):
     """Rows that cannot be used; the message gives row numbers and reasons."""
 
 
-class TemplateError(ValueError):
-    """A chat template that cannot be trained or generated with as it is."""
+class TemplateError(TunebookError):
+    """A chat template that cannot be used for training or generation."""
+
+
+class JudgeError(TunebookError):
+    """A judge that cannot be asked."""
 
 
 def nearest(name: str, known: Iterable[str], *, sure: float | None = None) -> str:

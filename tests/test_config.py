@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import recipes
+from helpers import config, recipes
 from helpers.config import RunConfig, changed, check_config, read_config
 from helpers.errors import ConfigError, nearest
 
@@ -210,3 +210,25 @@ def test_pure_modules_load_nothing_heavy(
         "import helpers.train, helpers.models, helpers.evaluation, helpers.export"
     )
     assert heavy_modules(program) == []
+
+
+# fields of earlier versions
+
+
+@pytest.fixture
+def retired(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, values in {"few": (0,), "evaluation.minutes": None}.items():
+        monkeypatch.setitem(config.RETIRED, name, (values, "write it in your notebook"))
+
+
+def test_a_retired_field_that_changed_nothing_is_dropped(
+    demo: RunConfig, retired: None
+) -> None:
+    assert changed(demo, few=0, evaluation__minutes=7) == demo
+
+
+def test_a_retired_field_that_was_in_use_is_refused_with_what_replaced_it(
+    demo: RunConfig, retired: None
+) -> None:
+    with pytest.raises(ConfigError, match="^few=4 no longer exists: write it in your"):
+        changed(demo, few=4)
