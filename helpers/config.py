@@ -1,12 +1,15 @@
-"""The validated, JSON-round-trippable configuration of one run.
+"""The configuration of one run, which survives the round trip through JSON.
 
-Holds our few fields; what belongs to TRL and PEFT is handed to them unchanged, in
-`sft`, `grpo` and `lora`. It is not a second list of their fields.
+`sft`, `grpo`, `lora` and `inference` are handed unchanged to the libraries' classes:
+their fields and defaults are asked of these classes, never listed here.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +28,12 @@ from helpers.errors import ConfigError, nearest
 
 Stage = Literal["sft", "grpo"]
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
+CLASSES = {  # take the values of a group
+    "sft": ("trl", "SFTConfig"),
+    "grpo": ("trl", "GRPOConfig"),
+    "lora": ("peft", "LoraConfig"),
+    "inference": ("transformers", "GenerationConfig"),
+}
 
 # Fields of earlier versions, by dotted name: the values that changed nothing (None:
 # any value), and what replaced the field. Saved configs still name them.
@@ -48,14 +57,6 @@ class Source(BaseModel):
 
     def __str__(self) -> str:
         return self.path
-
-    @field_validator("format")
-    @classmethod
-    def format_exists(cls, value: str | None) -> str | None:
-        """Refuses a format that is not known."""
-        from helpers.data.formats import find_format
-
-        return value and find_format(value).name
 
 
 TAGS = ("<path>", "<source>")  # in pydantic's errors; `check_config` leaves them out
@@ -199,14 +200,14 @@ class RunConfig(BaseModel):
     system_prompt: str = SYSTEM_PROMPT
     seed: int = Field(3407, ge=0)
     best_by: Literal["eval_loss", "loss"] = "eval_loss"
-    save_minutes: float = Field(10.0, gt=0, description="most work lost to a kill")
+    save_minutes: float = Field(10.0, gt=0, description="minutes between checkpoints")
     sft_adapter: str | None = Field(
         None, description="adapter folder or hub id to use instead of training SFT"
     )
     data: DataConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     inference: dict[str, Any] = Field(
-        default_factory=dict, description="-> GenerationConfig, for prompts of yours"
+        default_factory=dict, description="-> GenerationConfig, for your own prompts"
     )
     lora: dict[str, Any] = Field(default_factory=dict, description="-> LoraConfig")
     sft: dict[str, Any] = Field(default_factory=dict, description="-> SFTConfig")
@@ -219,35 +220,23 @@ class RunConfig(BaseModel):
     @classmethod
     def drop_retired(cls, values: Any) -> Any:
         """Leaves out retired fields that changed nothing, and refuses the others."""
-        if not isinstance(values, dict):
-            return values
-        values = dict(values)
         for name, (inert, replacement) in RETIRED.items():
             group, _, leaf = name.rpartition(".")
             holder = values.get(group) if group else values
             if not isinstance(holder, dict) or leaf not in holder:
                 continue
-            value = holder[leaf]
-            if inert is not None and value not in inert:
-                raise ValueError(f"{name}={value!r} no longer exists: {replacement}")
-            rest = {key: each for key, each in holder.items() if key != leaf}
+            if inert is not None and holder[leaf] not in inert:
+                message = f"{name}={holder[leaf]!r} no longer exists: {replacement}"
+                raise ValueError(message)
+            rest = {key: value for key, value in holder.items() if key != leaf}
             values = {**values, group: rest} if group else rest
         return values
-
-    @field_validator("template")
-    @classmethod
-    def template_exists(cls, value: str) -> str:
-        """Refuses what is neither a known template nor a file."""
-        from helpers.masking.templates import template_text
-
-        template_text(value)
-        return value
 
     @model_validator(mode="after")
     def stages_have_data(self) -> RunConfig:
         """Refuses a stage without rows, and an eval loss without eval rows."""
-        data = self.data
-        if "sft" in self.stages and not data.train and not self.sft_adapter:
+        data, has_sft = self.data, "sft" in self.stages
+        if has_sft and not data.train and not self.sft_adapter:
             raise ValueError("the sft stage needs data.train")
         if "grpo" in self.stages and not data.problems:
             raise ValueError("the grpo stage needs data.problems")
@@ -257,14 +246,15 @@ class RunConfig(BaseModel):
             raise ValueError("probe_samples=1 tells nothing; give 2 or more, or 0")
         if data.eval and data.eval_share:
             raise ValueError("give data.eval or data.eval_share, not both")
-        if "sft" in self.stages and not (data.eval or data.eval_share):
-            if self.best_by == "eval_loss":
-                raise ValueError(
-                    "best_by='eval_loss' needs data.eval or data.eval_share; "
-                    "without them use best_by='loss'"
-                )
-            if self.sft.get("eval_strategy") not in (None, "no"):
-                raise ValueError("sft.eval_strategy needs data.eval or data.eval_share")
+        if not has_sft or data.eval or data.eval_share:
+            return self
+        if self.best_by == "eval_loss":
+            raise ValueError(
+                "best_by='eval_loss' needs data.eval or data.eval_share; without them "
+                "use best_by='loss'"
+            )
+        if self.sft.get("eval_strategy") not in (None, "no"):
+            raise ValueError("sft.eval_strategy needs data.eval or data.eval_share")
         return self
 
 
@@ -278,43 +268,37 @@ def check_config(values: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        known = {
-            "": RunConfig.model_fields,
-            "data": DataConfig.model_fields,
-            "evaluation": EvaluationConfig.model_fields,
-        }
-        lines = []
-        for fault in error.errors():
-            places = [str(part) for part in fault["loc"] if part not in TAGS]
-            where = ".".join(places)
-            if fault["type"] == "extra_forbidden":
-                parent, _, leaf = where.rpartition(".")
-                inner = Source.model_fields if parent.startswith("data.") else ()
-                hint = nearest(leaf, known.get(parent, inner))
-                lines.append(f"{where} is no field of the config{hint}")
-            else:
-                found = f" (found {repr(fault['input'])[:80]})" if where else ""
-                message = fault["msg"].removeprefix("Value error, ")
-                lines.append(f"{where}: {message}{found}".removeprefix(": "))
-        raise ConfigError("\n".join(lines)) from None
+        faults = error.errors()
+    groups = {"": RunConfig, "data": DataConfig, "evaluation": EvaluationConfig}
+    lines = []
+    for fault in faults:
+        field = ".".join(str(part) for part in fault["loc"] if part not in TAGS)
+        if fault["type"] == "extra_forbidden":
+            group, _, leaf = field.rpartition(".")
+            hint = nearest(leaf, groups.get(group, Source).model_fields)
+            lines.append(f"{field} is not a field of the config{hint}")
+        else:
+            value = f" (found {repr(fault['input'])[:80]})" if field else ""
+            message = fault["msg"].removeprefix("Value error, ")
+            lines.append(f"{field}: {message}{value}".removeprefix(": "))
+    raise ConfigError("\n".join(lines))
 
 
 def read_config(path: Path) -> RunConfig:
     """Returns the config that a JSON file holds.
 
     Raises:
-        ConfigError: the file is missing, is no JSON, or holds no valid config.
+        ConfigError: the file is missing, is not JSON, or holds no valid config.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return check_config(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ConfigError(
             f"no config at {path}; run notebook 00_setup, or save one with "
             "recipes.load('demo')"
         ) from None
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from None
-    return check_config(values)
+        raise ConfigError(f"{path} is not JSON: {error}") from None
 
 
 def changed(config: RunConfig, **changes: Any) -> RunConfig:
@@ -330,12 +314,49 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
     values = config.model_dump()
     for key, value in changes.items():
         *groups, leaf = key.split("__")
-        place = values
+        holder = values
         for group in groups:
-            inner = place.get(group)
-            if not isinstance(inner, dict):
-                hint = nearest(group, [k for k in place if isinstance(place[k], dict)])
-                raise ConfigError(f"{key}: {group!r} is no group of the config{hint}")
-            place = inner
-        place[leaf] = value
+            if not isinstance(holder.get(group), dict):
+                hint = nearest(group, [k for k, v in holder.items() if type(v) is dict])
+                raise ConfigError(
+                    f"{key}: {group!r} is not a group of the config{hint}"
+                )
+            holder = holder[group]
+        holder[leaf] = value
     return check_config(values)
+
+
+@cache
+def library_class(group: str) -> Any:
+    """Returns the class that takes a group's values.
+
+    Unsloth puts subclasses with other defaults in the place of TRL's own.
+    """
+    package, name = CLASSES[group]
+    kind = getattr(importlib.import_module(package), name)
+    return next(k for k in kind.__mro__ if k.__module__.startswith(f"{package}."))
+
+
+def library_fields(group: str) -> dict[str, Any]:
+    """Returns the dataclass fields of a group's class; GenerationConfig has none."""
+    return getattr(library_class(group), "__dataclass_fields__", {})
+
+
+@cache
+def defaults(group: str) -> dict[str, Any]:
+    """Returns the defaults of a group's class; GenerationConfig names none.
+
+    But AdamW is not TRL's fused one, which hides from accelerate the steps that fp16
+    skips. The first question imports the library, which takes ten seconds.
+
+    >>> defaults("grpo")["max_completion_length"], defaults("sft")["optim"]
+    (512, 'adamw_torch')
+    """
+    fields = library_fields(group).values()
+    values = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    return values | ({"optim": "adamw_torch"} if "optim" in values else {})
+
+
+def complete(config: RunConfig, stage: Stage) -> dict[str, Any]:
+    """Returns a stage's values, with TRL's defaults where the config is silent."""
+    return {**defaults(stage), **getattr(config, stage)}

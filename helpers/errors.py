@@ -9,6 +9,10 @@ from collections.abc import Iterable
 class TunebookError(ValueError):
     """Base of our errors: the message says what was found and what to change."""
 
+    def _render_traceback_(self) -> list[str]:
+        # IPython's hook: a notebook shows the sentence, not the frames above it
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(TunebookError):
     """A configuration that cannot be run."""
@@ -20,6 +24,10 @@ class MissingInput(TunebookError, FileNotFoundError):
 
 class ModelError(TunebookError):
     """A model or adapter that cannot be loaded."""
+
+
+class GpuTooSmall(TunebookError, MemoryError):
+    """A GPU without the memory that a model needs."""
 
 
 class UnknownArchitecture(TunebookError):

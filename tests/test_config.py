@@ -19,7 +19,7 @@ def demo() -> RunConfig:
 
 def test_an_unknown_field_gets_the_nearest_name(demo: RunConfig) -> None:
     with pytest.raises(
-        ConfigError, match="^modle is no field of the config; did you mean 'model'\\?$"
+        ConfigError, match="^modle is not a field of the config; did you mean 'model'\\?$"
     ):
         check_config({**demo.model_dump(), "modle": "x"})
 
@@ -27,12 +27,12 @@ def test_an_unknown_field_gets_the_nearest_name(demo: RunConfig) -> None:
 def test_an_unknown_field_of_a_group_gets_that_groups_nearest_name(
     demo: RunConfig,
 ) -> None:
-    with pytest.raises(ConfigError, match="data.trian is no .* mean 'train'\\?$"):
+    with pytest.raises(ConfigError, match="data.trian is not .* mean 'train'\\?$"):
         changed(demo, data__trian=["a.jsonl"])
 
 
 def test_an_unknown_field_like_no_other_gets_no_hint(demo: RunConfig) -> None:
-    with pytest.raises(ConfigError, match="^qqqq is no field of the config$"):
+    with pytest.raises(ConfigError, match="^qqqq is not a field of the config$"):
         changed(demo, qqqq=1)
 
 
@@ -150,7 +150,7 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
 def test_broken_json_says_where_it_breaks(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"name": "demo",\n "seed" 1}', encoding="utf-8")
-    with pytest.raises(ConfigError, match="config.json is no JSON: .*line 2 column 9"):
+    with pytest.raises(ConfigError, match="config.json is not JSON: .*line 2 column 9"):
         read_config(path)
 
 
@@ -186,13 +186,13 @@ def test_changed_leaves_the_original_alone(demo: RunConfig) -> None:
 
 def test_changed_names_the_nearest_group_of_a_mistyped_one(demo: RunConfig) -> None:
     with pytest.raises(
-        ConfigError, match="^sftt__max_steps: 'sftt' is no group .* mean 'sft'\\?$"
+        ConfigError, match="^sftt__max_steps: 'sftt' is not a group .* mean 'sft'\\?$"
     ):
         changed(demo, sftt__max_steps=5)
 
 
 def test_changed_refuses_to_reach_into_a_plain_field(demo: RunConfig) -> None:
-    with pytest.raises(ConfigError, match="'model' is no group of the config"):
+    with pytest.raises(ConfigError, match="'model' is not a group of the config"):
         changed(demo, model__name="x")
 
 

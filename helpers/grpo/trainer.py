@@ -8,7 +8,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from helpers import fields, runtime
+from helpers import runtime
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
 from helpers.grpo import budget, heldout, prompts, rewards
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-    from helpers.config import RunConfig
+    from helpers.config import RunConfig, complete
     from helpers.evaluation.results import Table
     from helpers.inference.generation import Answering
 
@@ -222,7 +222,7 @@ def answering(
     from helpers.inference.generation import generate
 
     # the memory of these is counted
-    rows = sampled_rows(fields.complete(config, "grpo"))
+    rows = sampled_rows(complete(config, "grpo"))
     if sampler is not None:
         return functools.partial(sampler.generate, tokenizer, batch_size=rows)
     # on a CPU as many as are fastest
