@@ -17,7 +17,7 @@ from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
-from helpers import runtime, shapes
+from helpers import runtime
 from helpers.config import (
     CLASSES,
     RunConfig,
@@ -29,10 +29,11 @@ from helpers.config import (
 )
 from helpers.data.formats import find_format
 from helpers.errors import ConfigError, ModelError, UnknownArchitecture, nearest
+from helpers.estimate import count_steps, skeleton, step_rows
 from helpers.grpo.rewards import choose, margin
 from helpers.masking.templates import template_text
+from helpers.models.load import check_attached, check_lora
 from helpers.rollout.sampler import unsupported
-from helpers.timing import count_steps, step_rows
 
 Fault = tuple[str, str]  # dotted field; what was found, why it matters, what to do
 
@@ -365,13 +366,19 @@ def dtype_flags(config: RunConfig, machine: runtime.Machine) -> Iterator[Fault]:
 def model_faults(config: RunConfig) -> Iterator[Fault]:
     """Finds LoRA and lengths that do not go with the base model, where it is known."""
     try:
-        numbers = shapes.find_config(config.model).get_text_config()
-        tuned = shapes.adapt(config.model, config.lora)
+        base = skeleton(config.model)
     except UnknownArchitecture:
         return  # nothing is known of the model until it is loaded
-    except ModelError as error:
-        name = next((w for w in re.findall(r"\w+", str(error)) if w in config.lora), "")
-        yield f"lora.{name}".removesuffix("."), str(error)
+    try:
+        check_lora(base, config.lora)
+        tuned = skeleton(config.model, config.lora)
+        check_attached(tuned, config.lora)
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, AttributeError):
+            text = f"PEFT fails on a setting of lora that it should refuse: {text}"
+        name = next((w for w in re.findall(r"\w+", text) if w in config.lora), "")
+        yield f"lora.{name}".removesuffix("."), text
         return
     if config.lora.get("task_type") not in (None, "CAUSAL_LM"):
         yield "lora.task_type", "only causal models are trained here. Remove it."
@@ -384,6 +391,7 @@ def model_faults(config: RunConfig) -> Iterator[Fault]:
         if reason := unsupported(config, tuned):
             text = f"'copy' does not work: {reason}. Choose 'auto' or 'model'."
             yield "sampler", text
+    numbers = base.config.get_text_config()
     positions = getattr(numbers, "max_position_embeddings", None) or math.inf
     lengths = {
         "evaluation.max_new_tokens": config.evaluation.max_new_tokens,
@@ -459,7 +467,7 @@ def schedule(config: RunConfig, stage: Stage, rows: int | None) -> Iterator[Faul
         )
         yield f"{stage}.learning_rate", text
 
-    steps, warmup = count_steps(values, rows), values["warmup_steps"]
+    steps, warmup = count_steps(config, stage, rows), values["warmup_steps"]
     # below 1 it is a share of the run, as in transformers' get_warmup_steps
     length = int(warmup) if warmup >= 1 else math.ceil((steps or 0) * warmup)
     if steps and length >= steps and values["lr_scheduler_type"] != "constant":
@@ -469,7 +477,7 @@ def schedule(config: RunConfig, stage: Stage, rows: int | None) -> Iterator[Faul
         )
         yield f"{stage}.warmup_steps", text
 
-    a_step = step_rows(values)
+    a_step = step_rows(config, stage)
     seen = values["max_steps"] * a_step
     if rows and 0 < seen < rows and not values.get("packing"):
         text = (

@@ -159,14 +159,13 @@ def default_name() -> str:
 
 def list_recipes() -> str:
     """Returns a Markdown table of the recipes: what they reproduce, what they need."""
-    from helpers import memory
-    from helpers.gpus import T4
+    from helpers.estimate import estimate_memory
 
     lines = ["| recipe | reproduces | stages | engine | needs | GiB on a T4 |"]
     lines.append("|---|---|---|---|---|---|")
     for name in read_file():
         config, notes = load(name), describe(name)
-        peak = memory.predict(config, T4).peak_gb
+        peak = estimate_memory(config).peak_gb
         engine = "Unsloth" if config.engine == "auto" else config.engine
         cells = [f"`{name}`", notes["source"], " + ".join(config.stages).upper()]
         cells += [engine, notes["needs"], f"{peak:.1f}"]

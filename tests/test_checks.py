@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from helpers import checks, recipes, runtime, timing
+from helpers import checks, estimate, recipes, runtime
 from helpers.checks import Advice
-from helpers import config as config_module
 from helpers.config import RunConfig, changed
 from helpers.errors import ConfigError
 from helpers.runtime import Machine
@@ -34,7 +33,8 @@ def demo() -> RunConfig:
 
 def count_steps(values: dict[str, Any], rows: int) -> int | None:
     """Returns the steps of training with these values, the rest TRL's defaults."""
-    return timing.count_steps({**config_module.defaults("sft"), **values}, rows)
+    config = changed(recipes.load("demo"), sft=values)
+    return estimate.count_steps(config, "sft", rows)
 
 
 def only(advice: list[Advice], field: str) -> Advice:

@@ -19,7 +19,8 @@ def demo() -> RunConfig:
 
 def test_an_unknown_field_gets_the_nearest_name(demo: RunConfig) -> None:
     with pytest.raises(
-        ConfigError, match="^modle is not a field of the config; did you mean 'model'\\?$"
+        ConfigError,
+        match="^modle is not a field of the config; did you mean 'model'\\?$",
     ):
         check_config({**demo.model_dump(), "modle": "x"})
 

@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from helpers.estimate import count_steps, step_rows
 from helpers.evaluation.results import Table
 from helpers.runs import write_json
-from helpers.timing import count_steps, step_rows
 
 if TYPE_CHECKING:
     from helpers.config import RunConfig, complete
@@ -87,8 +87,8 @@ def table(made: Plan | None, config: RunConfig, prompts: int) -> Table:
         prompts: to train on.
     """
     values = complete(config, "grpo")
-    answers, size = step_rows(values), values["num_generations"]
-    steps = made.steps if made else count_steps(values, size * prompts) or 0
+    answers, size = step_rows(config, "grpo"), values["num_generations"]
+    steps = made.steps if made else count_steps(config, "grpo", prompts) or 0
     seen = steps * answers // size
     rows = {
         "steps": f"{steps}, with {seen} prompts drawn from {prompts}",

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from helpers import runtime
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
+from helpers.estimate import sampled_rows
 from helpers.grpo import budget, heldout, prompts, rewards
 from helpers.grpo.record import Record
 from helpers.rollout import sampler as sampling
 from helpers.runs import Run, write_json
 from helpers.stages import open_stage, read_note, require_stage
-from helpers.timing import sampled_rows
 from helpers.training import trainer as train
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-    from helpers.config import RunConfig, complete
+    from helpers.config import RunConfig
     from helpers.evaluation.results import Table
     from helpers.inference.generation import Answering
 
@@ -222,7 +222,7 @@ def answering(
     from helpers.inference.generation import generate
 
     # the memory of these is counted
-    rows = sampled_rows(complete(config, "grpo"))
+    rows = sampled_rows(config)
     if sampler is not None:
         return functools.partial(sampler.generate, tokenizer, batch_size=rows)
     # on a CPU as many as are fastest
