@@ -241,8 +241,9 @@ def group_faults(
         try_out(library_class(group)(**{**values, **instead}))
     except (ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
         text = f"{CLASSES[group][1]} refuses it: {' '.join(str(error).split())}"
-        named = [word for word in re.findall(r"\w+", text) if word in values]
-        named += [name for name, value in values.items() if f"'{value}'" in text]
+        words = re.findall(r"\w+", text)
+        named = [word for word in words if word in values]
+        named += [n for n, v in values.items() if isinstance(v, str) and v in words]
         yield (named[0], describe(values[named[0]], text)) if named else ("", text)
 
 
