@@ -40,6 +40,12 @@ CLASSES = {  # take the values of a group
 RETIRED: dict[str, tuple[tuple[Any, ...] | None, str]] = {}
 
 
+STRICT = ConfigDict(extra="forbid", validate_assignment=True)
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class Source(BaseModel):
     """Rows of a file or of a hub dataset, where a path alone does not say it all."""
 
@@ -48,10 +54,8 @@ class Source(BaseModel):
     path: str = Field(
         min_length=1, description="a file, or owner/name[/config][:split] on the hub"
     )
-    rows: int | None = Field(None, ge=1, description="at most so many are read")
-    weight: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="part of the mix, by proportion"
-    )
+    rows: Count | None = Field(None, description="at most so many are read")
+    weight: Positive | None = Field(None, description="share of the mix")
     format: str | None = Field(None, description="of the rows; null = detected")
     stream: bool = Field(False, description="of a hub set: store nothing on disk")
 
@@ -69,36 +73,26 @@ Rows = Annotated[
 class DataConfig(BaseModel):
     """Where the rows come from: a path, to the letter, or a `Source` with options."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = STRICT
 
     train: list[Rows] = Field(
         [],
         description='SFT rows, one path a line, or {"path": ..., "rows": 500, '
         '"weight": 2, "format": "dolly"}',
     )
-    eval: Rows | None = Field(
-        None, description="rows for the eval loss, not trained on"
-    )
-    eval_share: float | None = Field(
-        None, gt=0, lt=1, description="instead of eval: this share of the train rows"
-    )
-    test_share: float | None = Field(
-        None, gt=0, lt=1, description="share of the train rows held out for metrics"
-    )
+    eval: Rows | None = Field(None, description="rows for the eval loss alone")
+    eval_share: Share | None = Field(None, description="of train, instead of eval")
+    test_share: Share | None = Field(None, description="of train, for metrics alone")
     problems: Rows | None = Field(None, description="questions with answers, for GRPO")
     test: Rows | None = Field(None, description="held-out problems like training's")
     test_new: Rows | None = Field(None, description="held-out problems of another kind")
-    train_rows: int | None = Field(None, ge=1, description="cap a source; null = all")
+    train_rows: Count | None = Field(None, description="cap a source; null = all")
     drop_unusable: bool = Field(False, description="leave bad rows out, counted")
-    ignore: list[str] = Field(
-        [], description="columns and fields of turns to leave out, like tools"
-    )
-    max_chars: int | None = Field(
-        None, ge=1, description="leave longer conversations out, counted"
-    )
-    eval_rows: int | None = Field(None, ge=1)
-    test_rows: int | None = Field(None, ge=1)
-    test_new_rows: int | None = Field(None, ge=1)
+    ignore: list[str] = Field([], description="columns and fields to leave out: tools")
+    max_chars: Count | None = Field(None, description="leave longer rows out, counted")
+    eval_rows: Count | None = None
+    test_rows: Count | None = None
+    test_new_rows: Count | None = None
 
     @field_validator("eval", "problems", "test", "test_new")
     @classmethod
@@ -112,12 +106,10 @@ class DataConfig(BaseModel):
 class EvaluationConfig(BaseModel):
     """How held-out problems and conversations are answered: greedy, in batches."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = STRICT
 
-    batch_size: int | None = Field(
-        None, ge=1, description="null = 32 on a CPU, by the model's size on a GPU"
-    )
-    max_new_tokens: int = Field(256, ge=1, description="answers are cut here")
+    batch_size: Count | None = Field(None, description="null = by machine and model")
+    max_new_tokens: Count = Field(256, description="answers are cut here")
     protocol: Literal["ours", "gsm8k", "gsm8k_cot_llama"] = Field(
         "ours",
         description="prompts of problems; the others are lm-eval's, if installed",
@@ -126,12 +118,8 @@ class EvaluationConfig(BaseModel):
         0, ge=0, description="answers drawn to each problem, for pass@k and maj@k"
     )
     temperature: float = Field(0.7, gt=0, description="of these drawn answers")
-    text_rows: int = Field(
-        100, ge=1, description="held-out conversations answered for ROUGE, BLEU, ..."
-    )
-    labels: list[str] | None = Field(
-        None, description="classes of held-out conversations; null = they are texts"
-    )
+    text_rows: Count = Field(100, description="held-out conversations to answer")
+    labels: list[str] | None = Field(None, description="classes of held-out answers")
     minutes: float = Field(30.0, gt=0, description="of older configs; nothing reads it")
 
     @field_validator("labels")
@@ -150,7 +138,7 @@ class EvaluationConfig(BaseModel):
 class RunConfig(BaseModel):
     """One run: model, data, and how both are put together."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = STRICT
 
     name: str = Field(pattern=r"^\w[\w.-]*$", description="the folder below runs/")
     recipe: str = Field("", description="the recipe it started from")
@@ -162,21 +150,17 @@ class RunConfig(BaseModel):
     weights: Literal["auto", "4bit", "8bit", "16bit"] = Field(
         "auto", description="auto = 4bit on a GPU; 16bit = this machine's own dtype"
     )
-    double_quant: bool = Field(
-        True, description="4bit: quantise the scales too, 0.4 bit a weight less"
-    )
+    double_quant: bool = Field(True, description="4bit: quantise the scales too")
     dtype: Literal["auto", "float16", "bfloat16"] = Field(
         "auto", description="of arithmetic; bfloat16 needs a GPU newer than a T4"
     )
     template: str = Field(
         "own", description="own = the tokenizer's; instruction, llama-2, or a file"
     )
-    pad_token: str | None = Field(
-        None, description="null = chosen; eos is refused with a warning"
-    )
+    pad_token: str | None = Field(None, description="null = chosen; never eos")
     max_length: int = Field(1024, ge=16, description="tokens a (packed) row")
-    max_prompt_length: int | None = Field(
-        None, ge=1, description="GRPO: problems with longer prompts are left out"
+    max_prompt_length: Count | None = Field(
+        None, description="GRPO: problems with longer prompts are left out"
     )
     few_shot: int = Field(
         0, ge=0, description="solved examples in each prompt, of the problems' first"
@@ -187,11 +171,11 @@ class RunConfig(BaseModel):
     probe_problems: int | None = Field(
         None, ge=1, description="GRPO: probe and train on so many; null = all"
     )
-    grpo_minutes: float | None = Field(
-        None, gt=0, description="GRPO: fit the steps into this time; null = max_steps"
+    grpo_minutes: Positive | None = Field(
+        None, description="GRPO: fit the steps into this time; null = max_steps"
     )
-    grpo_held_out: int = Field(
-        32, ge=1, description="GRPO: held-out problems that choose the best adapter"
+    grpo_held_out: Count = Field(
+        32, description="GRPO: held-out problems that choose the best adapter"
     )
     sampler: Literal["auto", "copy", "model", "vllm"] = Field(
         "auto", description="GRPO: auto = from a 16-bit copy where a GPU holds it"
@@ -200,20 +184,18 @@ class RunConfig(BaseModel):
     system_prompt: str = SYSTEM_PROMPT
     seed: int = Field(3407, ge=0)
     best_by: Literal["eval_loss", "loss"] = "eval_loss"
-    save_minutes: float = Field(10.0, gt=0, description="minutes between checkpoints")
+    save_minutes: Positive = Field(10.0, description="minutes between checkpoints")
     sft_adapter: str | None = Field(
         None, description="adapter folder or hub id to use instead of training SFT"
     )
     data: DataConfig
     evaluation: EvaluationConfig = EvaluationConfig()
-    inference: dict[str, Any] = Field(
-        default_factory=dict, description="-> GenerationConfig, for your own prompts"
-    )
-    lora: dict[str, Any] = Field(default_factory=dict, description="-> LoraConfig")
-    sft: dict[str, Any] = Field(default_factory=dict, description="-> SFTConfig")
-    grpo: dict[str, Any] = Field(default_factory=dict, description="-> GRPOConfig")
+    inference: dict[str, Any] = Field({}, description="-> GenerationConfig, for chats")
+    lora: dict[str, Any] = Field({}, description="-> LoraConfig")
+    sft: dict[str, Any] = Field({}, description="-> SFTConfig")
+    grpo: dict[str, Any] = Field({}, description="-> GRPOConfig")
     rewards: dict[str, float] = Field(
-        default_factory=lambda: {"correctness": 1.0}, description="name -> weight"
+        {"correctness": 1.0}, description="name -> weight"
     )
 
     @model_validator(mode="before")
