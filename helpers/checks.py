@@ -93,12 +93,9 @@ REFUSED = {
 class Advice(NamedTuple):
     """One fault of a config, and its remedy."""
 
-    level: Literal["error", "warning"]
-    """An error stops the run; with a warning it runs, and may disappoint."""
-    field: str
-    """Dotted path into the config, `sft.warmup_steps`."""
-    text: str
-    """What was found, why it matters, what to do."""
+    level: Literal["error", "warning"]  # with a warning it runs, and may disappoint
+    field: str  # dotted path into the config, `sft.warmup_steps`
+    text: str  # what was found, why it matters, what to do
 
 
 def advise(
@@ -151,9 +148,7 @@ def check_lengths(ends: list[int], max_length: int) -> Advice | None:
     '256 tokens cut 1 of 3 answers (33.3 %): their ends are not learnt. Set it to 320, \
 which cuts at most 1 %, or leave the long rows out.'
 
-    Args:
-        ends: tokens of each conversation up to its last supervised one, uncut.
-        max_length: tokens that are kept.
+    `ends` are the tokens of each conversation up to its last supervised one, uncut.
     """
     allowed = int(MAX_CUT_SHARE * len(ends))
     cut = sum(end > max_length for end in ends)
@@ -205,17 +200,10 @@ def library_faults(config: RunConfig) -> Iterator[Fault]:
         values = getattr(config, group)
         faults = list(group_faults(group, values, instead[group]))
         if group == "grpo" and not faults:
-            names = ["generation_kwargs", "cache_implementation"]
-            drawn = {name: values[name] for name in names if values.get(name)}
-            more = drawn.pop("generation_kwargs", {})
-            if not isinstance(more, dict):
-                text = (
-                    f"found {more!r}; expected an object of GenerationConfig's fields"
-                )
-                yield "grpo.generation_kwargs", text
-                continue
-            inner = group_faults("inference", drawn | more, instead["inference"])
-            faults = [(n if n in drawn else names[0], text) for n, text in inner]
+            drawn = {n: values[n] for n in ["cache_implementation"] if n in values}
+            drawn |= values.get("generation_kwargs") or {}
+            inner = group_faults("inference", drawn, instead["inference"])
+            faults = [(n if n in values else "generation_kwargs", t) for n, t in inner]
         for name, text in faults:
             yield f"{group}.{name}".removesuffix("."), text
 
@@ -225,10 +213,7 @@ def group_faults(
 ) -> Iterator[Fault]:
     """Finds the names, types and values of a group that its class does not take.
 
-    Args:
-        group: `sft`, `grpo`, `lora` or `inference`.
-        values: of the config.
-        instead: values that the class gets in place of, or besides, these.
+    `instead` are values that the class gets in place of, or besides, the config's.
     """
     # Unsloth adds fields of its own to TRL's classes
     values = {n: v for n, v in values.items() if not n.startswith("unsloth_")}
@@ -255,32 +240,31 @@ def value_fault(group: str, name: str, value: Any) -> str:
     if own := OWNER.get(f"{group}.{name}"):
         return f"the config's own {own} decides it. Remove it."
     if name in REMOVED or name not in hints(group):
-        hint = nearest(name, hints(group), sure=SURE) or "; remove it"
-        hint = f": {REMOVED[name]}" if name in REMOVED else hint
-        return f"{CLASSES[group][1]} has no such field{hint}"
+        remedy = nearest(name, hints(group), sure=SURE) or "; remove it"
+        remedy = f": {REMOVED[name]}" if name in REMOVED else remedy
+        return f"{CLASSES[group][1]} has no such field{remedy}"
     for refused, text in REFUSED.items():
         if refused == (name, value):
             return f"found {value!r}; {text}"
+    if name == "generation_kwargs" and isinstance(value, str):
+        return f"found {value!r}; expected an object of GenerationConfig's fields"
     number = isinstance(value, int | float) and not isinstance(value, bool)
     for expected, is_right, names in LIMITS:
         if name in names and number and not is_right(value):
             return f"found {value!r}; expected {expected}"
-    field = library_fields(group).get(name)
+    field, hint = library_fields(group).get(name), hints(group)[name]
     help = field.metadata.get("help", "") if field else ""
     # the help of scale_rewards, which is a text, names `True` too
-    if field and (
-        value == field.default or isinstance(value, bool) and f"`{value}`" in help
-    ):
+    is_named = isinstance(value, bool) and f"`{value}`" in help
+    if field and (is_named or value == field.default):
         return ""
-    annotation = inspect.formatannotation(hints(group)[name])
-    text = value
-    if isinstance(value, str):  # PEFT writes pissa_niter_[number of iters]
-        text = re.sub(r"niter_\d+$", "niter_[number of iters]", value)
     try:  # as JSON, which has no tuples, sets or enums of its own
-        json = to_json(text, inf_nan_mode="constants")
-        TypeAdapter(hints(group)[name]).validate_json(json, strict=True)
+        text = to_json(value, inf_nan_mode="constants").decode()
+        # PEFT writes pissa_niter_[number of iters]
+        text = re.sub(r'niter_\d+"$', 'niter_[number of iters]"', text)
+        TypeAdapter(hint).validate_json(text, strict=True)
     except (ValidationError, PydanticSerializationError):
-        return describe(value, f"expected {annotation}")
+        return describe(value, f"expected {inspect.formatannotation(hint)}")
     except PydanticUserError:
         return ""  # pydantic does not know the type
     for word in value if isinstance(value, list) else [value]:
@@ -292,9 +276,8 @@ def value_fault(group: str, name: str, value: Any) -> str:
 
 def describe(value: Any, text: str) -> str:
     """Returns a fault with its value, and what it may mean of the texts named."""
-    hint = (
-        nearest(value, re.findall(r"'(\w+)'", text)) if isinstance(value, str) else ""
-    )
+    known = re.findall(r"'(\w+)'", text)
+    hint = nearest(value, known) if isinstance(value, str) else ""
     return f"found {value!r}{hint}; {text[:300]}"
 
 
@@ -350,13 +333,12 @@ def try_out(settings: Any) -> None:
 
 def dtype_flags(config: RunConfig, machine: runtime.Machine) -> Iterator[Fault]:
     """Finds fp16 and bf16 flags that conflict with the machine's dtype."""
+    chosen = str(runtime.choose_dtype(machine, config.dtype)[0])
     for stage in config.stages:
-        for flag, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        for flag, dtype in (("bf16", "torch.bfloat16"), ("fp16", "torch.float16")):
             value = getattr(config, stage).get(flag)
-            if value is None:
-                continue
-            chosen = dtype_name(config, machine)
-            if value != (machine.device == "cuda" and chosen == dtype):
+            is_on = machine.device == "cuda" and chosen == dtype
+            if value not in (None, is_on):
                 text = (
                     f"{value}, but the model computes in {chosen} on {machine.name}. "
                     "Remove it: dtype and the machine decide."
@@ -429,16 +411,11 @@ def engine_and_pad(config: RunConfig) -> Iterator[Fault]:
         yield "pad_token", text
 
 
-def dtype_name(config: RunConfig, machine: runtime.Machine) -> str:
-    """Returns the dtype that a config gets on a machine."""
-    return str(runtime.choose_dtype(machine, config.dtype)[0]).removeprefix("torch.")
-
-
 def dtype_fallback(config: RunConfig, machine: runtime.Machine) -> Iterator[Fault]:
     """Finds a dtype that the machine has no units for."""
-    chosen = dtype_name(config, machine)
+    dtype, reason = runtime.choose_dtype(machine, config.dtype)
+    chosen = str(dtype).removeprefix("torch.")
     if config.dtype == "bfloat16" != chosen:
-        reason = runtime.choose_dtype(machine, config.dtype)[1]
         text = f"bfloat16, but {chosen} is used on {machine.name}: {reason}. "
         yield "dtype", text + "Set it to auto, or take a newer GPU."
 

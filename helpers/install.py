@@ -78,7 +78,7 @@ def pip(*arguments: str) -> None:
         tail = "\n".join((process.stdout + process.stderr).strip().splitlines()[-15:])
         raise SystemExit(
             f"pip install {' '.join(arguments)} failed with exit status "
-            f"{process.returncode}:\n{tail}\nCheck the network and the free disk space, "
+            f"{process.returncode}:\n{tail}\nCheck the network and the disk space, "
             "then run the same command again: what is installed is kept."
         )
 

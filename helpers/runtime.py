@@ -34,16 +34,11 @@ CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 class Machine(NamedTuple):
     """The machine that a run is on."""
 
-    place: str
-    """`colab`, `kaggle` or `local`."""
-    device: str
-    """`cuda` or `cpu`."""
-    name: str
-    """The GPU's name, or the processor's architecture and core count."""
-    memory_gb: float
-    """GiB of GPU memory that torch may use (RAM on a CPU machine)."""
-    capability: tuple[int, int] | None
-    """CUDA compute capability, (7, 5) on a T4; None without a GPU."""
+    place: str  # colab, kaggle or local
+    device: str  # cuda or cpu
+    name: str  # the GPU's, or the processor's architecture and core count
+    memory_gb: float  # GiB of GPU memory that torch may use (RAM without a GPU)
+    capability: tuple[int, int] | None  # CUDA's, (7, 5) on a T4
 
 
 def find_machine() -> Machine:
@@ -66,10 +61,7 @@ def find_machine() -> Machine:
 
 
 def memory_cap_gb() -> float:
-    """Returns the GiB of GPU memory that a run may use (`TUNEBOOK_GPU_GB`), or inf.
-
-    With the variable at 14, a large GPU stands in for a T4 as far as memory goes.
-    """
+    """Returns the GiB of GPU memory that a run may use (`TUNEBOOK_GPU_GB`), or inf."""
     return float(os.environ.get("TUNEBOOK_GPU_GB", "inf"))
 
 
@@ -77,7 +69,7 @@ def choose_dtype(machine: Machine, wanted: str = "auto") -> tuple[torch.dtype, s
     """Returns the dtype of arithmetic on a machine, and the reason for it.
 
     `torch.cuda.is_bf16_supported()` says True on a T4, which only emulates bf16: the
-    compute capability decides instead. `TUNEBOOK_DTYPE=float16` overrides it all.
+    compute capability decides instead. `TUNEBOOK_DTYPE` overrides it all.
 
     Args:
         machine: from `find_machine`.
@@ -95,46 +87,35 @@ def choose_dtype(machine: Machine, wanted: str = "auto") -> tuple[torch.dtype, s
     note = "" if wanted == "auto" else f"; {wanted} is asked for"
     if machine.capability is None:
         reason = "CPUs without bf16 units are 6 to 60 times slower in it"
-        return torch.float32, (
-            reason if wanted != "float16" else "CPUs have no fp16 units"
-        ) + note
+        if wanted == "float16":
+            reason = "CPUs have no fp16 units"
+        return torch.float32, reason + note
     has_bf16 = machine.capability >= (8, 0)
     if wanted == "float16" or (wanted == "bfloat16" and has_bf16):
         return getattr(torch, wanted), f"the config asks for dtype={wanted!r}"
     if has_bf16:
         return torch.bfloat16, "compute capability 8.0 or newer has bf16 units"
-    capability = ".".join(map(str, machine.capability))
-    reason = (
-        f"compute capability {capability} has no bf16 units (they start at 8.0{note})"
-    )
-    return torch.float16, reason
+    number = ".".join(map(str, machine.capability))
+    reason = f"compute capability {number} has no bf16 units (they start at 8.0"
+    return torch.float16, f"{reason}{note})"
 
 
 def prepare_device() -> Machine:
-    """Returns the machine, after applying the memory cap of `TUNEBOOK_GPU_GB`.
-
-    With a cap a newer GPU stands in for a T4, which has neither FlashAttention nor
-    cuDNN attention: both are switched off with it.
-    """
+    """Returns the machine, after applying the memory cap of `TUNEBOOK_GPU_GB`."""
     import torch
 
     machine = find_machine()
     if machine.device == "cuda" and memory_cap_gb() < float("inf"):
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory_cap_gb() / total))
+        # a capped GPU stands in for a T4, which has neither kind of attention
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
     return machine
 
 
 def require_memory(needed_gb: float, what: str, machine: Machine | None = None) -> None:
-    """Raises GpuTooSmall when the GPU cannot hold what is about to be loaded.
-
-    Args:
-        needed_gb: GiB that are needed at the least.
-        what: the thing that needs them, for the message.
-        machine: the machine to judge; this one by default.
-    """
+    """Raises GpuTooSmall where the GPU has less than the GiB that something needs."""
     machine = machine or find_machine()
     if machine.device == "cuda" and machine.memory_gb < needed_gb:
         raise GpuTooSmall(
@@ -145,11 +126,7 @@ def require_memory(needed_gb: float, what: str, machine: Machine | None = None) 
 
 
 def peak_memory_gb() -> float:
-    """Returns the most memory this process has held, in GiB.
-
-    On a GPU the peak of torch's reserved memory (the CUDA context comes on top),
-    elsewhere the peak resident size of the process.
-    """
+    """Returns the peak in GiB: reserved by torch on a GPU, else resident."""
     import torch
 
     if torch.cuda.is_available():
@@ -188,12 +165,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(engine: str, dtype: str = "auto") -> dict[str, Any]:
-    """Returns the machine's part of `report.json`.
-
-    Args:
-        engine: `unsloth` or `transformers`.
-        dtype: of the config.
-    """
+    """Returns the machine's part of `report.json`, for a config's engine and dtype."""
     machine = find_machine()
     return {
         "python": platform.python_version(),
@@ -208,18 +180,12 @@ def environment(engine: str, dtype: str = "auto") -> dict[str, Any]:
 
 
 def home() -> Path:
-    """Returns the folder of `runs/` and `data_samples/`.
-
-    The project's own, or the working folder where the helpers were installed by pip.
-    """
+    """Returns the folder of `runs/` and `data_samples/`: the project's, or this one."""
     return Path.cwd() if INSTALLED else ROOT
 
 
 def runs_folder() -> Path:
-    """Returns the folder of all runs: `TUNEBOOK_RUNS`, else `runs/` at `home()`.
-
-    On Colab `open_drive` sets the variable where runs are kept on Google Drive.
-    """
+    """Returns the folder of all runs: `TUNEBOOK_RUNS`, else `runs/` at `home()`."""
     return Path(os.environ.get("TUNEBOOK_RUNS") or home() / "runs")
 
 
@@ -253,19 +219,21 @@ def use_engine(engine: str) -> Engine:
     """Returns the engine to load a model with, which this process must be ready for.
 
     Raises:
-        ModelError: Unsloth is not installed; or this process has imported what the
-            other engine needs, and must be restarted.
+        ModelError: it is not installed, or the kernel must be restarted for it.
     """
     chosen = resolve_engine(engine)
-    patched = "unsloth" in sys.modules
-    if patched == (chosen == "unsloth") or "transformers" not in sys.modules:
-        return chosen
-    state = "has imported Unsloth, which patches" if patched else "has imported"
-    raise ModelError(
-        f"engine={engine!r} means {chosen} here, but this process {state} "
-        "transformers: restart the kernel and run all cells again (outside a notebook: "
-        f"call runtime.start({chosen!r}) before other imports)"
-    )
+    if chosen == "transformers" and "unsloth" in sys.modules:
+        raise ModelError(
+            f"engine={engine!r} needs transformers as it is, but this process has "
+            "imported Unsloth, which patches it: restart the kernel and run all cells"
+        )
+    late = "transformers" in sys.modules and "unsloth" not in sys.modules
+    if chosen == "unsloth" and late:
+        log.warning(
+            "Unsloth is imported after transformers, and may be slower: restart the "
+            "kernel and run all cells, or call runtime.start() before other imports"
+        )
+    return chosen
 
 
 def start(engine: str | None = None) -> None:
@@ -288,8 +256,9 @@ def start(engine: str | None = None) -> None:
         library.addHandler(StdoutHandler())
         library.setLevel(logging.INFO)
         library.propagate = False  # Colab's root logger would show it a second time
-    if resolve_engine(engine or saved_engine()) == "unsloth":
-        import unsloth  # noqa: F401
+    with suppress(ModelError):  # not installed: whoever loads a model says so
+        if resolve_engine(engine or saved_engine()) == "unsloth":
+            import unsloth  # noqa: F401
     machine = prepare_device()
     dtype, reason = choose_dtype(machine)
     log.info(
@@ -303,7 +272,7 @@ def start(engine: str | None = None) -> None:
 
 
 def saved_engine() -> str:
-    """Returns the engine of the current run, `auto` where there is none."""
+    """Returns the engine of the current run's config, `auto` without one."""
     path = runs_folder() / str(current_run()) / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))["engine"]
@@ -335,18 +304,13 @@ def hub_reachable(timeout_s: float = 3.0) -> bool:
 
 
 def open_drive(wanted: bool) -> None:
-    """Keeps the runs of a Colab notebook on Google Drive, asking the user for access.
+    """Keeps a Colab notebook's runs on Google Drive, which outlives the machine.
 
-    A lost Colab machine takes its disk along; Drive stays. The folder goes into
-    `TUNEBOOK_RUNS`. Outside Colab, and where the user has set that variable, nothing
-    happens.
-
-    Args:
-        wanted: whether to; the variable `TUNEBOOK_DRIVE` (1 or 0) overrides it.
+    The folder goes into `TUNEBOOK_RUNS`; where that is set already, nothing happens.
+    `TUNEBOOK_DRIVE` (1 or 0) overrides `wanted`.
 
     Raises:
-        TunebookError: Drive could not be opened, the user refused, or
-            `TUNEBOOK_DRIVE` is neither 1 nor 0.
+        TunebookError: Drive was not opened, or `TUNEBOOK_DRIVE` is neither 1 nor 0.
     """
     override = os.environ.get("TUNEBOOK_DRIVE", "")
     if override not in ("", "0", "1"):
@@ -367,7 +331,6 @@ def open_drive(wanted: bool) -> None:
     except (ValueError, errors.Error) as error:
         raise TunebookError(
             f"Google Drive was not opened ({error}). Run this cell again and allow it, "
-            "or set KEEP_ON_DRIVE = False: runs then lie on this machine's disk and "
-            "are lost with it"
+            "or set KEEP_ON_DRIVE = False: runs are then lost with this machine"
         ) from error
     os.environ["TUNEBOOK_RUNS"] = folder
