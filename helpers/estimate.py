@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from helpers import fields, runtime
-from helpers.config import RunConfig, Stage, changed
+from helpers import runtime
+from helpers.config import RunConfig, Stage, changed, complete
 from helpers.errors import UnknownArchitecture
 
 GIB = 2**30
@@ -84,14 +84,14 @@ def this_gpu() -> Gpu | None:
 
 def step_rows(config: RunConfig, stage: Stage) -> int:
     """Returns the rows (GRPO: completions) of one optimiser step, of all processes."""
-    values = fields.complete(config, stage)
+    values = complete(config, stage)
     rows = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
     return rows * int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def sampled_rows(config: RunConfig) -> int:
     """Returns the completions that one process of GRPO samples at a time."""
-    values = fields.complete(config, "grpo")
+    values = complete(config, "grpo")
     rounds = values["steps_per_generation"] or values["gradient_accumulation_steps"]
     return values["per_device_train_batch_size"] * rounds
 
@@ -104,7 +104,7 @@ def count_steps(config: RunConfig, stage: Stage, rows: int | None = None) -> int
         stage: `sft` or `grpo`.
         rows: conversations or problems; how many a packed row takes is not known.
     """
-    values = fields.complete(config, stage)
+    values = complete(config, stage)
     if values["max_steps"] > 0:
         return values["max_steps"]
     if rows is None or values.get("packing"):
@@ -123,7 +123,7 @@ def sft_minutes(
     gradient) and two more where activations are recomputed (Kaplan et al.,
     arXiv:2001.08361, section 2.1).
     """
-    values, steps = fields.complete(config, "sft"), count_steps(config, "sft", rows)
+    values, steps = complete(config, "sft"), count_steps(config, "sft", rows)
     if steps is None:
         return None
     length = config.max_length if values["packing"] else ROW_TOKENS
@@ -206,7 +206,7 @@ def estimate_memory(
         copied = estimate_memory(changed(config, sampler="copy"), gpu, stage)
         if copied.peak_gb <= gpu.safe_gb:
             return copied
-    base, values = skeleton(config.model), fields.complete(config, stage)
+    base, values = skeleton(config.model), complete(config, stage)
     numbers = base.config.get_text_config()
     try:
         hidden, heads = numbers.hidden_size, numbers.num_attention_heads

@@ -13,8 +13,8 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from helpers import estimate, fields, runtime
-from helpers.config import RunConfig, changed
+from helpers import estimate, runtime
+from helpers.config import RunConfig, changed, complete, defaults
 from helpers.errors import ConfigError, UnknownArchitecture
 from helpers.inference.generation import Answer, Prompt, cut_answer, encode
 from helpers.masking.templates import stop_token_ids
@@ -86,7 +86,7 @@ def is_long(config: RunConfig) -> bool:
     """
     if config.grpo_minutes:
         return config.grpo_minutes >= COMPILE_MINUTES
-    return not 0 < fields.complete(config, "grpo")["max_steps"] < COMPILE_STEPS
+    return not 0 < complete(config, "grpo")["max_steps"] < COMPILE_STEPS
 
 
 def no_room(config: RunConfig) -> str:
@@ -105,7 +105,7 @@ def no_room(config: RunConfig) -> str:
 def unsupported(config: RunConfig, model: PreTrainedModel) -> str:
     """Returns why a run cannot be sampled from a copy, or an empty string."""
     others = ["generation_kwargs", "repetition_penalty"]
-    usual = fields.defaults("grpo")
+    usual = defaults("grpo")
     for name in [*others, "use_transformers_continuous_batching"]:
         if config.grpo.get(name, usual[name]) != usual[name]:
             return f"it does not know grpo.{name}"

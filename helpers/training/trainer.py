@@ -17,8 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import checks, fields, runtime
-from helpers.config import RunConfig, Stage, changed, read_config
+from helpers import checks, runtime
+from helpers.config import RunConfig, Stage, changed, complete, defaults, read_config
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
 from helpers.models import load as models
@@ -56,7 +56,7 @@ def recomputes(config: RunConfig, stage: Stage) -> bool:
 
     There it would cost a third more time, and memory is plenty.
     """
-    asked = fields.complete(config, stage)["gradient_checkpointing"]
+    asked = complete(config, stage)["gradient_checkpointing"]
     return asked and runtime.find_machine().device == "cuda"
 
 
@@ -113,7 +113,7 @@ def load_for_training(
 def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
     """Returns a stage's training arguments: the config's, and what they leave open."""
     config = run.config
-    values = {**defaults(stage), **getattr(config, stage)}
+    values = {**decisive_defaults(stage), **getattr(config, stage)}
     # what fits while training fits while evaluating
     values.setdefault(
         "per_device_eval_batch_size", values["per_device_train_batch_size"]
@@ -132,12 +132,12 @@ def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
     }
 
 
-def defaults(stage: Stage) -> dict[str, Any]:
+def decisive_defaults(stage: Stage) -> dict[str, Any]:
     """Returns TRL's defaults of what decides how a stage learns.
 
     Unsloth's trainers have others: another optimiser, two micro-batches a step.
     """
-    found = fields.defaults(stage)
+    found = defaults(stage)
     return {n: found[n] for n in DECISIVE if found.get(n) is not None}
 
 

@@ -16,8 +16,14 @@ from typing import Any, Literal, get_args, get_origin
 import ipywidgets as widgets
 from IPython.display import display
 
-from helpers import checks, estimate, fields, recipes
-from helpers.config import DataConfig, RunConfig, check_config
+from helpers import checks, estimate, recipes
+from helpers.config import (
+    DataConfig,
+    RunConfig,
+    check_config,
+    defaults,
+    library_fields,
+)
 from helpers.errors import ConfigError, UnknownArchitecture
 from helpers.runs import Run, open_run, save_run
 
@@ -204,9 +210,9 @@ def describe(name: str) -> tuple[Any, Any, str]:
         default = None if field.is_required() else field.get_default()
         help = (field.description or "").replace("null", "empty")
         return field.annotation, default, help
-    option = fields.own_fields(group).get(leaf)  # GenerationConfig has none
+    option = library_fields(group).get(leaf)  # GenerationConfig has none
     help = option.metadata.get("help", "") if option else ""
-    return None, fields.defaults(group).get(leaf), help.partition(". ")[0]
+    return None, defaults(group).get(leaf), help.partition(". ")[0]
 
 
 def make_field(name: str) -> widgets.Widget:
