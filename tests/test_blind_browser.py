@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import test_panel_browser as browser
-from test_panel_browser import notebook, page, run_cell  # noqa: F401
+import test_config_form_browser as browser
+from test_config_form_browser import notebook, page, run_cell  # noqa: F401
 
 from helpers import recipes, runs
 from helpers.data import preparation as data
