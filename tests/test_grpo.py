@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from helpers import stages
 from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
@@ -49,7 +50,7 @@ def make(
 
 
 def history(run: Run) -> list[dict[str, Any]]:
-    return json.loads((run.path / "grpo" / "history.json").read_text())
+    return json.loads((run.path / "grpo" / "log_history.json").read_text())
 
 
 # what is held out
@@ -124,7 +125,7 @@ def test_the_best_adapter_by_held_out_reward_is_kept_and_reported(
     make: Callable[..., Run],
 ) -> None:
     run = make(grpo__eval_steps=1, grpo__learning_rate=1e-3)
-    part = train.train_stage(run, "grpo")
+    part = stages.train_stage(run, "grpo")
     measured = [
         (e["eval_reward"], e["step"]) for e in history(run) if "eval_reward" in e
     ]
@@ -138,7 +139,7 @@ def test_the_best_adapter_by_held_out_reward_is_kept_and_reported(
 
 def test_without_evaluation_the_last_adapter_is_kept(make: Callable[..., Run]) -> None:
     run = make(grpo__eval_strategy="no", grpo__max_steps=1)
-    part = train.train_stage(run, "grpo")
+    part = stages.train_stage(run, "grpo")
     assert "held_out_best" not in part
     assert not any("eval_reward" in entry for entry in history(run))
     assert (run.path / "grpo" / "adapter" / "adapter_config.json").exists()
@@ -216,7 +217,7 @@ def test_a_training_with_minutes_ends_by_the_clock_with_its_adapter_saved(
     run = make(
         rewards={"slow": 1.0}, grpo_minutes=0.75, grpo__lr_scheduler_type="linear"
     )
-    part = train.train_stage(run, "grpo")
+    part = stages.train_stage(run, "grpo")
     made = budget.read_plan(run.path / "grpo")
     assert made is not None
     # besides: the probe's two steps and evaluation, the first and the last evaluation

@@ -10,11 +10,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from helpers.training.trackers import choose_trackers
 
 from helpers.runs import Run
 from helpers.training import trackers
 from helpers.training import trainer as train
-from helpers.training.trackers import choose_trackers
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from helpers.grpo import budget, diagnostics
 from helpers.grpo.record import Record, answers_table
 from helpers.runs import write_json
 from helpers.training import plots as curves
+from helpers.training.inputs import read_note
 
 SHOW_S = 10.0  # between two drawings of the panel
 ANSWERS = "answers.jsonl"
@@ -199,7 +200,10 @@ class LivePanel(TrainerCallback):
             return
         size = args.num_generations
         if "reward" in logs:
-            logs |= self.record.groups(size) | {diagnostics.SKIPPED: self.skipped}
+            more = self.record.groups(size) | {diagnostics.SKIPPED: self.skipped}
+            logs |= more
+            if state.log_history:
+                state.log_history[-1] |= more
             self.rows = self.record.group(size)
             self.keep(state.global_step)
         self.entries.append({"step": state.global_step, **logs})
@@ -218,6 +222,20 @@ class LivePanel(TrainerCallback):
             self.show(last=True)
             curves.draw_diagnostics(self.entries, self.folder / "diagnostics.png")
 
+    def report(self, history: list[diagnostics.Entry]) -> dict[str, Any]:
+        """Returns the stage's own values of `report.json`."""
+        rewards = [entry["reward"] for entry in history if "reward" in entry]
+        ends = diagnostics.width_of_ends(len(rewards))
+        part = {
+            "reward_first": round(sum(rewards[:ends]) / ends, 4),
+            "reward_last": round(sum(rewards[-ends:]) / ends, 4),
+            "reward_averaged_over_steps": ends,
+            "prompts_left_out": read_note(self.folder / "prompts.json")["left_out"],
+            "sampler": read_note(self.folder / "sampler.json")["name"],
+        }
+        plan = budget.read_plan(self.folder)
+        return part | ({"planned_steps": plan.steps} if plan else {})
+
     def keep(self, step: int) -> None:
         """Appends the group that is shown to `answers.jsonl`."""
         with (self.folder / ANSWERS).open("a", encoding="utf-8") as file:
@@ -229,10 +247,7 @@ class LivePanel(TrainerCallback):
         """Draws the panel in its place; as text, what is new, and all at the end."""
         self.shown = self.clock()
         if self.handle is not None:
-            from IPython.display import HTML
-
-            page = curves.to_html(self.title, self.entries, self.sentences, self.rows)
-            self.handle.update(HTML(page))
+            self.handle.update(curves.draw_diagnostics(self.entries))
             return
         new = [s for s in self.sentences if last or s not in self.said]
         self.said += new
@@ -295,6 +310,4 @@ class CollapseGuard(TrainerCallback):
 
 def read_history(folder: Path, state: TrainerState) -> list[diagnostics.Entry]:
     """Returns what was logged up to the step that training goes on from."""
-    path = folder / "history.json"
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    return [e for e in old if e["step"] <= state.global_step]
+    return [dict(entry) for entry in state.log_history]

@@ -14,7 +14,7 @@ from helpers.data import preparation as data
 from helpers.errors import ConfigError
 from helpers.grpo import rewards
 from helpers.runs import Run, fingerprint, write_json
-from helpers.stages import made_from, read_note
+from helpers.training.inputs import made_from, read_note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

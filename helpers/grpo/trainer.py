@@ -15,9 +15,10 @@ from helpers.grpo import budget, heldout, prompts, rewards
 from helpers.grpo.record import Record
 from helpers.rollout import sampler as sampling
 from helpers.runs import Run, write_json
-from helpers.stages import open_stage, read_note, require_stage
 from helpers.timing import sampled_rows
+from helpers.training import callbacks
 from helpers.training import trainer as train
+from helpers.training.inputs import open_stage, read_note, require_stage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +52,6 @@ def build_grpo(
             `max_prompt_length`.
     """
     from helpers.grpo import monitor as guards
-    from helpers.training import callbacks
 
     config = run.config
     folder = open_grpo(run)
@@ -71,7 +71,6 @@ def build_grpo(
         record,
         [
             guards.LivePanel(folder, record),
-            callbacks.History(folder),
             callbacks.BestAdapter(
                 folder / "adapter", "eval_reward", train.find_witness(run, tokenizer)
             ),
