@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 def ensure_ready(run: Run, stage: Stage) -> None:
     """Prepares a run's data where they are missing, and refuses what cannot train.
 
+    What is questionable in the config is logged, see `checks`.
+
     Raises:
         ConfigError: the run has no such stage, its config cannot be trained, or its
             problems do not fill one step of GRPO.
@@ -31,6 +33,9 @@ def ensure_ready(run: Run, stage: Stage) -> None:
     require_stage(run.config, stage)
     checks.require(checks.advise(run.config))
     data.ensure_data(run)
+    rows = run.report()["data"].get("train")
+    if advice := checks.advise(run.config, rows=rows):
+        log.info(checks.report(advice))
     if "grpo" in run.config.stages:
         grpo.require_prompts(run)
 

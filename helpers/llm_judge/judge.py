@@ -348,10 +348,7 @@ def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | 
             f"{', '.join(known)}"
         )
     stages = {label: known[label] for label in labels or known}
-    return {
-        n: stage and ensure_adapter(run, stage)
-        for n, stage in stages.items()
-    }
+    return {n: stage and ensure_adapter(run, stage) for n, stage in stages.items()}
 
 
 def open_judge(run: Run, url: str | None, model: str | None) -> Judge | None:
