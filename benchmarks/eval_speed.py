@@ -134,13 +134,13 @@ def random_weights(shape: str, folder: Path) -> str:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from helpers import shapes
+    from helpers import estimate
     from helpers.models import load as models
 
     tokenizer = models.load_tokenizer("smollm2-135m-offline")
     config = AutoConfig.for_model(
         "llama",
-        **{**shapes.KNOWN[shape], "max_position_embeddings": 8192},
+        **{**estimate.KNOWN[shape], "max_position_embeddings": 8192},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -347,11 +347,11 @@ def make(shape: str, folder: Path) -> None:
     """Writes a model of random weights; `tiny` is a shape of this program's own."""
     import memory
 
-    from helpers.shapes import KNOWN, NUMBERS
+    from helpers.estimate import KNOWN, NAMES
 
     memory.SHAPES["tiny"] = "tiny"
-    tiny = (64, 2, 4, 16, 2, 128, 300, 8192, True)
-    KNOWN["tiny"] = dict(zip(NUMBERS, tiny, strict=True))
+    tiny = (64, 2, 4, 2, 16, 128, 300, 8192, True)
+    KNOWN["tiny"] = dict(zip(NAMES.split(), tiny, strict=True))
     memory.make_model(shape, folder)
 
 

@@ -10,8 +10,8 @@ import math
 import os
 from typing import Any
 
-from helpers import fields, shapes
-from helpers.config import RunConfig, Stage
+from helpers import shapes
+from helpers.config import RunConfig, Stage, complete
 from helpers.gpus import Gpu
 
 # Of a machine: seconds that a batch takes for one sampled token, by layer and by
@@ -59,7 +59,7 @@ def step_rows(values: dict[str, Any]) -> int:
 def sampled_rows(values: dict[str, Any]) -> int:
     """Returns the completions that one process of GRPO samples at a time.
 
-    >>> sampled_rows({**fields.defaults("grpo"), "per_device_train_batch_size": 4})
+    >>> sampled_rows({**defaults("grpo"), "per_device_train_batch_size": 4})
     4
     """
     batch, rounds = (
@@ -80,7 +80,7 @@ def count_steps(values: dict[str, Any], rows: int | None) -> int | None:
 
     How many conversations go into a packed row is not known.
 
-    >>> count_steps({**fields.defaults("sft"), "per_device_train_batch_size": 4}, 10)
+    >>> count_steps({**defaults("sft"), "per_device_train_batch_size": 4}, 10)
     9
     """
     if values["max_steps"] > 0:
@@ -112,7 +112,7 @@ def training_minutes(
     """
     if stage == "grpo" and config.grpo_minutes:
         return config.grpo_minutes
-    values = fields.complete(config, stage)
+    values = complete(config, stage)
     steps = steps or count_steps(values, None)
     if not steps:
         return None

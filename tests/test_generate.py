@@ -242,10 +242,10 @@ def test_a_text_gets_bos_once(make_tokenizer: Callable[..., Any]) -> None:
 def test_rows_answered_at_once_go_by_the_model_and_the_length() -> None:
     from transformers import LlamaConfig
 
-    from helpers import shapes
+    from helpers import estimate
 
     def rows(shape: str, tokens: int) -> int:
-        config = LlamaConfig(**shapes.KNOWN[shape])
+        config = LlamaConfig(**estimate.KNOWN[shape])
         return generation.fitting_rows(config, tokens, "cuda")
 
     assert rows("smollm2-135m", 256) == generation.MOST_ROWS

@@ -12,13 +12,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from helpers import fields
+from helpers.estimate import count_steps, step_rows
 from helpers.evaluation.results import Table
 from helpers.runs import write_json
-from helpers.timing import count_steps, step_rows
 
 if TYPE_CHECKING:
-    from helpers.config import RunConfig
+    from helpers.config import RunConfig, complete
 
 USED = "budget.json"
 PLAN = "plan.json"
@@ -87,9 +86,9 @@ def table(made: Plan | None, config: RunConfig, prompts: int) -> Table:
         config: that it was made for.
         prompts: to train on.
     """
-    values = fields.complete(config, "grpo")
-    answers, size = step_rows(values), values["num_generations"]
-    steps = made.steps if made else count_steps(values, size * prompts) or 0
+    values = complete(config, "grpo")
+    answers, size = step_rows(config, "grpo"), values["num_generations"]
+    steps = made.steps if made else count_steps(config, "grpo", prompts) or 0
     seen = steps * answers // size
     rows = {
         "steps": f"{steps}, with {seen} prompts drawn from {prompts}",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from helpers import fields
-from helpers.config import RunConfig
+from helpers.config import RunConfig, complete
 from helpers.data import preparation as data
 from helpers.grpo.answers import parse_gold
 from helpers.runs import Run
@@ -41,7 +40,7 @@ def split_problems(run: Run) -> tuple[list[data.Row], list[data.Row]]:
 
 def answer_tokens(config: RunConfig) -> int:
     """Returns where completions are cut: the config's value, or TRL's default."""
-    return fields.complete(config, "grpo")["max_completion_length"]
+    return complete(config, "grpo")["max_completion_length"]
 
 
 def score(

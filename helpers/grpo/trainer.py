@@ -8,14 +8,14 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from helpers import fields, runtime
+from helpers import runtime
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
+from helpers.estimate import sampled_rows
 from helpers.grpo import budget, heldout, prompts, rewards
 from helpers.grpo.record import Record
 from helpers.rollout import sampler as sampling
 from helpers.runs import Run, write_json
-from helpers.timing import sampled_rows
 from helpers.training import callbacks
 from helpers.training import trainer as train
 from helpers.training.inputs import open_stage, read_note, require_stage
@@ -221,7 +221,7 @@ def answering(
     from helpers.inference.generation import generate
 
     # the memory of these is counted
-    rows = sampled_rows(fields.complete(config, "grpo"))
+    rows = sampled_rows(config)
     if sampler is not None:
         return functools.partial(sampler.generate, tokenizer, batch_size=rows)
     # on a CPU as many as are fastest

@@ -1,22 +1,21 @@
 """Loads model and tokenizer, attaches LoRA, puts adapters on.
 
-Unsloth on a CUDA machine, plain transformers + PEFT elsewhere or on request. Unsloth
-must be imported before transformers, trl and peft, so load the model first.
+Unsloth on a CUDA machine, plain transformers + PEFT elsewhere or on request.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from helpers import runtime
 from helpers.errors import ModelError, nearest
 from helpers.models.hub import find_model, unknown_model
+from helpers.runtime import resolve_engine, use_engine
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
     from helpers.config import RunConfig
 
-Engine = Literal["unsloth", "transformers"]
 CAUSAL = "CAUSAL_LM"
 WITNESS = "trained_logits.npz"
 # of the largest logit, by what is computed in
@@ -40,25 +38,6 @@ class Witness(NamedTuple):
     """Token ids, (rows, seq)."""
     half: Any = None
     """The dtype that autocast computes in, None without."""
-
-
-def resolve_engine(engine: str) -> Engine:
-    """Returns the engine that `auto` means here, or the one asked for.
-
-    Raises:
-        ModelError: Unsloth is asked for and not installed.
-    """
-    installed = importlib.util.find_spec("unsloth") is not None
-    if engine == "auto":
-        import torch
-
-        return "unsloth" if installed and torch.cuda.is_available() else "transformers"
-    if engine == "unsloth" and not installed:
-        raise ModelError(
-            "engine='unsloth' but Unsloth is not installed: run `make setup`, or "
-            "choose engine='transformers'"
-        )
-    return engine  # type: ignore[return-value]
 
 
 def resolve_weights(weights: str) -> str:
@@ -143,7 +122,7 @@ def load_model(
     """
     from safetensors import SafetensorError
 
-    chosen, bits = resolve_engine(engine), resolve_weights(weights)
+    chosen, bits = use_engine(engine), resolve_weights(weights)
     machine = runtime.prepare_device()
     arithmetic, _ = runtime.choose_dtype(machine, dtype)
     place = find_model(name)

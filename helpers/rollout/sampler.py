@@ -13,9 +13,9 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from helpers import fields, runtime
-from helpers.config import RunConfig, changed
-from helpers.errors import ConfigError
+from helpers import estimate, runtime
+from helpers.config import RunConfig, changed, complete, defaults
+from helpers.errors import ConfigError, UnknownArchitecture
 from helpers.inference.generation import Answer, Prompt, cut_answer, encode
 from helpers.masking.templates import stop_token_ids
 from helpers.rollout.decoder import Completion, Decoder, Settings
@@ -86,28 +86,26 @@ def is_long(config: RunConfig) -> bool:
     """
     if config.grpo_minutes:
         return config.grpo_minutes >= COMPILE_MINUTES
-    return not 0 < fields.complete(config, "grpo")["max_steps"] < COMPILE_STEPS
+    return not 0 < complete(config, "grpo")["max_steps"] < COMPILE_STEPS
 
 
 def no_room(config: RunConfig) -> str:
     """Returns why a GPU cannot hold the copy beside training, or an empty string."""
-    from helpers import gpus, memory, shapes
-
-    gpu = gpus.this_gpu() or gpus.T4
+    gpu = estimate.this_gpu() or estimate.T4
+    copied = changed(config, sampler="copy")
     try:
-        settled = memory.settle_sampler(config, gpu)
-    except shapes.UnknownArchitecture as error:
+        need_gb = estimate.estimate_memory(copied, gpu, "grpo").peak_gb
+    except UnknownArchitecture as error:
         return f"it is not known what a copy takes: {error}"
-    if settled.sampler == "copy":
+    if need_gb <= gpu.safe_gb:
         return ""
-    need = memory.predict(changed(config, sampler="copy"), gpu, "grpo").peak_gb
-    return f"with a copy it would take {need:.1f} of {gpu.memory_gb:.1f} GiB"
+    return f"with a copy it would take {need_gb:.1f} of {gpu.memory_gb:.1f} GiB"
 
 
 def unsupported(config: RunConfig, model: PreTrainedModel) -> str:
     """Returns why a run cannot be sampled from a copy, or an empty string."""
     others = ["generation_kwargs", "repetition_penalty"]
-    usual = fields.defaults("grpo")
+    usual = defaults("grpo")
     for name in [*others, "use_transformers_continuous_batching"]:
         if config.grpo.get(name, usual[name]) != usual[name]:
             return f"it does not know grpo.{name}"

@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import fields, runtime
-from helpers.config import RunConfig, Stage
+from helpers import runtime
+from helpers.config import RunConfig, Stage, complete, defaults
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
 from helpers.masking.templates import render
@@ -38,7 +38,7 @@ def recomputes(config: RunConfig, stage: Stage) -> bool:
 
     There it would cost a third more time, and memory is plenty.
     """
-    wanted = fields.complete(config, stage)["gradient_checkpointing"]
+    wanted = complete(config, stage)["gradient_checkpointing"]
     return wanted and runtime.find_machine().device == "cuda"
 
 
@@ -108,8 +108,8 @@ def load_for_training(
 
 def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
     """Returns a stage's training arguments: the config's, and what they leave open."""
-    config, defaults = run.config, fields.defaults(stage)
-    values = {n: defaults[n] for n in TRL_OPEN if defaults.get(n) is not None}
+    config, default = run.config, defaults(stage)
+    values = {n: default[n] for n in TRL_OPEN if default.get(n) is not None}
     values |= getattr(config, stage)
     # what fits while training fits while evaluating
     values.setdefault(
