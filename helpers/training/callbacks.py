@@ -23,7 +23,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from helpers.inference.generation import reply
-from helpers.models.load import Witness, save_adapter
+from helpers.models.adapters import Witness, save_adapter
 from helpers.runs import write_json
 from helpers.runtime import peak_memory_gb
 from helpers.training import plots as curves

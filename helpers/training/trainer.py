@@ -22,6 +22,7 @@ from helpers.config import RunConfig, Stage, changed, read_config
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
 from helpers.models import load as models
+from helpers.models.adapters import Witness, add_lora, compare_saved, save_adapter
 from helpers.runs import Run, save_run, write_json
 from helpers.stages import (
     NOTEBOOKS,
@@ -107,7 +108,7 @@ def load_for_training(
         tuned = models.load_adapter(base, adapter, trainable=True, **options)
         return tuned, tokenizer
     options["max_length"] = config.max_length
-    return models.add_lora(base, config.lora, **options), tokenizer
+    return add_lora(base, config.lora, **options), tokenizer
 
 
 def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
@@ -264,7 +265,7 @@ def fit(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
         )
     if not (folder / "adapter").exists():  # no evaluation has chosen one
         witness = find_witness(run, trainer.processing_class)
-        models.save_adapter(trainer.model, folder / "adapter", witness)
+        save_adapter(trainer.model, folder / "adapter", witness)
     part = stage_report(run, stage, trainer)
     part["reloaded"] = compare_reloaded(run, folder / "adapter")
     run.write_part(stage, part)
@@ -274,7 +275,7 @@ def fit(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
     return part
 
 
-def find_witness(run: Run, tokenizer: PreTrainedTokenizerBase) -> models.Witness:
+def find_witness(run: Run, tokenizer: PreTrainedTokenizerBase) -> Witness:
     """Returns the starts of the first few training rows, cut to the same length."""
     import torch
 
@@ -289,7 +290,7 @@ def find_witness(run: Run, tokenizer: PreTrainedTokenizerBase) -> models.Witness
     ]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     length = min(WITNESS_TOKENS, *map(len, ids))
-    return models.Witness(
+    return Witness(
         torch.tensor([i[:length] for i in ids]), models.half_of(run.config)
     )
 
@@ -300,7 +301,7 @@ def compare_reloaded(run: Run, adapter: Path) -> dict[str, float] | None:
     None where the machine does not hold a second model, or no logits were kept.
 
     Raises:
-        ModelError: see `models.compare_saved`.
+        ModelError: see `compare_saved`.
     """
     import torch
 
@@ -310,7 +311,7 @@ def compare_reloaded(run: Run, adapter: Path) -> dict[str, float] | None:
             config.model, adapter=adapter, **models.options(config)
         )
         bits = models.resolve_weights(config.weights)
-        return models.compare_saved(model, adapter, models.half_of(config), bits)
+        return compare_saved(model, adapter, models.half_of(config), bits)
     except (MemoryError, torch.OutOfMemoryError):
         return None
     finally:
