@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from helpers.inference.generation import reply
-from helpers.models.load import Witness, save_adapter
+from helpers.models.adapters import Witness, save_adapter
 from helpers.runs import write_json
 
 log = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from helpers.config import RunConfig, Stage, complete, defaults
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
 from helpers.masking.templates import render
+from helpers.models import adapters
 from helpers.models import load as models
 from helpers.runs import Run, write_json
 from helpers.training import callbacks, inputs
@@ -76,7 +77,7 @@ def attach_lora(
     config = run.config
     options = {"engine": config.engine, "seed": config.seed}
     options |= {"checkpointing": recomputes(config, stage)}
-    return models.add_lora(model, values, max_length=config.max_length, **options)
+    return adapters.add_lora(model, values, max_length=config.max_length, **options)
 
 
 def load_for_training(
@@ -216,13 +217,13 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
             "batch"
         )
     if not (folder / "adapter").exists():  # no evaluation has chosen one
-        models.save_adapter(trainer.model, folder / "adapter", witness)
+        adapters.save_adapter(trainer.model, folder / "adapter", witness)
     write_json(folder / "log_history.json", trainer.state.log_history)
     draw_losses(trainer.state.log_history, folder / "curves.png")
     part = stage_report(trainer, folder)
     part["reloaded"] = compare_reloaded(run, folder / "adapter")
     run.write_part(stage, part)
-    engine = models.resolve_engine(run.config.engine)
+    engine = runtime.resolve_engine(run.config.engine)
     run.write_part("environment", runtime.environment(engine, run.config.dtype))
     inputs.write_note(run, stage, finished=True)
     return part
@@ -272,7 +273,7 @@ def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
     return part | ({"stopped": "; ".join(reasons)} if reasons else {})
 
 
-def find_witness(run: Run, tokenizer: PreTrainedTokenizerBase) -> models.Witness:
+def find_witness(run: Run, tokenizer: PreTrainedTokenizerBase) -> adapters.Witness:
     """Returns the starts of the first few training rows, cut to the same length."""
     import torch
 
@@ -284,7 +285,7 @@ def find_witness(run: Run, tokenizer: PreTrainedTokenizerBase) -> models.Witness
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     length = min(WITNESS_TOKENS, *map(len, ids))
     starts = torch.tensor([row[:length] for row in ids])
-    return models.Witness(starts, models.half_of(run.config))
+    return adapters.Witness(starts, models.half_of(run.config))
 
 
 def compare_reloaded(run: Run, adapter: Path) -> dict[str, float] | None:
@@ -298,7 +299,7 @@ def compare_reloaded(run: Run, adapter: Path) -> dict[str, float] | None:
     try:
         model, _ = models.load_model(config.model, adapter=adapter, **options)
         bits = models.resolve_weights(config.weights)
-        return models.compare_saved(model, adapter, models.half_of(config), bits)
+        return adapters.compare_saved(model, adapter, models.half_of(config), bits)
     except (MemoryError, torch.OutOfMemoryError):
         return None
     finally:
