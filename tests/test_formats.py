@@ -21,7 +21,7 @@ from helpers.data.formats import (
     read_turns,
 )
 from helpers.data.preparation import ask
-from helpers.data.reading import Reader, to_conversations, to_problems
+from helpers.data.preparation import Reader, to_conversations, to_problems
 from helpers.data.sources import load_rows
 from helpers.errors import DataError
 from helpers.masking.templates import INSTRUCTION_TEMPLATE, render

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers.data.reading import Reader, to_conversations, to_problems
+from helpers.data.preparation import Reader, to_conversations, to_problems
 from helpers.errors import DataError
 from tests.rows import ROWS, messages_row, pair, problem
 
@@ -160,7 +160,7 @@ def test_rows_that_the_source_could_not_read_are_refused_or_counted() -> None:
 
 def test_half_a_character_is_named_and_refused_or_left_out() -> None:
     cut_apart = {"prompt": "Is it \ud83c?", "completion": "Yes."}
-    reason = "text with half a character, which was cut apart"
+    reason = "text with a lone surrogate"
     with pytest.raises(DataError, match=f"1 of 3 rows .* row 3: {reason}: '.ud83c'"):
         to_conversations([*ROWS, cut_apart])
     kept, left_out = to_conversations([*ROWS, cut_apart], drop_unusable=True)

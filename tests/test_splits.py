@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.data.splits import assert_disjoint, place_of, split
+from helpers.data.preparation import assert_disjoint, place_of, split
 from helpers.errors import DataError
 
 # leaks
