@@ -1,4 +1,7 @@
-"""Tells the formats that rows come in apart, and turns a row into `messages`."""
+"""Tells the formats that rows come in apart, and turns a row into `messages`.
+
+What cannot be read is a `DataError`, whose reason stands before the first colon.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +24,21 @@ ROLES |= dict.fromkeys("assistant gpt chatgpt bing bard model bot".split(), "ass
 # 0 or false in one of them: the turn is read, not learnt
 LEARNT = ("weight", "train", "training", "loss")
 LEARNT_ROW = ("weight", "train")  # the others are columns of measurements, too
-MARKS = {"0": False, "0.0": False, "false": False}
-MARKS |= {"1": True, "1.0": True, "true": True}
+MARKS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 # they change what is learnt, and training renders none of them
 REFUSED = ("tool_calls", "function_call", "reasoning_content", "thinking")
 REFUSED_OF_ROW = (*REFUSED, "tools", "functions")
 REFUSED_OF_TURN = (*REFUSED, "reasoning", "train_detail")
 SYSTEM = ("system", "system_prompt", "system_message")
 CHATS = ("messages", "conversations")
+TEXT_PARTS = ("text", "input_text", "output_text")
 # a cell of a table that holds turns, in JSON or, to be refused, as Python prints them
 TURNS_AS_TEXT = re.compile(
     rf"""\s*\[\s*\{{\s*["'](?:role|from)["']\s*:\s*["'](?:{"|".join(ROLES)})["'].*\]\s*""",
     re.DOTALL,
 )
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# of ready-made text: one turn, what it should be, and what must not stand inside it
+# ready-made text: a turn, its shape in words, and what must not stand inside it
 READY_MADE = {
     "llama-2": (
         r"\s*(?:<s>)?\s*\[INST\]\s*(?:<<SYS>>\s*(?P<system>.*?)\s*<</SYS>>)?\s*"
@@ -55,12 +58,9 @@ READY_MADE = {
 class Fields:
     """Counts the columns and fields that a format does not need."""
 
-    ignore: tuple[str, ...] = ()
-    """Left out before anything is read."""
+    ignore: tuple[str, ...] = ()  # left out before anything is read
     unused: Counter[str] = field(default_factory=Counter)
-    """How often a field with a value was not used."""
-    adjusted: Counter[str] = field(default_factory=Counter)
-    """How often turns were dropped or joined."""
+    adjusted: Counter[str] = field(default_factory=Counter)  # turns dropped or joined
 
     def strip(self, fields: Row, prefix: str = "") -> Row:
         """Returns the fields that are not to be ignored."""
@@ -77,10 +77,8 @@ class Format(NamedTuple):
     """A format that rows come in."""
 
     name: str
-    columns: tuple[str, ...]
-    """Rows have all: first the question (or all turns), last the answer."""
-    marker: str = ""
-    """Stands in the last column of rows of the format."""
+    columns: tuple[str, ...]  # first the question (or all turns), last the answer
+    marker: str = ""  # stands in the last column
 
     def fits(self, row: Row) -> bool:
         """Returns whether the last column has the marker, if there is one."""
@@ -128,10 +126,8 @@ def detect_format(rows: list[Any], source: str = "the rows") -> tuple[str, str]:
     tables = [row for row in rows if isinstance(row, dict)]
     others = [row for row in rows if not isinstance(row, dict | DataError)]
     if others and not tables:
-        raise DataError(
-            f"{source}: a row is {kind_of(others[0])}, where an object with named "
-            "columns is expected"
-        )
+        kind = kind_of(others[0])
+        raise DataError(f"{source}: a row is {kind}, expected an object with columns")
     columns = set(map(str, set().union(*tables)))
     expected = []
     for form in FORMATS.values():
@@ -166,10 +162,15 @@ def kind_of(value: Any) -> str:
 
 
 def to_object(row: Any) -> Row:
-    """Returns a row; DataError says what it is where it is not an object."""
+    """Returns a row that is an object."""
     if not isinstance(row, dict):
         raise DataError(f"a row is not an object: it is {kind_of(row)}")
     return row
+
+
+def names_of(row: Row) -> str:
+    """Returns the names of a row's fields."""
+    return ", ".join(map(str, row))
 
 
 def is_empty(value: Any) -> bool:
@@ -192,9 +193,9 @@ def text_of(value: Any, place: str) -> str:
     """
     parts = value if isinstance(value, list) else []
     if parts and all(isinstance(p, dict) and {"type", "text"} & set(p) for p in parts):
-        for kind in (part.get("type") or "text" for part in parts):
-            if kind not in ("text", "input_text", "output_text"):
-                raise DataError(f"{place} has a part that is not text: {kind}")
+        for part in parts:
+            if (part.get("type") or "text") not in TEXT_PARTS:
+                raise DataError(f"{place} has a part that is not text: {part['type']}")
         value = "".join(text_of(part.get("text"), place) for part in parts)
     if isinstance(value, bool | int | float) and value == value:  # not NaN
         return json.dumps(value)
@@ -231,12 +232,6 @@ def read_mark(mark: Any) -> bool | None:
 # turns
 
 
-def exchange(question: str, answer: str) -> Messages:
-    """Returns a conversation of one question and its answer."""
-    pairs = zip(("user", "assistant"), (question, answer), strict=True)
-    return [{"role": role, "content": content} for role, content in pairs]
-
-
 def read_turns(turns: Any, fields: Fields, place: str = "messages") -> Messages:
     """Returns turns spelt `from`/`value` or `role`/`content`, with our roles.
 
@@ -244,14 +239,13 @@ def read_turns(turns: Any, fields: Fields, place: str = "messages") -> Messages:
     """
     turns = parse_json(turns, place)
     if isinstance(turns, dict):
-        columns = {name: of for name, of in turns.items() if of is not None}
-        if all(isinstance(column, list) for column in columns.values()):
-            if len(set(map(len, columns.values()))) > 1:
-                raise DataError(f"{place} has lists of different lengths")
-            rows = zip(*columns.values(), strict=True)
-            turns = [dict(zip(columns, row, strict=True)) for row in rows]
-        else:
-            turns = [turns]
+        lists = {name: of for name, of in turns.items() if of is not None}
+        if not all(isinstance(values, list) for values in lists.values()):
+            lists = {name: [value] for name, value in turns.items()}
+        if len(set(map(len, lists.values()))) > 1:
+            raise DataError(f"{place} has lists of different lengths")
+        rows = zip(*lists.values(), strict=True)
+        turns = [dict(zip(lists, row, strict=True)) for row in rows]
     if not isinstance(turns, list):
         raise DataError(f"{place} is not a list of turns: {kind_of(turns)}")
     return [read_turn(turn, n, fields, f"{place}.") for n, turn in enumerate(turns, 1)]
@@ -265,7 +259,7 @@ def read_turn(turn: Any, number: int, fields: Fields, prefix: str) -> dict[str, 
         kind = kind_of(turn)
         raise DataError(f"a turn is not an object: turn {number} is {kind}")
     turn = fields.strip(turn, prefix)
-    names = f"turn {number} has {', '.join(turn)}"
+    names = f"turn {number} has {names_of(turn)}"
     words = [turn[key] for key in ("from", "role") if turn.get(key)]
     if not words or not isinstance(words[0], str):
         raise DataError(f"a turn has no role: {names}")
@@ -312,10 +306,8 @@ def read_ready_made(name: str, text: str) -> Messages:
     while at < len(text):
         turn = re.compile(pattern, re.DOTALL).match(text, at)
         if turn is None or any(re.search(stray, part or "") for part in turn.groups()):
-            raise DataError(
-                f"broken markers: turn {len(messages) + 1} is not {shape}: "
-                f"{text[at : at + 40]!r}"
-            )
+            number, start = len(messages) + 1, text[at : at + 40]
+            raise DataError(f"broken markers: turn {number} is not {shape}: {start!r}")
         parts = turn.groupdict()
         if "role" in parts:
             parts = {ROLES.get(parts["role"], parts["role"]): parts["content"]}
@@ -343,14 +335,15 @@ def read_context(row: Row, fields: Fields) -> tuple[str, Messages]:
         if isinstance(pair, dict):
             turns += read_turns([pair], fields, "history")
         elif isinstance(pair, list) and len(pair) == 2:
-            turns += exchange(*(text_of(text, "history") for text in pair))
+            for role, text in zip(("user", "assistant"), pair, strict=True):
+                turns.append({"role": role, "content": text_of(text, "history")})
         else:
             raise DataError(f"history is not [question, answer] pairs: {pair!r:.40}")
     return "".join(prompts[:1]), turns
 
 
 def read_columns(row: Row, columns: tuple[str, ...], fields: Fields) -> Messages:
-    """Returns the turns of a row: its context, what it asks, and what it answers."""
+    """Returns the turns of a row: its context, its question, and its answer."""
     refuse(row, REFUSED_OF_ROW)
     system, messages = read_context(row, fields)
     question, answer = columns[0], columns[-1]
@@ -408,7 +401,7 @@ def read_row(form: Format, row: Any, fields: Fields) -> Messages:
     row = fields.strip(to_object(row))
     for name in (form.columns[0], form.columns[-1]):
         if name not in row:
-            raise DataError(f"no {name!r}: the row has {', '.join(map(str, row))}")
+            raise DataError(f"no {name!r}: the row has {names_of(row)}")
     if form.name == "prompt-completion" and row.get("label") is False:
         raise DataError(
             "field 'label' is false, which marks an answer that is not wanted: remove "
@@ -443,7 +436,7 @@ def read_prompt(row: Any, system_prompt: str, fields: Fields) -> Messages:
     columns = ("prompt", "question", "instruction", *CHATS)
     column = next((name for name in columns if row.get(name) is not None), None)
     if column is None:
-        raise DataError(f"it has {', '.join(map(str, row)) or 'no field'}")
+        raise DataError(f"it has {names_of(row) or 'no field'}")
     row = {name: value for name, value in row.items() if name != "id"}
     messages = read_columns(row, (column,), fields)
     fault = check_turns(messages)
@@ -466,8 +459,8 @@ def read_problem(row: Any, fields: Fields) -> Row:
     """
     row = fields.strip(to_object(row))
     if is_empty(row.get("question")) or is_empty(row.get("answer")):
-        columns = ", ".join(map(str, row))
-        raise DataError(f"question or answer is missing: the row has {columns}")
+        names = names_of(row)
+        raise DataError(f"question or answer is missing: the row has {names}")
     question = text_of(row["question"], "question")
     answer = text_of(row["answer"], "answer")
     if MARKER not in answer and parse_number(answer.strip()) is not None:
@@ -501,12 +494,12 @@ def check_messages(messages: Messages) -> str | None:
     >>> check_messages([{"role": "user", "content": "Hi"}])
     'no assistant turn'
     """
-    fault = check_turns(messages)
     answers = [message for message in messages if message["role"] == "assistant"]
-    if fault or not answers:
-        return fault or "no assistant turn"
+    if fault := check_turns(messages):
+        return fault
+    if not answers:
+        return "no assistant turn"
     if any(not message["content"].strip() for message in answers):
         return "empty answer"
-    if all(message.get("weight") == 0 for message in answers):
-        return "no answer is learnt"
-    return None
+    marks = {message.get("weight") for message in answers}
+    return "no answer is learnt" if marks == {0} else None

@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from helpers.config import DataConfig, Source
 from helpers.data.formats import (
     FORMATS,
     Fields,
+    Format,
     Messages,
     Row,
     check_messages,
@@ -100,23 +102,16 @@ def leave_out(left_out: LeftOut, reason: str, example: str) -> None:
 class Reader:
     """Reads the numbered rows of one source; counts and shows what it leaves out."""
 
-    source: str = "the rows"
-    """Where the rows come from, for messages."""
-    form: str | None = None
-    """The name of the rows' format; None = detected from the first rows."""
-    system_prompt: str = ""
-    """Put before problems (GSM8K format): training and evaluation ask alike."""
-    max_chars: int | None = None
-    """Conversations with more characters are over-long."""
-    drop_unusable: bool = False
-    """Leave unusable rows out and count them, instead of refusing all."""
-    seen: set[int] = field(default_factory=set)
-    """Hashes of the conversations known already, other sources' too."""
+    source: str = "the rows"  # for messages
+    form: str | None = None  # the name of the format; None = detected
+    system_prompt: str = ""  # put before problems, as in evaluation
+    max_chars: int | None = None  # conversations with more are over-long
+    drop_unusable: bool = False  # leave them out and count them, do not refuse all
+    seen: set[int] = field(default_factory=set)  # hashes of other sources' rows, too
     fields: Fields = field(default_factory=Fields)
-    why: str = "asked for"
-    """How the format was found."""
+
+    why: str = "asked for"  # how the format was found
     rows: int = 0
-    """Rows read."""
     kept: int = 0
     left_out: LeftOut = field(default_factory=dict)
 
@@ -150,8 +145,9 @@ class Reader:
             if all(isinstance(row, DataError) for row in samples):
                 raise DataError(f"{self.source}, row {first[0][0]}: {samples[0]}")
             self.form, self.why = detect_format(samples, self.source)
-        find_format(self.form)
-        yield from self.convert(chain(first, rows), self.to_messages)
+        form = find_format(self.form)
+        function = partial(self.to_messages, form)
+        yield from self.convert(chain(first, rows), function)
 
     def problems(self, rows: Iterable[tuple[int, Any]]) -> Iterator[Row]:
         """Yields numbered rows as problems, `{"id", "question", "answer", "gold"}`.
@@ -197,9 +193,8 @@ class Reader:
             yield result
         self.refuse_unusable()
 
-    def to_messages(self, row: Any) -> Messages:
+    def to_messages(self, form: Format, row: Any) -> Messages:
         """Returns a row's messages; DataError gives the reason before a colon."""
-        form = find_format(str(self.form))
         messages = read_row(form, row, self.fields)
         if fault := check_messages(messages):
             raise DataError(fault)
@@ -221,18 +216,17 @@ class Reader:
     def refuse_unusable(self) -> None:
         """Raises DataError for rows that cannot be used, or when none is left."""
         counts = {reason: part["rows"] for reason, part in self.left_out.items()}
-        unusable = [reason for reason in counts if reason not in FILTERS]
-        if self.drop_unusable or not unusable:
-            if self.kept:
-                return
-            unusable = list(counts)
-        examples = [e for reason in unusable for e in self.left_out[reason]["examples"]]
+        unusable = [] if self.drop_unusable else [r for r in counts if r not in FILTERS]
+        if self.kept and not unusable:
+            return
+        reasons = unusable or counts
+        examples = [e for reason in reasons for e in self.left_out[reason]["examples"]]
         shown = "; ".join(examples[:SHOWN])
-        if self.drop_unusable or not set(unusable) - set(FILTERS):
-            reasons = ", ".join(f"{n} {reason}" for reason, n in counts.items())
+        if not unusable:
+            listed = ", ".join(f"{n} {reason}" for reason, n in counts.items())
             raise DataError(
-                f"{self.source}: no row is left of {self.rows} ({reasons}): "
-                f"{shown}; correct these rows, or give others"
+                f"{self.source}: no row is left of {self.rows} ({listed}): {shown}; "
+                "correct these rows, or give others"
             )
         remedy = "data.drop_unusable in the config leaves such rows out"
         if self.why == "asked for" and self.form in FORMATS:
@@ -583,7 +577,7 @@ def changed_inputs(run: Run) -> list[str]:
 
 
 def remarks(report: dict[str, Any]) -> list[str]:
-    """Returns a line for each source of which fields were not used, or turns changed.
+    """Returns a line on the unused fields and changed turns of each source.
 
     Args:
         report: of `prepare`.
@@ -592,8 +586,7 @@ def remarks(report: dict[str, Any]) -> list[str]:
     for name, part in report.get("sources", {}).items():
         for title in ("unused", "adjusted"):
             counts = [f"{what} ({n:,})" for what, n in part.get(title, {}).items()]
-            if counts:
-                lines.append(f"{name}: {title}: {', '.join(counts)}")
+            lines += [f"{name}: {title}: {', '.join(counts)}"] if counts else []
     return lines
 
 

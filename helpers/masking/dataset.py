@@ -190,20 +190,18 @@ def mask_conversations(
     def cut() -> Iterator[list[Example]]:
         nonlocal first, tokens, learnt
         for batch in mask_batches(tokenizer, conversations, loss_on, drop):
-            check_rows(tokenizer, batch, loss_on, before=len(ends))
+            before = len(ends)
+            ends.extend(check_rows(tokenizer, batch, loss_on, before))
             rows = []
-            for number, row in enumerate(batch, len(ends)):
+            for number, row in enumerate(batch, before):
                 if isinstance(row, str):
                     dropped[number] = row
-                    ends.append(0)
                     continue
                 first = first or row["input_ids"][:60]
-                spans = learnt_spans(row["labels"])
-                ends.append(spans[-1][1] if spans else 0)
                 labels = row["labels"][:max_length]
                 count = len(labels) - labels.count(NO_LOSS)
                 if not count:
-                    dropped[number] = TOO_LONG if spans else NOTHING
+                    dropped[number] = TOO_LONG if ends[number] else NOTHING
                     continue
                 ids = row["input_ids"][:max_length]
                 rows.append({"input_ids": ids, "labels": labels})
@@ -242,27 +240,27 @@ def check_rows(
     rows: Sequence[Example | str],
     loss_on: LossOn,
     before: int = 0,
-) -> None:
-    """Raises DataError when training on these labels would go silently wrong.
+) -> list[int]:
+    """Returns the number of tokens up to the last learnt one of each row.
 
-    Guards against a doubled BOS, and supervised turns that do not end in a stop token
-    (but with `all`), in every row; `before` is the number of rows in earlier batches.
+    Guards every row against a doubled BOS, and (but with `all`) against learnt turns
+    that do not end in a stop token. `before` is the number of rows in earlier batches.
+
+    Raises:
+        DataError: training on these labels would go silently wrong.
     """
     stops = stop_token_ids(tokenizer)
     # where a question comes last, the answer before it may end in another token
     closing = {*stops, *tokenizer.added_tokens_decoder}
-    answers, doubled = 0, list[int]()
-    unclosed: list[tuple[int, list[int]]] = []
-    for number, row in enumerate(rows, before + 1):
-        if isinstance(row, str):
-            continue
-        ids = row["input_ids"]
+    spans = [[] if isinstance(x, str) else learnt_spans(x["labels"]) for x in rows]
+    doubled, unclosed = list[int](), list[tuple[int, list[int]]]()
+    for number, row in enumerate(rows):
+        ids = [] if isinstance(row, str) else row["input_ids"]
         if ids[:2] == [tokenizer.bos_token_id] * 2:
-            doubled.append(number)
-        if loss_on != "all":
-            ends = [end for _, end in learnt_spans(row["labels"])]
-            answers += len(ends)
-            unclosed += [(number, ids[:e]) for e in ends if ids[e - 1] not in closing]
+            doubled.append(before + number + 1)
+        for _, end in spans[number] if loss_on != "all" else ():
+            if ids[end - 1] not in closing:
+                unclosed.append((before + number + 1, ids[max(0, end - 21) : end]))
     if doubled:
         raise DataError(
             f"{len(doubled)} rows start with {tokenizer.bos_token} twice, the first is "
@@ -272,11 +270,12 @@ def check_rows(
         number, ids = unclosed[0]
         names = ", ".join(tokenizer.convert_ids_to_tokens(stops))
         raise DataError(
-            f"{len(unclosed)} of {answers} answers do not end in a stop token "
-            f"({names}), so the model would not learn to stop; the first, in row "
-            f"{number}, ends in {tokenizer.decode(ids[-21:])!r}; use a template that "
-            "ends turns with EOS"
+            f"{len(unclosed)} of {sum(map(len, spans))} answers do not end in a stop "
+            f"token ({names}), so the model would not learn to stop; the first, in row "
+            f"{number}, ends in {tokenizer.decode(ids)!r}; use a template that ends "
+            "turns with EOS"
         )
+    return [row[-1][1] if row else 0 for row in spans]
 
 
 def supervised_text(tokenizer: PreTrainedTokenizerBase, row: Example) -> str:
