@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from helpers import recipes
 from helpers.data import preparation as data
-
 from helpers.grpo import rewards
 
 ROOT = Path(__file__).resolve().parent.parent
