@@ -42,7 +42,6 @@ ELSEWHERE = {
     "grpo.reward_weights": "rewards",
     "grpo.chat_template_kwargs": "template",
     "grpo.num_generations_eval": "grpo_held_out",
-    "grpo.use_vllm": "sampler",
     "inference.eos_token_id": "template",
     "inference.pad_token_id": "pad_token",
 }

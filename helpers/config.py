@@ -24,6 +24,8 @@ from pydantic import (
 from helpers.errors import ConfigError, nearest
 
 Stage = Literal["sft", "grpo"]
+# fields of older configs, with the values that did nothing
+RETIRED = {"few_shot": 0, "probe_samples": 0, "probe_problems": None}
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
 
 
@@ -173,22 +175,13 @@ class RunConfig(BaseModel):
     max_prompt_length: int | None = Field(
         None, ge=1, description="GRPO: problems with longer prompts are left out"
     )
-    few_shot: int = Field(
-        0, ge=0, description="solved examples in each prompt, of the problems' first"
-    )
-    probe_samples: int = Field(
-        0, ge=0, description="GRPO: drop what none or all of so many answers solve"
-    )
-    probe_problems: int | None = Field(
-        None, ge=1, description="GRPO: probe and train on so many; null = all"
-    )
     grpo_minutes: float | None = Field(
         None, gt=0, description="GRPO: fit the steps into this time; null = max_steps"
     )
     grpo_held_out: int = Field(
         32, ge=1, description="GRPO: held-out problems that choose the best adapter"
     )
-    sampler: Literal["auto", "copy", "model", "vllm"] = Field(
+    sampler: Literal["auto", "copy", "model"] = Field(
         "auto", description="GRPO: auto = from a 16-bit copy where a GPU holds it"
     )
     loss_on: Literal["all", "assistant", "last"] = "assistant"
@@ -228,10 +221,6 @@ class RunConfig(BaseModel):
             raise ValueError("the sft stage needs data.train")
         if "grpo" in self.stages and not data.problems:
             raise ValueError("the grpo stage needs data.problems")
-        if self.few_shot and not data.problems:
-            raise ValueError("few_shot takes its examples from data.problems")
-        if self.probe_samples == 1:
-            raise ValueError("probe_samples=1 tells nothing; give 2 or more, or 0")
         if data.eval and data.eval_share:
             raise ValueError("give data.eval or data.eval_share, not both")
         if "sft" in self.stages and not (data.eval or data.eval_share):

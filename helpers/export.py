@@ -16,7 +16,7 @@ from helpers.config import RunConfig, Stage
 from helpers.data import preparation as data
 from helpers.data.formats import Messages
 from helpers.errors import ModelError
-from helpers.grpo.prompts import to_prompts
+from helpers.grpo.problems import to_prompts
 from helpers.inference.generation import Answer, generate
 from helpers.masking.templates import answer_marks, render, stop_token_ids
 from helpers.models import load as models

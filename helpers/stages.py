@@ -12,7 +12,7 @@ from helpers import runtime
 from helpers.config import RunConfig, Stage
 from helpers.data.formats import Row
 from helpers.errors import ConfigError
-from helpers.grpo import budget, diagnostics
+from helpers.grpo import diagnostics
 from helpers.masking.templates import template_text
 from helpers.runs import Run, content_hash, fingerprint, write_json
 
@@ -52,8 +52,7 @@ def inputs_of(run: Run, stage: Stage) -> dict[str, Any]:
         parts = ["train", "eval"]
     else:
         names += ["grpo_minutes", "grpo_held_out", "sampler", "rewards"]
-        names += ["max_prompt_length", "few_shot", "probe_samples", "probe_problems"]
-        names += ["system_prompt"]
+        names += ["max_prompt_length", "system_prompt"]
         parts = ["problems", "eval"]
     inputs = {name: getattr(config, name) for name in names}
     template = fingerprint(template_text(config.template))
@@ -167,10 +166,10 @@ def stage_report(run: Run, stage: Stage, trainer: Trainer) -> dict[str, Any]:
             "reward_averaged_over_steps": ends,
             "prompts_left_out": prompts["left_out"],
         }
-        part["sampler"] = read_note(run.path / stage / "sampler.json")["name"]
-        made = budget.read_plan(run.path / stage)
-        if made is not None:
-            part["planned_steps"] = made.steps
+        part["sampler"] = "copy" if trainer.rollout_func else "model"
+        if run.config.grpo_minutes:
+            clock = read_note(run.path / stage / "clock.json")
+            part["planned_steps"] = clock["planned_steps"]
         held_out = history.values(best.by)
         if held_out:
             part |= {"held_out_first": held_out[0], "held_out_best": best.best}

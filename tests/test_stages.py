@@ -33,7 +33,6 @@ from helpers.training import trainer as train
         {"sft__logging_steps": 3},
         {"sft__save_steps": 7},
         {"data__test_rows": 5},
-        {"probe_samples": 4},
     ],
 )
 def test_what_sft_does_not_depend_on_leaves_it_alone(

@@ -16,7 +16,6 @@ from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError, MissingInput
 from helpers.grpo import rewards
-from helpers.grpo.budget import read_used
 from helpers.runs import Run
 from helpers.training import trainer as train
 
@@ -164,7 +163,7 @@ def test_a_killed_grpo_goes_on_with_the_rewards_and_weights_it_would_have_had(
     train.train_stage(prepared, "grpo")
     (prepared.path / "grpo").rename(prepared.path / "whole")
     kill_at(2, "grpo")
-    used_s = read_used(prepared.path / "grpo")
+    used_s = json.loads((prepared.path / "grpo/clock.json").read_text())["used_s"]
     train.train_stage(prepared, "grpo")
     assert "going on from checkpoint-1" in capsys.readouterr().out
     for name in ("reward", "eval_reward", "groups/all_wrong"):
@@ -173,7 +172,11 @@ def test_a_killed_grpo_goes_on_with_the_rewards_and_weights_it_would_have_had(
     resumed, whole = adapter(prepared, "grpo"), adapter(prepared, "whole")
     for name in whole:
         assert resumed[name] == pytest.approx(whole[name], abs=1e-6)
-    assert read_used(prepared.path / "grpo") > used_s > 0
+    assert (
+        json.loads((prepared.path / "grpo/clock.json").read_text())["used_s"]
+        > used_s
+        > 0
+    )
 
 
 def test_a_missing_adapter_is_made_with_a_word(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.grpo.diagnostics import SKIPPED, Entry
-from helpers.grpo.record import ALL_RIGHT, ALL_WRONG, Row, answers_table
+from helpers.grpo.rewards import ALL_RIGHT, ALL_WRONG
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,23 +90,6 @@ def draw_diagnostics(entries: list[Entry], path: Path | None = None) -> Figure:
     if path is not None:
         figure.savefig(path, dpi=80)
     return figure
-
-
-def to_html(
-    title: str, entries: list[Entry], sentences: list[str], rows: list[Row]
-) -> str:
-    """Returns the whole panel: curves, what they mean, and a group of answers."""
-    data = io.BytesIO()
-    draw_diagnostics(entries).savefig(data, dpi=64)
-    picture = base64.b64encode(data.getvalue()).decode()
-    said = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
-    question = html.escape(rows[0]["question"]) if rows else ""
-    table = answers_table(rows)._repr_html_()
-    return (
-        f"<p><b>{html.escape(title)}</b></p>"
-        f'<img src="data:image/png;base64,{picture}" style="max-width:100%">'
-        f"<ul>{said}</ul><p><i>{question}</i></p>{table}"
-    )
 
 
 def line(

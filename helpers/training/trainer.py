@@ -86,7 +86,7 @@ def load_for_training(
     Raises:
         ConfigError: the run has no such stage, or its config cannot be trained.
     """
-    from helpers.grpo import trainer as grpo
+    from helpers.grpo.problems import require_prompts
 
     config = run.config
     require_stage(config, stage)
@@ -102,7 +102,7 @@ def load_for_training(
         "checkpointing": recomputes(config, stage),
     }
     if "grpo" in config.stages:
-        grpo.require_prompts(run)
+        require_prompts(run)
     if adapter is not None:
         tuned = models.load_adapter(base, adapter, trainable=True, **options)
         return tuned, tokenizer
@@ -379,8 +379,6 @@ def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
     data.ensure_data(run)
     start = ensure_adapter(run, "sft") if stage == "grpo" else None
     model, tokenizer = load_for_training(run, stage, start)
-    if stage == "grpo":
-        print(grpo.show_plan(run, model, tokenizer))  # noqa: T201
     build = build_sft if stage == "sft" else grpo.build_grpo
     part = fit(run, stage, build(run, model, tokenizer))
     del model
