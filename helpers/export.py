@@ -21,7 +21,7 @@ from helpers.inference.generation import Answer, generate
 from helpers.masking.templates import answer_marks, render, stop_token_ids
 from helpers.models import load as models
 from helpers.runs import Run
-from helpers.stages import require_stage
+from helpers.training.inputs import require_stage
 
 if TYPE_CHECKING:
     from transformers import (

@@ -41,11 +41,11 @@ def notebooks_for(config: RunConfig) -> list[Path]:
     Those of stages that it lacks are left out, and the evaluation where no rows are
     held out.
     """
-    from helpers import stages
     from helpers.evaluation import evaluator as evaluation
+    from helpers.training import inputs
 
     idle = {
-        name for stage, name in stages.NOTEBOOKS.items() if stage not in config.stages
+        name for stage, name in inputs.NOTEBOOKS.items() if stage not in config.stages
     }
     if not evaluation.held_out(config):
         idle.add("04_evaluation")

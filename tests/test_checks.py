@@ -838,10 +838,9 @@ def test_rewards_that_may_prefer_a_wrong_answer_are_warned_of(
 def test_a_config_with_errors_is_refused_before_its_data_are_read(
     runs_home: Path, demo: RunConfig
 ) -> None:
-    from helpers import runs
-    from helpers.training import trainer as train
+    from helpers import runs, stages
 
     run = runs.save_run(changed(demo, lora__r="16"))
     with pytest.raises(ConfigError, match="^lora.r: found '16'; expected int$"):
-        train.train_stage(run, "sft")
+        stages.train_stage(run, "sft")
     assert not (run.path / "data").exists()

@@ -206,7 +206,7 @@ def test_pure_modules_load_nothing_heavy(
     program = (
         "import helpers.rewards, helpers.config, helpers.recipes, helpers.data\n"
         "import helpers.runs, helpers.templates, helpers.masking, helpers.runtime\n"
-        "import helpers.formats, helpers.stages, helpers.trackers, helpers.results\n"
+        "import helpers.formats, helpers.results\n"
         "import helpers.train, helpers.models, helpers.evaluation, helpers.export"
     )
     assert heavy_modules(program) == []

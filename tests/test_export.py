@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from helpers import export
+from helpers import export, stages
 from helpers.data import preparation as data
 from helpers.errors import ConfigError, MissingInput, ModelError
 from helpers.evaluation import evaluator as evaluation
 from helpers.inference.generation import Answer
 from helpers.runs import Run
-from helpers.training import trainer as train
 
 
 @pytest.mark.parametrize("weights", ["16bit", "4bit", "8bit"])
@@ -30,7 +29,7 @@ def test_adapter_and_merged_model_answer_as_trained(
         evaluation__max_new_tokens=8,
     )
     data.prepare(run)
-    train.train_stage(run, "sft")
+    stages.train_stage(run, "sft")
     part = export.export(run, "sft", prompts=6)
     assert part["adapter"]["greedy_agreement"] == 1.0
     assert part["merged"]["greedy_agreement"] == 1.0
@@ -83,7 +82,7 @@ def test_a_run_of_sft_alone_is_exported_with_its_template(
     run_factory: Callable[..., Run],
 ) -> None:
     run = run_factory(**SFT_ONLY)
-    train.train_stage(run, "sft")
+    stages.train_stage(run, "sft")
     part = export.export(run, prompts=3)
     assert part["trained"]["prompts"] == 3
     assert part["merged"]["greedy_agreement"] == 1.0
@@ -151,7 +150,7 @@ def test_what_a_base_like_model_becomes_stops_by_itself_in_plain_transformers(
         data__test_new=None,
         evaluation__max_new_tokens=48,
     )
-    train.train_stage(run, "sft")
+    stages.train_stage(run, "sft")
     part = export.export(run, "sft", prompts=3)
     assert part["trained"]["stop_rate"] > 0
     for name in ("adapter", "merged"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from helpers import stages
 from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.grpo import monitor, problems, rewards
@@ -47,7 +48,7 @@ def make(
 
 
 def history(run: Run, name: str) -> list[tuple[int, float]]:
-    entries = json.loads((run.path / "grpo" / "history.json").read_text())
+    entries = json.loads((run.path / "grpo" / "log_history.json").read_text())
     return [(e["step"], e[name]) for e in entries if name in e]
 
 
@@ -58,7 +59,7 @@ def test_held_out_answers_are_greedy_whoever_samples(
     run = make(sampler=sampler, grpo__eval_steps=1, grpo__learning_rate=1e-2)
     model, tokenizer = training.load_for_training(run, "grpo")
     trainer = grpo.build_grpo(run, model, tokenizer)
-    trainer.train()
+    training.fit(trainer, run)
     rows = trainer.eval_dataset.to_list()
     prompts = [row["prompt"] for row in rows]
     answers = generate(model, tokenizer, prompts, max_new_tokens=6)
@@ -72,7 +73,7 @@ def test_the_best_adapter_by_held_out_reward_is_kept_and_completions_are_logged(
 ) -> None:
     weights = {"correctness": 1.0, "length": 1.0}
     run = make(grpo__eval_steps=1, grpo__learning_rate=1e-3, rewards=weights)
-    part = training.train_stage(run, "grpo")
+    part = stages.train_stage(run, "grpo")
     measured = history(run, "eval_reward")
     assert [step for step, _ in measured] == [0, 1, 2, 3]
     best, step = max((value, step) for step, value in measured)
@@ -92,7 +93,7 @@ def test_the_best_adapter_by_held_out_reward_is_kept_and_completions_are_logged(
 
 def test_without_evaluation_the_last_adapter_is_kept(make: Callable[..., Run]) -> None:
     run = make(grpo__eval_strategy="no", grpo__max_steps=1)
-    part = training.train_stage(run, "grpo")
+    part = stages.train_stage(run, "grpo")
     assert "held_out_best" not in part and not history(run, "eval_reward")
     assert (run.path / "grpo" / "adapter" / "adapter_config.json").exists()
 
@@ -125,7 +126,7 @@ def test_a_run_with_minutes_ends_by_the_clock_with_its_adapter_saved(
         monitor, "Clock", lambda *options: plain(*options, clock=lambda: clock.now)
     )
     run = make(rewards={"slow": 1.0}, grpo_minutes=1, grpo__lr_scheduler_type="linear")
-    part = training.train_stage(run, "grpo")
+    part = stages.train_stage(run, "grpo")
     assert clock.now == pytest.approx(60, abs=6)
     assert part["steps"] + len(history(run, "eval_reward")) == clock.now // 5
     assert "5.0 s a step: about" in caplog.text

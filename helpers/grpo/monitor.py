@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import logging
 import os
 import time
@@ -18,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from helpers import fields
 from helpers.grpo import diagnostics
 from helpers.runs import Run, write_json
+from helpers.training.inputs import read_note
 from helpers.training.plots import draw_diagnostics
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Clock(TrainerCallback):
     ) -> None:
         self.path, self.clock = folder / "clock.json", clock
         self.total_s = 60 * minutes if minutes else float("inf")
-        note = json.loads(self.path.read_text()) if self.path.exists() else {}
+        note = read_note(self.path)
         self.before: float = note.get("used_s", 0.0)
         self.planned: int | None = note.get("planned_steps")
         self.started = self.last = self.step_began = clock()
@@ -128,6 +128,10 @@ class Clock(TrainerCallback):
             )
             log.info(self.reason)
         return control
+
+    def report(self, history: list[diagnostics.Entry]) -> dict[str, Any]:
+        """Returns how many steps were planned, where minutes are."""
+        return {"planned_steps": self.planned} if self.planned else {}
 
     def plan(self, step: int, step_s: float) -> None:
         """Estimates how many steps fit, by the first that were taken."""
@@ -204,6 +208,19 @@ class LivePanel(TrainerCallback):
             self.show(args, state, last=True)
             path = self.run.path / "grpo" / "diagnostics.png"
             draw_diagnostics(state.log_history, path)
+
+    def report(self, history: list[diagnostics.Entry]) -> dict[str, Any]:
+        """Returns the stage's own values of `report.json`."""
+        rewards = [entry["reward"] for entry in history if "reward" in entry]
+        ends = diagnostics.width_of_ends(len(rewards))
+        folder = self.run.path / "grpo"
+        return {
+            "reward_first": round(sum(rewards[:ends]) / ends, 4),
+            "reward_last": round(sum(rewards[-ends:]) / ends, 4),
+            "reward_averaged_over_steps": ends,
+            "prompts_left_out": read_note(folder / "prompts.json")["left_out"],
+            "sampler": read_note(folder / "sampler.json")["name"],
+        }
 
     def show(self, args: Any, state: TrainerState, last: bool = False) -> None:
         """Draws the panel in its place; as text, what is new, and all at the end."""

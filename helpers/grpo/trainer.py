@@ -8,9 +8,9 @@ from helpers.grpo import monitor, problems, rewards
 from helpers.inference.generation import generate, inference
 from helpers.rollout.sampler import Sampler, choose_sampler
 from helpers.runs import Run
-from helpers.stages import open_stage, require_stage
 from helpers.training import callbacks
-from helpers.training import trainer as training
+from helpers.training.inputs import open_stage
+from helpers.training.trainer import training_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -26,7 +26,7 @@ class GreedyEvaluation(Base):
 
     `evaluate` pays greedy answers to the held-out problems: TRL's own samples, which
     adds noise, and computes a loss, which is zero in GRPO. The table of these losses
-    is hidden in a notebook, and LoRA stays in fp32.
+    is hidden in a notebook.
     """
 
     control: Any
@@ -36,7 +36,6 @@ class GreedyEvaluation(Base):
 
         super().__init__(*args, **options)
         self.remove_callback(NotebookProgressCallback)
-        training.keep_lora_fp32(self.model)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Returns the held-out reward, logged as `eval_reward` and by component."""
@@ -72,9 +71,8 @@ def grpo_arguments(run: Run) -> dict[str, Any]:
     """
     from trl import GRPOConfig
 
-    require_stage(run.config, "grpo")
-    run.require("data/problems.jsonl")
     folder = open_stage(run, "grpo")
+    run.require("data/problems.jsonl")
     ours: dict[str, Any] = {
         "reward_weights": list(run.config.rewards.values()),
         "num_generations_eval": 1,  # TRL would sample more to each; `evaluate` is ours
@@ -82,7 +80,7 @@ def grpo_arguments(run: Run) -> dict[str, Any]:
         "log_completions": True,  # to parquet files, and none to the screen
         "num_completions_to_print": 0,
     }
-    values = ours | training.training_arguments(run, "grpo", folder)
+    values = ours | training_arguments(run, "grpo", folder)
     # an adapter worse than the start must never take its place
     values.setdefault("eval_on_start", values["eval_strategy"] != "no")
     if callbacks.last_checkpoint(folder / "checkpoints") is not None:
@@ -96,14 +94,12 @@ def grpo_arguments(run: Run) -> dict[str, Any]:
     return {"eval_steps": share} | values
 
 
-def grpo_callbacks(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Returns what watches a run: panel, history, best adapter, guards, clock."""
+def grpo_callbacks(run: Run) -> list[Any]:
+    """Returns what watches a run: panel, best adapter, saves, guards, clock."""
     folder, config = run.path / "grpo", run.config
-    witness = training.find_witness(run, tokenizer)
     return [
         monitor.LivePanel(run),
-        callbacks.History(folder),
-        callbacks.BestAdapter(folder / "adapter", "eval_reward", witness),
+        callbacks.BestAdapter(folder / "adapter", "eval_reward"),
         callbacks.TimedSaves(config.save_minutes),
         callbacks.SkippedSteps(),
         monitor.CollapseGuard(),
@@ -141,6 +137,6 @@ def build_grpo(
         train_dataset=Dataset.from_list(problems.training_prompts(run, tokenizer)),
         eval_dataset=Dataset.from_list(problems.to_prompts(run, held_out)),
         processing_class=tokenizer,
-        rollout_func=choose_sampler(config, model),
-        callbacks=grpo_callbacks(run, tokenizer),
+        rollout_func=choose_sampler(run, model),
+        callbacks=grpo_callbacks(run),
     )

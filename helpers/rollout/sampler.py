@@ -20,6 +20,7 @@ from helpers.inference.generation import Answer, Prompt, cut_answer, encode
 from helpers.masking.templates import stop_token_ids
 from helpers.rollout.decoder import Completion, Decoder, Settings
 from helpers.rollout.merged_copy import MergedCopy
+from helpers.runs import Run, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,19 +33,20 @@ PROMPT_TOKENS = 256  # of a problem, where max_prompt_length is open
 COPY_SHARE = 0.5  # of free memory; the rest is for the training step
 
 
-def choose_sampler(config: RunConfig, model: PreTrainedModel) -> Sampler | None:
+def choose_sampler(run: Run, model: PreTrainedModel) -> Sampler | None:
     """Returns what samples for a run: its `sampler`, or what suits the machine.
 
-    None is TRL's own sampling from the trained model. The reason is logged.
+    None is TRL's own sampling from the trained model. The reason is logged, and kept
+    in `grpo/sampler.json`.
 
     Args:
-        config: the run.
+        run: whose config is gone by.
         model: with LoRA attached, from `load_for_training`.
 
     Raises:
         ConfigError: a copy that is asked for does not work with this model.
     """
-    fault = unsupported(config, model)
+    config, fault = run.config, unsupported(run.config, model)
     if config.sampler == "copy":
         if fault:
             raise ConfigError(f"sampler='copy' does not work: {fault}; choose 'model'")
@@ -54,6 +56,8 @@ def choose_sampler(config: RunConfig, model: PreTrainedModel) -> Sampler | None:
         fault = "a copy is faster only on a GPU"
     else:
         fault = fault or no_room(config, model)
+    note = {"name": "model" if fault else "copy", "reason": fault}
+    write_json(run.path / "grpo" / "sampler.json", note)
     if fault:
         log.info(f"GRPO samples from the trained model: {fault}")
         return None
