@@ -12,6 +12,7 @@ from helpers.config import RunConfig, Stage
 from helpers.data import preparation as data
 from helpers.evaluation import evaluator
 from helpers.grpo import trainer as grpo
+from helpers.grpo.problems import require_prompts
 from helpers.runs import Run, save_run
 from helpers.training.inputs import NOTEBOOKS, is_finished, require_stage
 from helpers.training.sft import build_sft
@@ -37,7 +38,7 @@ def ensure_ready(run: Run, stage: Stage) -> None:
     if advice := checks.advise(run.config, rows=rows):
         log.info(checks.report(advice))
     if "grpo" in run.config.stages:
-        grpo.require_prompts(run)
+        require_prompts(run)
 
 
 def ensure_adapter(run: Run, stage: Stage) -> Path | str | None:

@@ -599,7 +599,6 @@ def test_what_training_or_drawing_would_refuse_is_an_error_before(
         ("sft__eos_token", "template"),
         ("sft__completion_only_loss", "loss_on"),
         ("sft__metric_for_best_model", "best_by"),
-        ("grpo__use_vllm", "sampler"),
         ("grpo__chat_template_kwargs", "template"),
         ("inference__eos_token_id", "template"),
     ],

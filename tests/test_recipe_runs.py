@@ -275,7 +275,7 @@ def test_the_callbacks_are_there_and_the_tracker_where_it_can_be(
     ours = {type(c).__name__: c for c in trainer.callback_handler.callbacks}
     assert ours["BestAdapter"].by == trained.config.best_by
     assert ours["LiveSamples"].prompts
-    assert {"Clock", "TimedSaves", "SkippedSteps"} <= set(ours)
+    assert {"Stopwatch", "TimedSaves", "SkippedSteps"} <= set(ours)
     # the tests run with WANDB_MODE=disabled, which asks nobody
     assert ("WandbCallback" in ours) == (trained.config.sft.get("report_to") == "wandb")
 

@@ -41,7 +41,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(complete)[1] if complete else None
 
 
-class Clock(TrainerCallback):
+class Stopwatch(TrainerCallback):
     """Adds `seconds` to the log history: training time up to an entry, all sessions."""
 
     started = 0.0

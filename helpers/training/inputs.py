@@ -48,8 +48,7 @@ def inputs_of(run: Run, stage: Stage) -> dict[str, Any]:
         parts = ["train", "eval"]
     else:
         names += ["grpo_minutes", "grpo_held_out", "sampler", "rewards"]
-        names += ["max_prompt_length", "few_shot", "probe_samples", "probe_problems"]
-        names += ["system_prompt"]
+        names += ["max_prompt_length", "system_prompt"]
         parts = ["problems", "eval"]
     inputs = {name: getattr(config, name) for name in names}
     inputs["model"] = content_hash(config.model)

@@ -194,7 +194,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
         return run.report()[stage]
     inputs.open_stage(run, stage)
     keep_lora_fp32(trainer.model)
-    trainer.add_callback(callbacks.Clock())
+    trainer.add_callback(callbacks.Stopwatch())
     witness = find_witness(run, trainer.processing_class)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, callbacks.BestAdapter):
