@@ -61,7 +61,6 @@ ELSEWHERE = {
     "best_by": ["sft.metric_for_best_model"],
     "rewards": ["grpo.reward_weights"],
     "grpo_held_out": ["grpo.num_generations_eval"],
-    "sampler": ["grpo.use_vllm"],
 }
 OWNER = {path: own for own, paths in ELSEWHERE.items() for path in paths}
 # fields of earlier versions of the libraries, which tutorials still show

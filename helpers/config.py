@@ -37,7 +37,11 @@ CLASSES = {  # take the values of a group
 
 # Fields of earlier versions, by dotted name: the values that changed nothing (None:
 # any value), and what replaced the field. Saved configs still name them.
-RETIRED: dict[str, tuple[tuple[Any, ...] | None, str]] = {}
+RETIRED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
+    "few_shot": ((0,), "prompts hold no solved examples"),
+    "probe_samples": ((0,), "all problems are trained on"),
+    "probe_problems": (None, "all problems are trained on"),
+}
 
 
 STRICT = ConfigDict(extra="forbid", validate_assignment=True)
@@ -162,22 +166,13 @@ class RunConfig(BaseModel):
     max_prompt_length: Count | None = Field(
         None, description="GRPO: problems with longer prompts are left out"
     )
-    few_shot: int = Field(
-        0, ge=0, description="solved examples in each prompt, of the problems' first"
-    )
-    probe_samples: int = Field(
-        0, ge=0, description="GRPO: drop what none or all of so many answers solve"
-    )
-    probe_problems: int | None = Field(
-        None, ge=1, description="GRPO: probe and train on so many; null = all"
-    )
     grpo_minutes: Positive | None = Field(
         None, description="GRPO: fit the steps into this time; null = max_steps"
     )
     grpo_held_out: Count = Field(
         32, description="GRPO: held-out problems that choose the best adapter"
     )
-    sampler: Literal["auto", "copy", "model", "vllm"] = Field(
+    sampler: Literal["auto", "copy", "model"] = Field(
         "auto", description="GRPO: auto = from a 16-bit copy where a GPU holds it"
     )
     loss_on: Literal["all", "assistant", "last"] = "assistant"
@@ -222,10 +217,6 @@ class RunConfig(BaseModel):
             raise ValueError("the sft stage needs data.train")
         if "grpo" in self.stages and not data.problems:
             raise ValueError("the grpo stage needs data.problems")
-        if self.few_shot and not data.problems:
-            raise ValueError("few_shot takes its examples from data.problems")
-        if self.probe_samples == 1:
-            raise ValueError("probe_samples=1 tells nothing; give 2 or more, or 0")
         if data.eval and data.eval_share:
             raise ValueError("give data.eval or data.eval_share, not both")
         if not has_sft or data.eval or data.eval_share:

@@ -37,7 +37,6 @@ UNSLOTH_LAYER_S = 8.79e-3 / 16
 STEP_S, MICRO_S = 0.35, 0.03  # a step and a micro-batch besides, measured on an H100
 ROW_TOKENS = 400  # of a chat row, without a figure of the data
 PROMPT_TOKENS = 200  # of a GSM8K problem with a system prompt
-SHOT_TOKENS = 165  # of a solved one, on average
 
 
 def uses_unsloth(config: RunConfig) -> bool:
@@ -71,8 +70,7 @@ def sampled_rows(values: dict[str, Any]) -> int:
 
 def prompt_tokens(config: RunConfig) -> int:
     """Returns the tokens of a GRPO prompt: the config's limit, or as GSM8K has them."""
-    few = PROMPT_TOKENS + SHOT_TOKENS * config.few_shot
-    return config.max_prompt_length or few
+    return config.max_prompt_length or PROMPT_TOKENS
 
 
 def count_steps(values: dict[str, Any], rows: int | None) -> int | None:

@@ -18,6 +18,7 @@ from helpers.evaluation import gsm8k as verdicts
 from helpers.evaluation import results
 from helpers.evaluation import stats as intervals
 from helpers.evaluation import text_metrics as metrics
+from helpers.models import adapters
 from helpers.models import load as models
 from helpers.runs import Run
 
@@ -131,7 +132,7 @@ def test_evaluating_again_answers_nothing_again_unless_the_adapter_changed(
     run = run_factory(**PROBLEMS, data__test_rows=2)
     data.prepare(run)
     model, _ = models.load_model(str(tiny_model_folder))
-    model = models.add_lora(model, {"r": 2, "target_modules": ["q_proj"]})
+    model = adapters.add_lora(model, {"r": 2, "target_modules": ["q_proj"]})
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, generator=torch.manual_seed(0))

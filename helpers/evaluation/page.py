@@ -120,7 +120,7 @@ def answers_section(run: Run, report: dict[str, Any]) -> Section | None:
 
 def stage_section(run: Run, report: dict[str, Any], stage: str) -> Section:
     """Returns what a stage reports, and its curves, drawn now if they never were."""
-    history = run.path / stage / "history.json"
+    history = run.path / stage / "log_history.json"
     curves = run.path / stage / "curves.png"
     if history.exists() and not curves.exists():
         from helpers.training.plots import draw_losses

@@ -46,10 +46,8 @@ def ask(run: Run, tokenizer: PreTrainedTokenizerBase, problems: list[Row]) -> Qu
     """
     protocol, source = run.config.evaluation.protocol, run.config.data.problems
     if protocol == "ours":
-        from helpers.grpo.prompts import shots
-
-        system, turns = run.config.system_prompt, shots(run)
-        return Questions([data.ask(p["question"], system, turns) for p in problems], [])
+        system = run.config.system_prompt
+        return Questions([data.ask(p["question"], system) for p in problems], [])
     examples: list[Row] = []
     if protocol not in CHAT:
         if not source:

@@ -140,8 +140,6 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "grpo_minutes": Knob("or GRPO minutes", float),
         "grpo_held_out": Knob("GRPO: held-out problems", int),
         "sampler": Knob("GRPO samples from", choices=choices("sampler")),
-        "few_shot": Knob("examples in a prompt", int),
-        "probe_samples": Knob("GRPO: answers to probe by", int),
         "max_prompt_length": Knob("max prompt length, tokens", int),
         "inference__max_new_tokens": Knob("chat: answer length", int),
         "inference__temperature": Knob("chat: temperature", float),
