@@ -64,7 +64,7 @@ def measure(
 
     from helpers.config import SYSTEM_PROMPT
     from helpers.data import preparation as data
-    from helpers.evaluation import gsm8k as verdicts
+    from helpers.evaluation import gsm8k
     from helpers.inference.generation import fitting_rows, generate, inference
 
     prompts = [data.ask(p["question"], SYSTEM_PROMPT) for p in problems]
@@ -95,7 +95,7 @@ def measure(
         started = time.perf_counter()
         texts = answer(count)
         items[name] = [
-            {"output": text, **verdicts.judge(text, problem)}
+            {"output": text, **gsm8k.check_answer(text, problem)}
             for text, problem in zip(texts, problems, strict=False)
         ]
         seconds = time.perf_counter() - started
@@ -113,8 +113,7 @@ def measure(
         "runs": speeds,
         "compared": len(pairs),
         "same_verdicts": {
-            name: sum(a[name] == b[name] for a, b in pairs)
-            for name in verdicts.VERDICTS
+            name: sum(a[name] == b[name] for a, b in pairs) for name in gsm8k.VERDICTS
         },
         "same_outputs": sum(a["output"] == b["output"] for a, b in pairs),
         "right": {

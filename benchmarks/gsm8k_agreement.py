@@ -155,9 +155,8 @@ def judge_theirs(
     protocol: str, outputs: list[tuple[str, str]]
 ) -> list[dict[str, bool]]:
     """Returns lm_eval's verdicts, by its own task, filters and metric."""
-    from lm_eval.api.instance import Instance
-
     from helpers.evaluation.protocols import make_task
+    from lm_eval.api.instance import Instance
 
     rows = [{"question": "?", "answer": answer} for _, answer in outputs]
     task = make_task(protocol, rows, rows)

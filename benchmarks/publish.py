@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from helpers.evaluation.results import results_table  # noqa: E402
+from helpers.evaluation.tables import results_table  # noqa: E402
 from helpers.runs import write_json, write_text  # noqa: E402
 
 RESULTS = ROOT / "results"
@@ -202,8 +202,8 @@ def memory_lines() -> list[str]:
 
 def table_lines(report: dict[str, Any]) -> list[str]:
     """Returns a report's table in Markdown."""
-    table = results_table(report)
-    rows = [table.header, ["---"] * len(table.header), *table.rows]
+    table = results_table(report).reset_index()
+    rows = [table.columns, ["---"] * len(table.columns), *table.values.tolist()]
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 

@@ -9,7 +9,6 @@ COMMANDS = {
     "train": "helpers.training.trainer",
     "generate": "helpers.inference.chat",
     "judge-pairs": "helpers.llm_judge.duels",
-    "page": "helpers.evaluation.page",
     "alpaca-eval": "helpers.llm_judge.alpaca_eval",
     "mt-bench": "helpers.llm_judge.mt_bench",
 }

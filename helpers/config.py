@@ -24,7 +24,18 @@ from pydantic import (
 from helpers.errors import ConfigError, nearest
 
 Stage = Literal["sft", "grpo"]
+# held-out sets in the order of their tables: problems, then conversations
+HELD_OUT = ("test", "test_new", "test_chat", "eval")
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
+
+# Fields of earlier versions, by dotted name: the values that changed nothing (None:
+# any value), and what replaced the field. Saved configs still name them.
+RETIRED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
+    "evaluation.protocol": (("ours",), "notebook 04 shows lm-evaluation-harness's own"),
+    "evaluation.samples": ((0,), "pass@k and maj@k are no longer measured"),
+    "evaluation.temperature": (None, "held-out rows are answered greedily"),
+    "evaluation.minutes": (None, "nothing reads it"),
+}
 
 
 class Source(BaseModel):
@@ -113,21 +124,12 @@ class EvaluationConfig(BaseModel):
         None, ge=1, description="null = 32 on a CPU, by the model's size on a GPU"
     )
     max_new_tokens: int = Field(256, ge=1, description="answers are cut here")
-    protocol: Literal["ours", "gsm8k", "gsm8k_cot_llama"] = Field(
-        "ours",
-        description="prompts of problems; the others are lm-eval's, if installed",
-    )
-    samples: int = Field(
-        0, ge=0, description="answers drawn to each problem, for pass@k and maj@k"
-    )
-    temperature: float = Field(0.7, gt=0, description="of these drawn answers")
     text_rows: int = Field(
         100, ge=1, description="held-out conversations answered for ROUGE, BLEU, ..."
     )
     labels: list[str] | None = Field(
         None, description="classes of held-out conversations; null = they are texts"
     )
-    minutes: float = Field(30.0, gt=0, description="of older configs; nothing reads it")
 
     @field_validator("labels")
     @classmethod

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import runtime
-from helpers.config import RunConfig, Stage
+from helpers.config import HELD_OUT, RunConfig, Stage
 from helpers.data import preparation as data
 from helpers.data.formats import Messages
 from helpers.errors import ModelError
@@ -158,8 +158,7 @@ def held_out_prompts(run: Run, count: int) -> tuple[list[Messages], list[str]]:
     held-out ones first.
     """
     parts = data.parts_of(run.config.data)
-    order = ("test", "test_new", "test_chat", "eval", "train", "problems")
-    name = next(name for name in order if name in parts)
+    name = next(name for name in (*HELD_OUT, *data.PARTS) if name in parts)
     rows = data.read_rows(run.require(f"data/{name}.jsonl"))[:count]
     if "gold" in rows[0]:
         asked = to_prompts(run, rows)

@@ -91,7 +91,7 @@ def main(recipe: str) -> int:
     from nbclient.exceptions import CellExecutionError
 
     from helpers import recipes, runs
-    from helpers.evaluation import page, results
+    from helpers.evaluation import tables
 
     config = recipes.load(recipe)
     os.environ["TUNEBOOK_RUN"] = config.name
@@ -111,6 +111,5 @@ def main(recipe: str) -> int:
     total = sum(seconds.values()) / 60
     print(f"\n{total:.1f} minutes; outputs and executed notebooks in {run.path}\n")  # noqa: T201
     if "eval" in run.report():
-        results.print_report(run)
-    print(f"one page with pictures: {page.write(run)}")  # noqa: T201
+        print(tables.results_table(run.report()).to_string())  # noqa: T201
     return 0

@@ -13,12 +13,12 @@ import random
 import tempfile
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
-from helpers.config import DataConfig, Source
+from helpers.config import HELD_OUT, DataConfig, Source
 from helpers.data.formats import Fields, Messages, Row
 from helpers.data.reading import LeftOut, Reader, leave_out
 from helpers.data.reading import to_conversations as to_conversations
@@ -31,7 +31,7 @@ from helpers.errors import DataError
 from helpers.runs import Run, fingerprint
 
 # the files of a run's `data/`
-PARTS = ["train", "eval", "test_chat", "problems", "test", "test_new"]
+PARTS = ["train", "problems", *HELD_OUT]
 
 
 def ask(question: str, system_prompt: str, shots: Messages | None = None) -> Messages:
@@ -74,14 +74,13 @@ def parts_of(config: DataConfig) -> list[str]:
     return [name for name in PARTS if given[name]]
 
 
-def answered(parts: Iterable[str]) -> list[str]:
+def answered(parts: Container[str]) -> list[str]:
     """Returns the held-out parts that models answer: problems, test conversations.
 
     Those of `eval` only where there is nothing else; otherwise they give a loss alone.
     """
-    known = set(parts)
-    order = ["test", "test_new", "test_chat"]
-    return [name for name in order if name in known] or sorted(known & {"eval"})
+    known = [name for name in HELD_OUT if name in parts]
+    return [name for name in known if name != "eval"] or known
 
 
 def prepare(run: Run) -> dict[str, Any]:

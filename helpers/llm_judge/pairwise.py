@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from helpers.config import HELD_OUT
 from helpers.data import preparation as data
 from helpers.data.formats import Row
 from helpers.errors import DataError
@@ -17,7 +18,6 @@ from helpers.runs import Run
 
 METRICS = ("correct", "rougeL")
 DECIDED_BY = {"correct": "right answers", "rougeL": "ROUGE-L", "judge": "a judge"}
-PARTS = ("test", "test_new", "test_chat", "eval")
 Piece = tuple[str, bool]
 
 
@@ -74,15 +74,15 @@ def read_pairs(
 
 
 def shared_part(run: Run, models: tuple[str, str], other: Run | None = None) -> str:
-    """Returns the first held-out set that two models have answered, by `PARTS`."""
+    """Returns the first held-out set that two models have answered, by HELD_OUT."""
     first = run.require(f"eval/{models[0]}")
     second = (other or run).require(f"eval/{models[1]}")
-    for part in PARTS:
+    for part in HELD_OUT:
         if all((folder / f"{part}.jsonl").exists() for folder in (first, second)):
             return part
     raise DataError(
-        f"{models[0]} and {models[1]} answered no set in common (of {', '.join(PARTS)})"
-        ": evaluate both on the same data"
+        f"{models[0]} and {models[1]} answered no set in common (of "
+        f"{', '.join(HELD_OUT)}): evaluate both on the same data"
     )
 
 

@@ -441,7 +441,6 @@ def main(arguments: list[str]) -> None:
     """
     from helpers.errors import TemplateError
     from helpers.evaluation import evaluator as evaluation
-    from helpers.evaluation import results
 
     ours = (ConfigError, data.DataError, models.ModelError, TemplateError)
     with runtime.exit_on(*ours, OSError):
@@ -453,6 +452,4 @@ def main(arguments: list[str]) -> None:
         if not evaluation.held_out(run.config):
             print("nothing is held out by this config, so nothing is measured")  # noqa: T201
             return
-        for label, adapter in adapters(run).items():
-            evaluation.evaluate(run, label, adapter)
-        results.print_report(run)
+        print(evaluation.evaluate_run(run).to_string())  # noqa: T201
