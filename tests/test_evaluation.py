@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rows import write
+from rows import turns, write
 
 from helpers import evaluation
 from helpers.data import preparation as data
@@ -17,6 +17,7 @@ from helpers.errors import ConfigError, DataError, MissingInput
 from helpers.evaluation import evaluator, gsm8k, stats
 from helpers.evaluation import text_metrics as metrics
 from helpers.inference.generation import Answer
+from helpers.masking.dataset import mask_conversations
 from helpers.models import load as models
 from helpers.runs import Run
 
@@ -69,6 +70,24 @@ def test_held_out_conversations_get_losses_and_text_metrics(
     assert test["rougeL"] == stats.mean([item["rougeL"] for item in items])
     assert {*metrics.OF_ITEMS, "bleu", "chrf", "stop_rate"} <= set(test)
     assert run.report()["eval"]["base"] == part
+
+
+def test_the_response_loss_is_over_all_supervised_tokens(
+    tiny_model_folder: Path,
+) -> None:
+    import torch
+
+    model, tokenizer = models.load_model(str(tiny_model_folder))
+    chats = [turns("Is it?", "Yes. " * n) for n in (1, 7)]
+    rows = mask_conversations(tokenizer, chats).rows
+    losses: list[float] = []
+    for row in rows:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].double()
+        labels = torch.tensor(row["labels"])[1:]
+        each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        losses += each[labels != -100].tolist()
+    expected = sum(losses) / len(losses)
+    assert evaluator.response_loss(model, rows) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_run_that_holds_nothing_out_says_which_fields_to_set(

@@ -11,7 +11,6 @@ import torch
 
 from helpers import recipes, runtime
 from helpers.errors import ModelError
-from helpers.evaluation.evaluator import response_loss
 from helpers.inference.generation import cut_answer, generate, reply
 from helpers.models import load as models
 
@@ -164,27 +163,6 @@ def test_streaming_gives_the_text_that_it_prints(
     text = reply(model, tokenizer, "Hello", stream=True, max_new_tokens=5)
     assert text.strip() == capsys.readouterr().out.strip()
     assert text == reply(model, tokenizer, "Hello", max_new_tokens=5)
-
-
-def test_the_response_loss_does_not_change_with_batch_size_and_padding(
-    tiny_model_folder: Path, tokenizer: Any
-) -> None:
-    from helpers.masking.dataset import mask_conversations
-
-    turns = [
-        p + [{"role": "assistant", "content": "Yes. " * n}]
-        for n, p in enumerate(prompts(), start=1)
-    ]
-    rows = mask_conversations(tokenizer, turns).rows
-    model, tokenizer = models.load_model(str(tiny_model_folder))
-    losses = [response_loss(model, tokenizer, rows, size) for size in (1, 2, 3)]
-    assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
-    one = torch.tensor([rows[0]["input_ids"]])
-    labels = torch.tensor([rows[0]["labels"]])
-    logits = model(one).logits[0, :-1].double()
-    by_hand = torch.nn.functional.cross_entropy(logits, labels[0, 1:]).item()
-    found = response_loss(model, tokenizer, [rows[0]])
-    assert found == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_an_answer_in_between_leaves_the_gradients_of_four_bit_weights_alone(

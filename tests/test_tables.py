@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +18,38 @@ from helpers.evaluation import text_metrics as metrics
 Report = dict[str, Any]
 
 
-def part(k: int, k_new: int) -> Report:
-    """One model's part of a report, as `evaluate` writes it."""
-    rates = {"strict_format": stats.proportion(k, 200), "stop_rate": 0.5}
-    return {
-        "accuracy": stats.proportion(k, 200),
-        "accuracy_new": stats.proportion(k_new, 100),
-        "eval_loss": 1.23456,
-        "test": rates,
-        "test_new": rates,
-        "seconds": 90.0,
-        "peak_memory_gb": 1.5,
-    }
-
-
 @pytest.fixture
 def report() -> Report:
     """The report of a run with three evaluated models, and one that was judged only."""
-    return {
-        "sft": {"seconds": 150.0, "peak_memory_gb": 2.25},
-        "eval": {
-            "base": part(10, 5),
-            "sft": part(90, 20),
-            "mine": part(0, 100),
-            "judged": {"mt_bench": {"score": 5.0}},
-        },
-    }
+    report: Report = {"sft": {"seconds": 150.0, "peak_memory_gb": 2.25}, "eval": {}}
+    for label, (k, k_new) in {
+        "base": (10, 5),
+        "sft": (90, 20),
+        "mine": (0, 99),
+    }.items():
+        report["eval"][label] = {
+            "accuracy": stats.proportion(k, 200),
+            "accuracy_new": stats.proportion(k_new, 100),
+            "eval_loss": 1.23456,
+            "test": {"strict_format": stats.proportion(k, 200), "stop_rate": 0.5},
+            "test_new": {"stop_rate": 0.5},
+            "seconds": 90.0,
+            "peak_memory_gb": 1.5,
+        }
+    report["eval"]["judged"] = {"mt_bench": {"score": 5.0}}
+    return report
 
 
 @pytest.fixture
 def chats() -> Report:
     """The report of a run that holds conversations out and no problems."""
-    return {
-        "eval": {
-            label: {
-                "eval_loss": loss,
-                "test_chat": {"loss": loss + 0.1},
-                "seconds": 60.0,
-                "peak_memory_gb": 1.0,
-            }
-            for label, loss in {"base": 2.5, "sft": 1.75}.items()
-        }
+    costs = {"seconds": 60.0, "peak_memory_gb": 1.0}
+    losses = {"base": 2.5, "sft": 1.75}
+    parts = {
+        label: {"eval_loss": loss, "test_chat": {"loss": loss + 0.1}, **costs}
+        for label, loss in losses.items()
     }
+    return {"eval": parts}
 
 
 def test_the_results_table_has_accuracies_losses_and_costs(report: Report) -> None:
@@ -85,23 +76,17 @@ def test_only_what_was_measured_has_a_column(chats: Report) -> None:
     assert column["base"] == "-" and column["after SFT"].startswith("1/2 = 50.0 % [")
 
 
-def test_the_scores_table_has_every_verdict_of_every_model_and_set(
-    report: Report,
-) -> None:
+def test_the_scores_table_has_every_verdict_of_every_model(report: Report) -> None:
     report["eval"]["sft"]["test"]["strict_match"] = stats.proportion(80, 200)
     table = tables.scores_table(report)
-    assert list(table.index)[:3] == [
-        ("base", "test"),
-        ("base", "test_new"),
-        ("after SFT", "test"),
-    ]
-    shown = table.loc[("after SFT", "test")]
-    assert shown["right"].startswith("90/200 = 45.0 % [")
-    assert shown["strict match"].startswith("80/200 = 40.0 % [")
-    assert shown["format"].startswith("90/200")
-    assert shown["stopped"] == "0.5"
-    assert table.loc[("base", "test"), "strict match"] == "-"
-    assert "ROUGE-L" not in table
+    sets = [(m, s) for m in ("base", "after SFT", "mine") for s in ("test", "test_new")]
+    assert list(table.index) == sets
+    row = table.loc[("after SFT", "test")]
+    assert row["correct"].startswith("90/200 = 45.0 % [")
+    assert row["strict_match"].startswith("80/200 = 40.0 % [")
+    assert (row["strict_format"], row["stop_rate"]) == (row["correct"], "0.5")
+    assert table.loc[("base", "test"), "strict_match"] == "-"
+    assert "rougeL" not in table
 
 
 def test_text_metrics_and_class_rates_are_in_the_scores_table(chats: Report) -> None:
@@ -114,42 +99,26 @@ def test_text_metrics_and_class_rates_are_in_the_scores_table(chats: Report) -> 
     chats["eval"]["base"]["eval_text"] = {"labels": rates, "stop_rate": 1.0}
     table = tables.scores_table(chats)
     assert list(table.index) == [("base", "eval"), ("after SFT", "test_chat")]
-    assert (
-        table.loc[("after SFT", "test_chat"), "exact match"] == "0.500 [0.000, 1.000]"
-    )
-    assert float(table.loc[("after SFT", "test_chat"), "chrF"]) > 0
-    shown = table.loc[("base", "eval")]
-    assert shown["right"].startswith("1/3 = 33.3 %")
-    assert (shown["macro F1"], shown["without label"]) == ("0.25", "1")
+    labels, row = table.iloc[0], table.iloc[1]
+    assert row["exact_match"] == "0.500 [0.000, 1.000]" and float(row["chrf"]) > 0
+    assert labels["correct"].startswith("1/3 = 33.3 %")
+    assert (labels["macro_f1"], labels["no_label"]) == ("0.25", "1")
 
 
-COMPARED = {
-    "base -> sft": {
-        "test": {
-            "correct": stats.compare_verdicts([False, True], [True, True]),
-            "strict_match": stats.compare_verdicts([False, False], [True, True]),
-            "gain": {"strict_match": 2, "format": 1, "reasoning": 1},
-        },
-        "test_chat": {"rougeL": {"mean": 0.125, "n": 8, "low": -0.01, "high": 0.25}},
+def test_differences_and_gains_are_shown_set_by_set() -> None:
+    test = {
+        "correct": stats.compare_verdicts([False, True], [True, True]),
+        "gain": {"strict_match": 2, "format": 1, "reasoning": 1},
     }
-}
-
-
-def test_differences_are_shown_by_verdict_and_metric() -> None:
-    table = tables.differences_table({"comparisons": COMPARED})
-    assert list(table.index) == [
-        ("base -> after SFT", "test", "right"),
-        ("base -> after SFT", "test", "strict match"),
-        ("base -> after SFT", "test_chat", "ROUGE-L"),
-    ]
-    assert list(table.iloc[0]) == [1, 0, "+50.0 points [+0.0, +100.0]", "1"]
-    assert list(table.iloc[2]) == ["-", "-", "+0.125 [-0.010, +0.250]", "-"]
-
-
-def test_a_gain_is_told_apart_into_format_and_reasoning() -> None:
-    table = tables.gain_table({"comparisons": COMPARED})
-    assert list(table.loc[("base -> after SFT", "test")]) == ["+2", "+1", "+1"]
-    assert len(table) == 1
+    chat = {"rougeL": {"mean": 0.125, "n": 8, "low": -0.01, "high": 0.25}}
+    report = {"comparisons": {"base -> sft": {"test": test, "test_chat": chat}}}
+    table, models = tables.differences_table(report), "base -> after SFT"
+    assert {index: list(row) for index, row in table.iterrows()} == {
+        (models, "test", "correct"): [1, 0, "+50.0 points [+0.0, +100.0]", "1"],
+        (models, "test_chat", "rougeL"): ["-", "-", "+0.125 [-0.010, +0.250]", "-"],
+    }
+    gains = tables.gain_table(report)
+    assert [list(row) for row in gains.values] == [["+2", "+1", "+1"]]
 
 
 def test_an_empty_report_has_empty_tables() -> None:
@@ -159,10 +128,8 @@ def test_an_empty_report_has_empty_tables() -> None:
 
 def heights(report: Report, path: Path) -> tuple[list[list[float]], Any]:
     """The heights of the bars of each model, and their axes."""
-    from matplotlib.container import BarContainer
-
     axes = tables.plot_results(report, path).axes[0]
-    groups = [c for c in axes.containers if isinstance(c, BarContainer)]
+    groups = [group for group in axes.containers if hasattr(group, "patches")]
     return [[bar.get_height() for bar in group] for group in groups], axes
 
 
@@ -170,11 +137,11 @@ def test_the_plot_has_a_bar_with_its_interval_for_every_model_and_set(
     report: Report, tmp_path: Path
 ) -> None:
     bars, axes = heights(report, tmp_path / "results.png")
-    assert bars == [[5.0, 5.0], [45.0, 20.0], [0.0, 100.0]]
+    assert bars == [[5.0, 5.0], [45.0, 20.0], [0.0, 99.0]]
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG\r\n")
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     assert names == ["base", "after SFT", "mine"]
-    errors = [c for c in axes.containers if not hasattr(c, "patches")]
+    errors = [group for group in axes.containers if not hasattr(group, "patches")]
     ends = errors[1].lines[2][0].get_segments()[0][:, 1]
     interval = report["eval"]["sft"]["accuracy"]
     assert ends == pytest.approx([100 * interval["low"], 100 * interval["high"]])
@@ -189,18 +156,17 @@ def test_losses_are_drawn_where_no_problems_are_held_out(
 
 
 @pytest.fixture
-def make_run(runs_home: Path) -> Any:
+def make_run(runs_home: Path) -> Callable[..., runs.Run]:
     """Makes a run whose SFT stage is trained and evaluated, with other values."""
 
     def make(name: str, recipe: str = "smoke", **parts: Any) -> runs.Run:
         config = changed(recipes.load(recipe), name=name, stages=["sft"])
         run = runs.save_run(config)
-        trained = {"steps": 40, "seconds": 3053.8, "peak_memory_gb": 7.508}
         measured = {"eval_loss": 0.787, "accuracy": stats.proportion(45, 100)}
         values = {
             "environment": {"device": "cuda: Tesla T4"},
             "data": {"train": 15000, "fingerprints": {"eval": "e1", "test": "t1"}},
-            "sft": trained | {"loss_first": 1.25, "loss_last": 0.75},
+            "sft": {"steps": 40, "seconds": 3053.8, "loss_last": 0.75},
             "eval": {"sft": measured},
         }
         for part, value in (values | parts).items():
@@ -211,30 +177,23 @@ def make_run(runs_home: Path) -> Any:
     return make
 
 
-def test_every_stage_of_every_run_has_a_row(make_run: Any) -> None:
+def test_every_stage_of_every_run_has_a_row(make_run: Callable[..., runs.Run]) -> None:
     first, second = make_run("b"), make_run("a", eval=None)
     first = runs.save_run(changed(first.config, stages=["sft", "grpo"]))
-    first.write_part("grpo", {"steps": 8, "reward_first": 0.25, "reward_last": 0.5})
+    first.write_part("grpo", {"steps": 8, "reward_first": 0.25})
     table = tables.runs_table([first, second])
-    rows = [("b", "after SFT"), ("b", "after GRPO"), ("a", "after SFT")]
-    assert list(table.index) == rows
-    assert table.loc[rows[0]].to_dict() == {
-        "steps": 40,
-        "loss_first": 1.25,
-        "loss_last": 0.75,
-        "reward_first": "-",
-        "reward_last": "-",
-        "seconds": 3053.8,
-        "peak_memory_gb": 7.508,
-        "eval_loss": 0.787,
-        "test": "45/100 = 45.0 % [35.6, 54.8]",
+    right = "45/100 = 45.0 % [35.6, 54.8]"
+    assert {index: list(row) for index, row in table.iterrows()} == {
+        ("b", "after SFT"): [40, 0.75, "-", 3053.8, 0.787, right],
+        ("b", "after GRPO"): [8, "-", 0.25, "-", "-", "-"],
+        ("a", "after SFT"): [40, 0.75, "-", 3053.8, "-", "-"],
     }
-    assert table.loc[rows[1], "reward_last"] == 0.5
-    assert table.loc[rows[2], "eval_loss"] == "-"
+    names = ["steps", "loss_last", "reward_first", "seconds", "eval_loss", "test"]
+    assert list(table) == names
 
 
 def test_what_cannot_be_compared_is_logged(
-    make_run: Any, caplog: pytest.LogCaptureFixture
+    make_run: Callable[..., runs.Run], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     tables.runs_table([make_run("a"), make_run("b")])
@@ -253,28 +212,24 @@ PUBLISHED = [name for name in recipes.NAMES if "published" in recipes.describe(n
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_figure_that_a_recipes_source_published_stands_below_the_runs(
-    make_run: Any, name: str
+    make_run: Callable[..., runs.Run], name: str
 ) -> None:
     table = tables.runs_table([make_run(n, recipe=name) for n in "ab"])
     assert list(table.index.get_level_values(0)) == ["a", "b", f"{name}, published"]
-    shown = table.iloc[2].to_dict()
-    published = recipes.describe(name)["published"]
-    assert published.items() <= shown.items()
-    assert sum(cell != "-" for cell in shown.values()) == 1 + len(published)
+    row, published = table.iloc[2].to_dict(), recipes.describe(name)["published"]
+    assert published.items() <= row.items()
+    assert sum(cell != "-" for cell in row.values()) == 1 + len(published)
 
 
 def test_the_trained_runs_of_the_folder_are_shown_and_unreadable_ones_logged(
-    make_run: Any, caplog: pytest.LogCaptureFixture
+    make_run: Callable[..., runs.Run], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     for name in "ba":
         make_run(name)
-    make_run("c", sft=None)
+    untrained = make_run("c", sft=None)
     runs.write_json(make_run("d").path / "config.json", {"name": 5})
     assert list(tables.runs_table().index.get_level_values(0)) == ["a", "b"]
     assert caplog.messages[0].startswith("left out: ")
-
-
-def test_runs_that_are_not_trained_are_named(make_run: Any) -> None:
-    with pytest.raises(DataError, match="no stage of a, b is trained"):
-        tables.runs_table([make_run("a", sft=None), make_run("b", sft=None)])
+    with pytest.raises(DataError, match="no stage of c is trained"):
+        tables.runs_table([untrained])

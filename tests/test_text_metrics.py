@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -11,44 +12,33 @@ from helpers.evaluation.evaluator import judge
 from helpers.evaluation.stats import proportion
 
 
-def scored(*pairs: tuple[str, str]) -> list[dict[str, object]]:
-    """Items of outputs and references."""
-    return [{"output": o, "reference": r, **metrics.score(o, r)} for o, r in pairs]
-
-
-def test_a_text_against_itself_has_the_highest_metrics():
-    found = metrics.summarise_texts(
-        scored(*[("Two birds sat on the old wall.",) * 2] * 2)
+def summary(*pairs: tuple[str, str]) -> dict[str, Any]:
+    """The metrics of a set of outputs and references."""
+    return metrics.summarise_texts(
+        [{"output": o, "reference": r, **metrics.score(o, r)} for o, r in pairs]
     )
-    assert all(found[name]["mean"] == 1.0 for name in metrics.OF_ITEMS)
-    assert (found["bleu"]["score"], found["chrf"]["score"]) == (100.0, 100.0)
 
 
-def test_a_constant_answer_has_low_metrics():
-    found = metrics.summarise_texts(
-        scored(("yes", "Two birds sat on it."), ("yes", "No wall."))
-    )
-    assert all(found[name]["mean"] == 0.0 for name in metrics.OF_ITEMS)
-    assert found["bleu"]["score"] == 0.0
+def test_a_constant_answer_has_low_metrics() -> None:
+    values = summary(("yes", "Two birds sat on it."), ("yes", "No wall."))
+    assert all(values[name]["mean"] == 0.0 for name in metrics.OF_ITEMS)
+    assert values["bleu"]["score"] == 0.0
 
 
-def test_rouge_counts_shared_words_pairs_and_the_longest_sequence():
-    found = metrics.score("the cat sat here", "the cat here sat down")
+def test_rouge_counts_shared_words_pairs_and_the_longest_sequence() -> None:
+    values = metrics.score("the cat sat here", "the cat here sat down")
     # 4 of 4 and 4 of 5 words; 1 of 3 and 1 of 4 pairs; "the cat sat", 3 of 4 and 3 of 5
-    assert found["rouge1"] == pytest.approx(8 / 9, abs=1e-4)
-    assert found["rouge2"] == pytest.approx(2 / 7, abs=1e-4)
-    assert found["rougeL"] == pytest.approx(6 / 9, abs=1e-4)
+    rouge = [values[name] for name in metrics.ROUGE]
+    assert rouge == pytest.approx([8 / 9, 2 / 7, 6 / 9], abs=1e-4)
 
 
-def test_bleu_is_that_of_the_corpus_and_says_how_it_was_made():
+def test_bleu_is_that_of_the_corpus() -> None:
     import sacrebleu
 
     pairs = [("the cat sat on the mat", "the cat sat on a mat"), ("a b c d", "a b c d")]
-    found = metrics.summarise_texts(scored(*pairs))
     outputs, references = (list(side) for side in zip(*pairs, strict=True))
     expected = sacrebleu.corpus_bleu(outputs, [references]).score
-    assert found["bleu"]["score"] == pytest.approx(expected, abs=6e-3)
-    assert "tok:13a" in found["bleu"]["signature"]
+    assert summary(*pairs)["bleu"]["score"] == pytest.approx(expected, abs=6e-3)
 
 
 @pytest.mark.parametrize(
@@ -63,35 +53,27 @@ def test_bleu_is_that_of_the_corpus_and_says_how_it_was_made():
         (" ... ", "...", 1.0, 1.0),
     ],
 )
-def test_exact_match_and_token_f1_are_those_of_squad(output, reference, match, f1):
+def test_exact_match_and_token_f1_are_those_of_squad(
+    output: str, reference: str, match: float, f1: float
+) -> None:
     values = metrics.score(output, reference)
     assert values["exact_match"] == match
     assert values["token_f1"] == pytest.approx(f1, abs=1e-4)
 
 
-SCRIPTS = {
-    "Chinese": "今天的天气很好，我们去公园。",
-    "Japanese": "ねこが古い塀の上にすわっている。",
-    "Korean": "고양이가 낡은 담 위에 앉아 있다.",
-    "Thai": "แมวนั่งอยู่บนกำแพงเก่า",
-    "Khmer": "ឆ្មាអង្គុយលើជញ្ជាំង",
-    "Hindi": "बिल्ली पुरानी दीवार पर बैठी है।",
-    "Arabic": "القط يجلس على الجدار القديم",
-    "Hebrew": "החתול יושב על הקיר הישן",
-    "Russian": "Кот сидит на старой стене.",
-    "Greek": "Η γάτα κάθεται στον παλιό τοίχο.",
-    "German": "Die Mäuse fräßen größere Nüsse.",
-    "mixed": "Python 是一种编程语言 (version 3)",
-    "one word": "кот",
-    "one letter": "é",
-    "one character": "猫",
-    "emoji": "🙂",
-}
+TEXTS = [
+    *("今天的天气很好，我们去公园。", "ねこが古い塀の上にすわっている。"),
+    *("고양이가 낡은 담 위에 앉아 있다.", "แมวนั่งอยู่บนกำแพงเก่า", "ឆ្មាអង្គុយលើជញ្ជាំង"),
+    *("बिल्ली पुरानी दीवार पर बैठी है।", "القط يجلس على الجدار القديم"),
+    *("Кот сидит на старой стене.", "Die Mäuse fräßen größere Nüsse."),
+    *("Python 是一种编程语言 (version 3)", "Two birds sat on the old wall."),
+    *("кот", "é", "猫", "🙂"),
+]
 
 
-@pytest.mark.parametrize("text", SCRIPTS.values(), ids=SCRIPTS)
-def test_a_text_of_any_script_against_itself_has_the_highest_metrics(text):
-    values = metrics.summarise_texts(scored(*[(text, text)] * 2))
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_of_any_script_against_itself_has_the_highest_metrics(text: str) -> None:
+    values = summary((text, text), (text, text))
     assert all(values[name]["mean"] == 1.0 for name in metrics.OF_ITEMS)
     assert (values["bleu"]["score"], values["chrf"]["score"]) == (100.0, 100.0)
 
@@ -107,24 +89,17 @@ def test_a_text_of_any_script_against_itself_has_the_highest_metrics(text):
     ],
 )
 def test_what_texts_of_any_script_share_counts_and_the_rest_does_not(
-    output, reference, other
-):
+    output: str, reference: str, other: str
+) -> None:
     for name in ("rouge1", "token_f1"):
         assert 0 < metrics.score(output, reference)[name] < 1
         assert metrics.score(other, reference)[name] == 0
 
 
-def test_words_are_whole_in_any_script():
-    assert metrics.score("The word is 猫", "The word is 狗")["rouge1"] == 0.75
-    assert metrics.score("हिन्दी naïve 10² don't", "हिन्दी naïve")["rouge1"] == 0.5714
-
-
-def test_the_metrics_of_english_are_those_of_the_packages():
+def test_the_metrics_of_english_are_those_of_the_packages() -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
-    words = (
-        "The cats' sitting, mats_2 running don't 3.50 easily; (nothing) state-of-art"
-    )
+    words = "The cats' sitting, mats_2 running don't 3.50 easily; (none) state-of-art"
     draw = random.Random(0)
     theirs = RougeScorer(list(metrics.ROUGE), use_stemmer=True)
     for _ in range(50):
@@ -144,33 +119,32 @@ def test_the_metrics_of_english_are_those_of_the_packages():
         (["Кот сидит."], "13a", "yes"),
         (["今天很好。", "A cat."], "zh", "yes"),
         (["ねこと犬"], "char", "yes"),
-        (["แมว"], "char", "yes"),
         (["The word 猫 stands for a cat in both of these languages."], "13a", "yes"),
     ],
 )
-def test_the_result_names_the_tokenizer_of_the_script(references, tokenizer, effective):
-    values = metrics.summarise_texts(scored(*((text, text) for text in references)))
+def test_the_result_names_the_tokenizer_of_the_script(
+    references: list[str], tokenizer: str, effective: str
+) -> None:
+    values = summary(*((text, text) for text in references))
     assert f"eff:{effective}|tok:{tokenizer}|" in values["bleu"]["signature"]
     english = "|tok:default|" in values["rouge"]["signature"]
     assert english == (effective == "no")
 
 
-def rates(labels, *pairs):
-    """The rates of pairs of output and reference."""
-    return metrics.summarise_labels(
-        [{"output": o, "reference": r} for o, r in pairs], labels
-    )
+def rates(labels: list[str], *pairs: tuple[str, str]) -> dict[str, Any]:
+    """The rates of outputs and references that are labels."""
+    items = [{"output": o, "reference": r} for o, r in pairs]
+    return metrics.summarise_labels(items, labels)
 
 
-def test_classes_get_accuracy_precision_recall_and_f1():
+def test_classes_get_accuracy_precision_recall_and_f1() -> None:
     references = ["positive", "positive", "positive", "negative", "negative"]
     outputs = [" positive\n", "negative", "I like it", "negative", "positive"]
-    pairs = zip(outputs, references, strict=True)
-    found = rates(["negative", "positive"], *pairs)
-    assert found["accuracy"] == proportion(2, 5)
-    assert (found["macro_f1"], found["no_label"]) == (0.45, 1)
+    values = rates(["negative", "positive"], *zip(outputs, references, strict=True))
+    assert values["accuracy"] == proportion(2, 5)
+    assert (values["macro_f1"], values["no_label"]) == (0.45, 1)
     expected = {"precision": 0.5, "recall": 1 / 3, "f1-score": 0.4, "support": 3}
-    assert found["classes"]["positive"] == pytest.approx(expected)
+    assert values["classes"]["positive"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -180,22 +154,21 @@ def test_classes_get_accuracy_precision_recall_and_f1():
         *(("C#", "C"), ("yes", "Yes"), ("Yes.", "Yes"), ("a cat", "cat"), ("是", "否")),
     ],
 )
-def test_a_label_is_compared_as_it_is(output, label):
+def test_a_label_is_compared_as_it_is(output: str, label: str) -> None:
     row = {"question": "?", "reference": label}
     assert not judge(output, row, [label])["correct"]
     assert judge(f"\n {label} ", row, [label])["correct"]
-    found = rates([label, "other"], (output, label))
-    assert (found["accuracy"]["k"], found["no_label"]) == (0, 1)
+    values = rates([label, "other"], (output, label))
+    assert (values["accuracy"]["k"], values["no_label"]) == (0, 1)
 
 
-def test_labels_may_have_any_name():
+def test_labels_may_have_any_name() -> None:
     names = ["accuracy", "macro avg", "0", "-0", "C++"]
-    found = rates(names, *zip(names, names, strict=True))
-    assert (found["accuracy"]["k"], found["macro_f1"]) == (5, 1.0)
-    assert list(found["classes"]) == names
+    values = rates(names, *zip(names, names, strict=True))
+    assert (values["accuracy"]["k"], values["macro_f1"]) == (5, 1.0)
+    assert list(values["classes"]) == names
 
 
 @pytest.mark.parametrize(("first", "f1"), [("a", 1.0), ("c", 0.3333)])
-def test_the_macro_f1_is_over_the_classes_that_occur(first, f1):
-    found = rates(["a", "b", "c"], (first, "a"), ("b", "b"))
-    assert found["macro_f1"] == f1
+def test_the_macro_f1_is_over_the_classes_that_occur(first: str, f1: float) -> None:
+    assert rates(["a", "b", "c"], (first, "a"), ("b", "b"))["macro_f1"] == f1

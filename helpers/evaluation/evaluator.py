@@ -30,7 +30,7 @@ from helpers.runs import Run, content_hash, fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def held_out(config: RunConfig) -> list[str]:
@@ -118,41 +118,26 @@ def check_labels(run: Run) -> None:
             )
 
 
-def response_loss(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[Example],
-    batch_size: int = 8,
-) -> float:
+def response_loss(model: PreTrainedModel, rows: Iterable[Example]) -> float:
     """Returns the mean cross-entropy, in nats, over all supervised tokens of the rows.
 
-    Token-weighted: batch size and padding do not change it.
+    A row at a time: padding does not change it, and only one row's logits take memory.
 
     Args:
+        model: any causal language model.
         rows: `input_ids` and `labels` each, from `masking`.
-        batch_size: rows a batch.
     """
     import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    def pad(columns: Iterable[list[int]], value: int) -> torch.Tensor:
-        tensors = [torch.tensor(column) for column in columns]
-        return pad_sequence(tensors, True, value).to(model.device)  # (batch, seq)
 
     total, count = 0.0, 0
-    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     with inference(model):
-        for start in range(0, len(ordered), batch_size):
-            batch = ordered[start : start + batch_size]
-            labels = pad((row["labels"] for row in batch), NO_LOSS)
-            loss = model(
-                input_ids=pad((r["input_ids"] for r in batch), tokenizer.pad_token_id),
-                attention_mask=pad(([1] * len(r["input_ids"]) for r in batch), 0),
-                labels=labels,
-            ).loss
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]], device=model.device)  # (1, seq)
+            labels = torch.tensor([row["labels"]], device=model.device)
             tokens = int((labels[:, 1:] != NO_LOSS).sum())
-            total += float(loss) * tokens
-            count += tokens
+            if tokens:
+                total += float(model(input_ids=ids, labels=labels).loss) * tokens
+                count += tokens
     return total / count
 
 
@@ -199,7 +184,7 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
             config.max_length,
             drop=config.data.drop_unusable,
         )
-        loss = response_loss(model, tokenizer, masked.rows)
+        loss = response_loss(model, masked.rows)
         measures = {"loss": round(loss, 4), "perplexity": round(math.exp(loss), 3)}
         if name == "eval":
             measures["eval_loss"] = measures.pop("loss")

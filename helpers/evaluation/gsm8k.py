@@ -85,8 +85,7 @@ def reference(answer: str, task: str) -> str:
     """
     if task == "gsm8k_cot_llama":
         answer = answer.split(answers.MARKER)[-1].strip()
-    bare = re.sub(r"[,$]", "", answer)
-    return re.sub(r"\.$", "", bare.rpartition(f"{answers.MARKER} ")[2]).lower()
+    return strip(answer).rpartition(f"{answers.MARKER} ")[2].lower()
 
 
 def summarise_verdicts(items: list[Row]) -> dict[str, Any]:

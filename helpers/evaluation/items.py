@@ -16,7 +16,7 @@ from pathlib import Path
 from helpers.data.formats import Row
 from helpers.data.preparation import write_rows
 from helpers.inference.generation import Answer, Prompt
-from helpers.runs import fingerprint, write_text
+from helpers.runs import fingerprint
 
 # the fields of an item besides its verdicts
 FIELDS = ("id", "prompt", "output", "tokens", "stopped", "seconds", "made_from")
@@ -46,7 +46,7 @@ def answer_rows(
     former = read_items(path) | read_items(part)
     items = {key: former[key] for key in keys if key in former}
     missing = [place for place, key in enumerate(keys) if key not in items]
-    write_text(part, "".join(map(to_line, items.values())))  # without a torn last line
+    write_rows(part, items.values())  # without a torn last line
     started = time.perf_counter()
     with part.open("a", encoding="utf-8") as file:
         for batch in generate([rows[place]["prompt"] for place in missing]):
@@ -55,7 +55,7 @@ def answer_rows(
                 row, key = rows[missing[number]], keys[missing[number]]
                 values = (row["id"], row["prompt"], *answer, seconds, key)
                 items[key] = dict(zip(FIELDS, values, strict=True))
-                file.write(to_line(items[key]))
+                file.write(json.dumps(items[key], ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
             started = time.perf_counter()
@@ -66,11 +66,6 @@ def answer_rows(
     write_rows(path, judged)
     part.unlink()
     return judged
-
-
-def to_line(item: Row) -> str:
-    """Returns an item as a line of its file."""
-    return json.dumps(item, ensure_ascii=False) + "\n"
 
 
 def read_items(path: Path) -> dict[str, Row]:

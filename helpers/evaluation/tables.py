@@ -13,6 +13,7 @@ from helpers import recipes
 from helpers.config import HELD_OUT
 from helpers.data.formats import Row
 from helpers.errors import DataError
+from helpers.evaluation import gsm8k, text_metrics
 from helpers.runs import Run, open_run, runs_folder
 
 if TYPE_CHECKING:
@@ -22,22 +23,8 @@ log = logging.getLogger(__name__)
 
 STAGES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
 ACCURACIES = {"test": "accuracy", "test_new": "accuracy_new"}
-MEASURES = {
-    "correct": "right",
-    "strict_match": "strict match",
-    "flexible_extract": "flexible extract",
-    "strict_format": "format",
-    "macro_f1": "macro F1",
-    "no_label": "without label",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "exact_match": "exact match",
-    "token_f1": "token F1",
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "stop_rate": "stopped",
-}
+MEASURES = [*gsm8k.VERDICTS, "macro_f1", "no_label", *text_metrics.OF_ITEMS]
+MEASURES += ["bleu", "chrf", "stop_rate"]
 # of a stage's part of the report, in the table of runs
 COSTS = ["steps", "loss_first", "loss_last", "loss_best", "eval_loss_best"]
 COSTS += ["reward_first", "reward_last", "seconds", "peak_memory_gb"]
@@ -94,7 +81,7 @@ def losses(part: dict[str, Any]) -> dict[str, float | None]:
 
 
 def results_table(report: dict[str, Any]) -> pd.DataFrame:
-    """Returns accuracies, losses and costs, a row a model; what was measured only."""
+    """Returns accuracies, losses and costs, a row a model."""
     rows = []
     for label, part in evaluated(report).items():
         stage = report.get(label, {})
@@ -125,14 +112,13 @@ def scores_table(report: dict[str, Any]) -> pd.DataFrame:
                 classes = values.get("labels", {})
                 right = part.get(ACCURACIES.get(name, ""), classes.get("accuracy"))
                 values = {**values, **classes, "correct": right}
-                cells = {title: show(values.get(m)) for m, title in MEASURES.items()}
-                row = {"model": STAGES.get(label, label), "set": name}
-                rows.append({**row, **cells})
+                row: Row = {"model": STAGES.get(label, label), "set": name}
+                rows.append(row | {m: show(values.get(m)) for m in MEASURES})
     return to_frame(rows, ["model", "set"])
 
 
 def compared_sets(report: dict[str, Any]) -> Iterator[tuple[dict[str, str], Row]]:
-    """Yields the first cells of a compared set's rows, and what was compared there."""
+    """Yields the cells that name a compared set, and its measures."""
     for models, sets in report.get("comparisons", {}).items():
         names = " -> ".join(STAGES.get(label, label) for label in models.split(" -> "))
         yield from (({"models": names, "set": s}, values) for s, values in sets.items())
@@ -143,7 +129,7 @@ def differences_table(report: dict[str, Any]) -> pd.DataFrame:
     rows = [
         {
             **cells,
-            "measure": MEASURES[key],
+            "measure": key,
             "gained": values.get("only_second"),
             "lost": values.get("only_first"),
             "difference [95 %]": show_difference(values),
@@ -242,7 +228,7 @@ def runs_table(runs: Sequence[Run] | None = None) -> pd.DataFrame:
         raise DataError(f"no stage of {names} is trained: train one first")
     for name in dict.fromkeys(run.config.recipe for run in runs):
         if published := recipes.describe(name).get("published"):
-            log.info("%s, published: the source's own run and held-out rows, T4", name)
+            log.info("%s, published: of its source's held-out rows, on a T4", name)
             source = {"run": f"{name}, published", "model": STAGES["sft"]}
             steps = recipes.load(name).sft["max_steps"]
             rows.append({**source, "steps": steps, **published})
