@@ -57,11 +57,19 @@ def test_lm_eval_itself_has_the_same_prompts_outputs_and_accuracy(
         ("So 1080.\n#### 1080.00", (True, False, False, True)),
         ("no idea", (False, False, False, False)),
         # the number of the problem itself, copied
-        ("You have 1080 of them.", (False, False, True, False)),
+        (
+            "How many hens are there in all, if Ann counts 1080?",
+            (False, False, True, False),
+        ),
     ],
 )
 def test_the_four_verdicts_on_an_answer(text: str, verdicts: tuple[bool, ...]) -> None:
-    prompt = [{"role": "user", "content": "You have 1080 of them."}]
+    prompt = [
+        {
+            "role": "user",
+            "content": "How many hens are there in all, if Ann counts 1080?",
+        }
+    ]
     problem = {"gold": "1080", "answer": "2 * 540 = 1080\n#### 1080", "prompt": prompt}
     item = gsm8k.check_answer(text, problem)
     assert tuple(item[name] for name in gsm8k.VERDICTS) == verdicts

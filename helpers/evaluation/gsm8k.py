@@ -1,16 +1,13 @@
 """Verdicts on answers to GSM8K problems: ours, and those of lm-evaluation-harness.
 
 *Correct* (`grpo.answers`) compares numbers: 1,080.00 is 1080. lm-evaluation-harness
-compares strings: it takes a match of a pattern, strips `,`, `$` and one final dot, and
-wants the reference letter for letter. The patterns are those of its task files
-(`lm_eval/tasks/gsm8k`, version 0.4.13); `benchmarks/gsm8k_agreement.py` compares the
-verdicts with those of its own code.
+compares strings, by the patterns of its task files (`lm_eval/tasks/gsm8k`, version
+0.4.13); `benchmarks/gsm8k_agreement.py` checks our verdicts against its own code.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from typing import Any
 
 from helpers.data.formats import Messages, Row
@@ -99,21 +96,21 @@ def split_gain(first: list[Row], second: list[Row]) -> dict[str, int]:
     """Returns a gain under the strict match, split into format and reasoning.
 
     An item that only the second model gets is a *format* gain if the first one had the
-    right number too, written another way, and a *reasoning* gain otherwise. An item
+    right number too, written another way, and a *reasoning* gain otherwise; an item
     that only the first gets is a loss of the same kinds. So `strict_match`, the
-    second's count minus the first's, is exactly `format` plus `reasoning`.
+    difference of the counts, is exactly `format` plus `reasoning`.
 
     Args:
         first: the items of one model.
-        second: the items of the other, on the same problems in the same order.
+        second: those of the other, on the same problems in the same order.
     """
-    counts: Counter[str] = Counter()
+    kinds = ("format_gained", "format_lost", "reasoning_gained", "reasoning_lost")
+    counts = dict.fromkeys(kinds, 0)
     for a, b in zip(first, second, strict=True):
         if a["strict_match"] != b["strict_match"]:
             other, sign = (a, "gained") if b["strict_match"] else (b, "lost")
             counts[f"{'format' if other['correct'] else 'reasoning'}_{sign}"] += 1
-    kinds = ("format", "reasoning")
-    net = {kind: counts[f"{kind}_gained"] - counts[f"{kind}_lost"] for kind in kinds}
-    names = [f"{kind}_{sign}" for kind in kinds for sign in ("gained", "lost")]
-    parts = {name: counts[name] for name in names}
-    return {"strict_match": sum(net.values()), **net, **parts}
+    by_format = counts["format_gained"] - counts["format_lost"]
+    by_reasoning = counts["reasoning_gained"] - counts["reasoning_lost"]
+    net = {"format": by_format, "reasoning": by_reasoning}
+    return {"strict_match": by_format + by_reasoning, **net, **counts}
