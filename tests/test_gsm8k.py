@@ -48,6 +48,9 @@ def test_lm_eval_itself_has_the_same_prompts_outputs_and_accuracy(
     assert counts["same_prompts"] == counts["same_outputs"] == counts["n"] == 3
 
 
+QUESTION = "How many hens are there in all, if Ann counts 1080?"
+
+
 @pytest.mark.parametrize(
     ("text", "verdicts"),
     [
@@ -57,19 +60,11 @@ def test_lm_eval_itself_has_the_same_prompts_outputs_and_accuracy(
         ("So 1080.\n#### 1080.00", (True, False, False, True)),
         ("no idea", (False, False, False, False)),
         # the number of the problem itself, copied
-        (
-            "How many hens are there in all, if Ann counts 1080?",
-            (False, False, True, False),
-        ),
+        (QUESTION, (False, False, True, False)),
     ],
 )
 def test_the_four_verdicts_on_an_answer(text: str, verdicts: tuple[bool, ...]) -> None:
-    prompt = [
-        {
-            "role": "user",
-            "content": "How many hens are there in all, if Ann counts 1080?",
-        }
-    ]
+    prompt = [{"role": "user", "content": QUESTION}]
     problem = {"gold": "1080", "answer": "2 * 540 = 1080\n#### 1080", "prompt": prompt}
     item = gsm8k.check_answer(text, problem)
     assert tuple(item[name] for name in gsm8k.VERDICTS) == verdicts

@@ -402,10 +402,10 @@ def test_a_model_that_the_run_lacks_is_refused(run: Run):
 
 
 def test_a_result_joins_what_the_report_has_of_the_model(run: Run):
-    run.write_part("eval", {"base": {"accuracy": 1}, "sft": {"accuracy": 2}})
+    run.write_part("eval", {"base": {"seconds": 1.0}, "sft": {"seconds": 2.0}})
     judge.add_result(run, "sft", "mt_bench", {"score": 3})
     found = run.report()["eval"]
     assert found == {
-        "base": {"accuracy": 1},
-        "sft": {"accuracy": 2, "mt_bench": {"score": 3}},
+        "base": {"seconds": 1.0},
+        "sft": {"seconds": 2.0, "mt_bench": {"score": 3}},
     }

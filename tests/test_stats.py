@@ -58,11 +58,6 @@ def test_the_difference_has_an_interval_near_that_of_the_normal_distribution() -
     assert ends == pytest.approx((0.1 - half, 0.1 + half), abs=6e-3)
 
 
-def test_models_with_the_same_verdicts_do_not_differ() -> None:
-    test = stats.compare_verdicts([True, False], [True, False])
-    assert [test[n] for n in ("p", "low", "difference", "high")] == [1, 0, 0, 0]
-
-
 def test_other_numbers_of_items_are_refused() -> None:
     with pytest.raises(ValueError, match="shorter|longer"):
         stats.compare_verdicts([True], [True, False])
