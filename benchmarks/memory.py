@@ -277,6 +277,7 @@ def one(case: Case, model: str, out: Path) -> None:
     from helpers.data import preparation as data
     from helpers.grpo import trainer as grpo
     from helpers.masking.templates import render
+    from helpers.training import sft
     from helpers.training import trainer as train
 
     record: dict[str, Any] = {"id": case.id}
@@ -305,7 +306,7 @@ def one(case: Case, model: str, out: Path) -> None:
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        build = train.build_sft if case.stage == "sft" else grpo.build_grpo
+        build = sft.build_sft if case.stage == "sft" else grpo.build_grpo
         try:
             trainer = build(run, net, tokenizer)
             rows = trainer.train_dataset

@@ -17,6 +17,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from helpers import recipes  # noqa: E402
+from helpers.estimate import estimate_memory  # noqa: E402
 from helpers.evaluation.tables import results_table  # noqa: E402
 from helpers.runs import write_json, write_text  # noqa: E402
 
@@ -205,6 +207,19 @@ def table_lines(report: dict[str, Any]) -> list[str]:
     table = results_table(report).reset_index()
     rows = [table.columns, ["---"] * len(table.columns), *table.values.tolist()]
     return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def list_recipes() -> str:
+    """Returns README's table of the recipes: what they reproduce, what they need."""
+    lines = ["| recipe | reproduces | stages | engine | needs | GiB on a T4 |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name in recipes.read_file():
+        config, notes = recipes.load(name), recipes.describe(name)
+        engine = "Unsloth" if config.engine == "auto" else config.engine
+        cells = [f"`{name}`", notes["source"], " + ".join(config.stages).upper()]
+        cells += [engine, notes["needs"], f"{estimate_memory(config).peak_gb:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def update_readme(report: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from helpers import fields, shapes
-from helpers.config import RunConfig, Stage, changed
+from helpers import shapes
+from helpers.config import RunConfig, Stage, changed, complete
 from helpers.gpus import CONTEXT_GB, T4, Gpu, this_gpu
 from helpers.shapes import Architecture
 from helpers.timing import (
@@ -83,7 +83,7 @@ def predict(
         config = settle_sampler(config, gpu, row_tokens)
     arch = shapes.find_architecture(config.model)
     parts = fixed_bytes(config, arch, stage)
-    values, unsloth = fields.complete(config, stage), uses_unsloth(config)
+    values, unsloth = complete(config, stage), uses_unsloth(config)
     batch = values["per_device_train_batch_size"]
     if stage == "sft":
         length = min(row_tokens or config.max_length, config.max_length)
@@ -175,7 +175,7 @@ def fixed_bytes(
     unsloth = uses_unsloth(config)
     cast = 2 if unsloth or bits == "16bit" else 4
     lora = shapes.count_lora(config.model, config.lora).trained
-    optim = fields.complete(config, stage)["optim"]
+    optim = complete(config, stage)["optim"]
     state = 0 if "paged" in optim else 2 if "8bit" in optim else 8
     return {
         "weights": each * arch.linear + cast * (arch.parameters - arch.linear),
@@ -207,7 +207,7 @@ def pass_bytes(
         answer: of them, those that GRPO sampled.
     """
     tokens, hidden, inner = batch * length, arch.hidden, arch.intermediate
-    values = fields.complete(config, stage)
+    values = complete(config, stage)
     recompute = values["gradient_checkpointing"]
     dequantised = 2.0 * hidden * inner  # the largest matrix, in fp16
     if uses_unsloth(config):

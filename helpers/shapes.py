@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from helpers.errors import UnknownArchitecture
+from helpers.errors import ModelError, UnknownArchitecture
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -156,9 +156,9 @@ def adapt(model: str, lora: dict[str, Any]) -> PeftModel:
         UnknownArchitecture: see `find_config`.
         ModelError: PEFT refuses it, or would leave out a part of it.
     """
-    from helpers.models import load as models
+    from helpers.models import adapters
 
-    models.check_lora(skeleton(model), lora)
+    adapters.check_lora(skeleton(model), lora)
     fields = json.dumps(lora, default=list)
     try:
         tuned = build(find_config(model).to_json_string(), fields)
@@ -166,8 +166,8 @@ def adapt(model: str, lora: dict[str, Any]) -> PeftModel:
         text = " ".join(str(error).split())[:300]
         if isinstance(error, AttributeError):
             text = f"PEFT fails on a setting of lora that it should refuse: {text}"
-        raise models.ModelError(text) from error
-    models.check_attached(tuned, lora)
+        raise ModelError(text) from error
+    adapters.check_attached(tuned, lora)
     return tuned
 
 

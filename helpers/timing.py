@@ -10,8 +10,8 @@ import math
 import os
 from typing import Any
 
-from helpers import fields, shapes
-from helpers.config import RunConfig, Stage
+from helpers import shapes
+from helpers.config import RunConfig, Stage, complete
 from helpers.gpus import Gpu
 
 # Of a machine: seconds that a batch takes for one sampled token, by layer and by
@@ -37,7 +37,6 @@ UNSLOTH_LAYER_S = 8.79e-3 / 16
 STEP_S, MICRO_S = 0.35, 0.03  # a step and a micro-batch besides, measured on an H100
 ROW_TOKENS = 400  # of a chat row, without a figure of the data
 PROMPT_TOKENS = 200  # of a GSM8K problem with a system prompt
-SHOT_TOKENS = 165  # of a solved one, on average
 
 
 def uses_unsloth(config: RunConfig) -> bool:
@@ -59,7 +58,7 @@ def step_rows(values: dict[str, Any]) -> int:
 def sampled_rows(values: dict[str, Any]) -> int:
     """Returns the completions that one process of GRPO samples at a time.
 
-    >>> sampled_rows({**fields.defaults("grpo"), "per_device_train_batch_size": 4})
+    >>> sampled_rows({**defaults("grpo"), "per_device_train_batch_size": 4})
     4
     """
     batch, rounds = (
@@ -71,8 +70,7 @@ def sampled_rows(values: dict[str, Any]) -> int:
 
 def prompt_tokens(config: RunConfig) -> int:
     """Returns the tokens of a GRPO prompt: the config's limit, or as GSM8K has them."""
-    few = PROMPT_TOKENS + SHOT_TOKENS * config.few_shot
-    return config.max_prompt_length or few
+    return config.max_prompt_length or PROMPT_TOKENS
 
 
 def count_steps(values: dict[str, Any], rows: int | None) -> int | None:
@@ -80,7 +78,7 @@ def count_steps(values: dict[str, Any], rows: int | None) -> int | None:
 
     How many conversations go into a packed row is not known.
 
-    >>> count_steps({**fields.defaults("sft"), "per_device_train_batch_size": 4}, 10)
+    >>> count_steps({**defaults("sft"), "per_device_train_batch_size": 4}, 10)
     9
     """
     if values["max_steps"] > 0:
@@ -112,7 +110,7 @@ def training_minutes(
     """
     if stage == "grpo" and config.grpo_minutes:
         return config.grpo_minutes
-    values = fields.complete(config, stage)
+    values = complete(config, stage)
     steps = steps or count_steps(values, None)
     if not steps:
         return None

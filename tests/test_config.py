@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import recipes
+from helpers import config, recipes
 from helpers.config import RunConfig, changed, check_config, read_config
 from helpers.errors import ConfigError, nearest
 
@@ -19,7 +19,8 @@ def demo() -> RunConfig:
 
 def test_an_unknown_field_gets_the_nearest_name(demo: RunConfig) -> None:
     with pytest.raises(
-        ConfigError, match="^modle is no field of the config; did you mean 'model'\\?$"
+        ConfigError,
+        match="^modle is not a field of the config; did you mean 'model'\\?$",
     ):
         check_config({**demo.model_dump(), "modle": "x"})
 
@@ -27,12 +28,12 @@ def test_an_unknown_field_gets_the_nearest_name(demo: RunConfig) -> None:
 def test_an_unknown_field_of_a_group_gets_that_groups_nearest_name(
     demo: RunConfig,
 ) -> None:
-    with pytest.raises(ConfigError, match="data.trian is no .* mean 'train'\\?$"):
+    with pytest.raises(ConfigError, match="data.trian is not .* mean 'train'\\?$"):
         changed(demo, data__trian=["a.jsonl"])
 
 
 def test_an_unknown_field_like_no_other_gets_no_hint(demo: RunConfig) -> None:
-    with pytest.raises(ConfigError, match="^qqqq is no field of the config$"):
+    with pytest.raises(ConfigError, match="^qqqq is not a field of the config$"):
         changed(demo, qqqq=1)
 
 
@@ -150,7 +151,7 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
 def test_broken_json_says_where_it_breaks(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"name": "demo",\n "seed" 1}', encoding="utf-8")
-    with pytest.raises(ConfigError, match="config.json is no JSON: .*line 2 column 9"):
+    with pytest.raises(ConfigError, match="config.json is not JSON: .*line 2 column 9"):
         read_config(path)
 
 
@@ -186,13 +187,13 @@ def test_changed_leaves_the_original_alone(demo: RunConfig) -> None:
 
 def test_changed_names_the_nearest_group_of_a_mistyped_one(demo: RunConfig) -> None:
     with pytest.raises(
-        ConfigError, match="^sftt__max_steps: 'sftt' is no group .* mean 'sft'\\?$"
+        ConfigError, match="^sftt__max_steps: 'sftt' is not a group .* mean 'sft'\\?$"
     ):
         changed(demo, sftt__max_steps=5)
 
 
 def test_changed_refuses_to_reach_into_a_plain_field(demo: RunConfig) -> None:
-    with pytest.raises(ConfigError, match="'model' is no group of the config"):
+    with pytest.raises(ConfigError, match="'model' is not a group of the config"):
         changed(demo, model__name="x")
 
 
@@ -206,7 +207,29 @@ def test_pure_modules_load_nothing_heavy(
     program = (
         "import helpers.rewards, helpers.config, helpers.recipes, helpers.data\n"
         "import helpers.runs, helpers.templates, helpers.masking, helpers.runtime\n"
-        "import helpers.formats, helpers.stages, helpers.trackers, helpers.results\n"
+        "import helpers.formats, helpers.results\n"
         "import helpers.train, helpers.models, helpers.evaluation, helpers.export"
     )
     assert heavy_modules(program) == []
+
+
+# fields of earlier versions
+
+
+@pytest.fixture
+def retired(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, values in {"few": (0,), "evaluation.minutes": None}.items():
+        monkeypatch.setitem(config.RETIRED, name, (values, "write it in your notebook"))
+
+
+def test_a_retired_field_that_changed_nothing_is_dropped(
+    demo: RunConfig, retired: None
+) -> None:
+    assert changed(demo, few=0, evaluation__minutes=7) == demo
+
+
+def test_a_retired_field_that_was_in_use_is_refused_with_what_replaced_it(
+    demo: RunConfig, retired: None
+) -> None:
+    with pytest.raises(ConfigError, match="^few=4 no longer exists: write it in your"):
+        changed(demo, few=4)

@@ -297,15 +297,3 @@ def test_the_weights_are_compared_on_both_engines_side_by_side() -> None:
 def test_a_model_without_numbers_gets_a_table_that_says_so() -> None:
     table = memory.compare_weights(changed(STOCK, model="nobody/nothing"), gpus.T4)
     assert "the numbers of 'nobody/nothing' are not known" in repr(table)
-
-
-def test_solved_examples_in_a_prompt_take_memory_and_time_unless_it_is_limited() -> (
-    None
-):
-    plain = changed(STOCK, stages=["grpo"], data__problems="x.jsonl", grpo_minutes=None)
-    shown = changed(plain, few_shot=8)
-    limited = changed(shown, max_prompt_length=timing.PROMPT_TOKENS)
-    found = [memory.predict(each, gpus.T4, "grpo") for each in (plain, shown, limited)]
-    assert found[1].peak_gb > found[0].peak_gb + 0.2
-    assert found[1].minutes > found[0].minutes
-    assert found[2] == found[0]

@@ -8,10 +8,9 @@ import time
 
 import pytest
 
-from helpers import gpus, memory, recipes, runs, timing
+from helpers import fields, gpus, memory, recipes, runs, timing
 from helpers.config import Source, changed, read_config
 from helpers.errors import ConfigError
-from helpers.training import trainer as train
 from helpers.widgets import knobs, panel, summary
 
 
@@ -252,7 +251,7 @@ def test_a_template_may_be_the_path_of_a_file(runs_home, tmp_path):
 def test_the_optimiser_that_is_shown_as_the_default_is_the_one_that_trains(form):
     form.fields["sft__optim"].value = ""
     label, _ = form.fields["sft__optim"].options[0]
-    assert label == f"{train.defaults('sft')['optim']}, by default"
+    assert label == f"{fields.defaults('sft')['optim']}, by default"
 
 
 def test_a_value_that_is_not_in_the_list_of_choices_is_shown_and_kept(runs_home):

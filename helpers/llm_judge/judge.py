@@ -339,7 +339,7 @@ def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | 
     Raises:
         DataError: the run has no such model.
     """
-    from helpers.training import trainer as train
+    from helpers.stages import ensure_adapter
 
     known = {"base": None} | {stage: stage for stage in run.config.stages}
     if unknown := [label for label in labels or [] if label not in known]:
@@ -348,9 +348,7 @@ def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | 
             f"{', '.join(known)}"
         )
     stages = {label: known[label] for label in labels or known}
-    return {
-        n: stage and train.ensure_adapter(run, stage) for n, stage in stages.items()
-    }
+    return {n: stage and ensure_adapter(run, stage) for n, stage in stages.items()}
 
 
 def open_judge(run: Run, url: str | None, model: str | None) -> Judge | None:

@@ -12,8 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from pydantic import BaseModel
 
-from helpers import fields
-from helpers.config import DataConfig, EvaluationConfig, RunConfig, Source
+from helpers.config import (
+    CLASSES,
+    DataConfig,
+    EvaluationConfig,
+    RunConfig,
+    Source,
+    defaults,
+)
 from helpers.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,7 +72,7 @@ def default(path: str) -> Any:
     (False, None)
     """
     group, _, leaf = path.partition("__")
-    return fields.defaults(group).get(leaf) if group in fields.PLACES else None
+    return defaults(group).get(leaf) if group in CLASSES else None
 
 
 # by group and path into the config
@@ -134,8 +140,6 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "grpo_minutes": Knob("or GRPO minutes", float),
         "grpo_held_out": Knob("GRPO: held-out problems", int),
         "sampler": Knob("GRPO samples from", choices=choices("sampler")),
-        "few_shot": Knob("examples in a prompt", int),
-        "probe_samples": Knob("GRPO: answers to probe by", int),
         "max_prompt_length": Knob("max prompt length, tokens", int),
         "inference__max_new_tokens": Knob("chat: answer length", int),
         "inference__temperature": Knob("chat: temperature", float),

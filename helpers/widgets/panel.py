@@ -44,9 +44,8 @@ class Panel:
     def __init__(self, run: Run) -> None:
         import ipywidgets as widgets
 
-        from helpers import fields, gpus
+        from helpers import gpus
 
-        fields.import_engine(run.config.engine)
         self.run = run
         self.gpu = gpus.this_gpu()
         self.fields: dict[str, ipywidgets.Widget] = {}

@@ -7,8 +7,7 @@ import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from helpers import fields
-from helpers.config import RunConfig, Stage
+from helpers.config import RunConfig, Stage, complete
 from helpers.runs import Run
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def summarize(config: RunConfig, run: Run, gpu: Gpu | None) -> str:
     rows, exact = count_rows(config, run)
     lines: dict[str, list[str]] = defaultdict(list)
     for stage in config.stages:
-        values = fields.complete(config, stage)
+        values = complete(config, stage)
         epoch, total = count_steps(config, stage, rows)
         # packed rows are fewer than the conversations in them; how many is not known
         most = "" if exact and not values.get("packing") else "at most "
@@ -98,7 +97,7 @@ def count_steps(
     """
     from helpers import timing
 
-    values = {**fields.complete(config, stage), "packing": False}
+    values = {**complete(config, stage), "packing": False}
     count = rows.get("train" if stage == "sft" else "problems")
     if count and stage == "grpo":
         count *= values["num_generations"]
@@ -115,7 +114,7 @@ def describe_batch(config: RunConfig, stage: Stage) -> str:
     """
     from helpers import timing
 
-    values = fields.complete(config, stage)
+    values = complete(config, stage)
     size, count = timing.step_rows(values), values["gradient_accumulation_steps"]
     text = f"{size} {'row' if size == 1 else 'rows'}"
     if stage == "grpo":
