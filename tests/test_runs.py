@@ -50,10 +50,10 @@ def test_every_notebook_that_require_names_exists() -> None:
 
 def test_write_part_leaves_the_other_parts_alone(run: Run) -> None:
     run.write_part("sft", {"loss": 1.5})
-    run.write_part("eval", {"right": 3})
+    run.write_part("export", {"right": 3})
     run.write_part("sft", {"loss": 0.5})
     report = run.report()
-    assert (report["sft"], report["eval"]) == ({"loss": 0.5}, {"right": 3})
+    assert (report["sft"], report["export"]) == ({"loss": 0.5}, {"right": 3})
     assert report["run"]["name"] == "test"
 
 
