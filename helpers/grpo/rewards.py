@@ -12,6 +12,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+from helpers.errors import ConfigError
 from helpers.grpo.answers import (
     MARKER,
     extract_answer,
@@ -201,6 +202,6 @@ def choose(
     for name in weights:
         if name not in REWARDS and name != "overlong":
             known = ", ".join([*REWARDS, "overlong"])
-            raise ValueError(f"no reward {name!r}; known: {known}")
+            raise ConfigError(f"no reward {name!r}; known: {known}")
         functions.append(REWARDS.get(name) or punish_overlong(max_completion_length))
     return functions, list(weights.values())
