@@ -66,6 +66,7 @@ def build_trainer(
 ) -> tuple[Any, Any]:
     """Returns the trainer of a way, and our sampler where it has one."""
     from helpers import runtime
+    from helpers.models import adapters
     from helpers.models import load as models
 
     runtime.prepare_device()
@@ -77,7 +78,7 @@ def build_trainer(
     lora["target_modules"] = [  # type: ignore[assignment]
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     ]
-    model = models.add_lora(
+    model = adapters.add_lora(
         model,
         lora,
         engine=way.engine,

@@ -180,6 +180,7 @@ def measure_case(case: dict[str, Any], model: str) -> None:
     from helpers import runs
     from helpers.data import preparation as data
     from helpers.grpo import trainer as grpo
+    from helpers.training import sft
     from helpers.training import trainer as train
 
     with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +192,7 @@ def measure_case(case: dict[str, Any], model: str) -> None:
         net, tokenizer = train.load_for_training(run, case["stage"])
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        build = train.build_sft if case["stage"] == "sft" else grpo.build_grpo
+        build = sft.build_sft if case["stage"] == "sft" else grpo.build_grpo
         try:
             build(run, net, tokenizer).train()
         except torch.OutOfMemoryError:

@@ -94,7 +94,7 @@ def demo(recipe: str) -> runs.Run:
     seconds = {}
     for source in (path for path in sources if path.stem not in idle):
         notebook, started = read(source, as_version=4), time.perf_counter()
-        options = {"timeout": CELL_TIMEOUT_S, "kernel_name": "python3"}
+        options: dict[str, Any] = {"timeout": CELL_TIMEOUT_S, "kernel_name": "python3"}
         options["resources"] = {"metadata": {"path": str(source.parent)}}
         # an answer that was streamed stays one text
         client = NotebookClient(notebook, coalesce_streams=True, **options)
@@ -114,10 +114,12 @@ def demo(recipe: str) -> runs.Run:
 def show(result: Any) -> None:
     """Prints a text, a table, a part of the report, or the table of a run."""
     if isinstance(result, runs.Run):
-        from helpers.evaluation.tables import results_table
+        report = result.report()
+        result = f"the run is in {result.path}"
+        if "eval" in report:
+            from helpers.evaluation.tables import results_table
 
-        report, path = result.report(), result.path
-        result = results_table(report) if "eval" in report else f"the run is in {path}"
+            result = results_table(report)
     if isinstance(result, dict):
         result = json.dumps(result, indent=1)
     if result is not None:

@@ -32,7 +32,7 @@ from helpers.errors import ConfigError, ModelError, UnknownArchitecture, nearest
 from helpers.estimate import count_steps, skeleton, step_rows
 from helpers.grpo.rewards import choose, margin
 from helpers.masking.templates import template_text
-from helpers.models.load import check_attached, check_lora
+from helpers.models.adapters import check_attached, check_lora
 from helpers.rollout.sampler import unsupported
 
 Fault = tuple[str, str]  # dotted field; what was found, why it matters, what to do
@@ -61,7 +61,6 @@ ELSEWHERE = {
     "best_by": ["sft.metric_for_best_model"],
     "rewards": ["grpo.reward_weights"],
     "grpo_held_out": ["grpo.num_generations_eval"],
-    "sampler": ["grpo.use_vllm"],
 }
 OWNER = {path: own for own, paths in ELSEWHERE.items() for path in paths}
 # fields of earlier versions of the libraries, which tutorials still show
@@ -80,6 +79,8 @@ POSITIVE += ["temperature"]  # at 0 the answers of a group are all the same
 LIMITS: list[tuple[str, Callable[[float], bool], list[str]]] = [
     ("more than 0", lambda value: 0 < value < math.inf, POSITIVE),
     ("0 to 1", lambda value: 0 <= value <= 1, ["min_p", "top_p", "typical_p"]),
+    ("0 to less than 1", lambda value: 0 <= value < 1, ["lora_dropout"]),
+    ("other than 0: nothing would be learnt", bool, ["lora_alpha"]),
     ("0 (off) or more", lambda value: value >= 0, ["top_k", "dataloader_num_workers"]),
     ("more than 0, or -1 to go by num_train_epochs", bool, ["max_steps"]),
 ]
@@ -188,9 +189,13 @@ def names_of_ours(config: RunConfig) -> Iterator[Fault]:
 def library_faults(config: RunConfig) -> Iterator[Fault]:
     """Finds what the libraries' classes do not know, or refuse."""
     # nothing is written, and nothing of this machine is judged
-    training = {"output_dir": "unused", "report_to": "none", "use_cpu": True}
+    training: dict[str, Any] = {
+        "output_dir": "unused",
+        "report_to": "none",
+        "use_cpu": True,
+    }
     training |= {"fp16": False, "bf16": False}
-    instead = {
+    instead: dict[str, dict[str, Any]] = {
         "sft": training,
         "grpo": training | {"num_generations_eval": 1},  # ours needs no whole groups
         "lora": {"task_type": "CAUSAL_LM"},

@@ -27,6 +27,8 @@ from pydantic import (
 from helpers.errors import ConfigError, nearest
 
 Stage = Literal["sft", "grpo"]
+# held-out sets in the order of their tables: problems, then conversations
+HELD_OUT = ("test", "test_new", "test_chat", "eval")
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
 CLASSES = {  # take the values of a group
     "sft": ("trl", "SFTConfig"),
@@ -37,7 +39,15 @@ CLASSES = {  # take the values of a group
 
 # Fields of earlier versions, by dotted name: the values that changed nothing (None:
 # any value), and what replaced the field. Saved configs still name them.
-RETIRED: dict[str, tuple[tuple[Any, ...] | None, str]] = {}
+RETIRED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
+    "few_shot": ((0,), "prompts hold no solved examples"),
+    "probe_samples": ((0,), "all problems are trained on"),
+    "probe_problems": (None, "all problems are trained on"),
+    "evaluation.protocol": (("ours",), "notebook 04 runs lm-evaluation-harness itself"),
+    "evaluation.samples": ((0,), "pass@k and maj@k are no longer measured"),
+    "evaluation.temperature": (None, "held-out rows are answered greedily"),
+    "evaluation.minutes": (None, "nothing read it"),
+}
 
 
 STRICT = ConfigDict(extra="forbid", validate_assignment=True)
@@ -110,17 +120,8 @@ class EvaluationConfig(BaseModel):
 
     batch_size: Count | None = Field(None, description="null = by machine and model")
     max_new_tokens: Count = Field(256, description="answers are cut here")
-    protocol: Literal["ours", "gsm8k", "gsm8k_cot_llama"] = Field(
-        "ours",
-        description="prompts of problems; the others are lm-eval's, if installed",
-    )
-    samples: int = Field(
-        0, ge=0, description="answers drawn to each problem, for pass@k and maj@k"
-    )
-    temperature: float = Field(0.7, gt=0, description="of these drawn answers")
     text_rows: Count = Field(100, description="held-out conversations to answer")
     labels: list[str] | None = Field(None, description="classes of held-out answers")
-    minutes: float = Field(30.0, gt=0, description="of older configs; nothing reads it")
 
     @field_validator("labels")
     @classmethod
@@ -162,22 +163,13 @@ class RunConfig(BaseModel):
     max_prompt_length: Count | None = Field(
         None, description="GRPO: problems with longer prompts are left out"
     )
-    few_shot: int = Field(
-        0, ge=0, description="solved examples in each prompt, of the problems' first"
-    )
-    probe_samples: int = Field(
-        0, ge=0, description="GRPO: drop what none or all of so many answers solve"
-    )
-    probe_problems: int | None = Field(
-        None, ge=1, description="GRPO: probe and train on so many; null = all"
-    )
     grpo_minutes: Positive | None = Field(
         None, description="GRPO: fit the steps into this time; null = max_steps"
     )
     grpo_held_out: Count = Field(
         32, description="GRPO: held-out problems that choose the best adapter"
     )
-    sampler: Literal["auto", "copy", "model", "vllm"] = Field(
+    sampler: Literal["auto", "copy", "model"] = Field(
         "auto", description="GRPO: auto = from a 16-bit copy where a GPU holds it"
     )
     loss_on: Literal["all", "assistant", "last"] = "assistant"
@@ -202,6 +194,8 @@ class RunConfig(BaseModel):
     @classmethod
     def drop_retired(cls, values: Any) -> Any:
         """Leaves out retired fields that changed nothing, and refuses the others."""
+        if not isinstance(values, dict):
+            return values
         for name, (inert, replacement) in RETIRED.items():
             group, _, leaf = name.rpartition(".")
             holder = values.get(group) if group else values
@@ -222,10 +216,6 @@ class RunConfig(BaseModel):
             raise ValueError("the sft stage needs data.train")
         if "grpo" in self.stages and not data.problems:
             raise ValueError("the grpo stage needs data.problems")
-        if self.few_shot and not data.problems:
-            raise ValueError("few_shot takes its examples from data.problems")
-        if self.probe_samples == 1:
-            raise ValueError("probe_samples=1 tells nothing; give 2 or more, or 0")
         if data.eval and data.eval_share:
             raise ValueError("give data.eval or data.eval_share, not both")
         if not has_sft or data.eval or data.eval_share:
@@ -251,7 +241,11 @@ def check_config(values: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         faults = error.errors()
-    groups = {"": RunConfig, "data": DataConfig, "evaluation": EvaluationConfig}
+    groups: dict[str, type[BaseModel]] = {
+        "": RunConfig,
+        "data": DataConfig,
+        "evaluation": EvaluationConfig,
+    }
     lines = []
     for fault in faults:
         field = ".".join(str(part) for part in fault["loc"] if part not in TAGS)
