@@ -196,7 +196,7 @@ def choose(
         max_completion_length: in tokens, where completions are cut.
 
     Raises:
-        ValueError: a reward is not known.
+        ConfigError: a reward is not known.
     """
     functions = []
     for name in weights:
