@@ -17,7 +17,7 @@ import pandas as pd
 
 from helpers.data.formats import Row
 from helpers.data.preparation import read_rows
-from helpers.evaluation.results import percent
+from helpers.evaluation.tables import percent
 from helpers.evaluation.stats import proportion
 from helpers.llm_judge.pairwise import SWAPPED, count_wins, read_pairs
 from helpers.runs import Run, fingerprint
