@@ -32,7 +32,7 @@ from helpers.errors import ConfigError, ModelError, UnknownArchitecture, nearest
 from helpers.estimate import count_steps, skeleton, step_rows
 from helpers.grpo.rewards import choose, margin
 from helpers.masking.templates import template_text
-from helpers.models.load import check_attached, check_lora
+from helpers.models.adapters import check_attached, check_lora
 from helpers.rollout.sampler import unsupported
 
 Fault = tuple[str, str]  # dotted field; what was found, why it matters, what to do
