@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from helpers import recipes  # noqa: E402
 from helpers.estimate import estimate_memory  # noqa: E402
-from helpers.evaluation.results import results_table  # noqa: E402
+from helpers.evaluation.tables import results_table  # noqa: E402
 from helpers.runs import write_json, write_text  # noqa: E402
 
 RESULTS = ROOT / "results"
@@ -204,8 +204,8 @@ def memory_lines() -> list[str]:
 
 def table_lines(report: dict[str, Any]) -> list[str]:
     """Returns a report's table in Markdown."""
-    table = results_table(report)
-    rows = [table.header, ["---"] * len(table.header), *table.rows]
+    table = results_table(report).reset_index()
+    rows = [table.columns, ["---"] * len(table.columns), *table.values.tolist()]
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 

@@ -27,6 +27,8 @@ from pydantic import (
 from helpers.errors import ConfigError, nearest
 
 Stage = Literal["sft", "grpo"]
+# held-out sets in the order of their tables: problems, then conversations
+HELD_OUT = ("test", "test_new", "test_chat", "eval")
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
 CLASSES = {  # take the values of a group
     "sft": ("trl", "SFTConfig"),
@@ -41,6 +43,10 @@ RETIRED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "few_shot": ((0,), "prompts hold no solved examples"),
     "probe_samples": ((0,), "all problems are trained on"),
     "probe_problems": (None, "all problems are trained on"),
+    "evaluation.protocol": (("ours",), "notebook 04 runs lm-evaluation-harness itself"),
+    "evaluation.samples": ((0,), "pass@k and maj@k are no longer measured"),
+    "evaluation.temperature": (None, "held-out rows are answered greedily"),
+    "evaluation.minutes": (None, "nothing read it"),
 }
 
 
@@ -114,17 +120,8 @@ class EvaluationConfig(BaseModel):
 
     batch_size: Count | None = Field(None, description="null = by machine and model")
     max_new_tokens: Count = Field(256, description="answers are cut here")
-    protocol: Literal["ours", "gsm8k", "gsm8k_cot_llama"] = Field(
-        "ours",
-        description="prompts of problems; the others are lm-eval's, if installed",
-    )
-    samples: int = Field(
-        0, ge=0, description="answers drawn to each problem, for pass@k and maj@k"
-    )
-    temperature: float = Field(0.7, gt=0, description="of these drawn answers")
     text_rows: Count = Field(100, description="held-out conversations to answer")
     labels: list[str] | None = Field(None, description="classes of held-out answers")
-    minutes: float = Field(30.0, gt=0, description="of older configs; nothing reads it")
 
     @field_validator("labels")
     @classmethod

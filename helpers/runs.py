@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from helpers import recipes
+from helpers import recipes, report
 from helpers.config import RunConfig, read_config
 from helpers.errors import MissingInput
 from helpers.runtime import current_run, runs_folder
@@ -54,14 +54,12 @@ class Run:
 
     def write_part(self, part: str, values: dict[str, Any]) -> None:
         """Writes one stage's part of `report.json`, leaving the other parts alone."""
-        report = self.report()
-        report[part] = values
-        write_json(self.path / "report.json", report)
+        path = self.path / "report.json"
+        write_json(path, report.check(self.report() | {part: values}, path))
 
     def report(self) -> dict[str, Any]:
         """Returns `report.json` as it stands, empty before the first stage."""
-        path = self.path / "report.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return report.read(self.path / "report.json")
 
 
 def write_text(path: Path, text: str) -> None:

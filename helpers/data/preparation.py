@@ -12,14 +12,14 @@ import os
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.config import DataConfig, Source
+from helpers.config import HELD_OUT, DataConfig, Source
 from helpers.data.formats import (
     FORMATS,
     Fields,
@@ -44,7 +44,7 @@ __all__ = ["Messages", "Row", "load_rows"]  # the others are defined here
 log = logging.getLogger(__name__)
 
 # the files of a run's `data/`
-PARTS = ["train", "eval", "test_chat", "problems", "test", "test_new"]
+PARTS = ["train", "problems", *HELD_OUT]
 PEEK = 20  # rows that the format is detected from
 SHOWN = 3  # examples of what was left out, for each reason
 # never a reason to refuse all
@@ -359,14 +359,13 @@ def parts_of(config: DataConfig) -> list[str]:
     return [name for name in PARTS if parts[name]]
 
 
-def answered(parts: Iterable[str]) -> list[str]:
+def answered(parts: Container[str]) -> list[str]:
     """Returns the held-out parts that models answer: problems, test conversations.
 
     Those of `eval` only where there is nothing else; otherwise they give a loss alone.
     """
-    known = set(parts)
-    order = ["test", "test_new", "test_chat"]
-    return [name for name in order if name in known] or sorted(known & {"eval"})
+    known = [name for name in HELD_OUT if name in parts]
+    return [name for name in known if name != "eval"] or known
 
 
 def prepare(run: Run) -> dict[str, Any]:

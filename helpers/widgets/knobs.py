@@ -146,10 +146,6 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "inference__min_p": Knob("chat: min p", float),
         "evaluation__max_new_tokens": Knob("evaluation: answer length", int),
         "evaluation__batch_size": Knob("evaluation: batch size", int),
-        "evaluation__protocol": Knob(
-            "evaluation: prompts of", choices=choices("evaluation__protocol")
-        ),
-        "evaluation__samples": Knob("answers for pass@k", int),
         "evaluation__labels": Knob("evaluation: class labels", list, wide=True),
     },
     "Run": {
