@@ -176,7 +176,7 @@ def memory_lines() -> list[str]:
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
     lines = ["", "## memory", "", "Peak reserved GPU memory in GiB, predicted by "]
-    lines[-1] += f"`helpers.memory` and measured on {found['machine']}."
+    lines[-1] += f"`helpers.estimate` and measured on {found['machine']}."
     lines.append("`python benchmarks/memory.py measure`; a row is SFT or GRPO of ")
     lines[-1] += "random weights of the shape, in a process of its own."
     columns = ["half", "case", "shape", "engine", "stage", "config", "predicted"]

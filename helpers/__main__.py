@@ -114,10 +114,12 @@ def demo(recipe: str) -> runs.Run:
 def show(result: Any) -> None:
     """Prints a text, a table, a part of the report, or the table of a run."""
     if isinstance(result, runs.Run):
-        from helpers.evaluation.tables import results_table
+        report = result.report()
+        result = f"the run is in {result.path}"
+        if "eval" in report:
+            from helpers.evaluation.tables import results_table
 
-        report, path = result.report(), result.path
-        result = results_table(report) if "eval" in report else f"the run is in {path}"
+            result = results_table(report)
     if isinstance(result, dict):
         result = json.dumps(result, indent=1)
     if result is not None:

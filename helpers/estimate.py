@@ -207,13 +207,13 @@ def estimate_memory(
         if copied.peak_gb <= gpu.safe_gb:
             return copied
     base, values = skeleton(config.model), complete(config, stage)
-    trained, _ = skeleton(config.model, config.lora).get_nb_trainable_parameters()
     numbers = base.config.get_text_config()
     try:
         hidden, heads = numbers.hidden_size, numbers.num_attention_heads
         layers, vocab = numbers.num_hidden_layers, numbers.vocab_size
     except AttributeError as error:
         raise UnknownArchitecture(f"{config.model}: {error}") from error
+    trained, _ = skeleton(config.model, config.lora).get_nb_trainable_parameters()
     inner = getattr(numbers, "intermediate_size", None) or 4 * hidden  # GPT-2
     kv_heads = getattr(numbers, "num_key_value_heads", None) or heads
     width = kv_heads * (getattr(numbers, "head_dim", None) or hidden // heads)

@@ -97,9 +97,8 @@ def train(config: RunConfig) -> Run:
         log.info(f"{stage}: {train_stage(run, stage)}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return run
-    if not evaluator.held_out(config):
+    if evaluator.held_out(config):
+        evaluator.evaluate_run(run)
+    else:
         log.info("nothing is held out by this config, so nothing is measured")
-        return run
-    for label, adapter in adapters(run).items():
-        evaluator.evaluate(run, label, adapter)
     return run

@@ -272,7 +272,7 @@ def test_activations_are_recomputed_on_a_gpu_if_the_config_says_so(
     cpu = runtime.Machine("local", "cpu", "two cores", 8.0, None)
     for machine, expected in ((t4, asked), (cpu, False)):
         monkeypatch.setattr(runtime, "find_machine", lambda machine=machine: machine)
-        values = train.training_arguments(Run(run.path, config), "sft", run.path)
+        values = inputs.training_arguments(Run(run.path, config), "sft", run.path)
         assert values["gradient_checkpointing"] == expected
 
 
@@ -297,7 +297,7 @@ def test_what_a_config_leaves_open_is_trls_default_whoever_patched_trl(
 
     monkeypatch.setattr(trl, f"{name}Config", Patched)
     run = run_factory(**{stage: {"learning_rate": 1e-4}})
-    values = train.training_arguments(run, stage, run.path)
+    values = inputs.training_arguments(run, stage, run.path)
     assert values["learning_rate"] == 1e-4
     for open_ in ("gradient_accumulation_steps", "weight_decay", "warmup_steps"):
         assert values[open_] == plain.__dataclass_fields__[open_].default
@@ -309,7 +309,7 @@ def test_an_evaluation_takes_the_batches_that_training_takes(
 ) -> None:
     for name, rows in (("train", 2), ("eval", 4)):
         run = run_factory(sft={f"per_device_{name}_batch_size": rows})
-        values = train.training_arguments(run, "sft", run.path)
+        values = inputs.training_arguments(run, "sft", run.path)
         assert values["per_device_eval_batch_size"] == rows
 
 
@@ -331,5 +331,5 @@ def test_the_trainer_computes_in_the_dtype_that_the_model_has(
 ) -> None:
     gpu = runtime.Machine("local", "cuda", "a GPU", 14.7, capability)
     monkeypatch.setattr(runtime, "find_machine", lambda: gpu)
-    values = train.machine_arguments(changed(run.config, dtype=dtype))
+    values = inputs.machine_arguments(changed(run.config, dtype=dtype))
     assert (values["fp16"], values["bf16"]) == flags

@@ -9,8 +9,7 @@ from helpers.inference.generation import generate, inference
 from helpers.rollout.sampler import Sampler, choose_sampler
 from helpers.runs import Run
 from helpers.training import callbacks
-from helpers.training.inputs import open_stage
-from helpers.training.trainer import training_arguments
+from helpers.training.inputs import open_stage, training_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer

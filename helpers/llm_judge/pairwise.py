@@ -16,8 +16,8 @@ import pandas as pd
 from helpers.config import HELD_OUT
 from helpers.data.preparation import read_rows, write_rows
 from helpers.errors import DataError, JudgeError
-from helpers.evaluation.tables import percent
 from helpers.evaluation.stats import proportion
+from helpers.evaluation.tables import percent
 from helpers.llm_judge.judge import UNJUDGED, Judge, no_verdict, read_winner
 from helpers.llm_judge.mt_bench import add_result, fill, read_fastchat
 from helpers.runs import Run
