@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(
         ([], "expected a JSON list of rows"),
         ({"instruction": "a"}, "expected a JSON list of rows"),
         ([{"instruction": "a", "output": "b"}, {"output": "b"}], "'instruction'"),
-        ([{"instruction": "a", "output": None}], "found row 1 without"),
+        ([{"instruction": "a", "output": None}], "found 1 rows, not all with texts"),
         (["a"], "expected a JSON list of rows"),
     ],
 )
