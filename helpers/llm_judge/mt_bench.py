@@ -23,8 +23,7 @@ from helpers.data.formats import Messages, Row
 from helpers.data.preparation import write_rows
 from helpers.errors import DataError
 from helpers.evaluation import stats
-from helpers.evaluation.evaluator import model_print
-from helpers.evaluation.items import answer_rows
+from helpers.evaluation.items import answer_rows, model_print
 from helpers.inference.generation import Answer, Prompt, generate_batches
 from helpers.llm_judge.judge import UNJUDGED, Judge, no_verdict, read_rating
 from helpers.models import load as models
