@@ -33,7 +33,7 @@ def model_print(config: RunConfig, adapter: Path | str | None) -> str:
     """Returns the fingerprint of a model as it answers: weights, adapter, template."""
     options: dict[str, Any] = models.options(config)
     options |= {
-        "engine": models.resolve_engine(config.engine),
+        "engine": runtime.resolve_engine(config.engine),
         "weights": models.resolve_weights(config.weights),
         "dtype": str(runtime.choose_dtype(runtime.find_machine(), config.dtype)[0]),
         "max_length": None,
