@@ -128,8 +128,8 @@ def test_too_heavy_a_format_reward_leaves_no_margin():
 
 
 def test_importing_the_rewards_loads_nothing_heavy(heavy_modules):
-    program = "import sys, helpers.grpo.rewards, helpers.grpo.diagnostics\nassert 'sympy' not in sys.modules"
-    assert heavy_modules(program) == []
+    program = "import helpers.grpo.answers, helpers.grpo.rewards, sys\n"
+    assert heavy_modules(program + "assert 'sympy' not in sys.modules") == []
 
 
 # right, wrong, right number in the wrong format, tricks

@@ -118,12 +118,13 @@ def build_grpo(
     class Trainer(GreedyEvaluation, GRPOTrainer):
         """TRL's trainer with a greedy evaluation."""
 
-    config, folder, arguments = run.config, run.path / "grpo", grpo_arguments(run)
-    functions, _ = rewards.choose(config.rewards, problems.answer_tokens(config))
+    config, folder = run.config, run.path / "grpo"
+    args = GRPOConfig(**grpo_arguments(run))
+    functions, _ = rewards.choose(config.rewards, args.max_completion_length)
     _, held_out = problems.split_problems(run)
     return Trainer(
         model=model,
-        args=GRPOConfig(**arguments),
+        args=args,
         reward_funcs=functions,
         train_dataset=Dataset.from_list(problems.training_prompts(run, tokenizer)),
         eval_dataset=Dataset.from_list(problems.to_prompts(run, held_out)),
