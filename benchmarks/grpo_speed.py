@@ -348,11 +348,11 @@ def make(shape: str, folder: Path) -> None:
     """Writes a model of random weights; `tiny` is a shape of this program's own."""
     import memory
 
-    from helpers.shapes import KNOWN, NUMBERS
+    from helpers.estimate import KNOWN, NAMES
 
-    memory.SHAPES["tiny"] = "tiny"
-    tiny = (64, 2, 4, 16, 2, 128, 300, 8192, True)
-    KNOWN["tiny"] = dict(zip(NUMBERS, tiny, strict=True))
+    tiny = (64, 2, 4, 2, 16, 128, 300, 8192, True)
+    KNOWN["tiny"] = dict(zip(NAMES.split(), tiny, strict=True))
+    shape = {"1b": "llama-3.2-1b"}.get(shape, shape)
     memory.make_model(shape, folder)
 
 

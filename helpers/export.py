@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import runtime
-from helpers.config import RunConfig, Stage
+from helpers.config import HELD_OUT, RunConfig, Stage
 from helpers.data import preparation as data
 from helpers.data.formats import Messages
 from helpers.errors import ModelError
@@ -20,13 +20,12 @@ from helpers.masking.templates import answer_marks, render, stop_token_ids
 from helpers.models import adapters, load
 from helpers.models.hub import new_folder
 from helpers.runs import Run
-from helpers.stages import require_stage
+from helpers.training.inputs import require_stage
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 LOST_STOPS = 0.2  # share of the answers that may end in the trained model alone
-PARTS = ("test", "test_new", "test_chat", "eval", "train", "problems")
 
 
 def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str, Any]:
@@ -109,7 +108,7 @@ def held_out_prompts(run: Run, count: int) -> tuple[list[Messages], list[str]]:
     Held-out problems; in a run without them the first questions of conversations.
     """
     parts = data.parts_of(run.config.data)
-    name = next(name for name in PARTS if name in parts)
+    name = next(name for name in (*HELD_OUT, *parts) if name in parts)
     rows = data.read_rows(run.require(f"data/{name}.jsonl"))[:count]
     if "gold" not in rows[0]:
         return [data.first_question(row["messages"]) for row in rows], []

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import adapters as benchmark
+from helpers import stages
 from helpers.data import preparation as data
 from helpers.errors import ModelError
 from helpers.models import adapters
@@ -177,7 +178,7 @@ def test_the_adapter_of_a_stage_is_compared_with_the_trained_model(
     pissa = {"init_lora_weights": "pissa_niter_4", "use_rslora": True}
     run = run_factory(lora={**LORA, **pissa}, stages=["sft"], sft__learning_rate=1e-2)
     data.prepare(run)
-    part = train.train_stage(run, "sft")
+    part = stages.train_stage(run, "sft")
     reloaded = part["reloaded"]
     assert reloaded["difference"] <= 1e-4 * reloaded["logits"]
     # what anybody loads is plain LoRA
@@ -201,7 +202,7 @@ def test_an_adapter_that_computes_something_else_fails_the_stage(
 
     monkeypatch.setattr(models, "set_adapter_weights", forgetful)
     with pytest.raises(ModelError, match="does not compute what was trained: logits"):
-        train.train_stage(run, "sft")
+        stages.train_stage(run, "sft")
     assert "sft" not in run.report()
 
 
@@ -215,7 +216,7 @@ def test_other_peoples_adapters_are_loaded_as_peft_loads_them(
     theirs.save_pretrained(tmp_path / "theirs")
     run = run_factory(sft_adapter=str(tmp_path / "theirs"))
     data.prepare(run)
-    start = train.ensure_adapter(run, "sft")
+    start = stages.ensure_adapter(run, "sft")
     model, _ = train.load_for_training(run, "grpo", start)
     logits = adapters.last_logits(model, IDS)
     assert torch.equal(logits, adapters.last_logits(theirs, IDS))

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-from helpers import export
+from helpers import export, stages
 from helpers.data import preparation as data
 from helpers.errors import ConfigError, MissingInput, ModelError
 from helpers.inference.generation import Answer
 from helpers.models.hub import OFFLINE, find_model
 from helpers.runs import Run
-from helpers.training import trainer as train
 
 SFT_ONLY = {
     "stages": ["sft"],
@@ -45,7 +44,7 @@ def test_adapter_and_merged_model_answer_as_trained(
         evaluation__max_new_tokens=8,
     )
     data.prepare(run)
-    train.train_stage(run, "sft")
+    stages.train_stage(run, "sft")
     part = export.export(run, "sft", prompts=6)
     for name in ("adapter", "merged"):
         assert part[name]["greedy_agreement"] == 1.0
@@ -63,7 +62,7 @@ def test_a_run_of_sft_alone_is_exported_with_its_template(
     run_factory: Callable[..., Run],
 ) -> None:
     run = run_factory(**SFT_ONLY)
-    train.train_stage(run, "sft")
+    stages.train_stage(run, "sft")
     part = export.export(run, prompts=3)
     assert part["trained"]["prompts"] == 3
     assert part["merged"]["greedy_agreement"] == 1.0
@@ -123,7 +122,7 @@ def test_what_a_base_like_model_becomes_stops_by_itself_in_plain_transformers(
             "evaluation__max_new_tokens": 48,
         }
     )
-    train.train_stage(run, "sft")
+    stages.train_stage(run, "sft")
     part = export.export(run, "sft", prompts=3)
     assert part["trained"]["stop_rate"] > 0
     for name in ("adapter", "merged"):

@@ -12,9 +12,7 @@ import torch
 
 from helpers import recipes
 from helpers.errors import ModelError
-from helpers.evaluation.evaluator import response_loss
 from helpers.inference.generation import generate, reply
-from helpers.masking.dataset import mask_conversations
 from helpers.models import add_lora, offline
 from helpers.models import load as models
 from tests.tiny import save_tiny_model
@@ -156,21 +154,3 @@ def test_an_answer_in_between_leaves_the_gradients_of_four_bit_weights_alone(
     assert len(before) == 8
     for first, second in zip(before, after, strict=True):
         assert torch.allclose(first, second, rtol=1e-4, atol=1e-8)
-
-
-def test_the_response_loss_does_not_change_with_batch_size_and_padding(
-    load: Load, tokenizer: Any
-) -> None:
-    turns = [
-        prompt + [{"role": "assistant", "content": "Yes. " * n}]
-        for n, prompt in enumerate(PROMPTS, start=1)
-    ]
-    rows = mask_conversations(tokenizer, turns).rows
-    model, tokenizer = load()
-    losses = [response_loss(model, tokenizer, rows, size) for size in (1, 2, 3)]
-    assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
-    logits = model(torch.tensor([rows[0]["input_ids"]])).logits[0, :-1].double()
-    labels = torch.tensor(rows[0]["labels"][1:])
-    by_hand = torch.nn.functional.cross_entropy(logits, labels).item()
-    loss = response_loss(model, tokenizer, [rows[0]])
-    assert loss == pytest.approx(by_hand, abs=1e-5)

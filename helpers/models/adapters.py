@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from helpers.errors import ModelError, nearest
 from helpers.inference.generation import inference
 from helpers.models.hub import new_folder
-from helpers.models.load import prepare_quantised, resolve_engine
+from helpers.models.load import prepare_quantised
+from helpers.runtime import resolve_engine
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -13,30 +12,16 @@ from helpers import runtime
 from helpers.errors import ModelError
 from helpers.masking.templates import prepare_tokenizer
 from helpers.models.hub import find_model, unknown_model
+from helpers.runtime import resolve_engine, use_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from helpers.config import RunConfig
 
-Engine = Literal["unsloth", "transformers"]
 UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
 # in the names of what an adapter adds to a model
 ADDED = ("lora_", ".modules_to_save.", "trainable_tokens_delta")
-
-
-def resolve_engine(engine: str) -> Engine:
-    """Returns the engine that `auto` means here, or the one asked for."""
-    import torch
-
-    installed = importlib.util.find_spec("unsloth") is not None
-    if engine == "unsloth" and not installed:
-        raise ModelError(
-            "engine='unsloth' but Unsloth is not installed: run `make setup`, or "
-            "choose engine='transformers'"
-        )
-    on_gpu = engine == "auto" and installed and torch.cuda.is_available()
-    return "unsloth" if engine == "unsloth" or on_gpu else "transformers"
 
 
 def resolve_weights(weights: str) -> str:
@@ -104,7 +89,7 @@ def load_model(
     """
     import torch
 
-    engine, weights = resolve_engine(engine), resolve_weights(weights)
+    engine, weights = use_engine(engine), resolve_weights(weights)
     machine = runtime.prepare_device()
     arithmetic, _ = runtime.choose_dtype(machine, dtype)
     try:
