@@ -245,7 +245,7 @@ def test_without_a_verdict_a_judge_or_answers_nothing_is_reported(run, judged, s
         judged()
     server.answer = lambda request: "Hm."
     write_chats(run, base=["a"], sft=["b"])
-    message = "no readable verdict in any of 2 judgments, 2 times 'Hm.': read"
+    message = "no readable verdict in any of 2 judgments, 2 times 'Hm.': see"
     with pytest.raises(JudgeError, match=message):
         judged()
     with pytest.raises(JudgeError, match="No judge configured: .*TUNEBOOK_JUDGE"):

@@ -17,7 +17,7 @@ from helpers import recipes, runs, stages
 from helpers.config import RunConfig, changed
 from helpers.data import preparation as data
 from helpers.evaluation import evaluator as evaluation
-from helpers.evaluation import results
+from helpers.evaluation import tables
 from helpers.grpo import trainer as grpo
 from helpers.inference import generation
 from helpers.masking.dataset import NO_LOSS
@@ -304,8 +304,8 @@ def test_what_the_recipe_holds_out_is_measured(trained: Trained) -> None:
     keys = {"eval": "eval_loss", "test_chat": "test_chat"}
     keys |= {"test": "accuracy", "test_new": "accuracy_new"}
     assert {key for key in keys.values() if key in part} == {keys[h] for h in held_out}
-    assert len(results.results_table(run.report()).header) == 4 + len(held_out)
-    results.draw_results(run.report(), run.path / "results.png")
+    assert len(tables.results_table(run.report()).columns) == 3 + len(held_out)
+    tables.plot_results(run.report(), run.path / "results.png")
 
 
 def test_the_tuned_model_answers_with_the_recipes_sampling(trained: Trained) -> None:

