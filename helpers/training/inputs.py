@@ -185,5 +185,6 @@ def choose_trackers(report_to: str | list[str]) -> list[str]:
             has_key = wandb.api.api_key is not None
         if not has_key:
             os.environ["WANDB_MODE"] = "offline"
+            wandb.setup(settings=wandb.Settings(mode="offline"))  # it has read that
             log.info("wandb: nobody is logged in; `wandb sync` uploads the run later")
     return [name for name in names if name in installed]
