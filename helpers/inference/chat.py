@@ -38,10 +38,8 @@ def generate_command(
 
     Args:
         model: a run's name, a hub id, or a model's folder.
-        adapter: folder, hub id, a stage of the run, or `none`; a run's last one by
-            default.
-        file: prompts, in any format and shape of training rows, or a text file with
-            one a line.
+        adapter: folder, hub id, stage, or `none`; by default the run's last one.
+        file: prompts, in any format of training rows, or a text with one a line.
         out: the answers, a JSON line each.
         system: the system prompt; a run's own by default.
         max_new_tokens: answers are cut here.

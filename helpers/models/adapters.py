@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from helpers.errors import ModelError, nearest
 from helpers.inference.generation import inference
 from helpers.models.hub import new_folder
-from helpers.models.load import prepare_quantised, resolve_engine
+from helpers.models.load import prepare_quantised
+from helpers.runtime import resolve_engine
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -233,11 +234,8 @@ def compare_saved(
 ) -> dict[str, float] | None:
     """Returns a reloaded adapter's largest difference of logits, and the largest logit.
 
-    None where the trained adapter's folder holds no witness. `bits` are those of the
-    weights in training: in 8 bit activations are rounded too.
-
-    Raises:
-        ModelError: they differ by more than arithmetic explains.
+    None where the trained adapter's folder holds no witness. In 8 bit activations are
+    rounded too. Raises ModelError where arithmetic does not explain the difference.
     """
     import numpy as np
     import torch

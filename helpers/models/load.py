@@ -26,9 +26,8 @@ ADDED = ("lora_", ".modules_to_save.", "trainable_tokens_delta")
 
 def resolve_weights(weights: str) -> str:
     """Returns `4bit`, `8bit` or `16bit`; `auto` is 4bit on a GPU, else 16bit."""
-    if weights != "auto":
-        return weights
-    return "4bit" if runtime.find_machine().device == "cuda" else "16bit"
+    on_gpu = runtime.find_machine().device == "cuda"
+    return weights if weights != "auto" else "4bit" if on_gpu else "16bit"
 
 
 def options(config: RunConfig) -> dict[str, Any]:
@@ -47,12 +46,7 @@ def half_of(config: RunConfig) -> Any:
 def load_tokenizer(
     name: str, *, template: str = "own", pad_token: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Returns a model's tokenizer, ready to train with; see `prepare_tokenizer`.
-
-    Raises:
-        ModelError: there is no such model, or the hub cannot be reached.
-        TemplateError: there is no such template or pad token.
-    """
+    """Returns a model's tokenizer, ready to train with; see `prepare_tokenizer`."""
     from transformers import AutoTokenizer
 
     try:
@@ -86,8 +80,7 @@ def load_model(
         double_quant: with `4bit`, quantise the scales too.
         dtype: of arithmetic: `auto`, `float16` or `bfloat16`, if the GPU supports it.
         max_length: the longest row of the training, in tokens.
-        template: as for `load_tokenizer`, and so `pad_token`.
-        pad_token: the token to pad with.
+        template, pad_token: as for `prepare_tokenizer`.
         adapter: a saved adapter, see `load_adapter`.
 
     Raises:
@@ -177,8 +170,7 @@ def load_base(
 def check_weights(model: PreTrainedModel, weights: str, double_quant: bool) -> None:
     """Raises ModelError when a model was loaded in other weights than asked for.
 
-    Unsloth's CPU backend loads 16 bit for 8, and always quantises the scales of 4 bit;
-    the latter hardly changes a result and is only a warning.
+    Other scales of 4 bit hardly change a result and are only a warning.
     """
     if weights != "16bit" and not getattr(model, f"is_loaded_in_{weights}", False):
         raise ModelError(
@@ -186,8 +178,7 @@ def check_weights(model: PreTrainedModel, weights: str, double_quant: bool) -> N
             "16bit instead; choose engine='transformers' or other weights"
         )
     if weights == "4bit":
-        loaded = model.config.quantization_config  # Unsloth leaves a dict on a GPU
-        fields = loaded if isinstance(loaded, dict) else loaded.to_dict()
+        fields = model.config.to_dict()["quantization_config"]
         if fields.get("bnb_4bit_use_double_quant", double_quant) != double_quant:
             warnings.warn(
                 f"double_quant={double_quant} is not followed: the weights were loaded "
@@ -225,8 +216,7 @@ def load_adapter(
         adapter: a folder or hub id that PEFT can read, of whatever kind and settings.
         engine: as for `load_model`.
         trainable: train on from it; else it is only used.
-        seed: for initialisations that draw numbers before the saved values are set.
-        checkpointing: recompute activations, as for `add_lora`.
+        seed, checkpointing: as for `add_lora`.
 
     Raises:
         ModelError: there is no adapter, or its matrices do not fit this model.
