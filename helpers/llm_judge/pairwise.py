@@ -72,10 +72,6 @@ def count_wins(winners: Iterable[str | None]) -> dict[str, Any]:
     """Returns wins of the second over the first, ties apart, with a 95 % interval.
 
     `wins` is a share of the decided pairs, None where none is decided.
-
-    >>> counts = count_wins(["second", "second", "first", "tie", None])
-    >>> counts["wins"]["k"], counts["wins"]["n"], counts["ties"], counts["missing"]
-    (2, 3, 1, 1)
     """
     counts = Counter(winners)
     wins, losses, ties = (counts[name] for name in ("second", "first", "tie"))
@@ -87,10 +83,7 @@ def count_wins(winners: Iterable[str | None]) -> dict[str, Any]:
 def settle(forward: str | None, backward: str | None) -> str | None:
     """Returns the winner by the verdicts in both orders, a tie where they disagree.
 
-    >>> settle("first", "second")  # the same answer, wherever it stood
-    'first'
-    >>> settle("first", "first")  # the order decided
-    'tie'
+    `backward` names places: `first` is the second answer, shown first.
     """
     if forward is None or backward is None:
         return None
@@ -159,11 +152,11 @@ def judge_pairs(
 
 def mark_differences(first: str, second: str) -> list[str]:
     """Returns two texts as HTML, with the words that the other lacks marked."""
-    words = [re.findall(r"\s+|\w+|[^\w\s]", text) for text in (first, second)]
-    matcher = difflib.SequenceMatcher(str.isspace, *words, autojunk=False)
+    one, two = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (first, second))
+    matcher = difflib.SequenceMatcher(str.isspace, one, two, autojunk=False)
     sides = ["", ""]
     for kind, a, b, c, d in matcher.get_opcodes():
-        pieces = "".join(words[0][a:b]), "".join(words[1][c:d])
+        pieces = "".join(one[a:b]), "".join(two[c:d])
         tags = ("del", "e65a46"), ("ins", "3caa5a")
         for n, (text, (tag, colour)) in enumerate(zip(pieces, tags, strict=True)):
             text = html.escape(text)
