@@ -243,7 +243,7 @@ def open_judge(
     url = url or os.environ.get("OPENAI_BASE_URL")
     model = model or os.environ.get("TUNEBOOK_JUDGE")
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
-    if not (key.isascii() and key.isprintable()):
+    if model and not (key.isascii() and key.isprintable()):
         raise JudgeError("OPENAI_API_KEY has characters that no key has: copy it again")
     if url and not model:
         raise JudgeError(f"no model is named for {url}: set TUNEBOOK_JUDGE to its name")
