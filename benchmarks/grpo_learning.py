@@ -137,16 +137,15 @@ def evaluate(run: Any, label: str, adapter: Path | str | None) -> dict[str, Any]
 
 def start(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Trains and evaluates what GRPO starts from; the base model too, on GSM8K."""
-    from helpers import runs
+    from helpers import runs, stages
     from helpers.data import preparation as data
-    from helpers.training import trainer as train
 
     real = name == GSM8K
     config = gsm8k_config(given) if real else start_config(int(name[5:]), given)
     run = runs.save_run(config)
     data.ensure_data(run)
     found = {"base": evaluate(run, "base", None)} if real else {}
-    part = train.train_stage(run, "sft")
+    part = stages.train_stage(run, "sft")
     return found | {
         "sft": evaluate(run, "sft", run.path / "sft" / "adapter"),
         "trained": part,
@@ -158,6 +157,7 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
     from helpers import recipes, runs, stages
     from helpers.config import changed
     from helpers.data import preparation as data
+    from helpers.training import inputs, sft
     from helpers.training import trainer as train
 
     origin, _, setting = name.partition("-")
@@ -167,7 +167,7 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
     config = changed(before.config, name=name, sft_adapter=str(adapter))
     if control:
         # the start's own recipe, over as many steps as fit into the time
-        done = json.loads((before.path / "sft" / "history.json").read_text())
+        done = json.loads((before.path / "sft" / "log_history.json").read_text())
         timed = [e for e in done if "loss" in e]
         a_step = (timed[-1]["seconds"] - timed[0]["seconds"]) / max(1, len(timed) - 1)
         steps = max(1, int(60 * given.minutes / max(a_step, 1e-3)))
@@ -180,7 +180,7 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
         run = runs.save_run(config)
         data.ensure_data(run)
         model, tokenizer = train.load_for_training(run, "sft", adapter)
-        part = train.fit(run, "sft", train.build_sft(run, model, tokenizer))
+        part = train.fit(sft.build_sft(run, model, tokenizer), run)
         stage = "sft"
     else:
         values = recipes.load(RECIPE).grpo | SETTINGS[setting]
@@ -199,16 +199,16 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
             config = changed(config, probe_samples=8, probe_problems=given.probe)
         config = changed(config, grpo=values)
         run = runs.save_run(config)
-        part = train.train_stage(run, "grpo")
+        part = stages.train_stage(run, "grpo")
         stage = "grpo"
-    history = json.loads((run.path / stage / "history.json").read_text())
+    history = json.loads((run.path / stage / "log_history.json").read_text())
     kept = ("step", "seconds", "reward", "eval_reward", "eval_loss", "entropy")
     kept += ("frac_reward_zero_std", "completions/mean_length", "grad_norm")
     return {
         "after": evaluate(run, stage, run.path / stage / "adapter"),
         "trained": part,
-        "best": stages.read_note(run.path / stage / "best.json"),
-        "prompts": stages.read_note(run.path / stage / "prompts.json"),
+        "best": inputs.read_note(run.path / stage / "best.json"),
+        "prompts": inputs.read_note(run.path / stage / "prompts.json"),
         "config": config.grpo if stage == "grpo" else config.sft,
         "history": [
             {k: v for k, v in e.items() if k in kept}
@@ -343,7 +343,7 @@ def write_table(given: argparse.Namespace) -> None:
 
 def row(found: dict[str, Any], origin: str, setting: str) -> dict[str, Any]:
     """Returns accuracies after SFT, GRPO and the control, with the paired p values."""
-    from helpers.evaluation.stats import compare
+    from helpers.evaluation.stats import compare_verdicts
 
     sft, grpo = found[origin]["sft"], found[f"{origin}-{setting}"]
     control = found.get(f"{origin}-control")
@@ -355,10 +355,10 @@ def row(found: dict[str, Any], origin: str, setting: str) -> dict[str, Any]:
         part = {
             "sft": sft[name],
             "grpo": grpo["after"][name],
-            "p": compare(sft[right], grpo["after"][right])["p"],
+            "p": compare_verdicts(sft[right], grpo["after"][right])["p"],
         }
         if control:
-            p = compare(sft[right], control["after"][right])["p"]
+            p = compare_verdicts(sft[right], control["after"][right])["p"]
             part["more_sft"] = {**control["after"][name], "p": p}
         counts |= part if name == "test" else {name: part}
     for name, job in (("grpo", grpo), ("more_sft", control)):

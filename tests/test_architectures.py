@@ -15,6 +15,7 @@ from helpers.masking import dataset as masking
 from helpers.masking.templates import stop_token_ids
 from helpers.models.load import load_tokenizer
 from helpers.runs import Run
+from helpers.training import sft
 from helpers.training import trainer as train
 from tests.tiny import save_tiny_model
 
@@ -58,8 +59,8 @@ def test_another_family_is_masked_trained_and_answers(
     stops = stop_token_ids(tokenizer)
     assert [x for x in row["labels"] if x != masking.NO_LOSS][-1] in stops
 
-    trainer = train.build_sft(run, model, tokenizer)
-    part = train.fit(run, "sft", trainer)
+    trainer = sft.build_sft(run, model, tokenizer)
+    part = train.fit(trainer, run)
     assert part["steps"] == 3 and part["loss_last"] > 0
 
     asked = [rows[0]["messages"][:-1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from helpers.models import adapters
 from helpers.models import load as models
 from helpers.training import callbacks
 
@@ -17,71 +19,64 @@ from helpers.training import callbacks
 @pytest.fixture
 def lora_model(tiny_model_folder: Path) -> Any:
     model, _ = models.load_model(str(tiny_model_folder))
-    return models.add_lora(model, {"r": 4, "target_modules": ["q_proj"]})
+    return adapters.add_lora(model, {"r": 4, "target_modules": ["q_proj"]})
 
 
-def test_the_adapter_of_the_lowest_value_is_kept(
-    lora_model: Any, tmp_path: Path
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("by", "values", "kept"),
+    [
+        ("eval_loss", [2.0, 1.0, 1.5, NAN], {"value": 1.0, "step": 2}),
+        ("eval_reward", [0.2, 0.4, 0.4, 0.3, NAN], {"value": 0.4, "step": 3}),
+    ],
+)
+def test_the_adapter_of_the_best_value_is_kept_and_remembered(
+    lora_model: Any, tmp_path: Path, by: str, values: list[float], kept: dict[str, Any]
 ) -> None:
-    best = callbacks.BestAdapter(tmp_path / "adapter", by="eval_loss")
-    for step, value in ((1, 2.0), (2, 1.0), (3, 1.5)):
-        state = TrainerState(global_step=step)
-        logs = {"eval_loss": value, "loss": -step}
-        best.on_log(None, state, None, logs=logs, model=lora_model)  # type: ignore[arg-type]
-    note = json.loads((tmp_path / "best.json").read_text())
-    assert note == {"by": "eval_loss", "value": 1.0, "step": 2}
+    best = callbacks.BestAdapter(tmp_path / "adapter", by=by)
+    for step, value in enumerate(values, start=1):
+        logs = {by: value, "other": -step}
+        best.on_log(
+            None, TrainerState(global_step=step), None, logs=logs, model=lora_model
+        )
+    assert json.loads((tmp_path / "best.json").read_text()) == {"by": by, **kept}
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "best.json"]
+    for at, step in ((len(values), kept["step"]), (1, 0)):  # resumed there
+        again = callbacks.BestAdapter(tmp_path / "adapter", by=by)
+        again.on_train_begin(None, TrainerState(global_step=at), None)
+        assert again.step == step
 
 
-def test_a_resumed_run_remembers_its_best_value(
-    lora_model: Any, tmp_path: Path
-) -> None:
-    best = callbacks.BestAdapter(tmp_path / "adapter")
-    state = TrainerState(global_step=2)
-    best.on_log(None, state, None, logs={"eval_loss": 1.0}, model=lora_model)  # type: ignore[arg-type]
-    again = callbacks.BestAdapter(tmp_path / "adapter")
-    again.on_train_begin(None, state, None)  # type: ignore[arg-type]
-    assert (again.best, again.step) == (1.0, 2)
-    earlier = callbacks.BestAdapter(tmp_path / "adapter")
-    earlier.on_train_begin(None, TrainerState(global_step=1), None)  # type: ignore[arg-type]
-    assert earlier.best == float("inf")
-
-
-def test_the_adapter_of_the_highest_reward_is_kept_of_equals_the_later(
-    lora_model: Any, tmp_path: Path
-) -> None:
-    best = callbacks.BestAdapter(tmp_path / "adapter", by="eval_reward")
-    for step, value in enumerate((0.2, 0.4, 0.4, 0.3, float("nan")), start=1):
-        state = TrainerState(global_step=step)
-        best.on_log(None, state, None, logs={"eval_reward": value}, model=lora_model)  # type: ignore[arg-type]
-    note = json.loads((tmp_path / "best.json").read_text())
-    assert note == {"by": "eval_reward", "value": 0.4, "step": 3}
-
-
-def test_nan_is_never_the_best_loss(lora_model: Any, tmp_path: Path) -> None:
+def test_nan_is_never_the_best(lora_model: Any, tmp_path: Path) -> None:
     best = callbacks.BestAdapter(tmp_path / "adapter", by="loss")
     state = TrainerState(global_step=1)
-    best.on_log(None, state, None, logs={"loss": float("nan")}, model=lora_model)  # type: ignore[arg-type]
-    assert not (tmp_path / "adapter").exists()
+    best.on_log(None, state, None, logs={"loss": NAN}, model=lora_model)
+    assert not (tmp_path / "adapter").exists() and best.report([]) == {}
 
 
-def test_a_sample_is_printed_and_kept_at_each_epochs_end(
-    lora_model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_sample_is_logged_and_kept_at_each_epochs_end(
+    lora_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, "helpers")
     path = tmp_path / "samples.jsonl"
     live = callbacks.LiveSamples(tokenizer, ["Why?"], path, max_new_tokens=4)
     lora_model.train()
     for step in (5, 10):
         state = TrainerState(global_step=step)
-        live.on_epoch_end(SimpleNamespace(seed=0), state, None, model=lora_model)  # type: ignore[arg-type]
+        live.on_epoch_end(SimpleNamespace(seed=0), state, None, model=lora_model)
     samples = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(s["step"], s["prompt"]) for s in samples] == [(5, "Why?"), (10, "Why?")]
-    assert "step 10 | Why?" in capsys.readouterr().out
+    assert "step 10 | Why?" in caplog.text
     assert lora_model.training
 
 
-def test_a_save_is_asked_for_once_the_minutes_have_passed(
+def test_a_save_is_due_once_the_minutes_have_passed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 1000.0
@@ -104,19 +99,13 @@ def test_training_stops_with_a_reason_when_fp16_skips_every_step() -> None:
         state = TrainerState(global_step=step)
         watcher.on_step_end(None, state, control, optimizer=optimizer)
         assert control.should_training_stop == (step == 6)
-    assert watcher.count == 5 and "overflow in fp16" in watcher.reason
+    assert watcher.report([]) == {"skipped_steps": 5}
+    assert "overflow in fp16" in watcher.reason
 
 
-def test_history_goes_on_from_the_checkpoint_that_training_resumes(
-    tmp_path: Path,
-) -> None:
-    old = [
-        {"step": s, "epoch": 0.1 * s, "seconds": 2.0 * s, "loss": 1.0}
-        for s in (1, 2, 3)
-    ]
-    (tmp_path / "history.json").write_text(json.dumps(old))
-    history = callbacks.History(tmp_path)
-    history.on_train_begin(None, TrainerState(global_step=2), None)  # type: ignore[arg-type]
-    history.on_log(None, TrainerState(global_step=3), None, logs={"loss": 0.5})  # type: ignore[arg-type]
-    assert history.values("loss") == [1.0, 1.0, 0.5]
-    assert history.entries[-1]["seconds"] >= 4.0
+def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
+    for step, state in ((2, '{"global_step": 2}'), (4, '{"global_st'), (6, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert callbacks.last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers.training import trainer as train
+from helpers.training import sft
 
 SAMPLES = Path(__file__).resolve().parent.parent / "data_samples"
 COUNTS = {"train": 2400, "eval": 200, "test": 400, "test_new": 200}
@@ -275,7 +275,7 @@ def test_chatml_rows_are_whole_turns_between_their_markers():
 
 
 def test_eval_prompts_are_ten_and_occur_in_no_other_set(problems):
-    prompts = [row["prompt"] for row in read(train.PROMPTS)]
+    prompts = sft.PROMPTS
     assert len(set(prompts)) == 10
     others = {row["question"] for rows in problems.values() for row in rows}
     assert others.isdisjoint(prompts)

@@ -25,7 +25,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import config, recipes, runs
+from helpers import config, recipes, runs, stages
 from helpers.data import preparation as data
 from helpers.evaluation import evaluator as evaluation
 from helpers.evaluation import gsm8k as verdicts
@@ -33,7 +33,6 @@ from helpers.grpo import rewards
 from helpers.masking import dataset as masking
 from helpers.masking import templates
 from helpers.models import load as models
-from helpers.training import trainer as train
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "golden.json"
@@ -280,7 +279,7 @@ def judged() -> list[str]:
     for number, (text, gold) in enumerate(zip(texts, golds, strict=True)):
         answer = f"So.\n#### {gold}"
         problem = {"gold": gold, "answer": answer, "prompt": prompts[number]}
-        item = verdicts.judge(text, problem)
+        item = verdicts.check_answer(text, problem)
         item |= {
             f"{name}_llama": getattr(verdicts, name)(text, answer, "gsm8k_cot_llama")
             for name in ("strict_match", "flexible_extract")
@@ -315,7 +314,7 @@ def small_run() -> runs.Run:
 def losses() -> list[float]:
     """The losses of ten steps of SFT, from the trainer's own checkpoint."""
     run = small_run()
-    train.train_stage(run, "sft")
+    stages.train_stage(run, "sft")
     (state,) = run.path.rglob("checkpoint-10/trainer_state.json")
     history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]

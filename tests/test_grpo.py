@@ -1,24 +1,23 @@
-"""GRPO: what is held out, the probe and its plan, the adapter that is kept."""
+"""GRPO trains: the adapter that is kept, the clock, the log of completions."""
 
 from __future__ import annotations
 
 import json
-import time
+import logging
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from helpers import stages
 from helpers.config import changed
 from helpers.data import preparation as data
-from helpers.errors import ConfigError
-from helpers.grpo import budget, heldout, rewards
-from helpers.grpo import monitor as guards
+from helpers.grpo import monitor, problems, rewards
 from helpers.grpo import trainer as grpo
-from helpers.inference.generation import Answer
+from helpers.inference.generation import generate
 from helpers.runs import Run
-from helpers.training import trainer as train
+from helpers.training import trainer as training
 
 
 def length(completions: list[Any], **_: Any) -> list[float | None]:
@@ -48,99 +47,54 @@ def make(
     return prepared
 
 
-def history(run: Run) -> list[dict[str, Any]]:
-    return json.loads((run.path / "grpo" / "history.json").read_text())
-
-
-# what is held out
-
-
-def test_held_out_problems_are_eval_rows_and_all_problems_are_trained_on(
-    make: Callable[..., Run],
-) -> None:
-    run = make()
-    problems, held = heldout.split_problems(run)
-    assert (len(problems), len(held)) == (2400, 4)
-    rows = data.load_rows(run.config.data.eval or "")
-    assert [p["question"] for p in held] == [r["question"] for r in rows[:4]]
-    assert held[0]["gold"] == rows[0]["answer"].split("#### ")[1]
-
-
-def test_without_eval_rows_the_last_problems_are_held_out(
-    make: Callable[..., Run],
-) -> None:
-    run = make(data__train=[], data__eval=None)
-    rows = data.read_rows(run.path / "data" / "problems.jsonl")
-    problems, held = heldout.split_problems(run)
-    assert problems == rows[:-4] and held == rows[-4:]
-
-
-def test_eval_conversations_without_a_gold_answer_are_not_held_out(
-    make: Callable[..., Run],
-) -> None:
-    run = make(data__eval="data_samples/alpaca.jsonl")
-    assert heldout.split_problems(run)[1][0]["id"] == "train-02396"
-
-
-def test_the_held_out_reward_is_the_weighted_mean_over_answers(
-    tiny_model_folder: Any,
-) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    held = [{"prompt": data.ask(q, ""), "gold": "5"} for q in ("1 + 4?", "2 + 2?")]
-    answers = [Answer("five: 5", 7, True), Answer("no", 2, True)]
-    functions: Any = [length, rewards.correctness]
-    assert heldout.score(answers, held, tokenizer, functions, [0.5, 1.0]) == {
-        "eval_rewards/length": 1.0,  # of 0 and 2
-        "eval_rewards/correctness": 0.5,
-        "eval_reward": 1.0,
-    }
+def history(run: Run, name: str) -> list[tuple[int, float]]:
+    entries = json.loads((run.path / "grpo" / "log_history.json").read_text())
+    return [(e["step"], e[name]) for e in entries if name in e]
 
 
 @pytest.mark.parametrize("sampler", ["model", "copy"])
 def test_held_out_answers_are_greedy_whoever_samples(
     make: Callable[..., Run], sampler: str
 ) -> None:
-    from helpers.inference.generation import generate
-
     run = make(sampler=sampler, grpo__eval_steps=1, grpo__learning_rate=1e-2)
-    model, tokenizer = train.load_for_training(run, "grpo")
+    model, tokenizer = training.load_for_training(run, "grpo")
     trainer = grpo.build_grpo(run, model, tokenizer)
-    trainer.train()
-    measured = [e["eval_reward"] for e in history(run) if "eval_reward" in e]
-    held = trainer.eval_dataset.to_list()
-    prompts = [row["prompt"] for row in held]
+    training.fit(trainer, run)
+    rows = trainer.eval_dataset.to_list()
+    prompts = [row["prompt"] for row in rows]
     answers = generate(model, tokenizer, prompts, max_new_tokens=6)
     functions: Any = [length, rewards.strict_format]
-    found = heldout.score(answers, held, tokenizer, functions, [1.0, 0.5])
-    assert found["eval_reward"] == measured[-1]
+    metrics = problems.score(answers, rows, tokenizer, functions, [1.0, 0.5])
+    assert (3, metrics["eval_reward"]) == history(run, "eval_reward")[-1]
 
 
-# the training
-
-
-def test_the_best_adapter_by_held_out_reward_is_kept_and_reported(
+def test_the_best_adapter_by_held_out_reward_is_kept_and_completions_are_logged(
     make: Callable[..., Run],
 ) -> None:
-    run = make(grpo__eval_steps=1, grpo__learning_rate=1e-3)
-    part = train.train_stage(run, "grpo")
-    measured = [
-        (e["eval_reward"], e["step"]) for e in history(run) if "eval_reward" in e
-    ]
-    assert [step for _, step in measured] == [0, 1, 2, 3]
-    best, step = max(measured)
+    weights = {"correctness": 1.0, "length": 1.0}
+    run = make(grpo__eval_steps=1, grpo__learning_rate=1e-3, rewards=weights)
+    part = stages.train_stage(run, "grpo")
+    measured = history(run, "eval_reward")
+    assert [step for step, _ in measured] == [0, 1, 2, 3]
+    best, step = max((value, step) for step, value in measured)
     assert (part["held_out_best"], part["best_step"]) == (round(best, 4), step)
-    assert part["held_out_first"] == round(measured[0][0], 4)
-    for name in ("diagnostics.png", "answers.jsonl", "curves.png"):
+    assert part["held_out_first"] == round(measured[0][1], 4)
+    for name in ("diagnostics.png", "curves.png"):
         assert (run.path / "grpo" / name).stat().st_size > 0
+    shares = [history(run, name) for name in (rewards.ALL_WRONG, rewards.ALL_RIGHT)]
+    assert shares == [[(n, 1.0) for n in (1, 2, 3)], [(n, 0.0) for n in (1, 2, 3)]]
+    size = run.config.grpo["num_generations"]
+    for logged in (1, 3):
+        group = monitor.read_group(run, logged)
+        assert len(group) == size and group["prompt"].nunique() == 1
+        paid = [length([text])[0] for text in group["completion"]]
+        assert list(group["length"]) == list(group["reward"]) == paid
 
 
 def test_without_evaluation_the_last_adapter_is_kept(make: Callable[..., Run]) -> None:
     run = make(grpo__eval_strategy="no", grpo__max_steps=1)
-    part = train.train_stage(run, "grpo")
-    assert "held_out_best" not in part
-    assert not any("eval_reward" in entry for entry in history(run))
+    part = stages.train_stage(run, "grpo")
+    assert "held_out_best" not in part and not history(run, "eval_reward")
     assert (run.path / "grpo" / "adapter" / "adapter_config.json").exists()
 
 
@@ -148,63 +102,18 @@ def test_clipping_is_as_far_to_both_sides_unless_told_otherwise(
     make: Callable[..., Run],
 ) -> None:
     run = make(grpo__epsilon=0.1)
-    given = grpo.grpo_arguments(run, run.path / "grpo")
-    assert (given["epsilon"], given["epsilon_high"]) == (0.1, 0.1)
+    values = grpo.grpo_arguments(run)
+    assert (values["epsilon"], values["epsilon_high"]) == (0.1, 0.1)
     other = Run(run.path, changed(run.config, grpo__epsilon_high=0.3))
-    assert grpo.grpo_arguments(other, run.path / "grpo")["epsilon_high"] == 0.3
+    assert grpo.grpo_arguments(other)["epsilon_high"] == 0.3
 
 
-# the budget
-
-
-def test_the_plan_is_timed_on_real_steps_that_change_no_weight(
+def test_a_run_with_minutes_ends_by_the_clock_with_its_adapter_saved(
     make: Callable[..., Run],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    run = make(grpo_minutes=0.5)
-    model, tokenizer = train.load_for_training(run, "grpo")
-    before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
-    made = grpo.make_plan(run, model, tokenizer)
-    after = dict(model.named_parameters())
-    assert all(bool((after[name] == value).all()) for name, value in before.items())
-    assert made.timing.step_s > 0 and made.timing.evaluation_s > 0
-    assert 1 <= made.timing.longest <= 12  # six tokens, read as text again
-    assert budget.read_used(run.path / "grpo") == made.timing.spent_s
-    assert grpo.make_plan(run, model, tokenizer) == made  # kept, not timed again
-    assert not (run.path / "grpo" / "probe").exists()
-
-
-def test_choosing_the_prompts_is_part_of_the_minutes(
-    make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock, choose, later = time.monotonic, grpo.prompts.select, [0.0]
-
-    def slow(*given: Any) -> Any:
-        later[0] += 20
-        return choose(*given)
-
-    monkeypatch.setattr(grpo.prompts, "select", slow)
-    monkeypatch.setattr(time, "monotonic", lambda: clock() + later[0])
-    run = make(grpo_minutes=0.5)
-    made = grpo.make_plan(run, *train.load_for_training(run, "grpo"))
-    assert made.timing.spent_s > 20
-    assert made.steps < (30 - 20) / made.timing.step_s
-
-
-def test_the_plan_counts_the_prompts_that_were_chosen(make: Callable[..., Run]) -> None:
-    run = make(grpo_minutes=0.2, few_shot=2)
-    problems, _ = heldout.split_problems(run)
-    said = repr(grpo.show_plan(run, *train.load_for_training(run, "grpo")))
-    assert f"drawn from {len(problems) - 2}" in said
-
-
-def test_a_plan_without_minutes_is_refused(make: Callable[..., Run]) -> None:
-    with pytest.raises(ConfigError, match="grpo_minutes is empty"):
-        grpo.make_plan(make(), None, None)  # type: ignore[arg-type]
-
-
-def test_a_training_with_minutes_ends_by_the_clock_with_its_adapter_saved(
-    make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    caplog.set_level(logging.INFO)
     clock = SimpleNamespace(now=0.0)
 
     def slow(completions: list[Any], **_: Any) -> list[float | None]:
@@ -212,18 +121,18 @@ def test_a_training_with_minutes_ends_by_the_clock_with_its_adapter_saved(
         return length(completions)
 
     monkeypatch.setitem(rewards.REWARDS, "slow", slow)
-    monkeypatch.setattr(guards, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    run = make(
-        rewards={"slow": 1.0}, grpo_minutes=0.75, grpo__lr_scheduler_type="linear"
+    plain = monitor.Clock
+    monkeypatch.setattr(
+        monitor, "Clock", lambda *options: plain(*options, clock=lambda: clock.now)
     )
-    part = train.train_stage(run, "grpo")
-    made = budget.read_plan(run.path / "grpo")
-    assert made is not None
-    # besides: the probe's two steps and evaluation, the first and the last evaluation
-    assert part["planned_steps"] == made.steps == 3
-    assert budget.read_used(run.path / "grpo") == pytest.approx(45, abs=5)
-    assert "0.75 minutes of grpo_minutes are used" in part["stopped"]
-    rates = [e["learning_rate"] for e in history(run) if "learning_rate" in e]
+    run = make(rewards={"slow": 1.0}, grpo_minutes=1, grpo__lr_scheduler_type="linear")
+    part = stages.train_stage(run, "grpo")
+    assert clock.now == pytest.approx(60, abs=6)
+    assert part["steps"] + len(history(run, "eval_reward")) == clock.now // 5
+    assert "5.0 s a step: about" in caplog.text
+    assert part["planned_steps"] == pytest.approx(part["steps"], abs=2)
+    assert "1 minutes of grpo_minutes are used" in part["stopped"]
+    rates = [rate for _, rate in history(run, "learning_rate")]
     assert rates[0] > 2 * rates[-1] >= 0
     assert (run.path / "grpo" / "adapter" / "adapter_config.json").exists()
 

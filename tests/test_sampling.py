@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from helpers import memory
+from helpers import estimate
 from helpers.config import changed
 from helpers.errors import ConfigError
-from helpers.gpus import T4
+from helpers.models import adapters
 from helpers.models import load as models
 from helpers.rollout import decoder as decoding
 from helpers.rollout import sampler as sampling
@@ -35,7 +35,7 @@ def load(tiny_model_folder: Any) -> Callable[..., Any]:
         for parameter in model.parameters():  # else greedy answers repeat one token
             if weights == "16bit":
                 parameter.data.mul_(8)
-        tuned = models.add_lora(model, {**LORA, **lora}, engine="transformers")
+        tuned = adapters.add_lora(model, {**LORA, **lora}, engine="transformers")
         shake(tuned, 0.3)
         return tuned.eval()
 
@@ -318,7 +318,7 @@ def test_the_copy_is_counted_and_given_up_where_it_does_not_fit() -> None:
 
     config = changed(recipes.load("finetome-llama32-1b"), stages=["grpo"])
     config = changed(config, data__problems="x.jsonl")
-    with_copy = memory.predict(config, T4, "grpo")
-    assert 1.8 < with_copy.parts[memory.COPY] < 2.4
-    small = T4._replace(memory_gb=with_copy.peak_gb)
-    assert memory.COPY not in memory.predict(config, small, "grpo").parts
+    with_copy = estimate.estimate_memory(config)
+    assert 1.8 < with_copy.parts[estimate.COPY] < 2.4
+    small = estimate.T4._replace(memory_gb=with_copy.peak_gb)
+    assert estimate.COPY not in estimate.estimate_memory(config, small).parts

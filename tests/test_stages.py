@@ -1,7 +1,8 @@
-"""What a stage depends on, and what leaves a finished one alone."""
+"""What a stage depends on, what leaves a finished one alone, what is trained first."""
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,24 @@ from typing import Any
 import pytest
 
 from helpers import stages
+from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
 from helpers.runs import Run, content_hash, write_json
+from helpers.training import inputs
 from helpers.training import trainer as train
+
+
+@pytest.fixture(autouse=True)
+def logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "helpers")
+
+
+@pytest.fixture
+def fingerprint(run_factory: Callable[..., Run]) -> Callable[..., str]:
+    """Makes the fingerprint of a stage in a run with prepared data and changes."""
+    data.prepare(run_factory())
+    return lambda stage, **changes: inputs.made_from(run_factory(**changes), stage)
 
 
 @pytest.mark.parametrize(
@@ -33,26 +48,28 @@ from helpers.training import trainer as train
         {"sft__logging_steps": 3},
         {"sft__save_steps": 7},
         {"data__test_rows": 5},
-        {"probe_samples": 4},
     ],
 )
 def test_what_sft_does_not_depend_on_leaves_it_alone(
-    run_factory: Callable[..., Run], change: dict[str, Any]
+    fingerprint: Callable[..., str], change: dict[str, Any]
 ) -> None:
-    run = run_factory()
-    data.prepare(run)
-    before = stages.made_from(run, "sft")
-    assert stages.made_from(run_factory(**change), "sft") == before
+    assert fingerprint("sft", **change) == fingerprint("sft")
 
 
 def test_what_is_logged_counts_where_it_chooses_the_adapter(
-    run_factory: Callable[..., Run],
+    fingerprint: Callable[..., str],
 ) -> None:
-    run = run_factory(best_by="loss")
-    data.prepare(run)
-    before = stages.made_from(run, "sft")
-    edited = run_factory(best_by="loss", sft__logging_steps=3)
-    assert stages.made_from(edited, "sft") != before
+    before = fingerprint("sft", best_by="loss")
+    assert fingerprint("sft", best_by="loss", sft__logging_steps=3) != before
+
+
+@pytest.mark.parametrize(
+    "change", [{"sft__learning_rate": 1e-5}, {"sampler": "model"}, {"best_by": "loss"}]
+)
+def test_grpo_depends_on_its_settings_and_on_the_sft_that_it_starts_from(
+    fingerprint: Callable[..., str], change: dict[str, Any]
+) -> None:
+    assert fingerprint("grpo", **change) != fingerprint("grpo")
 
 
 @pytest.mark.parametrize(
@@ -63,49 +80,29 @@ def test_what_is_logged_counts_where_it_chooses_the_adapter(
         ({"weights": "4bit"}, "weights"),
         ({"loss_on": "last"}, "loss_on"),
         ({"seed": 1}, "seed"),
+        ({}, "data.train"),  # rows of other content
     ],
 )
 def test_a_changed_input_is_named_and_the_former_result_set_aside(
     run_factory: Callable[..., Run],
     change: dict[str, Any],
     name: str,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = run_factory()
     data.prepare(run)
-    stages.open_stage(run, "sft")
-    stages.finish(run, "sft")
+    inputs.open_stage(run, "sft")
+    inputs.write_note(run, "sft", finished=True)
+    assert inputs.is_finished(run, "sft")
     edited = run_factory(**change)
-    assert not stages.is_finished(edited, "sft")
-    stages.open_stage(edited, "sft")
-    assert f"sft: {name} changed since" in capsys.readouterr().out
+    if not change:
+        report = run.report()
+        report["data"]["fingerprints"]["train"] = "others"
+        write_json(run.path / "report.json", report)
+    assert not inputs.is_finished(edited, "sft")
+    inputs.open_stage(edited, "sft")
+    assert f"sft: {name} changed since it was trained" in caplog.text
     assert (run.path / "sft.before-1").is_dir()
-
-
-def test_rows_of_other_content_are_another_input(
-    run_factory: Callable[..., Run], capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = run_factory()
-    data.prepare(run)
-    stages.open_stage(run, "sft")
-    stages.finish(run, "sft")
-    report = run.report()
-    report["data"]["fingerprints"]["train"] = "others"
-    write_json(run.path / "report.json", report)
-    assert not stages.is_finished(run, "sft")
-    stages.open_stage(run, "sft")
-    assert "data.train changed since it was trained" in capsys.readouterr().out
-
-
-def test_grpo_depends_on_the_sft_that_it_starts_from(
-    run_factory: Callable[..., Run],
-) -> None:
-    run = run_factory()
-    data.prepare(run)
-    before = stages.made_from(run, "grpo")
-    assert stages.made_from(run_factory(sft__learning_rate=1e-5), "grpo") != before
-    assert stages.made_from(run_factory(sampler="model"), "grpo") != before
-    assert stages.made_from(run_factory(best_by="loss"), "grpo") != before
 
 
 def test_an_adapter_or_a_model_is_known_by_its_content(
@@ -119,46 +116,102 @@ def test_an_adapter_or_a_model_is_known_by_its_content(
     assert content_hash("owner/name") == "owner/name"
 
 
-def test_a_run_with_fewer_problems_than_a_step_takes_is_refused_before_training(
-    run_factory: Callable[..., Run],
-) -> None:
-    run = run_factory(
-        data__eval=None,
-        data__eval_share=0.2,
-        grpo_held_out=32,
-        grpo__per_device_train_batch_size=64,
-        grpo__gradient_accumulation_steps=512,
-        grpo__num_generations=8,
-    )
-    data.prepare(run)
-    with pytest.raises(ConfigError, match="would take no step: .* a step takes 4096"):
-        train.train_stage(run, "sft")
-    assert not stages.is_finished(run, "sft")
-
-
-def test_a_stage_without_a_step_is_not_finished(
-    run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = run_factory(stages=["sft"])
-    data.prepare(run)
-    model, tokenizer = train.load_for_training(run)
-    trainer = train.build_sft(run, model, tokenizer)
-    monkeypatch.setattr(trainer, "train", lambda **_: None)
-    with pytest.raises(ConfigError, match="sft took no optimiser step, .* 4?.*rows"):
-        train.fit(run, "sft", trainer)
-    assert "sft" not in run.report() and not stages.is_finished(run, "sft")
-
-
 def test_a_template_file_is_known_by_its_content(
-    run_factory: Callable[..., Run], tmp_path: Path, tokenizer: Any
+    fingerprint: Callable[..., str], tmp_path: Path, tokenizer: Any
 ) -> None:
-    from helpers.evaluation.evaluator import model_print
-
     file = tmp_path / "mine.jinja"
     file.write_text(tokenizer.chat_template)
-    run = run_factory(template=str(file))
-    data.prepare(run)
-    before = stages.made_from(run, "sft"), model_print(run.config, None)
+    before = fingerprint("sft", template=str(file))
     file.write_text(tokenizer.chat_template + "{# another #}")
-    after = stages.made_from(run, "sft"), model_print(run.config, None)
-    assert before[0] != after[0] and before[1] != after[1]
+    assert fingerprint("sft", template=str(file)) != before
+
+
+# what cannot train is refused before anything is loaded
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        train.load_for_training,
+        inputs.open_stage,
+        stages.ensure_adapter,
+        stages.train_stage,
+    ],
+)
+def test_a_stage_that_the_run_lacks_names_recipe_stages_and_notebook(
+    run_factory: Callable[..., Run], call: Callable[..., Any]
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match="run 'test' .recipe 'smoke'. has no grpo stage, only sft: open notebook "
+        "02_sft_qlora, or choose another recipe in 00_setup",
+    ):
+        call(run_factory(stages=["sft"]), "grpo")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sft": {"learning_rat": 1e-4}}, "did you mean 'learning_rate'"),
+        (
+            {
+                "data__eval": None,
+                "data__eval_share": 0.2,
+                "grpo__per_device_train_batch_size": 64,
+                "grpo__gradient_accumulation_steps": 512,
+                "grpo__num_generations": 8,
+            },
+            "would take no step: .* a step takes 4096",
+        ),
+    ],
+)
+def test_a_run_that_cannot_train_is_refused_before_its_first_stage(
+    run_factory: Callable[..., Run], change: dict[str, Any], message: str
+) -> None:
+    run = run_factory(**change)
+    with pytest.raises(ConfigError, match=message):
+        stages.ensure_ready(run, "sft")
+    assert not (run.path / "sft").exists()
+
+
+def test_what_is_questionable_is_logged(
+    run_factory: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    stages.ensure_ready(run_factory(sft__warmup_steps=9, sft__max_steps=4), "sft")
+    assert "warning: sft.warmup_steps: 9 in a run of 4 steps" in caplog.text
+
+
+# what is missing is trained
+
+
+def test_a_run_without_sft_trains_grpo_from_fresh_lora_with_a_word(
+    run_factory: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_factory(
+        stages=["grpo"],
+        data__train=[],
+        data__eval=None,
+        grpo__max_steps=1,
+        grpo__max_completion_length=4,
+    )
+    assert stages.ensure_adapter(run, "sft") is None
+    expected = {"base": None, "grpo": run.path / "grpo" / "adapter"}
+    assert stages.adapters(run) == expected
+    assert "notebook 03_grpo_gsm8k makes it): training it now" in caplog.text
+    part = run.report()["grpo"]
+    assert (part["steps"], part["prompts_left_out"]) == (1, 0)
+    assert not (run.path / "sft").exists()
+
+
+def test_a_config_is_trained_and_evaluated_in_one_call(run: Run) -> None:
+    config = changed(
+        run.config,
+        sft__max_steps=2,
+        sft__eval_steps=2,
+        grpo__max_steps=1,
+        grpo__max_completion_length=4,
+        evaluation__max_new_tokens=4,
+    )
+    report = stages.train(config).report()
+    assert (report["sft"]["steps"], report["grpo"]["steps"]) == (2, 1)
+    assert set(report["eval"]) >= {"base", "sft", "grpo"}

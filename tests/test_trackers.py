@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sqlite3
 from collections.abc import Callable
@@ -10,89 +11,83 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import wandb
 
+from helpers import stages
 from helpers.runs import Run
-from helpers.training import trackers
-from helpers.training import trainer as train
-from helpers.training.trackers import choose_trackers
+from helpers.training.inputs import choose_trackers
+
+OFFLINE = "nobody is logged in"
 
 
 @pytest.fixture(autouse=True)
-def logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
+def logged_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "")  # restored afterwards
+    monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, "helpers")
+    wandb.teardown()  # it keeps the settings of earlier tests
 
 
-def test_none_is_no_tracker(capsys: pytest.CaptureFixture[str]) -> None:
-    assert choose_trackers("none") == []
-    assert capsys.readouterr().out == ""
-
-
-def test_wandb_without_a_login_is_left_out_with_a_word(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert choose_trackers("wandb") == []
-    assert capsys.readouterr().out == (
-        "report_to: wandb is left out, nobody is logged in; set WANDB_API_KEY or "
-        "WANDB_MODE=offline\n"
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("WANDB_API_KEY", "x" * 40), ("WANDB_MODE", "offline")],
-)
-def test_wandb_is_taken_with_a_key_or_offline(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str
-) -> None:
-    monkeypatch.setenv(name, value)
-    assert choose_trackers(["wandb"]) == ["wandb"]
-
-
-def test_wandb_is_taken_with_a_login_of_an_earlier_day(tmp_path: Path) -> None:
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
-    assert choose_trackers("wandb") == ["wandb"]
-
-
-def test_a_login_at_another_host_does_not_count(tmp_path: Path) -> None:
-    (tmp_path / ".netrc").write_text("machine example.org login user password key\n")
-    assert choose_trackers("wandb") == []
+def test_none_is_no_tracker(caplog: pytest.LogCaptureFixture) -> None:
+    assert choose_trackers("none") == [] and caplog.text == ""
 
 
 def test_a_tracker_that_is_not_installed_says_how_to_install_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(trackers, "KNOWN", ["no_such_tracker"])
-    assert choose_trackers("no_such_tracker") == []
-    assert "not installed; run `pip install no_such_tracker`" in capsys.readouterr().out
+    assert choose_trackers(["mlflow", "tensorboard"]) == ["tensorboard"]
+    assert "mlflow is left out; run `pip install mlflow`" in caplog.text
 
 
-@pytest.fixture
-def tracked(
+def test_wandb_without_a_login_stays_offline_with_a_word(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert choose_trackers("wandb") == ["wandb"]
+    assert os.environ["WANDB_MODE"] == "offline" and OFFLINE in caplog.text
+
+
+@pytest.mark.parametrize("how", ["key", "mode", "netrc"])
+def test_wandb_is_left_alone_with_a_login_or_a_mode(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    how: str,
+) -> None:
+    mode = "disabled" if how == "mode" else None
+    if how == "key":
+        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    elif how == "netrc":
+        login = f"machine api.wandb.ai login user password {'x' * 40}\n"
+        (tmp_path / ".netrc").write_text(login)
+    else:
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert choose_trackers(["wandb"]) == ["wandb"]
+    assert os.environ.get("WANDB_MODE") == mode and OFFLINE not in caplog.text
+
+
+def test_the_real_trackers_log_losses_under_the_runs_name(
     run_factory: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """A folder in which the three real trackers logged a training, offline."""
-    import wandb
+) -> None:
+    from tensorboard.backend.event_processing import event_accumulator
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
-    wandb.teardown()  # it keeps the settings of earlier tests
     trackers = ["wandb", "tensorboard", "trackio"]
     run = run_factory(stages=["sft"], sft__max_steps=2, sft__report_to=trackers)
-    train.train_stage(run, "sft")
+    stages.train_stage(run, "sft")
+    assert wandb.run is None  # ended with the training that began it
     wandb.teardown()
-    return tmp_path
 
-
-def test_the_trackers_log_losses_and_memory_under_the_runs_name(tracked: Path) -> None:
-    from tensorboard.backend.event_processing import event_accumulator
-
-    board = event_accumulator.EventAccumulator(str(tracked / "tensorboard"))
+    board = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
-    logged = {"train/loss", "train/memory_gb", "eval/loss"}
+    logged = {"train/loss", "eval/loss"}
     assert logged <= set(board.Tags()["scalars"])
     assert [e.step for e in board.Scalars("train/loss")] == [1, 2]
 
@@ -102,41 +97,16 @@ def test_the_trackers_log_losses_and_memory_under_the_runs_name(tracked: Path) -
     assert {name for name, _ in rows} == {"test-sft"}
     assert logged <= {key for _, metrics in rows for key in json.loads(metrics)}
 
-    (offline,) = tracked.glob("wandb/offline-run-*/run-*.wandb")
+    (offline,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     records = offline.read_bytes()
     assert [x for x in [*logged, "test-sft"] if x.encode() not in records] == []
 
 
-def test_a_training_ends_the_wandb_run_that_it_began(
-    run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+def test_a_wandb_run_that_was_open_before_a_training_stays_open(
+    run_factory: Callable[..., Run],
 ) -> None:
-    import wandb
-
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    begun = []
-    monkeypatch.setattr(
-        wandb, "init", lambda *a, init=wandb.init, **k: begun.append(init(*a, **k))
-    )
-    run = run_factory(stages=["sft"], sft__max_steps=1, sft__report_to=["wandb"])
-    train.train_stage(run, "sft")
-    assert len(begun) == 1
-    assert wandb.run is None
-
-
-def test_a_wandb_run_that_was_open_before_a_training_stays_open() -> None:
-    import wandb
-
     mine = wandb.init(mode="disabled")
-    with trackers.one_run():
-        assert wandb.run is mine
+    run = run_factory(stages=["sft"], sft__max_steps=1, sft__report_to=["wandb"])
+    stages.train_stage(run, "sft")
     assert wandb.run is mine
     mine.finish()
-    assert wandb.run is None
-
-
-def test_the_ones_that_work_stay_when_another_does_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert choose_trackers(["mlflow", "wandb"]) == ["mlflow"]
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert choose_trackers(["mlflow", "wandb"]) == ["mlflow", "wandb"]

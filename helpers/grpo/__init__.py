@@ -4,5 +4,10 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={},
+    submod_attrs={
+        "answers": ["extract_answer"],
+        "monitor": ["read_group"],
+        "problems": ["split_problems", "to_prompts", "training_prompts", "sampling_of"],
+        "trainer": ["GreedyEvaluation", "build_grpo"],
+    },
 )

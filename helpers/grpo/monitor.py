@@ -1,41 +1,48 @@
-"""Callbacks that watch a GRPO training, show how it goes, and stop it with a reason.
-
-Importing this module imports transformers, as `callbacks` does.
-"""
+"""Callbacks that watch a GRPO run, show how it goes, and stop it with a reason."""
 
 from __future__ import annotations
 
-import json
+import base64
+import html
+import io
+import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from helpers.data import preparation as data
-from helpers.grpo import budget, diagnostics
-from helpers.grpo.record import Record, answers_table
-from helpers.runs import write_json
-from helpers.training import plots as curves
+from helpers.config import complete
+from helpers.grpo import diagnostics
+from helpers.runs import Run, write_json
+from helpers.training.inputs import read_note
+from helpers.training.plots import draw_diagnostics
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+log = logging.getLogger(__name__)
 
 SHOW_S = 10.0  # between two drawings of the panel
-ANSWERS = "answers.jsonl"
-PATIENCE = 4  # times its minutes a probe may take for its second step
+ENDLESS = 100_000  # steps, for a run that ends by the clock
+EVALUATIONS = 8  # of a run that ends by the clock, besides the first
+EVALUATION_SHARE = 0.2  # of the time, at most
+FEW = 20  # steps below which GRPO has hardly begun
 
 
-class TimeBudget(TrainerCallback):
-    """Ends a training when its minutes are used, with an evaluation and a checkpoint.
+class Clock(TrainerCallback):
+    """Ends a run when its minutes are used, and evaluates by the time that is used.
 
-    It stops where one more step would end further from the budget than none, so that
-    a run misses it by half of a step and an evaluation at most. What a killed session
-    used counts: it is in `budget.json`.
+    Its first steps tell how many fit. It stops where one more step would end further
+    from the minutes than none, then evaluates and saves. The learning rate follows the
+    share of the time that is used, after a warm-up in steps. What a killed session used
+    counts: it is in `clock.json`.
 
     Args:
         folder: of the stage.
         minutes: None only measures.
-        steps: planned for them; it takes more where the machine turns out faster.
-        probe: end without a word, an evaluation or a checkpoint.
         clock: the seconds of some clock.
     """
 
@@ -43,18 +50,18 @@ class TimeBudget(TrainerCallback):
         self,
         folder: Path,
         minutes: float | None,
-        steps: int | None = None,
-        *,
-        probe: bool = False,
-        clock: Callable[[], float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.path, self.minutes = folder / budget.USED, minutes
-        self.clock = clock or time.monotonic
-        self.steps, self.probe, self.reason = steps, probe, ""
-        self.before = budget.read_used(folder)
-        self.started = self.step_began = self.last = self.clock()
+        self.path, self.clock = folder / "clock.json", clock
+        self.total_s = 60 * minutes if minutes else float("inf")
+        note = read_note(self.path)
+        self.before: float = note.get("used_s", 0.0)
+        self.planned: int | None = note.get("planned_steps")
+        self.started = self.last = self.step_began = clock()
+        self.evaluation_s = self.save_s = self.warm = 0.0
+        self.evaluated = self.before / self.total_s
         self.step_s: list[float] = []
-        self.evaluation_s = self.save_s = 0.0
+        self.reason = ""
 
     @property
     def used_s(self) -> float:
@@ -63,60 +70,79 @@ class TimeBudget(TrainerCallback):
 
     @property
     def share(self) -> float:
-        """The share of the time that is used, 0 to 1."""
-        return min(1.0, self.used_s / (60 * self.minutes)) if self.minutes else 0.0
-
-    def follow(self, scheduler: Any) -> None:
-        """Has a learning rate go by the time that is used, not by the steps.
-
-        Args:
-            scheduler: a `LambdaLR` made for the planned steps; others stay as they are.
-        """
-        factors = getattr(scheduler, "lr_lambdas", [])
-        scheduler.lr_lambdas = [
-            lambda _, factor=factor: factor(self.share * (self.steps or 0))
-            for factor in factors
-        ]
+        """The share of the minutes that is used, 0 to 1."""
+        return min(1.0, self.used_s / self.total_s)
 
     def on_train_begin(
-        self, args: Any, state: TrainerState, *_: Any, **__: Any
+        self, args: Any, state: Any, *_: Any, lr_scheduler: Any = None, **__: Any
     ) -> None:
         self.started = self.last = self.clock()
-        if self.steps is not None:
-            state.max_steps = self.steps
+        if self.total_s == float("inf"):
+            return
+        warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else 0
+        scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
+        rates = getattr(scheduler, "lr_lambdas", [])
+        scheduler.lr_lambdas = [
+            lambda step, rate=rate: rate(self.scheduled(step, warmup)) for rate in rates
+        ]
+
+    def scheduled(self, step: int, warmup: int) -> float:
+        """Returns the step of a schedule of ENDLESS steps where a real step stands."""
+        if step <= warmup:
+            self.warm = self.share
+            return step
+        passed = (self.share - self.warm) / max(1e-9, 1 - self.warm)
+        return warmup + passed * (ENDLESS - warmup)
 
     def on_step_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         self.step_began = self.clock()
-        if self.steps is not None:  # the time ends it, see on_step_end
-            state.max_steps = max(state.max_steps, state.global_step + 2)
+        if self.planned:  # a count to show; the clock ends the run
+            state.max_steps = max(self.planned, state.global_step + 2)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         self.note(state)
         self.step_s.append(self.last - self.step_began)
-        recent = self.step_s[-5:]
-        next_s = sum(recent) / len(recent)
-        end_s = self.evaluation_s * (1 + control.should_evaluate) + self.save_s
-        time_is_up = self.minutes is not None and (
-            self.used_s + end_s + next_s / 2 >= 60 * self.minutes
-        )
-        if self.probe and len(self.step_s) == 1:
-            # the first compiles, and says little of the others
-            time_is_up = self.used_s >= PATIENCE * 60 * (self.minutes or 0)
-        if not budget.agreed(time_is_up):
+        if self.total_s == float("inf"):
             return control
-        control.should_training_stop = True
-        if not self.probe:
-            state.max_steps = state.global_step  # a kill after this has nothing to redo
+        recent = self.step_s[1:][-5:] or self.step_s  # the first step compiles
+        next_s, evaluates = sum(recent) / len(recent), args.eval_strategy != "no"
+        end_s = self.evaluation_s * evaluates + self.save_s
+        if self.planned is None and len(self.step_s) == 2:
+            self.plan(state.global_step, next_s)
+        most = EVALUATION_SHARE * self.total_s / max(self.evaluation_s, 1e-9)
+        every = 1 / max(1, min(EVALUATIONS, int(most)))
+        is_due, is_over = agree(
+            evaluates and self.share - self.evaluated >= every,
+            self.used_s + end_s + next_s / 2 >= self.total_s,
+        )
+        if is_due or is_over:
+            control.should_evaluate, self.evaluated = evaluates, self.share
+        if is_over:
+            control.should_training_stop = control.should_save = True
+            state.max_steps = state.global_step  # after a kill there is nothing to redo
             self.reason = (
-                f"ended at step {state.global_step}: the {self.minutes:g} minutes of "
-                f"grpo_minutes are used, at {next_s:.1f} s a step"
+                f"ended at step {state.global_step}: the {self.total_s / 60:g} minutes "
+                f"of grpo_minutes are used, at {next_s:.1f} s a step"
             )
-            print(self.reason)  # noqa: T201
-            control.should_save = True
-            control.should_evaluate = args.eval_strategy != "no"
+            log.info(self.reason)
         return control
+
+    def report(self, history: list[diagnostics.Entry]) -> dict[str, Any]:
+        """Returns how many steps were planned, where minutes are."""
+        return {"planned_steps": self.planned} if self.planned else {}
+
+    def plan(self, step: int, step_s: float) -> None:
+        """Estimates how many steps fit, by the first that were taken."""
+        left_s = self.total_s - self.used_s
+        most = min(EVALUATIONS * self.evaluation_s, EVALUATION_SHARE * left_s)
+        self.planned = step + max(0, int((left_s - most) / max(step_s, 1e-9)))
+        few = "; so few show that it works, a gain takes more"
+        log.info(
+            f"{step_s:.1f} s a step: about {self.planned} steps fit into "
+            f"{self.total_s / 60:g} minutes" + few * (self.planned < FEW)
+        )
 
     def on_evaluate(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         self.evaluation_s = self.note(state)
@@ -128,116 +154,127 @@ class TimeBudget(TrainerCallback):
         self.note(state)
 
     def note(self, state: TrainerState) -> float:
-        """Keeps what is used for the session after a kill; returns what was since."""
+        """Writes what is used, for after a kill; returns the seconds since the last."""
         now = self.clock()
         passed, self.last = now - self.last, now
         if state.is_world_process_zero:
-            write_json(self.path, {"used_s": round(self.used_s, 2)})
+            note = {"used_s": round(self.used_s, 2), "planned_steps": self.planned}
+            write_json(self.path, note)
         return passed
+
+
+def agree(*values: bool) -> tuple[bool, ...]:
+    """Returns the main process's values in all processes: each has its own clock."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return values
+    from accelerate.utils import broadcast_object_list
+
+    return tuple(broadcast_object_list(list(values)))
 
 
 class LivePanel(TrainerCallback):
     """Shows the diagnostics while training: in a notebook in place, else as text.
 
-    Adds to what is logged the shares of groups that are all wrong and all right, and
-    the steps that fp16 skipped; so it comes before what keeps or tracks the logs. At
-    the end the picture is saved as `diagnostics.png`; the groups that were shown are in
-    `answers.jsonl`.
-
-    Args:
-        folder: of the stage; its `history.json` is gone on from.
-        record: that watches the rewards.
-        clock: the seconds of some clock.
+    Counts the steps that fp16 skipped among what is logged, so it comes before what
+    keeps or tracks the logs. At the end the picture is saved as `diagnostics.png`.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        record: Record,
-        *,
-        clock: Callable[[], float] | None = None,
-    ) -> None:
-        self.folder, self.record = folder, record
-        self.clock = clock or time.monotonic
-        self.entries: list[diagnostics.Entry] = []
-        self.rows: list[diagnostics.Entry] = []
-        self.sentences: list[str] = []
-        self.said: list[str] = []
-        self.title = ""
+    def __init__(self, run: Run, clock: Callable[[], float] = time.monotonic) -> None:
+        self.run, self.clock = run, clock
+        self.shown, self.started = float("-inf"), clock()
+        self.told: set[str] = set()
         self.skipped = 0
-        self.shown, self.started = float("-inf"), self.clock()
         self.handle: Any = None
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: Any, **_: Any
-    ) -> None:
-        self.entries = read_history(self.folder, state)
-        counts = [
-            e[diagnostics.SKIPPED] for e in self.entries if diagnostics.SKIPPED in e
-        ]
-        self.skipped = int(counts[-1]) if counts else 0
-        path = self.folder / ANSWERS
-        if path.exists():  # steps that a kill lost are taken again
-            rows = data.read_rows(path)
-            data.write_rows(path, [r for r in rows if r["step"] <= state.global_step])
+    def on_train_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
+        counts = [entry.get(diagnostics.SKIPPED, 0) for entry in state.log_history]
+        self.skipped = max(counts, default=0)
         self.handle, self.started = open_display(), self.clock()
 
-    def on_step_end(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
-    ) -> None:
+    def on_step_end(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         self.skipped += bool(getattr(optimizer, "step_was_skipped", False))
 
     def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: Any,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, *_: Any, logs: Any = None, **__: Any
     ) -> None:
-        if logs is None or not state.is_world_process_zero:
-            return
-        size = args.num_generations
         if "reward" in logs:
-            logs |= self.record.groups(size) | {diagnostics.SKIPPED: self.skipped}
-            self.rows = self.record.group(size)
-            self.keep(state.global_step)
-        self.entries.append({"step": state.global_step, **logs})
-        minutes = (self.clock() - self.started) / 60
-        self.title = f"step {state.global_step} of {state.max_steps}, "
-        self.title += f"{minutes:.1f} minutes"
-        found = diagnostics.read_state(self.entries, args.max_completion_length)
-        self.sentences = diagnostics.explain(found) if found else []
-        if self.clock() - self.shown >= SHOW_S:
-            self.show()
+            for entry in (logs, state.log_history[-1]):
+                entry[diagnostics.SKIPPED] = self.skipped
+        if state.is_world_process_zero and self.clock() - self.shown >= SHOW_S:
+            self.show(args, state)
 
-    def on_train_end(
-        self, args: Any, state: TrainerState, control: Any, **_: Any
-    ) -> None:
-        if state.is_world_process_zero and self.entries:
-            self.show(last=True)
-            curves.draw_diagnostics(self.entries, self.folder / "diagnostics.png")
+    def on_train_end(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        if state.is_world_process_zero and state.log_history:
+            self.show(args, state, last=True)
+            path = self.run.path / "grpo" / "diagnostics.png"
+            draw_diagnostics(state.log_history, path)
 
-    def keep(self, step: int) -> None:
-        """Appends the group that is shown to `answers.jsonl`."""
-        with (self.folder / ANSWERS).open("a", encoding="utf-8") as file:
-            for row in self.rows:
-                text = json.dumps({"step": step, **row}, ensure_ascii=False)
-                file.write(text + "\n")
+    def report(self, history: list[diagnostics.Entry]) -> dict[str, Any]:
+        """Returns the stage's own values of `report.json`."""
+        rewards = [entry["reward"] for entry in history if "reward" in entry]
+        ends = diagnostics.width_of_ends(len(rewards))
+        folder = self.run.path / "grpo"
+        return {
+            "reward_first": round(sum(rewards[:ends]) / ends, 4),
+            "reward_last": round(sum(rewards[-ends:]) / ends, 4),
+            "reward_averaged_over_steps": ends,
+            "prompts_left_out": read_note(folder / "prompts.json")["left_out"],
+            "sampler": read_note(folder / "sampler.json")["name"],
+        }
 
-    def show(self, last: bool = False) -> None:
+    def show(self, args: Any, state: TrainerState, last: bool = False) -> None:
         """Draws the panel in its place; as text, what is new, and all at the end."""
-        self.shown = self.clock()
-        if self.handle is not None:
-            from IPython.display import HTML
-
-            page = curves.to_html(self.title, self.entries, self.sentences, self.rows)
-            self.handle.update(HTML(page))
+        self.shown, entries = self.clock(), state.log_history
+        now = diagnostics.read_state(entries, args.max_completion_length)
+        sentences = diagnostics.explain(now) if now else []
+        group = read_group(self.run)
+        if self.handle is None:
+            new = [s for s in sentences if last or s not in self.told]
+            self.told.update(new)
+            for sentence in new if last else new[:1]:
+                log.info(sentence)
+            if last:
+                log.info(group.to_string(index=False, max_colwidth=60))
             return
-        new = [s for s in self.sentences if last or s not in self.said]
-        self.said += new
-        lines = [*new, repr(answers_table(self.rows))] if last else new[:1]
-        print(*lines, sep="\n", end="\n" if lines else "")  # noqa: T201
+        from IPython.display import HTML
+
+        picture = io.BytesIO()
+        draw_diagnostics(entries).savefig(picture, dpi=64)
+        data = base64.b64encode(picture.getvalue()).decode()
+        end = f" of {state.max_steps}" if state.max_steps < ENDLESS else ""
+        minutes = (self.shown - self.started) / 60
+        page = f"<p><b>step {state.global_step}{end}, {minutes:.1f} minutes</b></p>"
+        page += f'<img src="data:image/png;base64,{data}" style="max-width:100%">'
+        page += "".join(f"<li>{html.escape(s)}</li>" for s in sentences)
+        self.handle.update(HTML(page + group.to_html(index=False)))
+
+
+def read_group(run: Run, step: int | None = None) -> DataFrame:
+    """Returns a group of sampled answers, best first, from what TRL logged.
+
+    Columns: `prompt`, `completion`, each reward, `advantage`, and `reward`, the
+    weighted sum. Empty before the first logged step.
+
+    Args:
+        run: in training, or trained.
+        step: a logged step; by default the last. Of its groups, the one with the
+            largest spread of rewards is shown.
+    """
+    import pandas
+
+    files = (run.path / "grpo" / "checkpoints" / "completions").glob("*.parquet")
+    steps = {int(path.stem.rpartition("_")[2]): path for path in files}
+    frame = pandas.DataFrame()
+    if steps:
+        frame = pandas.read_parquet(steps[max(steps) if step is None else step])
+    if frame.empty:
+        return frame
+    weights = run.config.rewards
+    frame["reward"] = sum(frame[n].fillna(0) * w for n, w in weights.items()).round(4)
+    groups = frame.index // complete(run.config, "grpo")["num_generations"]
+    rewards = frame["reward"].groupby(groups)
+    widest = (rewards.max() - rewards.min()).idxmax()
+    return frame[groups == widest].sort_values("reward", ascending=False)
 
 
 def open_display() -> Any:
@@ -250,51 +287,18 @@ def open_display() -> Any:
     return display(HTML("waiting for the first step"), display_id=True)
 
 
-def silence_progress(trainer: Any) -> None:
-    """Takes the trainer's table of losses, zeros here, out of a notebook's output."""
-    from transformers.utils.notebook import NotebookProgressCallback
-
-    trainer.remove_callback(NotebookProgressCallback)
-
-
 class CollapseGuard(TrainerCallback):
-    """Stops a training whose answers or rewards collapse, see `diagnostics.collapse`.
+    """Stops a run whose answers or rewards collapse, see `diagnostics.collapse`."""
 
-    The adapter of the best held-out reward is kept by `callbacks.BestAdapter`.
-
-    Args:
-        folder: of the stage; its `history.json` is gone on from.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.entries: list[diagnostics.Entry] = []
+    def __init__(self) -> None:
         self.reason = ""
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: Any, **_: Any
-    ) -> None:
-        self.entries = read_history(self.folder, state)
-
     def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        self.entries.append({"step": state.global_step, **(logs or {})})
-        found = diagnostics.collapse(self.entries)
-        if found and not self.reason:
-            self.reason = f"stopped at step {state.global_step}: {found}"
-            print(self.reason)  # noqa: T201
+        fault = diagnostics.collapse(state.log_history)
+        if fault and not self.reason:
+            self.reason = f"stopped at step {state.global_step}: {fault}"
+            log.info(self.reason)
             control.should_training_stop = True
         return control
-
-
-def read_history(folder: Path, state: TrainerState) -> list[diagnostics.Entry]:
-    """Returns what was logged up to the step that training goes on from."""
-    path = folder / "history.json"
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    return [e for e in old if e["step"] <= state.global_step]

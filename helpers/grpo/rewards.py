@@ -1,12 +1,13 @@
-"""Text -> float reward functions; the answer parser behind them is in `answers`.
+"""Rewards, by the answer parser: text -> float functions.
 
-The functions follow TRL's contract: lists in, one float a completion out; None where
-the gold answer cannot be graded, which is not the same as 0.0 for a wrong one. What a
-completion copies from its prompt earns nothing.
+They keep TRL's contract: lists in, one float a completion out; None where the gold
+answer cannot be graded, which is not the 0.0 of a wrong one. What a completion copies
+from its prompt earns nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -23,7 +24,9 @@ from helpers.grpo.answers import (
 )
 
 Completion = str | list[dict[str, str]]
+Prompts = list[Completion] | None
 Reward = Callable[..., list[float | None]]
+ALL_WRONG, ALL_RIGHT = "groups/all_wrong", "groups/all_right"  # logged shares
 
 
 def text_of(completion: Completion) -> str:
@@ -31,67 +34,74 @@ def text_of(completion: Completion) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def own_texts(
-    completions: list[Completion], prompts: list[Completion] | None
-) -> list[str]:
+def own_texts(completions: list[Completion], prompts: Prompts) -> list[str]:
     """Returns the text of each completion, without what it copies from its prompt."""
     texts = [text_of(completion) for completion in completions]
     if prompts is None:
         return texts
-    asked = [
+    questions = [
         p if isinstance(p, str) else "\n".join(m["content"] for m in p) for p in prompts
     ]
-    return [own_words(text, prompt) for text, prompt in zip(texts, asked, strict=True)]
+    return [own_words(text, q) for text, q in zip(texts, questions, strict=True)]
 
 
 def correctness(
     completions: list[Completion],
     gold: list[str],
-    prompts: list[Completion] | None = None,
+    prompts: Prompts = None,
+    log_metric: Callable[[str, float], None] | None = None,
     **_: Any,
 ) -> list[float | None]:
     """Returns 1.0 for a right answer, 0.0 for a wrong one, None without a gold answer.
 
+    Through TRL's `log_metric` it logs the shares of groups that teach nothing, as all
+    of their answers are wrong, or all right.
+
     >>> correctness(["1 + 1 = 2\\n#### 2", "#### 3", "2"], gold=["2", "2", "?"])
     [1.0, 0.0, None]
     """
-    return [
+    scores = [
         None
         if parse_number(g) is None and parse_expression(g) is None
         else float(is_correct(text, g))
         for text, g in zip(own_texts(completions, prompts), gold, strict=True)
     ]
+    if log_metric is not None and prompts:
+        pairs = itertools.groupby(zip(prompts, scores, strict=True), lambda p: p[0])
+        groups = [[score or 0.0 for _, score in group] for _, group in pairs]
+        log_metric(ALL_WRONG, sum(max(group) == 0 for group in groups) / len(groups))
+        log_metric(ALL_RIGHT, sum(min(group) == 1 for group in groups) / len(groups))
+    return scores
 
 
 def closeness(
-    completions: list[Completion],
-    gold: list[str],
-    prompts: list[Completion] | None = None,
-    **_: Any,
+    completions: list[Completion], gold: list[str], prompts: Prompts = None, **_: Any
 ) -> list[float | None]:
-    """Returns 1.0 for a right number, 0.5 within 10 %, 0.25 within 20 %.
+    """Returns 1.0 for a right number, 0.5 within 10 %, 0.25 within 20 %, else 0.0.
 
-    0.0 else, and None without a gold number. A guess of the right size is paid, too:
-    keep its weight well below that of `correctness`.
+    None without a gold number. A guess of the right size is paid, too: keep its weight
+    well below that of `correctness`.
 
     >>> closeness(["#### 100", "#### 92", "#### 8", "2"], gold=["100"] * 3 + ["?"])
     [1.0, 0.5, 0.0, None]
     """
-    scores: list[float | None] = []
-    for text, written in zip(own_texts(completions, prompts), gold, strict=True):
-        value, answer = parse_number(written), extract_answer(text)
-        if value is None:
-            scores.append(None)
-            continue
-        off = None if answer is None else abs(answer - value)
-        steps = [(1.0, Fraction(0)), (0.5, abs(value) / 10), (0.25, abs(value) / 5)]
-        paid = [pay for pay, most in steps if off is not None and off <= most]
-        scores.append(max(paid, default=0.0))
-    return scores
+    texts = own_texts(completions, prompts)
+    return [
+        None if value is None else pay_by_distance(extract_answer(text), value)
+        for text, value in zip(texts, map(parse_number, gold), strict=True)
+    ]
+
+
+def pay_by_distance(answer: Fraction | None, value: Fraction) -> float:
+    """Returns what `closeness` pays for an answer, given the gold value."""
+    if answer is None:
+        return 0.0
+    off, size = abs(answer - value), abs(value)
+    return 1.0 if off == 0 else 0.5 if 10 * off <= size else 0.25 * (5 * off <= size)
 
 
 def strict_format(
-    completions: list[Completion], prompts: list[Completion] | None = None, **_: Any
+    completions: list[Completion], prompts: Prompts = None, **_: Any
 ) -> list[float | None]:
     """Returns 1.0 where the text is working and one final `#### <number>` line.
 
@@ -102,7 +112,7 @@ def strict_format(
 
 
 def soft_format(
-    completions: list[Completion], prompts: list[Completion] | None = None, **_: Any
+    completions: list[Completion], prompts: Prompts = None, **_: Any
 ) -> list[float | None]:
     """Returns 1.0 where `####` and a number stand once, wherever that is.
 
@@ -113,7 +123,7 @@ def soft_format(
 
 
 def number_present(
-    completions: list[Completion], prompts: list[Completion] | None = None, **_: Any
+    completions: list[Completion], prompts: Prompts = None, **_: Any
 ) -> list[float | None]:
     """Returns 1.0 where the text gives one answer that is a number, marked or not.
 
@@ -132,10 +142,6 @@ def punish_overlong(max_completion_length: int) -> Reward:
     Equation 13 of DAPO (arXiv 2503.14476), as TRL has it: nothing up to 80 % of the
     longest completion in tokens, then a straight line to -1.0 where it is cut. The 20 %
     are the paper's, 4,096 of 20,480 tokens.
-
-    >>> overlong = punish_overlong(100)
-    >>> overlong(completion_ids=[[1] * 80, [1] * 90, [1] * 100])
-    [0.0, -0.5, -1.0]
     """
     from trl.rewards import get_soft_overlong_punishment
 
@@ -182,11 +188,7 @@ def margin(weights: dict[str, float]) -> float:
 def choose(
     weights: dict[str, float], max_completion_length: int
 ) -> tuple[list[Reward], list[float]]:
-    """Returns reward functions and their weights, as `GRPOTrainer` takes them.
-
-    >>> functions, weights = choose({"correctness": 1.0, "overlong": 0.2}, 64)
-    >>> [f.__name__ for f in functions], weights
-    (['correctness', 'overlong'], [1.0, 0.2])
+    """Returns the reward functions and their weights, as `GRPOTrainer` takes them.
 
     Args:
         weights: by the reward's name.

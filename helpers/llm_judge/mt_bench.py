@@ -21,12 +21,11 @@ from helpers.data.formats import Messages, Row
 from helpers.data.preparation import read_rows, write_rows
 from helpers.errors import DataError
 from helpers.evaluation import stats
-from helpers.evaluation.evaluator import model_print
+from helpers.evaluation.items import find_adapters, model_print
 from helpers.inference.generation import generate
 from helpers.llm_judge.judge import UNJUDGED, Judge, no_verdict, read_rating
 from helpers.models import load as models
 from helpers.runs import Run, fingerprint
-from helpers.training.trainer import ensure_adapter
 
 # `temperature_config` and `NEED_REF_CATS` of fastchat/llm_judge/common.py
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -84,17 +83,6 @@ def fill(prompt: Row, **fields: str) -> Messages:
     text = prompt["prompt_template"].format(**fields)
     system = {"role": "system", "content": prompt["system_prompt"]}
     return [system, {"role": "user", "content": text}]
-
-
-def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | None]:
-    """Returns the adapter of each label, by default of all models of the run."""
-    stages = {str(stage): stage for stage in run.config.stages}
-    known = ["base", *stages]
-    if unknown := [label for label in labels or [] if label not in known]:
-        expected = f"expected one of {', '.join(known)}"
-        raise DataError(f"run {run.config.name!r} has no {unknown[0]!r}: {expected}")
-    names = labels or known
-    return {n: ensure_adapter(run, stages[n]) if n in stages else None for n in names}
 
 
 def subsample(rows: list[Row], limit: int | None) -> list[Row]:

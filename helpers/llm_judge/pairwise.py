@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from helpers.config import HELD_OUT
 from helpers.data.preparation import read_rows, write_rows
 from helpers.errors import DataError, JudgeError
-from helpers.evaluation.results import percent
 from helpers.evaluation.stats import proportion
+from helpers.evaluation.tables import percent
 from helpers.llm_judge.judge import UNJUDGED, Judge, no_verdict, read_winner
 from helpers.llm_judge.mt_bench import add_result, fill, read_fastchat
 from helpers.runs import Run
@@ -24,7 +25,6 @@ from helpers.runs import Run
 if TYPE_CHECKING:
     from IPython.display import HTML
 
-PARTS = ("test", "test_new", "test_chat", "eval")
 METRICS = {"correct": "right answers", "rougeL": "ROUGE-L", "judge": "a judge"}
 SWAPPED = {"first": "second", "second": "first", "tie": "tie"}
 # inline, as viewers drop style sheets; half-clear colours suit light and dark
@@ -47,7 +47,7 @@ def read_pairs(
     """
     first, second = models
     folders = run.require(f"eval/{first}"), (other or run).require(f"eval/{second}")
-    names = [part] if part else PARTS
+    names = [part] if part else HELD_OUT
     shared = [n for n in names if all((f / f"{n}.jsonl").exists() for f in folders)]
     if not shared:
         expected = f"expected one of {', '.join(names)} in both, evaluate both again"

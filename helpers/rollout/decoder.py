@@ -7,6 +7,7 @@ without a graph.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from helpers import runtime
@@ -15,14 +16,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
+
 LOOK = 16  # tokens between two looks at whether all rows have ended
 
 
 class Settings(NamedTuple):
-    """How a token is drawn."""
+    """How a token is drawn; the temperature is over 0."""
 
     temperature: float = 1.0
-    """Over 0."""
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -37,22 +39,20 @@ class Completion(NamedTuple):
 
 
 class Decoder:
-    """Samples completions from a model whose weights keep their place in memory."""
+    """Samples completions from a model whose weights keep their addresses.
+
+    Args:
+        net: whose attention takes a mask of (batch, 1, length, seen), see
+            `merged_copy.grouped_attention`.
+        compiled: on a GPU, fuse small kernels with torch.compile, which takes half a
+            minute once.
+    """
 
     def __init__(self, net: PreTrainedModel, *, compiled: bool = False) -> None:
-        """Captures nothing yet.
-
-        Args:
-            net: whose attention takes a mask of (batch, 1, length, seen), see
-                `folding.grouped_attention`.
-            compiled: on a GPU, fuse small kernels with torch.compile, which takes half
-                a minute once.
-        """
         import torch
 
-        self.net = net
+        self.net, self.forward = net, net.forward
         self.compiled = compiled and net.device.type == "cuda"
-        self.forward = net.forward
         if self.compiled:
             self.forward = torch.compile(net.forward, dynamic=False)
         self.graph: Any = None
@@ -72,7 +72,7 @@ class Decoder:
         Args:
             prompts: token ids, of any lengths.
             max_new_tokens: completions are cut here.
-            stops: tokens that end a completion.
+            stops: tokens that end a completion, at least one.
             settings: how tokens are drawn; None takes the likeliest instead, by the
                 same graph.
         """
@@ -88,69 +88,57 @@ class Decoder:
             mask = torch.tensor([[0] * (widest - len(r)) + [1] * len(r) for r in rows])
             self.greedy.fill_(settings is None)
             self.start(ids.to(device), mask.to(device).bool())
-            for done in range(1, max_new_tokens):
-                if done % LOOK == 0 and bool(self.ended.all()):
+            for count in range(1, max_new_tokens):
+                if count % LOOK == 0 and bool(self.ended.all()):
                     break
-                self.next_token()
-        found = self.tokens[: len(prompts), :max_new_tokens].tolist()
+                self.token() if self.graph is None else self.graph.replay()
+        tokens = self.tokens[: len(prompts), :max_new_tokens].tolist()
         logps = self.logps[: len(prompts), :max_new_tokens].tolist()
-        return [
-            Completion(row[:end], logp[:end])
-            for row, logp in zip(found, logps, strict=True)
-            for end in [first_stop(row, stops)]
-        ]
+        ends = [first_stop(row, stops) for row in tokens]
+        columns = zip(tokens, logps, ends, strict=True)
+        return [Completion(row[:end], logp[:end]) for row, logp, end in columns]
 
     def prepare(
         self, rows: int, length: int, stops: list[int], settings: Settings
     ) -> None:
-        """Allocates cache and buffers, and captures the graph, where they do not fit.
+        """Makes buffers and the graph, where those of before do not fit.
 
-        Args:
-            rows: of a batch.
-            length: tokens of the longest prompt and completion together.
-            stops: at least one, as for `generate`.
-            settings: how tokens are drawn.
+        They are then no smaller than before. `length` is of the longest prompt and
+        completion together, in tokens, and is rounded up to whole blocks.
         """
         import torch
 
         fits = rows <= self.rows and length <= self.length and len(stops) <= self.room
         if not fits or settings != self.settings:
-            self.allocate(rows, length, len(stops), settings)
+            self.rows = max(rows, self.rows)
+            self.length = max(-(-length // 64) * 64, self.length)
+            self.room, self.settings = max(len(stops), self.room), settings
+            self.allocate()
         padded = stops + stops[-1:] * (self.room - len(stops))
         self.stops.copy_(torch.tensor(padded))
 
-    def allocate(self, rows: int, length: int, room: int, settings: Settings) -> None:
-        """Makes buffers and the graph, no smaller than those that they replace.
-
-        Args:
-            rows: as for `prepare`, and so `length`.
-            length: rounded up to whole blocks.
-            room: for as many stop tokens.
-            settings: as for `generate`.
-        """
+    def allocate(self) -> None:
+        """Makes cache, buffers and, on a GPU, the graph."""
         import torch
         from transformers import StaticCache
 
-        self.rows = rows = max(rows, self.rows)
-        self.length = max(-(-length // 64) * 64, self.length)
-        self.room, self.settings = max(room, self.room), settings
         # give their memory back before the new ones take theirs: a capture cannot
         self.graph = self.cache = None
         runtime.free_memory()
-        device = self.net.device
-        self.stops = torch.zeros(self.room, dtype=torch.long, device=device)
-        self.cache = StaticCache(self.net.config, max_cache_len=self.length)
-        self.mask = torch.zeros(
-            rows, 1, 1, self.length, dtype=torch.bool, device=device
-        )
-        self.last = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.slot = torch.zeros(1, dtype=torch.long, device=device)
-        self.count = torch.zeros(1, dtype=torch.long, device=device)
-        self.ended = torch.zeros(rows, 1, dtype=torch.bool, device=device)
-        self.greedy = torch.zeros(1, dtype=torch.bool, device=device)
-        self.tokens = torch.zeros(rows, self.length, dtype=torch.long, device=device)
-        self.logps = torch.zeros(rows, self.length, device=device)
+        rows, length, device = self.rows, self.length, self.net.device
+        self.cache = StaticCache(self.net.config, max_cache_len=length)
+        flags = {"dtype": torch.bool, "device": device}
+        numbers = {"dtype": torch.long, "device": device}
+        self.mask = torch.zeros(rows, 1, 1, length, **flags)
+        self.ended = torch.zeros(rows, 1, **flags)
+        self.greedy = torch.zeros(1, **flags)
+        self.stops = torch.zeros(self.room, **numbers)
+        self.last = torch.zeros(rows, 1, **numbers)
+        self.position = torch.zeros(rows, 1, **numbers)
+        self.slot = torch.zeros(1, **numbers)
+        self.count = torch.zeros(1, **numbers)
+        self.tokens = torch.zeros(rows, length, **numbers)
+        self.logps = torch.zeros(rows, length, device=device)
         if device.type == "cuda":
             # the draws of training go on as if this had not been needed
             with torch.random.fork_rng([device]):
@@ -171,7 +159,7 @@ class Decoder:
             except RuntimeError as error:
                 if not self.compiled:
                     raise
-                print(f"torch.compile failed, sampling goes on without: {error}"[:300])  # noqa: T201
+                log.info(f"torch.compile failed, sampling without it: {error}"[:300])
                 self.forward = self.net.forward
                 for _ in range(3):
                     self.token()
@@ -191,8 +179,7 @@ class Decoder:
         import torch
 
         width = ids.shape[1]
-        for layer in self.cache.layers:
-            layer.cumulative_length.zero_()
+        self.cache.reset()
         for buffer in (self.mask, self.count, self.ended):
             buffer.zero_()
         causal = torch.ones(width, width, dtype=torch.bool, device=ids.device).tril()
@@ -209,10 +196,6 @@ class Decoder:
         self.slot.fill_(width)
         self.position.copy_(position[:, -1:] + 1)
         self.draw(logits[:, -1])
-
-    def next_token(self) -> None:
-        """Draws the next token of every row."""
-        self.token() if self.graph is None else self.graph.replay()
 
     def token(self) -> None:
         """Reads the last token of every row and draws the next: what is captured."""
@@ -231,18 +214,18 @@ class Decoder:
     def draw(self, logits: Tensor) -> None:
         """Writes a token drawn from logits (rows, vocabulary), and its log-probability.
 
-        Of the exponential trick: the largest of p / Exp(1) falls on each token with
-        its probability p. Without the noise it is the likeliest, which no setting
-        rules out.
+        By exponential noise (the Gumbel-max trick): the largest of p / Exp(1) falls on
+        each token with its probability p. Without the noise it is the likeliest, which
+        no setting rules out.
         """
         import torch
 
         scores = logits.float() / self.settings.temperature
         logps = scores.log_softmax(-1)
-        kept = keep(scores, self.settings)
-        noise = torch.empty_like(kept).exponential_().log()
+        allowed = rule_out(scores, self.settings)
+        noise = torch.empty_like(allowed).exponential_().log()
         noise.masked_fill_(self.greedy, 0.0)
-        token = (kept - noise).argmax(-1, keepdim=True)
+        token = (allowed - noise).argmax(-1, keepdim=True)
         self.tokens.index_copy_(1, self.count, token)
         self.logps.index_copy_(1, self.count, logps.gather(-1, token))
         self.last.copy_(token)
@@ -250,7 +233,7 @@ class Decoder:
         self.count.add_(1)
 
 
-def keep(scores: Tensor, settings: Settings) -> Tensor:
+def rule_out(scores: Tensor, settings: Settings) -> Tensor:
     """Returns scores with -inf for tokens that the settings rule out."""
     from transformers.generation import logits_process as process
 
@@ -264,11 +247,9 @@ def keep(scores: Tensor, settings: Settings) -> Tensor:
 
 
 def first_stop(ids: list[int], stops: list[int]) -> int:
-    """Returns how many ids there are up to the first stop, itself included.
+    """Returns the number of ids up to the first stop, itself included.
 
-    >>> first_stop([5, 6, 2, 7], [2])
-    3
-    >>> first_stop([5, 6], [2])
-    2
+    >>> first_stop([5, 6, 2, 7], [2]), first_stop([5, 6], [2])
+    (3, 2)
     """
     return next((n for n, i in enumerate(ids, 1) if i in stops), len(ids))

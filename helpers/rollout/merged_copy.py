@@ -1,6 +1,6 @@
-"""The 16-bit copy of a model in training, with its adapter folded into the weights.
+"""The 16-bit copy of a model in training, with its adapter merged into the weights.
 
-Folded anew, in place, from the trained model's own base weights, which are dequantised
+Merged anew, in place, from the trained model's own base weights, which are dequantised
 each time: nothing drifts, no second copy is kept, and CUDA graphs stay valid.
 """
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 ATTENTION = "tunebook_grouped"
 
 
-class FoldedCopy:
-    """A plain transformers model that says what a PEFT model says.
+class MergedCopy:
+    """A plain transformers model, `net`, with the outputs of a PEFT model.
 
-    `net` is the copy. Weights that no adapter changes and that lie in memory in the
-    copy's dtype already are shared with the model.
+    Weights that no adapter changes, and that are in the copy's dtype already, are
+    shared with the model.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: Any) -> None:
-        """Makes the copy; the folded weights are empty until `refresh`.
+        """Makes the copy; the merged weights are empty until `refresh`.
 
         Args:
             model: with LoRA layers, its base in 4, 8 or 16 bit.
@@ -41,21 +41,23 @@ class FoldedCopy:
         config = copy.deepcopy(base.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        # private, as AutoModelForCausalLM.from_config takes the class that is patched
         with init_empty_weights(include_buffers=False):
-            net = pristine_class(config)._from_config(
+            net = original_class(base)._from_config(
                 config, dtype=dtype, attn_implementation=ATTENTION
             )
-        self.folded: list[tuple[Any, Tensor]] = []
+        self.merged: list[tuple[Any, Tensor]] = []
         for name, parameter in list(net.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             source = base.get_submodule(owner)
             if leaf == "weight" and hasattr(source, "get_delta_weight"):
                 value = torch.empty(parameter.shape, dtype=dtype, device=model.device)
-                self.folded.append((source, value))
+                self.merged.append((source, value))
             else:
                 source = getattr(source, "base_layer", source)
-                whole = dequantize_module_weight if leaf == "weight" else None
-                value = whole(source) if whole else getattr(source, leaf)
+                value = getattr(source, leaf)
+                if leaf == "weight":
+                    value = dequantize_module_weight(source)
                 value = value.detach().to(dtype)
             fixed = torch.nn.Parameter(value, requires_grad=False)
             setattr(net.get_submodule(owner), leaf, fixed)
@@ -64,12 +66,12 @@ class FoldedCopy:
         self.net: PreTrainedModel = net.to(model.device).eval()
 
     def refresh(self) -> None:
-        """Folds the adapter as it is now into the copy's weights, in place."""
+        """Merges the adapter as it is now into the copy's weights, in place."""
         import torch
         from peft.utils.integrations import dequantize_module_weight
 
         with torch.no_grad():
-            for layer, weight in self.folded:
+            for layer, weight in self.merged:
                 total = dequantize_module_weight(layer.base_layer).float()
                 for adapter in layer.active_adapters:
                     total = total + layer.get_delta_weight(adapter)
@@ -90,21 +92,18 @@ def fuse_norms(net: PreTrainedModel) -> None:
             net.set_submodule(name, fused)
 
 
-def pristine_class(config: Any) -> type[PreTrainedModel]:
-    """Returns the model class of a config, as transformers wrote it.
+def original_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """Returns a model's class as transformers wrote it.
 
     Unsloth replaces methods of the imported classes, so the module is executed anew.
     """
-    from transformers import AutoModelForCausalLM
-
-    known = AutoModelForCausalLM._model_mapping[type(config)].__name__
-    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    name = type(model.config).__module__.replace(".configuration_", ".modeling_")
     spec = importlib.util.find_spec(name)
     if spec is None or spec.loader is None:
-        raise ModuleNotFoundError(f"{name}, where {known} should be, does not exist")
+        raise ModuleNotFoundError(f"{name}, the module of {type(model)}, is missing")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, known)
+    return getattr(module, type(model).__name__)
 
 
 def grouped_attention(

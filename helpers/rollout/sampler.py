@@ -1,156 +1,134 @@
-"""Chooses how GRPO samples its completions; without vLLM, from a 16-bit copy.
+"""Chooses how GRPO samples its completions: from a 16-bit copy where that pays.
 
-A token takes a 4-bit model with LoRA hundreds of small kernels, started one by one. A
-copy with the adapter in its weights (see `folding`) answers in one CUDA graph a token
-(see `decoding`). `Sampler` is a `rollout_func` of TRL's GRPOTrainer, which Unsloth's
-trainer keeps.
+A token takes a 4-bit model with LoRA hundreds of small kernels, launched one by one. A
+copy with the adapter in its weights (`merged_copy`) answers in one CUDA graph a token
+(`decoder`). `Sampler` is a `rollout_func` of TRL's GRPOTrainer, which Unsloth's keeps.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 import os
 import re
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from helpers import fields, runtime
-from helpers.config import RunConfig, changed
+from helpers import runtime
+from helpers.config import RunConfig, complete, defaults
 from helpers.errors import ConfigError
 from helpers.inference.generation import Answer, Prompt, cut_answer, encode
 from helpers.masking.templates import stop_token_ids
 from helpers.rollout.decoder import Completion, Decoder, Settings
-from helpers.rollout.merged_copy import FoldedCopy
+from helpers.rollout.merged_copy import MergedCopy
+from helpers.runs import Run, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 COMPILE_MINUTES, COMPILE_STEPS = 10, 200  # from which on compiling pays
 CHECK_STEPS = 10  # optimiser steps between two comparisons with the trained model
+PROMPT_TOKENS = 256  # of a problem, where max_prompt_length is open
+COPY_SHARE = 0.5  # of free memory; the rest is for the training step
 
 
-class Choice(NamedTuple):
-    """How the completions of a run are sampled."""
+def choose_sampler(run: Run, model: PreTrainedModel) -> Sampler | None:
+    """Returns what samples for a run: its `sampler`, or what suits the machine.
 
-    name: Literal["copy", "model", "vllm"]
-    reason: str
-    rollout: Sampler | None
-    """For GRPOTrainer's `rollout_func`."""
-    arguments: dict[str, Any]
-    """For GRPOConfig."""
-
-
-def choose(config: RunConfig, model: PreTrainedModel) -> Choice:
-    """Returns how a run samples: what its config asks for, or what suits the machine.
+    None is TRL's own sampling from the trained model. The reason is logged, and kept
+    in `grpo/sampler.json`.
 
     Args:
-        config: the run.
-        model: with LoRA attached, from `train.load_for_training`.
+        run: whose config is gone by.
+        model: with LoRA attached, from `load_for_training`.
 
     Raises:
-        ConfigError: what is asked for does not work with this model or machine.
+        ConfigError: a copy that is asked for does not work with this model.
     """
-    asked = config.sampler
-    if asked == "vllm":
-        if importlib.util.find_spec("vllm") is None:
-            raise ConfigError(
-                "sampler='vllm' but vLLM is not installed: `pip install vllm` on a GPU "
-                "newer than a T4, or choose 'auto', which needs nothing more"
-            )
-        arguments = {"use_vllm": True, "vllm_mode": "colocate"}
-        return Choice("vllm", "the config asks for it", None, arguments)
-    if asked == "model":
-        return Choice("model", "the config asks for it", None, {})
-    fault = unsupported(config, model)
-    if asked == "copy":
+    config, fault = run.config, unsupported(run.config, model)
+    if config.sampler == "copy":
         if fault:
             raise ConfigError(f"sampler='copy' does not work: {fault}; choose 'model'")
-        sampler = Sampler(model, compiled=is_long(config))
-        return Choice("copy", "the config asks for it", sampler, {})
-    if runtime.find_machine().device != "cuda":
-        return Choice("model", "a copy is faster only on a GPU", None, {})
-    fault = fault or no_room(config)
+    elif config.sampler == "model":
+        fault = "the config asks for it"
+    elif model.device.type != "cuda":
+        fault = "a copy is faster only on a GPU"
+    else:
+        fault = fault or no_room(config, model)
+    note = {"name": "model" if fault else "copy", "reason": fault}
+    write_json(run.path / "grpo" / "sampler.json", note)
     if fault:
-        return Choice("model", fault, None, {})
-    sampler = Sampler(model, compiled=is_long(config))
-    return Choice("copy", "the GPU holds a 16-bit copy", sampler, {})
-
-
-def is_long(config: RunConfig) -> bool:
-    """Returns whether a run is long enough for compiling the sampler, half a minute.
-
-    >>> from helpers import recipes
-    >>> is_long(changed(recipes.load("demo"), grpo_minutes=60))
-    True
-    """
+        log.info(f"GRPO samples from the trained model: {fault}")
+        return None
+    log.info("GRPO samples from a 16-bit copy of the model")
+    steps = complete(config, "grpo")["max_steps"]
+    is_long = not 0 < steps < COMPILE_STEPS
     if config.grpo_minutes:
-        return config.grpo_minutes >= COMPILE_MINUTES
-    return not 0 < fields.complete(config, "grpo")["max_steps"] < COMPILE_STEPS
+        is_long = config.grpo_minutes >= COMPILE_MINUTES
+    return Sampler(model, compiled=is_long)
 
 
-def no_room(config: RunConfig) -> str:
+def no_room(config: RunConfig, model: PreTrainedModel) -> str:
     """Returns why a GPU cannot hold the copy beside training, or an empty string."""
-    from helpers import gpus, memory, shapes
+    import torch
 
-    gpu = gpus.this_gpu() or gpus.T4
-    try:
-        settled = memory.settle_sampler(config, gpu)
-    except shapes.UnknownArchitecture as error:
-        return f"it is not known what a copy takes: {error}"
-    if settled.sampler == "copy":
+    values, numbers = complete(config, "grpo"), model.config.get_text_config()
+    rounds = values["steps_per_generation"] or values["gradient_accumulation_steps"]
+    rows = values["per_device_train_batch_size"] * rounds
+    tokens = values["max_completion_length"]
+    tokens += config.max_prompt_length or PROMPT_TOKENS
+    heads = numbers.num_attention_heads
+    width = getattr(numbers, "head_dim", None) or numbers.hidden_size // heads
+    kv_heads = getattr(numbers, "num_key_value_heads", None) or heads
+    cache = 4 * numbers.num_hidden_layers * kv_heads * width * rows * tokens
+    layers = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
+    need = cache + sum(2 * m.in_features * m.out_features for m in layers)
+    cap = runtime.memory_cap_gb() * 2**30 - torch.cuda.memory_reserved()
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free = min(torch.cuda.mem_get_info()[0], cap) + unused
+    if need <= COPY_SHARE * free:
         return ""
-    need = memory.predict(changed(config, sampler="copy"), gpu, "grpo").peak_gb
-    return f"with a copy it would take {need:.1f} of {gpu.memory_gb:.1f} GiB"
+    return f"a copy would take {need / 2**30:.1f} of {free / 2**30:.1f} GiB free"
 
 
 def unsupported(config: RunConfig, model: PreTrainedModel) -> str:
     """Returns why a run cannot be sampled from a copy, or an empty string."""
-    others = ["generation_kwargs", "repetition_penalty"]
-    usual = fields.defaults("grpo")
+    usual = defaults("grpo")
+    others = ["generation_kwargs", "repetition_penalty", "use_vllm"]
     for name in [*others, "use_transformers_continuous_batching"]:
         if config.grpo.get(name, usual[name]) != usual[name]:
             return f"it does not know grpo.{name}"
-    return unsupported_model(model)
-
-
-def unsupported_model(model: PreTrainedModel) -> str:
-    """Returns why a model cannot be sampled from a copy, or an empty string."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    numbers = model.config.get_text_config()
+    kinds = set(getattr(numbers, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         return f"the model's layers are of the kinds {', '.join(sorted(kinds))}"
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = getattr(numbers, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
         return "the model's position encoding changes with the length"
-    odd = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not re.search(r"\.lora_[AB]\.\w+\.weight$", name)
-    ]
-    if odd:
-        return f"{odd[0]} is trained besides LoRA matrices"
+    for name, parameter in model.named_parameters():
+        is_lora = re.search(r"\.lora_[AB]\.\w+\.weight$", name)
+        if parameter.requires_grad and not is_lora:
+            return f"{name} is trained besides LoRA matrices"
     return ""
 
 
 class Sampler:
-    """Samples completions from a folded copy of the model that is trained.
+    """Samples completions from a merged copy of the model that is trained.
 
     Holds the copy, its cache and its graph's memory for as long as it lives.
+
+    Args:
+        model: a PEFT model that is trained, on its device.
+        compiled: fuse the copy's small kernels with torch.compile, which takes half a
+            minute once.
     """
 
     def __init__(self, model: PreTrainedModel, *, compiled: bool = False) -> None:
-        """Makes the copy; nothing is folded or captured yet.
-
-        Args:
-            model: a PEFT model that is trained, on its device.
-            compiled: fuse the copy's small kernels with torch.compile, which takes
-                half a minute once.
-        """
-        os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is experimental
-        self.model = model
+        # TRL's switch for its warning that rollout_func is experimental
+        os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
         dtype, _ = runtime.choose_dtype(runtime.find_machine())
-        self.copy = FoldedCopy(model, dtype)
+        self.copy = MergedCopy(model, dtype)
         self.decoder = Decoder(self.copy.net, compiled=compiled)
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
@@ -160,20 +138,20 @@ class Sampler:
             prompts: one for each completion, as TRL repeats them.
             trainer: TRL's or Unsloth's, whose arguments say how to sample.
         """
-        ids = trainer._tokenize_prompts(prompts)[0]
+        ids = [encode(trainer.processing_class, prompt) for prompt in prompts]
         settings = settings_of({n: getattr(trainer, n) for n in Settings._fields})
         self.copy.refresh()
-        found = self.decoder.generate(
+        completions = self.decoder.generate(
             ids, trainer.max_completion_length, trainer.eos_token_ids, settings
         )
         step = trainer.state.global_step
         if trainer.model.training and step % CHECK_STEPS == 0:
             row = step // CHECK_STEPS % len(ids)
-            agreement(trainer, ids[row], found[row])
+            log_drift(trainer, ids[row], completions[row])
         return {
             "prompt_ids": ids,
-            "completion_ids": [completion.ids for completion in found],
-            "logprobs": [completion.logps for completion in found],
+            "completion_ids": [completion.ids for completion in completions],
+            "logprobs": [completion.logps for completion in completions],
         }
 
     def generate(
@@ -185,15 +163,7 @@ class Sampler:
         max_new_tokens: int = 256,
         sampling: dict[str, Any] | None = None,
     ) -> list[Answer]:
-        """Returns the model's answers as `generation.generate` does, but faster.
-
-        Args:
-            tokenizer: of the model.
-            prompts: conversations that end in a user turn, or texts.
-            batch_size: prompts a batch.
-            max_new_tokens: answers are cut here.
-            sampling: as there; greedy without.
-        """
+        """Returns the model's answers as `generation.generate` does, but faster."""
         drawn = dict(sampling or {})
         max_new_tokens = drawn.pop("max_new_tokens", max_new_tokens)
         settings = settings_of(drawn) if drawn else None
@@ -203,8 +173,8 @@ class Sampler:
         answers = []
         for start in range(0, len(ids), batch_size):
             batch = ids[start : start + batch_size]
-            found = self.decoder.generate(batch, max_new_tokens, stops, settings)
-            answers += [cut_answer(tokenizer, each.ids, stops) for each in found]
+            rows = self.decoder.generate(batch, max_new_tokens, stops, settings)
+            answers += [cut_answer(tokenizer, row.ids, stops) for row in rows]
         return answers
 
 
@@ -214,29 +184,29 @@ def settings_of(values: dict[str, Any]) -> Settings:
     >>> settings_of({"temperature": 0.7, "top_k": 0, "min_p": None})
     Settings(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0)
     """
-    given = {name: values.get(name) for name in Settings._fields}
-    return Settings(**{n: value for n, value in given.items() if value is not None})
+    chosen = {n: values.get(n) for n in Settings._fields}
+    return Settings(**{n: value for n, value in chosen.items() if value is not None})
 
 
-def agreement(trainer: Any, prompt: list[int], completion: Completion) -> None:
+def log_drift(trainer: Any, prompt: list[int], completion: Completion) -> None:
     """Logs how far a completion's log-probabilities are from the trained model's.
 
     Under TRL's names for vLLM. One row alone: unpadded rows are scored alike by both
-    trainers, and the forward pass costs little.
+    trainers, and the forward pass costs little. Two private methods of TRL's trainer:
+    only the first scores as both engines train, only the second logs beside TRL's
+    metrics.
     """
     import torch
 
-    device = trainer.accelerator.device
+    device, length = trainer.accelerator.device, len(completion.ids)
     ids = torch.tensor([prompt + completion.ids], device=device)
-    length = len(completion.ids)
     with torch.no_grad():
         trained = trainer._get_per_token_logps_and_entropies(
             trainer.model, ids, torch.ones_like(ids), length
         )[0]
     sampled = torch.tensor([completion.logps], device=device)
     difference = trained[:, -length:].float() - sampled
-    mean = difference.abs().mean().item()
-    name = "sampling/"
-    trainer._log_metric(name + "sampling_logp_difference/mean", mean)
-    ratio = difference.exp().mean().item()
-    trainer._log_metric(name + "importance_sampling_ratio/mean", ratio)
+    name, mean = "sampling/sampling_logp_difference/mean", difference.abs().mean()
+    trainer._log_metric(name, mean.item())
+    name = "sampling/importance_sampling_ratio/mean"
+    trainer._log_metric(name, difference.exp().mean().item())

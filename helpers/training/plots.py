@@ -1,135 +1,75 @@
-"""Curves of what a training logged: losses, and GRPO's diagnostics."""
+"""Curves of what a trainer logged: losses, and GRPO's diagnostics."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from helpers.grpo.diagnostics import SKIPPED, Entry
-from helpers.grpo.record import ALL_RIGHT, ALL_WRONG, Row, answers_table
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-def draw_losses(entries: list[Entry], path: Path) -> None:
-    """Draws loss, eval loss and reward over the steps, whichever were logged."""
-    from matplotlib.figure import Figure
-
-    panels = [
-        [name for name in names if any(name in entry for entry in entries)]
-        for names in (["loss", "eval_loss"], ["reward"], ["learning_rate"])
-    ]
-    panels = [names for names in panels if names]
-    if not panels:
-        return
-    figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
-    for number, names in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), number)
-        for name in names:
-            points = [(e["step"], e[name]) for e in entries if name in e]
-            marker = "o" if len(points) < 20 else None
-            axes.plot(*zip(*points, strict=True), label=name, marker=marker)
-        axes.set_xlabel("optimiser step")
-        axes.set_ylabel(names[0].replace("_", " "))
-        axes.grid(alpha=0.3)
-        if len(names) > 1:
-            axes.legend()
-    figure.savefig(path, dpi=110)
+LOSSES = {
+    "loss": ["loss", "eval_loss"],
+    "reward": ["reward"],
+    "learning rate": ["learning_rate"],
+}
+DIAGNOSTICS = {
+    "share of groups without gradient": [
+        "frac_reward_zero_std",
+        "groups/all_wrong",
+        "groups/all_right",
+    ],
+    "completion length, tokens": ["completions/mean_length", "completions/max_length"],
+    "share of answers cut off": ["completions/clipped_ratio"],
+    "nats a token": ["entropy", "kl"],
+    "optimiser": ["grad_norm", "skipped_steps"],
+}
 
 
-def component_names(entries: list[Entry]) -> list[str]:
-    """Returns the names of the rewards that were logged.
-
-    >>> component_names([{"rewards/correctness/mean": 0.5, "loss": 0}])
-    ['correctness']
-    """
-    names = [
-        key.split("/")[1]
-        for entry in entries
-        for key in entry
-        if key.startswith("rewards/") and key.endswith("/mean")
-    ]
-    return list(dict.fromkeys(names))
+def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
+    """Saves the curves of losses, reward and learning rate, whichever were logged."""
+    draw_curves(history, LOSSES).savefig(path, dpi=110)
 
 
-def draw_diagnostics(entries: list[Entry], path: Path | None = None) -> Figure:
-    """Draws the diagnostics over the steps, and saves them where a path is given."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    axes = figure.subplots(2, 3).ravel()
-    for name in component_names(entries):
-        line(axes[0], entries, f"rewards/{name}/mean", name, f"rewards/{name}/std")
-    line(axes[0], entries, "eval_reward", "held out (greedy)", marker="D")
-    axes[0].set_title("reward by component (band: spread)")
-    line(axes[1], entries, "frac_reward_zero_std", "no spread")
-    line(axes[1], entries, ALL_WRONG, "all wrong")
-    line(axes[1], entries, ALL_RIGHT, "all right")
-    axes[1].set_title("share of groups without gradient")
-    axes[1].set_ylim(-0.03, 1.03)
-    line(axes[2], entries, "completions/mean_length", "mean")
-    line(axes[2], entries, "completions/max_length", "longest")
-    axes[2].set_title("completion length, tokens")
-    line(axes[3], entries, "completions/clipped_ratio", "cut at the limit")
-    axes[3].set_title("share of answers cut off")
-    axes[3].set_ylim(-0.03, 1.03)
-    line(axes[4], entries, "entropy", "entropy")
-    line(axes[4], entries, "kl", "KL from the start")
-    has_kl = any(e.get("kl") is not None for e in entries)
-    axes[4].set_title("nats a token" + ("" if has_kl else " (no KL: beta is 0)"))
-    line(axes[5], entries, "grad_norm", "gradient norm")
-    line(axes[5], entries, SKIPPED, "skipped fp16 steps")
-    axes[5].set_title("optimiser")
-    for place in axes:
-        place.set_xlabel("optimiser step")
-        place.grid(alpha=0.3)
-        if place.get_legend_handles_labels()[0]:
-            place.legend(fontsize=8)
+def draw_diagnostics(history: list[dict[str, Any]], path: Path | None = None) -> Figure:
+    """Returns the curves of GRPO's diagnostics, and saves them at a path."""
+    names = {name: None for entry in history for name in entry}
+    rewards = [n for n in names if n.startswith("rewards/") and n.endswith("/mean")]
+    panels = {"reward by component (band: spread)": [*rewards, "eval_reward"]}
+    figure = draw_curves(history, panels | DIAGNOSTICS)
     if path is not None:
         figure.savefig(path, dpi=80)
     return figure
 
 
-def to_html(
-    title: str, entries: list[Entry], sentences: list[str], rows: list[Row]
-) -> str:
-    """Returns the whole panel: curves, what they mean, and a group of answers."""
-    data = io.BytesIO()
-    draw_diagnostics(entries).savefig(data, dpi=64)
-    picture = base64.b64encode(data.getvalue()).decode()
-    said = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
-    question = html.escape(rows[0]["question"]) if rows else ""
-    table = answers_table(rows)._repr_html_()
-    return (
-        f"<p><b>{html.escape(title)}</b></p>"
-        f'<img src="data:image/png;base64,{picture}" style="max-width:100%">'
-        f"<ul>{said}</ul><p><i>{question}</i></p>{table}"
-    )
+def draw_curves(history: list[dict[str, Any]], panels: dict[str, list[str]]) -> Figure:
+    """Returns a figure of the logged values, over the optimiser steps.
 
+    Args:
+        history: of the trainer's state.
+        panels: a title, and the values below it; empty ones are left out.
+    """
+    import pandas as pd
+    from matplotlib.figure import Figure
 
-def line(
-    axes: Axes,
-    entries: list[Entry],
-    name: str,
-    label: str,
-    spread: str | None = None,
-    marker: str | None = None,
-) -> None:
-    """Draws a logged value, with a band of its spread where that was logged."""
-    points = [e for e in entries if e.get(name) is not None]
-    if not points:
-        return
-    steps, values = [e["step"] for e in points], [e[name] for e in points]
-    if marker is None and len(points) < 20:
-        marker = "o"
-    drawn = axes.plot(steps, values, label=label, marker=marker, markersize=4)[0]
-    if spread is not None:
-        width = [e.get(spread) or 0.0 for e in points]
-        low = [v - w for v, w in zip(values, width, strict=True)]
-        high = [v + w for v, w in zip(values, width, strict=True)]
-        axes.fill_between(steps, low, high, alpha=0.12, color=drawn.get_color())
+    logged = pd.DataFrame(history).groupby("step").first()
+    logged = logged.dropna(axis="columns", how="all")
+    names = {title: [n for n in ns if n in logged] for title, ns in panels.items()}
+    names = {title: ns for title, ns in names.items() if ns}
+    rows = 1 + (len(names) > 3)
+    columns = -(-len(names) // rows)
+    figure = Figure(figsize=(3.8 * columns, 3 * rows), layout="constrained")
+    for number, (title, values) in enumerate(names.items(), start=1):
+        axes = figure.add_subplot(rows, columns, number, title=title)
+        axes.set_xlabel("optimiser step")
+        axes.grid(alpha=0.3)
+        for name in values:
+            curve = logged[name].dropna()
+            label = name.removeprefix("rewards/").removesuffix("/mean")
+            axes.plot(curve, label=label, marker="o" if len(curve) < 20 else None)
+            width = logged.get(name.replace("/mean", "/std"))
+            if width is not None and name.endswith("/mean"):
+                low, high = curve - width[curve.index], curve + width[curve.index]
+                axes.fill_between(curve.index, low, high, alpha=0.12)
+        axes.legend(fontsize=8)
+    return figure

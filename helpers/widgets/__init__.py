@@ -4,5 +4,8 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={"blind_form": ["BlindForm", "blind_results"]},
+    submod_attrs={
+        "blind_form": ["BlindForm", "blind_results"],
+        "config_form": ["ConfigForm"],
+    },
 )

@@ -17,8 +17,8 @@ import pandas as pd
 
 from helpers.data.formats import Row
 from helpers.data.preparation import read_rows
-from helpers.evaluation.results import percent
 from helpers.evaluation.stats import proportion
+from helpers.evaluation.tables import percent
 from helpers.llm_judge.pairwise import CELL, SWAPPED, count_wins, read_pairs
 from helpers.runs import Run, fingerprint
 

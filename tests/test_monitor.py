@@ -1,0 +1,253 @@
+"""The callbacks that watch a GRPO run, on states as the trainer has them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from helpers.grpo import diagnostics, monitor
+from helpers.runs import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+ARGUMENTS = SimpleNamespace(
+    eval_strategy="steps", max_completion_length=64, warmup_steps=2
+)
+
+
+@pytest.fixture(autouse=True)
+def what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+
+class Seconds:
+    """A clock that passes when a test says so."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def optimizer_and_scheduler(kind: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    optimizer.step()
+    return optimizer, get_scheduler(kind, optimizer, 2, monitor.ENDLESS)
+
+
+def train(
+    clock: monitor.Clock,
+    seconds: Seconds,
+    *,
+    step_s: float,
+    evaluation_s: float = 0.0,
+    start: int = 0,
+    kill_at: int | None = None,
+    kind: str = "linear",
+) -> tuple[int, list[float], int]:
+    """Steps a clock as the trainer does: last step, learning rates, evaluations."""
+    state = TrainerState(global_step=start, max_steps=monitor.ENDLESS)
+    control, rates, evaluations = TrainerControl(), [], 0
+    _, scheduler = optimizer_and_scheduler(kind)
+    clock.on_train_begin(ARGUMENTS, state, control, lr_scheduler=scheduler)
+    while not control.should_training_stop:
+        clock.on_step_begin(ARGUMENTS, state, control)
+        seconds.now += step_s * (1 if state.global_step else 3)  # the first compiles
+        scheduler.step()
+        state.global_step += 1
+        rates.append(scheduler.get_last_lr()[0])
+        control.should_evaluate = False
+        clock.on_step_end(ARGUMENTS, state, control)
+        if state.global_step == kill_at:
+            break
+        if control.should_evaluate:
+            seconds.now += evaluation_s
+            evaluations += 1
+            clock.on_evaluate(ARGUMENTS, state, control)
+    else:  # with an evaluation and a checkpoint, and no step to go
+        assert control.should_evaluate and control.should_save
+        assert state.max_steps == state.global_step
+    clock.on_train_end(ARGUMENTS, state, control)
+    return state.global_step, rates, evaluations
+
+
+@pytest.mark.parametrize("step_s", [0.5, 5.0, 20.0])
+@pytest.mark.parametrize("evaluation_s", [0.0, 12.0, 50.0])
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_a_run_takes_its_minutes_and_its_schedule_ends_with_them(
+    tmp_path: Path, step_s: float, evaluation_s: float, kind: str
+) -> None:
+    seconds = Seconds()
+    clock = monitor.Clock(tmp_path, 10, seconds)
+    _, rates, evaluations = train(
+        clock, seconds, step_s=step_s, evaluation_s=evaluation_s, kind=kind
+    )
+    assert clock.used_s == pytest.approx(600, rel=0.1)
+    assert 2 <= evaluations <= 9 and evaluations * evaluation_s <= 180
+    assert rates[0] == 0.5 and rates[1] == 1.0  # the warm-up counts steps
+    assert rates[1:] == sorted(rates[1:], reverse=True) and rates[-1] < 0.15
+    assert "10 minutes of grpo_minutes are used" in clock.reason
+
+
+def test_the_first_steps_say_how_many_fit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seconds = Seconds()
+    clock = monitor.Clock(tmp_path, 20, seconds)
+    steps, *_ = train(clock, seconds, step_s=12)
+    assert "12.0 s a step: about 98 steps fit into 20 minutes" in caplog.messages
+    assert steps == 98
+    note = json.loads((tmp_path / "clock.json").read_text())
+    assert note == {"used_s": 1200, "planned_steps": 98}
+
+
+def test_few_steps_are_called_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seconds = Seconds()
+    train(monitor.Clock(tmp_path, 1, seconds), seconds, step_s=12)
+    assert "so few show that it works, a gain takes more" in caplog.text
+
+
+def test_the_time_before_a_kill_counts(tmp_path: Path) -> None:
+    seconds = Seconds()
+    first = monitor.Clock(tmp_path, 2, seconds)
+    assert train(first, seconds, step_s=5, kill_at=14)[0] == 14
+    seconds.now += 3600  # nothing runs meanwhile
+    again = monitor.Clock(tmp_path, 2, seconds)
+    steps, *_ = train(again, seconds, step_s=5, start=10)
+    assert steps == 18  # of 22, four were lost
+    assert again.used_s == pytest.approx(120, abs=2.5)
+
+
+def test_without_minutes_the_time_is_only_measured(tmp_path: Path) -> None:
+    seconds = Seconds()
+    clock = monitor.Clock(tmp_path, None, seconds)
+    state, control = TrainerState(global_step=1, max_steps=4), TrainerControl()
+    clock.on_train_begin(ARGUMENTS, state, control)
+    seconds.now += 1e6
+    clock.on_step_end(ARGUMENTS, state, control)
+    assert not control.should_training_stop and state.max_steps == 4
+    assert json.loads((tmp_path / "clock.json").read_text())["used_s"] == 1e6
+
+
+# the panel
+
+
+def write_completions(run: Run, step: int, rows: list[tuple[Any, ...]]) -> None:
+    """Writes what TRL writes of a logged step: all groups, one after the other."""
+    folder = run.path / "grpo" / "checkpoints" / "completions"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ["prompt", "completion", "correctness", "advantage"]
+    frame = pandas.DataFrame(rows, columns=names)
+    frame.to_parquet(folder / f"completions_{step:05d}.parquet")
+
+
+@pytest.fixture
+def grpo_run(run_factory: Any) -> Run:
+    """A run whose last logged step has a group of equal rewards, and a mixed one."""
+    run = run_factory(rewards={"correctness": 2.0}, grpo__num_generations=2)
+    write_completions(run, 0, [])
+    write_completions(run, 1, [("a", "1", 0.0, -1.0), ("a", "2", 1.0, 1.0)])
+    rows = [("b", "3", 1.0, 0.0), ("b", "4", 1.0, 0.0)]
+    write_completions(run, 12, [*rows, ("c", "5", None, -0.7), ("c", "6", 1.0, 0.7)])
+    return run
+
+
+def test_the_group_with_the_largest_spread_is_shown_best_first(grpo_run: Run) -> None:
+    group = monitor.read_group(grpo_run)
+    assert list(group["completion"]) == ["6", "5"]
+    assert list(group["reward"]) == [2.0, 0.0]
+    assert list(monitor.read_group(grpo_run, 1)["completion"]) == ["2", "1"]
+    assert monitor.read_group(grpo_run, 0).empty
+
+
+def test_the_panel_counts_skipped_steps_in_what_is_logged(run: Run) -> None:
+    panel = monitor.LivePanel(run)
+    old = [{"step": 1, diagnostics.SKIPPED: 2}, {"step": 2, "reward": 0.2}]
+    state = TrainerState(global_step=2, log_history=old)
+    panel.on_train_begin(ARGUMENTS, state, None)
+    skipped = SimpleNamespace(step_was_skipped=True)
+    panel.on_step_end(ARGUMENTS, state, None, optimizer=skipped)
+    logs = {"reward": 0.2}
+    panel.on_log(ARGUMENTS, state, None, logs=logs)
+    assert logs[diagnostics.SKIPPED] == old[-1][diagnostics.SKIPPED] == 3
+
+
+def test_outside_a_notebook_what_is_new_is_logged_and_all_at_the_end(
+    grpo_run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    seconds = Seconds()
+    panel = monitor.LivePanel(grpo_run, seconds)
+    state = TrainerState(global_step=0)
+    panel.on_train_begin(ARGUMENTS, state, None)
+    for step in (1, 2):
+        logs = {"step": step, "reward": 0.25, "completions/clipped_ratio": 0.5}
+        state.log_history.append(logs)
+        panel.on_log(ARGUMENTS, state, None, logs=logs)
+        seconds.now += monitor.SHOW_S
+    assert caplog.text.count("50% of the answers are cut at 64 tokens") == 1
+    caplog.clear()
+    panel.on_train_end(ARGUMENTS, state, None)
+    assert "50% of the answers" in caplog.text
+    assert "near zero by construction" in caplog.text
+    assert "completion  correctness  advantage  reward" in caplog.text
+    assert (grpo_run.path / "grpo/diagnostics.png").stat().st_size > 5_000
+
+
+CELL = """
+import sys
+from types import SimpleNamespace
+
+sys.path.insert(0, {root!r})
+from transformers import TrainerState
+
+from helpers import runs
+from helpers.grpo.monitor import LivePanel
+
+args = SimpleNamespace(max_completion_length=64)
+panel, state = LivePanel(runs.open_run({name!r})), TrainerState(max_steps=3)
+panel.on_train_begin(args, state, None)
+for state.global_step in (1, 2, 3):
+    panel.shown = float("-inf")  # as if time had passed
+    logs = {{"step": state.global_step, "reward": 0.1}}
+    state.log_history.append(logs)
+    panel.on_log(args, state, None, logs=logs)
+panel.on_train_end(args, state, None)
+"""
+
+
+def test_in_a_notebook_the_panel_is_one_output_that_is_updated(grpo_run: Run) -> None:
+    from nbclient import NotebookClient
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    cell = new_code_cell(CELL.format(root=str(ROOT), name=grpo_run.config.name))
+    NotebookClient(new_notebook(cells=[cell]), kernel_name="python3").execute()
+    pages = [o["data"]["text/html"] for o in cell["outputs"] if "data" in o]
+    assert len(pages) == 1
+    for text in ("step 3 of 3", "<img src=", "look at the reward", "completion"):
+        assert text in pages[0]
+
+
+def test_a_run_whose_reward_collapses_is_stopped_with_the_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    guard, control = monitor.CollapseGuard(), TrainerControl()
+    state = TrainerState(log_history=[{"reward": 0.5} for _ in range(20)])
+    state.global_step = 20
+    while not control.should_training_stop:
+        state.global_step += 1
+        state.log_history.append({"reward": 0.0})
+        guard.on_log(ARGUMENTS, state, control, logs={})
+    assert state.global_step == 28
+    assert "stopped at step 28: the reward collapsed from 0.50 to 0.10" in guard.reason
+    assert caplog.messages == [guard.reason]
