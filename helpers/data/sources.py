@@ -22,7 +22,7 @@ from typing import IO, Any
 from helpers import runtime
 from helpers.config import Source
 from helpers.data.formats import FORMATS
-from helpers.errors import DataError
+from helpers.errors import DataError, MissingInput
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")
 KNOWN = "a .jsonl, .json, .csv, .tsv or .parquet file (.gz too)"
@@ -104,7 +104,7 @@ def find_path(path: str) -> Path | None:
             return local
     if path.lower().endswith(SUFFIXES):
         hint = "; data_samples/ is in the repository alone, pip leaves it out"
-        raise FileNotFoundError(
+        raise MissingInput(
             f"no file {path} (looked in {' and '.join(map(str, folders))}); "
             f"give a path to {KNOWN}" + (hint if runtime.INSTALLED else "")
         )
