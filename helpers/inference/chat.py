@@ -49,12 +49,10 @@ def generate_command(
     Raises:
         ConfigError: `file` without `out`, or the run's config is not valid.
         DataError: a row of the file is not a prompt.
-        ModelError: the model or the adapter cannot be loaded.
     """
     if (file is None) != (out is None):
         raise ConfigError("--file and --out go together: prompts, and their answers")
-    loading: dict[str, Any] = {}
-    sampling: dict[str, Any] = {}
+    loading, sampling = dict[str, Any](), dict[str, Any]()
     # a model's folder has a config.json too, a run's name is not a path
     if Path(model).name == model and (runs_folder() / model / "config.json").exists():
         run = open_run(model)

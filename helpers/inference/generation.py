@@ -18,13 +18,11 @@ CACHE_GB = 2.0  # of keys and values, beside the weights
 
 
 class Answer(NamedTuple):
-    """One completion."""
+    """One completion; its `tokens` count the stop token, if it `stopped` by one."""
 
     text: str
     tokens: int
-    """Generated tokens, the stop token included."""
     stopped: bool
-    """False when it was cut at `max_new_tokens`."""
 
 
 Answering = Callable[..., list[Answer]]  # `generate` of some model and tokenizer
@@ -146,8 +144,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     if not isinstance(prompt, str):
         text = render(tokenizer, prompt, for_generation=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-    has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-    return tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
+    bos = tokenizer.bos_token
+    special = not (bos and prompt.startswith(bos))
+    return tokenizer(prompt, add_special_tokens=special)["input_ids"]
 
 
 def cut_answer(

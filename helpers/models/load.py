@@ -39,8 +39,8 @@ def options(config: RunConfig) -> dict[str, Any]:
 def half_of(config: RunConfig) -> Any:
     """Returns the dtype that a run's training autocasts to, None on a CPU."""
     machine = runtime.find_machine()
-    on_gpu = machine.device == "cuda"
-    return runtime.choose_dtype(machine, config.dtype)[0] if on_gpu else None
+    dtype, _ = runtime.choose_dtype(machine, config.dtype)
+    return dtype if machine.device == "cuda" else None
 
 
 def load_tokenizer(
@@ -168,10 +168,7 @@ def load_base(
 
 
 def check_weights(model: PreTrainedModel, weights: str, double_quant: bool) -> None:
-    """Raises ModelError when a model was loaded in other weights than asked for.
-
-    Other scales of 4 bit hardly change a result and are only a warning.
-    """
+    """Raises ModelError for other weights than asked for; warns of other scales."""
     if weights != "16bit" and not getattr(model, f"is_loaded_in_{weights}", False):
         raise ModelError(
             f"weights={weights!r} cannot be loaded here: Unsloth without a GPU loads "
@@ -180,11 +177,8 @@ def check_weights(model: PreTrainedModel, weights: str, double_quant: bool) -> N
     if weights == "4bit":
         fields = model.config.to_dict()["quantization_config"]
         if fields.get("bnb_4bit_use_double_quant", double_quant) != double_quant:
-            warnings.warn(
-                f"double_quant={double_quant} is not followed: the weights were loaded "
-                f"with double_quant={not double_quant}",
-                stacklevel=3,
-            )
+            message = f"double_quant={double_quant} is not followed by this engine"
+            warnings.warn(message, stacklevel=3)
 
 
 def prepare_quantised(model: PreTrainedModel, recompute: bool) -> PreTrainedModel:
@@ -236,8 +230,7 @@ def load_adapter(
     except (*UNREADABLE, TypeError, LookupError) as error:
         raise ModelError(
             f"the adapter at {adapter} cannot be put on this model: {str(error)[:200]} "
-            "(expected: adapter_config.json and adapter_model.safetensors, trained on "
-            "this base model)"
+            "(expected: adapter_config.json, adapter_model.safetensors and their base)"
         ) from error
     set_adapter_weights(tuned, adapter)
     if unsloth:
@@ -250,11 +243,7 @@ def load_adapter(
 
 
 def set_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
-    """Puts a saved adapter's matrices into a model that has LoRA of the same shape.
-
-    Raises:
-        ModelError: the matrices do not fit this model, or are all zero.
-    """
+    """Puts a saved adapter's matrices into a model; ModelError if they do not fit."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     state = load_peft_weights(str(adapter), device="cpu")
