@@ -29,11 +29,12 @@ def ensure_ready(run: Run, stage: Stage) -> None:
     Raises:
         ConfigError: the run has no such stage, its config cannot be trained, or its
             problems do not fill one step of GRPO.
-        DataError: see `data.prepare`.
+        DataError: see `data.prepare` and `evaluation.check_labels`.
     """
     require_stage(run.config, stage)
     checks.require(checks.advise(run.config))
     data.ensure_data(run)
+    evaluator.check_labels(run)
     rows = run.report()["data"].get("train")
     if advice := checks.advise(run.config, rows=rows):
         log.info(checks.report(advice))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from helpers.errors import DataError, JudgeError
-from helpers.llm_judge import alpaca_eval, mt_bench
+from helpers.llm_judge import alpaca_eval
 from helpers.llm_judge.judge import Judge
 from helpers.runs import Run
 from tests.judge_server import JudgeServer
@@ -71,14 +71,14 @@ def answer(run: Run, reference: Path, **changes: Any) -> list[dict[str, str]]:
 @pytest.fixture
 def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The instructions that a model has answered, in all calls so far."""
-    batches, seen = mt_bench.generate_batches, []
+    batches, seen = alpaca_eval.generate_batches, []
 
     def spy(model: Any, tokenizer: Any, prompts: list[Any], **options: Any) -> Any:
         for batch in batches(model, tokenizer, prompts, **options):
             seen.extend(prompts[place][-1]["content"] for place in sorted(batch))
             yield batch
 
-    monkeypatch.setattr(mt_bench, "generate_batches", spy)
+    monkeypatch.setattr(alpaca_eval, "generate_batches", spy)
     return seen
 
 
@@ -108,17 +108,17 @@ def test_a_killed_run_goes_on_with_what_is_missing(
     run_factory: Callable[..., Run], reference, answered, monkeypatch
 ):
     run = run_factory(evaluation__batch_size=3)
-    spy = mt_bench.generate_batches
+    spy = alpaca_eval.generate_batches
 
     def killed(*arguments: Any, **options: Any) -> Any:
         yield next(spy(*arguments, **options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mt_bench, "generate_batches", killed)
+    monkeypatch.setattr(alpaca_eval, "generate_batches", killed)
     with pytest.raises(KeyboardInterrupt):
         answer(run, reference)
     assert len(answered) == 3
-    monkeypatch.setattr(mt_bench, "generate_batches", spy)
+    monkeypatch.setattr(alpaca_eval, "generate_batches", spy)
     answer(run, reference)
     assert sorted(answered) == sorted(INSTRUCTIONS)
 

@@ -169,7 +169,7 @@ def test_ratings_of_answers_that_changed_are_kept_and_not_counted(run, form):
     assert len(saved(form)) == 3
     table = blind_results(run, MODELS)
     assert "wins (ties excluded)" not in table.index
-    assert list(table.loc["rated pairs"]) == [1, 1]
+    assert list(table.loc["rated pairs"]) == ["1", "1"]
 
 
 def test_before_the_first_rating_nothing_is_reported(run):

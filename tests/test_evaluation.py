@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rows import turns, write
 
-from helpers import evaluation
+from helpers import evaluation, stages
 from helpers.data import preparation as data
 from helpers.errors import ConfigError, DataError, MissingInput
 from helpers.evaluation import evaluator, gsm8k, stats
@@ -231,8 +231,11 @@ def test_a_right_answer_that_is_no_label_is_refused_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(models, "load_model", None)
     reason = r"of \d right answers of test_chat are not among .*'C\+.*' \(row .*add the"
+    run = labelled(["C", "c+"])
     with pytest.raises(DataError, match=reason):
-        evaluation.evaluate(labelled(["C", "c+"]), "base")
+        evaluation.evaluate(run, "base")
+    with pytest.raises(DataError, match=reason):
+        stages.ensure_ready(run, "sft")
 
 
 def test_labels_without_conversations_to_answer_are_refused(

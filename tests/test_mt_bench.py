@@ -262,11 +262,6 @@ def test_a_judge_that_is_never_read_is_refused_with_count_and_reason(
     assert (run.path / "eval" / "base" / "mt_bench_judged.jsonl").exists()
 
 
-def test_a_model_that_the_run_lacks_is_refused(run: Run, folder):
-    with pytest.raises(DataError, match="no 'dpo': expected one of base, sft, grpo"):
-        run_bench(run, None, folder, labels=["base", "dpo"])
-
-
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

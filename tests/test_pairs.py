@@ -216,6 +216,9 @@ def test_a_pair_without_a_verdict_in_either_order_is_missing(run, judged, server
     write_chats(run, base=["a", "b"], sft=["aa", "bb"])
     table = judged()
     assert table["wins"].iloc[0].startswith("1/1") and table["missing"].iloc[0] == 1
+    rows = read_rows(run.path / "eval" / "sft" / "test_chat_against_base.jsonl")
+    assert [row["winner"] for row in rows] == [None, "second"]
+    assert rows[0]["judgments"] == ["[[B]]", "status 500 (oh)"]
 
 
 def test_a_judge_that_goes_by_the_place_only_makes_ties(run, judged, server):

@@ -395,7 +395,7 @@ def prepare(run: Run) -> dict[str, Any]:
             for name, x in sets.items()
         }
         problems = asked.pop("problems", [])
-        order = [name for name in ("test", "test_new", "eval") if name in asked]
+        order = [name for name in HELD_OUT if name in asked]
         assert_disjoint(chain(trained, problems), {name: asked[name] for name in order})
         counts, prints = {}, {}
         paths = {name: run.path / "data" / f"{name}.jsonl" for name in PARTS}

@@ -5,7 +5,13 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "evaluator": ["compare", "evaluate", "evaluate_run", "held_out"],
+        "evaluator": [
+            "check_labels",
+            "compare",
+            "evaluate",
+            "evaluate_run",
+            "held_out",
+        ],
         "gsm8k": ["VERDICTS", "check_answer"],
         "stats": ["proportion"],
         "tables": [

@@ -59,7 +59,8 @@ def ask_with_care() -> None:
     """Has the package ask and read a judge as `judge.Judge` does."""
     from openai.resources.chat.completions import Completions
 
-    create, refused, sentences = Completions.create, [], []
+    create, refused = Completions.create, list[Any]()
+    sentences: list[str] = []
 
     @wraps(create)
     def careful(self: Any, **request: Any) -> Any:

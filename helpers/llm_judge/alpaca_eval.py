@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ import pandas as pd
 from helpers import runtime
 from helpers.data.formats import Row
 from helpers.errors import DataError, JudgeError
+from helpers.evaluation.items import answer_rows, find_adapters, model_print
+from helpers.inference.generation import Answer, Prompt, generate_batches
 from helpers.llm_judge.judge import UNJUDGED, Judge
-from helpers.llm_judge.mt_bench import add_result, answering, find_adapters, subsample
-from helpers.runs import Run, write_json
+from helpers.llm_judge.mt_bench import add_result, subsample
+from helpers.models import load as models
+from helpers.runs import Run, fingerprint, write_json
 
 HUB = "tatsu-lab/alpaca_eval"
 # the baseline's answers, which AlpacaEval 2 compares with; they hold the instructions
@@ -35,7 +39,7 @@ def find_baseline() -> Path:
     from huggingface_hub import hf_hub_download
 
     offline = not runtime.hub_reachable()  # else the download would retry for minutes
-    options = {"repo_type": "dataset", "local_files_only": offline}
+    options: dict[str, Any] = {"repo_type": "dataset", "local_files_only": offline}
     try:
         return Path(hf_hub_download(HUB, BASELINE, **options))
     except OSError as error:
@@ -60,7 +64,7 @@ def read_outputs(path: Path) -> list[Row]:
     return rows
 
 
-def answer(
+def answer_instructions(
     run: Run,
     label: str,
     adapter: Path | str | None,
@@ -71,10 +75,26 @@ def answer(
     count, config = len(reference), run.config
     name = "alpaca_eval" if count == WHOLE else f"alpaca_eval_{count}"
     folder = run.path / "eval" / label / name
-    prompts = [[{"role": "user", "content": row["instruction"]}] for row in reference]
     sampling = {**config.inference, "max_new_tokens": max_new_tokens}
-    generate = answering(run, adapter, max(config.max_length, 2 * max_new_tokens))
-    items = generate(folder / "answers.jsonl", prompts, **sampling)
+
+    def generate(prompts: list[Prompt]) -> Iterator[dict[int, Answer]]:
+        if prompts:
+            options = models.options(config)
+            options["max_length"] = max(config.max_length, 2 * max_new_tokens)
+            loaded = models.load_model(config.model, adapter=adapter, **options)
+            runtime.seed_everything(config.seed + count - len(prompts))
+            size = config.evaluation.batch_size
+            yield from generate_batches(
+                *loaded, prompts, batch_size=size, sampling=sampling
+            )
+
+    rows = [
+        {"id": n, "prompt": [{"role": "user", "content": row["instruction"]}]}
+        for n, row in enumerate(reference)
+    ]
+    settings = fingerprint(model_print(config, adapter), sampling)
+    path = folder / "answers.jsonl"
+    items = answer_rows(path, rows, settings, generate, lambda text, row: {})
     outputs = [
         {
             "dataset": row.get("dataset", ""),
@@ -102,16 +122,11 @@ def annotate(
     uv = shutil.which("uv", path=beside) or shutil.which("uv")
     if uv is None:
         raise JudgeError("alpaca_eval gets an environment of its own: pip install uv")
-    settings = {
-        "outputs": str(outputs),
-        "reference": str(reference),
-        "evaluator": evaluator,
-        "model": judge.model,
-        "base_url": judge.base_url,
-        "whole": WHOLE,
-        "client": {"timeout": judge.timeout_s, "max_retries": judge.retries},
-    }
-    # the last of these names another judge's address
+    settings: dict[str, Any] = {"outputs": str(outputs), "reference": str(reference)}
+    settings |= {"evaluator": evaluator, "whole": WHOLE}
+    settings |= {"model": judge.model, "base_url": judge.base_url}
+    settings["client"] = {"timeout": judge.timeout_s, "max_retries": judge.retries}
+    # the second would name another judge
     dropped = ("PYTHONPATH", "OPENAI_CLIENT_CONFIG_PATH")
     environment = {k: v for k, v in os.environ.items() if k not in dropped}
     environment |= {"OPENAI_API_KEY": judge.api_key, "PYTHONSAFEPATH": "1"}
@@ -161,7 +176,7 @@ def run_alpaca_eval(
     rows = subsample(read_outputs(reference), limit)
     parts = {}
     for label, adapter in find_adapters(run, labels).items():
-        path = answer(run, label, adapter, rows, max_new_tokens)
+        path = answer_instructions(run, label, adapter, rows, max_new_tokens)
         runtime.free_memory()
         if judge is not None:
             values = annotate(path, reference, judge, evaluator)

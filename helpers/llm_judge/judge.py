@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from helpers.data.formats import Messages
     from helpers.runs import Run
 
-UNJUDGED = "No judge configured: answers were saved but not scored. Set "
-UNJUDGED += "OPENAI_BASE_URL, OPENAI_API_KEY and TUNEBOOK_JUDGE (the model's name), or "
-UNJUDGED += "give --judge URL --judge-model NAME: any OpenAI-compatible server"
+UNJUDGED = "No judge configured: answers were saved but not scored. Name one by "
+UNJUDGED += "--judge URL --judge-model NAME, or OPENAI_BASE_URL and TUNEBOOK_JUDGE"
 NO_CREDIT = re.compile(
     r"insufficient[ _]?(quota|balance|credit|fund)|billing_hard", re.I
 )
@@ -36,6 +35,7 @@ NAME = r"(?:\w+:)?(?:think|thinking|thought|reasoning)\b[^<>]*>"
 OPEN = rf"<{NAME}|(?-i:\[THINK\])|◁think▷|<\|channel\|>analysis"
 CLOSE = rf"</{NAME}|(?-i:\[/THINK\])|◁/think▷|<\|channel\|>final<\|message\|>"
 RATING = r"\[\s*(\d+(?:\.\d*)?)(?:\s*/\s*10)?\s*\]"
+OPTIONS = {"temperature": 0, "max_tokens": 2048}  # FastChat's
 LOCK = threading.Lock()  # of the file of replies
 WINNERS = {"A": "first", "B": "second", "C": "tie"}
 
@@ -49,26 +49,15 @@ class Reply(NamedTuple):
 
 @dataclass
 class Judge:
-    """A model at an OpenAI-compatible address, asked greedily as FastChat does.
-
-    Attributes:
-        cache: a JSON-lines file of replies: a repeated run asks only for missing ones.
-        base_url: ends in `/v1` at most servers; None is OpenAI's own.
-        options: of a request; one that the server refuses is renamed or left out.
-        retries: by the `openai` client, with growing waits, after Retry-After.
-        workers: requests at the same time; lower it where the rate limit is low.
-    """
+    """A model at an OpenAI-compatible address, asked greedily as FastChat does."""
 
     model: str
-    cache: Path
-    base_url: str | None = None
+    cache: Path  # JSON lines of replies: a repeated run asks only for missing ones
+    base_url: str | None = None  # OpenAI's own; most others end in /v1
     api_key: str = field(default="none", repr=False)
-    options: dict[str, Any] = field(
-        default_factory=lambda: {"temperature": 0, "max_tokens": 2048}
-    )
     timeout_s: float = 120.0
-    retries: int = 5
-    workers: int = 4
+    retries: int = 5  # by the client, after Retry-After or growing waits
+    workers: int = 4  # requests at the same time; lower it where the rate limit is low
     refused: list[Any] = field(default_factory=list, init=False, repr=False)
 
     def ask(self, conversations: list[Messages]) -> list[Reply]:
@@ -86,7 +75,7 @@ class Judge:
             with suppress(ValueError):  # empty, or torn by a kill
                 row = json.loads(line)
                 replies[row["request"]] = Reply(row["text"])
-        server = [self.base_url, self.model, self.options]
+        server = [self.base_url, self.model, OPTIONS]
         keys = [json.dumps([*server, messages]) for messages in conversations]
         pairs = zip(keys, conversations, strict=True)
         missing = {key: messages for key, messages in pairs if key not in replies}
@@ -107,7 +96,7 @@ class Judge:
         """Returns the reply to one conversation; caches it unless it failed."""
         import openai
 
-        request = {"model": self.model, "messages": messages, **self.options}
+        request = {"model": self.model, "messages": messages, **OPTIONS}
         try:
             completion = complete(client.chat.completions.create, request, self.refused)
         except openai.APIError as error:
@@ -197,13 +186,7 @@ def describe(error: Any) -> str:
 
 
 def without_thoughts(text: str | None) -> str:
-    """Returns a text without its blocks of thought, those cut at either end too.
-
-    >>> without_thoughts("<think>Poor: [[2]]</think>Rating: [[7]]")
-    'Rating: [[7]]'
-    >>> without_thoughts("it is [[2]]</think> [[7]] <Reasoning>or [[3]]")
-    ' [[7]] '
-    """
+    """Returns a text without its blocks of thought, those cut at either end too."""
     text = re.sub(f"(?is)(?:{OPEN}).*?(?:{CLOSE})", "", text or "")
     return re.split(f"(?i){OPEN}", re.split(f"(?i){CLOSE}", text)[-1])[0]
 
@@ -214,9 +197,6 @@ def read_rating(text: str | None) -> float | None:
     The last `[[rating]]` outside thoughts, else the last `Rating: [rating]` or one that
     begins the text: a judge that changes its mind means the last one, and `[1]` may
     cite. FastChat takes the first of each, and every `[1]`.
-
-    >>> read_rating("[[2]] at first sight. Rating: [[ 7/10 ]]"), read_rating("[7.5]")
-    (7.0, 7.5)
     """
     answer = without_thoughts(text)
     for pattern in (rf"\[{RATING}\]", rf"(?:\A|(?i:rating))\W*{RATING}"):
@@ -227,13 +207,10 @@ def read_rating(text: str | None) -> float | None:
 
 
 def read_winner(text: str | None) -> str | None:
-    """Returns `first`, `second` or `tie` by `[[A]]`, `[[B]]`, `[[C]]`, None without.
+    """Returns `first`, `second` or `tie` by the last `[[A]]`, `[[B]]` or `[[C]]`.
 
-    The last one outside thoughts, as with ratings; where its sentence holds another one
-    too, it decides nothing. FastChat takes the first letter that occurs.
-
-    >>> read_winner("[[A]] at first sight. Assistant B is more precise: [[B]]")
-    'second'
+    None without one outside thoughts, or where its sentence holds another one too.
+    FastChat takes the first letter that occurs.
     """
     for sentence in reversed(re.split(r"[.!?\n]", without_thoughts(text))):
         if letters := set(re.findall(r"\[\[\s*([ABC])\s*\]\]", sentence)):
@@ -266,7 +243,7 @@ def open_judge(
     url = url or os.environ.get("OPENAI_BASE_URL")
     model = model or os.environ.get("TUNEBOOK_JUDGE")
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
-    if not (key.isascii() and key.isprintable()):
+    if model and not (key.isascii() and key.isprintable()):
         raise JudgeError("OPENAI_API_KEY has characters that no key has: copy it again")
     if url and not model:
         raise JudgeError(f"no model is named for {url}: set TUNEBOOK_JUDGE to its name")

@@ -176,7 +176,8 @@ def blind_results(
     for mark, shares in counts["marks"].items():
         rows[mark] = [percent(share) for share in shares.values()]
     if ratings:
-        rows["rated pairs"], rows["ties"] = [count] * 2, [counts["ties"]] * 2
+        rows["rated pairs"] = [f"{count}"] * 2
+        rows["ties"] = [f"{counts['ties']}"] * 2
         former = run.report().get("blind", {})
         run.write_part("blind", {**former, path.stem: counts})
     return pd.DataFrame.from_dict(rows, orient="index", columns=models)
