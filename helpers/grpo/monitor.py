@@ -75,7 +75,7 @@ class Clock(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, *_: Any, **given: Any) -> None:
         self.started, self.evaluated_s = self.clock(), self.before
         self.lap()
-        scheduler = given.get("lr_scheduler")
+        scheduler: Any = given.get("lr_scheduler")
         scheduler = getattr(scheduler, "scheduler", scheduler)
         if self.total_s and hasattr(scheduler, "lr_lambdas"):
             warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else 0
