@@ -85,7 +85,10 @@ def test_what_rewrites_the_base_is_refused_where_it_would_be_rounded(
         ({"modules_to_save": ["lm_haed"]}, "lm_haed do not .* did you mean 'lm_head'"),
         ({"rank_pattern": {"x_proj": 3}}, "rank_pattern x_proj do not exist"),
         ({"alpha_pattern": {"k_proj": 3}}, "k_proj do not exist.*it has q_proj, v_pro"),
-        ({"layers_to_transform": [0, 2]}, "layers_to_transform=2: the layers are 0 to 1"),
+        (
+            {"layers_to_transform": [0, 2]},
+            "layers_to_transform=2: the layers are 0 to 1",
+        ),
         ({"trainable_token_indices": [10**6]}, "LoRA cannot be attached as configured"),
         ({"no_such_field": 1}, "LoRA cannot be attached as configured.*no_such_field"),
         ({"init_lora_weights": "pizza"}, "init_lora_weights='pizza' needs data or"),
