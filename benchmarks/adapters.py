@@ -168,8 +168,9 @@ def measure_all(
     engine: str, settings: list[str], weights: str = "16bit", base: str | None = None
 ) -> list[dict[str, Any]]:
     """Returns the rows of an engine; run it in a process of its own."""
-    if engine == "unsloth":
-        import unsloth  # noqa: F401  # before transformers
+    from helpers import runtime
+
+    runtime.start(engine)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -145,9 +145,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     from helpers.models import load as models
 
     engine = models.resolve_engine(given.engine)
-    if engine == "unsloth":
-        import unsloth  # noqa: F401  before transformers
-
+    runtime.start(engine)
     model, tokenizer = models.load_model(
         given.model, engine=engine, weights=given.weights, adapter=given.adapter
     )

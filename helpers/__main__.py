@@ -76,16 +76,16 @@ def demo(recipe: str) -> runs.Run:
 
     Executed copies lie in `runs/<name>/notebooks/`, that of a failed notebook too.
     """
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
-    from nbformat import read, write
-
     sources = sorted((runtime.ROOT / "notebooks").glob("0*.ipynb"))
     if not sources:
         raise MissingInput(
             f"no {runtime.ROOT / 'notebooks'}: pip installs the helpers without the "
             "notebooks. Run the series in a clone of the repository"
         )
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+    from nbformat import read, write
+
     run = runs.save_run(recipes.load(recipe))
     idle = [name for s, name in IDLE_WITHOUT.items() if s not in run.config.stages]
     # nobody is there to give access to Google Drive

@@ -114,10 +114,9 @@ def advise(
     """
     machine = machine or runtime.find_machine()
     errors = [*names_of_ours(config), *library_faults(config)]
-    warnings = [*engine_and_pad(config)]
+    warnings = [*disappointments(config, machine)]
     if not errors:  # else values cannot be compared
         errors += [*dtype_flags(config, machine), *model_faults(config)]
-        warnings += [*dtype_fallback(config, machine), *reward_margin(config)]
         for stage in config.stages:
             warnings += schedule(config, stage, rows if stage == "sft" else None)
     advice = [Advice("error", *fault) for fault in errors]
@@ -162,9 +161,6 @@ which cuts at most 1 %, or leave the long rows out.'
         f"{enough}, which cuts at most 1 %, or leave the long rows out."
     )
     return Advice("warning", "max_length", text)
-
-
-# ---------------------------------------------------------------- errors
 
 
 def names_of_ours(config: RunConfig) -> Iterator[Fault]:
@@ -399,11 +395,8 @@ def model_faults(config: RunConfig) -> Iterator[Fault]:
             yield field, text
 
 
-# ---------------------------------------------------------------- warnings
-
-
-def engine_and_pad(config: RunConfig) -> Iterator[Fault]:
-    """Finds an engine that needs a restart, and padding with the end of answers."""
+def disappointments(config: RunConfig, machine: runtime.Machine) -> Iterator[Fault]:
+    """Finds an engine, a pad token, a dtype and rewards that will not do as meant."""
     try:
         runtime.use_engine(config.engine)
     except ModelError as error:
@@ -414,19 +407,11 @@ def engine_and_pad(config: RunConfig) -> Iterator[Fault]:
             "model would never learn to stop. Leave it null, and another token pads."
         )
         yield "pad_token", text
-
-
-def dtype_fallback(config: RunConfig, machine: runtime.Machine) -> Iterator[Fault]:
-    """Finds a dtype that the machine has no units for."""
     dtype, reason = runtime.choose_dtype(machine, config.dtype)
     chosen = str(dtype).removeprefix("torch.")
     if config.dtype == "bfloat16" != chosen:
         text = f"bfloat16, but {chosen} is used on {machine.name}: {reason}. "
         yield "dtype", text + "Set it to auto, or take a newer GPU."
-
-
-def reward_margin(config: RunConfig) -> Iterator[Fault]:
-    """Finds rewards that may pay a wrong answer more than a right one."""
     least = margin(config.rewards)
     if "grpo" in config.stages and least <= 0:
         text = (

@@ -127,8 +127,8 @@ class EvaluationConfig(BaseModel):
     @classmethod
     def labels_differ(cls, value: list[str] | None) -> list[str] | None:
         """Refuses labels that are none, or no names of different classes."""
-        names = [label.strip() for label in value or []]
-        if value is not None and (not all(names) or len({*names}) < max(1, len(names))):
+        names = {label.strip() for label in value or []} - {""}
+        if value is not None and len(names) < max(1, len(value)):
             raise ValueError(
                 "one or more different labels expected, none of them empty; null where "
                 "the held-out conversations are no classification"

@@ -39,8 +39,7 @@ NAMES = (*read_file(), "smoke")
 def load(name: str) -> RunConfig:
     """Returns the validated config of a recipe.
 
-    `smoke` is the demo with every size cut down: it proves that the cells run and
-    measures nothing.
+    `smoke` is the demo with every size cut down, to see that the cells run.
 
     >>> load("demo").model
     'smollm2-135m-offline'
@@ -70,11 +69,10 @@ def scaled(
     """Returns the small version of a config, everything else as it was.
 
     Args:
+        config: to start from.
         model: another base model.
-        steps: optimiser steps of SFT; GRPO takes half as many, at least 2, whatever
-            its minutes. A warm-up in steps shrinks with them.
-        rows: held-out rows to score, eight times as many to train on, and a quarter
-            as many to choose GRPO's adapter by.
+        steps: of SFT; GRPO takes half as many. A warm-up in steps shrinks with them.
+        rows: to score; eight times as many to train on, a quarter to choose by.
         samples: replace hub datasets by our samples in the same row format.
     """
     values = config.model_dump()
@@ -123,14 +121,7 @@ def small(config: RunConfig) -> RunConfig:
 
 
 def sample_of(source: str | Source) -> str | Source:
-    """Returns our sample in the row format of a hub dataset; a local file as it is.
-
-    >>> sample_of("databricks/databricks-dolly-15k:train")
-    'data_samples/dolly.jsonl'
-
-    Raises:
-        ConfigError: we have no sample of the dataset, and there is no such file.
-    """
+    """Returns our sample in the row format of a hub dataset; a local file as it is."""
     if isinstance(source, Source):
         return source.model_copy(update={"path": str(sample_of(source.path))})
     for name in (source, source.partition(":")[0]):
@@ -145,20 +136,13 @@ def sample_of(source: str | Source) -> str | Source:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Returns the notes on a recipe: its `source`, and what it `needs`.
-
-    `published` are figures of the source's own SFT, named as in our report.
-    """
+    """Returns a recipe's `source`, its `needs`, and figures `published` of its SFT."""
     values = read_file().get(name, {})
     return {note: values[note] for note in NOTES if note in values}
 
 
 def default_name() -> str:
-    """Returns the recipe a notebook starts with on this machine.
-
-    `TUNEBOOK_RECIPE` decides when set; else the Llama recipe on a GPU with the model
-    hub in reach, and the offline demo everywhere else.
-    """
+    """Returns the recipe to start with: `TUNEBOOK_RECIPE`, or what this machine can."""
     import torch
 
     online = torch.cuda.is_available() and runtime.hub_reachable()

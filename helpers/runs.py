@@ -79,21 +79,13 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def fingerprint(*values: Any) -> str:
-    """Returns twelve hex digits that change whenever one of the values does.
-
-    >>> fingerprint({"a": 1}) == fingerprint({"a": 1}) != fingerprint({"a": 2})
-    True
-    """
+    """Returns twelve hex digits that change whenever one of the values does."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def content_hash(path: Path | str | None) -> str:
-    """Returns the hash of a local model's or adapter's files.
-
-    Weights, configs, tokenizer and template count. What is not a folder here, a hub id
-    say, stands for itself.
-    """
+    """Returns the hash of a local model's or adapter's files; a hub id stands as is."""
     folder = Path(str(path))
     if path is None or not folder.is_dir():
         return str(path)
@@ -126,8 +118,7 @@ def save_run(config: RunConfig) -> Run:
 def open_run(name: str | None = None) -> Run:
     """Returns a run; without a name the current one, `TUNEBOOK_RUN` deciding if set.
 
-    On a machine with no run yet (every Colab notebook opens on its own) the default
-    recipe's run is made, so that any notebook can be the first.
+    Any notebook can be the first on a machine: without a run it makes the default's.
 
     Raises:
         ConfigError: the run's config is missing or not valid.

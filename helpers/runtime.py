@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from helpers.errors import ConfigError, GpuTooSmall, ModelError, TunebookError
+from helpers.errors import ConfigError, ModelError, TunebookError
 
 if TYPE_CHECKING:
     import torch
@@ -70,10 +70,6 @@ def choose_dtype(machine: Machine, wanted: str = "auto") -> tuple[torch.dtype, s
 
     `torch.cuda.is_bf16_supported()` says True on a T4, which only emulates bf16: the
     compute capability decides instead. `TUNEBOOK_DTYPE` overrides it all.
-
-    Args:
-        machine: from `find_machine`.
-        wanted: `auto`, `float16` or `bfloat16`, taken where the machine has units.
     """
     import torch
 
@@ -112,17 +108,6 @@ def prepare_device() -> Machine:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
     return machine
-
-
-def require_memory(needed_gb: float, what: str, machine: Machine | None = None) -> None:
-    """Raises GpuTooSmall where the GPU has less than the GiB that something needs."""
-    machine = machine or find_machine()
-    if machine.device == "cuda" and machine.memory_gb < needed_gb:
-        raise GpuTooSmall(
-            f"{what} needs about {needed_gb:.1f} GiB of GPU memory; "
-            f"{machine.name} offers {machine.memory_gb:.1f} GiB. Choose a smaller "
-            "model, or weights='4bit' in the config."
-        )
 
 
 def peak_memory_gb() -> float:
@@ -197,11 +182,7 @@ def current_run() -> str | None:
 
 
 def resolve_engine(engine: str) -> Engine:
-    """Returns the engine that `auto` means here, or the one asked for.
-
-    Raises:
-        ModelError: Unsloth is asked for and not installed.
-    """
+    """Returns the engine that `auto` means here, or the one named, if installed."""
     installed = importlib.util.find_spec("unsloth") is not None
     if engine == "auto":
         import torch
@@ -216,11 +197,7 @@ def resolve_engine(engine: str) -> Engine:
 
 
 def use_engine(engine: str) -> Engine:
-    """Returns the engine to load a model with, which this process must be ready for.
-
-    Raises:
-        ModelError: it is not installed, or the kernel must be restarted for it.
-    """
+    """Returns the engine to load a model with; ModelError where it needs a restart."""
     chosen = resolve_engine(engine)
     if chosen == "transformers" and "unsloth" in sys.modules:
         raise ModelError(
@@ -240,10 +217,7 @@ def start(engine: str | None = None) -> None:
     """Prepares a notebook or a command, and logs the machine; may be called again.
 
     Unsloth patches TRL, PEFT and transformers, so it is imported here, before them,
-    where it will train.
-
-    Args:
-        engine: `auto`, `unsloth` or `transformers`; by default the current run's.
+    where it is the `engine`, by default the current run's.
     """
     # Memory of a GPU in segments that grow: lengths change from step to step, and the
     # blocks kept for each of them fill it (demo-gpu reserved 13 GiB without, 5.6 with).
@@ -261,12 +235,10 @@ def start(engine: str | None = None) -> None:
             import unsloth  # noqa: F401
     machine = prepare_device()
     dtype, reason = choose_dtype(machine)
-    log.info(
-        f"{machine.place}, {machine.device}: {machine.name}, "
-        f"{machine.memory_gb:.1f} GiB\n"
-        f"{str(dtype).removeprefix('torch.')}, because {reason}\n"
-        + ", ".join(f"{k} {v}" for k, v in versions().items())
-    )
+    place, device, name, gb, _ = machine
+    log.info(f"{place}, {device}: {name}, {gb:.1f} GiB")
+    log.info(f"{str(dtype).removeprefix('torch.')}, because {reason}")
+    log.info(", ".join(f"{k} {v}" for k, v in versions().items()))
     if folder := os.environ.get("TUNEBOOK_RUNS"):
         log.info(f"runs are kept in {folder}")
 
@@ -308,9 +280,6 @@ def open_drive(wanted: bool) -> None:
 
     The folder goes into `TUNEBOOK_RUNS`; where that is set already, nothing happens.
     `TUNEBOOK_DRIVE` (1 or 0) overrides `wanted`.
-
-    Raises:
-        TunebookError: Drive was not opened, or `TUNEBOOK_DRIVE` is neither 1 nor 0.
     """
     override = os.environ.get("TUNEBOOK_DRIVE", "")
     if override not in ("", "0", "1"):

@@ -22,7 +22,6 @@ import pytest
 import torch
 
 from helpers import runtime
-from helpers.config import RunConfig
 from helpers.errors import ConfigError, ModelError, TunebookError
 from helpers.runs import Run
 from helpers.runtime import Machine
@@ -78,18 +77,6 @@ def test_the_variable_decides_the_dtype_and_is_the_reason(
 
 
 # the machine
-
-
-def test_a_gpu_too_small_is_refused_with_the_remedy() -> None:
-    message = (
-        "^the 70B model needs about 40.0 GiB .* T4 offers 14.7 GiB.*weights='4bit'"
-    )
-    with pytest.raises(MemoryError, match=message) as error:
-        runtime.require_memory(40.0, "the 70B model", T4)
-    assert isinstance(error.value, TunebookError)
-    assert "weights" in RunConfig.model_fields
-    for machine in (A100, LAPTOP):
-        runtime.require_memory(30.0, "the model", machine)
 
 
 @without_gpu

@@ -337,5 +337,5 @@ def test_the_trainer_computes_in_the_dtype_that_the_model_has(
 ) -> None:
     gpu = runtime.Machine("local", "cuda", "a GPU", 14.7, capability)
     monkeypatch.setattr(runtime, "find_machine", lambda: gpu)
-    values = inputs.machine_arguments(changed(run.config, dtype=dtype))
+    values = inputs.machine_arguments(changed(run.config, dtype=dtype), "sft")
     assert (values["fp16"], values["bf16"]) == flags

@@ -75,7 +75,7 @@ class Clock(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, *_: Any, **given: Any) -> None:
         self.started, self.evaluated_s = self.clock(), self.before
         self.lap()
-        scheduler = given.get("lr_scheduler")
+        scheduler: Any = given.get("lr_scheduler")
         scheduler = getattr(scheduler, "scheduler", scheduler)
         if self.total_s and hasattr(scheduler, "lr_lambdas"):
             warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else 0
@@ -86,11 +86,13 @@ class Clock(TrainerCallback):
 
     def scheduled(self, step: int, warmup: int) -> float:
         """Returns the step of a schedule of ENDLESS steps where a real step stands."""
-        share = min(1.0, self.used_s / self.total_s)
+        share = self.used_s / self.total_s
+        if share >= 1:
+            return ENDLESS
         if step <= warmup:
             self.warm = share
             return step
-        passed = (share - self.warm) / max(1e-9, 1 - self.warm)
+        passed = (share - self.warm) / (1 - self.warm)
         return warmup + passed * (ENDLESS - warmup)
 
     def on_step_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
@@ -216,12 +218,14 @@ class LivePanel(TrainerCallback):
         self.shown, entries = self.clock(), state.log_history
         now = diagnostics.read_state(entries, args.max_completion_length)
         sentences = diagnostics.explain(now) if now else []
+        end = f" of {state.max_steps}" if state.max_steps < ENDLESS else ""
+        minutes = (self.shown - self.started) / 60
+        title = f"step {state.global_step}{end}, {minutes:.1f} minutes"
         group = read_group(self.run)
         if self.handle is None:
             new = [s for s in sentences if last or s not in self.told]
             self.told.update(new)
-            for sentence in new if last else new[:1]:
-                log.info(sentence)
+            log.info("\n".join([title, *(new if last else new[:1])]))
             if last:
                 log.info(group.to_string(index=False, max_colwidth=60))
             return
@@ -230,10 +234,7 @@ class LivePanel(TrainerCallback):
         picture = io.BytesIO()
         draw_diagnostics(entries).savefig(picture, dpi=64)
         data = base64.b64encode(picture.getvalue()).decode()
-        end = f" of {state.max_steps}" if state.max_steps < ENDLESS else ""
-        minutes = (self.shown - self.started) / 60
-        page = f"<p><b>step {state.global_step}{end}, {minutes:.1f} minutes</b></p>"
-        page += f'<img src="data:image/png;base64,{data}" style="max-width:100%">'
+        page = f'<b>{title}</b><br><img src="data:image/png;base64,{data}">'
         page += "".join(f"<li>{html.escape(s)}</li>" for s in sentences)
         self.handle.update(HTML(page + group.to_html(index=False)))
 

@@ -26,17 +26,19 @@ class GreedyEvaluation(Base):
     """Goes before TRL's class, `class Trainer(GreedyEvaluation, GRPOTrainer)`.
 
     `evaluate` pays greedy answers to the held-out problems: TRL's own samples, which
-    adds noise, and computes a loss, which is zero in GRPO. The table of these losses
-    is hidden in a notebook.
+    adds noise, and computes a loss, which is zero in GRPO. The table of these losses,
+    or a bar of steps that nobody knows, is hidden; the panel shows more.
     """
 
     control: Any
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        from transformers import PrinterCallback, ProgressCallback
         from transformers.utils.notebook import NotebookProgressCallback
 
         super().__init__(*args, **options)
-        self.remove_callback(NotebookProgressCallback)
+        for kind in (NotebookProgressCallback, ProgressCallback, PrinterCallback):
+            self.remove_callback(kind)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Returns the held-out reward, logged as `eval_reward` and by component."""
@@ -78,8 +80,8 @@ def grpo_arguments(run: Run) -> dict[str, Any]:
         "reward_weights": list(run.config.rewards.values()),
         "num_generations_eval": 1,  # TRL would sample more to each; `evaluate` is ours
         "eval_strategy": "steps",
-        "log_completions": True,  # to parquet files, and none to the screen
-        "num_completions_to_print": 0,
+        "log_completions": True,  # to parquet files
+        "num_completions_to_print": -1,  # 0 would print an empty table
     }
     ours |= {name: defaults("grpo")[name] for name in OPEN}
     values = ours | training_arguments(run, "grpo", folder)

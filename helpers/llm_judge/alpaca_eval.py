@@ -95,13 +95,9 @@ def answer_instructions(
     settings = fingerprint(model_print(config, adapter), sampling)
     path = folder / "answers.jsonl"
     items = answer_rows(path, rows, settings, generate, lambda text, row: {})
+    name = f"{config.name}-{label}"
     outputs = [
-        {
-            "dataset": row.get("dataset", ""),
-            "instruction": row["instruction"],
-            "output": item["output"],
-            "generator": f"{config.name}-{label}",
-        }
+        {**row, "output": item["output"], "generator": name}
         for row, item in zip(reference, items, strict=True)
     ]
     write_json(folder / "model_outputs.json", outputs)

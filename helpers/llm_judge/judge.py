@@ -58,7 +58,6 @@ class Judge:
     timeout_s: float = 120.0
     retries: int = 5  # by the client, after Retry-After or growing waits
     workers: int = 4  # requests at the same time; lower it where the rate limit is low
-    refused: list[Any] = field(default_factory=list, init=False, repr=False)
 
     def ask(self, conversations: list[Messages]) -> list[Reply]:
         """Returns one reply per conversation, in order.
@@ -87,18 +86,20 @@ class Judge:
             http_client=openai.DefaultHttpxClient(event_hooks={"response": [mark]}),
         )
         with client, ThreadPoolExecutor(self.workers) as pool:
-            # the first error cancels what has not begun
-            new = pool.map(partial(self.request, client), missing, missing.values())
+            request = partial(self.request, client, [])
+            new = pool.map(request, missing, missing.values())
             replies |= zip(missing, new, strict=True)
         return [replies[key] for key in keys]
 
-    def request(self, client: Any, key: str, messages: Messages) -> Reply:
+    def request(
+        self, client: Any, refused: list[Any], key: str, messages: Messages
+    ) -> Reply:
         """Returns the reply to one conversation; caches it unless it failed."""
         import openai
 
         request = {"model": self.model, "messages": messages, **OPTIONS}
         try:
-            completion = complete(client.chat.completions.create, request, self.refused)
+            completion = complete(client.chat.completions.create, request, refused)
         except openai.APIError as error:
             return Reply(None, describe(error))
         choice = completion.choices[0]
@@ -129,14 +130,19 @@ def complete(
 ) -> Any:
     """Returns a completion by the client's `create`, of any version of `openai`.
 
-    Options that the server refuses are left out: `refused` holds its errors.
+    Args:
+        create: the client's.
+        request: its arguments; options that the server refuses are left out.
+        refused: the errors of former requests, extended here.
 
     Raises:
-        JudgeError: the server is not there or refuses the request for good.
+        JudgeError: the server is not there, or refused a request for good.
     """
     import openai
 
     for error in refused:
+        if isinstance(error, JudgeError):
+            raise error
         request = adapt(request, error)
     try:
         return create(**request)
@@ -150,18 +156,16 @@ def complete(
         remedy = "check OPENAI_API_KEY, the address (most end in /v1) and the model"
         if broke or status == 402:
             remedy = "add credit to the account, or set another OPENAI_API_KEY"
-        raise JudgeError(
-            f"the judge at {error.request.url} refuses model {request['model']!r} with "
-            f"{describe(error)}: {remedy}, or take another judge"
-        ) from error
+        message = f"refuses model {request['model']!r} with {describe(error)}: {remedy}"
+        refusal = JudgeError(f"the judge at {error.request.url} {message}")
     except openai.APIConnectionError as error:
         cause = error.__cause__  # httpx's or httpx2's, by openai's version
         if type(cause).__name__ not in ("ConnectError", "ConnectTimeout"):
             raise
-        raise JudgeError(
-            f"no judge answers at {error.request.url}: {cause or error}; start it, or "
-            "check the address and the network"
-        ) from error
+        message = f"{cause or error}; start it, or check the address and the network"
+        refusal = JudgeError(f"no judge at {error.request.url}: {message}")
+    refused.append(refusal)
+    raise refusal
 
 
 def adapt(request: dict[str, Any], error: Any) -> dict[str, Any]:

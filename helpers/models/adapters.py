@@ -138,9 +138,9 @@ def check_attached(model: PreTrainedModel, lora: dict[str, Any]) -> None:
 
 def require_matches(field: str, names: str | Iterable[Any], modules: list[str]) -> None:
     """Raises ModelError for names without a module: ends, or a regular expression."""
-    whole = isinstance(names, str)
-    for name in [names] if whole else map(str, names):
-        pattern = name if whole else rf"(.*\.)?({name})"  # as PEFT matches them
+    for name in [names] if isinstance(names, str) else map(str, names):
+        # as PEFT matches them
+        pattern = name if isinstance(names, str) else rf"(.*\.)?({name})"
         try:
             matches = any(re.fullmatch(pattern, module) for module in modules)
         except re.error as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from helpers import runtime
-from helpers.errors import ModelError
+from helpers.errors import GpuTooSmall, ModelError
 from helpers.masking.templates import prepare_tokenizer
 from helpers.models.hub import find_model, unknown_model
 from helpers.runtime import resolve_engine, use_engine
@@ -85,7 +85,7 @@ def load_model(
 
     Raises:
         ModelError: there is no such model or adapter, or the hub cannot be reached.
-        MemoryError: the GPU is too small for it.
+        GpuTooSmall: the GPU is too small for it.
     """
     import torch
 
@@ -97,7 +97,7 @@ def load_model(
             find_model(name), engine, weights, arithmetic, double_quant, max_length
         )
     except torch.OutOfMemoryError as error:
-        raise MemoryError(
+        raise GpuTooSmall(
             f"{name} in {weights} does not fit on {machine.name}, "
             f"{machine.memory_gb:.1f} GiB; choose a smaller model or weights='4bit'"
         ) from error

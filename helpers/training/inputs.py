@@ -122,27 +122,27 @@ def read_note(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def recomputes(config: RunConfig, stage: Stage) -> bool:
-    """Returns whether a stage recomputes activations to save memory, never on a CPU.
+def machine_arguments(config: RunConfig, stage: Stage) -> dict[str, Any]:
+    """Returns the training arguments that the machine decides, not the recipe.
 
-    There it would cost a third more time, and memory is plenty.
+    Recomputing activations saves memory for a third more time: never on a CPU.
     """
-    wanted = complete(config, stage)["gradient_checkpointing"]
-    return wanted and runtime.find_machine().device == "cuda"
-
-
-def machine_arguments(config: RunConfig) -> dict[str, Any]:
-    """Returns the training arguments that the machine decides, not the recipe."""
     machine = runtime.find_machine()
     gpu = machine.device == "cuda"
     dtype = str(runtime.choose_dtype(machine, config.dtype)[0])
-    flags = {"fp16": gpu and dtype == "torch.float16", "use_cpu": not gpu}
-    return flags | {"bf16": gpu and dtype == "torch.bfloat16"}
+    return {
+        "fp16": gpu and dtype == "torch.float16",
+        "bf16": gpu and dtype == "torch.bfloat16",
+        "use_cpu": not gpu,
+        "gradient_checkpointing": gpu
+        and complete(config, stage)["gradient_checkpointing"],
+    }
 
 
 def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
     """Returns a stage's training arguments: the config's, and what they leave open."""
     config, default = run.config, defaults(stage)
+    machine = machine_arguments(config, stage)
     values = {n: default[n] for n in TRL_OPEN if default.get(n) is not None}
     values |= getattr(config, stage)
     # what fits while training fits while evaluating
@@ -156,9 +156,9 @@ def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
         "seed": config.seed,
         "save_total_limit": 2,
         "logging_first_step": True,
-        **machine_arguments(config),
+        **machine,
         **values,
-        "gradient_checkpointing": recomputes(config, stage),
+        "gradient_checkpointing": machine["gradient_checkpointing"],
         "report_to": choose_trackers(values.get("report_to") or "none") or "none",
     }
 

@@ -17,7 +17,7 @@ from helpers.models import adapters
 from helpers.models import load as models
 from helpers.runs import Run, write_json
 from helpers.training import callbacks, inputs
-from helpers.training.plots import draw_losses
+from helpers.training.plots import draw_diagnostics
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -51,10 +51,15 @@ def attach_lora(
         for name, value in vars(lora).items()
         if name in PEFT_OPEN or value != getattr(plain, name)
     }
-    config = run.config
-    options: dict[str, Any] = {"engine": config.engine, "seed": config.seed}
-    options |= {"checkpointing": inputs.recomputes(config, stage)}
-    return adapters.add_lora(model, values, max_length=config.max_length, **options)
+    options = lora_options(run, stage)
+    return adapters.add_lora(model, values, max_length=run.config.max_length, **options)
+
+
+def lora_options(run: Run, stage: Stage) -> dict[str, Any]:
+    """Returns what attaching and loading LoRA have in common."""
+    recompute = inputs.machine_arguments(run.config, stage)["gradient_checkpointing"]
+    names = run.config.model_dump(include={"engine", "seed"})
+    return names | {"checkpointing": recompute}
 
 
 def load_for_training(
@@ -78,8 +83,7 @@ def load_for_training(
     if adapter is None:
         lora = LoraConfig(**lora_arguments(run))
         return attach_lora(run, model, lora, stage), tokenizer
-    options: dict[str, Any] = {"engine": config.engine, "seed": config.seed}
-    options |= {"checkpointing": inputs.recomputes(config, stage)}
+    options = lora_options(run, stage)
     tuned = models.load_adapter(model, adapter, trainable=True, **options)
     return tuned, tokenizer
 
@@ -147,7 +151,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     if not (folder / "adapter").exists():  # no evaluation has chosen one
         adapters.save_adapter(trainer.model, folder / "adapter", witness)
     write_json(folder / "log_history.json", trainer.state.log_history)
-    draw_losses(trainer.state.log_history, folder / "curves.png")
+    draw_diagnostics(trainer.state.log_history, folder / "curves.png")
     part = stage_report(trainer, folder)
     part["reloaded"] = compare_reloaded(run, folder / "adapter")
     run.write_part(stage, part)
