@@ -198,9 +198,9 @@ def test_models_are_answered_judged_drawn_and_reported(
     assert list(table.index) == names
     assert (table["base"]["all"], table["base"]["not rated"]) == (part["score"], 0)
     assert (home / "mt_bench.png").read_bytes().startswith(b"\x89PNG")
-    said = answers(run)[81]["choices"][0]["turns"]
+    first, second = answers(run)[81]["choices"][0]["turns"]
     assert server.requests[1]["messages"][1]["content"] == (
-        f"writing one {said[0]} And two? {said[1]}"
+        f"writing one {first} And two? {second}"
     )
     keys = {"question_id", "answer_id", "model_id", "choices", "tstamp"}  # FastChat's
     assert all(row.keys() == keys for row in answers(run).values())
