@@ -94,7 +94,7 @@ def demo(recipe: str) -> runs.Run:
     seconds = {}
     for source in (path for path in sources if path.stem not in idle):
         notebook, started = read(source, as_version=4), time.perf_counter()
-        options = {"timeout": CELL_TIMEOUT_S, "kernel_name": "python3"}
+        options: dict[str, Any] = {"timeout": CELL_TIMEOUT_S, "kernel_name": "python3"}
         options["resources"] = {"metadata": {"path": str(source.parent)}}
         # an answer that was streamed stays one text
         client = NotebookClient(notebook, coalesce_streams=True, **options)

@@ -79,6 +79,8 @@ POSITIVE += ["temperature"]  # at 0 the answers of a group are all the same
 LIMITS: list[tuple[str, Callable[[float], bool], list[str]]] = [
     ("more than 0", lambda value: 0 < value < math.inf, POSITIVE),
     ("0 to 1", lambda value: 0 <= value <= 1, ["min_p", "top_p", "typical_p"]),
+    ("0 to less than 1", lambda value: 0 <= value < 1, ["lora_dropout"]),
+    ("other than 0: nothing would be learnt", bool, ["lora_alpha"]),
     ("0 (off) or more", lambda value: value >= 0, ["top_k", "dataloader_num_workers"]),
     ("more than 0, or -1 to go by num_train_epochs", bool, ["max_steps"]),
 ]
@@ -187,9 +189,13 @@ def names_of_ours(config: RunConfig) -> Iterator[Fault]:
 def library_faults(config: RunConfig) -> Iterator[Fault]:
     """Finds what the libraries' classes do not know, or refuse."""
     # nothing is written, and nothing of this machine is judged
-    training = {"output_dir": "unused", "report_to": "none", "use_cpu": True}
+    training: dict[str, Any] = {
+        "output_dir": "unused",
+        "report_to": "none",
+        "use_cpu": True,
+    }
     training |= {"fp16": False, "bf16": False}
-    instead = {
+    instead: dict[str, dict[str, Any]] = {
         "sft": training,
         "grpo": training | {"num_generations_eval": 1},  # ours needs no whole groups
         "lora": {"task_type": "CAUSAL_LM"},

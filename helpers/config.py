@@ -194,6 +194,8 @@ class RunConfig(BaseModel):
     @classmethod
     def drop_retired(cls, values: Any) -> Any:
         """Leaves out retired fields that changed nothing, and refuses the others."""
+        if not isinstance(values, dict):
+            return values
         for name, (inert, replacement) in RETIRED.items():
             group, _, leaf = name.rpartition(".")
             holder = values.get(group) if group else values
@@ -239,7 +241,11 @@ def check_config(values: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         faults = error.errors()
-    groups = {"": RunConfig, "data": DataConfig, "evaluation": EvaluationConfig}
+    groups: dict[str, type[BaseModel]] = {
+        "": RunConfig,
+        "data": DataConfig,
+        "evaluation": EvaluationConfig,
+    }
     lines = []
     for fault in faults:
         field = ".".join(str(part) for part in fault["loc"] if part not in TAGS)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from helpers.errors import nearest
+from helpers.errors import TunebookError, nearest
 
 
 class Part(BaseModel):
@@ -95,7 +95,7 @@ def check(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """Returns the parts of a report, unchanged.
 
     Raises:
-        ValueError: a part is unknown, or a field has another type; one line a fault.
+        TunebookError: a part is unknown, or a field has another type; a line each.
     """
     try:
         Report.model_validate(values, strict=True)
@@ -108,5 +108,5 @@ def check(values: dict[str, Any], path: Path) -> dict[str, Any]:
                 lines.append(f"{field!r} is not a part of a report{hint}")
             else:
                 lines.append(f"{field}: {fault['msg']}, found {fault['input']!r:.80}")
-        raise ValueError("\n".join(lines)) from None
+        raise TunebookError("\n".join(lines)) from None
     return values

@@ -29,7 +29,7 @@ def ensure_ready(run: Run, stage: Stage) -> None:
     Raises:
         ConfigError: the run has no such stage, its config cannot be trained, or its
             problems do not fill one step of GRPO.
-        DataError: see `data.prepare` and `evaluation.check_labels`.
+        DataError: see `data.prepare` and `evaluator.check_labels`.
     """
     require_stage(run.config, stage)
     checks.require(checks.advise(run.config))
@@ -43,11 +43,10 @@ def ensure_ready(run: Run, stage: Stage) -> None:
 
 
 def ensure_adapter(run: Run, stage: Stage) -> Path | str | None:
-    """Returns a stage's adapter, training it first, with a word, if it is missing.
+    """Returns a stage's adapter, trained first where it is missing.
 
-    Notebooks call this for what the notebook before them made, so that each can be
-    opened alone. `sft_adapter` in the config is taken instead of training SFT. None
-    for `sft` in a run without that stage: GRPO then starts with fresh matrices.
+    So each notebook can be opened alone. `sft_adapter` in the config takes the place of
+    SFT. None for `sft` in a run without that stage: GRPO then starts with fresh LoRA.
 
     Raises:
         ConfigError: the run has no grpo stage.
@@ -71,9 +70,9 @@ def adapters(run: Run) -> dict[str, Path | str | None]:
 
 
 def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
-    """Trains one stage of a run, and what it needs before, and returns its report.
+    """Trains a stage, and what it needs before, and returns its report.
 
-    Of a finished stage nothing is loaded or built.
+    For a finished stage nothing is loaded.
     """
     ensure_ready(run, stage)
     if is_finished(run, stage):

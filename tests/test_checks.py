@@ -174,8 +174,8 @@ def test_what_another_field_of_the_config_decides_is_an_error(
         ("grpo.cache_implementation", "statik", "found 'statik'"),
         ("inference.top_p", 2, "found 2; expected 0 to 1"),
         ("inference.max_new_tokens", 0, "greater than 0"),
-        ("lora.lora_alpha", 0, "lora_alpha=0 takes away"),
-        ("lora.lora_dropout", 1.0, "lora_dropout=1 takes away"),
+        ("lora.lora_alpha", 0, "expected other than 0"),
+        ("lora.lora_dropout", 1.0, "expected 0 to less than 1"),
         ("lora.inference_mode", True, "no parameter would be trained"),
         ("lora.runtime_config", {}, "PEFT fails on a setting of lora"),
     ],
@@ -264,7 +264,7 @@ def test_a_value_that_the_class_takes_is_sound(
         (
             {"lora.target_modules": [], "lora.target_parameters": ["q_proj.weight"]},
             "lora",
-            "no module",
+            "name modules in target_modules",
         ),
     ],
 )

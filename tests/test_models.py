@@ -76,14 +76,6 @@ def test_a_tokenizer_larger_than_the_embedding_is_one_sentence(
         models.load_model(str(small))
 
 
-def test_unsloth_asked_for_but_not_installed_says_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="Unsloth is not installed: run `make setup`"):
-        models.resolve_engine("unsloth")
-
-
 def test_the_options_of_a_config_are_arguments_of_load_model() -> None:
     options = models.options(recipes.load("guanaco-llama2-7b"))
     assert set(options) < set(inspect.signature(models.load_model).parameters)

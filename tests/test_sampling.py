@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from helpers import estimate
 from helpers.config import changed
 from helpers.errors import ConfigError
 from helpers.models import adapters
@@ -40,6 +41,13 @@ def load(tiny_model_folder: Any) -> Callable[..., Any]:
         return tuned.eval()
 
     return make
+
+
+def copied(model: Any) -> sampling.Sampler:
+    """Returns the sampler of a model, its adapter merged."""
+    sampler = sampling.Sampler(model)
+    sampler.copy.refresh()
+    return sampler
 
 
 def shake(model: Any, size: float) -> None:
@@ -84,12 +92,11 @@ def test_greedy_samples_are_what_the_trained_model_generates(
     load: Callable[..., Any], weights: str
 ) -> None:
     model = load(weights)
-    sampler = sampling.Sampler(model)
-    sampler.copy.refresh()
-    found = sampler.decoder.generate(PROMPTS, 12, [2], None)
-    for prompt, completion in zip(PROMPTS, found, strict=True):
+    sampler = copied(model)
+    completions = sampler.decoder.generate(PROMPTS, 12, [2], None)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
         assert completion.ids == greedy_of(model, prompt, 12, stop=2)
-    assert len({tuple(completion.ids) for completion in found}) > 1
+    assert len({tuple(completion.ids) for completion in completions}) > 1
 
 
 @pytest.mark.parametrize("weights", ["16bit", "4bit"])
@@ -97,8 +104,7 @@ def test_log_probabilities_are_the_trained_models(
     load: Callable[..., Any], weights: str
 ) -> None:
     model = load(weights)
-    sampler = sampling.Sampler(model)
-    sampler.copy.refresh()
+    sampler = copied(model)
     for prompt, completion in zip(
         PROMPTS, sampler.decoder.generate(PROMPTS, 12, [2], DRAWN), strict=True
     ):
@@ -110,8 +116,7 @@ def test_a_refresh_follows_the_adapter_and_keeps_every_weight_in_its_place(
     load: Callable[..., Any],
 ) -> None:
     model = load()
-    sampler = sampling.Sampler(model)
-    sampler.copy.refresh()
+    sampler = copied(model)
     places = [p.data_ptr() for p in sampler.copy.net.parameters()]
     before = sampler.decoder.generate(PROMPTS, 12, [2], None)
     for _ in range(3):  # nothing of a former adapter may stay behind
@@ -138,8 +143,7 @@ def test_weights_that_nothing_trains_are_shared_with_the_model(
 
 def test_a_completion_ends_with_its_stop_token(load: Callable[..., Any]) -> None:
     model = load()
-    sampler = sampling.Sampler(model)
-    sampler.copy.refresh()
+    sampler = copied(model)
     whole = sampler.decoder.generate(PROMPTS, 12, [2], None)[1].ids
     stop = whole[4]
     cut = sampler.decoder.generate(PROMPTS, 12, [stop], None)[1]
@@ -150,22 +154,20 @@ def test_a_completion_ends_with_its_stop_token(load: Callable[..., Any]) -> None
 def test_sampling_ends_when_every_row_has_ended(
     load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sampler = sampling.Sampler(load())
-    sampler.copy.refresh()
+    sampler = copied(load())
     drawn: list[int] = []
     token = sampler.decoder.token
     monkeypatch.setattr(sampler.decoder, "token", lambda: (drawn.append(1), token()))
     everything = list(range(sampler.copy.net.config.vocab_size))
-    found = sampler.decoder.generate(PROMPTS, 200, everything, DRAWN)
-    assert [len(completion.ids) for completion in found] == [1, 1, 1]
+    completions = sampler.decoder.generate(PROMPTS, 200, everything, DRAWN)
+    assert [len(completion.ids) for completion in completions] == [1, 1, 1]
     assert len(drawn) < decoding.LOOK
 
 
 def test_smaller_batches_and_shorter_prompts_reuse_what_was_allocated(
     load: Callable[..., Any],
 ) -> None:
-    sampler = sampling.Sampler(load())
-    sampler.copy.refresh()
+    sampler = copied(load())
     first = sampler.decoder.generate(PROMPTS, 12, [2, 3], None)
     cache = sampler.decoder.cache
     sampler.decoder.generate(PROMPTS[:2], 12, [5], DRAWN)  # drawn: by the same graph
@@ -181,8 +183,7 @@ def test_sampled_tokens_follow_the_models_probabilities(
 
     torch.manual_seed(0)
     model = load()
-    sampler = sampling.Sampler(model)
-    sampler.copy.refresh()
+    sampler = copied(model)
     settings = decoding.Settings(top_k=3)
     counts: dict[int, int] = {}
     with torch.no_grad():
@@ -208,8 +209,7 @@ def test_a_model_that_is_changed_elsewhere_does_not_change_the_copys_class(
     expected = greedy_of(model, PROMPTS[0], 4, stop=2)
     for name in ("LlamaAttention", "LlamaModel", "LlamaForCausalLM"):
         monkeypatch.setattr(getattr(modeling_llama, name), "forward", broken)
-    sampler = sampling.Sampler(model)
-    sampler.copy.refresh()
+    sampler = copied(model)
     assert sampler.decoder.generate(PROMPTS[:1], 4, [2], None)[0].ids == expected
 
 
@@ -266,59 +266,105 @@ def test_the_copy_answers_as_the_model_does_whatever_it_drew_before(
     options: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 12}
     sampled = sampler.generate(tokenizer, asked, batch_size=2, sampling=drawn)
     for _ in range(2):
-        found = sampler.generate(tokenizer, asked, **options)
-        assert found == generation.generate(model, tokenizer, asked, **options)
-        assert found != sampled
+        completions = sampler.generate(tokenizer, asked, **options)
+        assert completions == generation.generate(model, tokenizer, asked, **options)
+        assert completions != sampled
         shake(model, 0.3)  # the copy follows
     assert sampler.decoder.settings.temperature == 2.0  # of the graph, which stayed
 
 
-def test_on_a_cpu_the_trained_model_samples(load: Callable[..., Any], run: Run) -> None:
-    found = sampling.choose(run.config, load())
-    assert (found.name, found.rollout, found.arguments) == ("model", None, {})
-    assert "only on a GPU" in found.reason
+# which sampler
 
 
-def test_vllm_is_refused_where_it_is_not_installed(
-    load: Callable[..., Any], run: Run
+def choose(run: Run, model: Any, **changes: Any) -> Any:
+    return sampling.choose_sampler(Run(run.path, changed(run.config, **changes)), model)
+
+
+def test_on_a_cpu_the_trained_model_samples(
+    load: Callable[..., Any], run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(ConfigError, match="vLLM is not installed.*choose 'auto'"):
-        sampling.choose(changed(run.config, sampler="vllm"), load())
+    caplog.set_level("INFO")
+    assert choose(run, load()) is None
+    assert "the trained model: a copy is faster only on a GPU" in caplog.text
+    note = json.loads((run.path / "grpo" / "sampler.json").read_text())
+    assert note["name"] == "model"
 
 
 def test_a_copy_that_is_asked_for_is_made_on_a_cpu_too(
     load: Callable[..., Any], run: Run
 ) -> None:
-    found = sampling.choose(changed(run.config, sampler="copy"), load())
-    assert found.name == "copy" and isinstance(found.rollout, sampling.Sampler)
+    assert isinstance(choose(run, load(), sampler="copy"), sampling.Sampler)
 
 
-def test_options_that_the_copy_does_not_know_are_refused_by_name(
-    load: Callable[..., Any], run: Run
+@pytest.mark.parametrize(
+    ("changes", "lora", "text"),
+    [
+        ({"grpo__repetition_penalty": 1.2}, {}, "grpo.repetition_penalty; choose"),
+        ({"grpo__use_vllm": True}, {}, "it does not know grpo.use_vllm"),
+        ({}, {"use_dora": True}, "lora_magnitude_vector.* is trained besides LoRA"),
+        ({}, {"bias": "all"}, "bias is trained besides LoRA"),
+    ],
+)
+def test_what_a_copy_cannot_do_is_refused_by_name(
+    load: Callable[..., Any], run: Run, changes: Any, lora: Any, text: str
 ) -> None:
-    config = changed(run.config, sampler="copy", grpo__repetition_penalty=1.2)
-    with pytest.raises(ConfigError, match="grpo.repetition_penalty; choose 'model'"):
-        sampling.choose(config, load())
+    with pytest.raises(ConfigError, match=f"sampler='copy' does not work: .*{text}"):
+        choose(run, load(**lora), sampler="copy", **changes)
 
 
-def test_a_dora_adapter_cannot_be_folded(load: Callable[..., Any], run: Run) -> None:
-    config = changed(run.config, sampler="copy")
-    with pytest.raises(ConfigError, match="lora_magnitude_vector.* is trained"):
-        sampling.choose(config, load(use_dora=True))
-
-
-def test_layers_with_a_sliding_window_cannot_be_copied() -> None:
-    config = SimpleNamespace(layer_types=["full_attention", "sliding_attention"])
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "changes with the length"),
+    ],
+)
+def test_a_model_that_cannot_be_copied_is_told(
+    run: Run, numbers: dict[str, Any], text: str
+) -> None:
+    config = SimpleNamespace(**numbers)
     model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
-    assert "sliding_attention" in sampling.unsupported_model(model)
+    assert text in sampling.unsupported(run.config, model)
 
 
-def test_the_copy_is_counted_and_given_up_where_it_does_not_fit() -> None:
-    from helpers import recipes
+@pytest.mark.parametrize(("gb", "fits"), [(8.0, True), (1.0, False)])
+def test_a_gpu_with_room_samples_from_a_copy(
+    load: Callable[..., Any],
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    gb: float,
+    fits: bool,
+) -> None:
+    import torch
 
-    config = changed(recipes.load("finetome-llama32-1b"), stages=["grpo"])
-    config = changed(config, data__problems="x.jsonl")
-    with_copy = estimate.estimate_memory(config)
-    assert 1.8 < with_copy.parts[estimate.COPY] < 2.4
-    small = estimate.T4._replace(memory_gb=with_copy.peak_gb)
-    assert estimate.COPY not in estimate.estimate_memory(config, small).parts
+    free = (int(gb * 2**20), 2**40)  # a model of millions, not of billions
+    for name, value in [("mem_get_info", free)] + [
+        (f"memory_{kind}", 0) for kind in ("reserved", "allocated")
+    ]:
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    text = sampling.no_room(run.config, load())
+    assert text == "" if fits else "GiB free" in text
+
+
+# private API of the libraries, by name
+
+
+@pytest.mark.parametrize(
+    "name", ["_get_per_token_logps_and_entropies", "_log_metric", "log"]
+)
+def test_trl_still_has_the_methods_that_the_drift_is_logged_by(name: str) -> None:
+    from trl import GRPOTrainer
+
+    assert callable(getattr(GRPOTrainer, name))
+
+
+def test_transformers_still_builds_a_model_of_a_config_by_its_class() -> None:
+    from transformers import PreTrainedModel
+
+    assert "attn_implementation" in inspect.getsource(PreTrainedModel._from_config)
+
+
+def test_trl_is_still_silenced_by_its_variable() -> None:
+    from trl import GRPOTrainer
+
+    assert "TRL_EXPERIMENTAL_SILENCE" in inspect.getsource(GRPOTrainer.__init__)

@@ -18,6 +18,7 @@ from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError, MissingInput
 from helpers.grpo import rewards
+from helpers.models import adapters
 from helpers.runs import Run
 from helpers.training import inputs, sft
 from helpers.training import trainer as train
@@ -28,6 +29,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 from helpers import runs, stages
 from helpers.grpo import rewards
+from helpers.models import adapters
 from helpers.training import callbacks
 from tests.test_train import length
 
@@ -136,15 +138,6 @@ def test_nothing_is_loaded_for_a_finished_stage(
     monkeypatch.setattr(stages, "load_for_training", None)
     assert stages.train_stage(prepared, "sft") == part
     assert caplog.text.count("is finished") == 2
-
-
-def test_results_of_other_settings_are_set_aside_not_deleted(
-    prepared: Run, run_factory: Callable[..., Run]
-) -> None:
-    stages.train_stage(prepared, "sft")
-    edited = run_factory(sft__max_steps=2, sft__eval_steps=1, lora__r=4)
-    assert stages.train_stage(edited, "sft")["steps"] == 2
-    assert (prepared.path / "sft.before-1" / "adapter").is_dir()
 
 
 def test_a_trainer_of_another_run_is_refused(
@@ -302,6 +295,19 @@ def test_what_a_config_leaves_open_is_trls_default_whoever_patched_trl(
     for open_ in ("gradient_accumulation_steps", "weight_decay", "warmup_steps"):
         assert values[open_] == plain.__dataclass_fields__[open_].default
     assert values["optim"] == "adamw_torch"  # TRL's, but not the fused one
+
+
+def test_lora_that_a_config_leaves_open_is_pefts_default_in_either_engine(
+    run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import LoraConfig
+
+    passed: dict[str, Any] = {}
+    monkeypatch.setattr(adapters, "add_lora", lambda _, lora, **__: passed.update(lora))
+    run = run_factory(lora={"target_modules": ["v_proj", "q_proj"]})
+    train.attach_lora(run, None, LoraConfig(**train.lora_arguments(run)))  # type: ignore[arg-type]
+    assert passed.pop("target_modules") == ["q_proj", "v_proj"]
+    assert passed == {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none"}
 
 
 def test_an_evaluation_takes_the_batches_that_training_takes(

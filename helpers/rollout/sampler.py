@@ -132,12 +132,7 @@ class Sampler:
         self.decoder = Decoder(self.copy.net, compiled=compiled)
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        """Returns TRL's rollout of prompts: their ids, completions, log-probabilities.
-
-        Args:
-            prompts: one for each completion, as TRL repeats them.
-            trainer: TRL's or Unsloth's, whose arguments say how to sample.
-        """
+        """Returns TRL's rollout: ids of prompts and completions, log-probabilities."""
         ids = [encode(trainer.processing_class, prompt) for prompt in prompts]
         settings = settings_of({n: getattr(trainer, n) for n in Settings._fields})
         self.copy.refresh()
@@ -179,13 +174,9 @@ class Sampler:
 
 
 def settings_of(values: dict[str, Any]) -> Settings:
-    """Returns how tokens are drawn, of values named as transformers does.
-
-    >>> settings_of({"temperature": 0.7, "top_k": 0, "min_p": None})
-    Settings(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0)
-    """
-    chosen = {n: values.get(n) for n in Settings._fields}
-    return Settings(**{n: value for n, value in chosen.items() if value is not None})
+    """Returns how tokens are drawn, of values named as transformers does."""
+    names = [n for n in Settings._fields if values.get(n) is not None]
+    return Settings(**{name: values[name] for name in names})
 
 
 def log_drift(trainer: Any, prompt: list[int], completion: Completion) -> None:

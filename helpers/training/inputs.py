@@ -173,9 +173,9 @@ def choose_trackers(report_to: str | list[str]) -> list[str]:
     installed = get_available_reporting_integrations()
     names = [report_to] if isinstance(report_to, str) else report_to
     names = installed if names == ["all"] else [n for n in names if n != "none"]
-    for name in names:
-        if name not in installed:
-            log.info(f"report_to: {name} is left out; run `pip install {name}`")
+    for name in set(names) - set(installed):
+        log.info(f"report_to: {name} is left out; run `pip install {name}`")
+    names = [name for name in names if name in installed]
     if "wandb" in names and "WANDB_MODE" not in os.environ:
         import wandb
 
@@ -185,5 +185,6 @@ def choose_trackers(report_to: str | list[str]) -> list[str]:
             has_key = wandb.api.api_key is not None
         if not has_key:
             os.environ["WANDB_MODE"] = "offline"
+            wandb.setup(settings=wandb.Settings(mode="offline"))  # it has read that
             log.info("wandb: nobody is logged in; `wandb sync` uploads the run later")
-    return [name for name in names if name in installed]
+    return names
