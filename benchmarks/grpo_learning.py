@@ -196,9 +196,10 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
             values["max_completion_length"] *= 2
             values["per_device_train_batch_size"] //= 2
             values["gradient_accumulation_steps"] *= 2
-            config = changed(config, probe_samples=8, probe_problems=given.probe)
-        config = changed(config, grpo=values)
-        run = runs.save_run(config)
+        run = runs.save_run(changed(config, grpo=values))
+        if origin == GSM8K:
+            file = solved_at_times(run, given.probe)
+            run = runs.save_run(changed(run.config, data__problems=file))
         part = stages.train_stage(run, "grpo")
         stage = "grpo"
     history = json.loads((run.path / stage / "log_history.json").read_text())
@@ -215,6 +216,31 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
             for e in history[:: max(1, len(history) // 400)]
         ],
     }
+
+
+def solved_at_times(run: Any, count: int) -> str:
+    """Returns a file of those of some problems that some of eight answers solve."""
+    import functools
+    import random
+
+    from helpers import rollout
+    from helpers.data import preparation as data
+    from helpers.grpo import problems
+    from helpers.training import trainer as train
+
+    data.ensure_data(run)
+    rows, _ = problems.split_problems(run)
+    rows = random.Random(run.config.seed).sample(rows, min(count, len(rows)))
+    adapter = run.config.sft_adapter
+    model, tokenizer = train.load_for_training(run, "grpo", adapter)
+    answer = functools.partial(rollout.Sampler(model).generate, tokenizer)
+    rates = problems.pass_rates(
+        run, functools.partial(answer, batch_size=64), rows, samples=8
+    )
+    kept = [row for row, rate in zip(rows, rates, strict=True) if 0 < rate < 1]
+    path = run.path / "solved_at_times.jsonl"
+    data.write_rows(path, [{k: r[k] for k in ("question", "answer")} for r in kept])
+    return str(path)
 
 
 def job(name: str, given: argparse.Namespace) -> None:

@@ -194,7 +194,9 @@ def measure_case(case: dict[str, Any], model: str) -> None:
         torch.cuda.reset_peak_memory_stats()
         build = sft.build_sft if case["stage"] == "sft" else grpo.build_grpo
         try:
-            build(run, net, tokenizer).train()
+            trainer = build(run, net, tokenizer)
+            train.keep_lora_fp32(trainer.model)  # as in training
+            trainer.train()
         except torch.OutOfMemoryError:
             case["ran"] = False
         case["measured_gb"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)

@@ -38,7 +38,7 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
 
     Args:
         run: with the stage trained.
-        stage: `sft` or `grpo`; the run's last one by default.
+        stage: the run's last one by default.
         prompts: how many prompts are compared.
 
     Raises:
@@ -51,16 +51,11 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
     require_stage(config, stage)
     trained = run.require(f"{stage}/adapter")
     adapter, merged = run.path / "export" / "adapter", run.path / "export" / "merged"
-    options, limits = load.options(config), config.evaluation
+    options, length = load.options(config), config.evaluation.max_new_tokens
     questions, gold = held_out_prompts(run, prompts)
     model, tokenizer = load.load_model(config.model, adapter=trained, **options)
-    expected = generate(
-        model,
-        tokenizer,
-        questions,
-        max_new_tokens=limits.max_new_tokens,
-        batch_size=limits.batch_size,
-    )
+    decoding = {"max_new_tokens": length, "batch_size": config.evaluation.batch_size}
+    expected = generate(model, tokenizer, questions, **decoding)
     adapters.save_adapter(model, adapter)
     write_stops(tokenizer, model.generation_config)
     tokenizer.save_pretrained(adapter)
@@ -75,7 +70,8 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
         part["trained"]["right"] = count_right([a.text for a in expected], gold)
     # the adapter was trained on the weights as they were loaded
     weights, half = load.resolve_weights(config.weights), load.half_of(config)
-    dtype = str(half or "torch.float32").removeprefix("torch.")
+    dtype = str(runtime.choose_dtype(runtime.find_machine(), config.dtype)[0])
+    dtype = dtype.removeprefix("torch.")
     quantised = load.quantization(weights, dtype, config.double_quant)
     base = {"name": config.model, "adapter": adapter}
     alone = {"name": str(merged), "template": "own", "pad_token": None}
@@ -87,7 +83,7 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
         reloaded = adapters.compare_saved(model, trained, half, weights)
         del model
         runtime.free_memory()
-        answers = ask_plainly(folder, plain, questions, limits.max_new_tokens)
+        answers = ask_plainly(folder, plain, questions, length)
         values = compare_plain(folder, expected, answers)
         part[folder.name] = {"path": str(folder), "reloaded": reloaded, **values}
         if gold:
@@ -103,10 +99,7 @@ def count_right(texts: list[str], gold: list[str]) -> int:
 
 
 def held_out_prompts(run: Run, count: int) -> tuple[list[Messages], list[str]]:
-    """Returns prompts to compare answers to, and their gold answers where known.
-
-    Held-out problems; in a run without them the first questions of conversations.
-    """
+    """Returns prompts to compare answers to, and their gold answers where known."""
     parts = data.parts_of(run.config.data)
     name = next(name for name in (*HELD_OUT, *parts) if name in parts)
     rows = data.read_rows(run.require(f"data/{name}.jsonl"))[:count]
@@ -117,10 +110,9 @@ def held_out_prompts(run: Run, count: int) -> tuple[list[Messages], list[str]]:
 
 
 def merge(config: RunConfig, adapter: Path | str, folder: Path) -> None:
-    """Writes base + adapter as one ordinary model in 16 bit (fp32 on a CPU).
+    """Writes base and adapter as one ordinary model in 16 bit (fp32 on a CPU).
 
-    Weights that were loaded in 4 or 8 bit are dequantised first: on these the adapter
-    was trained.
+    The adapter was trained on the weights as loaded, so these are dequantised first.
     """
     options = {**load.options(config), "engine": "transformers"}
     model, tokenizer = load.load_model(config.model, **options)
@@ -162,9 +154,8 @@ def answer_plainly(
 ) -> list[tuple[str, bool]]:
     """Returns greedy answers in plain transformers and PEFT, and whether they ended.
 
-    Only the source of this function is run, in another process, where nothing of this
-    project makes up for what the files lack. PEFT loads adapters: transformers 5.17
-    loses DoRA's magnitudes and `modules_to_save`.
+    Only its source is run, in another process, where nothing of this project makes up
+    for what the files lack. PEFT loads adapters: transformers 5.17 loses parts of some.
     """
     import os
 
@@ -183,15 +174,14 @@ def answer_plainly(
         quantization_config=quantised and transformers.BitsAndBytesConfig(**quantised),
     ).eval()
     settings = transformers.GenerationConfig.from_pretrained(folder)
-    inputs = tokenizer.apply_chat_template(
-        prompts,
-        add_generation_prompt=True,
-        padding=True,
-        return_tensors="pt",
-        return_dict=True,
-    ).to(model.device)
-    length = {"max_new_tokens": max_tokens, "do_sample": False}
-    output = model.generate(**inputs, generation_config=settings, **length)
+    form = {"padding": True, "return_tensors": "pt", "return_dict": True}
+    inputs = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, **form)
+    output = model.generate(
+        **inputs.to(model.device),
+        generation_config=settings,
+        max_new_tokens=max_tokens,
+        do_sample=False,
+    )
     answers = []
     for row in output[:, inputs["input_ids"].shape[1] :].tolist():
         stops = [n for n, token in enumerate(row) if token in settings.eos_token_id]
@@ -205,11 +195,7 @@ def answer_plainly(
 def ask_plainly(
     folder: Path, loading: dict[str, Any], prompts: list[Messages], max_tokens: int
 ) -> list[tuple[str, bool]]:
-    """Returns what `answer_plainly` does, from a process that imports nothing of ours.
-
-    Raises:
-        ModelError: the folder cannot be loaded or asked without this project.
-    """
+    """Returns what `answer_plainly` does, run in a process without this project."""
     source = inspect.getsource(answer_plainly)
     script = f"from __future__ import annotations\nimport json, sys\n{source}\n"
     script += "print(json.dumps(answer_plainly(*json.load(sys.stdin))))"
@@ -225,19 +211,14 @@ def ask_plainly(
 def compare_plain(
     folder: Path, expected: list[Answer], answers: list[tuple[str, bool]]
 ) -> dict[str, float]:
-    """Returns the shares of answers equal to the trained model's, and of ended ones.
-
-    Raises:
-        ModelError: answers of the trained model end, and those of the files do not.
-    """
+    """Returns the shares of answers equal to the trained model's, and of ended ones."""
     same = sum(a.text == text for a, (text, _) in zip(expected, answers, strict=True))
     stopped = sum(ended for _, ended in answers)
     lost = sum(answer.stopped for answer in expected) - stopped
     if lost > max(1, LOST_STOPS * len(expected)):
         raise ModelError(
             f"{folder}: {lost} of {len(expected)} answers end by themselves in the "
-            "trained model but run on in plain transformers; its template or its stop "
-            "tokens do not reach other programs"
+            "trained model but run on elsewhere: its template or stop tokens are lost"
         )
     return {
         "greedy_agreement": same / len(answers),

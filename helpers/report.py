@@ -95,7 +95,7 @@ def check(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """Returns the parts of a report, unchanged.
 
     Raises:
-        ValueError: a part is unknown, or a field has another type; one line a fault.
+        TunebookError: a part is unknown, or a field has another type; a line each.
     """
     try:
         Report.model_validate(values, strict=True)

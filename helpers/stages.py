@@ -29,11 +29,12 @@ def ensure_ready(run: Run, stage: Stage) -> None:
     Raises:
         ConfigError: the run has no such stage, its config cannot be trained, or its
             problems do not fill one step of GRPO.
-        DataError: see `data.prepare`.
+        DataError: see `data.prepare` and `evaluator.check_labels`.
     """
     require_stage(run.config, stage)
     checks.require(checks.advise(run.config))
     data.ensure_data(run)
+    evaluator.check_labels(run)
     rows = run.report()["data"].get("train")
     if advice := checks.advise(run.config, rows=rows):
         log.info(checks.report(advice))
@@ -42,11 +43,10 @@ def ensure_ready(run: Run, stage: Stage) -> None:
 
 
 def ensure_adapter(run: Run, stage: Stage) -> Path | str | None:
-    """Returns a stage's adapter, training it first, with a word, if it is missing.
+    """Returns a stage's adapter, trained first where it is missing.
 
-    Notebooks call this for what the notebook before them made, so that each can be
-    opened alone. `sft_adapter` in the config is taken instead of training SFT. None
-    for `sft` in a run without that stage: GRPO then starts with fresh matrices.
+    So each notebook can be opened alone. `sft_adapter` in the config takes the place of
+    SFT. None for `sft` in a run without that stage: GRPO then starts with fresh LoRA.
 
     Raises:
         ConfigError: the run has no grpo stage.
@@ -70,9 +70,9 @@ def adapters(run: Run) -> dict[str, Path | str | None]:
 
 
 def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
-    """Trains one stage of a run, and what it needs before, and returns its report.
+    """Trains a stage, and what it needs before, and returns its report.
 
-    Of a finished stage nothing is loaded or built.
+    For a finished stage nothing is loaded.
     """
     ensure_ready(run, stage)
     if is_finished(run, stage):
@@ -97,9 +97,8 @@ def train(config: RunConfig) -> Run:
         log.info(f"{stage}: {train_stage(run, stage)}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return run
-    if not evaluator.held_out(config):
+    if evaluator.held_out(config):
+        evaluator.evaluate_run(run)
+    else:
         log.info("nothing is held out by this config, so nothing is measured")
-        return run
-    for label, adapter in adapters(run).items():
-        evaluator.evaluate(run, label, adapter)
     return run

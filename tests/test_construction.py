@@ -36,7 +36,7 @@ def watchers(trainer: Any) -> list[tuple[str, dict[str, str]]]:
 def test_notebook_02_constructs_the_sft_trainer_of_the_command_line(
     run_factory: Callable[..., Run],
 ) -> None:
-    from helpers import training
+    from helpers import masking, models, training
 
     run = run_factory(
         lora={"target_modules": ["q_proj", "v_proj"], "r": 4, "use_rslora": True},
@@ -54,6 +54,8 @@ def test_notebook_02_constructs_the_sft_trainer_of_the_command_line(
         [*cells, "02-08-code"],
         run=run,
         config=run.config,
+        masking=masking,
+        models=models,
         training=training,
     )
     shown = names["trainer"]

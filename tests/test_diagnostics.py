@@ -73,26 +73,25 @@ def test_a_state_that_needs_action_is_said_first(
     assert said(**changes).startswith(expected)
 
 
-def test_a_change_within_the_noise_is_called_flat() -> None:
-    assert "flat within its noise (0.25 -> 0.27, noise ±0.04)" in said(reward=0.27)
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"reward": 0.27}, "flat within its noise (0.25 -> 0.27, noise ±0.04)"),
+        ({"reward": 0.10}, "The reward falls: 0.25 -> 0.10."),
+        (
+            {"held_out": [(0, 0.29), (20, 0.29), (40, 0.2)]},
+            "has not passed its start (0.290, best since 0.290)",
+        ),
+    ],
+)
+def test_the_trend_is_told_with_its_noise(
+    changes: dict[str, Any], expected: str
+) -> None:
+    assert expected in said(**changes)
 
 
-def test_a_falling_reward_is_called_so() -> None:
-    assert "The reward falls: 0.25 -> 0.10." in said(reward=0.10)
-
-
-def test_a_held_out_reward_that_never_passed_its_start_is_said() -> None:
-    held_out = [(0, 0.29), (20, 0.29), (40, 0.2)]
-    assert "has not passed its start (0.290, best since 0.290)" in said(
-        held_out=held_out
-    )
-
-
-def test_nothing_is_said_of_a_single_held_out_measurement() -> None:
+def test_what_was_not_measured_is_not_told() -> None:
     assert "eld-out reward 0.290" not in said(held_out=[(0, 0.29)])
-
-
-def test_with_a_small_kl_its_absence_is_not_claimed() -> None:
     assert "No KL term" not in said(kl=0.02)
 
 
@@ -128,12 +127,18 @@ def test_there_is_no_state_before_the_first_step() -> None:
 # collapse
 
 
-def test_a_training_that_goes_well_has_not_collapsed() -> None:
-    assert diagnostics.collapse(entries(reward=[0.2] * 15 + [0.4] * 15)) == ""
-
-
-def test_a_few_bad_steps_are_no_collapse() -> None:
-    assert diagnostics.collapse(entries(reward=[0.4] * 20 + [0.0] * 4)) == ""
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"reward": [0.2] * 15 + [0.4] * 15},
+        {"reward": [0.4] * 20 + [0.0] * 4},
+        {"reward": [0.1] * 25, "completions/clipped_ratio": [1.0] * 25},
+    ],
+)
+def test_a_few_bad_steps_or_answers_cut_from_the_start_are_no_collapse(
+    columns: dict[str, list[float]],
+) -> None:
+    assert diagnostics.collapse(entries(**columns)) == ""
 
 
 @pytest.mark.parametrize(
@@ -197,8 +202,3 @@ def test_the_noise_is_the_standard_error_of_the_difference(seed: int) -> None:
     rewards = [drawn.gauss(0.01 * n, 0.2) for n in range(400)]  # with a trend
     expected = (2 * 0.2**2 / 10) ** 0.5
     assert diagnostics.noise_of_means(rewards, 10) == pytest.approx(expected, rel=0.15)
-
-
-def test_answers_that_were_cut_from_the_start_are_no_collapse() -> None:
-    logged = entries(reward=[0.1] * 25, **{"completions/clipped_ratio": [1.0] * 25})
-    assert diagnostics.collapse(logged) == ""

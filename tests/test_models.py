@@ -46,12 +46,9 @@ def test_the_offline_model_without_its_package_says_how_to_get_it(
         offline.find_gguf()
 
 
-def test_an_unknown_model_is_one_sentence_when_the_hub_cannot_be_reached() -> None:
+def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="'nobody/nothing' is not a folder here, and"):
         models.load_model("nobody/nothing")
-
-
-def test_an_incomplete_model_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="holds no complete model"):
         models.load_model(str(tmp_path))
@@ -76,14 +73,6 @@ def test_a_tokenizer_larger_than_the_embedding_is_one_sentence(
         models.load_model(str(small))
 
 
-def test_unsloth_asked_for_but_not_installed_says_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="Unsloth is not installed: run `make setup`"):
-        models.resolve_engine("unsloth")
-
-
 def test_the_options_of_a_config_are_arguments_of_load_model() -> None:
     options = models.options(recipes.load("guanaco-llama2-7b"))
     assert set(options) < set(inspect.signature(models.load_model).parameters)
@@ -91,43 +80,24 @@ def test_the_options_of_a_config_are_arguments_of_load_model() -> None:
     assert (options["dtype"], options["pad_token"]) == ("float16", "eos")
 
 
-def test_a_model_is_loaded_with_the_template_of_its_config(load: Load) -> None:
-    _, tokenizer = load(template="instruction")
-    assert "### Instruction:" in tokenizer.chat_template
-
-
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_four_bit_weights_answer_and_their_scales_are_quantised_as_asked(
+def test_the_scales_of_four_bit_weights_are_quantised_as_asked(
     load: Load, double_quant: bool
 ) -> None:
-    model, tokenizer = load(weights="4bit", double_quant=double_quant)
+    model, _ = load(weights="4bit", double_quant=double_quant)
     assert model.model.layers[0].mlp.up_proj.weight.quant_state.nested == double_quant
-    assert generate(model, tokenizer, PROMPTS[:1], max_new_tokens=2)[0].tokens > 0
-
-
-def test_eight_bit_weights_load_train_and_answer(load: Load) -> None:
-    model, tokenizer = load(weights="8bit")
-    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
-    model = add_lora(model, LORA)
-    ids = tokenizer("Two and two are four.", return_tensors="pt").input_ids
-    model(input_ids=ids, labels=ids).loss.backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    assert generate(model, tokenizer, PROMPTS[:1], max_new_tokens=2)[0].tokens > 0
+    with pytest.warns(UserWarning, match=f"double_quant={not double_quant} is not fo"):
+        models.check_weights(model, "4bit", not double_quant)
+    # as Unsloth leaves it on a GPU
+    model.config.quantization_config = model.config.quantization_config.to_dict()
+    models.check_weights(model, "4bit", double_quant)
 
 
 def test_other_weights_than_asked_for_are_an_error(load: Load) -> None:
-    with pytest.raises(ModelError, match="weights='8bit' cannot be loaded .*'transfor"):
-        models.check_weights(load()[0], "8bit", True)
-
-
-@pytest.mark.parametrize("kind", ["config", "dict"])
-def test_other_scales_than_asked_for_are_a_warning(load: Load, kind: str) -> None:
-    model, _ = load(weights="4bit")
-    if kind == "dict":  # as Unsloth leaves it on a GPU
-        model.config.quantization_config = model.config.quantization_config.to_dict()
-    models.check_weights(model, "4bit", True)
-    with pytest.warns(UserWarning, match="double_quant=False is not followed"):
-        models.check_weights(model, "4bit", False)
+    model, _ = load(weights="8bit")
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
+    with pytest.raises(ModelError, match="weights='4bit' cannot be loaded .*'transfor"):
+        models.check_weights(model, "4bit", True)
 
 
 def test_an_answer_in_between_leaves_the_gradients_of_four_bit_weights_alone(

@@ -129,7 +129,7 @@ def test_the_time_before_a_kill_counts(tmp_path: Path) -> None:
     assert again.used_s == pytest.approx(120, abs=2.5)
 
 
-def test_without_minutes_the_time_is_only_measured(tmp_path: Path) -> None:
+def test_without_minutes_the_clock_does_nothing(tmp_path: Path) -> None:
     seconds = Seconds()
     clock = monitor.Clock(tmp_path, None, seconds)
     state, control = TrainerState(global_step=1, max_steps=4), TrainerControl()
@@ -137,7 +137,7 @@ def test_without_minutes_the_time_is_only_measured(tmp_path: Path) -> None:
     seconds.now += 1e6
     clock.on_step_end(ARGUMENTS, state, control)
     assert not control.should_training_stop and state.max_steps == 4
-    assert json.loads((tmp_path / "clock.json").read_text())["used_s"] == 1e6
+    assert not list(tmp_path.iterdir())
 
 
 # the panel

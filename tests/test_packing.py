@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,17 @@ import pytest
 
 from helpers.data.formats import Messages
 from helpers.masking.dataset import NO_LOSS, mask_conversations
+from tests.rows import turns
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 160
 TALK = ["What is 2 + 2?", "It is 4.", "And 2 + 3?", "It is 5.", "Thanks", "Bye! 🎉"]
 UNSLOTH = """
 import json
-from helpers import models
+from helpers.models.load import load_model
 from tests.test_packing import losses
 
-model, tokenizer = models.load_model(
+model, tokenizer = load_model(
     "smollm2-135m-offline", engine="unsloth", weights="16bit", dtype="float32"
 )
 print(json.dumps(losses(model, tokenizer)))
@@ -29,14 +29,12 @@ print(json.dumps(losses(model, tokenizer)))
 
 def conversations() -> list[Messages]:
     """Returns chats of different lengths."""
-    roles = ("user", "assistant")
-    made = []
+    chats = []
     for number in range(12):
-        talk = [*TALK[: 2 + 2 * (number % 3)]]
+        talk = TALK[: 2 + 2 * (number % 3)]
         talk[-1] += " Very well." * number
-        turns = enumerate(talk)
-        made.append([{"role": roles[n % 2], "content": text} for n, text in turns])
-    return made
+        chats.append(turns(*talk))
+    return chats
 
 
 def pack(tokenizer: Any) -> tuple[Any, Any]:
@@ -68,7 +66,7 @@ def losses(model: Any, tokenizer: Any) -> list[tuple[float, float]]:
             return float(model(**inputs, use_cache=False).loss)
 
     model.eval()
-    found = []
+    pairs = []
     _, packed = pack(tokenizer)
     for row, batch in zip(packed, batches(tokenizer, packed), strict=True):
         total, count, start = 0.0, 0, 0
@@ -78,36 +76,24 @@ def losses(model: Any, tokenizer: Any) -> list[tuple[float, float]]:
                 for name in ("input_ids", "labels")
             }
             tokens = int((part["labels"][:, 1:] != NO_LOSS).sum())
-            total, count, start = total + loss(**part) * tokens, count + tokens, start
+            total, count = total + loss(**part) * tokens, count + tokens
             start += size
-        found.append((loss(**batch), total / count))
-    return found
+        pairs.append((loss(**batch), total / count))
+    return pairs
 
 
-def test_packing_keeps_every_token_with_its_label(tokenizer: Any) -> None:
+def test_packing_keeps_each_document_whole_with_its_labels(tokenizer: Any) -> None:
     rows, packed = pack(tokenizer)
-
-    def pairs(dataset: Any) -> Counter[tuple[int, int]]:
-        found = Counter[tuple[int, int]]()
-        for row in dataset:
-            found.update(zip(row["input_ids"], row["labels"], strict=True))
-        return found
-
-    assert len(packed) < len(rows)
-    assert pairs(packed) == pairs(rows)
-
-
-def test_packing_keeps_each_document_whole(tokenizer: Any) -> None:
-    rows, packed = pack(tokenizer)
-    found = []
+    documents = []
     for row in packed:
         start = 0
         for size in row["seq_lengths"]:
             end = start + size
-            found.append((row["input_ids"][start:end], row["labels"][start:end]))
+            documents.append((row["input_ids"][start:end], row["labels"][start:end]))
             start = end
         assert start == len(row["input_ids"]) <= LENGTH
-    assert sorted(found) == sorted((row["input_ids"], row["labels"]) for row in rows)
+    assert len(packed) < len(rows)
+    assert sorted(documents) == sorted((r["input_ids"], r["labels"]) for r in rows)
 
 
 def test_positions_restart_at_each_document(tokenizer: Any) -> None:
@@ -118,24 +104,19 @@ def test_positions_restart_at_each_document(tokenizer: Any) -> None:
         assert "attention_mask" not in batch  # the positions keep documents apart
 
 
-def test_a_packed_row_has_the_loss_of_its_documents(
+def assert_same(pairs: list[Any]) -> None:
+    assert len(pairs) > 1
+    assert [x for x, _ in pairs] == pytest.approx([y for _, y in pairs], abs=1e-5)
+
+
+def test_a_packed_row_has_the_loss_of_its_documents_as_positions_restart(
     tokenizer: Any, tiny_model_folder: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     assert str(model.dtype) == "torch.float32"
-    found = losses(model, tokenizer)
-    assert len(found) > 1
-    assert [x for x, _ in found] == pytest.approx([y for _, y in found], abs=1e-5)
-
-
-def test_without_restarting_positions_the_loss_would_be_another(
-    tokenizer: Any, tiny_model_folder: Path
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
+    assert_same(losses(model, tokenizer))
     _, packed = pack(tokenizer)
     row = next(n for n, row in enumerate(packed) if len(row["seq_lengths"]) > 1)
     batch = {**batches(tokenizer, packed)[row], "use_cache": False}
@@ -147,6 +128,4 @@ def test_without_restarting_positions_the_loss_would_be_another(
 def test_a_packed_row_has_the_loss_of_its_documents_under_unsloth_too(
     run_python: Any,
 ) -> None:
-    found = json.loads(run_python("-c", UNSLOTH).stdout.splitlines()[-1])
-    assert len(found) > 1
-    assert [x for x, _ in found] == pytest.approx([y for _, y in found], abs=1e-5)
+    assert_same(json.loads(run_python("-c", UNSLOTH).stdout.splitlines()[-1]))

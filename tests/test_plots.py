@@ -21,9 +21,8 @@ def test_losses_are_drawn_though_steps_log_them_in_entries_of_their_own(
     tmp_path: Path,
 ) -> None:
     history = entries(loss=[2.0, 1.0]) + [{"step": 2, "eval_loss": 1.5}]
-    plots.draw_losses(history, tmp_path / "curves.png")
+    (axes,) = plots.draw_diagnostics(history, tmp_path / "curves.png").axes
     assert (tmp_path / "curves.png").stat().st_size > 0
-    (axes,) = plots.draw_curves(history, plots.LOSSES).axes
     points = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert points == {"loss": [[1, 2], [2, 1]], "eval_loss": [[2, 1.5]]}
 

@@ -31,16 +31,6 @@ def pay(text: str, gold: str, weights: dict[str, float], prompt: Any = "") -> fl
     return sum(w * p for w, p in zip(numbers, paid, strict=True) if p is not None)
 
 
-def test_correctness_tells_right_wrong_and_ungradable_apart():
-    scores = rewards.correctness(["#### 2", "#### 3", "2"], gold=["2", "2", "?"])
-    assert scores == [1.0, 0.0, None]
-
-
-def test_correctness_ignores_the_other_columns_that_a_trainer_passes():
-    scores = rewards.correctness(["2"], gold=["2"], prompts=["?"], trainer_state=None)
-    assert scores == [1.0]
-
-
 def test_correctness_refuses_fewer_golds_than_completions():
     with pytest.raises(ValueError, match="shorter"):
         rewards.correctness(["2", "3"], gold=["2"])
@@ -64,20 +54,6 @@ def test_the_last_message_of_a_conversational_completion_is_scored():
     assert rewards.correctness([turns], gold=["2"]) == [1.0]
 
 
-def test_strict_format_scores_one_float_a_completion():
-    assert rewards.strict_format(["a\n#### 5", "The answer is 5"]) == [1.0, 0.0]
-
-
-def test_number_present_pays_for_a_number_but_not_for_marker_spam():
-    texts = ["#### 5", "It is 5.", "no idea", "#### 5 #### 6"]
-    assert rewards.number_present(texts) == [1.0, 1.0, 0.0, 0.0]
-
-
-def test_soft_format_scores_one_float_a_completion():
-    texts = ["#### 5 nuts\nDone.", "The answer is 5", "#### 5\n#### 5"]
-    assert rewards.soft_format(texts) == [1.0, 0.0, 0.0]
-
-
 @pytest.mark.parametrize(
     ("answer", "gold", "paid"),
     [
@@ -99,20 +75,22 @@ def test_closeness_pays_by_the_distance_from_the_gold_number(answer, gold, paid)
     assert rewards.closeness([answer], gold=[gold]) == [paid]
 
 
-def test_closeness_has_nothing_to_say_without_a_gold_number():
-    assert rewards.closeness(["#### 5"], gold=["?"]) == [None]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "paid"), [(1, 0), (80, 0), (81, -0.05), (90, -0.5), (100, -1)]
-)
-def test_a_completion_is_punished_from_four_fifths_of_the_limit_on(tokens, paid):
+def test_a_completion_is_punished_from_four_fifths_of_the_limit_on():
     [overlong], _ = rewards.choose({"overlong": 1.0}, max_completion_length=100)
-    assert overlong(completion_ids=[[7] * tokens]) == [paid]
-
-
-def test_a_limit_of_a_few_tokens_can_be_punished_too():
+    ids = [[7] * n for n in (1, 80, 81, 90, 100)]
+    assert overlong(completion_ids=ids) == [0, 0, -0.05, -0.5, -1]
     assert rewards.punish_overlong(3)(completion_ids=[[1], [1, 1, 1]]) == [0, -1]
+
+
+def test_correctness_logs_the_shares_of_groups_that_teach_nothing():
+    logged = {}
+    texts, gold = ["1", "1", "2", "1", "2", "2"], ["1"] * 4 + ["?"] * 2
+    prompts = [[{"role": "user", "content": q}] for q in "aabbcc"]
+    rewards.correctness(texts, gold, prompts, log_metric=logged.__setitem__)
+    assert logged == {
+        rewards.ALL_WRONG: pytest.approx(1 / 3),
+        rewards.ALL_RIGHT: pytest.approx(1 / 3),
+    }
 
 
 def test_an_expression_is_graded_and_an_unreadable_one_is_not():
@@ -149,8 +127,8 @@ def test_too_heavy_a_format_reward_leaves_no_margin():
 
 
 def test_importing_the_rewards_loads_nothing_heavy(heavy_modules):
-    program = "import sys, helpers.rewards\nassert 'sympy' not in sys.modules"
-    assert heavy_modules(program) == []
+    program = "import helpers.grpo.answers, helpers.grpo.rewards, sys\n"
+    assert heavy_modules(program + "assert 'sympy' not in sys.modules") == []
 
 
 # right, wrong, right number in the wrong format, tricks
@@ -216,17 +194,6 @@ def test_copying_the_prompt_earns_nothing_though_it_holds_the_answer(gold):
         assert pay(text, gold, ALL, PROMPT) == 0
 
 
-def test_copying_a_solved_example_earns_no_format_reward():
-    shots = [
-        {"role": "user", "content": "What are 2 and 3 in all?"},
-        {"role": "assistant", "content": "In all they are 2 + 3 = 5.\n#### 5"},
-    ]
-    prompt = data.ask(QUESTION, "", shots)
-    copied = shots[1]["content"]
-    assert rewards.strict_format([copied], prompts=[prompt]) == [0.0]
-    assert rewards.strict_format([copied], prompts=[data.ask(QUESTION, "")]) == [1.0]
-
-
 # a busy machine is no failure
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
@@ -235,36 +202,12 @@ GOLD = "12"
 WEIGHTS = [recipes.load(name).rewards for name in recipes.NAMES] + [ALL]
 # what texts are put together from, the right number among it
 PIECES = st.sampled_from(
-    [
-        "#### ",
-        "####",
-        "\n",
-        " ",
-        "12",
-        "13",
-        "11",
-        "1,080",
-        "-",
-        ".",
-        ",",
-        "%",
-        "$",
-        "/",
-    ]
-    + [r"\boxed{12}", r"\boxed{13}", r"\boxed{", "}", "=", "(", "#", "or ", "and "]
-    + ["So ", "nuts", "working\n", "working\n#### ", "<think>", "</think>", "2."]
-    + ["\n#### 12", "\n#### 13", "So it is", *QUESTION.splitlines()]
-    + [
-        "<answer>",
-        "</answer>",
-        "Answer: ",
-        "\u20ac",
-        "\u2013",
-        "minus ",
-        " million",
-        ":",
-    ]
-    + ["12,50", "1 000", "\u0661\u0662", "^2", "e1", "</s>", "'"]
+    [*"12 13 11 1,080 12,50 2. - . , % $ / = ( # ^2 e1 : ' } ####".split()]
+    + ["#### ", "\n", " ", "1 000", "\u0661\u0662", "\u20ac", "\u2013", "</s>"]
+    + [r"\boxed{12}", r"\boxed{13}", r"\boxed{", "or ", "and ", "minus ", " million"]
+    + ["So ", "nuts", "working\n", "working\n#### ", "<think>", "</think>", "So it is"]
+    + ["\n#### 12", "\n#### 13", "<answer>", "</answer>", "Answer: "]
+    + QUESTION.splitlines()
 )
 TEXTS = st.lists(PIECES, max_size=12).map("".join)
 RIGHT_TEXTS = TEXTS.filter(lambda text: rewards.is_correct(text, GOLD, QUESTION))
@@ -359,14 +302,6 @@ def test_a_constant_answer_earns_the_share_of_gsm8k_that_has_it_for_gold(gsm8k):
     for constant in ["4", "10", "42", "100", "-7"]:
         given["completions"] = [f"#### {constant}"] * len(gsm8k)
         assert sum(rewards.correctness(**given)) == golds[constant]
-
-
-def test_seven_constants_are_right_on_two_to_three_percent_of_gsm8k_no_other_is(gsm8k):
-    golds = Counter(problem["gold"] for problem in gsm8k)
-    shares = {gold: count / len(gsm8k) for gold, count in golds.items()}
-    assert max(shares.values()) == shares["4"] < 0.029
-    common = {gold for gold, share in shares.items() if share >= 0.02}
-    assert common == {"4", "6", "10", "5", "20", "3", "2"}
 
 
 def test_a_copied_question_is_right_on_none_of_gsm8k(gsm8k):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from helpers import estimate
 from helpers.config import changed
 from helpers.errors import ConfigError
 from helpers.models import adapters
@@ -40,6 +41,13 @@ def load(tiny_model_folder: Any) -> Callable[..., Any]:
         return tuned.eval()
 
     return make
+
+
+def copied(model: Any) -> sampling.Sampler:
+    """Returns the sampler of a model, its adapter merged."""
+    sampler = sampling.Sampler(model)
+    sampler.copy.refresh()
+    return sampler
 
 
 def shake(model: Any, size: float) -> None:
@@ -80,38 +88,25 @@ def trained_logps(model: Any, prompt: list[int], ids: list[int]) -> Any:
 
 
 @pytest.mark.parametrize("weights", ["16bit", "4bit"])
-def test_greedy_samples_are_what_the_trained_model_generates(
+def test_samples_and_their_log_probabilities_are_the_trained_models(
     load: Callable[..., Any], weights: str
 ) -> None:
     model = load(weights)
-    sampler = sampling.Sampler(model)
-    sampler.copy.refresh()
-    found = sampler.decoder.generate(PROMPTS, 12, [2], None)
-    for prompt, completion in zip(PROMPTS, found, strict=True):
-        assert completion.ids == greedy_of(model, prompt, 12, stop=2)
-    assert len({tuple(completion.ids) for completion in found}) > 1
-
-
-@pytest.mark.parametrize("weights", ["16bit", "4bit"])
-def test_log_probabilities_are_the_trained_models(
-    load: Callable[..., Any], weights: str
-) -> None:
-    model = load(weights)
-    sampler = sampling.Sampler(model)
-    sampler.copy.refresh()
-    for prompt, completion in zip(
-        PROMPTS, sampler.decoder.generate(PROMPTS, 12, [2], DRAWN), strict=True
-    ):
+    sampler = copied(model)
+    greedy = sampler.decoder.generate(PROMPTS, 12, [2], None)
+    drawn = sampler.decoder.generate(PROMPTS, 12, [2], DRAWN)
+    for prompt, likeliest, completion in zip(PROMPTS, greedy, drawn, strict=True):
+        assert likeliest.ids == greedy_of(model, prompt, 12, stop=2)
         expected = trained_logps(model, prompt, completion.ids).tolist()
         assert completion.logps == pytest.approx(expected, abs=2e-4)
+    assert len({tuple(completion.ids) for completion in greedy}) > 1
 
 
 def test_a_refresh_follows_the_adapter_and_keeps_every_weight_in_its_place(
     load: Callable[..., Any],
 ) -> None:
     model = load()
-    sampler = sampling.Sampler(model)
-    sampler.copy.refresh()
+    sampler = copied(model)
     places = [p.data_ptr() for p in sampler.copy.net.parameters()]
     before = sampler.decoder.generate(PROMPTS, 12, [2], None)
     for _ in range(3):  # nothing of a former adapter may stay behind
@@ -136,36 +131,28 @@ def test_weights_that_nothing_trains_are_shared_with_the_model(
     assert net.model.layers[0].self_attn.q_proj.weight.data_ptr() != q_proj.data_ptr()
 
 
-def test_a_completion_ends_with_its_stop_token(load: Callable[..., Any]) -> None:
-    model = load()
-    sampler = sampling.Sampler(model)
-    sampler.copy.refresh()
+def test_a_completion_ends_with_its_stop_token_and_sampling_with_the_last(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = copied(load())
     whole = sampler.decoder.generate(PROMPTS, 12, [2], None)[1].ids
     stop = whole[4]
     cut = sampler.decoder.generate(PROMPTS, 12, [stop], None)[1]
     assert cut.ids == whole[: whole.index(stop) + 1]
     assert len(cut.logps) == len(cut.ids)
-
-
-def test_sampling_ends_when_every_row_has_ended(
-    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sampler = sampling.Sampler(load())
-    sampler.copy.refresh()
     drawn: list[int] = []
     token = sampler.decoder.token
     monkeypatch.setattr(sampler.decoder, "token", lambda: (drawn.append(1), token()))
     everything = list(range(sampler.copy.net.config.vocab_size))
-    found = sampler.decoder.generate(PROMPTS, 200, everything, DRAWN)
-    assert [len(completion.ids) for completion in found] == [1, 1, 1]
+    rows = sampler.decoder.generate(PROMPTS, 200, everything, DRAWN)
+    assert [len(row.ids) for row in rows] == [1, 1, 1]
     assert len(drawn) < decoding.LOOK
 
 
 def test_smaller_batches_and_shorter_prompts_reuse_what_was_allocated(
     load: Callable[..., Any],
 ) -> None:
-    sampler = sampling.Sampler(load())
-    sampler.copy.refresh()
+    sampler = copied(load())
     first = sampler.decoder.generate(PROMPTS, 12, [2, 3], None)
     cache = sampler.decoder.cache
     sampler.decoder.generate(PROMPTS[:2], 12, [5], DRAWN)  # drawn: by the same graph
@@ -181,8 +168,7 @@ def test_sampled_tokens_follow_the_models_probabilities(
 
     torch.manual_seed(0)
     model = load()
-    sampler = sampling.Sampler(model)
-    sampler.copy.refresh()
+    sampler = copied(model)
     settings = decoding.Settings(top_k=3)
     counts: dict[int, int] = {}
     with torch.no_grad():
@@ -208,8 +194,7 @@ def test_a_model_that_is_changed_elsewhere_does_not_change_the_copys_class(
     expected = greedy_of(model, PROMPTS[0], 4, stop=2)
     for name in ("LlamaAttention", "LlamaModel", "LlamaForCausalLM"):
         monkeypatch.setattr(getattr(modeling_llama, name), "forward", broken)
-    sampler = sampling.Sampler(model)
-    sampler.copy.refresh()
+    sampler = copied(model)
     assert sampler.decoder.generate(PROMPTS[:1], 4, [2], None)[0].ids == expected
 
 
@@ -266,59 +251,93 @@ def test_the_copy_answers_as_the_model_does_whatever_it_drew_before(
     options: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 12}
     sampled = sampler.generate(tokenizer, asked, batch_size=2, sampling=drawn)
     for _ in range(2):
-        found = sampler.generate(tokenizer, asked, **options)
-        assert found == generation.generate(model, tokenizer, asked, **options)
-        assert found != sampled
+        completions = sampler.generate(tokenizer, asked, **options)
+        assert completions == generation.generate(model, tokenizer, asked, **options)
+        assert completions != sampled
         shake(model, 0.3)  # the copy follows
     assert sampler.decoder.settings.temperature == 2.0  # of the graph, which stayed
 
 
-def test_on_a_cpu_the_trained_model_samples(load: Callable[..., Any], run: Run) -> None:
-    found = sampling.choose(run.config, load())
-    assert (found.name, found.rollout, found.arguments) == ("model", None, {})
-    assert "only on a GPU" in found.reason
+# which sampler
 
 
-def test_vllm_is_refused_where_it_is_not_installed(
-    load: Callable[..., Any], run: Run
+def choose(run: Run, model: Any, **changes: Any) -> Any:
+    return sampling.choose_sampler(Run(run.path, changed(run.config, **changes)), model)
+
+
+def test_on_a_cpu_the_trained_model_samples(
+    load: Callable[..., Any], run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(ConfigError, match="vLLM is not installed.*choose 'auto'"):
-        sampling.choose(changed(run.config, sampler="vllm"), load())
+    caplog.set_level("INFO")
+    assert choose(run, load()) is None
+    assert "the trained model: a copy is faster only on a GPU" in caplog.text
+    note = json.loads((run.path / "grpo" / "sampler.json").read_text())
+    assert note["name"] == "model"
 
 
 def test_a_copy_that_is_asked_for_is_made_on_a_cpu_too(
     load: Callable[..., Any], run: Run
 ) -> None:
-    found = sampling.choose(changed(run.config, sampler="copy"), load())
-    assert found.name == "copy" and isinstance(found.rollout, sampling.Sampler)
+    assert isinstance(choose(run, load(), sampler="copy"), sampling.Sampler)
 
 
-def test_options_that_the_copy_does_not_know_are_refused_by_name(
-    load: Callable[..., Any], run: Run
+@pytest.mark.parametrize(
+    ("changes", "lora", "text"),
+    [
+        ({"grpo__repetition_penalty": 1.2}, {}, "grpo.repetition_penalty; choose"),
+        ({"grpo__use_vllm": True}, {}, "it does not know grpo.use_vllm"),
+        ({}, {"use_dora": True}, "lora_magnitude_vector.* is trained besides LoRA"),
+    ],
+)
+def test_what_a_copy_cannot_do_is_refused_by_name(
+    load: Callable[..., Any], run: Run, changes: Any, lora: Any, text: str
 ) -> None:
-    config = changed(run.config, sampler="copy", grpo__repetition_penalty=1.2)
-    with pytest.raises(ConfigError, match="grpo.repetition_penalty; choose 'model'"):
-        sampling.choose(config, load())
+    with pytest.raises(ConfigError, match=f"sampler='copy' does not work: .*{text}"):
+        choose(run, load(**lora), sampler="copy", **changes)
 
 
-def test_a_dora_adapter_cannot_be_folded(load: Callable[..., Any], run: Run) -> None:
-    config = changed(run.config, sampler="copy")
-    with pytest.raises(ConfigError, match="lora_magnitude_vector.* is trained"):
-        sampling.choose(config, load(use_dora=True))
-
-
-def test_layers_with_a_sliding_window_cannot_be_copied() -> None:
-    config = SimpleNamespace(layer_types=["full_attention", "sliding_attention"])
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "changes with the length"),
+    ],
+)
+def test_a_model_that_cannot_be_copied_is_told(
+    run: Run, numbers: dict[str, Any], text: str
+) -> None:
+    config = SimpleNamespace(**numbers)
     model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
-    assert "sliding_attention" in sampling.unsupported_model(model)
+    assert text in sampling.unsupported(run.config, model)
 
 
-def test_the_copy_is_counted_and_given_up_where_it_does_not_fit() -> None:
-    from helpers import recipes
+@pytest.mark.parametrize(("free", "fits"), [(2.1, True), (1.9, False)])
+def test_a_copy_takes_half_of_the_free_memory_at_most(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, free: float, fits: bool
+) -> None:
+    import torch
 
-    config = changed(recipes.load("finetome-llama32-1b"), stages=["grpo"])
-    config = changed(config, data__problems="x.jsonl")
-    with_copy = estimate.estimate_memory(config)
-    assert 1.8 < with_copy.parts[estimate.COPY] < 2.4
-    small = estimate.T4._replace(memory_gb=with_copy.peak_gb)
-    assert estimate.COPY not in estimate.estimate_memory(config, small).parts
+    model = load()
+    weights = 2 * sum(
+        layer.base_layer.weight.numel()
+        for layer in model.modules()
+        if hasattr(layer, "get_delta_weight")
+    )
+    memory = {"mem_get_info": (int(free * weights), 0), "memory_reserved": 0}
+    for name, value in {**memory, "memory_allocated": 0}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    text = sampling.no_room(model)
+    assert text == "" if fits else "GiB of free memory" in text
+
+
+# private API of the libraries, by name
+
+
+def test_trl_and_transformers_still_have_what_is_private_of_them() -> None:
+    from transformers import PreTrainedModel
+    from trl import GRPOTrainer
+
+    assert callable(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert callable(GRPOTrainer._log_metric)
+    assert "TRL_EXPERIMENTAL_SILENCE" in inspect.getsource(GRPOTrainer.__init__)
+    assert "attn_implementation" in inspect.getsource(PreTrainedModel._from_config)

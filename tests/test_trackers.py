@@ -15,7 +15,7 @@ import wandb
 
 from helpers import stages
 from helpers.runs import Run
-from helpers.training.trainer import choose_trackers
+from helpers.training.inputs import choose_trackers
 
 OFFLINE = "nobody is logged in"
 

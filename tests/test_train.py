@@ -18,6 +18,7 @@ from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError, MissingInput
 from helpers.grpo import rewards
+from helpers.models import adapters
 from helpers.runs import Run
 from helpers.training import inputs, sft
 from helpers.training import trainer as train
@@ -28,6 +29,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 from helpers import runs, stages
 from helpers.grpo import rewards
+from helpers.models import adapters
 from helpers.training import callbacks
 from tests.test_train import length
 
@@ -136,15 +138,6 @@ def test_nothing_is_loaded_for_a_finished_stage(
     monkeypatch.setattr(stages, "load_for_training", None)
     assert stages.train_stage(prepared, "sft") == part
     assert caplog.text.count("is finished") == 2
-
-
-def test_results_of_other_settings_are_set_aside_not_deleted(
-    prepared: Run, run_factory: Callable[..., Run]
-) -> None:
-    stages.train_stage(prepared, "sft")
-    edited = run_factory(sft__max_steps=2, sft__eval_steps=1, lora__r=4)
-    assert stages.train_stage(edited, "sft")["steps"] == 2
-    assert (prepared.path / "sft.before-1" / "adapter").is_dir()
 
 
 def test_a_trainer_of_another_run_is_refused(
@@ -272,7 +265,7 @@ def test_activations_are_recomputed_on_a_gpu_if_the_config_says_so(
     cpu = runtime.Machine("local", "cpu", "two cores", 8.0, None)
     for machine, expected in ((t4, asked), (cpu, False)):
         monkeypatch.setattr(runtime, "find_machine", lambda machine=machine: machine)
-        values = train.training_arguments(Run(run.path, config), "sft", run.path)
+        values = inputs.training_arguments(Run(run.path, config), "sft", run.path)
         assert values["gradient_checkpointing"] == expected
 
 
@@ -297,11 +290,24 @@ def test_what_a_config_leaves_open_is_trls_default_whoever_patched_trl(
 
     monkeypatch.setattr(trl, f"{name}Config", Patched)
     run = run_factory(**{stage: {"learning_rate": 1e-4}})
-    values = train.training_arguments(run, stage, run.path)
+    values = inputs.training_arguments(run, stage, run.path)
     assert values["learning_rate"] == 1e-4
     for open_ in ("gradient_accumulation_steps", "weight_decay", "warmup_steps"):
         assert values[open_] == plain.__dataclass_fields__[open_].default
     assert values["optim"] == "adamw_torch"  # TRL's, but not the fused one
+
+
+def test_lora_that_a_config_leaves_open_is_pefts_default_in_either_engine(
+    run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import LoraConfig
+
+    passed: dict[str, Any] = {}
+    monkeypatch.setattr(adapters, "add_lora", lambda _, lora, **__: passed.update(lora))
+    run = run_factory(lora={"target_modules": ["v_proj", "q_proj"]})
+    train.attach_lora(run, None, LoraConfig(**train.lora_arguments(run)))  # type: ignore[arg-type]
+    assert passed.pop("target_modules") == ["q_proj", "v_proj"]
+    assert passed == {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none"}
 
 
 def test_an_evaluation_takes_the_batches_that_training_takes(
@@ -309,7 +315,7 @@ def test_an_evaluation_takes_the_batches_that_training_takes(
 ) -> None:
     for name, rows in (("train", 2), ("eval", 4)):
         run = run_factory(sft={f"per_device_{name}_batch_size": rows})
-        values = train.training_arguments(run, "sft", run.path)
+        values = inputs.training_arguments(run, "sft", run.path)
         assert values["per_device_eval_batch_size"] == rows
 
 
@@ -331,5 +337,5 @@ def test_the_trainer_computes_in_the_dtype_that_the_model_has(
 ) -> None:
     gpu = runtime.Machine("local", "cuda", "a GPU", 14.7, capability)
     monkeypatch.setattr(runtime, "find_machine", lambda: gpu)
-    values = train.machine_arguments(changed(run.config, dtype=dtype))
+    values = inputs.machine_arguments(changed(run.config, dtype=dtype), "sft")
     assert (values["fp16"], values["bf16"]) == flags

@@ -395,7 +395,7 @@ def prepare(run: Run) -> dict[str, Any]:
             for name, x in sets.items()
         }
         problems = asked.pop("problems", [])
-        order = [name for name in ("test", "test_new", "eval") if name in asked]
+        order = [name for name in HELD_OUT if name in asked]
         assert_disjoint(chain(trained, problems), {name: asked[name] for name in order})
         counts, prints = {}, {}
         paths = {name: run.path / "data" / f"{name}.jsonl" for name in PARTS}
@@ -426,7 +426,7 @@ def open_reader(run: Run, source: str | Source, **options: Any) -> Reader:
 
 
 def store(batches: Iterable[list[Row]], schema: Any, file: Path | None) -> Dataset:
-    """Returns batches of rows as a dataset on disk, without a file in memory."""
+    """Returns batches of rows as a dataset in an Arrow file; in memory without one."""
     import pyarrow as pa
     from datasets import Dataset
 

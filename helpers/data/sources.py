@@ -15,6 +15,7 @@ import random
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
@@ -58,7 +59,7 @@ def open_rows(
     table = read_dataset(source, path) if path is None or path.is_dir() else None
 
     def read() -> Iterator[Any]:
-        return read_file(path) if table is None else receive(source.path, table)  # type: ignore[arg-type]
+        return read_file(path) if table is None else read_table_of(source.path, table)  # type: ignore[arg-type]
 
     rows = read()
     first = next(rows, None)
@@ -149,12 +150,28 @@ def find_revision(path: str) -> str | None:
         return None
 
 
+@contextmanager
+def words_of_datasets(path: str) -> Iterator[None]:
+    """Turns what `datasets` raises, of many kinds, into a `DataError`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        hint = "" if Path(path).exists() else " (is the hub reachable from here?)"
+        kind = type(cause).__name__
+        raise DataError(
+            f"{path} could not be read: {kind}: {str(cause)[:300]}{hint}"
+        ) from error
+
+
 def read_dataset(source: Source, path: Path | None) -> Any:
     """Returns a dataset of the hub, or one (its train split) saved in a folder."""
     import datasets
 
     datasets.disable_progress_bars()
-    try:
+    with words_of_datasets(source.path):
         if path is None:
             name, config, split = HUB_NAME.fullmatch(source.path).groups()  # type: ignore[union-attr]
             return datasets.load_dataset(
@@ -175,27 +192,12 @@ def read_dataset(source: Source, path: Path | None) -> Any:
                 f"name one of what is in it: {', '.join(inside[:9])}"
             )
         return datasets.load_from_disk(str(path))
-    except DataError:
-        raise
-    except Exception as error:  # datasets raises many kinds; all mean "not readable"
-        raise unreadable(source.path, error) from error
 
 
-def receive(path: str, rows: Iterable[Any]) -> Iterator[Any]:
-    """Yields rows of `datasets`; an error of theirs becomes ours."""
-    try:
-        yield from rows
-    except Exception as error:  # as above
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: str, error: Exception) -> DataError:
-    """Returns the error for a dataset that `datasets` fails to read."""
-    cause = error.__cause__ or error
-    hint = "" if Path(path).exists() else " (is the hub reachable from here?)"
-    return DataError(
-        f"{path} could not be read: {type(cause).__name__}: {str(cause)[:300]}{hint}"
-    )
+def read_table_of(path: str, table: Iterable[Any]) -> Iterator[Any]:
+    """Yields the rows of a dataset."""
+    with words_of_datasets(path):
+        yield from table
 
 
 # local files

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "evaluator": ["compare", "evaluate", "evaluate_run", "held_out"],
-        "gsm8k": ["VERDICTS", "check_answer"],
+        "gsm8k": ["check_answer"],
         "stats": ["proportion"],
         "tables": [
             "differences_table",

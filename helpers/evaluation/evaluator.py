@@ -20,13 +20,12 @@ from helpers.data import preparation as data
 from helpers.data.formats import Row
 from helpers.errors import DataError
 from helpers.evaluation import gsm8k, stats, text_metrics
-from helpers.evaluation.items import answer_rows
+from helpers.evaluation.items import answer_rows, find_adapters, model_print
 from helpers.evaluation.tables import ACCURACIES, results_table
 from helpers.inference.generation import generate_batches, inference
 from helpers.masking.dataset import NO_LOSS, Example, mask_conversations
-from helpers.masking.templates import template_text
 from helpers.models import load as models
-from helpers.runs import Run, content_hash, fingerprint
+from helpers.runs import Run, fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,19 +35,6 @@ if TYPE_CHECKING:
 def held_out(config: RunConfig) -> list[str]:
     """Returns the names of the sets that a config holds out."""
     return [name for name in data.parts_of(config.data) if name in HELD_OUT]
-
-
-def model_print(config: RunConfig, adapter: Path | str | None) -> str:
-    """Returns the fingerprint of a model as it answers: weights, adapter, template."""
-    options: dict[str, Any] = models.options(config)
-    options |= {
-        "engine": models.resolve_engine(config.engine),
-        "weights": models.resolve_weights(config.weights),
-        "dtype": str(runtime.choose_dtype(runtime.find_machine(), config.dtype)[0]),
-        "max_length": None,
-        "template": template_text(config.template),
-    }
-    return fingerprint(content_hash(config.model), options, content_hash(adapter))
 
 
 def to_prompts(config: RunConfig, rows: list[Row]) -> list[Row]:
@@ -227,17 +213,9 @@ def evaluate_run(run: Run, labels: list[str] | None = None) -> pd.DataFrame:
         labels: some of `base`, `sft` and `grpo`; by default all that the run has.
 
     Raises:
-        DataError: the run has no such model; or see `evaluate`.
-        MissingInput: a stage has not been trained.
+        DataError: see `find_adapters` and `evaluate`; so MissingInput.
     """
-    known = ["base", *run.config.stages]
-    for label in labels or known:
-        if label not in known:
-            name = run.config.name
-            raise DataError(f"run {name!r} has no model {label!r}, only {known}")
-        adapter: Path | str | None = run.config.sft_adapter if label == "sft" else None
-        if label != "base" and not adapter:
-            adapter = run.require(f"{label}/adapter")
+    for label, adapter in find_adapters(run, labels).items():
         evaluate(run, label, adapter)
     return results_table(run.report())
 

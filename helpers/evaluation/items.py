@@ -1,4 +1,4 @@
-"""The items of an evaluation: one JSON line each, written batch by batch.
+"""The models of an evaluation and their items: one JSON line each, batch by batch.
 
 A kill costs the batch that was being answered. An item is not answered again unless
 something that decides its answer has changed; verdicts are always computed anew.
@@ -12,15 +12,53 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from helpers import runtime
+from helpers.config import RunConfig
 from helpers.data.formats import Row
 from helpers.data.preparation import write_rows
+from helpers.errors import DataError
 from helpers.inference.generation import Answer, Prompt
-from helpers.runs import fingerprint
+from helpers.masking.templates import template_text
+from helpers.models import load as models
+from helpers.runs import Run, content_hash, fingerprint
 
 # the fields of an item besides its verdicts
 FIELDS = ("id", "prompt", "output", "tokens", "stopped", "seconds", "made_from")
 Generate = Callable[[list[Prompt]], Iterator[dict[int, Answer]]]
+
+
+def model_print(config: RunConfig, adapter: Path | str | None) -> str:
+    """Returns the fingerprint of a model as it answers: weights, adapter, template."""
+    options: dict[str, Any] = models.options(config)
+    options |= {
+        "engine": runtime.resolve_engine(config.engine),
+        "weights": models.resolve_weights(config.weights),
+        "dtype": str(runtime.choose_dtype(runtime.find_machine(), config.dtype)[0]),
+        "max_length": None,
+        "template": template_text(config.template),
+    }
+    return fingerprint(content_hash(config.model), options, content_hash(adapter))
+
+
+def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | None]:
+    """Returns the trained adapter of each label, by default of all models of a run.
+
+    Raises:
+        DataError: the run has no such model.
+        MissingInput: a stage has not been trained.
+    """
+    adapters: dict[str, Path | str | None] = {}
+    known = ["base", *run.config.stages]
+    for label in labels or known:
+        if label not in known:
+            name = run.config.name
+            raise DataError(f"run {name!r} has no model {label!r}, only {known}")
+        adapters[label] = run.config.sft_adapter if label == "sft" else None
+        if label != "base" and not adapters[label]:
+            adapters[label] = run.require(f"{label}/adapter")
+    return adapters
 
 
 def answer_rows(

@@ -12,7 +12,7 @@ import pandas as pd
 from helpers import recipes
 from helpers.config import HELD_OUT
 from helpers.data.formats import Row
-from helpers.errors import DataError
+from helpers.errors import DataError, TunebookError
 from helpers.evaluation import gsm8k, text_metrics
 from helpers.runs import Run, open_run, runs_folder
 
@@ -194,7 +194,7 @@ def trained_runs() -> list[Run]:
             run = open_run(path.parent.name)
             if any(stage in run.report() for stage in run.config.stages):
                 runs.append(run)
-        except ValueError as error:
+        except TunebookError as error:
             log.info("left out: %s", error)
     return runs
 

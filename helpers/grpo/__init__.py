@@ -6,8 +6,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "answers": ["extract_answer"],
-        "monitor": ["read_group"],
+        "monitor": ["Clock", "CollapseGuard", "LivePanel", "read_group"],
         "problems": ["split_problems", "to_prompts", "training_prompts", "sampling_of"],
-        "trainer": ["GreedyEvaluation", "build_grpo"],
+        "trainer": ["GreedyEvaluation", "build_grpo", "grpo_arguments"],
     },
 )

@@ -33,16 +33,15 @@ FEW = 20  # steps below which GRPO has hardly begun
 
 
 class Clock(TrainerCallback):
-    """Ends a run when its minutes are used, and evaluates by the time that is used.
+    """Ends a run when its minutes are used, with an evaluation and a checkpoint.
 
-    Its first steps tell how many fit. It stops where one more step would end further
-    from the minutes than none, then evaluates and saves. The learning rate follows the
-    share of the time that is used, after a warm-up in steps. What a killed session used
-    counts: it is in `clock.json`.
+    Its first steps tell how many fit; it stops where one more would end further from
+    the minutes than none. Evaluations, and the learning rate after its warm-up, go by
+    the share of the time that is used. A killed session's time counts (`clock.json`).
 
     Args:
         folder: of the stage.
-        minutes: None only measures.
+        minutes: None does nothing.
         clock: the seconds of some clock.
     """
 
@@ -53,14 +52,13 @@ class Clock(TrainerCallback):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path, self.clock = folder / "clock.json", clock
-        self.total_s = 60 * minutes if minutes else float("inf")
+        self.total_s = 60 * (minutes or 0)
         note = read_note(self.path)
         self.before: float = note.get("used_s", 0.0)
         self.planned: int | None = note.get("planned_steps")
-        self.started = self.last = self.step_began = clock()
-        self.evaluation_s = self.save_s = self.warm = 0.0
-        self.evaluated = self.before / self.total_s
+        self.started = self.last = clock()
         self.step_s: list[float] = []
+        self.evaluation_s = self.evaluated_s = self.warm = 0.0
         self.reason = ""
 
     @property
@@ -68,57 +66,64 @@ class Clock(TrainerCallback):
         """Seconds used so far, in all sessions."""
         return self.before + self.clock() - self.started
 
-    @property
-    def share(self) -> float:
-        """The share of the minutes that is used, 0 to 1."""
-        return min(1.0, self.used_s / self.total_s)
+    def lap(self) -> float:
+        """Returns the seconds since it was last called."""
+        now = self.clock()
+        passed, self.last = now - self.last, now
+        return passed
 
-    def on_train_begin(
-        self, args: Any, state: Any, *_: Any, lr_scheduler: Any = None, **__: Any
-    ) -> None:
-        self.started = self.last = self.clock()
-        if self.total_s == float("inf"):
-            return
-        warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else 0
-        scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
-        rates = getattr(scheduler, "lr_lambdas", [])
-        scheduler.lr_lambdas = [
-            lambda step, rate=rate: rate(self.scheduled(step, warmup)) for rate in rates
-        ]
+    def on_train_begin(self, args: Any, state: Any, *_: Any, **given: Any) -> None:
+        self.started, self.evaluated_s = self.clock(), self.before
+        self.lap()
+        scheduler: Any = given.get("lr_scheduler")
+        scheduler = getattr(scheduler, "scheduler", scheduler)
+        if self.total_s and hasattr(scheduler, "lr_lambdas"):
+            warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else 0
+            scheduler.lr_lambdas = [
+                lambda step, rate=rate: rate(self.scheduled(step, warmup))
+                for rate in scheduler.lr_lambdas
+            ]
 
     def scheduled(self, step: int, warmup: int) -> float:
         """Returns the step of a schedule of ENDLESS steps where a real step stands."""
+        share = self.used_s / self.total_s
+        if share >= 1:
+            return ENDLESS
         if step <= warmup:
-            self.warm = self.share
+            self.warm = share
             return step
-        passed = (self.share - self.warm) / max(1e-9, 1 - self.warm)
+        passed = (share - self.warm) / (1 - self.warm)
         return warmup + passed * (ENDLESS - warmup)
 
     def on_step_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
-        self.step_began = self.clock()
+        self.lap()
         if self.planned:  # a count to show; the clock ends the run
             state.max_steps = max(self.planned, state.global_step + 2)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        self.note(state)
-        self.step_s.append(self.last - self.step_began)
-        if self.total_s == float("inf"):
-            return control
+    ) -> None:
+        if not self.total_s:
+            return
+        self.step_s.append(self.lap())
         recent = self.step_s[1:][-5:] or self.step_s  # the first step compiles
-        next_s, evaluates = sum(recent) / len(recent), args.eval_strategy != "no"
-        end_s = self.evaluation_s * evaluates + self.save_s
+        next_s, left_s = sum(recent) / len(recent), self.total_s - self.used_s
+        evaluates = args.eval_strategy != "no"
+        every_s = max(self.total_s / EVALUATIONS, self.evaluation_s / EVALUATION_SHARE)
         if self.planned is None and len(self.step_s) == 2:
-            self.plan(state.global_step, next_s)
-        most = EVALUATION_SHARE * self.total_s / max(self.evaluation_s, 1e-9)
-        every = 1 / max(1, min(EVALUATIONS, int(most)))
+            training_s = left_s * (1 - self.evaluation_s / every_s)
+            self.planned = state.global_step + max(0, int(training_s / next_s))
+            few = "; so few show that it works, a gain takes more"
+            log.info(
+                f"{next_s:.1f} s a step: about {self.planned} steps fit into "
+                f"{self.total_s / 60:g} minutes" + few * (self.planned < FEW)
+            )
         is_due, is_over = agree(
-            evaluates and self.share - self.evaluated >= every,
-            self.used_s + end_s + next_s / 2 >= self.total_s,
+            evaluates and self.used_s - self.evaluated_s >= every_s,
+            left_s <= self.evaluation_s * evaluates + next_s / 2,
         )
         if is_due or is_over:
-            control.should_evaluate, self.evaluated = evaluates, self.share
+            control.should_evaluate, self.evaluated_s = evaluates, self.used_s
         if is_over:
             control.should_training_stop = control.should_save = True
             state.max_steps = state.global_step  # after a kill there is nothing to redo
@@ -127,40 +132,26 @@ class Clock(TrainerCallback):
                 f"of grpo_minutes are used, at {next_s:.1f} s a step"
             )
             log.info(self.reason)
-        return control
+        self.note(state)
 
-    def report(self, history: list[diagnostics.Entry]) -> dict[str, Any]:
-        """Returns how many steps were planned, where minutes are."""
-        return {"planned_steps": self.planned} if self.planned else {}
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        self.evaluation_s = self.lap()
 
-    def plan(self, step: int, step_s: float) -> None:
-        """Estimates how many steps fit, by the first that were taken."""
-        left_s = self.total_s - self.used_s
-        most = min(EVALUATIONS * self.evaluation_s, EVALUATION_SHARE * left_s)
-        self.planned = step + max(0, int((left_s - most) / max(step_s, 1e-9)))
-        few = "; so few show that it works, a gain takes more"
-        log.info(
-            f"{step_s:.1f} s a step: about {self.planned} steps fit into "
-            f"{self.total_s / 60:g} minutes" + few * (self.planned < FEW)
-        )
-
-    def on_evaluate(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
-        self.evaluation_s = self.note(state)
-
-    def on_save(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
-        self.save_s = self.note(state)
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self.lap()
 
     def on_train_end(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         self.note(state)
 
-    def note(self, state: TrainerState) -> float:
-        """Writes what is used, for after a kill; returns the seconds since the last."""
-        now = self.clock()
-        passed, self.last = now - self.last, now
-        if state.is_world_process_zero:
+    def note(self, state: TrainerState) -> None:
+        """Writes what is used, for a session after a kill."""
+        if state.is_world_process_zero and self.total_s:
             note = {"used_s": round(self.used_s, 2), "planned_steps": self.planned}
             write_json(self.path, note)
-        return passed
+
+    def report(self, history: list[diagnostics.Entry]) -> dict[str, Any]:
+        """Returns the planned steps, where there are minutes."""
+        return {"planned_steps": self.planned} if self.planned else {}
 
 
 def agree(*values: bool) -> tuple[bool, ...]:
@@ -227,12 +218,14 @@ class LivePanel(TrainerCallback):
         self.shown, entries = self.clock(), state.log_history
         now = diagnostics.read_state(entries, args.max_completion_length)
         sentences = diagnostics.explain(now) if now else []
+        end = f" of {state.max_steps}" if state.max_steps < ENDLESS else ""
+        minutes = (self.shown - self.started) / 60
+        title = f"step {state.global_step}{end}, {minutes:.1f} minutes"
         group = read_group(self.run)
         if self.handle is None:
             new = [s for s in sentences if last or s not in self.told]
             self.told.update(new)
-            for sentence in new if last else new[:1]:
-                log.info(sentence)
+            log.info("\n".join([title, *(new if last else new[:1])]))
             if last:
                 log.info(group.to_string(index=False, max_colwidth=60))
             return
@@ -241,10 +234,7 @@ class LivePanel(TrainerCallback):
         picture = io.BytesIO()
         draw_diagnostics(entries).savefig(picture, dpi=64)
         data = base64.b64encode(picture.getvalue()).decode()
-        end = f" of {state.max_steps}" if state.max_steps < ENDLESS else ""
-        minutes = (self.shown - self.started) / 60
-        page = f"<p><b>step {state.global_step}{end}, {minutes:.1f} minutes</b></p>"
-        page += f'<img src="data:image/png;base64,{data}" style="max-width:100%">'
+        page = f'<b>{title}</b><br><img src="data:image/png;base64,{data}">'
         page += "".join(f"<li>{html.escape(s)}</li>" for s in sentences)
         self.handle.update(HTML(page + group.to_html(index=False)))
 

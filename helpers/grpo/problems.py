@@ -106,11 +106,6 @@ def check_enough(run: Run, count: int) -> None:
         )
 
 
-def answer_tokens(config: RunConfig) -> int:
-    """Returns where completions are cut: the config's value, or TRL's default."""
-    return complete(config, "grpo")["max_completion_length"]
-
-
 def sampling_of(config: RunConfig) -> dict[str, Any]:
     """Returns how a run's GRPO draws its answers, for `generation.generate`."""
     values = complete(config, "grpo")
@@ -131,8 +126,8 @@ def score(
         answers: greedy, one to each held-out problem.
         held_out: `prompt` and `gold` each.
         tokenizer: of the model that answered.
-        functions: the rewards, of `rewards.choose`, with their weights.
-        weights: as many.
+        functions: the rewards, of `rewards.choose`.
+        weights: of these.
     """
     columns = {
         "prompts": [row["prompt"] for row in held_out],
@@ -153,9 +148,6 @@ def pass_rates(
     run: Run, answer: Answering, problems: list[data.Row], samples: int
 ) -> list[float]:
     """Returns the share of sampled answers to each problem that are right, 0 to 1.
-
-    Training on what is solved at times, neither never nor always, spares groups
-    without a gradient.
 
     Args:
         run: says how prompts are made and answers drawn.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from helpers.config import defaults
 from helpers.grpo import monitor, problems, rewards
 from helpers.inference.generation import generate, inference
 from helpers.rollout.sampler import Sampler, choose_sampler
 from helpers.runs import Run
 from helpers.training import callbacks
-from helpers.training.inputs import open_stage
-from helpers.training.trainer import training_arguments
+from helpers.training.inputs import open_stage, training_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 else:
     Base = object  # TRL's class is put after this one once Unsloth has replaced it
 
+OPEN = ("num_generations", "max_completion_length", "temperature")  # TRL's default
 EVALUATIONS = 4  # of a run whose config names neither eval_steps nor grpo_minutes
 
 
@@ -25,17 +26,19 @@ class GreedyEvaluation(Base):
     """Goes before TRL's class, `class Trainer(GreedyEvaluation, GRPOTrainer)`.
 
     `evaluate` pays greedy answers to the held-out problems: TRL's own samples, which
-    adds noise, and computes a loss, which is zero in GRPO. The table of these losses
-    is hidden in a notebook.
+    adds noise, and computes a loss, which is zero in GRPO. The table of these losses,
+    or a bar of steps that nobody knows, is hidden; the panel shows more.
     """
 
     control: Any
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        from transformers import PrinterCallback, ProgressCallback
         from transformers.utils.notebook import NotebookProgressCallback
 
         super().__init__(*args, **options)
-        self.remove_callback(NotebookProgressCallback)
+        for kind in (NotebookProgressCallback, ProgressCallback, PrinterCallback):
+            self.remove_callback(kind)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Returns the held-out reward, logged as `eval_reward` and by component."""
@@ -77,9 +80,10 @@ def grpo_arguments(run: Run) -> dict[str, Any]:
         "reward_weights": list(run.config.rewards.values()),
         "num_generations_eval": 1,  # TRL would sample more to each; `evaluate` is ours
         "eval_strategy": "steps",
-        "log_completions": True,  # to parquet files, and none to the screen
-        "num_completions_to_print": 0,
+        "log_completions": True,  # to parquet files
+        "num_completions_to_print": -1,  # 0 would print an empty table
     }
+    ours |= {name: defaults("grpo")[name] for name in OPEN}
     values = ours | training_arguments(run, "grpo", folder)
     # an adapter worse than the start must never take its place
     values.setdefault("eval_on_start", values["eval_strategy"] != "no")
@@ -92,19 +96,6 @@ def grpo_arguments(run: Run) -> dict[str, Any]:
     steps = values.get("max_steps") or -1
     share = -(-steps // EVALUATIONS) if steps > 0 else 1 / EVALUATIONS
     return {"eval_steps": share} | values
-
-
-def grpo_callbacks(run: Run) -> list[Any]:
-    """Returns what watches a run: panel, best adapter, saves, guards, clock."""
-    folder, config = run.path / "grpo", run.config
-    return [
-        monitor.LivePanel(run),
-        callbacks.BestAdapter(folder / "adapter", "eval_reward"),
-        callbacks.TimedSaves(config.save_minutes),
-        callbacks.SkippedSteps(),
-        monitor.CollapseGuard(),
-        monitor.Clock(folder, config.grpo_minutes),
-    ]
 
 
 def build_grpo(
@@ -127,16 +118,24 @@ def build_grpo(
     class Trainer(GreedyEvaluation, GRPOTrainer):
         """TRL's trainer with a greedy evaluation."""
 
-    config, arguments = run.config, grpo_arguments(run)
-    functions, _ = rewards.choose(config.rewards, problems.answer_tokens(config))
+    config, folder = run.config, run.path / "grpo"
+    args = GRPOConfig(**grpo_arguments(run))
+    functions, _ = rewards.choose(config.rewards, args.max_completion_length)
     _, held_out = problems.split_problems(run)
     return Trainer(
         model=model,
-        args=GRPOConfig(**arguments),
+        args=args,
         reward_funcs=functions,
         train_dataset=Dataset.from_list(problems.training_prompts(run, tokenizer)),
         eval_dataset=Dataset.from_list(problems.to_prompts(run, held_out)),
         processing_class=tokenizer,
         rollout_func=choose_sampler(run, model),
-        callbacks=grpo_callbacks(run),
+        callbacks=[
+            monitor.LivePanel(run),
+            callbacks.BestAdapter(folder / "adapter", "eval_reward"),
+            callbacks.TimedSaves(config.save_minutes),
+            callbacks.SkippedSteps(),
+            monitor.CollapseGuard(),
+            monitor.Clock(folder, config.grpo_minutes),
+        ],
     )

@@ -38,10 +38,8 @@ def generate_command(
 
     Args:
         model: a run's name, a hub id, or a model's folder.
-        adapter: folder, hub id, a stage of the run, or `none`; a run's last one by
-            default.
-        file: prompts, in any format and shape of training rows, or a text file with
-            one a line.
+        adapter: folder, hub id, stage, or `none`; by default the run's last one.
+        file: prompts, in any format of training rows, or a text with one a line.
         out: the answers, a JSON line each.
         system: the system prompt; a run's own by default.
         max_new_tokens: answers are cut here.
@@ -51,12 +49,10 @@ def generate_command(
     Raises:
         ConfigError: `file` without `out`, or the run's config is not valid.
         DataError: a row of the file is not a prompt.
-        ModelError: the model or the adapter cannot be loaded.
     """
     if (file is None) != (out is None):
         raise ConfigError("--file and --out go together: prompts, and their answers")
-    loading: dict[str, Any] = {}
-    sampling: dict[str, Any] = {}
+    loading, sampling = dict[str, Any](), dict[str, Any]()
     # a model's folder has a config.json too, a run's name is not a path
     if Path(model).name == model and (runs_folder() / model / "config.json").exists():
         run = open_run(model)

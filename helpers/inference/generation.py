@@ -10,25 +10,19 @@ from helpers.data.formats import Messages
 from helpers.masking.templates import render, stop_token_ids
 
 if TYPE_CHECKING:
-    from transformers import (
-        PretrainedConfig,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-    )
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = Messages | str
-CPU_ROWS, MOST_ROWS = 32, 256
+CPU_ROWS, MOST_ROWS = 32, 256  # long batches wait for their longest answer
 CACHE_GB = 2.0  # of keys and values, beside the weights
 
 
 class Answer(NamedTuple):
-    """One completion."""
+    """One completion; its `tokens` count the stop token, if it `stopped` by one."""
 
     text: str
     tokens: int
-    """Generated tokens, the stop token included."""
     stopped: bool
-    """False when it was cut at `max_new_tokens`."""
 
 
 Answering = Callable[..., list[Answer]]  # `generate` of some model and tokenizer
@@ -55,14 +49,7 @@ def generate(
     prompts: Sequence[Prompt],
     **options: Any,
 ) -> list[Answer]:
-    """Returns one answer a prompt, in the prompts' order.
-
-    Args:
-        model: any causal model, and its tokenizer.
-        tokenizer: as `load_tokenizer` prepares it.
-        prompts: conversations that end in a user turn, or texts to continue.
-        options: see `generate_batches`.
-    """
+    """Returns one answer a prompt, in the prompts' order; see `generate_batches`."""
     answers: dict[int, Answer] = {}
     for batch in generate_batches(model, tokenizer, prompts, **options):
         answers |= batch
@@ -86,9 +73,8 @@ def generate_batches(
     spent on padding. A batch that does not fit into GPU memory is halved.
 
     Args:
-        model: as for `generate`, and so `tokenizer` and `prompts`.
-        tokenizer: of the model.
-        prompts: conversations or texts.
+        model, tokenizer: any causal model, and what `load_tokenizer` returns.
+        prompts: conversations that end in a user turn, or texts to continue.
         max_new_tokens: answers are cut here.
         batch_size: prompts a batch; by default what `fitting_rows` says.
         sampling: fields of transformers' `GenerationConfig`, such as `temperature` and
@@ -138,11 +124,10 @@ def generate_batches(
         }
 
 
-def fitting_rows(config: PretrainedConfig, tokens: int, device: str) -> int:
-    """Returns the number of rows answered at once: on a GPU, what `CACHE_GB` holds.
+def fitting_rows(config: Any, tokens: int, device: str) -> int:
+    """Returns the number of rows, of so many tokens each, that are answered at once.
 
-    Batches do not depend on free memory, so they are the same on any GPU. On a CPU
-    long batches wait for their longest answer. `tokens` are a row's, answer included.
+    It does not depend on free memory, so that batches are the same on any GPU.
     """
     if device != "cuda":
         return CPU_ROWS
@@ -155,17 +140,13 @@ def fitting_rows(config: PretrainedConfig, tokens: int, device: str) -> int:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Returns the ids of a conversation as its template prints it, or of a text.
-
-    A text gets the special tokens that the tokenizer puts before any text, unless it
-    begins with BOS already.
-    """
+    """Returns the ids of a conversation as its template prints it, or of a text."""
     if not isinstance(prompt, str):
-        text, special = render(tokenizer, prompt, for_generation=True), False
-    else:
-        bos = tokenizer.bos_token
-        text, special = prompt, not (bos and prompt.startswith(bos))
-    return tokenizer(text, add_special_tokens=special)["input_ids"]
+        text = render(tokenizer, prompt, for_generation=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token
+    special = not (bos and prompt.startswith(bos))
+    return tokenizer(prompt, add_special_tokens=special)["input_ids"]
 
 
 def cut_answer(
@@ -199,12 +180,10 @@ def reply(
     """Returns the model's answer to one prompt, greedy unless `sampling` is given.
 
     Args:
-        model: any causal model, and its tokenizer.
-        tokenizer: as `load_tokenizer` prepares it.
+        model, tokenizer: as for `generate`, and so `options`.
         prompt: a user's message, or a conversation that ends with one.
         system_prompt: a system turn before a message.
         stream: print the words as they come.
-        options: `max_new_tokens` and `sampling` of `generate`.
     """
     from transformers import TextStreamer
 

@@ -59,17 +59,14 @@ def ask_with_care() -> None:
     """Has the package ask and read a judge as `judge.Judge` does."""
     from openai.resources.chat.completions import Completions
 
-    create, refused, sentences = Completions.create, [], []
+    create, refused = Completions.create, list[Any]()
 
     @wraps(create)
     def careful(self: Any, **request: Any) -> Any:
         try:
-            if not sentences:
-                completion = complete(partial(create, self), request, refused)
+            completion = complete(partial(create, self), request, refused)
         except JudgeError as error:
-            sentences.append(str(error))
-        if sentences:
-            sys.exit(sentences[0])  # which the package does not catch
+            sys.exit(str(error))  # which the package does not catch
         for choice in completion.choices:
             choice.message.content = without_thoughts(choice.message.content)
         return completion

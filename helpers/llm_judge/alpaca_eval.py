@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ import pandas as pd
 from helpers import runtime
 from helpers.data.formats import Row
 from helpers.errors import DataError, JudgeError
+from helpers.evaluation.items import answer_rows, find_adapters, model_print
+from helpers.inference.generation import Answer, Prompt, generate_batches
 from helpers.llm_judge.judge import UNJUDGED, Judge
-from helpers.llm_judge.mt_bench import add_result, answering, find_adapters, subsample
-from helpers.runs import Run, write_json
+from helpers.llm_judge.mt_bench import add_result, subsample
+from helpers.models import load as models
+from helpers.runs import Run, fingerprint, write_json
 
 HUB = "tatsu-lab/alpaca_eval"
 # the baseline's answers, which AlpacaEval 2 compares with; they hold the instructions
@@ -35,7 +39,7 @@ def find_baseline() -> Path:
     from huggingface_hub import hf_hub_download
 
     offline = not runtime.hub_reachable()  # else the download would retry for minutes
-    options = {"repo_type": "dataset", "local_files_only": offline}
+    options: dict[str, Any] = {"repo_type": "dataset", "local_files_only": offline}
     try:
         return Path(hf_hub_download(HUB, BASELINE, **options))
     except OSError as error:
@@ -47,46 +51,53 @@ def find_baseline() -> Path:
 
 def read_outputs(path: Path) -> list[Row]:
     """Returns a model's outputs as AlpacaEval keeps them, in a .json file."""
+    expected = "expected a JSON list of rows with the texts 'instruction' and 'output'"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        texts = [(row["instruction"], row["output"]) for row in rows]
+        texts = [text for row in rows for text in (row["instruction"], row["output"])]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        texts, rows = [], error
-    bad = [n for n, pair in enumerate(texts, 1) if {type(t) for t in pair} != {str}]
-    if bad or not texts:
+        raise DataError(f"{path}: {expected}; found {error!r}") from error
+    if {type(text) for text in texts} != {str}:
         raise DataError(
-            f"{path}: expected a JSON list of rows with the texts 'instruction' and "
-            f"'output'; found {f'row {bad[0]} without' if bad else repr(rows)}"
+            f"{path}: {expected}; found {len(rows)} rows, not all with texts"
         )
     return rows
 
 
-def answer(
+def answer_instructions(
     run: Run,
     label: str,
     adapter: Path | str | None,
     reference: list[Row],
     max_new_tokens: int,
 ) -> Path:
-    """Returns the file of a model's outputs, made where they are missing.
-
-    It is `eval/<label>/alpaca_eval/model_outputs.json`, or `alpaca_eval_<n>` with fewer
-    than 805 instructions. Greedy, or by the config's `inference`.
-    """
+    """Returns the file of a model's outputs, by the config's `inference` or greedy."""
     count, config = len(reference), run.config
     name = "alpaca_eval" if count == WHOLE else f"alpaca_eval_{count}"
     folder = run.path / "eval" / label / name
-    prompts = [[{"role": "user", "content": row["instruction"]}] for row in reference]
     sampling = {**config.inference, "max_new_tokens": max_new_tokens}
-    generate = answering(run, adapter, max(config.max_length, 2 * max_new_tokens))
-    items = generate(folder / "answers.jsonl", prompts, **sampling)
+
+    def generate(prompts: list[Prompt]) -> Iterator[dict[int, Answer]]:
+        if prompts:
+            options = models.options(config)
+            options["max_length"] = max(config.max_length, 2 * max_new_tokens)
+            loaded = models.load_model(config.model, adapter=adapter, **options)
+            runtime.seed_everything(config.seed + count - len(prompts))
+            size = config.evaluation.batch_size
+            yield from generate_batches(
+                *loaded, prompts, batch_size=size, sampling=sampling
+            )
+
+    rows = [
+        {"id": n, "prompt": [{"role": "user", "content": row["instruction"]}]}
+        for n, row in enumerate(reference)
+    ]
+    settings = fingerprint(model_print(config, adapter), sampling)
+    path = folder / "answers.jsonl"
+    items = answer_rows(path, rows, settings, generate, lambda text, row: {})
+    name = f"{config.name}-{label}"
     outputs = [
-        {
-            "dataset": row.get("dataset", ""),
-            "instruction": row["instruction"],
-            "output": item["output"],
-            "generator": f"{config.name}-{label}",
-        }
+        {**row, "output": item["output"], "generator": name}
         for row, item in zip(reference, items, strict=True)
     ]
     write_json(folder / "model_outputs.json", outputs)
@@ -107,16 +118,11 @@ def annotate(
     uv = shutil.which("uv", path=beside) or shutil.which("uv")
     if uv is None:
         raise JudgeError("alpaca_eval gets an environment of its own: pip install uv")
-    settings = {
-        "outputs": str(outputs),
-        "reference": str(reference),
-        "evaluator": evaluator,
-        "model": judge.model,
-        "base_url": judge.base_url,
-        "whole": WHOLE,
-        "client": {"timeout": judge.timeout_s, "max_retries": judge.retries},
-    }
-    # the last of these names another judge's address
+    settings: dict[str, Any] = {"outputs": str(outputs), "reference": str(reference)}
+    settings |= {"evaluator": evaluator, "whole": WHOLE}
+    settings |= {"model": judge.model, "base_url": judge.base_url}
+    settings["client"] = {"timeout": judge.timeout_s, "max_retries": judge.retries}
+    # the second would name another judge
     dropped = ("PYTHONPATH", "OPENAI_CLIENT_CONFIG_PATH")
     environment = {k: v for k, v in os.environ.items() if k not in dropped}
     environment |= {"OPENAI_API_KEY": judge.api_key, "PYTHONSAFEPATH": "1"}
@@ -129,10 +135,10 @@ def annotate(
     if process.returncode:
         log = outputs.with_name("annotated.log")
         log.write_text(process.stderr, encoding="utf-8")
+        text = process.stderr.strip() or f"exit status {process.returncode}"
         raise JudgeError(
-            f"alpaca_eval stopped: {process.stderr.strip().splitlines()[-1][:600]} "
-            f"(more in {log}); a judge without log-probabilities needs --evaluator "
-            "alpaca_eval_gpt4"
+            f"alpaca_eval stopped: {text.splitlines()[-1][:600]} (more in {log}); a "
+            "judge without log-probabilities needs --evaluator alpaca_eval_gpt4"
         )
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -149,14 +155,11 @@ def run_alpaca_eval(
 ) -> pd.DataFrame | str:
     """Returns the win rates of models, or a message where no judge is configured.
 
-    Outputs lie in `eval/<label>/alpaca_eval/`, win rates in the report.
+    Outputs lie in `eval/<label>/alpaca_eval/` (`alpaca_eval_<n>/` with fewer than 805
+    instructions), win rates in the report.
 
     Args:
-        run: whose models answer.
-        judge: from `open_judge`; None stops after the outputs.
-        labels: of models, by default `base` and all stages.
-        limit: only so many instructions, spread evenly over the file.
-        max_new_tokens: answers are cut here.
+        run, judge, labels, limit, max_new_tokens: as for `run_mt_bench`.
         reference: outputs to win against, by default AlpacaEval 2's baseline.
         evaluator: a configuration of the package, by default AlpacaEval 2's, which
             needs a judge with log-probabilities (`alpaca_eval_gpt4` does not).
@@ -169,7 +172,7 @@ def run_alpaca_eval(
     rows = subsample(read_outputs(reference), limit)
     parts = {}
     for label, adapter in find_adapters(run, labels).items():
-        path = answer(run, label, adapter, rows, max_new_tokens)
+        path = answer_instructions(run, label, adapter, rows, max_new_tokens)
         runtime.free_memory()
         if judge is not None:
             values = annotate(path, reference, judge, evaluator)

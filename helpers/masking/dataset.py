@@ -44,12 +44,9 @@ class Masked:
 
     rows: Dataset = None  # type: ignore[assignment]
     """`input_ids` and `labels` each, both (seq,); -100 = no loss."""
-    dropped: dict[int, str] = field(default_factory=dict)
-    """Conversations that are left out: position and reason."""
-    truncated: int = 0
-    """How many of the kept rows were cut at `max_length`."""
-    supervised_fraction: float = 0.0
-    """Share of the kept tokens that carry loss, 0 to 1."""
+    dropped: dict[int, str] = field(default_factory=dict)  # position and reason
+    truncated: int = 0  # rows that were cut at `max_length`
+    supervised_fraction: float = 0.0  # share of the tokens that carry loss, 0 to 1
     ends: list[int] = field(default_factory=list)
     """Tokens of each conversation up to its last supervised one, uncut."""
 
@@ -120,10 +117,7 @@ def mask_batches(
 ) -> Iterator[list[Example | str]]:
     """Yields the rows of `mask_conversation`, many at a time.
 
-    With `drop` a reason stands in for each conversation that cannot be used.
-
-    Raises:
-        TemplateError: a conversation cannot be used; the message names its row.
+    With `drop` a reason stands in for each conversation that a template refuses.
     """
     closing = answer_marks(tokenizer)[1] if loss_on != "all" else ""
     numbered = enumerate(conversations, 1)
@@ -178,9 +172,8 @@ def mask_conversations(
     eos = tokenizer.eos_token_id
     if eos is not None and tokenizer.pad_token_id == eos:
         raise DataError(
-            f"pad and EOS are the same token ({tokenizer.eos_token}): no loss is taken "
-            "on padding, so the model would not learn to stop; let "
-            "templates.prepare_tokenizer choose another pad token"
+            f"pad and EOS are the same token ({tokenizer.eos_token}): stopping would "
+            "not be learnt; templates.prepare_tokenizer chooses another pad token"
         )
     masked = Masked()
     dropped, ends = masked.dropped, masked.ends
@@ -222,15 +215,14 @@ def mask_conversations(
             cause = "They have no answer to learn: check the roles of the turns."
         raise DataError(
             f"none of {len(ends)} conversations has a token to learn from within "
-            f"max_length={max_length}; the first one starts "
-            f"{tokenizer.decode(first)!r}. {cause}"
+            f"{max_length=}; the first one starts {tokenizer.decode(first)!r}. {cause}"
         )
     masked.supervised_fraction = learnt / tokens
     if loss_on != "all" and not 0.01 <= masked.supervised_fraction <= 0.99:
+        text = supervised_text(tokenizer, masked.rows[0])[:200]
         raise DataError(
             f"{masked.supervised_fraction:.1%} of the tokens carry loss; 1 % to 99 % "
-            "is plausible. Row 1 learns "
-            f"{supervised_text(tokenizer, masked.rows[0])[:200]!r}"
+            f"is plausible. Row 1 learns {text!r}"
         )
     return masked
 
@@ -243,11 +235,8 @@ def check_rows(
 ) -> list[int]:
     """Returns the number of tokens up to the last learnt one of each row.
 
-    Guards every row against a doubled BOS, and (but with `all`) against learnt turns
-    that do not end in a stop token. `before` is the number of rows in earlier batches.
-
-    Raises:
-        DataError: training on these labels would go silently wrong.
+    Refuses a doubled BOS, and (but with `all`) learnt turns that do not end in a stop
+    token. `before` is the number of rows in earlier batches.
     """
     stops = stop_token_ids(tokenizer)
     # where a question comes last, the answer before it may end in another token

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_LOSS = -100
+REMEDY = "train on the last turn (loss_on='last') or choose another template"
 LossOn = Literal["all", "assistant", "last"]
 Span = tuple[int, int]
 # templates move thoughts and write their tags themselves
@@ -38,13 +39,8 @@ def find_spans(
     Up to each learnt answer the text is the prompt that inference renders for the turns
     before it. Where a template renders the whole conversation otherwise, the text is
     that prompt, the last answer and its closing; for an earlier answer the row is
-    refused. Turns of `"weight": 0` are not learnt.
-
-    Args:
-        tokenizer: with a chat template.
-        messages: the turns.
-        loss_on: see `dataset.mask_conversation`.
-        closing: what ends an answer, from `answer_marks`; it spares some renderings.
+    refused. Turns of `"weight": 0` are not learnt. `closing` is what ends an answer,
+    from `answer_marks`; it spares some renderings.
 
     Raises:
         TemplateError: the template refuses the conversation, asks for an earlier answer
@@ -78,8 +74,7 @@ def find_spans(
             answer_marks(tokenizer)  # a template that prints no text is named as such
             raise TemplateError(
                 f"turn {number + 1}: the template changes or leaves out text of this "
-                "answer; if it does so only where later turns follow, train on the "
-                "last turn (loss_on='last'), else choose another template"
+                f"answer; {REMEDY}"
             )
     if loss_on != "all":
         return text, spans
@@ -111,17 +106,12 @@ def differs(number: int, prompt: str, text: str) -> TemplateError:
     return TemplateError(
         f"turn {number + 1}: the prompt that the model will be given has "
         f"{prompt[near]!r} where the text of the whole conversation has "
-        f"{text[near]!r}, so it would learn to answer another prompt; train on the "
-        "last turn (loss_on='last') or choose another template"
+        f"{text[near]!r}, so it would learn to answer another prompt; {REMEDY}"
     )
 
 
 def compose(tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt: str) -> str:
-    """Returns inference's prompt, the last answer as the template renders it, its end.
-
-    Raises:
-        TemplateError: it cannot be told where the template writes the answer.
-    """
+    """Returns inference's prompt, and the last answer with its end as rendered."""
     text = render(tokenizer, messages)
     if text.startswith(prompt):
         return text
@@ -151,11 +141,7 @@ def compose(tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt: str)
 def find_end(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, number: int, text: str
 ) -> int:
-    """Returns the end of a turn in a text, after the tokens that end it.
-
-    Raises:
-        TemplateError: the template renders the turn otherwise when its end is marked.
-    """
+    """Returns the end of a turn in a text, after the tokens that end it."""
     last = number + 1 == len(messages)
     whole = (text if last else render(tokenizer, messages[: number + 1])).rstrip()
     if text.startswith(whole):
@@ -168,8 +154,7 @@ def find_end(
     before, _, after = drawn.partition(MARK)
     if before + after != text:
         raise TemplateError(
-            f"turn {number + 1}: it cannot be told where the template ends this turn; "
-            "train on the last turn (loss_on='last') or choose another template"
+            f"turn {number + 1}: the end of this turn cannot be found; {REMEDY}"
         )
     closing = answer_marks(tokenizer)[1]
     end = len(text) - len(after.lstrip())
@@ -206,11 +191,7 @@ def label_tokens(
     >>> label_tokens([7, 8, 9], [(0, 2), (2, 5), (5, 6)], "to be.", [(2, 6)])
     [-100, 8, 9]
 
-    Args:
-        ids: of the tokens.
-        offsets: of each token in the text, in characters.
-        text: what was tokenised.
-        spans: what is learnt, in order; a token that is only half inside is not.
+    The offsets are characters; a token that is only half inside a span is not learnt.
     """
     labels = [NO_LOSS] * len(ids)
     for start, end in spans:

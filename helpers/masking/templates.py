@@ -59,8 +59,7 @@ def template_text(template: str) -> str | None:
     if path is None:
         raise TemplateError(
             f"template={template!r} is neither {', '.join(['own', *TEMPLATES])} nor a "
-            f"file (looked in {' and '.join(map(str, folders))}); give the path of a "
-            "Jinja file"
+            f"file (looked in {' and '.join(map(str, folders))})"
         )
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -137,9 +136,8 @@ def prepare_tokenizer(
         names = list(tokenizer.chat_template)
         if "default" not in names:
             raise TemplateError(
-                f"the tokenizer has {len(names)} chat templates ({', '.join(names)}) "
-                "and none is called 'default'; save the one to train with as a file "
-                "and name it: template='path.jinja'"
+                f"the tokenizer has {len(names)} chat templates ({', '.join(names)}), "
+                "none called 'default'; save one as a file: template='path.jinja'"
             )
         text = tokenizer.chat_template["default"]
         notes.append(f"chat template: 'default', of {', '.join(names)}")
@@ -151,8 +149,8 @@ def prepare_tokenizer(
     if pad_token is not None and not as_eos:
         if pad_token not in tokenizer.get_vocab():
             raise TemplateError(
-                f"pad_token={pad_token!r} is not in the vocabulary; leave it null for "
-                f"{find_pad_token(tokenizer)!r}, or give a token that is there"
+                f"{pad_token=} is not in the vocabulary; leave it null for "
+                f"{find_pad_token(tokenizer)!r}"
             )
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -163,9 +161,8 @@ def prepare_tokenizer(
         )
     if as_eos:
         warnings.warn(
-            f"padding with EOS ({tokenizer.eos_token}) is asked for; no loss is taken "
-            "on padding, so EOS would never be learnt and answers would not end: "
-            f"{tokenizer.pad_token} pads instead",
+            f"padding with EOS ({tokenizer.eos_token}): EOS would never be learnt and "
+            f"answers would not end, so {tokenizer.pad_token} pads instead",
             stacklevel=2,
         )
     return notes
@@ -200,7 +197,7 @@ def answer_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     if question not in prompt or answer not in text:
         raise TemplateError(
             "the template does not print contents that are text; it is made for lists "
-            "of text and images: choose a template for text"
+            "of parts: choose a template for text"
         )
     return prompt.partition(question)[2], text.partition(answer)[2].strip()
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from helpers.errors import ModelError, nearest
 from helpers.inference.generation import inference
 from helpers.models.hub import new_folder
-from helpers.models.load import prepare_quantised, resolve_engine
+from helpers.models.load import prepare_quantised
+from helpers.runtime import resolve_engine
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,10 +27,7 @@ TOLERANCE = {"float32": 1e-4, "half": 2e-2, "8bit": 0.1}
 
 
 class Witness(NamedTuple):
-    """Token ids (rows, seq) on which a saved adapter is compared with the trained one.
-
-    `half` is the dtype that autocast computes in, None without.
-    """
+    """Token ids, (rows, seq), to compare adapters on, and the dtype of autocast."""
 
     ids: Tensor
     half: Any = None
@@ -99,29 +97,25 @@ def check_lora(model: PreTrainedModel, lora: dict[str, Any]) -> None:
     for field in ("target_modules", "exclude_modules", "modules_to_save"):
         if lora.get(field) != "all-linear":
             require_matches(field, lora.get(field) or [], modules)
-    count = model.config.get_text_config().num_hidden_layers
+    last = model.config.get_text_config().num_hidden_layers - 1
     layers = lora.get("layers_to_transform") or []
-    for layer in [layers] if isinstance(layers, int) else layers:
-        if not 0 <= layer < count:
-            raise ModelError(
-                f"layers_to_transform names layer {layer}; the model's layers are 0 to "
-                f"{count - 1}"
-            )
+    for n in [layers] if isinstance(layers, int) else layers:
+        if not 0 <= n <= last:
+            raise ModelError(f"layers_to_transform={n}: the layers are 0 to {last}")
     if lora.get("lora_alpha") == 0 or lora.get("lora_dropout") == 1:
         raise ModelError("nothing is learnt with lora_alpha=0 or lora_dropout=1")
     start, rewrites = lora.get("init_lora_weights"), rewrites_base(lora)
     safe = rewrites or str(start).lower() in ("gaussian", "orthogonal", "mica")
     if isinstance(start, str) and not safe:
         raise ModelError(
-            f"init_lora_weights={start!r} needs data or quantises the base weights "
-            "anew: a saved adapter would not fit the model it is loaded on; use true, "
-            "'gaussian', 'orthogonal', 'olora' or 'pissa'"
+            f"init_lora_weights={start!r} needs data or quantises the base anew, which "
+            "a saved adapter would not fit; use true, 'gaussian', 'orthogonal', "
+            "'olora' or 'pissa'"
         )
     if rewrites and getattr(model, "is_quantized", False):
         raise ModelError(
             f"init_lora_weights={start!r} changes the base weights, which a quantised "
-            "model rounds: a saved adapter would compute something else; train with "
-            "weights='16bit', or set it to true"
+            "model rounds; train with weights='16bit', or set it to true"
         )
     if lora.get("layer_replication"):
         raise ModelError("layer_replication cannot be merged or exported; remove it")
@@ -131,31 +125,26 @@ def check_attached(model: PreTrainedModel, lora: dict[str, Any]) -> None:
     """Raises ModelError for settings that no module of the tuned model follows."""
     targets = list(model.base_model.targeted_module_names)
     if not targets:
-        raise ModelError(
-            "only target_parameters are adapted, which cannot be checked once saved; "
-            "name modules in target_modules"
-        )
+        raise ModelError("no module is adapted; name some in target_modules")
     for field in ("rank_pattern", "alpha_pattern"):
         require_matches(field, list(lora.get(field) or []), targets)
     bases = [model.get_base_model().get_submodule(t).base_layer for t in targets]
     if lora.get("lora_bias") and any(getattr(b, "bias", None) is None for b in bases):
         raise ModelError(
-            "lora_bias=True trains a bias that the model's layers do not have, so that "
-            "it cannot be merged into them; remove it"
+            "lora_bias=True trains a bias that the model's layers do not have and that "
+            "cannot be merged into them; remove it"
         )
 
 
 def require_matches(field: str, names: str | Iterable[Any], modules: list[str]) -> None:
     """Raises ModelError for names without a module: ends, or a regular expression."""
-    whole = isinstance(names, str)
-    for name in [names] if whole else map(str, names):
-        pattern = name if whole else rf"(.*\.)?({name})"  # as PEFT matches them
+    for name in [names] if isinstance(names, str) else map(str, names):
+        # as PEFT matches them
+        pattern = name if isinstance(names, str) else rf"(.*\.)?({name})"
         try:
             matches = any(re.fullmatch(pattern, module) for module in modules)
         except re.error as error:
-            raise ModelError(
-                f"{field} {name}: no regular expression: {error}"
-            ) from error
+            raise ModelError(f"{field} {name} is no pattern: {error}") from error
         if not matches:
             ends = {module.rpartition(".")[2] for module in modules}
             known = ", ".join(sorted(end for end in ends if not end.isdigit()))
@@ -233,11 +222,8 @@ def compare_saved(
 ) -> dict[str, float] | None:
     """Returns a reloaded adapter's largest difference of logits, and the largest logit.
 
-    None where the trained adapter's folder holds no witness. `bits` are those of the
-    weights in training: in 8 bit activations are rounded too.
-
-    Raises:
-        ModelError: they differ by more than arithmetic explains.
+    None where the trained adapter's folder holds no witness. In 8 bit activations are
+    rounded too. Raises ModelError where arithmetic does not explain the difference.
     """
     import numpy as np
     import torch
@@ -253,8 +239,7 @@ def compare_saved(
         raise ModelError(
             f"the adapter at {folder}, loaded again, does not compute what was "
             f"trained: logits of up to {largest:.3g} differ by up to {difference:.3g}. "
-            "The checkpoints are kept; train with plainer settings of lora (r, "
-            "lora_alpha, target_modules), and report these settings"
+            "The checkpoints are kept; train with plainer lora settings, report these"
         )
     return {"difference": float(f"{difference:.3g}"), "logits": float(f"{largest:.3g}")}
 

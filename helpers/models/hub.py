@@ -27,8 +27,7 @@ MIRRORS = {
 
 def cache_folder() -> Path:
     """Returns the folder of downloads: `TUNEBOOK_CACHE`, else `~/.cache/tunebook`."""
-    default = Path.home() / ".cache" / "tunebook"
-    return Path(os.environ.get("TUNEBOOK_CACHE", default))
+    return Path(os.environ.get("TUNEBOOK_CACHE", Path.home() / ".cache" / "tunebook"))
 
 
 @contextmanager
@@ -45,11 +44,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def find_model(name: str) -> str:
-    """Returns the folder or hub id to load: the offline model's folder, or the name.
-
-    Raises:
-        ModelError: the offline model's package is not installed.
-    """
+    """Returns the folder or hub id to load; the offline model is converted first."""
     if name != OFFLINE:
         return name
     folder = cache_folder() / OFFLINE
@@ -67,27 +62,25 @@ def unknown_model(name: str, error: Exception) -> ModelError:
     """Returns the error for a model that could not be loaded, in one sentence."""
     from huggingface_hub.errors import GatedRepoError
 
-    if Path(name).is_dir():
-        return ModelError(f"{name} holds no complete model: {str(error)[:200]}")
-    cause: BaseException | None = error
-    while cause is not None:  # the libraries wrap the hub's answer
-        if isinstance(cause, GatedRepoError):
-            return gated_model(name)
-        cause = cause.__cause__ or cause.__context__
-    if runtime.hub_reachable():
-        return ModelError(f"model {name!r} could not be loaded: {str(error)[:300]}")
-    return ModelError(
-        f"model {name!r} is not a folder here, and the model hub cannot be reached; "
-        f"check the name and the network, or use {OFFLINE!r}, which needs neither"
-    )
-
-
-def gated_model(name: str) -> ModelError:
-    """Returns the error for a gated model, with its open mirror if there is one."""
+    causes: list[BaseException | None] = [error]  # the libraries wrap the hub's answer
+    while causes[-1] is not None:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)
     mirror = f", or use the open mirror {MIRRORS[name]!r}" if name in MIRRORS else ""
-    return ModelError(
-        f"model {name!r} is gated and your login has no access: accept its licence at "
-        f"https://huggingface.co/{name} and log in with the same account, by `hf auth "
-        "login` or the variable HF_TOKEN (on Colab a secret of that name: the key on "
-        f"the left){mirror}"
-    )
+    if Path(name).is_dir():
+        message = f"{name} holds no complete model: {str(error)[:200]}"
+    elif any(isinstance(cause, GatedRepoError) for cause in causes):
+        message = (
+            f"model {name!r} is gated and your login has no access: accept its licence "
+            f"at https://huggingface.co/{name} and log in with the same account, by "
+            "`hf auth login` or the variable HF_TOKEN (on Colab a secret of that name: "
+            f"the key on the left){mirror}"
+        )
+    elif runtime.hub_reachable():
+        message = f"model {name!r} could not be loaded: {str(error)[:300]}"
+    else:
+        message = (
+            f"model {name!r} is not a folder here, and the model hub cannot be "
+            "reached; check the name and the network, or use "
+            f"{OFFLINE!r}, which needs neither"
+        )
+    return ModelError(message)

@@ -26,9 +26,8 @@ ADDED = ("lora_", ".modules_to_save.", "trainable_tokens_delta")
 
 def resolve_weights(weights: str) -> str:
     """Returns `4bit`, `8bit` or `16bit`; `auto` is 4bit on a GPU, else 16bit."""
-    if weights != "auto":
-        return weights
-    return "4bit" if runtime.find_machine().device == "cuda" else "16bit"
+    on_gpu = runtime.find_machine().device == "cuda"
+    return weights if weights != "auto" else "4bit" if on_gpu else "16bit"
 
 
 def options(config: RunConfig) -> dict[str, Any]:
@@ -40,19 +39,14 @@ def options(config: RunConfig) -> dict[str, Any]:
 def half_of(config: RunConfig) -> Any:
     """Returns the dtype that a run's training autocasts to, None on a CPU."""
     machine = runtime.find_machine()
-    on_gpu = machine.device == "cuda"
-    return runtime.choose_dtype(machine, config.dtype)[0] if on_gpu else None
+    dtype, _ = runtime.choose_dtype(machine, config.dtype)
+    return dtype if machine.device == "cuda" else None
 
 
 def load_tokenizer(
     name: str, *, template: str = "own", pad_token: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Returns a model's tokenizer, ready to train with; see `prepare_tokenizer`.
-
-    Raises:
-        ModelError: there is no such model, or the hub cannot be reached.
-        TemplateError: there is no such template or pad token.
-    """
+    """Returns a model's tokenizer, ready to train with; see `prepare_tokenizer`."""
     from transformers import AutoTokenizer
 
     try:
@@ -86,8 +80,7 @@ def load_model(
         double_quant: with `4bit`, quantise the scales too.
         dtype: of arithmetic: `auto`, `float16` or `bfloat16`, if the GPU supports it.
         max_length: the longest row of the training, in tokens.
-        template: as for `load_tokenizer`, and so `pad_token`.
-        pad_token: the token to pad with.
+        template, pad_token: as for `prepare_tokenizer`.
         adapter: a saved adapter, see `load_adapter`.
 
     Raises:
@@ -175,25 +168,17 @@ def load_base(
 
 
 def check_weights(model: PreTrainedModel, weights: str, double_quant: bool) -> None:
-    """Raises ModelError when a model was loaded in other weights than asked for.
-
-    Unsloth's CPU backend loads 16 bit for 8, and always quantises the scales of 4 bit;
-    the latter hardly changes a result and is only a warning.
-    """
+    """Raises ModelError for other weights than asked for; warns of other scales."""
     if weights != "16bit" and not getattr(model, f"is_loaded_in_{weights}", False):
         raise ModelError(
             f"weights={weights!r} cannot be loaded here: Unsloth without a GPU loads "
             "16bit instead; choose engine='transformers' or other weights"
         )
     if weights == "4bit":
-        loaded = model.config.quantization_config  # Unsloth leaves a dict on a GPU
-        fields = loaded if isinstance(loaded, dict) else loaded.to_dict()
+        fields = model.config.to_dict()["quantization_config"]
         if fields.get("bnb_4bit_use_double_quant", double_quant) != double_quant:
-            warnings.warn(
-                f"double_quant={double_quant} is not followed: the weights were loaded "
-                f"with double_quant={not double_quant}",
-                stacklevel=3,
-            )
+            message = f"double_quant={double_quant} is not followed by this engine"
+            warnings.warn(message, stacklevel=3)
 
 
 def prepare_quantised(model: PreTrainedModel, recompute: bool) -> PreTrainedModel:
@@ -225,8 +210,7 @@ def load_adapter(
         adapter: a folder or hub id that PEFT can read, of whatever kind and settings.
         engine: as for `load_model`.
         trainable: train on from it; else it is only used.
-        seed: for initialisations that draw numbers before the saved values are set.
-        checkpointing: recompute activations, as for `add_lora`.
+        seed, checkpointing: as for `add_lora`.
 
     Raises:
         ModelError: there is no adapter, or its matrices do not fit this model.
@@ -246,8 +230,7 @@ def load_adapter(
     except (*UNREADABLE, TypeError, LookupError) as error:
         raise ModelError(
             f"the adapter at {adapter} cannot be put on this model: {str(error)[:200]} "
-            "(expected: adapter_config.json and adapter_model.safetensors, trained on "
-            "this base model)"
+            "(expected: adapter_config.json, adapter_model.safetensors and their base)"
         ) from error
     set_adapter_weights(tuned, adapter)
     if unsloth:
@@ -260,11 +243,7 @@ def load_adapter(
 
 
 def set_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
-    """Puts a saved adapter's matrices into a model that has LoRA of the same shape.
-
-    Raises:
-        ModelError: the matrices do not fit this model, or are all zero.
-    """
+    """Puts a saved adapter's matrices into a model; ModelError if they do not fit."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     state = load_peft_weights(str(adapter), device="cpu")

@@ -73,8 +73,7 @@ class Decoder:
             prompts: token ids, of any lengths.
             max_new_tokens: completions are cut here.
             stops: tokens that end a completion, at least one.
-            settings: how tokens are drawn; None takes the likeliest instead, by the
-                same graph.
+            settings: how tokens are drawn; None takes the likeliest, by the same graph.
         """
         import torch
 
@@ -101,11 +100,7 @@ class Decoder:
     def prepare(
         self, rows: int, length: int, stops: list[int], settings: Settings
     ) -> None:
-        """Makes buffers and the graph, where those of before do not fit.
-
-        They are then no smaller than before. `length` is of the longest prompt and
-        completion together, in tokens, and is rounded up to whole blocks.
-        """
+        """Makes buffers and the graph where those of before do not fit, no smaller."""
         import torch
 
         fits = rows <= self.rows and length <= self.length and len(stops) <= self.room
@@ -170,11 +165,9 @@ class Decoder:
         self.graph = graph
 
     def start(self, ids: Tensor, mask: Tensor) -> None:
-        """Reads the prompts and draws the first token.
+        """Reads the prompts (rows, width), False in `mask` = padding, on the left.
 
-        Args:
-            ids: (rows, width), padded on the left.
-            mask: (rows, width), False = padding.
+        Draws the first token.
         """
         import torch
 

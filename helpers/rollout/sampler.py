@@ -29,8 +29,7 @@ log = logging.getLogger(__name__)
 
 COMPILE_MINUTES, COMPILE_STEPS = 10, 200  # from which on compiling pays
 CHECK_STEPS = 10  # optimiser steps between two comparisons with the trained model
-PROMPT_TOKENS = 256  # of a problem, where max_prompt_length is open
-COPY_SHARE = 0.5  # of free memory; the rest is for the training step
+COPY_SHARE = 0.5  # of free memory; the rest is for cache and training step
 
 
 def choose_sampler(run: Run, model: PreTrainedModel) -> Sampler | None:
@@ -55,7 +54,7 @@ def choose_sampler(run: Run, model: PreTrainedModel) -> Sampler | None:
     elif model.device.type != "cuda":
         fault = "a copy is faster only on a GPU"
     else:
-        fault = fault or no_room(config, model)
+        fault = fault or no_room(model)
     note = {"name": "model" if fault else "copy", "reason": fault}
     write_json(run.path / "grpo" / "sampler.json", note)
     if fault:
@@ -69,27 +68,21 @@ def choose_sampler(run: Run, model: PreTrainedModel) -> Sampler | None:
     return Sampler(model, compiled=is_long)
 
 
-def no_room(config: RunConfig, model: PreTrainedModel) -> str:
-    """Returns why a GPU cannot hold the copy beside training, or an empty string."""
+def no_room(model: PreTrainedModel) -> str:
+    """Returns why a GPU cannot hold the copy beside training, or an empty string.
+
+    The cache of keys and values is as large without a copy, so it does not count.
+    """
     import torch
 
-    values, numbers = complete(config, "grpo"), model.config.get_text_config()
-    rounds = values["steps_per_generation"] or values["gradient_accumulation_steps"]
-    rows = values["per_device_train_batch_size"] * rounds
-    tokens = values["max_completion_length"]
-    tokens += config.max_prompt_length or PROMPT_TOKENS
-    heads = numbers.num_attention_heads
-    width = getattr(numbers, "head_dim", None) or numbers.hidden_size // heads
-    kv_heads = getattr(numbers, "num_key_value_heads", None) or heads
-    cache = 4 * numbers.num_hidden_layers * kv_heads * width * rows * tokens
     layers = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
-    need = cache + sum(2 * m.in_features * m.out_features for m in layers)
-    cap = runtime.memory_cap_gb() * 2**30 - torch.cuda.memory_reserved()
-    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    free = min(torch.cuda.mem_get_info()[0], cap) + unused
-    if need <= COPY_SHARE * free:
+    need_gb = sum(2 * m.in_features * m.out_features for m in layers) / 2**30
+    reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    free_gb = (torch.cuda.mem_get_info()[0] + reserved - allocated) / 2**30
+    free_gb = min(free_gb, runtime.memory_cap_gb() - allocated / 2**30)
+    if need_gb <= COPY_SHARE * free_gb:
         return ""
-    return f"a copy would take {need / 2**30:.1f} of {free / 2**30:.1f} GiB free"
+    return f"a copy would take {need_gb:.1f} of {free_gb:.1f} GiB of free memory"
 
 
 def unsupported(config: RunConfig, model: PreTrainedModel) -> str:
@@ -132,12 +125,7 @@ class Sampler:
         self.decoder = Decoder(self.copy.net, compiled=compiled)
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        """Returns TRL's rollout of prompts: their ids, completions, log-probabilities.
-
-        Args:
-            prompts: one for each completion, as TRL repeats them.
-            trainer: TRL's or Unsloth's, whose arguments say how to sample.
-        """
+        """Returns TRL's rollout: ids of prompts and completions, log-probabilities."""
         ids = [encode(trainer.processing_class, prompt) for prompt in prompts]
         settings = settings_of({n: getattr(trainer, n) for n in Settings._fields})
         self.copy.refresh()
@@ -179,13 +167,9 @@ class Sampler:
 
 
 def settings_of(values: dict[str, Any]) -> Settings:
-    """Returns how tokens are drawn, of values named as transformers does.
-
-    >>> settings_of({"temperature": 0.7, "top_k": 0, "min_p": None})
-    Settings(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0)
-    """
-    chosen = {n: values.get(n) for n in Settings._fields}
-    return Settings(**{n: value for n, value in chosen.items() if value is not None})
+    """Returns how tokens are drawn, of values named as transformers does."""
+    names = [n for n in Settings._fields if values.get(n) is not None]
+    return Settings(**{name: values[name] for name in names})
 
 
 def log_drift(trainer: Any, prompt: list[int], completion: Completion) -> None:

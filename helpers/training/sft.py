@@ -17,8 +17,7 @@ from helpers.data import preparation as data
 from helpers.masking.dataset import mask_conversations
 from helpers.runs import Run, write_json
 from helpers.training import callbacks
-from helpers.training.inputs import open_stage
-from helpers.training.trainer import training_arguments
+from helpers.training.inputs import open_stage, training_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,16 +1,15 @@
-"""What both stages share: model with LoRA, arguments, a safe `fit`, the report."""
+"""What both stages share: a model with LoRA, a safe `fit`, the report."""
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import runtime
-from helpers.config import RunConfig, Stage, complete, defaults
+from helpers.config import Stage
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
 from helpers.masking.templates import render
@@ -18,38 +17,16 @@ from helpers.models import adapters
 from helpers.models import load as models
 from helpers.runs import Run, write_json
 from helpers.training import callbacks, inputs
-from helpers.training.plots import draw_losses
+from helpers.training.plots import draw_diagnostics
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 log = logging.getLogger(__name__)
-# what a config leaves open is PEFT's and TRL's own default: Unsloth has others
+# what a config leaves open is PEFT's own default: Unsloth has others
 PEFT_OPEN = ("r", "lora_alpha", "lora_dropout", "bias")
-TRL_OPEN = ("per_device_train_batch_size", "gradient_accumulation_steps", "packing")
-TRL_OPEN += ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")
-TRL_OPEN += ("max_steps", "num_train_epochs", "optim")
-TRL_OPEN += ("beta", "loss_type", "mask_truncated_completions")
 WITNESSES, WITNESS_TOKENS = 4, 64  # rows, and tokens of each
-
-
-def recomputes(config: RunConfig, stage: Stage) -> bool:
-    """Returns whether a stage recomputes activations to save memory, never on a CPU.
-
-    There it would cost a third more time, and memory is plenty.
-    """
-    wanted = complete(config, stage)["gradient_checkpointing"]
-    return wanted and runtime.find_machine().device == "cuda"
-
-
-def machine_arguments(config: RunConfig) -> dict[str, Any]:
-    """Returns the training arguments that the machine decides, not the recipe."""
-    machine = runtime.find_machine()
-    gpu = machine.device == "cuda"
-    dtype = str(runtime.choose_dtype(machine, config.dtype)[0])
-    flags = {"fp16": gpu and dtype == "torch.float16", "use_cpu": not gpu}
-    return flags | {"bf16": gpu and dtype == "torch.bfloat16"}
 
 
 def lora_arguments(run: Run) -> dict[str, Any]:
@@ -74,10 +51,15 @@ def attach_lora(
         for name, value in vars(lora).items()
         if name in PEFT_OPEN or value != getattr(plain, name)
     }
-    config = run.config
-    options = {"engine": config.engine, "seed": config.seed}
-    options |= {"checkpointing": recomputes(config, stage)}
-    return adapters.add_lora(model, values, max_length=config.max_length, **options)
+    options = lora_options(run, stage)
+    return adapters.add_lora(model, values, max_length=run.config.max_length, **options)
+
+
+def lora_options(run: Run, stage: Stage) -> dict[str, Any]:
+    """Returns what attaching and loading LoRA have in common."""
+    recompute = inputs.machine_arguments(run.config, stage)["gradient_checkpointing"]
+    names = run.config.model_dump(include={"engine", "seed"})
+    return names | {"checkpointing": recompute}
 
 
 def load_for_training(
@@ -101,59 +83,9 @@ def load_for_training(
     if adapter is None:
         lora = LoraConfig(**lora_arguments(run))
         return attach_lora(run, model, lora, stage), tokenizer
-    options: dict[str, Any] = {"engine": config.engine, "seed": config.seed}
-    options |= {"checkpointing": recomputes(config, stage)}
+    options = lora_options(run, stage)
     tuned = models.load_adapter(model, adapter, trainable=True, **options)
     return tuned, tokenizer
-
-
-def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
-    """Returns a stage's training arguments: the config's, and what they leave open."""
-    config, default = run.config, defaults(stage)
-    values = {n: default[n] for n in TRL_OPEN if default.get(n) is not None}
-    values |= getattr(config, stage)
-    # what fits while training fits while evaluating
-    values.setdefault(
-        "per_device_eval_batch_size", values["per_device_train_batch_size"]
-    )
-    return {
-        "output_dir": str(folder / "checkpoints"),
-        "run_name": f"{config.name}-{stage}",
-        "project": "tunebook",
-        "seed": config.seed,
-        "save_total_limit": 2,
-        "logging_first_step": True,
-        **machine_arguments(config),
-        **values,
-        "gradient_checkpointing": recomputes(config, stage),
-        "report_to": choose_trackers(values.get("report_to") or "none") or "none",
-    }
-
-
-def choose_trackers(report_to: str | list[str]) -> list[str]:
-    """Returns the trackers of `report_to` that are installed; the others are logged.
-
-    W&B keeps its run on this machine where nobody is logged in, and asks nothing.
-    """
-    from transformers.integrations import get_available_reporting_integrations
-
-    installed = get_available_reporting_integrations()
-    names = [report_to] if isinstance(report_to, str) else report_to
-    names = installed if names == ["all"] else [n for n in names if n != "none"]
-    for name in names:
-        if name not in installed:
-            log.info(f"report_to: {name} is left out; run `pip install {name}`")
-    if "wandb" in names and "WANDB_MODE" not in os.environ:
-        import wandb
-
-        try:
-            has_key = wandb.login(prompt=False, verify=False)
-        except TypeError:  # Colab's 0.28 has no `prompt`
-            has_key = wandb.api.api_key is not None
-        if not has_key:
-            os.environ["WANDB_MODE"] = "offline"
-            log.info("wandb: nobody is logged in; `wandb sync` uploads the run later")
-    return [name for name in names if name in installed]
 
 
 def open_wandb() -> Any:
@@ -175,7 +107,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     folder. A finished stage is not trained again: its report is returned.
 
     Args:
-        trainer: with arguments from `training_arguments`.
+        trainer: with arguments from `inputs.training_arguments`.
         run: the run that it is for.
 
     Raises:
@@ -219,7 +151,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     if not (folder / "adapter").exists():  # no evaluation has chosen one
         adapters.save_adapter(trainer.model, folder / "adapter", witness)
     write_json(folder / "log_history.json", trainer.state.log_history)
-    draw_losses(trainer.state.log_history, folder / "curves.png")
+    draw_diagnostics(trainer.state.log_history, folder / "curves.png")
     part = stage_report(trainer, folder)
     part["reloaded"] = compare_reloaded(run, folder / "adapter")
     run.write_part(stage, part)

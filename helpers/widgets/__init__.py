@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "blind_form": ["blind_results", "rate_blind"],
+        "blind_form": ["BlindForm", "blind_results"],
         "config_form": ["ConfigForm"],
     },
 )

@@ -17,109 +17,14 @@ import pandas as pd
 
 from helpers.data.formats import Row
 from helpers.data.preparation import read_rows
-from helpers.evaluation.results import percent
 from helpers.evaluation.stats import proportion
-from helpers.llm_judge.pairwise import SWAPPED, count_wins, read_pairs
+from helpers.evaluation.tables import percent
+from helpers.llm_judge.pairwise import CELL, SWAPPED, count_wins, read_pairs
 from helpers.runs import Run, fingerprint
 
 MARKS = ("coherent", "relevant", "creative", "biased")
 VERDICTS = {"A": "A is better", "B": "B is better", "tie": "about the same"}
-TEXT = '<div style="white-space:pre-wrap;line-height:1.45">{}</div>'
-
-
-def read_ratings(path: Path) -> dict[str, Row]:
-    """Returns the ratings of a file by the fingerprint of what was rated."""
-    rows = read_rows(path) if path.exists() else []
-    return {row["answers"]: row for row in rows}
-
-
-class BlindForm:
-    """The form over the rows of `read_pairs`; works without a browser.
-
-    Attributes:
-        pairs: to rate, in the order of the form.
-        place: of the pair that is shown; their number when all are rated.
-        texts: the answers, by side.
-        marks: the tick boxes, by side and mark.
-        verdicts: the buttons, by `A`, `B` and `tie`.
-    """
-
-    def __init__(self, path: Path, pairs: list[Row], seed: int) -> None:
-        self.path, self.pairs, self.seed = path, pairs, seed
-        self.question = widgets.HTML()
-        self.texts = {side: widgets.HTML() for side in "AB"}
-        self.marks = {
-            (side, mark): widgets.Checkbox(description=mark, indent=False)
-            for side in "AB"
-            for mark in MARKS
-        }
-        self.verdicts = {v: widgets.Button(description=VERDICTS[v]) for v in VERDICTS}
-        for verdict, button in self.verdicts.items():
-            button.on_click(lambda _, verdict=verdict: self.rate(verdict))
-        column = {"flex": "1 1 280px", "margin": "0 8px 0 0"}
-        columns = [
-            widgets.VBox(
-                [self.texts[s], *(self.marks[s, m] for m in MARKS)], layout=column
-            )
-            for s in "AB"
-        ]
-        self.widget = widgets.VBox(
-            [
-                self.question,
-                widgets.HBox(columns, layout={"flex_flow": "row wrap"}),
-                widgets.HBox([*self.verdicts.values()]),
-            ]
-        )
-        self.show()
-
-    def show(self) -> None:
-        """Shows the first pair without a rating."""
-        ratings = read_ratings(self.path)
-        rated = [pair["answers"] in ratings for pair in self.pairs]
-        self.place = rated.index(False) if False in rated else len(rated)
-        message = f"{sum(rated)} of {len(rated)} rated"
-        for box in self.marks.values():
-            box.value = False
-        for button in self.verdicts.values():
-            button.disabled = self.place == len(rated)
-        if self.place == len(rated):
-            message += ". <b>Every pair is rated.</b> Run the next cell."
-            self.texts["A"].value = self.texts["B"].value = ""
-        else:
-            pair = self.pairs[self.place]
-            gold = f"\nexpected: {pair['gold']}" if pair["gold"] else ""
-            message += TEXT.format(html.escape(f"\n{pair['question']}{gold}"))
-            for side, model in self.sides().items():
-                answer = TEXT.format(html.escape(pair[f"output_{model}"]))
-                self.texts[side].value = f"<b>{side}</b>{answer}"
-        self.question.value = message
-
-    def sides(self) -> dict[str, str]:
-        """Returns which answer of the shown pair, `first` or `second`, is on a side."""
-        draw = random.Random(f"{self.seed} {self.pairs[self.place]['id']}")
-        model = draw.choice(("first", "second"))
-        return {"A": model, "B": SWAPPED[model]}
-
-    def rate(self, verdict: str) -> None:
-        """Saves a verdict on the shown pair, with its marks, and shows the next."""
-        if self.place == len(self.pairs):
-            return
-        pair, sides = self.pairs[self.place], self.sides()
-        marks = {
-            model: [mark for mark in MARKS if self.marks[side, mark].value]
-            for side, model in sides.items()
-        }
-        rating = {"id": pair["id"], "answers": pair["answers"], "verdict": verdict}
-        rating |= {"winner": sides.get(verdict, "tie"), "marks": marks}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rating) + "\n")
-        self.show()
-
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        display(self.widget)
+SAME = "Both models gave the same answers: there is nothing to compare."
 
 
 def open_pairs(
@@ -134,15 +39,14 @@ def open_pairs(
     return run.path / "blind" / f"{'_'.join(models)}.jsonl", pairs
 
 
-def rate_blind(
-    run: Run,
-    models: tuple[str, str],
-    part: str | None = None,
-    *,
-    count: int = 20,
-    seed: int | None = None,
-) -> BlindForm:
-    """Returns the form over pairs of two models' answers; name it last in a cell.
+def read_ratings(path: Path) -> dict[str, Row]:
+    """Returns the last rating of each pair, by the fingerprint of its answers."""
+    rows = read_rows(path) if path.exists() else []
+    return {row["answers"]: row for row in rows}
+
+
+class BlindForm:
+    """A form over pairs of two models' answers; name it last in a cell.
 
     Args:
         run: with both models evaluated.
@@ -152,13 +56,92 @@ def rate_blind(
         seed: draws pairs and sides; the run's by default.
 
     Raises:
-        DataError, MissingInput: see `pairwise.read_pairs`; all answers are the same.
+        DataError, MissingInput: see `pairwise.read_pairs`.
     """
-    seed = run.config.seed if seed is None else seed
-    path, pairs = open_pairs(run, models, part)
-    different = [p for p in pairs if p["output_first"] != p["output_second"]]
-    random.Random(seed).shuffle(different)
-    return BlindForm(path, different[:count], seed)
+
+    def __init__(
+        self,
+        run: Run,
+        models: tuple[str, str],
+        part: str | None = None,
+        *,
+        count: int = 20,
+        seed: int | None = None,
+    ) -> None:
+        self.seed = run.config.seed if seed is None else seed
+        self.path, pairs = open_pairs(run, models, part)
+        pairs = [p for p in pairs if p["output_first"] != p["output_second"]]
+        random.Random(self.seed).shuffle(pairs)
+        self.pairs, self.place = pairs[:count], 0
+        self.question = widgets.HTML()
+        self.texts = {side: widgets.HTML() for side in "AB"}
+        self.marks = {
+            (side, mark): widgets.Checkbox(description=mark, indent=False)
+            for side in "AB"
+            for mark in MARKS
+        }
+        self.verdicts = {v: widgets.Button(description=VERDICTS[v]) for v in VERDICTS}
+        for verdict, button in self.verdicts.items():
+            button.on_click(lambda _, verdict=verdict: self.rate(verdict))
+        columns = [
+            widgets.VBox([self.texts[side], *(self.marks[side, m] for m in MARKS)])
+            for side in "AB"
+        ]
+        for column in columns:
+            column.layout.flex = "1 1 280px"
+        answers = widgets.HBox(columns, layout={"flex_flow": "row wrap"})
+        buttons = widgets.HBox([*self.verdicts.values()])
+        self.widget = widgets.VBox([self.question, answers, buttons])
+        self.show()
+
+    def show(self) -> None:
+        """Shows the first pair without a rating."""
+        ratings = read_ratings(self.path)
+        rated = [pair["answers"] in ratings for pair in self.pairs]
+        over = all(rated)
+        self.place = len(rated) if over else rated.index(False)
+        for box in self.marks.values():
+            box.value = False
+        for button in self.verdicts.values():
+            button.disabled = over
+        text = "Every pair is rated. Run the next cell." if rated else SAME
+        texts = {"A": "", "B": ""}
+        if not over:
+            pair = self.pairs[self.place]
+            gold = f"\nexpected: {pair['gold']}" if pair["gold"] else ""
+            text = pair["question"] + gold
+            texts = {s: pair[f"output_{model}"] for s, model in self.sides().items()}
+        self.question.value = f"{sum(rated)} of {len(rated)} rated"
+        self.question.value += CELL.format(html.escape(text))
+        for side, answer in texts.items():
+            self.texts[side].value = f"<b>{side}</b>{CELL.format(html.escape(answer))}"
+
+    def sides(self) -> dict[str, str]:
+        """Returns the model on each side of the shown pair: `first` or `second`."""
+        draw = random.Random(f"{self.seed} {self.pairs[self.place]['id']}")
+        model = draw.choice(("first", "second"))
+        return {"A": model, "B": SWAPPED[model]}
+
+    def rate(self, verdict: str) -> None:
+        """Saves a verdict on the shown pair, with its marks, and shows the next."""
+        if self.place == len(self.pairs):
+            return
+        pair, sides = self.pairs[self.place], self.sides()
+        rating = {"id": pair["id"], "answers": pair["answers"], "verdict": verdict}
+        rating["winner"] = sides.get(verdict, "tie")
+        rating["marks"] = {
+            model: [mark for mark in MARKS if self.marks[side, mark].value]
+            for side, model in sides.items()
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(rating) + "\n")
+        self.show()
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.widget)
 
 
 def blind_results(
@@ -172,30 +155,29 @@ def blind_results(
         DataError, MissingInput: see `pairwise.read_pairs`.
     """
     path, pairs = open_pairs(run, models, part)
-    current = {pair["answers"] for pair in pairs}
-    ratings = [r for key, r in read_ratings(path).items() if key in current]
-    counts: dict[str, Any] = {"models": models, "rated": len(ratings)}
+    current = read_ratings(path)
+    ratings = [current[p["answers"]] for p in pairs if p["answers"] in current]
+    count, rows = len(ratings), {}
+    counts: dict[str, Any] = {"models": models, "rated": count, "a_wins": None}
     counts |= count_wins(row["winner"] for row in ratings)
-    sides = [row["verdict"] for row in ratings if row["verdict"] != "tie"]
-    counts["a_wins"] = proportion(sides.count("A"), len(sides)) if sides else None
-    columns = list(zip(models, ("first", "second"), strict=True))
     counts["marks"] = {
         mark: {
-            label: proportion(sum(mark in r["marks"][m] for r in ratings), len(ratings))
-            for label, m in columns
+            label: proportion(sum(mark in row["marks"][m] for row in ratings), count)
+            for label, m in zip(models, ("first", "second"), strict=True)
         }
         for mark in (MARKS if ratings else ())
     }
-    table = pd.DataFrame(index=pd.Index([], name="by people"), columns=models)
-    if not ratings:
-        return table
-    run.write_part("blind", run.report().get("blind", {}) | {path.stem: counts})
     if wins := counts["wins"]:
+        on_a = sum(row["verdict"] == "A" for row in ratings)
+        counts["a_wins"] = proportion(on_a, wins["n"])
         losses = f"{counts['losses']}/{wins['n']}"
-        table.loc["wins (ties excluded)"] = [losses, percent(wins)]
-        table.loc["wins on side A"] = ["", percent(counts["a_wins"])]
+        rows["wins (ties excluded)"] = [losses, percent(wins)]
+        rows["wins on side A"] = ["", percent(counts["a_wins"])]
     for mark, shares in counts["marks"].items():
-        table.loc[mark] = [percent(share) for share in shares.values()]
-    table.loc["rated pairs"] = [len(ratings)] * 2
-    table.loc["about the same"] = [counts["ties"]] * 2
-    return table
+        rows[mark] = [percent(share) for share in shares.values()]
+    if ratings:
+        rows["rated pairs"] = [f"{count}"] * 2
+        rows["ties"] = [f"{counts['ties']}"] * 2
+        former = run.report().get("blind", {})
+        run.write_part("blind", {**former, path.stem: counts})
+    return pd.DataFrame.from_dict(rows, orient="index", columns=models)
