@@ -16,7 +16,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 demo: setup
-	@$(BIN)/python -m helpers series demo
+	@$(BIN)/python -m helpers demo
 
 test: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-dev.txt

@@ -120,6 +120,8 @@ def measure(
 
     from helpers import export, recipes
     from helpers.config import changed
+    from helpers.errors import ModelError
+    from helpers.models import adapters
     from helpers.models import load as models
 
     row: dict[str, Any] = {"setting": setting, "engine": engine, "weights": weights}
@@ -138,20 +140,20 @@ def measure(
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def far(model: Any) -> float:
-        found = (models.last_logits(model, probe, half) - trained).abs().max().item()
+        found = (adapters.last_logits(model, probe, half) - trained).abs().max().item()
         return float(f"{found:.2g}")
 
     model, _ = models.load_model(base, **options)
     try:
-        model = models.add_lora(model, PLAIN | SETTINGS[setting], engine=engine)
-    except models.ModelError as error:
+        model = adapters.add_lora(model, PLAIN | SETTINGS[setting], engine=engine)
+    except ModelError as error:
         return row | {"refused": str(error)}
-    trained = models.last_logits(model, probe, half)
+    trained = adapters.last_logits(model, probe, half)
     row["moved"] = 0.0
     train(model, half)
-    row["moved"], trained = far(model), models.last_logits(model, probe, half)
+    row["moved"], trained = far(model), adapters.last_logits(model, probe, half)
     row["logits"] = float(f"{trained.abs().max().item():.3g}")
-    models.save_adapter(model, folder / "ours")
+    adapters.save_adapter(model, folder / "ours")
     model.save_pretrained(folder / "foreign")
     row["reloaded"] = far(reload(folder / "ours"))
     row["foreign"] = far(reload(folder / "foreign"))
@@ -166,8 +168,9 @@ def measure_all(
     engine: str, settings: list[str], weights: str = "16bit", base: str | None = None
 ) -> list[dict[str, Any]]:
     """Returns the rows of an engine; run it in a process of its own."""
-    if engine == "unsloth":
-        import unsloth  # noqa: F401  # before transformers
+    from helpers import runtime
+
+    runtime.start(engine)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -179,7 +182,7 @@ def measure_all(
 
 def is_wrong(row: dict[str, Any]) -> bool:
     """Returns whether our own figures of a row are beyond what arithmetic explains."""
-    from helpers.models.load import TOLERANCE
+    from helpers.models.adapters import TOLERANCE
 
     if row["refused"]:
         return False

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def measure(
 
     from helpers.config import SYSTEM_PROMPT
     from helpers.data import preparation as data
-    from helpers.evaluation import gsm8k as verdicts
+    from helpers.evaluation import gsm8k
     from helpers.inference.generation import fitting_rows, generate, inference
 
     prompts = [data.ask(p["question"], SYSTEM_PROMPT) for p in problems]
@@ -95,7 +94,7 @@ def measure(
         started = time.perf_counter()
         texts = answer(count)
         items[name] = [
-            {"output": text, **verdicts.judge(text, problem)}
+            {"output": text, **gsm8k.check_answer(text, problem)}
             for text, problem in zip(texts, problems, strict=False)
         ]
         seconds = time.perf_counter() - started
@@ -113,8 +112,7 @@ def measure(
         "runs": speeds,
         "compared": len(pairs),
         "same_verdicts": {
-            name: sum(a[name] == b[name] for a, b in pairs)
-            for name in verdicts.VERDICTS
+            name: sum(a[name] == b[name] for a, b in pairs) for name in gsm8k.VERDICTS
         },
         "same_outputs": sum(a["output"] == b["output"] for a, b in pairs),
         "right": {
@@ -126,38 +124,10 @@ def measure(
     }
 
 
-def random_weights(shape: str, folder: Path) -> str:
-    """Writes a model of a known shape with random weights and the offline tokenizer.
-
-    Its answers never stop, and are cut at the most tokens.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from helpers import shapes
-    from helpers.models import load as models
-
-    tokenizer = models.load_tokenizer("smollm2-135m-offline")
-    config = AutoConfig.for_model(
-        "llama",
-        **{**shapes.KNOWN[shape], "max_position_embeddings": 8192},
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def main(arguments: list[str]) -> dict[str, Any]:
     """Measures, writes the figures and returns them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-offline")
-    parser.add_argument("--shape", help="random weights of a known shape instead")
     parser.add_argument("--adapter")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--weights", default="auto")
@@ -171,20 +141,15 @@ def main(arguments: list[str]) -> dict[str, Any]:
 
     from helpers import runs, runtime
     from helpers.data import preparation as data
+    from helpers.data.sources import load_rows
     from helpers.models import load as models
 
     engine = models.resolve_engine(given.engine)
-    if engine == "unsloth":
-        import unsloth  # noqa: F401  before transformers
-
-    with tempfile.TemporaryDirectory() as scratch:
-        name = given.model
-        if given.shape:
-            name = random_weights(given.shape, Path(scratch) / given.shape)
-        model, tokenizer = models.load_model(
-            name, engine=engine, weights=given.weights, adapter=given.adapter
-        )
-    problems = data.to_problems(data.load_rows(PROBLEMS, given.items))
+    runtime.start(engine)
+    model, tokenizer = models.load_model(
+        given.model, engine=engine, weights=given.weights, adapter=given.adapter
+    )
+    problems = data.to_problems(load_rows(PROBLEMS, given.items))
     found = measure(
         model,
         tokenizer,
@@ -195,7 +160,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     )
     weights = models.resolve_weights(given.weights)
     found["conditions"] = {
-        "model": f"{given.shape}, random weights" if given.shape else given.model,
+        "model": given.model,
         "adapter": str(given.adapter) if given.adapter else None,
         "weights": weights,
         "items": PROBLEMS,

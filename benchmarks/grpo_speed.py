@@ -66,6 +66,7 @@ def build_trainer(
 ) -> tuple[Any, Any]:
     """Returns the trainer of a way, and our sampler where it has one."""
     from helpers import runtime
+    from helpers.models import adapters
     from helpers.models import load as models
 
     runtime.prepare_device()
@@ -77,7 +78,7 @@ def build_trainer(
     lora["target_modules"] = [  # type: ignore[assignment]
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     ]
-    model = models.add_lora(
+    model = adapters.add_lora(
         model,
         lora,
         engine=way.engine,
@@ -347,11 +348,11 @@ def make(shape: str, folder: Path) -> None:
     """Writes a model of random weights; `tiny` is a shape of this program's own."""
     import memory
 
-    from helpers.shapes import KNOWN, NUMBERS
+    from helpers.estimate import KNOWN, NAMES
 
-    memory.SHAPES["tiny"] = "tiny"
-    tiny = (64, 2, 4, 16, 2, 128, 300, 8192, True)
-    KNOWN["tiny"] = dict(zip(NUMBERS, tiny, strict=True))
+    tiny = (64, 2, 4, 2, 16, 128, 300, 8192, True)
+    KNOWN["tiny"] = dict(zip(NAMES.split(), tiny, strict=True))
+    shape = {"1b": "llama-3.2-1b"}.get(shape, shape)
     memory.make_model(shape, folder)
 
 

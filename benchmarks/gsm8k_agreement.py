@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import sys
@@ -30,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-PROTOCOLS = ("gsm8k", "gsm8k_cot_llama")
+TASKS = ("gsm8k", "gsm8k_cot_llama")  # the second asks through the chat template
+SHOTS_SEED = 1234  # lm_eval's default, --seed's third number
 VERDICTS = {"strict-match": "strict_match", "flexible-extract": "flexible_extract"}
 METRIC = "exact_match"
 SAMPLES = "data_samples/word_problems/test.jsonl"
@@ -151,16 +153,63 @@ def write_sums(path: Path, count: int, seed: int) -> str:
     return str(path)
 
 
-def judge_theirs(
-    protocol: str, outputs: list[tuple[str, str]]
-) -> list[dict[str, bool]]:
+def make_task(name: str, problems: list[Any], shots: list[Any]) -> Any:
+    """Returns a task of lm_eval's folder `gsm8k` over problems of ours.
+
+    Args:
+        name: of `TASKS`.
+        problems: `question` and `answer` each.
+        shots: the same; solved examples are drawn from them.
+    """
+    import lm_eval
+    import yaml
+    from datasets import Dataset, DatasetDict
+    from lm_eval.api.task import ConfigurableTask
+
+    folder = Path(lm_eval.__file__).parent / "tasks" / "gsm8k"
+    files = (
+        yaml.safe_load(f.read_text("utf-8")) for f in sorted(folder.glob("*.yaml"))
+    )
+    config = next(values for values in files if values.get("task") == name)
+    parts = {
+        part: Dataset.from_list([{k: r[k] for k in ("question", "answer")} for r in of])
+        for part, of in {"test": problems, "train": shots}.items()
+    }
+    # it warns that the data are not the hub's
+    logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
+    config["custom_dataset"] = lambda **_: DatasetDict(parts)
+    task = ConfigurableTask(config=config)
+    task.set_fewshot_seed(SHOTS_SEED)
+    return task
+
+
+def make_prompts(task: Any, tokenizer: Any, chat: bool) -> list[str]:
+    """Returns a task's prompts of its problems, with its solved examples.
+
+    Args:
+        task: of `make_task`.
+        tokenizer: the model's.
+        chat: through our rendering of the chat template, a shot a turn.
+    """
+    from helpers.masking.templates import render
+
+    def template(turns: Any, add_generation_prompt: bool = True) -> str:
+        return render(tokenizer, turns, for_generation=add_generation_prompt)
+
+    options: dict[str, Any] = {"num_fewshot": task.config.num_fewshot}
+    if chat:
+        options |= {"apply_chat_template": True, "fewshot_as_multiturn": True}
+        options["chat_template"] = template
+    # in the problems' order: each draws its examples from the same generator
+    return [task.fewshot_context(doc, **options) for doc in task.test_docs()]
+
+
+def judge_theirs(name: str, outputs: list[tuple[str, str]]) -> list[dict[str, bool]]:
     """Returns lm_eval's verdicts, by its own task, filters and metric."""
     from lm_eval.api.instance import Instance
 
-    from helpers.evaluation.protocols import make_task
-
     rows = [{"question": "?", "answer": answer} for _, answer in outputs]
-    task = make_task(protocol, rows, rows)
+    task = make_task(name, rows, rows)
     docs = list(task.test_docs())
     task._instances = [
         Instance("generate_until", doc, ("", {}), place, resps=[text])
@@ -178,22 +227,19 @@ def judge_theirs(
     ]
 
 
-def judge_ours(protocol: str, outputs: list[tuple[str, str]]) -> list[dict[str, bool]]:
-    """Returns our verdicts."""
-    from helpers.evaluation import gsm8k as verdicts
+def judge_ours(task: str, outputs: list[tuple[str, str]]) -> list[dict[str, bool]]:
+    """Returns our verdicts by the rules of a task."""
+    from helpers.evaluation import gsm8k
 
     return [
-        {
-            name: getattr(verdicts, name)(text, answer, protocol)
-            for name in VERDICTS.values()
-        }
+        {name: getattr(gsm8k, name)(text, answer, task) for name in VERDICTS.values()}
         for text, answer in outputs
     ]
 
 
 def agreement(outputs: list[tuple[str, str]]) -> dict[str, Any]:
-    """Returns how many outputs get the same verdicts, under all protocols."""
-    judged = {p: (judge_ours(p, outputs), judge_theirs(p, outputs)) for p in PROTOCOLS}
+    """Returns how many outputs get the same verdicts, by the rules of all tasks."""
+    judged = {t: (judge_ours(t, outputs), judge_theirs(t, outputs)) for t in TASKS}
     found: dict[str, Any] = {"n": len(outputs)}
     for short, name in (("strict", "strict_match"), ("flexible", "flexible_extract")):
         found[f"{short}_agree"] = sum(
@@ -201,14 +247,14 @@ def agreement(outputs: list[tuple[str, str]]) -> dict[str, Any]:
             for i in range(len(outputs))
         )
     found["judged_right"] = {
-        protocol: {name: sum(row[name] for row in theirs) for name in VERDICTS.values()}
-        for protocol, (_, theirs) in judged.items()
+        task: {name: sum(row[name] for row in theirs) for name in VERDICTS.values()}
+        for task, (_, theirs) in judged.items()
     }
     return found
 
 
 def end_to_end(
-    protocol: str,
+    name: str,
     model: Any,
     tokenizer: Any,
     problems: list[Any],
@@ -219,16 +265,12 @@ def end_to_end(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    from helpers import recipes
-    from helpers.config import changed
     from helpers.data.sources import load_rows
-    from helpers.evaluation import gsm8k as verdicts
-    from helpers.evaluation import protocols
     from helpers.inference.generation import generate
-    from helpers.runs import Run
 
-    chat = protocol in protocols.CHAT
-    task = protocols.make_task(protocol, problems, load_rows(shots))
+    chat = name == TASKS[1]
+    examples = load_rows(shots)
+    task = make_task(name, problems, examples)
     result = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
         tasks=[task],
@@ -238,40 +280,32 @@ def end_to_end(
         bootstrap_iters=0,
     )
     samples = sorted(
-        (s for s in result["samples"][protocol] if s["filter"] == "strict-match"),
+        (s for s in result["samples"][name] if s["filter"] == "strict-match"),
         key=lambda sample: sample["doc_id"],
     )
-    config = changed(
-        recipes.load("demo"), evaluation__protocol=protocol, data__problems=shots
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        asked = protocols.ask(Run(Path(folder), config), tokenizer, problems)
-    answers = generate(
-        model, tokenizer, asked.prompts, max_new_tokens=tokens, until=asked.until
-    )
-    items = [
-        verdicts.judge(answer.text, problem, protocol)
-        for answer, problem in zip(answers, problems, strict=True)
-    ]
+    prompts = make_prompts(make_task(name, problems, examples), tokenizer, chat)
+    until = task.config.generation_kwargs["until"]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=tokens, until=until)
+    outputs = [(a.text, p["answer"]) for a, p in zip(answers, problems, strict=True)]
+    items = judge_ours(name, outputs)
     found: dict[str, Any] = {
         "n": len(problems),
         "max_new_tokens": tokens,
         "same_prompts": sum(
             sample["arguments"][0][0] == prompt
-            for sample, prompt in zip(samples, asked.prompts, strict=True)
+            for sample, prompt in zip(samples, prompts, strict=True)
         ),
         "same_outputs": sum(
             sample["resps"][0][0].strip() == answer.text
             for sample, answer in zip(samples, answers, strict=True)
         ),
     }
-    for theirs, ours in VERDICTS.items():
-        accuracy = result["results"][protocol][f"{METRIC},{theirs}"]
-        found[ours] = {
+    for theirs, verdict in VERDICTS.items():
+        accuracy = result["results"][name][f"{METRIC},{theirs}"]
+        found[verdict] = {
             "lm_eval": round(accuracy * len(problems)),
-            "ours": sum(item[ours] for item in items),
+            "ours": sum(item[verdict] for item in items),
         }
-    found["correct"] = sum(item["correct"] for item in items)
     return found
 
 
@@ -290,7 +324,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     given = parser.parse_args(arguments)
 
     from helpers import runs
-    from helpers.data.reading import to_problems
+    from helpers.data.preparation import to_problems
     from helpers.data.sources import load_rows
     from helpers.models import load as models
 
@@ -317,9 +351,9 @@ def main(arguments: list[str]) -> dict[str, Any]:
         shots = given.shots or write_sums(home / "train.jsonl", 100, 2)
         rows = to_problems(load_rows(asked, given.end_to_end))
         found["end_to_end"] = {
-            # the chat protocol's prompts are eight times as long
-            protocol: end_to_end(protocol, model, tokenizer, part, shots, given.tokens)
-            for protocol, part in zip(PROTOCOLS, (rows, rows[::4]), strict=True)
+            # the chat task's prompts are eight times as long
+            name: end_to_end(name, model, tokenizer, part, shots, given.tokens)
+            for name, part in zip(TASKS, (rows, rows[::4]), strict=True)
         }
     runs.write_json(Path(given.out), found)
     print(json.dumps(found, indent=1))

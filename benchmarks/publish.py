@@ -17,7 +17,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from helpers.evaluation.results import results_table  # noqa: E402
+from helpers import recipes  # noqa: E402
+from helpers.estimate import estimate_memory  # noqa: E402
+from helpers.evaluation.tables import results_table  # noqa: E402
 from helpers.runs import write_json, write_text  # noqa: E402
 
 RESULTS = ROOT / "results"
@@ -174,7 +176,7 @@ def memory_lines() -> list[str]:
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
     lines = ["", "## memory", "", "Peak reserved GPU memory in GiB, predicted by "]
-    lines[-1] += f"`helpers.memory` and measured on {found['machine']}."
+    lines[-1] += f"`helpers.estimate` and measured on {found['machine']}."
     lines.append("`python benchmarks/memory.py measure`; a row is SFT or GRPO of ")
     lines[-1] += "random weights of the shape, in a process of its own."
     columns = ["half", "case", "shape", "engine", "stage", "config", "predicted"]
@@ -202,9 +204,22 @@ def memory_lines() -> list[str]:
 
 def table_lines(report: dict[str, Any]) -> list[str]:
     """Returns a report's table in Markdown."""
-    table = results_table(report)
-    rows = [table.header, ["---"] * len(table.header), *table.rows]
+    table = results_table(report).reset_index()
+    rows = [table.columns, ["---"] * len(table.columns), *table.values.tolist()]
     return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def list_recipes() -> str:
+    """Returns README's table of the recipes: what they reproduce, what they need."""
+    lines = ["| recipe | reproduces | stages | engine | needs | GiB on a T4 |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name in recipes.read_file():
+        config, notes = recipes.load(name), recipes.describe(name)
+        engine = "Unsloth" if config.engine == "auto" else config.engine
+        cells = [f"`{name}`", notes["source"], " + ".join(config.stages).upper()]
+        cells += [engine, notes["needs"], f"{estimate_memory(config).peak_gb:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def update_readme(report: dict[str, Any]) -> None:

@@ -1,35 +1,189 @@
-"""The command line: `python -m helpers COMMAND ...`, `--help` behind any command."""
+"""The command line: `python -m helpers COMMAND ...`, `--help` after any command."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import subprocess
 import sys
+import time
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
-COMMANDS = {
-    "train": "helpers.training.trainer",
-    "generate": "helpers.inference.chat",
-    "judge-pairs": "helpers.llm_judge.duels",
-    "page": "helpers.evaluation.page",
-    "alpaca-eval": "helpers.llm_judge.alpaca_eval",
-    "mt-bench": "helpers.llm_judge.mt_bench",
+from helpers import recipes, runs, runtime
+from helpers.config import read_config
+from helpers.errors import MissingInput, TunebookError, nearest
+
+CELL_TIMEOUT_S = 3600
+IDLE_WITHOUT = {"sft": "02_sft_qlora", "grpo": "03_grpo_gsm8k"}
+JUDGE = ["run", "--judge", "--judge-model"]
+BENCH = [*JUDGE, "--models", "--limit", "--max-new-tokens"]
+MODEL = ["model", "--adapter", "--system", "--max-new-tokens", "--temperature"]
+FILES = ["--file", "--out", "--batch-size"]
+
+# command: function, what it does, and its options. A value goes to the parameter of the
+# option's name; what is not given has the function's own default.
+COMMANDS: dict[str, tuple[str, str, list[str]]] = {
+    "train": ("stages:train", "train and evaluate a run", ["config", "--small"]),
+    "generate": ("inference.chat:generate_command", "answer a file", MODEL + FILES),
+    "chat": ("inference.chat:generate_command", "answer what you type", MODEL),
+    "evaluate": ("evaluation.evaluator:evaluate_run", "evaluate", ["run", "--models"]),
+    "mt-bench": ("llm_judge.mt_bench:run_mt_bench", "MT-Bench", [*BENCH, "--data"]),
+    "alpaca-eval": (
+        "llm_judge.alpaca_eval:run_alpaca_eval",
+        "AlpacaEval",
+        [*BENCH, "--reference", "--evaluator"],
+    ),
+    "judge-pairs": (
+        "llm_judge.pairwise:judge_pairs",
+        "have a judge compare the answers of two models",
+        [*JUDGE, "models", "--set", "--other", "--data"],
+    ),
+    "export": ("export:export", "write a stage's models", ["run", "--stage"]),
+    "demo": ("__main__:demo", "execute the notebooks in order", ["recipe"]),
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "run": {"help": "a run's name"},
+    "config": {"help": "a recipe's name, or a config.json"},
+    "recipe": {"nargs": "?", "default": "demo", "help": "a recipe's name"},
+    "model": {"help": "a run's name, a hub id, or a model's folder"},
+    "models": {"nargs": 2, "help": "two evaluated models: base sft"},
+    "--small": {"action": "store_true", "help": "offline model, few sample rows"},
+    "--models": {"nargs": "+", "dest": "labels", "help": "base sft ...; else all"},
+    "--adapter": {"help": "folder, hub id, a run's stage, or none; else its last"},
+    "--system": {"help": "system prompt; else the run's"},
+    "--file": {"type": Path, "required": True, "help": "prompts: JSON, CSV, text, ..."},
+    "--out": {"type": Path, "required": True, "help": "answers, one JSON line each"},
+    "--max-new-tokens": {"type": int, "help": "answers are cut here"},
+    "--temperature": {"type": float, "help": "0 = greedy"},
+    "--batch-size": {"type": int, "help": "prompts answered at once"},
+    "--limit": {"type": int, "help": "answer so many questions only"},
+    "--judge": {"metavar": "URL", "help": "else OPENAI_BASE_URL"},
+    "--judge-model": {"metavar": "NAME", "help": "else TUNEBOOK_JUDGE"},
+    "--set": {"dest": "part", "help": "answers in eval/; else test_chat"},
+    "--other": {"metavar": "RUN", "help": "the second model's run"},
+    "--data": {"type": Path, "help": "FastChat's llm_judge/data folder"},
+    "--reference": {"type": Path, "help": "outputs to win against"},
+    "--evaluator": {"help": "a configuration of alpaca_eval"},
+    "--stage": {"choices": ["sft", "grpo"], "help": "else the run's last one"},
+}
+
+
+def demo(recipe: str) -> runs.Run:
+    """Executes the notebooks in order, unchanged; returns the run.
+
+    Executed copies lie in `runs/<name>/notebooks/`, that of a failed notebook too.
+    """
+    sources = sorted((runtime.ROOT / "notebooks").glob("0*.ipynb"))
+    if not sources:
+        raise MissingInput(
+            f"no {runtime.ROOT / 'notebooks'}: pip installs the helpers without the "
+            "notebooks. Run the series in a clone of the repository"
+        )
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+    from nbformat import read, write
+
+    run = runs.save_run(recipes.load(recipe))
+    idle = [name for s, name in IDLE_WITHOUT.items() if s not in run.config.stages]
+    # nobody is there to give access to Google Drive
+    os.environ |= {"TUNEBOOK_RUN": run.config.name, "TUNEBOOK_DRIVE": "0"}
+    (run.path / "notebooks").mkdir(exist_ok=True)
+    seconds = {}
+    for source in (path for path in sources if path.stem not in idle):
+        notebook, started = read(source, as_version=4), time.perf_counter()
+        options: dict[str, Any] = {"timeout": CELL_TIMEOUT_S, "kernel_name": "python3"}
+        options["resources"] = {"metadata": {"path": str(source.parent)}}
+        # an answer that was streamed stays one text
+        client = NotebookClient(notebook, coalesce_streams=True, **options)
+        try:
+            # the cells' own stderr is in the copy; this is the kernel's
+            client.execute(stderr=subprocess.DEVNULL)
+        except CellExecutionError as error:
+            raise TunebookError(f"{source.name} failed\n{error}") from None
+        finally:
+            write(notebook, run.path / "notebooks" / source.name)
+        seconds[source.stem] = round(time.perf_counter() - started, 1)
+        show(f"{source.name} {seconds[source.stem] / 60:.1f} min")
+    run.write_part("notebooks", {"seconds": seconds})
+    return run
+
+
+def show(result: Any) -> None:
+    """Prints a text, a table, a part of the report, or the table of a run."""
+    if isinstance(result, runs.Run):
+        report = result.report()
+        result = f"the run is in {result.path}"
+        if "eval" in report:
+            from helpers.evaluation.tables import results_table
+
+            result = results_table(report)
+    if isinstance(result, dict):
+        result = json.dumps(result, indent=1)
+    if result is not None:
+        print(getattr(result, "to_string", lambda: result)(), flush=True)  # noqa: T201
+
+
+def execute(command: str, settings: dict[str, Any]) -> Any:
+    """Returns the result of a command's function.
+
+    Args:
+        command: of `COMMANDS`.
+        settings: values of its options, by parameter.
+    """
+    engine = "auto"
+    if "run" in settings:
+        settings["run"] = runs.open_run(settings["run"])
+        engine = settings["run"].config.engine
+    elif "config" in settings:
+        name, small = settings["config"], settings.pop("small")
+        is_file = name.endswith(".json")
+        config = read_config(Path(name)) if is_file else recipes.load(name)
+        settings["config"] = recipes.small(config) if small else config
+        engine = config.engine
+    elif "model" in settings:
+        name = settings["model"]  # a run's name, no path
+        if Path(name).name == name and (runs.runs_folder() / name).exists():
+            engine = runs.open_run(name).config.engine
+    if command != "demo":
+        runtime.start(engine)  # before what imports transformers
+    if "--judge" in COMMANDS[command][2]:
+        from helpers.llm_judge.judge import open_judge
+
+        names = settings.pop("judge", None), settings.pop("judge_model", None)
+        settings["judge"] = open_judge(settings["run"], *names)
+    if "other" in settings:
+        settings["other"] = runs.open_run(settings["other"])
+    module, name = COMMANDS[command][0].split(":")
+    return getattr(import_module(f"helpers.{module}"), name)(**settings)
 
 
 def main(arguments: list[str]) -> None:
     """Runs a command.
 
     Raises:
-        SystemExit: there is no such command.
+        SystemExit: something that the user can mend is wrong; the message says what.
     """
-    name, *rest = arguments or ["--help"]
-    if name == "series":
-        sys.exit(import_module("helpers.series").main((rest or ["demo"])[0]))
-    if name == "recipes":
-        print(import_module("helpers.recipes").list_recipes())  # noqa: T201
-        return
-    if name not in COMMANDS:
-        sys.exit(f"expected one of {', '.join(COMMANDS)}; found {name}")
-    import_module(COMMANDS[name]).main(rest)
+    name = arguments[0] if arguments else "--help"
+    if name not in COMMANDS and not name.startswith("-"):
+        known = ", ".join(COMMANDS)
+        sys.exit(f"no command {name!r}{nearest(name, COMMANDS)} (known: {known})")
+    parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command, (_, text, options) in COMMANDS.items():
+        part = commands.add_parser(command, help=text, description=text)
+        for option in options:
+            part.add_argument(option, **OPTIONS[option])
+    values = vars(parser.parse_args([name, *arguments[1:]]))
+    command = values.pop("command")
+    if "models" in values:
+        values["labels"] = tuple(values.pop("models"))
+    try:
+        show(execute(command, {k: v for k, v in values.items() if v is not None}))
+    except (TunebookError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""The validated, JSON-round-trippable configuration of one run.
+"""The configuration of one run, which survives the round trip through JSON.
 
-Holds our few fields; what belongs to TRL and PEFT is handed to them unchanged, in
-`sft`, `grpo` and `lora`. It is not a second list of their fields.
+`sft`, `grpo`, `lora` and `inference` are handed unchanged to the libraries' classes:
+their fields and defaults are asked of these classes, never listed here.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,9 +27,33 @@ from pydantic import (
 from helpers.errors import ConfigError, nearest
 
 Stage = Literal["sft", "grpo"]
-# fields of older configs, with the values that did nothing
-RETIRED = {"few_shot": 0, "probe_samples": 0, "probe_problems": None}
+# held-out sets in the order of their tables: problems, then conversations
+HELD_OUT = ("test", "test_new", "test_chat", "eval")
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
+CLASSES = {  # take the values of a group
+    "sft": ("trl", "SFTConfig"),
+    "grpo": ("trl", "GRPOConfig"),
+    "lora": ("peft", "LoraConfig"),
+    "inference": ("transformers", "GenerationConfig"),
+}
+
+# Fields of earlier versions, by dotted name: the values that changed nothing (None:
+# any value), and what replaced the field. Saved configs still name them.
+RETIRED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
+    "few_shot": ((0,), "prompts hold no solved examples"),
+    "probe_samples": ((0,), "all problems are trained on"),
+    "probe_problems": (None, "all problems are trained on"),
+    "evaluation.protocol": (("ours",), "notebook 04 runs lm-evaluation-harness itself"),
+    "evaluation.samples": ((0,), "pass@k and maj@k are no longer measured"),
+    "evaluation.temperature": (None, "held-out rows are answered greedily"),
+    "evaluation.minutes": (None, "nothing read it"),
+}
+
+
+STRICT = ConfigDict(extra="forbid", validate_assignment=True)
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Source(BaseModel):
@@ -37,23 +64,13 @@ class Source(BaseModel):
     path: str = Field(
         min_length=1, description="a file, or owner/name[/config][:split] on the hub"
     )
-    rows: int | None = Field(None, ge=1, description="at most so many are read")
-    weight: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="part of the mix, by proportion"
-    )
+    rows: Count | None = Field(None, description="at most so many are read")
+    weight: Positive | None = Field(None, description="share of the mix")
     format: str | None = Field(None, description="of the rows; null = detected")
     stream: bool = Field(False, description="of a hub set: store nothing on disk")
 
     def __str__(self) -> str:
         return self.path
-
-    @field_validator("format")
-    @classmethod
-    def format_exists(cls, value: str | None) -> str | None:
-        """Refuses a format that is not known."""
-        from helpers.data.formats import find_format
-
-        return value and find_format(value).name
 
 
 TAGS = ("<path>", "<source>")  # in pydantic's errors; `check_config` leaves them out
@@ -66,36 +83,26 @@ Rows = Annotated[
 class DataConfig(BaseModel):
     """Where the rows come from: a path, to the letter, or a `Source` with options."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = STRICT
 
     train: list[Rows] = Field(
         [],
         description='SFT rows, one path a line, or {"path": ..., "rows": 500, '
         '"weight": 2, "format": "dolly"}',
     )
-    eval: Rows | None = Field(
-        None, description="rows for the eval loss, not trained on"
-    )
-    eval_share: float | None = Field(
-        None, gt=0, lt=1, description="instead of eval: this share of the train rows"
-    )
-    test_share: float | None = Field(
-        None, gt=0, lt=1, description="share of the train rows held out for metrics"
-    )
+    eval: Rows | None = Field(None, description="rows for the eval loss alone")
+    eval_share: Share | None = Field(None, description="of train, instead of eval")
+    test_share: Share | None = Field(None, description="of train, for metrics alone")
     problems: Rows | None = Field(None, description="questions with answers, for GRPO")
     test: Rows | None = Field(None, description="held-out problems like training's")
     test_new: Rows | None = Field(None, description="held-out problems of another kind")
-    train_rows: int | None = Field(None, ge=1, description="cap a source; null = all")
+    train_rows: Count | None = Field(None, description="cap a source; null = all")
     drop_unusable: bool = Field(False, description="leave bad rows out, counted")
-    ignore: list[str] = Field(
-        [], description="columns and fields of turns to leave out, like tools"
-    )
-    max_chars: int | None = Field(
-        None, ge=1, description="leave longer conversations out, counted"
-    )
-    eval_rows: int | None = Field(None, ge=1)
-    test_rows: int | None = Field(None, ge=1)
-    test_new_rows: int | None = Field(None, ge=1)
+    ignore: list[str] = Field([], description="columns and fields to leave out: tools")
+    max_chars: Count | None = Field(None, description="leave longer rows out, counted")
+    eval_rows: Count | None = None
+    test_rows: Count | None = None
+    test_new_rows: Count | None = None
 
     @field_validator("eval", "problems", "test", "test_new")
     @classmethod
@@ -109,34 +116,19 @@ class DataConfig(BaseModel):
 class EvaluationConfig(BaseModel):
     """How held-out problems and conversations are answered: greedy, in batches."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = STRICT
 
-    batch_size: int | None = Field(
-        None, ge=1, description="null = 32 on a CPU, by the model's size on a GPU"
-    )
-    max_new_tokens: int = Field(256, ge=1, description="answers are cut here")
-    protocol: Literal["ours", "gsm8k", "gsm8k_cot_llama"] = Field(
-        "ours",
-        description="prompts of problems; the others are lm-eval's, if installed",
-    )
-    samples: int = Field(
-        0, ge=0, description="answers drawn to each problem, for pass@k and maj@k"
-    )
-    temperature: float = Field(0.7, gt=0, description="of these drawn answers")
-    text_rows: int = Field(
-        100, ge=1, description="held-out conversations answered for ROUGE, BLEU, ..."
-    )
-    labels: list[str] | None = Field(
-        None, description="classes of held-out conversations; null = they are texts"
-    )
-    minutes: float = Field(30.0, gt=0, description="of older configs; nothing reads it")
+    batch_size: Count | None = Field(None, description="null = by machine and model")
+    max_new_tokens: Count = Field(256, description="answers are cut here")
+    text_rows: Count = Field(100, description="held-out conversations to answer")
+    labels: list[str] | None = Field(None, description="classes of held-out answers")
 
     @field_validator("labels")
     @classmethod
     def labels_differ(cls, value: list[str] | None) -> list[str] | None:
         """Refuses labels that are none, or no names of different classes."""
-        names = [label.strip() for label in value or []]
-        if value is not None and (not all(names) or len({*names}) < max(1, len(names))):
+        names = {label.strip() for label in value or []} - {""}
+        if value is not None and len(names) < max(1, len(value)):
             raise ValueError(
                 "one or more different labels expected, none of them empty; null where "
                 "the held-out conversations are no classification"
@@ -147,7 +139,7 @@ class EvaluationConfig(BaseModel):
 class RunConfig(BaseModel):
     """One run: model, data, and how both are put together."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = STRICT
 
     name: str = Field(pattern=r"^\w[\w.-]*$", description="the folder below runs/")
     recipe: str = Field("", description="the recipe it started from")
@@ -159,27 +151,23 @@ class RunConfig(BaseModel):
     weights: Literal["auto", "4bit", "8bit", "16bit"] = Field(
         "auto", description="auto = 4bit on a GPU; 16bit = this machine's own dtype"
     )
-    double_quant: bool = Field(
-        True, description="4bit: quantise the scales too, 0.4 bit a weight less"
-    )
+    double_quant: bool = Field(True, description="4bit: quantise the scales too")
     dtype: Literal["auto", "float16", "bfloat16"] = Field(
         "auto", description="of arithmetic; bfloat16 needs a GPU newer than a T4"
     )
     template: str = Field(
         "own", description="own = the tokenizer's; instruction, llama-2, or a file"
     )
-    pad_token: str | None = Field(
-        None, description="null = chosen; eos is refused with a warning"
-    )
+    pad_token: str | None = Field(None, description="null = chosen; never eos")
     max_length: int = Field(1024, ge=16, description="tokens a (packed) row")
-    max_prompt_length: int | None = Field(
-        None, ge=1, description="GRPO: problems with longer prompts are left out"
+    max_prompt_length: Count | None = Field(
+        None, description="GRPO: problems with longer prompts are left out"
     )
-    grpo_minutes: float | None = Field(
-        None, gt=0, description="GRPO: fit the steps into this time; null = max_steps"
+    grpo_minutes: Positive | None = Field(
+        None, description="GRPO: fit the steps into this time; null = max_steps"
     )
-    grpo_held_out: int = Field(
-        32, ge=1, description="GRPO: held-out problems that choose the best adapter"
+    grpo_held_out: Count = Field(
+        32, description="GRPO: held-out problems that choose the best adapter"
     )
     sampler: Literal["auto", "copy", "model"] = Field(
         "auto", description="GRPO: auto = from a 16-bit copy where a GPU holds it"
@@ -188,49 +176,57 @@ class RunConfig(BaseModel):
     system_prompt: str = SYSTEM_PROMPT
     seed: int = Field(3407, ge=0)
     best_by: Literal["eval_loss", "loss"] = "eval_loss"
-    save_minutes: float = Field(10.0, gt=0, description="most work lost to a kill")
+    save_minutes: Positive = Field(10.0, description="minutes between checkpoints")
     sft_adapter: str | None = Field(
         None, description="adapter folder or hub id to use instead of training SFT"
     )
     data: DataConfig
     evaluation: EvaluationConfig = EvaluationConfig()
-    inference: dict[str, Any] = Field(
-        default_factory=dict, description="-> GenerationConfig, for prompts of yours"
-    )
-    lora: dict[str, Any] = Field(default_factory=dict, description="-> LoraConfig")
-    sft: dict[str, Any] = Field(default_factory=dict, description="-> SFTConfig")
-    grpo: dict[str, Any] = Field(default_factory=dict, description="-> GRPOConfig")
+    inference: dict[str, Any] = Field({}, description="-> GenerationConfig, for chats")
+    lora: dict[str, Any] = Field({}, description="-> LoraConfig")
+    sft: dict[str, Any] = Field({}, description="-> SFTConfig")
+    grpo: dict[str, Any] = Field({}, description="-> GRPOConfig")
     rewards: dict[str, float] = Field(
-        default_factory=lambda: {"correctness": 1.0}, description="name -> weight"
+        {"correctness": 1.0}, description="name -> weight"
     )
 
-    @field_validator("template")
+    @model_validator(mode="before")
     @classmethod
-    def template_exists(cls, value: str) -> str:
-        """Refuses what is neither a known template nor a file."""
-        from helpers.masking.templates import template_text
-
-        template_text(value)
-        return value
+    def drop_retired(cls, values: Any) -> Any:
+        """Leaves out retired fields that changed nothing, and refuses the others."""
+        if not isinstance(values, dict):
+            return values
+        for name, (inert, replacement) in RETIRED.items():
+            group, _, leaf = name.rpartition(".")
+            holder = values.get(group) if group else values
+            if not isinstance(holder, dict) or leaf not in holder:
+                continue
+            if inert is not None and holder[leaf] not in inert:
+                message = f"{name}={holder[leaf]!r} no longer exists: {replacement}"
+                raise ValueError(message)
+            rest = {key: value for key, value in holder.items() if key != leaf}
+            values = {**values, group: rest} if group else rest
+        return values
 
     @model_validator(mode="after")
     def stages_have_data(self) -> RunConfig:
         """Refuses a stage without rows, and an eval loss without eval rows."""
-        data = self.data
-        if "sft" in self.stages and not data.train and not self.sft_adapter:
+        data, has_sft = self.data, "sft" in self.stages
+        if has_sft and not data.train and not self.sft_adapter:
             raise ValueError("the sft stage needs data.train")
         if "grpo" in self.stages and not data.problems:
             raise ValueError("the grpo stage needs data.problems")
         if data.eval and data.eval_share:
             raise ValueError("give data.eval or data.eval_share, not both")
-        if "sft" in self.stages and not (data.eval or data.eval_share):
-            if self.best_by == "eval_loss":
-                raise ValueError(
-                    "best_by='eval_loss' needs data.eval or data.eval_share; "
-                    "without them use best_by='loss'"
-                )
-            if self.sft.get("eval_strategy") not in (None, "no"):
-                raise ValueError("sft.eval_strategy needs data.eval or data.eval_share")
+        if not has_sft or data.eval or data.eval_share:
+            return self
+        if self.best_by == "eval_loss":
+            raise ValueError(
+                "best_by='eval_loss' needs data.eval or data.eval_share; without them "
+                "use best_by='loss'"
+            )
+        if self.sft.get("eval_strategy") not in (None, "no"):
+            raise ValueError("sft.eval_strategy needs data.eval or data.eval_share")
         return self
 
 
@@ -244,43 +240,41 @@ def check_config(values: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        known = {
-            "": RunConfig.model_fields,
-            "data": DataConfig.model_fields,
-            "evaluation": EvaluationConfig.model_fields,
-        }
-        lines = []
-        for fault in error.errors():
-            places = [str(part) for part in fault["loc"] if part not in TAGS]
-            where = ".".join(places)
-            if fault["type"] == "extra_forbidden":
-                parent, _, leaf = where.rpartition(".")
-                inner = Source.model_fields if parent.startswith("data.") else ()
-                hint = nearest(leaf, known.get(parent, inner))
-                lines.append(f"{where} is no field of the config{hint}")
-            else:
-                found = f" (found {repr(fault['input'])[:80]})" if where else ""
-                message = fault["msg"].removeprefix("Value error, ")
-                lines.append(f"{where}: {message}{found}".removeprefix(": "))
-        raise ConfigError("\n".join(lines)) from None
+        faults = error.errors()
+    groups: dict[str, type[BaseModel]] = {
+        "": RunConfig,
+        "data": DataConfig,
+        "evaluation": EvaluationConfig,
+    }
+    lines = []
+    for fault in faults:
+        field = ".".join(str(part) for part in fault["loc"] if part not in TAGS)
+        if fault["type"] == "extra_forbidden":
+            group, _, leaf = field.rpartition(".")
+            hint = nearest(leaf, groups.get(group, Source).model_fields)
+            lines.append(f"{field} is not a field of the config{hint}")
+        else:
+            value = f" (found {repr(fault['input'])[:80]})" if field else ""
+            message = fault["msg"].removeprefix("Value error, ")
+            lines.append(f"{field}: {message}{value}".removeprefix(": "))
+    raise ConfigError("\n".join(lines))
 
 
 def read_config(path: Path) -> RunConfig:
     """Returns the config that a JSON file holds.
 
     Raises:
-        ConfigError: the file is missing, is no JSON, or holds no valid config.
+        ConfigError: the file is missing, is not JSON, or holds no valid config.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return check_config(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ConfigError(
             f"no config at {path}; run notebook 00_setup, or save one with "
             "recipes.load('demo')"
         ) from None
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from None
-    return check_config(values)
+        raise ConfigError(f"{path} is not JSON: {error}") from None
 
 
 def changed(config: RunConfig, **changes: Any) -> RunConfig:
@@ -296,12 +290,49 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
     values = config.model_dump()
     for key, value in changes.items():
         *groups, leaf = key.split("__")
-        place = values
+        holder = values
         for group in groups:
-            inner = place.get(group)
-            if not isinstance(inner, dict):
-                hint = nearest(group, [k for k in place if isinstance(place[k], dict)])
-                raise ConfigError(f"{key}: {group!r} is no group of the config{hint}")
-            place = inner
-        place[leaf] = value
+            if not isinstance(holder.get(group), dict):
+                hint = nearest(group, [k for k, v in holder.items() if type(v) is dict])
+                raise ConfigError(
+                    f"{key}: {group!r} is not a group of the config{hint}"
+                )
+            holder = holder[group]
+        holder[leaf] = value
     return check_config(values)
+
+
+@cache
+def library_class(group: str) -> Any:
+    """Returns the class that takes a group's values.
+
+    Unsloth puts subclasses with other defaults in the place of TRL's own.
+    """
+    package, name = CLASSES[group]
+    kind = getattr(importlib.import_module(package), name)
+    return next(k for k in kind.__mro__ if k.__module__.startswith(f"{package}."))
+
+
+def library_fields(group: str) -> dict[str, Any]:
+    """Returns the dataclass fields of a group's class; GenerationConfig has none."""
+    return getattr(library_class(group), "__dataclass_fields__", {})
+
+
+@cache
+def defaults(group: str) -> dict[str, Any]:
+    """Returns the defaults of a group's class; GenerationConfig names none.
+
+    But AdamW is not TRL's fused one, which hides from accelerate the steps that fp16
+    skips. The first question imports the library, which takes ten seconds.
+
+    >>> defaults("grpo")["max_completion_length"], defaults("sft")["optim"]
+    (512, 'adamw_torch')
+    """
+    fields = library_fields(group).values()
+    values = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    return values | ({"optim": "adamw_torch"} if "optim" in values else {})
+
+
+def complete(config: RunConfig, stage: Stage) -> dict[str, Any]:
+    """Returns a stage's values, with TRL's defaults where the config is silent."""
+    return {**defaults(stage), **getattr(config, stage)}

@@ -6,45 +6,58 @@ import difflib
 from collections.abc import Iterable
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message says what to change."""
+class TunebookError(ValueError):
+    """Base of our errors: the message says what was found and what to change."""
+
+    def _render_traceback_(self) -> list[str]:
+        # IPython's hook: a notebook shows the sentence, not the frames above it
+        return [f"{type(self).__name__}: {self}"]
 
 
-class MissingInput(FileNotFoundError):
-    """Something that a former notebook should have written is not there."""
+class ConfigError(TunebookError):
+    """A configuration that cannot be run."""
 
 
-class ModelError(ValueError):
-    """A model or adapter that cannot be loaded; the message says what to do."""
+class MissingInput(TunebookError, FileNotFoundError):
+    """A file that an earlier notebook should have written is missing."""
 
 
-class JudgeError(ValueError):
-    """A judge that cannot be asked; the message says what to do."""
+class ModelError(TunebookError):
+    """A model or adapter that cannot be loaded."""
 
 
-class UnknownArchitecture(ValueError):
-    """A model whose numbers are neither known here nor found on disk or hub."""
+class GpuTooSmall(TunebookError, MemoryError):
+    """A GPU without the memory that a model needs."""
 
 
-class DataError(ValueError):
+class UnknownArchitecture(TunebookError):
+    """A model whose config is neither known here nor on disk or hub."""
+
+
+class DataError(TunebookError):
     """Rows that cannot be used; the message gives row numbers and reasons."""
 
 
-class TemplateError(ValueError):
-    """A chat template that cannot be trained or generated with as it is."""
+class TemplateError(TunebookError):
+    """A chat template that cannot be used for training or generation."""
+
+
+class JudgeError(TunebookError):
+    """A judge that cannot be asked."""
 
 
 def nearest(name: str, known: Iterable[str], *, sure: float | None = None) -> str:
     """Returns a hint at the known name closest to a mistyped one.
 
-    With `sure`, a ratio of difflib's, nothing less alike is named, and no longer name.
-
     >>> nearest("learning_rat", ["learning_rate", "seed"])
     "; did you mean 'learning_rate'?"
-    >>> nearest("guanaco", ["demo", "guanaco-llama2-7b"])
-    "; did you mean 'guanaco-llama2-7b'?"
-    >>> nearest("zzz", ["seed"])
-    ''
+    >>> nearest("guanaco", ["demo", "guanaco-llama2-7b"]), nearest("zzz", ["seed"])
+    ("; did you mean 'guanaco-llama2-7b'?", '')
+
+    Args:
+        name: as written.
+        known: the names that there are.
+        sure: difflib's ratio from which on names are alike; longer ones then never.
     """
     names = list(known)
     longer = [k for k in names if name and k.startswith(name) and not sure]

@@ -2,179 +2,39 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import runtime
-from helpers.config import RunConfig, Stage
+from helpers.config import HELD_OUT, RunConfig, Stage
 from helpers.data import preparation as data
 from helpers.data.formats import Messages
 from helpers.errors import ModelError
-from helpers.grpo.problems import to_prompts
+from helpers.grpo.rewards import is_correct
 from helpers.inference.generation import Answer, generate
 from helpers.masking.templates import answer_marks, render, stop_token_ids
-from helpers.models import load as models
+from helpers.models import adapters, load
+from helpers.models.hub import new_folder
 from helpers.runs import Run
 from helpers.training.inputs import require_stage
 
 if TYPE_CHECKING:
-    from transformers import (
-        GenerationConfig,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-    )
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 LOST_STOPS = 0.2  # share of the answers that may end in the trained model alone
 
 
-def agreement(ours: list[Answer], theirs: list[Answer]) -> float:
-    """Returns the share of prompts that two models answer with the same text, 0 to 1.
-
-    >>> a, b = Answer("4", 1, True), Answer("5", 1, True)
-    >>> agreement([a, b], [a, a])
-    0.5
-    """
-    same = sum(x.text == y.text for x, y in zip(ours, theirs, strict=True))
-    return same / len(ours)
-
-
-def merge(config: RunConfig, adapter: Path | str, folder: Path) -> None:
-    """Writes base + adapter as one ordinary model of 16 (on a CPU 32) bits a weight.
-
-    The adapter was trained on top of the weights as loaded. Where those were 4 or 8
-    bit they are dequantised first, so that the merged model computes what was trained
-    and not the adapter on weights it never saw.
-
-    Args:
-        config: names the base model and how it was loaded in training.
-        adapter: the adapter's folder or hub id.
-        folder: where the model goes, with tokenizer and chat template.
-    """
-    options = {**models.options(config), "engine": "transformers"}
-    model, tokenizer = models.load_model(config.model, **options)
-    if models.resolve_weights(config.weights) != "16bit":
-        model = model.dequantize(dtype=model.dtype)
-    model = models.load_adapter(model, adapter, engine="transformers")
-    merged = models.merge_adapter(model)
-    write_stops(tokenizer, merged.generation_config)
-    merged.config.eos_token_id = tokenizer.eos_token_id
-    scratch = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(scratch, ignore_errors=True)
-    merged.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
-    del model, merged
-    runtime.free_memory()
-
-
-def write_stops(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) -> None:
-    """Writes into what is exported how an answer ends, for programs that are not ours.
-
-    All tokens that end a turn go into the generation config. The tokenizer's EOS, by
-    which other programs stop, becomes the token that the template ends an answer with,
-    unless the template prints EOS elsewhere.
-    """
-    settings.eos_token_id = stop_token_ids(tokenizer)
-    settings.pad_token_id = tokenizer.pad_token_id
-    turns = [{"role": r, "content": "x"} for r in ("user", "assistant")]
-    text, before = render(tokenizer, turns), tokenizer.eos_token
-    _, closing = answer_marks(tokenizer)
-    ids = tokenizer(closing, add_special_tokens=False).input_ids
-    ends = [i for i in ids if i in settings.eos_token_id]
-    if ends and tokenizer.eos_token_id not in ends:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
-        if render(tokenizer, turns) != text:
-            tokenizer.eos_token = before
-
-
-def ask_plainly(
-    folders: dict[Path, dict[str, Any]], prompts: list[Messages], max_tokens: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Returns the answers of exported folders in plain transformers, by folder.
-
-    Args:
-        folders: and how each is loaded, see `ask_exported.ask`.
-        prompts: conversations that end in a user turn.
-        max_tokens: answers are cut here.
-
-    Raises:
-        ModelError: a folder cannot be loaded or asked without this project.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "answers.json"
-        request: dict[str, Any] = {"prompts": prompts, "max_tokens": max_tokens}
-        request |= {"folders": {str(k): v for k, v in folders.items()}, "out": str(out)}
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("ask_exported.py"))],
-            input=json.dumps(request),
-            cwd=scratch,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ModelError(
-                "the exported files cannot be used in plain transformers: "
-                f"{reason[:300]}"
-            )
-        return json.loads(out.read_text(encoding="utf-8"))
-
-
-def compare_plain(
-    folder: Path, expected: list[Answer], plain: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Returns how exported files answer in plain transformers.
-
-    `agreement` is the share of answers equal to the trained model's, `stop_rate` that
-    of answers that end by themselves, both 0 to 1.
-
-    Raises:
-        ModelError: answers of the trained model end, and those of the files do not.
-    """
-    same = sum(a.text == b["text"] for a, b in zip(expected, plain, strict=True))
-    stopped = sum(answer["stopped"] for answer in plain)
-    lost = sum(answer.stopped for answer in expected) - stopped
-    if lost > max(1, LOST_STOPS * len(expected)):
-        raise ModelError(
-            f"{folder}: {lost} of {len(expected)} answers end by themselves in the "
-            "trained model but run on in plain transformers; its template or its stop "
-            "tokens do not reach other programs"
-        )
-    rates = {"agreement": same / len(plain), "stop_rate": stopped / len(plain)}
-    return {name: round(rate, 4) for name, rate in rates.items()}
-
-
-def held_out_prompts(run: Run, count: int) -> tuple[list[Messages], list[str]]:
-    """Returns prompts to compare answers to, and their gold answers where known.
-
-    Held-out problems; in a run without them the first questions of conversations,
-    held-out ones first.
-    """
-    parts = data.parts_of(run.config.data)
-    order = ("test", "test_new", "test_chat", "eval", "train", "problems")
-    name = next(name for name in order if name in parts)
-    rows = data.read_rows(run.require(f"data/{name}.jsonl"))[:count]
-    if "gold" in rows[0]:
-        asked = to_prompts(run, rows)
-        return [row["prompt"] for row in asked], [row["gold"] for row in asked]
-    return [data.first_question(row["messages"]) for row in rows], []
-
-
 def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str, Any]:
-    """Exports a stage's model and returns the report part, agreement measured.
+    """Returns the report part of a stage's exported model, and writes its files.
 
-    Writes `export/adapter` and `export/merged`. Both are loaded again from disk and
-    answer held-out prompts greedily; `greedy_agreement` is the share of answers that
-    equal the trained model's, letter for letter, `reloaded` how far their logits are
-    from it (`models.compare_saved`). `plain` says the same of the files
-    in plain transformers, see `compare_plain`.
+    Both `export/adapter` and `export/merged` are loaded again. `reloaded` compares
+    their logits with the trained model's, see `compare_saved`. In another process, in
+    plain transformers, they answer held-out prompts: `greedy_agreement` is the share
+    of answers equal to the trained model's, `stop_rate` that of answers that end.
 
     Args:
         run: with the stage trained.
@@ -190,82 +50,196 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
     stage = stage or config.stages[-1]
     require_stage(config, stage)
     trained = run.require(f"{stage}/adapter")
-    folder = run.path / "export"
-    folder.mkdir(exist_ok=True)
-    options = models.options(config)
-    bits, half = models.resolve_weights(config.weights), models.half_of(config)
-    asked, gold = held_out_prompts(run, prompts)
-
-    def answer(model: PreTrainedModel, tokenizer: Any) -> list[Answer]:
-        return generate(
-            model,
-            tokenizer,
-            asked,
-            max_new_tokens=config.evaluation.max_new_tokens,
-            batch_size=config.evaluation.batch_size,
-        )
-
-    model, tokenizer = models.load_model(config.model, adapter=trained, **options)
-    expected = answer(model, tokenizer)
-    models.save_adapter(model, folder / "adapter")
-    settings = copy.deepcopy(model.generation_config)
-    del model
-    runtime.free_memory()
-    own = {name: options[name] for name in ("template", "pad_token")}
-    written = models.load_tokenizer(config.model, **own)
-    write_stops(written, settings)
-    written.save_pretrained(folder / "adapter")
-    settings.save_pretrained(folder / "adapter")
-
-    stopped = sum(a.stopped for a in expected) / len(expected)
-    trained_part = {"prompts": len(asked), "stop_rate": round(stopped, 4)}
-    part: dict[str, Any] = {"trained": trained_part}
-    model, tokenizer = models.load_model(
-        config.model, adapter=folder / "adapter", **options
+    adapter, merged = run.path / "export" / "adapter", run.path / "export" / "merged"
+    options, limits = load.options(config), config.evaluation
+    questions, gold = held_out_prompts(run, prompts)
+    model, tokenizer = load.load_model(config.model, adapter=trained, **options)
+    expected = generate(
+        model,
+        tokenizer,
+        questions,
+        max_new_tokens=limits.max_new_tokens,
+        batch_size=limits.batch_size,
     )
-    part["adapter"] = {
-        "path": str(folder / "adapter"),
-        "greedy_agreement": agreement(expected, answer(model, tokenizer)),
-        "reloaded": models.compare_saved(model, trained, half, bits),
-    }
+    adapters.save_adapter(model, adapter)
+    write_stops(tokenizer, model.generation_config)
+    tokenizer.save_pretrained(adapter)
+    model.generation_config.save_pretrained(adapter)
     del model
     runtime.free_memory()
+    merge(config, adapter, merged)
 
-    merge(config, folder / "adapter", folder / "merged")
-    # the template and the pad token come with it
-    options |= {"weights": "16bit", "template": "own", "pad_token": None}
-    model, tokenizer = models.load_model(str(folder / "merged"), **options)
-    merged_answers = answer(model, tokenizer)
-    part["merged"] = {
-        "path": str(folder / "merged"),
-        "greedy_agreement": agreement(expected, merged_answers),
-        "reloaded": models.compare_saved(model, trained, half, bits),
-    }
+    stopped = sum(answer.stopped for answer in expected) / len(expected)
+    part: dict[str, Any] = {"trained": {"prompts": len(expected), "stop_rate": stopped}}
     if gold:
-        part["trained"]["right"] = count_right(expected, gold)
-        part["merged"]["right"] = count_right(merged_answers, gold)
-    del model
-    runtime.free_memory()
+        part["trained"]["right"] = count_right([a.text for a in expected], gold)
     # the adapter was trained on the weights as they were loaded
-    arithmetic = runtime.choose_dtype(runtime.find_machine(), config.dtype)[0]
-    quantised = models.quantization(bits, arithmetic, config.double_quant)
-    values = quantised and quantised.to_diff_dict()
-    values = values and {k: v for k, v in values.items() if not k.startswith("_")}
-    dtype = str(arithmetic).removeprefix("torch.")
-    folders: dict[Path, dict[str, Any]] = {
-        folder / "adapter": {"dtype": dtype, "quantised": values},
-        folder / "merged": {"dtype": "auto"},
-    }
-    plain = ask_plainly(folders, asked, config.evaluation.max_new_tokens)
-    for path in folders:
-        part[path.name]["plain"] = compare_plain(path, expected, plain[str(path)])
+    weights, half = load.resolve_weights(config.weights), load.half_of(config)
+    dtype = str(half or "torch.float32").removeprefix("torch.")
+    quantised = load.quantization(weights, dtype, config.double_quant)
+    base = {"name": config.model, "adapter": adapter}
+    alone = {"name": str(merged), "template": "own", "pad_token": None}
+    for folder, more, plain in (
+        (adapter, base, {"dtype": dtype, "quantised": quantised}),
+        (merged, alone | {"weights": "16bit"}, {"dtype": "auto", "quantised": None}),
+    ):
+        model, _ = load.load_model(**options | more)
+        reloaded = adapters.compare_saved(model, trained, half, weights)
+        del model
+        runtime.free_memory()
+        answers = ask_plainly(folder, plain, questions, limits.max_new_tokens)
+        values = compare_plain(folder, expected, answers)
+        part[folder.name] = {"path": str(folder), "reloaded": reloaded, **values}
+        if gold:
+            part[folder.name]["right"] = count_right([t for t, _ in answers], gold)
     part["peak_memory_gb"] = round(runtime.peak_memory_gb(), 3)
     run.write_part("export", part)
     return part
 
 
-def count_right(answers: list[Answer], gold: list[str]) -> int:
-    """Returns how many answers are right."""
-    from helpers.grpo.rewards import is_correct
+def count_right(texts: list[str], gold: list[str]) -> int:
+    """Returns the number of right answers."""
+    return sum(is_correct(*pair) for pair in zip(texts, gold, strict=True))
 
-    return sum(is_correct(a.text, g) for a, g in zip(answers, gold, strict=True))
+
+def held_out_prompts(run: Run, count: int) -> tuple[list[Messages], list[str]]:
+    """Returns prompts to compare answers to, and their gold answers where known.
+
+    Held-out problems; in a run without them the first questions of conversations.
+    """
+    parts = data.parts_of(run.config.data)
+    name = next(name for name in (*HELD_OUT, *parts) if name in parts)
+    rows = data.read_rows(run.require(f"data/{name}.jsonl"))[:count]
+    if "gold" not in rows[0]:
+        return [data.first_question(row["messages"]) for row in rows], []
+    system = run.config.system_prompt
+    return [data.ask(r["question"], system) for r in rows], [r["gold"] for r in rows]
+
+
+def merge(config: RunConfig, adapter: Path | str, folder: Path) -> None:
+    """Writes base + adapter as one ordinary model in 16 bit (fp32 on a CPU).
+
+    Weights that were loaded in 4 or 8 bit are dequantised first: on these the adapter
+    was trained.
+    """
+    options = {**load.options(config), "engine": "transformers"}
+    model, tokenizer = load.load_model(config.model, **options)
+    if load.resolve_weights(config.weights) != "16bit":
+        model = model.dequantize(dtype=model.dtype)
+    model = load.load_adapter(model, adapter, engine="transformers")
+    model = adapters.merge_adapter(model)
+    write_stops(tokenizer, model.generation_config)
+    model.config.eos_token_id = tokenizer.eos_token_id
+    with new_folder(folder) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+    del model
+    runtime.free_memory()
+
+
+def write_stops(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) -> None:
+    """Writes the end of an answer into what is exported, for other programs.
+
+    All tokens that end a turn go into the generation config. The tokenizer's EOS, by
+    which other programs stop, becomes the token that the template ends an answer with,
+    unless the template prints EOS elsewhere.
+    """
+    settings.eos_token_id = stop_token_ids(tokenizer)
+    settings.pad_token_id = tokenizer.pad_token_id
+    turns = [{"role": r, "content": "x"} for r in ("user", "assistant")]
+    text, before = render(tokenizer, turns), tokenizer.eos_token
+    closing = answer_marks(tokenizer)[1]
+    ids = tokenizer(closing, add_special_tokens=False).input_ids
+    ends = [i for i in ids if i in settings.eos_token_id]
+    if ends and tokenizer.eos_token_id not in ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+        if render(tokenizer, turns) != text:
+            tokenizer.eos_token = before
+
+
+def answer_plainly(
+    folder: str, loading: dict[str, Any], prompts: list[Any], max_tokens: int
+) -> list[tuple[str, bool]]:
+    """Returns greedy answers in plain transformers and PEFT, and whether they ended.
+
+    Only the source of this function is run, in another process, where nothing of this
+    project makes up for what the files lack. PEFT loads adapters: transformers 5.17
+    loses DoRA's magnitudes and `modules_to_save`.
+    """
+    import os
+
+    import torch
+    import transformers
+    from peft import AutoPeftModelForCausalLM
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    quantised = loading["quantised"]
+    adapter = os.path.exists(f"{folder}/adapter_config.json")
+    loader = AutoPeftModelForCausalLM if adapter else transformers.AutoModelForCausalLM
+    model = loader.from_pretrained(
+        folder,
+        dtype=loading["dtype"],
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+        quantization_config=quantised and transformers.BitsAndBytesConfig(**quantised),
+    ).eval()
+    settings = transformers.GenerationConfig.from_pretrained(folder)
+    inputs = tokenizer.apply_chat_template(
+        prompts,
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
+    ).to(model.device)
+    length = {"max_new_tokens": max_tokens, "do_sample": False}
+    output = model.generate(**inputs, generation_config=settings, **length)
+    answers = []
+    for row in output[:, inputs["input_ids"].shape[1] :].tolist():
+        stops = [n for n, token in enumerate(row) if token in settings.eos_token_id]
+        text = tokenizer.decode(
+            row[: min(stops, default=None)], skip_special_tokens=True
+        )
+        answers.append((text.strip(), bool(stops)))
+    return answers
+
+
+def ask_plainly(
+    folder: Path, loading: dict[str, Any], prompts: list[Messages], max_tokens: int
+) -> list[tuple[str, bool]]:
+    """Returns what `answer_plainly` does, from a process that imports nothing of ours.
+
+    Raises:
+        ModelError: the folder cannot be loaded or asked without this project.
+    """
+    source = inspect.getsource(answer_plainly)
+    script = f"from __future__ import annotations\nimport json, sys\n{source}\n"
+    script += "print(json.dumps(answer_plainly(*json.load(sys.stdin))))"
+    request = json.dumps([str(folder), loading, prompts, max_tokens])
+    command = [sys.executable, "-P", "-c", script]
+    done = subprocess.run(command, input=request, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+        raise ModelError(f"{folder} cannot be used in plain transformers: {reason}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare_plain(
+    folder: Path, expected: list[Answer], answers: list[tuple[str, bool]]
+) -> dict[str, float]:
+    """Returns the shares of answers equal to the trained model's, and of ended ones.
+
+    Raises:
+        ModelError: answers of the trained model end, and those of the files do not.
+    """
+    same = sum(a.text == text for a, (text, _) in zip(expected, answers, strict=True))
+    stopped = sum(ended for _, ended in answers)
+    lost = sum(answer.stopped for answer in expected) - stopped
+    if lost > max(1, LOST_STOPS * len(expected)):
+        raise ModelError(
+            f"{folder}: {lost} of {len(expected)} answers end by themselves in the "
+            "trained model but run on in plain transformers; its template or its stop "
+            "tokens do not reach other programs"
+        )
+    return {
+        "greedy_agreement": same / len(answers),
+        "stop_rate": stopped / len(answers),
+    }

@@ -28,18 +28,9 @@ KEPT = ("torch", "torchvision", "numpy", "ipywidgets", "ipython", "ipykernel")
 
 
 def read_pins(path: Path) -> dict[str, str]:
-    """Returns `{package: specifier}` of a requirements file, comments left out.
-
-    >>> read_pins(UNSLOTH)["unsloth"].startswith("==")
-    True
-    """
-    pins = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        text = line.split("#")[0].strip()
-        if text:
-            name, specifier = re.fullmatch(r"([\w.-]+)\s*(.*)", text).groups()  # type: ignore[union-attr]
-            pins[name] = specifier
-    return pins
+    """Returns `{package: specifier}` of a requirements file, comments left out."""
+    text = re.sub(r"#.*", "", path.read_text(encoding="utf-8"))
+    return dict(re.findall(r"^\s*([\w.-]+) *(.*?)\s*$", text, flags=re.M))
 
 
 def installed_version(package: str) -> str | None:
@@ -60,13 +51,12 @@ def missing(path: Path) -> list[str]:
         return [name + specifier for name, specifier in pins.items()]
     from packaging.specifiers import SpecifierSet
 
-    found = {name: installed_version(name) for name in pins}
-    return [
-        name + specifier
-        for name, specifier in pins.items()
-        if found[name] is None
-        or not SpecifierSet(specifier).contains(str(found[name]), prereleases=True)
-    ]
+    lines = []
+    for name, specifier in pins.items():
+        version, allowed = installed_version(name), SpecifierSet(specifier)
+        if version is None or not allowed.contains(version, prereleases=True):
+            lines.append(name + specifier)
+    return lines
 
 
 def has_gpu() -> bool:
@@ -83,12 +73,12 @@ def pip(*arguments: str) -> None:
         SystemExit: pip failed; its own last lines are shown.
     """
     command = [sys.executable, "-m", "pip", "install", "-qq", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        tail = "\n".join((process.stdout + process.stderr).strip().splitlines()[-15:])
         raise SystemExit(
             f"pip install {' '.join(arguments)} failed with exit status "
-            f"{done.returncode}:\n{tail}\nCheck the network and the free disk space, "
+            f"{process.returncode}:\n{tail}\nCheck the network and the disk space, "
             "then run the same command again: what is installed is kept."
         )
 
@@ -111,14 +101,10 @@ def install_cpu_torch(specifier: str) -> None:
 
 
 def install(*, extra: tuple[str, ...] = ()) -> list[str]:
-    """Installs what is missing of the stack and returns what was installed.
+    """Returns the requirement lines that were missing and are installed now.
 
     Args:
         extra: more requirement files, for example the tests' tools.
-
-    Returns:
-        The requirement lines that were missing before; empty when there was
-        nothing to do, which takes well under a second.
 
     Raises:
         SystemExit: pip could not install something.
@@ -128,21 +114,18 @@ def install(*, extra: tuple[str, ...] = ()) -> list[str]:
             f"no {STACK}: pip installs the helpers without the project's requirements. "
             "Run `python helpers/install.py` in a clone of the repository"
         )
-    wanted = [STACK, *(ROOT / name for name in extra)]
-    lines = [line for path in wanted for line in missing(path)]
+    files = [STACK, *(ROOT / name for name in extra)]
+    lines = [line for path in files for line in missing(path)]
     unsloth = missing(UNSLOTH)
     if any(re.match(r"torch[<>=]", line) for line in lines) and not has_gpu():
         install_cpu_torch(read_pins(STACK)["torch"])
     if lines:
-        present = {name: installed_version(name) for name in KEPT}
+        versions = {name: installed_version(name) for name in KEPT}
         with tempfile.TemporaryDirectory() as folder:
             kept = Path(folder) / "kept.txt"
-            kept.write_text(
-                "".join(f"{k}=={v}\n" for k, v in present.items() if v),
-                encoding="utf-8",
-            )
-            files = [flag for path in wanted for flag in ("-r", str(path))]
-            pip(*files, "-c", str(kept))
+            text = "".join(f"{k}=={v}\n" for k, v in versions.items() if v)
+            kept.write_text(text, encoding="utf-8")
+            pip(*(f"-r{path}" for path in files), "-c", str(kept))
     if unsloth:
         pip("--no-deps", *unsloth)
     return lines + unsloth
@@ -158,19 +141,15 @@ def ensure() -> None:
     hosted = "google.colab" in sys.modules or "KAGGLE_KERNEL_RUN_TYPE" in os.environ
     if not hosted:
         absent = [name for name in CORE if importlib.util.find_spec(name) is None]
-        if absent:
-            raise RuntimeError(
-                f"{', '.join(absent)} not installed in {sys.executable}: run `make "
-                "setup` in the project folder, then choose the kernel of its .venv"
-            )
-        return
-    before = {name: installed_version(name) for name in REPLACED}
+        if not absent:
+            return
+        raise RuntimeError(
+            f"{', '.join(absent)} not installed in {sys.executable}: run `make setup` "
+            "in the project folder, then choose the kernel of its .venv"
+        )
+    before = {name: installed_version(name) for name in REPLACED if name in sys.modules}
     install()
-    stale = [
-        name
-        for name, old in before.items()
-        if name in sys.modules and old and installed_version(name) != old
-    ]
+    stale = [n for n, old in before.items() if old and installed_version(n) != old]
     if stale:
         raise RuntimeError(
             f"{', '.join(stale)} was replaced after this kernel had loaded it: choose "
@@ -180,14 +159,15 @@ def ensure() -> None:
 
 def main(extra: tuple[str, ...]) -> None:
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-        found = ".".join(map(str, sys.version_info[:3]))
+        version = ".".join(map(str, sys.version_info[:3]))
         raise SystemExit(
-            f"Python {found} found; the pinned stack was tested on 3.11 to 3.13. "
+            f"Python {version} found; the pinned stack was tested on 3.11 to 3.13. "
             "Name another: make setup PYTHON=python3.12"
         )
-    done = install(extra=extra)
+    lines = install(extra=extra)
     kind = "CUDA" if has_gpu() else "CPU"
-    print(f"{kind} machine: {f'{len(done)} packages installed' if done else 'ready'}")  # noqa: T201
+    state = f"{len(lines)} packages installed" if lines else "ready"
+    print(f"{kind} machine: {state}")  # noqa: T201
 
 
 if __name__ == "__main__":

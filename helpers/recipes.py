@@ -1,7 +1,4 @@
-"""The named configurations of `recipes.toml`; `load("demo")` is one word from a run.
-
-python -m helpers recipes    # lists them
-"""
+"""The named configurations of `recipes.toml`; `load("demo")` is one word from a run."""
 
 from __future__ import annotations
 
@@ -14,11 +11,10 @@ from typing import Any
 
 from helpers import runtime
 from helpers.config import RunConfig, Source, changed, check_config
-from helpers.data.sources import SUFFIXES
 from helpers.errors import ConfigError, nearest
 
 FILE = Path(__file__).with_name("recipes.toml")
-NOTES = ("source", "needs", "published")  # said of a recipe, no part of its config
+NOTES = ("source", "needs", "published")  # about a recipe, no part of its config
 
 # our samples in the row format of hub datasets, by the dataset's name
 SAMPLES = {
@@ -43,8 +39,7 @@ NAMES = (*read_file(), "smoke")
 def load(name: str) -> RunConfig:
     """Returns the validated config of a recipe.
 
-    `smoke` is the demo with every size cut down: it proves that the cells run and
-    measures nothing.
+    `smoke` is the demo with every size cut down, to see that the cells run.
 
     >>> load("demo").model
     'smollm2-135m-offline'
@@ -74,101 +69,82 @@ def scaled(
     """Returns the small version of a config, everything else as it was.
 
     Args:
+        config: to start from.
         model: another base model.
-        steps: optimiser steps of SFT; GRPO takes half as many, at least 2, whatever
-            its minutes. A warm-up in steps shrinks with them.
-        rows: held-out rows to score, eight times as many to train on, and a quarter
-            as many to choose GRPO's adapter by.
+        steps: of SFT; GRPO takes half as many. A warm-up in steps shrinks with them.
+        rows: to score; eight times as many to train on, a quarter to choose by.
         samples: replace hub datasets by our samples in the same row format.
     """
     values = config.model_dump()
+    data, sft = values["data"], values["sft"]
     if model is not None:
         values["model"] = model
     if steps is not None:
         values["grpo_minutes"] = None
         every = max(1, steps // 2)
-        for stage, count in (("sft", steps), ("grpo", max(2, steps // 2))):
-            part = values[stage]
+        for part, count in ((sft, steps), (values["grpo"], max(2, steps // 2))):
             warmup, before = part.get("warmup_steps"), part.get("max_steps")
             # below 1 it is a share of the run
             if warmup and before and warmup >= 1 and before > 0:
                 part["warmup_steps"] = round(warmup * count / before)
             if part:
                 part |= {"max_steps": count, "save_steps": every}
-        if "eval_steps" in values["sft"]:
-            values["sft"]["eval_steps"] = every
-    data, given = values["data"], config.data
+        if "eval_steps" in sft:
+            sft["eval_steps"] = every
     if rows is not None:
         values["grpo_held_out"] = max(1, rows // 4)
         data |= {"train_rows": 8 * rows, "eval_rows": rows}
         data |= {"test_rows": rows, "test_new_rows": rows}
     if samples:
-        data["train"] = [sample_of(source) for source in given.train]
+        data["train"] = [sample_of(source) for source in config.data.train]
         for part in ("eval", "problems", "test", "test_new"):
-            source = getattr(given, part)
+            source = getattr(config.data, part)
             data[part] = source and sample_of(source)
     return check_config(values)
 
 
+def small(config: RunConfig) -> RunConfig:
+    """Returns a config on the offline model and our samples: minutes on two cores."""
+    config = scaled(
+        config, model="smollm2-135m-offline", steps=10, rows=8, samples=True
+    )
+    changes: dict[str, Any] = {"name": f"{config.name}-small"}
+    # 4-bit weights save memory, which is not short here, and cost time on a CPU
+    changes |= {"weights": "auto", "evaluation__max_new_tokens": 64}
+    if "sft" in config.stages:  # one micro-batch a step
+        changes["sft__gradient_accumulation_steps"] = 1
+    if "grpo" in config.stages:  # one group of short answers a step
+        changes["grpo__max_completion_length"] = 64
+        changes["grpo__per_device_train_batch_size"] = config.grpo["num_generations"]
+        changes["grpo__gradient_accumulation_steps"] = 1
+    return changed(config, **changes)
+
+
 def sample_of(source: str | Source) -> str | Source:
-    """Returns our sample in the row format of a hub dataset; a local file as it is.
-
-    >>> sample_of("databricks/databricks-dolly-15k:train")
-    'data_samples/dolly.jsonl'
-
-    Raises:
-        ConfigError: we have no sample of the dataset.
-    """
+    """Returns our sample in the row format of a hub dataset; a local file as it is."""
     if isinstance(source, Source):
         return source.model_copy(update={"path": str(sample_of(source.path))})
-    for known in (source, source.partition(":")[0]):
-        if known in SAMPLES:
-            return SAMPLES[known]
-    local = Path(source).exists() or (runtime.ROOT / source).exists()
-    if local or source.endswith(SUFFIXES):
+    for name in (source, source.partition(":")[0]):
+        if name in SAMPLES:
+            return SAMPLES[name]
+    if Path(source).exists() or (runtime.ROOT / source).exists():
         return source
     raise ConfigError(
-        f"no sample of {source!r}; there are some of {', '.join(SAMPLES)}"
+        f"no file and no sample of {source!r}; there are samples of "
+        f"{', '.join(SAMPLES)}"
     )
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Returns what `recipes.toml` says of a recipe, in words and figures.
-
-    `source` and `needs`, and `published` where the source tells how its SFT went:
-    figures under the names that they have in our report of a stage.
-    """
+    """Returns a recipe's `source`, its `needs`, and figures `published` of its SFT."""
     values = read_file().get(name, {})
     return {note: values[note] for note in NOTES if note in values}
 
 
 def default_name() -> str:
-    """Returns the recipe a notebook starts with on this machine.
-
-    `TUNEBOOK_RECIPE` decides when set; else the Llama recipe on a GPU with the model
-    hub in reach, and the offline demo everywhere else.
-    """
+    """Returns the recipe to start with: `TUNEBOOK_RECIPE`, or what this machine can."""
     import torch
 
-    asked = os.environ.get("TUNEBOOK_RECIPE")
-    if asked:
-        return asked
     online = torch.cuda.is_available() and runtime.hub_reachable()
-    return "finetome-llama32-1b" if online else "demo"
-
-
-def list_recipes() -> str:
-    """Returns a Markdown table of the recipes: what they reproduce, what they need."""
-    from helpers import memory
-    from helpers.gpus import T4
-
-    lines = ["| recipe | reproduces | stages | engine | needs | GiB on a T4 |"]
-    lines.append("|---|---|---|---|---|---|")
-    for name in read_file():
-        config, notes = load(name), describe(name)
-        peak = memory.predict(config, T4).peak_gb
-        engine = "Unsloth" if config.engine == "auto" else config.engine
-        cells = [f"`{name}`", notes["source"], " + ".join(config.stages).upper()]
-        cells += [engine, notes["needs"], f"{peak:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    default = "finetome-llama32-1b" if online else "demo"
+    return os.environ.get("TUNEBOOK_RECIPE") or default

@@ -14,9 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from helpers import runtime
+from helpers import recipes, report
 from helpers.config import RunConfig, read_config
 from helpers.errors import MissingInput
+from helpers.runtime import current_run, runs_folder
 
 CONTENT = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 MADE_BY = {
@@ -53,14 +54,12 @@ class Run:
 
     def write_part(self, part: str, values: dict[str, Any]) -> None:
         """Writes one stage's part of `report.json`, leaving the other parts alone."""
-        report = self.report()
-        report[part] = values
-        write_json(self.path / "report.json", report)
+        path = self.path / "report.json"
+        write_json(path, report.check(self.report() | {part: values}, path))
 
     def report(self) -> dict[str, Any]:
         """Returns `report.json` as it stands, empty before the first stage."""
-        path = self.path / "report.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return report.read(self.path / "report.json")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,21 +79,13 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def fingerprint(*values: Any) -> str:
-    """Returns twelve hex digits that change whenever one of the values does.
-
-    >>> fingerprint({"a": 1}) == fingerprint({"a": 1}) != fingerprint({"a": 2})
-    True
-    """
+    """Returns twelve hex digits that change whenever one of the values does."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def content_hash(path: Path | str | None) -> str:
-    """Returns what tells a local model or adapter from others: a hash of its files.
-
-    Weights, configs, tokenizer and template count. What is no folder here, a hub id
-    say, is told by its name.
-    """
+    """Returns the hash of a local model's or adapter's files; a hub id stands as is."""
     folder = Path(str(path))
     if path is None or not folder.is_dir():
         return str(path)
@@ -105,7 +96,7 @@ def content_hash(path: Path | str | None) -> str:
 
 @cache
 def hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Returns the hash of files' names and contents; size and time only tell anew."""
+    """Returns the hash of files' names and contents; a new size or time asks anew."""
     digest = hashlib.sha256()
     for path, size, _ in files:
         digest.update(f"{path.name} {size}\n".encode())
@@ -114,44 +105,26 @@ def hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest()[:32]
 
 
-def runs_folder() -> Path:
-    """Returns the folder of all runs: `TUNEBOOK_RUNS`, else `runs/` at `runtime.home`.
-
-    On Colab `runtime.start` sets the variable where runs are kept on Google Drive.
-    """
-    return Path(os.environ.get("TUNEBOOK_RUNS") or runtime.home() / "runs")
-
-
 def save_run(config: RunConfig) -> Run:
-    """Writes the config to its run folder, makes it the current run and returns it."""
-    folder = runs_folder()
-    path = folder / config.name
-    write_text(path / "config.json", config.model_dump_json(indent=1) + "\n")
-    write_text(folder / "current", config.name + "\n")
-    run = Run(path, config)
-    run.write_part(
-        "run",
-        {"name": config.name, "recipe": config.recipe, "model": config.model},
-    )
+    """Returns the run of a config: written to its folder, and now the current one."""
+    run = Run(runs_folder() / config.name, config)
+    write_text(run.path / "config.json", config.model_dump_json(indent=1) + "\n")
+    write_text(runs_folder() / "current", config.name + "\n")
+    names = ("name", "recipe", "model")
+    run.write_part("run", {name: getattr(config, name) for name in names})
     return run
 
 
 def open_run(name: str | None = None) -> Run:
     """Returns a run; without a name the current one, `TUNEBOOK_RUN` deciding if set.
 
-    On a machine with no run yet (every Colab notebook opens on its own) the default
-    recipe's run is made, so that any notebook can be the first.
+    Any notebook can be the first on a machine: without a run it makes the default's.
 
     Raises:
         ConfigError: the run's config is missing or not valid.
     """
-    from helpers import recipes
-
-    folder = runs_folder()
-    name = name or os.environ.get("TUNEBOOK_RUN")
-    current = folder / "current"
-    if name is None and current.exists():
-        name = current.read_text(encoding="utf-8").strip()
-    if name is None or (name in recipes.NAMES and not (folder / name).exists()):
-        return save_run(recipes.load(name or recipes.default_name()))
-    return Run(folder / name, read_config(folder / name / "config.json"))
+    name = name or current_run() or recipes.default_name()
+    folder = runs_folder() / name
+    if name in recipes.NAMES and not folder.exists():
+        return save_run(recipes.load(name))
+    return Run(folder, read_config(folder / "config.json"))

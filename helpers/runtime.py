@@ -1,20 +1,25 @@
-"""Says what machine this is, which dtype to use and why, and seeds everything."""
+"""The machine, its dtype with the reason, the engine, and a notebook's first cell."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import logging
 import os
 import platform
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from helpers.errors import ConfigError, ModelError, TunebookError
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
+Engine = Literal["unsloth", "transformers"]
 
 # the folder that `helpers` is in: the project's, or site-packages
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,21 +27,18 @@ INSTALLED = not (ROOT / "pyproject.toml").exists()
 DRIVE = Path("/content/drive")  # where Colab shows Google Drive
 PACKAGES = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"]
 PACKAGES += ["accelerate", "unsloth", "ipywidgets"]
+# on import these warn of GPU kernels that a CPU machine has no use for
+CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
 class Machine(NamedTuple):
-    """What a run needs to know of the machine it is on."""
+    """The machine that a run is on."""
 
-    place: str
-    """`colab`, `kaggle` or `local`."""
-    device: str
-    """`cuda` or `cpu`."""
-    name: str
-    """The GPU's name, or the processor's architecture and core count."""
-    memory_gb: float
-    """GiB of GPU memory that torch may use (RAM on a CPU machine)."""
-    capability: tuple[int, int] | None
-    """CUDA compute capability, (7, 5) on a T4; None without a GPU."""
+    place: str  # colab, kaggle or local
+    device: str  # cuda or cpu
+    name: str  # the GPU's, or the processor's architecture and core count
+    memory_gb: float  # GiB of GPU memory that torch may use (RAM without a GPU)
+    capability: tuple[int, int] | None  # CUDA's, (7, 5) on a T4
 
 
 def find_machine() -> Machine:
@@ -59,91 +61,57 @@ def find_machine() -> Machine:
 
 
 def memory_cap_gb() -> float:
-    """Returns the GiB of GPU memory that a run may use (`TUNEBOOK_GPU_GB`), or inf.
-
-    With the variable at 14, a large GPU stands in for a T4 as far as memory goes.
-    """
+    """Returns the GiB of GPU memory that a run may use (`TUNEBOOK_GPU_GB`), or inf."""
     return float(os.environ.get("TUNEBOOK_GPU_GB", "inf"))
 
 
-def choose_dtype(machine: Machine, asked: str = "auto") -> tuple[torch.dtype, str]:
-    """Returns the dtype of arithmetic on this machine, and the reason for it.
+def choose_dtype(machine: Machine, wanted: str = "auto") -> tuple[torch.dtype, str]:
+    """Returns the dtype of arithmetic on a machine, and the reason for it.
 
     `torch.cuda.is_bf16_supported()` says True on a T4, which only emulates bf16: the
-    compute capability decides instead. `TUNEBOOK_DTYPE=float16` overrides it all.
-
-    Args:
-        machine: from `find_machine`.
-        asked: `auto`, `float16` or `bfloat16`, where the machine has units.
+    compute capability decides instead. `TUNEBOOK_DTYPE` overrides it all.
     """
     import torch
 
     forced = os.environ.get("TUNEBOOK_DTYPE")
     if forced:
         if forced not in ("float16", "bfloat16", "float32"):
-            raise ValueError(
+            raise ConfigError(
                 f"TUNEBOOK_DTYPE is {forced!r}; expected float16, bfloat16 or float32"
             )
         return getattr(torch, forced), f"TUNEBOOK_DTYPE={forced} asks for it"
+    note = "" if wanted == "auto" else f"; {wanted} is asked for"
     if machine.capability is None:
-        instead = "" if asked == "auto" else f" ({asked} is asked for)"
         reason = "CPUs without bf16 units are 6 to 60 times slower in it"
-        if asked == "float16":
+        if wanted == "float16":
             reason = "CPUs have no fp16 units"
-        return torch.float32, reason + instead
+        return torch.float32, reason + note
     has_bf16 = machine.capability >= (8, 0)
-    if asked == "float16" or (asked == "bfloat16" and has_bf16):
-        return getattr(torch, asked), f"the config asks for dtype={asked!r}"
+    if wanted == "float16" or (wanted == "bfloat16" and has_bf16):
+        return getattr(torch, wanted), f"the config asks for dtype={wanted!r}"
     if has_bf16:
         return torch.bfloat16, "compute capability 8.0 or newer has bf16 units"
-    instead = "" if asked == "auto" else f"; {asked} is asked for"
-    return (
-        torch.float16,
-        f"compute capability {machine.capability[0]}.{machine.capability[1]} "
-        f"has no bf16 units (they start at 8.0{instead})",
-    )
+    number = ".".join(map(str, machine.capability))
+    reason = f"compute capability {number} has no bf16 units (they start at 8.0"
+    return torch.float16, f"{reason}{note})"
 
 
 def prepare_device() -> Machine:
-    """Returns the machine, after applying the memory cap of `TUNEBOOK_GPU_GB`.
-
-    With a cap a newer GPU stands in for a T4, which has neither FlashAttention nor
-    cuDNN attention: both are switched off with it.
-    """
+    """Returns the machine, after applying the memory cap of `TUNEBOOK_GPU_GB`."""
     import torch
 
     machine = find_machine()
     if machine.device == "cuda" and memory_cap_gb() < float("inf"):
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory_cap_gb() / total))
+        # a capped GPU stands in for a T4, which has neither kind of attention
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
     return machine
 
 
-def require_memory(needed_gb: float, what: str, machine: Machine | None = None) -> None:
-    """Raises MemoryError when the GPU cannot hold what is about to be loaded.
-
-    Args:
-        needed_gb: GiB that are needed at the least.
-        what: the thing that needs them, for the message.
-        machine: the machine to judge; this one by default.
-    """
-    machine = machine or find_machine()
-    if machine.device == "cuda" and machine.memory_gb < needed_gb:
-        raise MemoryError(
-            f"{what} needs about {needed_gb:.1f} GiB of GPU memory; "
-            f"{machine.name} offers {machine.memory_gb:.1f} GiB. Choose a smaller "
-            "model, or weights='4bit' in the config."
-        )
-
-
 def peak_memory_gb() -> float:
-    """Returns the most memory this process has held, in GiB.
-
-    On a GPU the peak of torch's reserved memory (the CUDA context comes on top),
-    elsewhere the peak resident size of the process.
-    """
+    """Returns the peak in GiB: reserved by torch on a GPU, else resident."""
     import torch
 
     if torch.cuda.is_available():
@@ -174,22 +142,15 @@ def seed_everything(seed: int) -> None:
 
 def versions() -> dict[str, str]:
     """Returns `{package: version}` of the stack as installed here."""
-    found = {}
+    installed = dict.fromkeys(PACKAGES, "not installed")
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+        with suppress(PackageNotFoundError):
+            installed[package] = version(package)
+    return installed
 
 
 def environment(engine: str, dtype: str = "auto") -> dict[str, Any]:
-    """Returns what `report.json` says of the machine.
-
-    Args:
-        engine: `unsloth` or `transformers`.
-        dtype: the one that the config asks for.
-    """
+    """Returns the machine's part of `report.json`, for a config's engine and dtype."""
     machine = find_machine()
     return {
         "python": platform.python_version(),
@@ -204,78 +165,108 @@ def environment(engine: str, dtype: str = "auto") -> dict[str, Any]:
 
 
 def home() -> Path:
-    """Returns the folder of `runs/` and `data_samples/`.
-
-    The project's own, or the working folder where the helpers were installed by pip.
-    """
+    """Returns the folder of `runs/` and `data_samples/`: the project's, or this one."""
     return Path.cwd() if INSTALLED else ROOT
 
 
-def describe() -> str:
-    """Returns one paragraph on this machine, for a notebook's first output."""
-    machine = prepare_device()
-    dtype, reason = choose_dtype(machine)
-    return (
-        f"{machine.place}, {machine.device}: {machine.name}, "
-        f"{machine.memory_gb:.1f} GiB\n"
-        f"{str(dtype).removeprefix('torch.')}, because {reason}\n"
-        + ", ".join(f"{k} {v}" for k, v in versions().items())
-    )
+def runs_folder() -> Path:
+    """Returns the folder of all runs: `TUNEBOOK_RUNS`, else `runs/` at `home()`."""
+    return Path(os.environ.get("TUNEBOOK_RUNS") or home() / "runs")
 
 
-def start() -> None:
-    """Prints what machine this is, and has a notebook show our errors as sentences.
+def current_run() -> str | None:
+    """Returns the name of the run to open: `TUNEBOOK_RUN`, else the one saved last."""
+    current = runs_folder() / "current"
+    saved = current.read_text(encoding="utf-8").strip() if current.exists() else None
+    return os.environ.get("TUNEBOOK_RUN") or saved
 
-    An error that helpers raise on purpose says what to do; the twenty frames above it
-    do not. The cell fails all the same, and other errors keep their traceback.
+
+def resolve_engine(engine: str) -> Engine:
+    """Returns the engine that `auto` means here, or the one named, if installed."""
+    installed = importlib.util.find_spec("unsloth") is not None
+    if engine == "auto":
+        import torch
+
+        return "unsloth" if installed and torch.cuda.is_available() else "transformers"
+    if engine == "unsloth" and not installed:
+        raise ModelError(
+            "engine='unsloth' but Unsloth is not installed: run `make setup`, or "
+            "choose engine='transformers'"
+        )
+    return engine  # type: ignore[return-value]
+
+
+def use_engine(engine: str) -> Engine:
+    """Returns the engine to load a model with; ModelError where it needs a restart."""
+    chosen = resolve_engine(engine)
+    if chosen == "transformers" and "unsloth" in sys.modules:
+        raise ModelError(
+            f"engine={engine!r} needs transformers as it is, but this process has "
+            "imported Unsloth, which patches it: restart the kernel and run all cells"
+        )
+    late = "transformers" in sys.modules and "unsloth" not in sys.modules
+    if chosen == "unsloth" and late:
+        log.warning(
+            "Unsloth is imported after transformers, and may be slower: restart the "
+            "kernel and run all cells, or call runtime.start() before other imports"
+        )
+    return chosen
+
+
+def start(engine: str | None = None) -> None:
+    """Prepares a notebook or a command, and logs the machine; may be called again.
+
+    Unsloth patches TRL, PEFT and transformers, so it is imported here, before them,
+    where it is the `engine`, by default the current run's.
     """
-    # Memory of a GPU in segments that grow: lengths change from step to step, and blocks
-    # kept for each of them fill it (demo-gpu reserved 13 GiB without, 5.6 with).
+    # Memory of a GPU in segments that grow: lengths change from step to step, and the
+    # blocks kept for each of them fill it (demo-gpu reserved 13 GiB without, 5.6 with).
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    # on import these warn of GPU kernels that a CPU machine has no use for
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+    for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    print(describe())  # noqa: T201
+    library = logging.getLogger("helpers")
+    if not library.handlers:
+        library.addHandler(StdoutHandler())
+        library.setLevel(logging.INFO)
+        library.propagate = False  # Colab's root logger would show it a second time
+    with suppress(ModelError):  # not installed: whoever loads a model says so
+        if resolve_engine(engine or saved_engine()) == "unsloth":
+            import unsloth  # noqa: F401
+    machine = prepare_device()
+    dtype, reason = choose_dtype(machine)
+    place, device, name, gb, _ = machine
+    log.info(f"{place}, {device}: {name}, {gb:.1f} GiB")
+    log.info(f"{str(dtype).removeprefix('torch.')}, because {reason}")
+    log.info(", ".join(f"{k} {v}" for k, v in versions().items()))
     if folder := os.environ.get("TUNEBOOK_RUNS"):
-        print(f"runs are kept in {folder}")  # noqa: T201
+        log.info(f"runs are kept in {folder}")
+
+
+def saved_engine() -> str:
+    """Returns the engine of the current run's config, `auto` without one."""
+    path = runs_folder() / str(current_run()) / "config.json"
     try:
-        shell: Any = get_ipython()  # type: ignore[name-defined]  # noqa: F821
-    except NameError:
-        return
-
-    def show(
-        shell: Any, kind: type, error: BaseException, trace: Any, tb_offset: Any = None
-    ) -> None:
-        place = traceback.extract_tb(trace)[-1]
-        if not Path(place.filename).is_relative_to(ROOT / "helpers"):
-            shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
-            return
-        where = f"({Path(place.filename).relative_to(ROOT)}, line {place.lineno})"
-        shell._showtraceback(kind, error, [f"{kind.__name__}: {error}\n{where}"])
-
-    shell.set_custom_exc((ValueError, FileNotFoundError, MemoryError), show)
+        return json.loads(path.read_text(encoding="utf-8"))["engine"]
+    except (OSError, ValueError, KeyError):
+        return "auto"  # whoever opens the run says what is wrong with it
 
 
-@contextmanager
-def exit_on(*kinds: type[Exception]) -> Iterator[None]:
-    """Ends a command line with one line on an error of these kinds.
+class StdoutHandler(logging.Handler):
+    """Writes messages to the stdout of the moment, which notebooks replace."""
 
-    Raises:
-        SystemExit: something that the user can mend is wrong; the message says what.
-    """
-    try:
-        yield
-    except kinds as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one message."""
+        sys.stdout.write(self.format(record) + "\n")
+        sys.stdout.flush()
 
 
 def hub_reachable(timeout_s: float = 3.0) -> bool:
     """Returns whether the model hub answers (never, when `HF_HUB_OFFLINE` is set)."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        return False
     import urllib.request
 
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return False
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(endpoint, timeout=timeout_s).close()
@@ -285,22 +276,14 @@ def hub_reachable(timeout_s: float = 3.0) -> bool:
 
 
 def open_drive(wanted: bool) -> None:
-    """Keeps the runs of a Colab notebook on Google Drive, asking the user for access.
+    """Keeps a Colab notebook's runs on Google Drive, which outlives the machine.
 
-    A lost Colab machine takes its disk along; Drive stays. The folder goes into
-    `TUNEBOOK_RUNS`, so that all commands of this notebook use it. Outside Colab, and
-    where the user has set that variable, nothing happens.
-
-    Args:
-        wanted: whether to; the variable `TUNEBOOK_DRIVE` (1 or 0) overrides it.
-
-    Raises:
-        RuntimeError: Drive could not be opened, or the user refused.
-        ValueError: `TUNEBOOK_DRIVE` is neither 1 nor 0.
+    The folder goes into `TUNEBOOK_RUNS`; where that is set already, nothing happens.
+    `TUNEBOOK_DRIVE` (1 or 0) overrides `wanted`.
     """
     override = os.environ.get("TUNEBOOK_DRIVE", "")
     if override not in ("", "0", "1"):
-        raise ValueError(
+        raise ConfigError(
             f"TUNEBOOK_DRIVE is {override!r}; expected 1 (keep runs on Google Drive) "
             "or 0 (keep them on this machine)"
         )
@@ -315,9 +298,8 @@ def open_drive(wanted: bool) -> None:
     try:
         drive.mount(str(DRIVE))
     except (ValueError, errors.Error) as error:
-        raise RuntimeError(
+        raise TunebookError(
             f"Google Drive was not opened ({error}). Run this cell again and allow it, "
-            "or set KEEP_ON_DRIVE = False: runs then lie on this machine's disk and "
-            "are lost with it"
+            "or set KEEP_ON_DRIVE = False: runs are then lost with this machine"
         ) from error
     os.environ["TUNEBOOK_RUNS"] = folder

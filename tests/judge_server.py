@@ -43,7 +43,6 @@ class JudgeServer:
     def __init__(self, answer: Callable[[Request], Any]) -> None:
         self.answer = answer
         self.faults: list[Any] = []
-        self.always: Any = None
         self.requests: list[Request] = []
         self.keys: list[str | None] = []
         self.lock = threading.Lock()
@@ -74,10 +73,10 @@ class JudgeServer:
         with self.lock:
             self.requests.append(request)
             self.keys.append(handler.headers.get("Authorization"))
-            fault = self.faults.pop(0) if self.faults else self.always
+            fault = self.faults.pop(0) if self.faults else None
+        status, headers = fault if isinstance(fault, tuple) else (fault, {})
         if handler.path != "/v1/chat/completions":
             return self.send(handler, 404, b'{"error": {"message": "no such page"}}')
-        status, headers = fault if isinstance(fault, tuple) else (fault, {})
         if fault == "cut":
             return self.cut(handler)
         if isinstance(status, str):
@@ -89,7 +88,9 @@ class JudgeServer:
         answer = self.answer(request)
         if isinstance(answer, tuple):
             status, error = answer
-            return self.send(handler, status, json.dumps({"error": error}).encode())
+            page = isinstance(error, str) and error.startswith("<")
+            body = error if page else json.dumps({"error": error})
+            return self.send(handler, status, body.encode())
         return self.send(handler, 200, json.dumps(completion(answer)).encode())
 
     @staticmethod
@@ -99,14 +100,11 @@ class JudgeServer:
         body: bytes,
         headers: dict[str, str] | None = None,
     ) -> None:
-        html = body.startswith(b"<")
+        kind = "text/html" if body.startswith(b"<") else "application/json"
+        size = {"Content-Type": kind, "Content-Length": str(len(body))}
         try:
             handler.send_response(status)
-            handler.send_header(
-                "Content-Type", "text/html" if html else "application/json"
-            )
-            handler.send_header("Content-Length", str(len(body)))
-            for name, value in (headers or {}).items():
+            for name, value in {**size, **(headers or {})}.items():
                 handler.send_header(name, value)
             handler.end_headers()
             handler.wfile.write(body)
@@ -121,7 +119,6 @@ class JudgeServer:
         handler.end_headers()
         handler.wfile.write(b'{"id": "1", "choices": [')
         handler.wfile.flush()
-        # reset, not closed: nobody says goodbye
-        linger = struct.pack("ii", 1, 0)
+        linger = struct.pack("ii", 1, 0)  # reset, not closed
         handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         handler.connection.close()

@@ -8,20 +8,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from benchmarks import adapters
+from benchmarks import adapters as benchmark
 from helpers import stages
 from helpers.data import preparation as data
 from helpers.errors import ModelError
+from helpers.models import adapters
 from helpers.models import load as models
 from helpers.runs import Run
 from helpers.training import trainer as train
+from tests.tiny import save_tiny_model
 
 COMMITTED = Path(__file__).parent.parent / "results" / "adapters.json"
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 IDS = torch.arange(40, 104).reshape(2, 32)
+
+
+@pytest.fixture
+def base(tiny_model_folder: Path) -> Any:
+    """The tiny model, freshly loaded."""
+    return models.load_model(str(tiny_model_folder))[0]
 
 
 def committed(engine: str) -> dict[str, dict[str, Any]]:
@@ -31,16 +41,16 @@ def committed(engine: str) -> dict[str, dict[str, Any]]:
 
 
 def check(rows: list[dict[str, Any]], engine: str) -> None:
-    """Holds freshly made rows to the limit, and the committed ones to them."""
+    """Holds freshly measured rows to the limit, and the committed ones to them."""
     for row in rows:
-        kept = committed(engine)[row["setting"]]
-        assert row["refused"] == kept["refused"], row
-        assert not adapters.is_wrong(row) and not adapters.is_wrong(kept), row
+        old = committed(engine)[row["setting"]]
+        assert bool(row["refused"]) == bool(old["refused"]), row
+        assert not benchmark.is_wrong(row) and not benchmark.is_wrong(old), row
         assert row["refused"] or row["moved"] > 0.05  # the training changed something
 
 
 def test_every_setting_comes_back_as_trained_or_is_refused_before() -> None:
-    rows = adapters.measure_all("transformers", list(adapters.SETTINGS))
+    rows = benchmark.measure_all("transformers", list(benchmark.SETTINGS))
     assert len(rows) >= 20
     check(rows, "transformers")
 
@@ -53,7 +63,7 @@ def test_unsloth_on_a_cpu_brings_the_same_settings_back(
     command = ["benchmarks/adapters.py", "--engine", "unsloth", "--out", str(out)]
     run_python(*command, "--settings", *settings, "EVA")
     check(json.loads(out.read_text())["rows"], "unsloth")
-    assert set(committed("unsloth")) == set(adapters.SETTINGS)
+    assert set(committed("unsloth")) == set(benchmark.SETTINGS)
 
 
 @pytest.mark.parametrize("weights", ["4bit", "8bit"])
@@ -62,66 +72,104 @@ def test_what_rewrites_the_base_is_refused_where_it_would_be_rounded(
 ) -> None:
     model, _ = models.load_model(str(tiny_model_folder), weights=weights)
     with pytest.raises(ModelError, match="'olora' changes the base.*weights='16bit'"):
-        models.add_lora(model, {**LORA, "init_lora_weights": "olora"})
+        adapters.add_lora(model, {**LORA, "init_lora_weights": "olora"})
 
 
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ({"rank_pattern": {"x_proj": 3}}, "rank_pattern 'x_proj' matches no target"),
-        ({"alpha_pattern": {"k_proj": 3}}, "alpha_pattern 'k_proj' matches no target"),
-        ({"layers_to_transform": [0, 2]}, "names layer 2; the model's layers are 0 to"),
-        ({"modules_to_save": ["lm_haed"]}, "modules_to_save lm_haed do not exist"),
-        (
-            {"target_modules": "no.*such"},
-            "no module matches no.*such; a text is a regular",
-        ),
+        ({"target_modules": ["query"]}, "target_modules query do not exist.*q_proj"),
         ({"target_modules": ["attn.q_proj"]}, "target_modules attn.q_proj do not exis"),
+        ({"target_modules": "no.*such"}, "no.*such do not exist.* regular expression"),
+        ({"target_modules": "*_proj"}, "bad pattern: nothing to repeat"),
+        ({"modules_to_save": ["lm_haed"]}, "lm_haed do not .* did you mean 'lm_head'"),
+        ({"rank_pattern": {"x_proj": 3}}, "rank_pattern x_proj do not exist"),
+        ({"alpha_pattern": {"k_proj": 3}}, "k_proj do not exist.*it has q_proj, v_pro"),
+        ({"layers_to_transform": [0, 2]}, "names layer 2; the model's layers are 0 to"),
         ({"trainable_token_indices": [10**6]}, "LoRA cannot be attached as configured"),
         ({"no_such_field": 1}, "LoRA cannot be attached as configured.*no_such_field"),
         ({"init_lora_weights": "pizza"}, "init_lora_weights='pizza' needs data or"),
+        ({"lora_alpha": 0}, "nothing is learnt with lora_alpha=0"),
     ],
 )
 def test_a_setting_that_nothing_follows_is_refused_in_words(
-    tiny_model_folder: Path, setting: dict[str, Any], sentence: str
+    base: Any, setting: dict[str, Any], sentence: str
 ) -> None:
-    model, _ = models.load_model(str(tiny_model_folder))
     with pytest.raises(ModelError, match=sentence):
-        models.add_lora(model, LORA | setting)
+        adapters.add_lora(base, LORA | setting)
 
 
-def test_an_adapter_that_was_cut_short_is_one_sentence(
-    tiny_model_folder: Path, tmp_path: Path
+def test_a_bias_is_refused_where_only_some_of_the_layers_have_one(
+    tokenizer: Any, tmp_path: Path
 ) -> None:
-    model, _ = models.load_model(str(tiny_model_folder))
-    tuned = models.add_lora(model, LORA)
-    tuned.save_pretrained(tmp_path)
-    weights = tmp_path / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:2000])
-    with pytest.raises(ModelError, match="cannot be put on this model"):
-        models.load_model(str(tiny_model_folder), adapter=tmp_path)
+    folder = save_tiny_model("Qwen2", tokenizer, tmp_path / "qwen2")
+    model, _ = models.load_model(str(folder))
+    lora = {**LORA, "lora_bias": True}  # queries have a bias, the output has none
+    with pytest.raises(ModelError, match="lora_bias=True trains a bias that the mode"):
+        adapters.add_lora(model, lora | {"target_modules": ["q_proj", "o_proj"]})
 
 
-def test_an_adapter_without_a_rank_has_a_size(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
-    assert models.adapter_size(tmp_path) == f"{tmp_path}: 0.0 MiB"
-
-
-def test_a_target_may_be_named_by_its_path(tiny_model_folder: Path) -> None:
-    model, _ = models.load_model(str(tiny_model_folder))
+def test_a_target_may_be_named_by_its_path_and_nothing_else_is_trained(
+    base: Any,
+) -> None:
     named = {**LORA, "target_modules": ["self_attn.q_proj", "layers.1.mlp.up_proj"]}
-    tuned = models.add_lora(model, named)
+    tuned = adapters.add_lora(base, named)
     assert len(tuned.base_model.targeted_module_names) == 3
+    trained = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in trained)
+    # rank 4 x (in + out) of two queries, 64 + 64, and an up projection, 64 + 128
+    assert sum(p.numel() for p in trained.values()) == 4 * (2 * 128 + 192)
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_one_sentence(
-    tiny_model_folder: Path, tokenizer: Any, tmp_path: Path
+def test_a_saved_adapter_computes_the_same_once_loaded(
+    base: Any, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    from tests.tiny import save_tiny_model
+    plain = adapters.last_logits(base, IDS)
+    tuned = adapters.add_lora(base, LORA)
+    benchmark.train(tuned)
+    adapters.save_adapter(tuned, tmp_path / "adapter")
+    model, _ = models.load_model(str(tiny_model_folder), adapter=tmp_path / "adapter")
+    logits = adapters.last_logits(model, IDS)
+    assert torch.equal(logits, adapters.last_logits(tuned, IDS))
+    assert not torch.allclose(logits, plain)
 
-    small = save_tiny_model("Llama", tokenizer, tmp_path / "small", vocab_size=64)
-    with pytest.raises(ModelError, match="gives ids up to .* embedding has 64 rows"):
-        models.load_model(str(small))
+
+def test_a_folder_without_an_adapter_is_named(base: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="adapter at .*expected: adapter_config.json"):
+        models.load_adapter(base, tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["cut short", "all zero", "of a deeper model"])
+def test_an_adapter_that_does_not_fit_is_one_sentence(
+    base: Any, tokenizer: Any, tmp_path: Path, fault: str
+) -> None:
+    adapters.add_lora(base, LORA).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    layers, sentence = 2, "does not fit this model"
+    if fault == "cut short":
+        file.write_bytes(file.read_bytes()[:2000])
+        sentence = "cannot be put on this model"
+    elif fault == "all zero":
+        zeros = {name: 0 * values for name, values in load_file(file).items()}
+        save_file(zeros, file)
+    else:
+        layers = 1
+    folder = save_tiny_model(
+        "Llama", tokenizer, tmp_path / "m", num_hidden_layers=layers
+    )
+    with pytest.raises(ModelError, match=sentence):
+        models.load_model(str(folder), adapter=tmp_path)
+
+
+def test_a_machine_without_memory_is_not_taken_for_an_unfit_adapter(
+    base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        models.load_adapter(base, tmp_path)
 
 
 def test_the_adapter_of_a_stage_is_compared_with_the_trained_model(
@@ -159,46 +207,18 @@ def test_an_adapter_that_computes_something_else_fails_the_stage(
 
 
 def test_other_peoples_adapters_are_loaded_as_peft_loads_them(
-    tiny_model_folder: Path, tmp_path: Path, run_factory: Callable[..., Run]
+    base: Any, tmp_path: Path, run_factory: Callable[..., Run]
 ) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    base, _ = models.load_model(str(tiny_model_folder))
     odd = {"use_dora": True, "alpha_pattern": {"q_proj": 64}}
-    theirs = get_peft_model(base, LoraConfig(**LORA, **odd, modules_to_save=["norm"]))
-    adapters.train(theirs)
+    fields = peft.LoraConfig(**LORA, **odd, modules_to_save=["norm"])
+    theirs = peft.get_peft_model(base, fields)
+    benchmark.train(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     run = run_factory(sft_adapter=str(tmp_path / "theirs"))
     data.prepare(run)
     start = stages.ensure_adapter(run, "sft")
     model, _ = train.load_for_training(run, "grpo", start)
-    found = models.last_logits(model, IDS)
-    assert torch.equal(found, models.last_logits(theirs, IDS))
+    logits = adapters.last_logits(model, IDS)
+    assert torch.equal(logits, adapters.last_logits(theirs, IDS))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert any("magnitude" in n for n in trained) and any("norm" in n for n in trained)
-
-
-def test_a_bias_is_refused_where_only_some_of_the_layers_have_one(
-    tokenizer: Any, tmp_path: Path
-) -> None:
-    from tests.tiny import save_tiny_model
-
-    folder = save_tiny_model("Qwen2", tokenizer, tmp_path / "qwen2")
-    model, _ = models.load_model(str(folder))
-    lora = {**LORA, "lora_bias": True}  # queries have a bias, the output has none
-    with pytest.raises(ModelError, match="lora_bias=True trains a bias that the mode"):
-        models.add_lora(model, lora | {"target_modules": ["q_proj", "o_proj"]})
-
-
-def test_a_machine_without_memory_is_not_taken_for_an_unfit_adapter(
-    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import peft
-
-    def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(peft.PeftModel, "from_pretrained", full)
-    model, _ = models.load_model(str(tiny_model_folder))
-    with pytest.raises(torch.OutOfMemoryError):
-        models.load_adapter(model, tmp_path)

@@ -1,272 +1,136 @@
-"""Tests of helpers.widgets.blind_form: the form's real widgets, without a browser."""
+"""The blind form's real widgets, without a browser, and the table of what was said."""
 
 from __future__ import annotations
+
+import html
 
 import pytest
 
 from helpers import recipes, runs
-from helpers.data import preparation as data
-from helpers.errors import DataError
-from helpers.widgets import blind_form as blind
-from helpers.widgets import ratings
+from helpers.data.preparation import read_rows, write_rows
+from helpers.widgets.blind_form import MARKS, blind_results, rate_blind
 
 MODELS = ("base", "sft")
+WORDS = {"base": "stone", "sft": "water"}
+
+
+def write_answers(run, label, word, **more):
+    rows = [
+        {"id": f"test-{n}", "question": f"What is {n}?", "output": f"{word} {n}"}
+        for n in range(40)
+    ]
+    write_rows(run.path / "eval" / label / "test.jsonl", [row | more for row in rows])
 
 
 @pytest.fixture
 def run(runs_home):
-    """A run whose models answered six problems, each in its own words."""
+    """A run whose models answered forty problems, each in its own words."""
     run = runs.save_run(recipes.load("smoke"))
     for label in MODELS:
-        rows = [
-            {
-                "id": f"test-{n}",
-                "question": f"What is {n} + 1?",
-                "gold": str(n + 1),
-                "output": f"{'stone' if label == 'base' else 'water'} {n}",
-            }
-            for n in range(6)
-        ]
-        data.write_rows(run.path / "eval" / label / "test.jsonl", rows)
+        write_answers(run, label, WORDS[label], gold="7")
     return run
 
 
 @pytest.fixture
 def form(run):
-    return blind.form(run, MODELS, count=4)
+    return rate_blind(run, MODELS, count=4)
 
 
 def saved(form):
-    """The lines of the file, by the id of the pair."""
-    return {row["id"]: row for row in data.read_rows(form.path)}
-
-
-def shown(form):
-    """What a person sees: the texts of all widgets."""
-    texts = [form.status, form.question, *form.texts.values(), form.keys]
-    buttons = [*form.verdicts.values(), form.back, *form.marks.values()]
-    return " ".join([*(t.value for t in texts), *(b.description for b in buttons)])
+    return read_rows(form.path) if form.path.exists() else []
 
 
 def side_of(form, label):
-    """The side on which a model's answer stands, by its words."""
-    word = "stone" if label == "base" else "water"
-    return next(side for side, text in form.texts.items() if word in text.value)
+    """The side on which a model's answer is, by its words."""
+    return next(s for s, text in form.texts.items() if WORDS[label] in text.value)
 
 
-def press(form, text):
-    """Type into the field for keys, letter by letter, as the browser sends it."""
-    for letter in text:
-        form.keys.value += letter
+def click(form, *verdicts):
+    for verdict in verdicts:
+        form.verdicts[verdict].click()
 
 
-def test_the_form_shows_question_gold_and_both_answers(form):
-    pair = form.pairs[0]
-    assert pair.question in form.question.value
-    assert f"expected: {pair.gold}" in form.question.value
-    both = "".join(text.value for text in form.texts.values())
-    assert pair.first["output"] in both and pair.second["output"] in both
-
-
-def test_no_name_of_a_model_is_shown_at_any_time(form):
+def test_the_form_shows_question_gold_and_both_answers_and_no_name_of_a_model(form):
     while form.place < len(form.pairs):
+        pair = form.pairs[form.place]
+        assert pair["question"] in form.question.value
+        assert "expected: 7" in form.question.value
+        answers = "".join(text.value for text in form.texts.values())
+        assert pair["output_first"] in answers and pair["output_second"] in answers
+        texts = form.question.value + answers
+        texts += "".join(b.description for b in form.verdicts.values())
         for name in ("base", "sft", "SFT", "first", "second"):
-            assert name not in shown(form)
-        form.verdicts["A"].click()
-    assert "base" not in shown(form) and "sft" not in shown(form)
+            assert name not in texts
+        click(form, "A")
+    assert "Every pair is rated" in form.question.value
 
 
-def test_both_models_stand_on_both_sides(run):
-    form = blind.form(run, MODELS, count=6)
-    sides = set()
+def test_both_models_are_on_both_sides_by_the_seed(run):
+    sides = []
+    for seed in (1, 1, 2):
+        form = rate_blind(run, MODELS, count=40, seed=seed)
+        form.path = form.path.with_name(f"{len(sides)}.jsonl")
+        sides.append([])
+        while form.place < len(form.pairs):
+            sides[-1].append((form.pairs[form.place]["id"], side_of(form, "base")))
+            click(form, "tie")
+    assert sides[0] == sides[1] != sides[2]
+    assert 8 < [side for _, side in sides[0]].count("A") < 32
+
+
+@pytest.mark.parametrize(("label", "winner"), [("base", "first"), ("sft", "second")])
+def test_the_winner_is_the_model_whose_words_were_on_the_chosen_side(
+    form, label, winner
+):
     while form.place < len(form.pairs):
-        sides.add(side_of(form, "base"))
-        form.verdicts["tie"].click()
-    assert sides == {"A", "B"}
+        click(form, side_of(form, label))
+    assert [row["winner"] for row in saved(form)] == [winner] * 4
 
 
-@pytest.mark.parametrize("label", MODELS)
-def test_the_winner_is_the_model_whose_words_stood_on_the_chosen_side(form, label):
-    while form.place < len(form.pairs):
-        form.verdicts[side_of(form, label)].click()
-    winners = {row["winner"] for row in saved(form).values()}
-    assert winners == {"first" if label == "base" else "second"}
-
-
-def test_a_tie_has_no_winner(form):
-    form.verdicts["tie"].click()
-    assert [row["winner"] for row in saved(form).values()] == ["tie"]
-
-
-def test_every_verdict_is_written_at_once(form):
-    for number, pair in enumerate(form.pairs, start=1):
-        form.verdicts["B"].click()
-        assert len(saved(form)) == number
-        assert saved(form)[pair.id]["verdict"] == "B"
-
-
-def test_the_marks_are_saved_with_the_model_that_they_were_given_to(form):
+def test_marks_are_saved_with_their_model_and_empty_for_the_next_pair(form):
     side = side_of(form, "sft")
-    form.marks[side, "coherent"].value = True
-    form.marks[side, "creative"].value = True
-    form.verdicts[side].click()
-    marks = next(iter(saved(form).values()))["marks"]
-    assert marks == {"first": [], "second": ["coherent", "creative"]}
-
-
-def test_the_marks_are_empty_for_the_next_pair(form):
-    for box in form.marks.values():
-        box.value = True
-    form.verdicts["A"].click()
+    for mark in ("coherent", "creative"):
+        form.marks[side, mark].value = True
+    click(form, "tie")
+    (row,) = saved(form)
+    assert row["marks"] == {"first": [], "second": ["coherent", "creative"]}
+    assert row["winner"] == "tie"
     assert not any(box.value for box in form.marks.values())
 
 
-def test_another_session_goes_on_where_one_stopped(run, form):
-    form.verdicts["A"].click()
-    form.verdicts["B"].click()
-    again = blind.form(run, MODELS, count=4)
-    assert again.place == 2
-    assert "2 of 4 rated" in again.status.value
-    again.verdicts["A"].click()
-    assert len(saved(again)) == 3
-
-
-def test_a_form_that_is_open_twice_loses_no_verdict(run, form):
-    again = blind.form(run, MODELS, count=4)
-    form.verdicts["A"].click()
-    form.verdicts["A"].click()
-    again.verdicts["B"].click()
-    verdicts = [saved(form)[pair.id]["verdict"] for pair in form.pairs[:2]]
-    assert verdicts == ["B", "A"]
-    assert again.place == 2
-
-
-def test_an_answer_that_changed_is_rated_again_and_the_old_rating_kept(run, form):
-    form.verdicts["A"].click()
-    path = run.path / "eval/sft/test.jsonl"
-    rows = [row | {"output": "anew"} for row in data.read_rows(path)]
-    data.write_rows(path, rows)
-    again = blind.form(run, MODELS, count=4)
-    assert "0 of 4 rated" in again.status.value
-    again.verdicts["A"].click()
-    assert len(data.read_rows(form.path)) == 2
-    assert len(ratings.read_ratings(run, MODELS)) == 1
-
-
-def test_back_shows_the_pair_before_with_its_marks(form):
-    form.marks["A", "biased"].value = True
-    before = form.question.value
-    form.verdicts["A"].click()
-    form.back.click()
-    assert form.question.value == before
-    assert form.marks["A", "biased"].value is True
-    assert form.marks["B", "biased"].value is False
-
-
-def test_a_new_verdict_replaces_the_old_one_and_goes_on_to_the_next_unrated(form):
-    first = form.pairs[0].id
-    form.verdicts["A"].click()
-    form.verdicts["A"].click()
-    form.back.click()
-    form.back.click()
-    form.verdicts["B"].click()
-    assert saved(form)[first]["verdict"] == "B"
-    assert len(saved(form)) == 2
-    assert form.place == 2
-
-
-def test_there_is_nothing_before_the_first_pair(form):
-    assert form.back.disabled
-    form.back.click()
-    assert form.place == 0
+def test_every_rating_is_saved_at_once_and_another_session_goes_on(run, form):
+    click(form, "A", "B")
+    assert [row["verdict"] for row in saved(form)] == ["A", "B"]
+    again = rate_blind(run, MODELS, count=5)
+    assert again.pairs[:4] == form.pairs  # a larger count keeps the former ones
+    assert again.place == 2 and "2 of 5 rated" in again.question.value
+    click(again, "A")
+    click(form, "A")  # open twice: the later rating of a pair counts, none is lost
+    assert len(saved(form)) == 4
+    assert rate_blind(run, MODELS, count=4).place == 3
 
 
 def test_after_the_last_pair_nothing_can_be_rated(form):
-    for _ in form.pairs:
-        form.verdicts["A"].click()
-    assert "Every pair is rated" in form.question.value
+    click(form, *"AAAA")
     assert all(button.disabled for button in form.verdicts.values())
-    form.verdicts["A"].click()
-    press(form, "1")
+    form.rate("A")
     assert len(saved(form)) == 4
 
 
-def test_from_the_end_one_can_go_back(form):
-    for _ in form.pairs:
-        form.verdicts["A"].click()
-    form.back.click()
-    assert form.place == 3
-    assert not form.verdicts["A"].disabled
-
-
-def test_keys_rate_as_they_are_typed(form):
-    press(form, "123")
-    verdicts = [saved(form)[pair.id]["verdict"] for pair in form.pairs[:3]]
-    assert verdicts == ["A", "B", "tie"]
-
-
-def test_keys_tick_and_clear_the_marks_of_either_side(form):
-    press(form, "qfF")
-    assert form.marks["A", "coherent"].value is True
-    assert form.marks["B", "biased"].value is False
-    press(form, "f")
-    assert form.marks["B", "biased"].value is True
-
-
-def test_a_key_goes_back(form):
-    press(form, "10")
-    assert form.place == 0
-
-
-def test_keys_that_arrive_together_count_one_by_one(form):
-    form.keys.value = "q1"
-    form.keys.value = "q1w2"
-    rows = [saved(form)[pair.id] for pair in form.pairs[:2]]
-    assert [row["verdict"] for row in rows] == ["A", "B"]
-    assert sorted(sum(rows[0]["marks"].values(), [])) == ["coherent"]
-    assert sorted(sum(rows[1]["marks"].values(), [])) == ["relevant"]
-
-
-def test_deleting_what_was_typed_does_nothing(form):
-    press(form, "11")
-    form.keys.value = "1"
-    form.keys.value = ""
-    assert len(saved(form)) == 2
-    press(form, "2")
-    assert len(saved(form)) == 3
-
-
-def test_other_keys_do_nothing(form):
-    press(form, "x 9?")
-    assert form.place == 0
-    assert not form.path.exists()
-
-
 def test_what_a_model_wrote_is_escaped(run):
-    path = run.path / "eval/sft/test.jsonl"
-    rows = [row | {"output": "<img src=x>"} for row in data.read_rows(path)]
-    data.write_rows(path, rows)
-    form = blind.form(run, MODELS)
-    both = "".join(text.value for text in form.texts.values())
-    assert "<img" not in both and "&lt;img src=x&gt;" in both
+    write_answers(run, "sft", "<img src=x>", gold="<b>")
+    write_answers(run, "base", "plain", gold="<b>")
+    form = rate_blind(run, MODELS)
+    text = form.question.value + "".join(text.value for text in form.texts.values())
+    assert "<img" not in text and html.escape("<img src=x>") in text
+    assert "expected: &lt;b&gt;" in text
 
 
-def test_of_models_with_the_same_answers_there_is_nothing_to_rate(run):
-    rows = data.read_rows(run.path / "eval/base/test.jsonl")
-    data.write_rows(run.path / "eval/sft/test.jsonl", rows)
-    form = blind.form(run, MODELS)
-    assert "gave the same answers" in form.question.value
-    press(form, "123")
-    assert not form.path.exists()
-
-
-def test_models_without_a_question_in_common_are_refused(run):
-    rows = [
-        row | {"id": "x"} for row in data.read_rows(run.path / "eval/sft/test.jsonl")
-    ]
-    data.write_rows(run.path / "eval/sft/test.jsonl", rows)
-    with pytest.raises(DataError, match="base and sft share no question"):
-        blind.form(run, MODELS)
+def test_equal_answers_are_not_rated(run):
+    write_answers(run, "sft", WORDS["base"], gold="7")
+    form = rate_blind(run, MODELS)
+    assert form.pairs == []
+    assert all(button.disabled for button in form.verdicts.values())
 
 
 def test_the_form_is_shown_by_naming_it_last_in_a_cell(form, monkeypatch):
@@ -276,3 +140,38 @@ def test_the_form_is_shown_by_naming_it_last_in_a_cell(form, monkeypatch):
     monkeypatch.setattr(IPython.display, "display", displayed.append)
     form._ipython_display_()
     assert displayed == [form.widget]
+
+
+def test_wins_marks_and_sides_are_counted_with_intervals_and_reported(run, form):
+    for verdict in ("sft", "sft", "sft", "tie"):
+        form.marks[side_of(form, "base"), "biased"].value = verdict == "tie"
+        click(form, verdict if verdict == "tie" else side_of(form, verdict))
+    table = blind_results(run, MODELS)
+    wins = table.loc["wins (ties excluded)"]
+    assert wins["base"] == "0/3" and wins["sft"].startswith("3/3 = 100.0 % [43.9, ")
+    assert list(table.loc["biased"].str[:3]) == ["1/4", "0/4"]
+    part = run.report()["blind"]["base_sft"]
+    assert (part["models"], part["rated"]) == (list(MODELS), 4)
+    assert (part["losses"], part["ties"], part["missing"]) == (0, 1, 0)
+    sides = [row["verdict"] for row in saved(form)]
+    assert (part["a_wins"]["k"], part["a_wins"]["n"]) == (sides.count("A"), 3)
+    assert list(part["marks"]) == list(MARKS)
+    assert part["marks"]["biased"]["base"]["k"] == 1
+
+
+def test_ratings_of_answers_that_changed_are_kept_and_not_counted(run, form):
+    click(form, "A", "A")
+    write_answers(run, "sft", "anew", gold="7")
+    assert blind_results(run, MODELS).empty
+    again = rate_blind(run, MODELS, count=4)
+    assert again.place == 0
+    click(again, "tie")
+    assert len(saved(form)) == 3
+    table = blind_results(run, MODELS)
+    assert "wins (ties excluded)" not in table.index
+    assert list(table.loc["rated pairs"]) == [1, 1]
+
+
+def test_before_the_first_rating_nothing_is_reported(run):
+    assert blind_results(run, MODELS).empty
+    assert "blind" not in run.report()

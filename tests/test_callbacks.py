@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from helpers.models import adapters
 from helpers.models import load as models
 from helpers.training import callbacks
 
@@ -18,7 +19,7 @@ from helpers.training import callbacks
 @pytest.fixture
 def lora_model(tiny_model_folder: Path) -> Any:
     model, _ = models.load_model(str(tiny_model_folder))
-    return models.add_lora(model, {"r": 4, "target_modules": ["q_proj"]})
+    return adapters.add_lora(model, {"r": 4, "target_modules": ["q_proj"]})
 
 
 NAN = float("nan")

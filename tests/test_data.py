@@ -1,10 +1,12 @@
-"""Tests of data.preparation: sources are mixed, split and written; nothing leaks."""
+"""Tests of data.preparation: rows are filtered, mixed, split and written; no leaks."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,41 @@ import pytest
 from helpers import recipes, runs
 from helpers.config import changed, read_config
 from helpers.data import preparation as data
-from helpers.errors import ConfigError, DataError, MissingInput
+from helpers.data.preparation import (
+    Reader,
+    assert_disjoint,
+    place_of,
+    split,
+    to_conversations,
+    to_problems,
+)
+from helpers.errors import ConfigError, DataError
 from helpers.runs import Run
 from tests.rows import ROWS, messages_row, pair, problem, turns, write
+
+MakeRun = Callable[..., Run]
+CHATS_ONLY = {
+    "stages": ["sft"],
+    "best_by": "loss",
+    "sft__eval_strategy": "no",
+    "data__train_rows": None,
+    **dict.fromkeys(["data__eval", "data__problems", "data__test", "data__test_new"]),
+}
 
 
 def read_all(run: Run) -> dict[str, list[dict[str, Any]]]:
     paths = sorted((run.path / "data").glob("*"))
     return {path.stem: data.read_rows(path) for path in paths}
+
+
+def first_questions(rows: list[dict[str, Any]]) -> list[str]:
+    return [data.questions_of(row["messages"])[0] for row in rows]
+
+
+@pytest.fixture(autouse=True)
+def messages(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "helpers")
+    return caplog
 
 
 @pytest.fixture
@@ -38,391 +67,8 @@ def own_files(tmp_path: Path) -> dict[str, Any]:
         "data__eval": source("eval", 6),
         "data__test": source("test", 8),
         "data__test_new": source("test_new", 5),
-        "data__train_rows": None,
+        **{f"data__{part}_rows": None for part in ("train", "eval", "test")},
     }
-
-
-def test_preparing_writes_five_files_with_the_counts_it_reports(run: Run) -> None:
-    report = data.prepare(run)
-    found = {name: len(rows) for name, rows in read_all(run).items()}
-    assert found == {name: report[name] for name in found}
-    # train: 24 rows of the problems, and the two sample files of 12 rows
-    assert found == {
-        "train": 48, "eval": 4, "problems": 2400, "test": 6, "test_new": 4
-    }  # fmt: skip
-
-
-def test_preparing_writes_its_part_of_the_report(run: Run) -> None:
-    report = data.prepare(run)
-    assert run.report()["data"] == report
-    assert report["sources"]["data_samples/sharegpt.jsonl"] == {
-        "format": "sharegpt",
-        "why": "the rows have conversations",
-        "read": 12,
-        "rows": 12,
-        "unused": {},
-        "adjusted": {},
-    }
-
-
-def test_the_prepared_rows_have_the_fields_that_the_next_notebooks_read(
-    run: Run,
-) -> None:
-    data.prepare(run)
-    fields = {name: set(rows[0]) for name, rows in read_all(run).items()}
-    asked = {"id", "question", "answer", "gold"}
-    assert fields == {
-        "train": {"id", "messages"},
-        "eval": {"id", "messages"},
-        "problems": asked,
-        "test": asked,
-        "test_new": asked,
-    }
-
-
-def test_preparing_twice_gives_the_same_fingerprints_and_bytes(
-    run_factory: Callable[..., Run],
-) -> None:
-    first, second = run_factory(name="first"), run_factory(name="second")
-    reports = [data.prepare(first), data.prepare(second)]
-    assert reports[0]["fingerprints"] == reports[1]["fingerprints"]
-    for path in (first.path / "data").iterdir():
-        assert path.read_bytes() == (second.path / "data" / path.name).read_bytes()
-
-
-def test_another_seed_draws_other_training_rows_and_the_same_test(
-    run_factory: Callable[..., Run],
-) -> None:
-    reports = [data.prepare(run_factory(seed=seed)) for seed in (1, 2)]
-    first, second = (report["fingerprints"] for report in reports)
-    assert first["train"] != second["train"]
-    assert first["test"] == second["test"]
-
-
-def test_no_held_out_id_or_question_is_in_the_training_rows(run: Run) -> None:
-    data.prepare(run)
-    parts = read_all(run)
-    trained = {row["id"] for row in parts["train"] + parts["problems"]}
-    asked = {q for row in parts["train"] for q in data.questions_of(row["messages"])}
-    asked |= {row["question"] for row in parts["problems"]}
-    for name in ("test", "test_new"):
-        assert trained.isdisjoint(row["id"] for row in parts[name])
-        assert asked.isdisjoint(row["question"] for row in parts[name])
-    assert trained.isdisjoint(row["id"] for row in parts["eval"])
-
-
-def test_own_files_are_prepared_whole_when_nothing_is_capped(
-    run_factory: Callable[..., Run], own_files: dict[str, Any]
-) -> None:
-    uncapped = {f"data__{part}_rows": None for part in ("eval", "test", "test_new")}
-    report = data.prepare(run_factory(**own_files, **uncapped))
-    names = ("train", "problems", "eval", "test", "test_new")
-    assert [report[name] for name in names] == [12, 12, 6, 8, 5]
-
-
-@pytest.mark.parametrize("part", ["eval", "test", "test_new"])
-def test_a_held_out_question_among_the_training_rows_stops_the_preparation(
-    run_factory: Callable[..., Run],
-    own_files: dict[str, Any],
-    tmp_path: Path,
-    part: str,
-) -> None:
-    rows = [problem("fresh?"), problem("train 3:  how many?")]
-    own_files[f"data__{part}"] = write(tmp_path / "leaky.jsonl", rows)
-    run = run_factory(**own_files)
-    with pytest.raises(DataError, match=f"^1 questions of {part} are in the training"):
-        data.prepare(run)
-    assert not (run.path / "data").exists()
-
-
-def test_a_test_question_among_chat_rows_stops_the_preparation(
-    run_factory: Callable[..., Run], own_files: dict[str, Any], tmp_path: Path
-) -> None:
-    row = {"messages": turns("test 1: how many?", "Five.", system="Be brief.")}
-    own_files["data__train"].append(write(tmp_path / "chat.jsonl", [row]))
-    with pytest.raises(DataError, match="1 questions of test are in the training rows"):
-        data.prepare(run_factory(**own_files))
-
-
-def test_a_test_question_among_the_problems_alone_stops_the_preparation(
-    run_factory: Callable[..., Run], own_files: dict[str, Any], tmp_path: Path
-) -> None:
-    own_files["data__problems"] = write(
-        tmp_path / "more.jsonl", [problem("fresh?"), problem("test 1: how many?")]
-    )
-    with pytest.raises(DataError, match="1 questions of test are in the training rows"):
-        data.prepare(run_factory(**own_files))
-
-
-def test_one_source_for_problems_and_eval_is_cut_in_two(
-    run_factory: Callable[..., Run], own_files: dict[str, Any], tmp_path: Path
-) -> None:
-    own_files["data__train"] = [write(tmp_path / "chat.jsonl", ROWS)]
-    own_files["data__eval"] = own_files["data__problems"]
-    run = run_factory(**own_files)
-    data.prepare(run)
-    parts = read_all(run)
-    evaluated = [data.questions_of(row["messages"])[0] for row in parts["eval"]]
-    assert evaluated == [f"train {i}: how many?" for i in range(8, 12)]
-    assert [row["question"] for row in parts["problems"]] == [
-        f"train {i}: how many?" for i in range(8)
-    ]
-
-
-def test_one_source_that_eval_would_take_whole_is_refused(
-    run_factory: Callable[..., Run], own_files: dict[str, Any], tmp_path: Path
-) -> None:
-    own_files["data__train"] = [write(tmp_path / "chat.jsonl", ROWS)]
-    own_files["data__eval"] = own_files["data__problems"]
-    with pytest.raises(DataError, match="has 12 rows .*eval_rows=12 leaves no problem"):
-        data.prepare(run_factory(**own_files, data__eval_rows=12))
-
-
-SHARED = {
-    "data__eval": None,
-    "data__eval_share": 0.2,
-    "data__test_share": 0.3,
-    "data__test": None,
-    "data__test_new": None,
-    "data__test_rows": None,
-    "data__eval_rows": None,
-}
-
-
-def test_shares_of_the_training_rows_are_held_out(
-    run_factory: Callable[..., Run], own_files: dict[str, Any]
-) -> None:
-    run = run_factory(**{**own_files, **SHARED, "data__problems": None}, stages=["sft"])
-    report = data.prepare(run)
-    parts = read_all(run)
-    assert sorted(parts) == ["eval", "test_chat", "train"]
-    assert sum(report[name] for name in parts) == 12
-    questions = [
-        data.questions_of(r["messages"])[0] for rows in parts.values() for r in rows
-    ]
-    assert len(set(questions)) == 12
-
-
-def test_a_question_of_two_sources_is_on_one_side(
-    run_factory: Callable[..., Run], own_files: dict[str, Any], tmp_path: Path
-) -> None:
-    again = [
-        {"messages": turns(f"train {i}: how many?", "Some other words.")}
-        for i in range(12)
-    ]
-    own_files["data__train"].append(write(tmp_path / "again.jsonl", again))
-    run = run_factory(**{**own_files, **SHARED, "data__problems": None}, stages=["sft"])
-    data.prepare(run)
-    sides = [
-        {data.questions_of(row["messages"])[0] for row in rows}
-        for rows in read_all(run).values()
-    ]
-    assert sum(map(len, sides)) == len(set.union(*sides)) == 12
-
-
-def test_held_out_shares_are_capped_like_other_held_out_sets(
-    run_factory: Callable[..., Run], own_files: dict[str, Any]
-) -> None:
-    caps = {"data__eval_share": 0.3, "data__eval_rows": 1, "data__test_rows": 1}
-    values = {**own_files, **SHARED, **caps, "data__problems": None}
-    report = data.prepare(run_factory(**values, stages=["sft"]))
-    assert (report["eval"], report["test_chat"]) == (1, 1)
-
-
-def test_a_run_of_grpo_alone_has_problems_and_no_conversations(
-    run_factory: Callable[..., Run], own_files: dict[str, Any]
-) -> None:
-    values = {**own_files, "data__train": [], "data__eval": None}
-    run = run_factory(**values, stages=["grpo"])
-    report = data.prepare(run)
-    assert sorted(read_all(run)) == ["problems", "test", "test_new"]
-    assert sorted(report["sources"]) == ["problems", "test", "test_new"]
-
-
-def test_preparing_takes_away_what_the_config_no_longer_has(
-    run_factory: Callable[..., Run], own_files: dict[str, Any]
-) -> None:
-    data.prepare(run_factory(**own_files))
-    run = run_factory(**{**own_files, "data__test_new": None})
-    data.prepare(run)
-    assert sorted(read_all(run)) == ["eval", "problems", "test", "train"]
-
-
-def test_data_without_a_part_that_the_config_has_is_prepared(
-    run_factory: Callable[..., Run],
-    own_files: dict[str, Any],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    data.prepare(run_factory(**{**own_files, "data__test_new": None}))
-    data.ensure_data(run_factory(**own_files))
-    assert "preparing it now" in capsys.readouterr().out
-
-
-def test_bad_rows_of_a_source_are_refused_by_the_sources_name(
-    run_factory: Callable[..., Run], own_files: dict[str, Any], tmp_path: Path
-) -> None:
-    bad = write(tmp_path / "bad.jsonl", [messages_row("user")])
-    own_files["data__train"].append(bad)
-    with pytest.raises(DataError, match="bad.jsonl: 1 of 1 rows cannot be used"):
-        data.prepare(run_factory(**own_files))
-
-
-def test_missing_data_is_prepared_with_a_word(
-    run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = data.ensure_data(run)
-    assert "01_data_prep makes it): preparing it now" in capsys.readouterr().out
-    assert folder == run.require("data/test_new.jsonl").parent
-
-
-def test_data_that_is_there_is_not_prepared_again(
-    run_factory: Callable[..., Run],
-    own_files: dict[str, Any],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run = run_factory(**own_files)
-    data.prepare(run)
-    Path(own_files["data__test"]).unlink()
-    data.ensure_data(run)
-    assert capsys.readouterr().out == ""
-
-
-def test_data_of_other_settings_are_prepared_anew_with_a_word(
-    run_factory: Callable[..., Run],
-    own_files: dict[str, Any],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    data.prepare(run_factory(**own_files))
-    run = run_factory(**{**own_files, "data__train_rows": 5})
-    data.ensure_data(run)
-    assert "made from other settings: preparing it anew" in capsys.readouterr().out
-    assert run.report()["data"]["train"] == 5
-
-
-def test_other_settings_that_data_do_not_depend_on_leave_them_alone(
-    run_factory: Callable[..., Run],
-    own_files: dict[str, Any],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    data.prepare(run_factory(**own_files))
-    data.ensure_data(run_factory(**own_files, sft__max_steps=3, max_length=300))
-    assert capsys.readouterr().out == ""
-
-
-def test_the_data_of_a_run_that_prepared_none_is_missing(run: Run) -> None:
-    with pytest.raises(MissingInput, match="run notebook 01_data_prep"):
-        run.require("data/train.jsonl")
-
-
-@pytest.mark.parametrize("part", ["train", "eval", "problems", "test", "test_new"])
-def test_a_file_that_was_edited_is_noticed_and_named(
-    run_factory: Callable[..., Run],
-    own_files: dict[str, Any],
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    part: str,
-) -> None:
-    path = tmp_path / "edited.jsonl"
-    value: Any = [str(path)] if part == "train" else str(path)
-    run = run_factory(**own_files | {f"data__{part}": value})
-    write(path, [problem("was this here before?", 2), problem("and this, before?", 3)])
-    data.prepare(run)
-    times = path.stat()
-    write(path, [problem("is this here by now?", 2), problem("and this, by now?", 3)])
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    data.ensure_data(run)
-    assert f"{path} has changed: preparing it anew" in capsys.readouterr().out
-    assert "by now?" in (run.path / "data" / f"{part}.jsonl").read_text()
-    data.ensure_data(run)
-    assert capsys.readouterr().out == ""
-
-
-def test_the_inputs_of_a_run_are_its_files_by_their_content(
-    run_factory: Callable[..., Run], own_files: dict[str, Any]
-) -> None:
-    run = run_factory(**own_files)
-    report = data.prepare(run)
-    paths = [own_files[f"data__{part}"] for part in ("eval", "test", "test_new")]
-    assert sorted(report["inputs"]) == sorted([*own_files["data__train"], *paths])
-    assert data.inputs(run) == report["inputs"]
-    Path(paths[0]).write_text("{}")
-    changed_now = {k for k, v in data.inputs(run).items() if v != report["inputs"][k]}
-    assert changed_now == set(data.changed_inputs(run)) == {paths[0]}
-
-
-def test_fields_that_are_not_used_are_reported_and_told(
-    run_factory: Callable[..., Run],
-    own_files: dict[str, Any],
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> None:
-    path = write(tmp_path / "chat.jsonl", [pair("a?") | {"context": "b"}])
-    run = run_factory(**own_files | {"data__train": [path]})
-    data.ensure_data(run)
-    assert run.report()["data"]["sources"][path]["unused"] == {"context": 1}
-    assert f"{path}: unused: context (1)" in capsys.readouterr().out
-
-
-def test_bad_problems_are_dropped_by_choice_and_counted_by_the_part(
-    run_factory: Callable[..., Run], own_files: dict[str, Any], tmp_path: Path
-) -> None:
-    for part in ("problems", "test", "test_new"):
-        rows = [problem(f"new {part}?"), {"question": "b", "answer": "#### 8:30"}]
-        own_files[f"data__{part}"] = write(tmp_path / f"bad {part}.jsonl", rows)
-    with pytest.raises(DataError, match="bad problems.jsonl: 1 of 2 .*#### 8:30"):
-        data.prepare(run_factory(**own_files))
-    report = data.prepare(run_factory(**own_files, data__drop_unusable=True))
-    for part in ("problems", "test", "test_new"):
-        assert report[part] == 1
-        assert report["left_out"][part]["no gold number"]["rows"] == 1
-
-
-def test_fields_are_ignored_by_choice(
-    run_factory: Callable[..., Run], own_files: dict[str, Any], tmp_path: Path
-) -> None:
-    row: dict[str, Any] = {"messages": turns("a?", "b"), "tools": [{"name": "look"}]}
-    row["messages"][1]["reasoning_content"] = "Hm."
-    own_files["data__train"] = [write(tmp_path / "chat.jsonl", [row])]
-    with pytest.raises(DataError, match="field 'tools' is not trained on"):
-        data.prepare(run_factory(**own_files))
-    ignore = ["tools", "messages.reasoning_content"]
-    run = run_factory(**own_files, data__ignore=ignore)
-    data.prepare(run)
-    assert read_all(run)["train"][0]["messages"] == turns("a?", "b")
-
-
-def test_an_answer_that_is_not_learnt_is_part_of_the_prompt_and_no_reference() -> None:
-    messages = turns("a?", "wrong", "again?", "right", "and?", "yes")
-    assert data.first_question(messages) == turns("a?")
-    messages[1]["weight"] = 0
-    assert data.first_question(messages) == turns("a?", "wrong", "again?")
-    assert data.first_answer(messages) == turns("", "right")[1]
-
-
-def test_a_turn_that_is_not_learnt_keeps_its_mark(
-    run_factory: Callable[..., Run], own_files: dict[str, Any], tmp_path: Path
-) -> None:
-    messages = turns("a?", "wrong", "again?", "right")
-    messages[1]["weight"] = 0
-    own_files["data__train"] = [write(tmp_path / "c.jsonl", [{"messages": messages}])]
-    run = run_factory(**own_files)
-    data.prepare(run)
-    assert read_all(run)["train"][0]["messages"] == messages
-
-
-# mixing
-
-
-CHATS_ONLY = {
-    "stages": ["sft"],
-    "best_by": "loss",
-    "sft__eval_strategy": "no",
-    "data__train_rows": None,
-    "data__eval": None,
-    "data__problems": None,
-    "data__test": None,
-    "data__test_new": None,
-}
 
 
 @pytest.fixture
@@ -434,198 +80,456 @@ def two_files(tmp_path: Path) -> list[str]:
     ]
 
 
-def words(run: Run, part: str = "train") -> list[str]:
-    """The first words of a part's questions, in order."""
-    rows = data.read_rows(run.path / "data" / f"{part}.jsonl")
-    return [data.questions_of(row["messages"])[0].split()[0] for row in rows]
+# rows that are left out
 
 
-def test_sources_are_mixed_whole_and_shuffled(
-    run_factory: Callable[..., Run], two_files: list[str]
+def test_only_the_first_three_bad_rows_are_shown_and_all_are_counted() -> None:
+    rows = [messages_row("user")] * 5 + [messages_row("user", "assistant")]
+    with pytest.raises(DataError, match="^mine: 5 of 6 rows cannot be used") as error:
+        to_conversations(rows, source="mine")
+    assert str(error.value).count("row ") == 3
+    kept, left_out = to_conversations(rows, drop_unusable=True)
+    examples = [f"row {n}: no assistant turn" for n in (1, 2, 3)]
+    assert left_out == {"no assistant turn": {"rows": 5, "examples": examples}}
+    assert len(kept) == 1
+
+
+def test_what_cannot_teach_is_always_left_out_and_counted_by_reason() -> None:
+    rows = [*ROWS, pair("a", " "), ROWS[0], pair("long?", "c" * 1234)]
+    rows += [pair("d") | {"weight": 0}, pair("d", "1"), pair("d", "2")]
+    kept, left_out = to_conversations(rows, max_chars=1000)
+    assert [m[-1]["content"] for m in kept[2:]] == ["1", "2"]
+    assert {reason: part["examples"] for reason, part in left_out.items()} == {
+        "empty answer": ["row 3: empty answer"],
+        "duplicate": ["row 4: Say hi, twice."],
+        "over-long": ["row 5: 1,239 characters: long?"],
+        "no answer is learnt": ["row 6: no answer is learnt: the row is marked so"],
+    }
+
+
+def test_rows_of_another_form_or_that_the_source_could_not_read_are_counted() -> None:
+    rows = [*ROWS, {"title": "a"}, "c", DataError("broken JSON: what")]
+    with pytest.raises(DataError, match="3 of 5 rows .*row 5: broken JSON: what"):
+        to_conversations(rows)
+    kept, left_out = to_conversations(rows, drop_unusable=True)
+    counts = {reason: part["rows"] for reason, part in left_out.items()}
+    assert counts == {"no 'prompt'": 1, "a row is not an object": 1, "broken JSON": 1}
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([], "^mine holds no rows$"),
+        ([pair("a", " ")], "^mine: no row is left of 1 .1 empty answer.: row 1"),
+        ([DataError("broken JSON")], "^mine, row 1: broken JSON"),
+    ],
+)
+def test_rows_of_which_none_is_left_are_refused(rows: Any, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        to_conversations(rows, source="mine")
+
+
+def test_a_reader_knows_the_rows_of_another_source_and_keeps_the_numbers() -> None:
+    first = Reader()
+    list(first.read(enumerate(ROWS, start=1)))
+    second = Reader(seen=first.seen, drop_unusable=True)
+    rows = [(17, ROWS[0]), (40, {"prompt": "b", "completion": None}), (41, pair("a"))]
+    assert len(list(second.read(rows))) == 1
+    shown = [part["examples"][0] for part in second.left_out.values()]
+    assert [text.partition(":")[0] for text in shown] == ["row 17", "row 40"]
+    assert (second.form, second.rows, second.kept) == ("prompt-completion", 3, 1)
+
+
+def test_reading_keeps_no_row_in_memory() -> None:
+    def rows(count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        return ((i, pair(f"Question {i}?", "so " * 1000)) for i in range(count))
+
+    peaks = []
+    for count in (200, 2000):
+        tracemalloc.start()
+        for _ in Reader().read(rows(count)):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # 2,000 rows are 6 MB of text; their hashes are a tenth of a kilobyte each
+    assert peaks[1] - peaks[0] < 0.5e6
+
+
+# problems
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "text"),
+    [
+        ("So 1,080.\n#### 1,080", "1080", "So 1,080.\n#### 1,080"),
+        (" 1,080\n", "1080", "#### 1,080"),
+        (0, "0", "#### 0"),
+        (2.5, "5/2", "#### 2.5"),
+        ("-3", "-3", "#### -3"),
+    ],
+)
+def test_a_problem_carries_its_gold_number(answer: Any, gold: str, text: str) -> None:
+    row = {"id": "p1", "question": "How many?", "answer": answer}
+    assert to_problems([row]) == [row | {"gold": gold, "answer": text}]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        *[
+            ({"question": "b", "answer": answer}, "no gold number: .* or a number")
+            for answer in ("#### five", "Many.", True, "It is late.\n#### 8:30")
+        ],
+        ({"question": "", "answer": "5"}, "question or answer is missing: the row has"),
+        (problem("  "), "question or answer is missing"),
+        ({"question": "b", "answer": None}, "question or answer is missing"),
+        ({"question": "b", "solution": "5"}, "question or answer is missing"),
+        ({"question": turns("b"), "answer": "5"}, "question is not text: a list"),
+        (problem("a", 6), "two gold answers to one question: 6 and 5: a"),
+        ("c", "a row is not an object"),
+    ],
+)
+def test_a_row_that_is_no_problem_is_refused_or_dropped(row: Any, reason: str) -> None:
+    rows = [problem("a"), row]
+    with pytest.raises(DataError, match=f"^mine: 1 of 2 rows .*; row 2: {reason}"):
+        to_problems(rows, "mine")
+    reader = Reader(drop_unusable=True)
+    assert len(list(reader.problems(enumerate(rows, 1)))) == 1
+    assert [part["rows"] for part in reader.left_out.values()] == [1]
+
+
+def test_problems_are_told_apart_by_their_ids_or_questions() -> None:
+    ids = [r["id"] for r in to_problems([problem("a"), problem("b"), problem("a")])]
+    assert ids[0] == ids[2] != ids[1]
+    rows = to_problems([problem("a") | {"id": 1}, problem("b") | {"id": 1}])
+    assert rows[0]["id"] == "1" != rows[1]["id"]
+
+
+# splits
+
+SHARES = {"test_chat": 0.1, "eval": 0.05}
+
+
+def ask_all(count: int, word: str = "Question") -> list[str]:
+    return [f"{word} {i}?" for i in range(count)]
+
+
+def splits_of(questions: list[str], shares: dict[str, float]) -> dict[str, list[str]]:
+    """Returns the questions of each split."""
+    parts: dict[str, list[str]] = {}
+    for q, name in zip(questions, split(map(place_of, questions), shares), strict=True):
+        parts.setdefault(name, []).append(q)
+    return parts
+
+
+def test_a_split_has_about_the_share_that_is_asked_for() -> None:
+    parts = splits_of(ask_all(4000), SHARES)
+    assert len(parts["test_chat"]) == pytest.approx(400, abs=60)
+    assert len(parts["eval"]) == pytest.approx(200, abs=45)
+    assert split([0.1, 0.9], {}) == ["train", "train"]
+
+
+def test_a_row_keeps_its_split_when_data_or_shares_change() -> None:
+    before = splits_of(ask_all(300), SHARES)
+    after = splits_of(ask_all(300, "Another") + ask_all(300)[::-1], SHARES)
+    assert all(set(part) <= set(after[name]) for name, part in before.items())
+    other = splits_of(ask_all(300), {**SHARES, "eval": 0.2})
+    assert before["test_chat"] == other["test_chat"]
+
+
+@pytest.mark.parametrize("shape", ["  Same? ", "Same?\n", "\tSame?"])
+def test_white_space_in_a_question_does_not_count(shape: str) -> None:
+    assert place_of(shape) == place_of("Same?") != place_of("same")
+    with pytest.raises(DataError, match="^1 questions of test are in .*first: 'Same"):
+        assert_disjoint([shape], {"eval": ["x"], "test": ["Same?", "y"]})
+    assert assert_disjoint(["a", "b"], {"test": ["c"], "eval": ["d"]}) is None
+
+
+def test_a_small_set_leaves_no_split_empty() -> None:
+    questions = [question for question in ask_all(12) for _ in range(3)]
+    parts = splits_of(questions, {"test_chat": 0.001, "eval": 0.001})
+    assert sorted(map(len, parts.values())) == [3, 3, 30]
+    more = splits_of(questions, {"test_chat": 0.3})
+    assert set(parts["test_chat"]) <= set(more["test_chat"])
+    with pytest.raises(DataError, match="^2 different questions, of which test_chat"):
+        splits_of(ask_all(2), SHARES)
+
+
+# the data of a run
+
+
+def test_preparing_writes_five_files_with_what_the_next_notebooks_read(
+    run: Run,
 ) -> None:
-    run = run_factory(**{**CHATS_ONLY, "data__train": two_files})
     report = data.prepare(run)
-    found = words(run)
-    assert (found.count("big"), found.count("small")) == (100, 30)
-    assert [part["rows"] for part in report["sources"].values()] == [100, 30]
-    # in order there would be one change from source to source
-    assert sum(a != b for a, b in zip(found, found[1:], strict=False)) > 20
+    parts = read_all(run)
+    # train: 24 rows of the problems, and the two sample files of 12 rows
+    counts = {"train": 48, "eval": 4, "problems": 2400, "test": 6, "test_new": 4}
+    assert {n: len(p) for n, p in parts.items()} == counts
+    assert {n: report[n] for n in counts} == counts
+    for name, rows in parts.items():
+        chat = name in ("train", "eval")
+        fields = {"id", "messages"} if chat else {"id", "question", "answer", "gold"}
+        assert set(rows[0]) == fields
+    assert run.report()["data"] == report
+    assert report["sources"]["data_samples/sharegpt.jsonl"] == {
+        "format": "sharegpt",
+        "why": "the rows have conversations",
+        "read": 12,
+        "rows": 12,
+        "unused": {},
+        "adjusted": {},
+    }
 
 
-def test_sources_are_mixed_by_weight_without_repeating_a_row(
-    run_factory: Callable[..., Run], two_files: list[str]
+def test_preparing_twice_gives_the_same_bytes_and_another_seed_other_rows(
+    run_factory: MakeRun,
 ) -> None:
-    big, small = two_files
-    sources = [{"path": big, "weight": 1}, {"path": small, "weight": 2}]
-    run = run_factory(**{**CHATS_ONLY, "data__train": sources})
-    report = data.prepare(run)
-    found = words(run)
-    assert (found.count("big"), found.count("small")) == (15, 30)
-    assert [part["read"] for part in report["sources"].values()] == [100, 30]
-    assert [part["rows"] for part in report["sources"].values()] == [15, 30]
+    made = [run_factory(name=n, seed=s) for n, s in (("a", 1), ("b", 1), ("c", 2))]
+    first, again, other = (data.prepare(run)["fingerprints"] for run in made)
+    assert first == again
+    assert first["train"] != other["train"] and first["test"] == other["test"]
+    for path in (made[0].path / "data").iterdir():
+        assert path.read_bytes() == (made[1].path / "data" / path.name).read_bytes()
 
 
-def test_a_weight_draws_by_the_runs_seed(
-    run_factory: Callable[..., Run], two_files: list[str]
+@pytest.mark.parametrize("part", ["eval", "test", "test_new"])
+@pytest.mark.parametrize("where", ["problem", "chat"])
+def test_a_held_out_question_that_is_trained_on_stops_the_preparation(
+    run_factory: MakeRun,
+    own_files: dict[str, Any],
+    tmp_path: Path,
+    part: str,
+    where: Any,
 ) -> None:
-    sources = [two_files[0], {"path": two_files[1], "weight": 2}]
-    drawn = []
-    for seed in (1, 1, 2):
-        run = run_factory(**{**CHATS_ONLY, "data__train": sources}, seed=seed)
+    row: dict[str, Any] = problem("leaky?")
+    if where == "chat":
+        row = {"messages": turns("leaky?", "Five.", system="Be brief.")}
+        own_files["data__train"].append(write(tmp_path / "chat.jsonl", [row]))
+    else:
+        rows = [problem("fresh?"), row]
+        own_files["data__problems"] = write(tmp_path / "more.jsonl", rows)
+    held = [problem("new?"), problem(" leaky? ")]
+    own_files[f"data__{part}"] = write(tmp_path / "held.jsonl", held)
+    run = run_factory(**own_files)
+    with pytest.raises(DataError, match=f"^1 questions of {part} are in the training"):
         data.prepare(run)
-        rows = data.read_rows(run.path / "data" / "train.jsonl")
-        drawn.append([row["id"] for row in rows])
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert set(drawn[0]) != set(drawn[2])
+    assert not (run.path / "data").exists()
 
 
-def test_sources_are_mixed_by_their_own_counts(
-    run_factory: Callable[..., Run], two_files: list[str]
+def test_one_source_for_problems_and_eval_is_cut_in_two(
+    run_factory: MakeRun, own_files: dict[str, Any], tmp_path: Path
 ) -> None:
-    counts = zip(two_files, (40, 5), strict=True)
-    sources = [{"path": path, "rows": rows} for path, rows in counts]
-    run = run_factory(**{**CHATS_ONLY, "data__train": sources})
+    own_files["data__train"] = [write(tmp_path / "chat.jsonl", ROWS)]
+    own_files |= {"data__eval": own_files["data__problems"], "data__eval_rows": 4}
+    run = run_factory(**own_files)
     data.prepare(run)
-    found = words(run)
-    assert (found.count("big"), found.count("small")) == (40, 5)
-    assert found[:5] != ["big"] * 5 or "small" in found
+    asked = [f"train {i}: how many?" for i in range(12)]
+    assert first_questions(read_all(run)["eval"]) == asked[8:]
+    assert [row["question"] for row in read_all(run)["problems"]] == asked[:8]
+    with pytest.raises(DataError, match="has 12 rows .*eval_rows=12 leaves no problem"):
+        data.prepare(run_factory(**own_files | {"data__eval_rows": 12}))
 
 
-def test_recipe_c_takes_as_many_rows_of_either_source(runs_home: Path) -> None:
-    recipe = recipes.load("finetome-llama32-3b-c")
-    run = runs.save_run(recipes.scaled(recipe, rows=1, samples=True))
+def test_shares_of_the_training_rows_are_held_out_and_capped(
+    run_factory: MakeRun, own_files: dict[str, Any], tmp_path: Path
+) -> None:
+    again = [{"messages": turns(f"train {i}: how many?", "So.")} for i in range(12)]
+    sources = [*own_files["data__train"], write(tmp_path / "again.jsonl", again)]
+    shares = {"data__eval_share": 0.2, "data__test_share": 0.3}
+    values = {**CHATS_ONLY, "data__train": sources, **shares}
+    run = run_factory(**values, data__eval_rows=None, data__test_rows=None)
     report = data.prepare(run)
-    assert [(p["format"], p["rows"]) for p in report["sources"].values()] == [
-        ("sharegpt", 8), ("wizardlm", 8)
-    ]  # fmt: skip
+    parts = {name: set(first_questions(rows)) for name, rows in read_all(run).items()}
+    assert sorted(parts) == ["eval", "test_chat", "train"]
+    assert sum(map(len, parts.values())) == len(set.union(*parts.values())) == 12
+    assert sum(report[name] for name in parts) == 24
+    report = data.prepare(run_factory(**values, data__eval_rows=1, data__test_rows=1))
+    assert (report["eval"], report["test_chat"]) == (1, 1)
+
+
+def test_a_run_has_the_parts_of_its_config_and_no_others(
+    run_factory: MakeRun, own_files: dict[str, Any]
+) -> None:
+    data.prepare(run_factory(**own_files))
+    values = {**own_files, "data__train": [], "data__eval": None}
+    run = run_factory(**values, stages=["grpo"])
+    report = data.prepare(run)
+    parts = ["problems", "test", "test_new"]
+    assert sorted(read_all(run)) == sorted(report["sources"]) == parts
+
+
+def test_a_turn_that_is_not_learnt_keeps_its_mark_and_is_part_of_the_prompt(
+    run_factory: MakeRun, tmp_path: Path
+) -> None:
+    chat = turns("a?", "wrong", "again?", "right", "and?", "yes")
+    assert data.first_question(chat) == turns("a?")
+    chat[1]["weight"] = 0
+    source = write(tmp_path / "c.jsonl", [{"messages": chat}])
+    run = run_factory(**{**CHATS_ONLY, "data__train": [source]})
+    data.prepare(run)
+    assert read_all(run)["train"][0]["messages"] == chat
+    assert data.first_question(chat) == turns("a?", "wrong", "again?")
+    assert data.first_answer(chat)["content"] == "right"
+
+
+def test_bad_rows_are_refused_by_the_source_or_dropped_and_ignored_by_choice(
+    run_factory: MakeRun, own_files: dict[str, Any], tmp_path: Path
+) -> None:
+    for part in ("problems", "test", "test_new"):
+        rows = [problem(f"new {part}?"), {"question": "b", "answer": "#### 8:30"}]
+        own_files[f"data__{part}"] = write(tmp_path / f"bad {part}.jsonl", rows)
+    row = {"messages": turns("a?", "b"), "tools": [{"name": "look"}]}
+    row |= {"context": "c"}
+    own_files["data__train"] = [write(tmp_path / "chat.jsonl", [row])]
+    with pytest.raises(DataError, match="chat.jsonl: 1 of 1 rows .*field 'tools'"):
+        data.prepare(run_factory(**own_files))
+    own_files["data__ignore"] = ["tools"]
+    with pytest.raises(DataError, match="bad problems.jsonl: 1 of 2 .*#### 8:30"):
+        data.prepare(run_factory(**own_files))
+    report = data.prepare(run_factory(**own_files, data__drop_unusable=True))
+    for part in ("problems", "test", "test_new"):
+        assert report[part] == 1
+        assert report["left_out"][part]["no gold number"]["rows"] == 1
+    source = own_files["data__train"][0]
+    assert report["sources"][source]["unused"] == {"context": 1}
+    assert data.remarks(report) == [f"{source}: unused: context (1)"]
+
+
+# mixing
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        ([{}, {}], (100, 30)),
+        ([{"weight": 1}, {"weight": 2}], (15, 30)),
+        ([{}, {"weight": 2}], (15, 30)),
+        ([{"rows": 40}, {"rows": 5}], (40, 5)),
+        ([{"stream": True}, {"stream": True}], (100, 30)),
+    ],
+)
+def test_sources_are_mixed_by_count_or_weight_and_shuffled(
+    run_factory: MakeRun, two_files: list[str], options: list[Any], counts: Any
+) -> None:
+    sources = [{"path": p} | o for p, o in zip(two_files, options, strict=True)]
+    run = run_factory(**{**CHATS_ONLY, "data__train": sources})
+    report = data.prepare(run)
+    questions = first_questions(read_all(run)["train"])
+    words = [question.split()[0] for question in questions]
+    assert (words.count("big"), words.count("small")) == counts
+    assert len(set(questions)) == sum(counts)
+    assert tuple(part["rows"] for part in report["sources"].values()) == counts
+    # in order there would be one change from source to source
+    assert sum(a != b for a, b in zip(words, words[1:], strict=False)) > 5
 
 
 def test_a_row_of_two_sources_is_trained_on_once(
-    run_factory: Callable[..., Run], two_files: list[str], tmp_path: Path
-) -> None:
-    again = write(tmp_path / "again.jsonl", [pair("big 3?"), pair("new?")])
-    run = run_factory(**{**CHATS_ONLY, "data__train": [two_files[0], again]})
-    report = data.prepare(run)
-    assert report["train"] == 101
-    assert report["left_out"][again]["duplicate"] == {
-        "rows": 1, "examples": ["row 1: big 3?"]
-    }  # fmt: skip
-
-
-def test_two_parts_of_one_source_are_both_reported(
-    run_factory: Callable[..., Run], two_files: list[str]
+    run_factory: MakeRun, two_files: list[str]
 ) -> None:
     sources = [{"path": two_files[0], "rows": rows} for rows in (20, 80)]
-    report = data.prepare(run_factory(**{**CHATS_ONLY, "data__train": sources}))
+    run = run_factory(**{**CHATS_ONLY, "data__train": sources})
+    report = data.prepare(run)
     assert [part["read"] for part in report["sources"].values()] == [20, 80]
+    questions = first_questions(read_all(run)["train"])
+    assert len(set(questions)) == len(questions) >= 80
+    again = list(report["left_out"].values())[1]["duplicate"]
+    assert again["rows"] == 100 - len(questions) > 0
 
 
-def test_a_format_that_a_source_asks_for_is_taken(
-    run_factory: Callable[..., Run], tmp_path: Path
+def test_a_format_of_a_source_is_taken_or_refused_by_the_source(
+    run_factory: MakeRun, tmp_path: Path
 ) -> None:
     row = {**pair("a?"), "instruction": "b?", "response": "Yes."}
-    source = write(tmp_path / "both.jsonl", [row])
-    asked = {"path": source, "format": "prompt-completion"}
-    run = run_factory(**{**CHATS_ONLY, "data__train": [asked]})
-    report = data.prepare(run)
-    assert words(run) == ["a?"]
-    assert report["sources"][source]["why"] == "asked for"
-
-
-def test_a_format_that_does_not_fit_is_refused_by_the_source(
-    run_factory: Callable[..., Run], two_files: list[str]
-) -> None:
-    source = {"path": two_files[0], "format": "sharegpt"}
-    run = run_factory(**{**CHATS_ONLY, "data__train": [source]})
-    with pytest.raises(DataError, match="big.jsonl: 100 of 100 rows cannot be used as"):
+    source = {"path": write(tmp_path / "both.jsonl", [row])}
+    for form, question in ((None, "b?"), ("prompt-completion", "a?")):
+        sources = [source | {"format": form}]
+        run = run_factory(**{**CHATS_ONLY, "data__train": sources})
+        data.prepare(run)
+        assert first_questions(read_all(run)["train"]) == [question]
+    run = run_factory(**{**CHATS_ONLY, "data__train": [source | {"format": "openai"}]})
+    with pytest.raises(DataError, match="both.jsonl: 1 of 1 rows cannot be used as op"):
         data.prepare(run)
 
 
-def test_bad_rows_of_a_drawn_source_have_the_numbers_of_the_file(
-    run_factory: Callable[..., Run], tmp_path: Path
-) -> None:
-    rows = [pair(f"{i}?") if i % 2 else messages_row("user") for i in range(40)]
-    plain = [
-        row if "prompt" in row else {"prompt": "", "completion": None} for row in rows
-    ]
-    source = write(tmp_path / "rows.jsonl", plain)
-    values = {**CHATS_ONLY, "data__train": [source], "data__train_rows": 9}
-    run = run_factory(**values, data__drop_unusable=True)
-    report = data.prepare(run)
-    (part,) = report["left_out"][source].values()
-    numbers = [
-        int(text.split(":")[0].removeprefix("row ")) for text in part["examples"]
-    ]
-    assert len(numbers) == 3
-    assert all(number % 2 for number in numbers)
-    assert report["train"] + part["rows"] == 9
-
-
-def test_over_long_conversations_are_left_out_of_the_mix(
-    run_factory: Callable[..., Run], tmp_path: Path
-) -> None:
-    source = write(tmp_path / "rows.jsonl", [pair("a?"), pair("b?", "b" * 99)])
-    run = run_factory(**{**CHATS_ONLY, "data__train": [source]}, data__max_chars=50)
-    report = data.prepare(run)
-    assert report["train"] == 1
-    assert report["left_out"][source]["over-long"]["rows"] == 1
-
-
 def test_a_conversation_that_asks_later_what_is_held_out_is_not_trained_on(
-    run_factory: Callable[..., Run], two_files: list[str], tmp_path: Path
+    run_factory: MakeRun, two_files: list[str], tmp_path: Path
 ) -> None:
     values = {**CHATS_ONLY, "data__eval_share": 0.1}
     first = run_factory(**values, data__train=two_files[:1])
     data.prepare(first)
-    held_out = data.read_rows(first.path / "data" / "eval.jsonl")[0]["messages"]
-    question = data.questions_of(held_out)[0]
-    chat = turns("Begin!", "Yes?", question.replace(" ", "  "), "Yes.")
-    other = turns("Hello!", "Yes?", "Something else?", "Yes.")
-    more = write(tmp_path / "more.jsonl", [{"messages": chat}, {"messages": other}])
+    (question, *_) = first_questions(read_all(first)["eval"])
+    chats = [
+        turns("Begin!", "Yes?", question.replace(" ", "  "), "Yes."),
+        turns("Hello!", "Yes?", "Something else?", "Yes."),
+    ]
+    more = write(tmp_path / "more.jsonl", [{"messages": chat} for chat in chats])
     second = run_factory(**values, data__train=[two_files[0], more])
     report = data.prepare(second)
-    trained = {
-        q for w in read_all(second)["train"] for q in data.questions_of(w["messages"])
-    }
-    assert "Begin!" not in trained
-    assert "Something else?" in trained
+    trained = first_questions(read_all(second)["train"])
+    assert "Begin!" not in trained and "Hello!" in trained
     assert report["left_out"]["the mix"] == {
         "asks later what is held out": {"rows": 1, "examples": [question]}
     }
 
 
-def test_a_held_out_row_never_becomes_a_training_row_when_data_grow(
-    run_factory: Callable[..., Run], tmp_path: Path
-) -> None:
-    values = {**CHATS_ONLY, "data__eval_share": 0.1, "data__test_share": 0.1}
-    rows = [pair(f"{i}?") for i in range(300)]
-    parts = []
-    for count in (150, 300):
-        source = write(tmp_path / f"{count}.jsonl", rows[:count])
-        run = run_factory(**values, data__train=[source], data__test_rows=None)
-        data.prepare(run)
-        parts.append({n: {r["id"] for r in part} for n, part in read_all(run).items()})
-    for name in ("eval", "test_chat"):
-        assert parts[0][name]
-        assert parts[0][name].isdisjoint(parts[1]["train"])
-    assert parts[0]["train"] <= parts[1]["train"]
+def test_recipe_c_takes_as_many_rows_of_either_source(runs_home: Path) -> None:
+    recipe = recipes.load("finetome-llama32-3b-c")
+    run = runs.save_run(recipes.scaled(recipe, rows=1, samples=True))
+    parts = data.prepare(run)["sources"].values()
+    counts = [(part["format"], part["rows"]) for part in parts]
+    assert counts == [("sharegpt", 8), ("wizardlm", 8)]
 
 
-def test_a_streamed_source_is_prepared_like_a_stored_one(
-    run_factory: Callable[..., Run], two_files: list[str]
+# what is prepared again
+
+
+def test_missing_or_other_data_are_prepared_with_a_note_and_good_ones_left(
+    run_factory: MakeRun, own_files: dict[str, Any], messages: Any
 ) -> None:
-    found = []
-    for stream in (False, True):
-        sources = [{"path": path, "stream": stream} for path in two_files]
-        values = {**CHATS_ONLY, "data__train": sources}
-        found.append(data.prepare(run_factory(**values))["fingerprints"])
-    assert found[0] == found[1]
+    run = run_factory(**own_files)
+    assert data.ensure_data(run) == run.require("data/test_new.jsonl").parent
+    assert "01_data_prep makes it): preparing it now" in messages.text
+    messages.clear()
+    data.ensure_data(run_factory(**own_files, sft__max_steps=3, max_length=300))
+    assert messages.text == ""
+    run = run_factory(**{**own_files, "data__train_rows": 5})
+    data.ensure_data(run)
+    assert "made from other settings: preparing it anew" in messages.text
+    assert run.report()["data"]["train"] == 5
+
+
+@pytest.mark.parametrize("part", ["train", "eval", "problems", "test", "test_new"])
+def test_a_file_that_was_edited_is_noticed_by_its_content_and_named(
+    run_factory: MakeRun,
+    own_files: dict[str, Any],
+    tmp_path: Path,
+    messages: Any,
+    part: str,
+) -> None:
+    path = tmp_path / "edited.jsonl"
+    value: Any = [str(path)] if part == "train" else str(path)
+    run = run_factory(**own_files | {f"data__{part}": value})
+    write(path, [problem("was this here before?", 2), problem("and this, before?", 3)])
+    data.prepare(run)
+    times = path.stat()
+    write(path, [problem("is this here by now?", 2), problem("and this, by now?", 3)])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert data.changed_inputs(run) == [str(path)]
+    data.ensure_data(run)
+    assert f"{path} has changed: preparing it anew" in messages.text
+    assert "by now?" in (run.path / "data" / f"{part}.jsonl").read_text()
+    messages.clear()
+    path.unlink()  # nothing is known of it now
+    data.ensure_data(run)
+    assert messages.text == ""
 
 
 # config
 
 
-def test_a_config_with_options_comes_back_from_json(tmp_path: Path) -> None:
+def test_a_config_with_sources_comes_back_from_json(tmp_path: Path) -> None:
     sources = [
         {"path": "a.jsonl", "format": "alpaca", "rows": 5},
         {"path": "owner/name:train", "weight": 0.5},
@@ -637,31 +541,29 @@ def test_a_config_with_options_comes_back_from_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "reason"),
     [
         ("train", [{"path": "a", "fromat": "alpaca"}], "did you mean 'format'"),
         ("train", ["a", {"path": "b", "format": "alpacca"}], "did you mean 'alpaca'"),
         ("train", [{"rows": 5}], "Field required"),
         ("train", [{"path": "a", "rows": "many"}], "valid integer"),
-        ("train", [{"path": "a", "weight": -1}], "greater than 0"),
         ("train", [{"path": "a", "weight": float("inf")}], "finite number"),
         ("train", [5], "valid dictionary"),
         ("eval", {"path": "a", "rows": 0}, "greater than or equal to 1"),
         ("test", {"path": "a", "weight": 2}, "a weight is of data.train alone"),
-        ("max_chars", 0, "greater than or equal to 1"),
     ],
 )
 def test_a_source_that_cannot_be_read_so_is_refused_by_the_config(
-    field: str, value: Any, said: str
+    field: str, value: Any, reason: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"^data.{field}[\w.]*:? .*{said}"):
+    with pytest.raises(ConfigError, match=rf"^data.{field}[\w.]*:? .*{reason}"):
         changed(recipes.load("demo"), **{f"data__{field}": value})
 
 
-# memory
+# memory and files
 
 MEASURED = """
-import sys, threading, time
+import threading, time
 
 def anonymous_mb():
     with open("/proc/self/status") as file:
@@ -694,7 +596,7 @@ AT_ONCE = {
     not Path("/proc/self/status").exists(), reason="needs Linux's /proc"
 )
 def test_the_memory_of_preparing_does_not_grow_with_the_data(
-    run_factory: Callable[..., Run], tmp_path: Path, run_python: Any
+    run_factory: MakeRun, tmp_path: Path, run_python: Any
 ) -> None:
     peaks, sizes = [], []
     for count in (4_000, 12_000):
@@ -705,37 +607,19 @@ def test_the_memory_of_preparing_does_not_grow_with_the_data(
                 file.write(json.dumps(row) + "\n")
         values = {**CHATS_ONLY, "data__train": [str(path)], "data__eval_share": 0.05}
         run_factory(**values)
-        cache = {"HF_DATASETS_CACHE": str(tmp_path / f"cache-{count}")}
-        peaks.append(float(run_python("-c", MEASURED, **cache, **AT_ONCE).stdout))
+        peaks.append(float(run_python("-c", MEASURED, **AT_ONCE).stdout))
         sizes.append(path.stat().st_size / 2**20)
-    print(
-        f"{sizes[0]:.0f} MB of rows: {peaks[0]:.0f} MB; {sizes[1]:.0f}: {peaks[1]:.0f}"
-    )
     assert sizes[1] - sizes[0] > 60
     assert peaks[1] - peaks[0] < 25
 
 
-# files
-
-
-def test_writing_tells_the_number_of_rows_and_a_fingerprint(tmp_path: Path) -> None:
+def test_rows_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    first = data.write_rows(path, iter([{"id": "1"}, {"id": "2"}]))
-    assert first[0] == 2
-    assert data.write_rows(path, [{"id": "1"}, {"id": "2"}]) == first
-    assert data.write_rows(path, [{"id": "1"}, {"id": "3"}]) != first
-
-
-def test_rows_that_fail_leave_the_file_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    data.write_rows(path, [{"id": "1"}])
+    rows = [{"id": "1", "messages": turns("Zoë\u2028?", "a\nb 🎉")}, {"id": "2"}]
+    count, fingerprint = data.write_rows(path, iter(rows))
+    assert (data.read_rows(path), count) == (rows, 2)
+    assert data.write_rows(path, rows)[1] == fingerprint
     with pytest.raises(TypeError):
         data.write_rows(path, [{"id": "2"}, {"id": object()}])
-    assert data.read_rows(path) == [{"id": "1"}]
+    assert data.read_rows(path) == rows
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
-    rows = [{"id": "1", "messages": turns("Zoë\u2028?", "a\nb 🎉")}, {"id": "2"}]
-    data.write_rows(tmp_path / "rows.jsonl", rows)
-    assert data.read_rows(tmp_path / "rows.jsonl") == rows

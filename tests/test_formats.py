@@ -5,716 +5,449 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from helpers import runtime
-from helpers.config import SYSTEM_PROMPT
-from helpers.data.formats import (
-    FORMATS,
-    LEARNT,
-    Fields,
-    Messages,
-    detect_format,
-    read_prompt,
-    read_turns,
-)
-from helpers.data.preparation import ask
-from helpers.data.reading import Reader, to_conversations, to_problems
-from helpers.data.sources import load_rows
+from helpers.data.formats import FORMATS, LEARNT, Fields, detect_format, read_prompt
+from helpers.data.preparation import Reader, ask, load_rows, to_conversations
 from helpers.errors import DataError
 from helpers.masking.templates import INSTRUCTION_TEMPLATE, render
 from tests.rows import ROWS, messages_row, pair, problem, turns
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+HI = turns("Hi", "Hi.")
+BRIEF = turns("Hi", "Hi.", system="Be brief.")
 
-SAMPLES = runtime.ROOT / "data_samples"
 
-FIRST_OF_FORMAT: list[tuple[str, str, int, Messages]] = [
-    (
-        "openai_messages",
-        "openai",
-        1,
-        turns(
-            "What is the largest planet of the solar system?",
-            "Jupiter. More than a thousand Earths would fit inside it.",
-            "And the smallest?",
-            "Mercury, which is only a little larger than our Moon.",
-            system="You answer questions about astronomy briefly and correctly.",
-        ),
-    ),
-    (
-        "sharegpt",
-        "sharegpt",
-        2,
-        turns(
-            "What is a palindrome?",
-            "A palindrome is a word or sentence that reads the same forwards and "
-            'backwards. Short examples are "level", "noon" and "rotor".',
-        ),
-    ),
-    (
-        "alpaca",
-        "alpaca",
-        1,
-        turns(
-            "Rewrite the sentence in a polite tone.\n\nSend me the report by noon.",
-            "Could you please send me the report by noon?",
-        ),
-    ),
-    (
-        "dolly",
-        "dolly",
-        0,
-        turns("How many legs does a spider have?", "A spider has eight legs."),
-    ),
-    (
-        "llama2_text",
-        "llama-2",
-        0,
-        turns(
-            "How can I peel garlic quickly?",
-            "Press each clove with the flat side of a knife until the skin cracks. It "
-            "then slips off easily.",
-        ),
-    ),
-    (
-        "chatml_text",
-        "chatml",
-        3,
-        turns(
-            "My basil looks limp. What now?",
-            "Feel the soil: if it is dry, water it from below and give it shade for a "
-            "day. If it is wet, let it dry out.",
-            system="You are a gardener. Answer in at most two sentences.",
-        ),
-    ),
-    (
-        "word_problems/train",
-        "gsm8k",
-        0,
-        turns(
-            "Bao has read 33 pages of a book with 60 pages. To read the rest in 3 "
-            "days, with the same number each day, how many pages a day are needed?",
-            "60 - 33 = 27 pages are left.\nBao must read 27 / 3 = 9 pages a day.\n"
-            "#### 9",
-        ),
-    ),
-]
+def read(row: Any, **options: Any) -> Any:
+    """Returns the messages of one row."""
+    return to_conversations([row], **options)[0][0]
 
 
-@pytest.mark.parametrize(("file", "name", "row", "expected"), FIRST_OF_FORMAT)
-def test_a_sample_files_format_is_detected_and_its_rows_converted(
-    file: str, name: str, row: int, expected: Messages
-) -> None:
-    rows = load_rows(str(SAMPLES / f"{file}.jsonl"))
-    conversations, left_out = to_conversations(rows)
-    assert detect_format(rows)[0] == name
-    assert conversations[row] == expected
-    assert (len(conversations), left_out) == (len(rows), {})
-
-
-def test_prompt_and_completion_rows_become_one_exchange() -> None:
-    assert to_conversations(ROWS)[0][0] == turns("Say hi, twice.", 'hi "hi"')
-
-
-def test_a_dolly_context_follows_the_instruction() -> None:
-    row = {"instruction": "When?", "context": "It opens at ten.", "response": "Ten."}
-    assert to_conversations([row])[0] == [
-        turns("When?\n\n### Context:\nIt opens at ten.", "Ten.")
-    ]
-
-
-def test_an_input_that_is_null_adds_nothing() -> None:
-    row = {"instruction": "Hi?", "input": None, "output": "Hi."}
-    assert to_conversations([row])[0] == [turns("Hi?", "Hi.")]
-
-
-def test_a_sharegpt_system_turn_is_kept_as_such() -> None:
-    says = [("system", "Be brief."), ("human", "Hi"), ("gpt", "Hi.")]
-    row = {"conversations": [{"from": who, "value": text} for who, text in says]}
-    assert to_conversations([row])[0] == [turns("Hi", "Hi.", system="Be brief.")]
-
-
-def test_llama2_text_with_a_system_prompt_and_two_turns_is_taken_apart() -> None:
-    text = (
-        "<s>[INST] <<SYS>>\nBe brief.\nBe kind.\n<</SYS>>\n\nHi there [/INST] Hello! "
-        "</s><s>[INST] Two\nlines? [/INST] Yes,\nhere. </s>"
-    )
-    assert to_conversations([{"text": text}])[0] == [
-        turns(
-            "Hi there", "Hello!", "Two\nlines?", "Yes,\nhere.",
-            system="Be brief.\nBe kind.",
-        )
-    ]  # fmt: skip
-
-
-def test_columns_of_no_known_format_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        DataError, match="the columns body, title fit no .*alpaca: input, in"
-    ):
-        detect_format([{"title": "a", "body": "b"}])
-
-
-def test_the_system_prompt_goes_before_problems() -> None:
-    row = problem("How many?")
-    assert to_conversations([row], "Think.")[0] == [
-        turns("How many?", "Working.\n#### 5", system="Think.")
-    ]
-
-
-def test_the_system_prompt_does_not_go_before_other_conversations() -> None:
-    assert to_conversations(ROWS[:1], "Think.")[0][0][0]["role"] == "user"
-
-
-@pytest.mark.parametrize("more", [[], [problem("How many?")]])
-def test_questions_and_answers_are_not_taken_for_maths(more: list[Any]) -> None:
-    rows = [{"question": "Where?", "answer": "Here, or in room 5."}, *more]
-    assert to_conversations(rows, "Think.")[0][0] == turns(
-        "Where?", "Here, or in room 5."
-    )
-
-
-def test_the_system_prompt_does_not_go_before_one_of_the_row() -> None:
-    row = problem("How many?") | {"system": "Be brief."}
-    assert to_conversations([row], "Think.")[0] == [
-        turns("How many?", "Working.\n#### 5", system="Be brief.")
-    ]
-
-
-def test_problems_are_asked_in_training_as_in_evaluation() -> None:
-    trained = to_conversations([problem("How many?")], SYSTEM_PROMPT)[0][0]
-    assert trained[:-1] == ask("How many?", SYSTEM_PROMPT)
-
-
-def test_a_question_is_asked_without_a_system_turn_when_there_is_no_prompt() -> None:
-    assert ask("How many?", "") == turns("How many?")
-
-
-# detection
-
-
-DETECTED: list[tuple[dict[str, Any], str, str]] = [
-    (messages_row("user"), "openai", "the rows have messages"),
-    ({"conversations": []}, "sharegpt", "the rows have conversations"),
-    (
-        {"instruction": "a", "input": "", "output": "b"},
-        "alpaca",
-        "the rows have input, instruction, output",
-    ),
-    (
-        {"instruction": "a", "output": "b"},
-        "wizardlm",
-        "the rows have instruction, output",
-    ),
-    (
-        {"instruction": "a", "response": "b", "category": "c"},
-        "dolly",
-        "the rows have instruction, response",
-    ),
-    (ROWS[0], "prompt-completion", "the rows have completion, prompt"),
-    (
-        problem("How many?"),
-        "gsm8k",
-        "the rows have answer, question with #### <number>",
-    ),
-    (
-        {"question": "Where?", "answer": "Here.\n#### 1. A list\nof places"},
-        "question-answer",
-        "the rows have answer, question",
-    ),
-    ({"text": "[INST] a [/INST] b"}, "llama-2", "the rows have text with [INST]"),
-    (
-        {"text": "<|im_start|>user\na<|im_end|>"},
-        "chatml",
-        "the rows have text with <|im_start|>",
-    ),
-]
-
-
-@pytest.mark.parametrize(("row", "name", "why"), DETECTED)
-def test_a_format_is_detected_with_its_reason(
-    row: dict[str, Any], name: str, why: str
-) -> None:
-    assert detect_format([row]) == (name, why)
-
-
-def test_every_known_format_is_among_those_cases() -> None:
-    assert {form.name for form in FORMATS} == {name for _, name, _ in DETECTED}
-
-
-def test_a_marker_in_a_later_row_is_seen() -> None:
-    rows = [{"text": "<|im_start|>"}, {"text": "[INST] a [/INST] b"}]
-    assert detect_format(rows)[0] == "llama-2"
-
-
-def test_text_without_markers_is_refused() -> None:
-    with pytest.raises(DataError, match=r"the columns text fit .*chatml: text with <"):
-        detect_format([{"text": "Once upon a time."}])
-
-
-# spellings
-
-
-@pytest.mark.parametrize("column", ["conversations", "messages"])
-@pytest.mark.parametrize(
-    ("who", "says", "names"),
-    [
-        ("from", "value", ("human", "gpt")),
-        ("from", "value", ("user", "assistant")),
-        ("role", "content", ("user", "assistant")),
-        ("role", "content", ("human", "gpt")),
-    ],
-)
-def test_turns_are_read_in_either_spelling(
-    column: str, who: str, says: str, names: tuple[str, str]
-) -> None:
-    pairs = [("system", "Be brief."), (names[0], "Hi"), (names[1], "Hi.")]
-    row = {column: [{who: name, says: text} for name, text in pairs]}
-    assert to_conversations([row])[0] == [turns("Hi", "Hi.", system="Be brief.")]
-
-
-def test_a_turn_whose_other_spelling_is_null_is_read() -> None:
-    given = {"role": None, "content": None}
-    row = {
-        "conversations": [
-            {"from": "human", "value": "Hi", **given},
-            {"from": "gpt", "value": "Hi.", **given},
-        ]
-    }
-    assert to_conversations([row])[0] == [turns("Hi", "Hi.")]
-
-
-@pytest.mark.parametrize(
-    ("words", "role"),
-    [
-        ("system System developer DEVELOPER", "system"),
-        ("user User human Human prompter", "user"),
-        ("assistant Assistant gpt GPT chatgpt bing bard model bot", "assistant"),
-    ],
-)
-def test_a_role_is_told_in_any_of_its_names(words: str, role: str) -> None:
-    for word in words.split():
-        turns_in = [{"role": word, "content": "a"}]
-        assert read_turns(turns_in, Fields()) == [{"role": role, "content": "a"}]
-
-
-def as_json(row: Any) -> Any:
-    return json.dumps(row)
-
-
-def as_lists(row: Any) -> Any:
-    return {name: [turn[name] for turn in row] for name in row[0]}
-
-
-def in_parts(row: Any) -> Any:
-    for turn in row:
-        half = len(turn["content"]) // 2
-        texts = turn["content"][:half], turn["content"][half:]
-        turn["content"] = [{"type": "text", "text": text} for text in texts]
-    return row
-
-
-@pytest.mark.parametrize("shape", [as_json, as_lists, in_parts])
-def test_turns_are_read_in_other_shapes(shape: Callable[[Any], Any]) -> None:
-    messages = turns("Hi", "Hi.", "And?", "No.", system="Be brief.")
-    row = {"messages": shape(json.loads(json.dumps(messages)))}
-    assert to_conversations([row])[0] == [messages]
-
-
-@pytest.mark.parametrize(
-    ("messages", "reason"),
-    [
-        ("What is it?", "messages is text that is not JSON: 'What is it"),
-        ({"role": ["user"], "content": ["a", "b"]}, "messages has lists of different"),
-        (
-            [{"role": "user", "content": "a"}, None],
-            "a turn is not an object: turn 2 is",
-        ),
-        (["Hi"], "a turn is not an object: turn 1 is text"),
-        ([{"content": "a"}], "a turn has no role: turn 1 has content"),
-        (5, "messages is not a list of turns: 5"),
-        (
-            [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
-            "the user turn's content has a part that is not text: image_url",
-        ),
-    ],
-)
-def test_turns_in_no_known_shape_are_refused_in_words(
-    messages: Any, reason: str
-) -> None:
-    with pytest.raises(DataError, match=f"row 1: {reason}"):
-        to_conversations([{"messages": messages}])
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(True, "true"), (4, "4"), (0, "0"), (2.5, "2.5"), (10**30, "1" + 30 * "0")],
-)
-def test_a_value_that_is_no_text_is_learnt_as_json_writes_it(
-    value: Any, text: str
-) -> None:
-    row = {"prompt": "2 + 2?", "completion": value}
-    assert to_conversations([row])[0] == [turns("2 + 2?", text)]
-
-
-def test_prompt_and_completion_may_be_lists_of_turns() -> None:
-    said = turns("Hi", "Hi.", "And?", system="Be brief.")
-    row = {"prompt": said, "completion": turns("", "No.")[1:]}
-    first = {"role": "assistant", "content": "Hi.", "weight": 0}  # it is the prompt's
-    (messages,) = to_conversations([row])[0]
-    assert messages == [*said[:2], first, *said[3:], *row["completion"]]
-    row = {"prompt": said[:2], "completion": "Hi."}
-    assert to_conversations([row])[0] == [turns("Hi", "Hi.", system="Be brief.")]
-
-
-def test_an_answer_before_the_first_question_is_dropped_and_counted() -> None:
-    reader = Reader()
-    row = {"messages": [*turns("", "Welcome!", "Hi", "Hi.")[1:]]}
-    assert list(reader.read([(1, row)])) == [turns("Hi", "Hi.")]
-    assert reader.fields.adjusted == {"answer before the first question dropped": 1}
-
-
-def test_questions_in_a_row_are_joined_and_counted() -> None:
-    reader = Reader()
-    row = {"messages": [*turns("Hello."), *turns("Hi?", "Hi.")]}
-    assert list(reader.read([(1, row)])) == [turns("Hello.\n\nHi?", "Hi.")]
-    assert reader.report(1)["adjusted"] == {"questions in a row joined": 1}
-
-
-# fields beside question and answer
-
-
-EXCHANGES: list[dict[str, Any]] = [
-    {"messages": turns("Hi", "Hi.")},
-    {"conversations": turns("Hi", "Hi.")},
-    {"instruction": "Hi", "input": "", "output": "Hi."},
-    {"instruction": "Hi", "response": "Hi."},
-    {"question": "Hi", "answer": "Hi."},
-    {"prompt": "Hi", "completion": "Hi."},
-]
-
-
-@pytest.mark.parametrize("row", EXCHANGES)
-@pytest.mark.parametrize("column", ["system", "system_prompt"])
-def test_a_system_column_is_the_first_turn(row: dict[str, Any], column: str) -> None:
-    for text in ("Be brief.", "", None):
-        found = to_conversations([row | {column: text}])[0]
-        assert found == [turns("Hi", "Hi.", system=text or "")]
-
-
-@pytest.mark.parametrize("row", EXCHANGES)
-@pytest.mark.parametrize("shape", [list, json.dumps])
-def test_a_history_comes_before_the_question(
-    row: dict[str, Any], shape: Callable[[Any], Any]
-) -> None:
-    row = row | {"history": shape([["a?", "b"], ["c?", "d"]]), "system": "Be brief."}
-    assert to_conversations([row])[0] == [
-        turns("a?", "b", "c?", "d", "Hi", "Hi.", system="Be brief.")
-    ]
-
-
-@pytest.mark.parametrize("history", ["a?", {"a": "b"}, [["a?"]], ["a?", "b"]])
-def test_a_history_in_another_shape_is_refused(history: Any) -> None:
-    with pytest.raises(DataError, match="row 1: history is "):
-        to_conversations([EXCHANGES[0] | {"history": history}])
-
-
-def test_two_system_prompts_that_differ_are_refused() -> None:
-    row = {"messages": turns("Hi", "Hi.", system="Be brief."), "system": "Be kind."}
-    with pytest.raises(DataError, match="row 1: two system prompts: a column and"):
-        to_conversations([row])
-    row["system"] = "Be brief."
-    assert to_conversations([row])[0] == [row["messages"]]
-
-
-@pytest.mark.parametrize("mark", LEARNT)
-@pytest.mark.parametrize("value", [0, False, 0.0])
-def test_a_turn_that_is_marked_so_is_not_learnt(mark: str, value: Any) -> None:
-    messages = turns("Hi", "Wrong.", "Again?", "Right.")
-    row = json.loads(json.dumps(messages))
-    row[1][mark], row[3][mark] = value, 1
-    row[0][mark] = None
-    messages[1]["weight"] = 0
-    assert to_conversations([{"messages": row}])[0] == [messages]
-
-
-@pytest.mark.parametrize("value", [0.5, 2, "no", [1]])
-def test_another_weight_is_refused(value: Any) -> None:
-    row = {"messages": turns("Hi", "Hi.")}
-    row["messages"][1]["weight"] = value
-    with pytest.raises(DataError, match="a weight that is neither 0 nor 1: turn 2 has"):
-        to_conversations([row])
-
-
-def test_a_conversation_of_which_no_answer_is_learnt_is_left_out_and_counted() -> None:
-    row = {"messages": turns("Hi", "Wrong.")}
-    row["messages"][1]["weight"] = 0
-    left_out = to_conversations([EXCHANGES[0], row])[1]
-    assert left_out["no answer is learnt"]["rows"] == 1
-
-
-CALL = [{"type": "function", "function": {"name": "look", "arguments": "{}"}}]
-HARMFUL = [
-    ("reasoning_content", "Let me see."), ("thinking", "Hm."), ("tool_calls", CALL),
-    ("function_call", {"name": "look"}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("place", "field", "value"),
-    [("row", *pair) for pair in [*HARMFUL, ("tools", CALL), ("functions", CALL)]]
-    + [("turn", *pair) for pair in [*HARMFUL, ("reasoning", "Hm.")]],
-)
-def test_a_field_that_changes_what_is_learnt_is_refused_dropped_or_ignored(
-    place: str, field: str, value: Any
-) -> None:
-    good = {"messages": turns("Hi", "Hi.")}
-    bad: dict[str, Any] = {"messages": turns("Ho", "Ho.")}
-    (bad if place == "row" else bad["messages"][1])[field] = value
-    with pytest.raises(DataError, match=f"row 2: field '{field}' .*data.ignore.*drop_"):
-        to_conversations([good, bad])
-    kept, left_out = to_conversations([good, bad], drop_unusable=True)
-    assert kept == [turns("Hi", "Hi.")]
-    assert [part["rows"] for part in left_out.values()] == [1]
-    assert field in next(iter(left_out))
-    kept, _ = to_conversations([good, bad], fields=Fields(ignore=(field,)))
-    assert kept == [turns("Hi", "Hi."), turns("Ho", "Ho.")]
-
-
-@pytest.mark.parametrize("value", [None, "", [], "[]", {}, {"name": None}, " "])
-def test_a_field_that_says_nothing_changes_nothing(value: Any) -> None:
-    reader = Reader()
-    row: dict[str, Any] = {"messages": turns("Hi", "Hi."), "tools": value, "x": value}
-    row["messages"][1] |= {"tool_calls": value, "name": value}
-    assert list(reader.read([(1, row)])) == [turns("Hi", "Hi.")]
-    assert reader.fields.unused == {}
-
-
-@pytest.mark.parametrize("role", ["tool", "function", "ipython", "observation"])
-def test_a_tool_turn_is_refused_by_its_role(role: str) -> None:
-    row = {"messages": turns("Hi", "Hi.", "4")}
-    row["messages"][2]["role"] = role
-    with pytest.raises(DataError, match=f"row 1: role '{role}' is not system, user or"):
-        to_conversations([row])
-
-
-@pytest.mark.parametrize("row", EXCHANGES)
-def test_fields_that_are_not_used_are_counted_by_name(row: dict[str, Any]) -> None:
-    reader = Reader()
-    row = json.loads(json.dumps(row)) | {"id": 7, "source": "x", "score": 0.5}
-    expected = {"id": 2, "source": 2, "score": 2}
-    for column in {"messages", "conversations"} & set(row):
-        row[column][0]["name"] = "Ann"
-        expected[f"{column}.name"] = 2
-    list(reader.read([(1, row), (2, row | {"id": 8, "other": "Ho."})]))
-    expected["other"] = 1
-    assert reader.report(1)["unused"] == expected
-
-
-def test_dolly_rows_come_back_from_the_instruction_template(
-    make_tokenizer: Callable[..., PreTrainedTokenizerFast],
-) -> None:
-    tokenizer = make_tokenizer(
-        ("<s>", "</s>"), bos_token="<s>", eos_token="</s>",
-        chat_template=INSTRUCTION_TEMPLATE,
-    )  # fmt: skip
-    rows = load_rows("data_samples/dolly.jsonl")
-    blocks = re.compile(
-        r"### Instruction:\n(.*?)\n\n(?:### Context:\n(.*?)\n\n)?"
-        r"### Response:\n(.*)</s>",
-        re.DOTALL,
-    )
-    for row, messages in zip(rows, to_conversations(rows)[0], strict=True):
-        found = blocks.fullmatch(render(tokenizer, messages))
-        assert found is not None
-        assert (found[1], found[2] or "", found[3]) == (
-            row["instruction"], row["context"], row["response"]
-        )  # fmt: skip
-
-
-# ready-made text
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[INST] a [/INST] b [INST] c [/INST] d </s>",
-        "<s>[INST] a [INST] b [/INST] c </s>",
-        "<s>[INST] <<SYS>> a [/INST] b </s>",
-        "<s>[INST] a </s>",
-        "<s>[INST] a [/INST] b </s> and more",
-    ],
-)
-def test_broken_llama2_markers_are_refused(text: str) -> None:
-    with pytest.raises(DataError, match="row 1: broken markers: .*(INST|SYS)"):
-        to_conversations([{"text": text}])
+def spelt(who: str, says: str, *names: str) -> list[dict[str, str]]:
+    pairs = zip(names, ("Be brief.", "Hi", "Hi."), strict=True)
+    return [{who: name, says: text} for name, text in pairs]
 
 
 def chatml(*pairs: tuple[str, str]) -> str:
     return "".join(f"<|im_start|>{who}\n{says}<|im_end|>\n" for who, says in pairs)
 
 
-def test_chatml_contents_are_kept_to_the_letter() -> None:
-    text = chatml(("user", " a\n\n<b> "), ("assistant", "\tc\n"))
-    assert to_conversations([{"text": text}])[0] == [turns(" a\n\n<b> ", "\tc\n")]
+# what rows become
 
 
-def test_chatml_rows_come_out_of_a_chatml_template_as_they_went_in(
-    tokenizer: PreTrainedTokenizerFast,
+LLAMA2 = "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hi. </s>"
+DOLLY = {"instruction": "Hi", "response": "Hi."}
+ALPACA = {"instruction": "Hi", "input": "", "output": "Hi."}
+READ: list[tuple[Any, Any]] = [
+    (pair("Hi", "Hi."), HI),
+    (DOLLY | {"context": ""}, HI),
+    (DOLLY | {"context": "At ten."}, turns("Hi\n\n### Context:\nAt ten.", "Hi.")),
+    (ALPACA, HI),
+    (ALPACA | {"input": None}, HI),
+    (ALPACA | {"input": "there"}, turns("Hi\n\nthere", "Hi.")),
+    ({"instruction": "Hi", "output": "Hi."}, HI),
+    ({"question": "Hi", "answer": "Hi."}, HI),
+    ({"text": LLAMA2}, BRIEF),
+    (
+        {"text": LLAMA2 + "<s>[INST] So\n? [/INST] No\n. </s>"},
+        [*BRIEF, *turns("So\n?", "No\n.")],
+    ),
+    (
+        {"text": chatml(("user", " a\n\n<b> "), ("assistant", "\tc\n"))},
+        turns(" a\n\n<b> ", "\tc\n"),
+    ),
+    ({"conversations": spelt("from", "value", "system", "human", "gpt")}, BRIEF),
+    ({"messages": spelt("role", "content", "developer", "User", "MODEL")}, BRIEF),
+    ({"messages": json.dumps(BRIEF)}, BRIEF),
+    ({"messages": {n: [t[n] for t in BRIEF] for n in ("role", "content")}}, BRIEF),
+    ({"messages": [turn | {"from": None, "value": None} for turn in HI]}, HI),
+    (
+        {
+            "messages": [
+                *HI[:1],
+                {"from": "gpt", "role": "assistant", "value": "Hi.", "content": "Hi."},
+            ]
+        },
+        HI,
+    ),
+    (
+        {
+            "prompt": [
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "H"}, {"text": "i"}],
+                }
+            ],
+            "completion": HI[1:],
+        },
+        HI,
+    ),
+    ({"prompt": json.dumps(BRIEF[:2]), "completion": json.dumps(HI[1:])}, BRIEF),
+    (
+        {"prompt": [*BRIEF, *HI[:1]], "completion": "Ho."},
+        [*BRIEF[:2], BRIEF[2] | {"weight": 0}, *turns("Hi", "Ho.")],
+    ),
+    (pair("Who?", '[{"role": "manager"}]'), turns("Who?", '[{"role": "manager"}]')),
+    *[
+        (pair("Hi", value), turns("Hi", text))
+        for value, text in [
+            (True, "true"),
+            (0, "0"),
+            (2.5, "2.5"),
+            (10**30, "1" + 30 * "0"),
+        ]
+    ],
+]
+
+
+@pytest.mark.parametrize(("row", "messages"), READ)
+def test_a_row_becomes_turns_with_a_role_and_a_text(row: Any, messages: Any) -> None:
+    assert read(json.loads(json.dumps(row))) == messages
+
+
+@pytest.mark.parametrize("row", [row for row, messages in READ if messages == HI])
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
+def test_system_and_history_columns_come_first(row: Any, column: str) -> None:
+    for text in ("Be brief.", "", None):
+        assert read(row | {column: text}) == turns("Hi", "Hi.", system=text or "")
+    history = [["a?", "b"], ["c?", "d"]]
+    for value in (history, json.dumps(history)):
+        messages = read(row | {"history": value, column: "S"})
+        assert messages == turns("a?", "b", "c?", "d", "Hi", "Hi.", system="S")
+
+
+@pytest.mark.parametrize("mark", LEARNT)
+@pytest.mark.parametrize("value", [0, False, 0.0, "0", "False"])
+def test_a_turn_that_is_marked_so_is_not_learnt(mark: str, value: Any) -> None:
+    row = turns("Hi", "Wrong.", "Again?", "Right.")
+    row[0][mark], row[1][mark], row[3][mark] = None, value, "true"
+    weights = [message.get("weight") for message in read({"messages": row})]
+    assert weights == [None, 0, None, None]
+
+
+def test_a_chat_that_begins_with_an_answer_or_asks_twice_is_tidied_and_counted() -> (
+    None
+):
+    reader = Reader()
+    row = {"messages": [*turns("", "Welcome!")[1:], *turns("Hello."), *HI]}
+    assert list(reader.read([(1, row)])) == [turns("Hello.\n\nHi", "Hi.")]
+    assert reader.report(1)["adjusted"] == {
+        "answer before the first question dropped": 1,
+        "questions in a row joined": 1,
+    }
+
+
+# what is refused
+
+
+NO_ROLE, CALL = {"content": "a"}, [{"type": "function", "name": "look"}]
+REFUSED: list[tuple[Any, str]] = [
+    (messages_row("assistant", "user"), "no assistant turn"),
+    (messages_row("system", "user"), "no assistant turn"),
+    (messages_row(), "no assistant turn"),
+    (
+        messages_row("user", "assistant", "assistant"),
+        "turns do not alternate from user to assistant: user assi",
+    ),
+    (messages_row("user", "system", "assistant"), "turns do not alternate"),
+    *[
+        (
+            messages_row("user", role, "assistant"),
+            f"role '{role}' is not system, user or",
+        )
+        for role in ("tool", "function", "ipython")
+    ],
+    (
+        {"text": chatml(("user", "a"), ("tool", "5"), ("assistant", "b"))},
+        "role 'tool' is",
+    ),
+    *[
+        (
+            {"messages": [{"role": "user", "content": value}]},
+            "the user turn's content is not text",
+        )
+        for value in (None, {"a": "b"}, float("nan"), [], ["a", "b"])
+    ],
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "the user turn's content has a part that is not text: image",
+    ),
+    ({"messages": None}, "messages is not a list of turns: null"),
+    ({"messages": 5}, "messages is not a list of turns: 5"),
+    ({"messages": "What is it?"}, "messages is text that is not JSON: 'What is it"),
+    (
+        {"messages": {"role": ["user"], "content": ["a", "b"]}},
+        "messages has lists of different lengths",
+    ),
+    ({"messages": ["Hi"]}, "a turn is not an object: turn 1 is text"),
+    ({"messages": [NO_ROLE]}, "a turn has no role: turn 1 has content"),
+    ({"messages": [{"role": "user"}]}, "a turn has no content: turn 1 has role"),
+    (
+        {"messages": [{"role": "user", "from": "gpt", "value": "a"}]},
+        "fields of a turn differ",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a", "value": "b"}]},
+        "fields of a turn differ",
+    ),
+    *[
+        (
+            {"messages": [HI[0], HI[1] | {"weight": value}]},
+            "a weight that is neither 0 nor 1: turn 2 has",
+        )
+        for value in (0.5, 2, "no", [1])
+    ],
+    ({"messages": BRIEF, "system": "Be kind."}, "two system prompts: a column and"),
+    (pair("Hi") | {"system": "a", "system_prompt": "b"}, "two system prompts: columns"),
+    *[
+        (pair("Hi") | {"history": value}, "history is ")
+        for value in ("a?", {"a": "b"}, [["a?"]], ["a?", "b"])
+    ],
+    (pair("Hi") | {"label": False}, "field 'label' is false"),
+    ({"prompt": str(HI[:1]), "completion": "Yes."}, "prompt is text that is not JSON"),
+    (pair("Is it \ud83c?"), r"text with a lone surrogate: '.ud83c'"),
+    *[
+        (pair("Hi") | {field: value}, f"field '{field}' is not trained on.*data.ignore")
+        for field, value in [
+            ("tools", CALL),
+            ("functions", CALL),
+            ("tool_calls", CALL),
+            ("function_call", {"a": 1}),
+            ("thinking", "Hm."),
+        ]
+    ],
+    *[
+        (
+            {"messages": [HI[0], HI[1] | {field: value}]},
+            f"field '{field}' is not trained on.*data.ignore",
+        )
+        for field, value in [
+            ("tool_calls", CALL),
+            ("reasoning_content", "Hm."),
+            ("reasoning", "Hm."),
+            ("train_detail", CALL),
+        ]
+    ],
+    *[
+        ({"text": text}, "broken markers: turn . is not .*INST")
+        for text in (
+            "<s>[INST] a [INST] b [/INST] c </s>",
+            "<s>[INST] <<SYS>> a [/INST] b </s>",
+            "<s>[INST] a </s>",
+            "[INST] a [/INST] b [INST] c [/INST] d </s>",
+            "<s>[INST] a [/INST] b </s> and more",
+        )
+    ],
+    *[
+        ({"text": text}, f"broken markers: turn {turn} is not .*im_start")
+        for text, turn in (
+            ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb", 2),
+            ("<|im_start|>user a<|im_end|>", 1),
+            ("<|im_start|>user\na\n<|im_start|>assistant\nb<|im_end|>", 1),
+            ("Hello " + chatml(("user", "a")), 1),
+            (chatml(("user", "a"), ("assistant", "b")) + "and more", 3),
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), REFUSED)
+def test_a_row_that_cannot_be_trusted_is_refused_with_its_reason(
+    row: Any, reason: str
 ) -> None:
-    # this tokenizer's template adds a system turn where there is none
-    rows = load_rows("data_samples/chatml_text.jsonl")
-    rows = [row for row in rows if "im_start|>system" in row["text"]]
-    rows += [{"text": chatml(("system", ""), ("user", " a "), ("assistant", "b\n"))}]
-    for messages, row in zip(to_conversations(rows)[0], rows, strict=True):
-        assert render(tokenizer, messages) == row["text"]
+    with pytest.raises(DataError, match=f"1 of 1 rows .*; row 1: {reason}"):
+        to_conversations([row])
+
+
+def test_such_rows_are_left_out_and_counted_by_choice() -> None:
+    rows = [row for row, _ in REFUSED if "messages" in row]
+    kept, left_out = to_conversations(
+        [{"messages": HI}, *rows], form="openai", drop_unusable=True
+    )
+    assert kept == [HI]
+    assert sum(part["rows"] for part in left_out.values()) == len(rows) > 20
+
+
+@pytest.mark.parametrize("value", [None, "", [], "[]", {}, {"name": None}, " "])
+def test_a_field_without_a_value_changes_nothing(value: Any) -> None:
+    reader = Reader()
+    row = {"messages": [HI[0], HI[1] | {"tool_calls": value, "name": value}]}
+    assert list(reader.read([(1, row | {"tools": value, "x": value})])) == [HI]
+    assert reader.fields.unused == {}
+
+
+def test_fields_are_ignored_by_choice_and_counted_where_they_are_not_used() -> None:
+    fields = Fields(ignore=("tools", "messages.thinking", "label"))
+    reader = Reader(fields=fields)
+    row = {"messages": [HI[0] | {"name": "Ann"}, HI[1] | {"thinking": "Hm."}]}
+    row |= {"tools": CALL, "label": False, "id": 7, "score": 0.5}
+    assert list(reader.read([(1, row)])) == [HI]
+    assert fields.unused == {"messages.name": 1, "id": 1, "score": 1}
+
+
+# detection
+
+
+DETECTED: list[tuple[dict[str, Any], str, str]] = [
+    (messages_row("user"), "openai", "messages"),
+    ({"conversations": []}, "sharegpt", "conversations"),
+    (ALPACA, "alpaca", "input, instruction, output"),
+    ({"instruction": "a", "output": "b"}, "wizardlm", "instruction, output"),
+    (DOLLY | {"category": "c"}, "dolly", "instruction, response"),
+    (ROWS[0], "prompt-completion", "completion, prompt"),
+    (problem("How many?"), "gsm8k", "answer, question with #### <number>"),
+    (
+        {"question": "Where?", "answer": "Here.\n#### 1. A list\nof places"},
+        "question-answer",
+        "answer, question",
+    ),
+    ({"text": "[INST] a [/INST] b"}, "llama-2", "text with [INST]"),
+    ({"text": chatml(("user", "a"))}, "chatml", "text with <|im_start|>"),
+]
+
+
+@pytest.mark.parametrize(("row", "name", "columns"), DETECTED)
+def test_a_format_is_detected_with_its_reason(
+    row: dict[str, Any], name: str, columns: str
+) -> None:
+    assert detect_format([row]) == (name, f"the rows have {columns}")
+    assert detect_format([{"text": ""}, row])[0] == name
+
+
+def test_every_known_format_is_among_those_cases() -> None:
+    assert set(FORMATS) == {name for _, name, _ in DETECTED}
 
 
 @pytest.mark.parametrize(
-    ("text", "turn"),
+    ("rows", "reason"),
     [
-        ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb", 2),
-        ("<|im_start|>user\na\n<|im_start|>assistant\nb<|im_end|>", 1),
-        ("<|im_start|>user a<|im_end|>\n<|im_start|>assistant\nb<|im_end|>", 1),
-        ("<|im_start|>\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>", 1),
-        (chatml(("user", "a"), ("assistant", "b")) + "<|im_end|>", 3),
-        ("Hello " + chatml(("user", "a"), ("assistant", "b")), 1),
-        (chatml(("user", "a"), ("assistant", "b")) + "and more", 3),
-        (chatml(("user", "a")) + "<|im_start|>assistant\n", 2),
+        ([{"title": "a", "body": "b"}], "the columns body, title fit no .*alpaca: inp"),
+        ([{"text": "Once upon a time."}], "the columns text fit .*chatml: text with <"),
+        ([HI], "the rows: a row is a list, expected an object"),
     ],
 )
-def test_broken_chatml_markers_are_refused_by_the_turn(text: str, turn: int) -> None:
-    with pytest.raises(DataError, match=f"row 1: broken markers: turn {turn} is"):
-        to_conversations([{"text": text}])
+def test_rows_of_no_known_format_are_refused_with_the_known_ones(
+    rows: Any, reason: str
+) -> None:
+    with pytest.raises(DataError, match=reason):
+        detect_format(rows)
 
 
-def test_a_tool_turn_in_chatml_is_refused_by_its_role() -> None:
-    text = chatml(("user", "a"), ("tool", "5"), ("assistant", "b"))
-    with pytest.raises(DataError, match="row 1: role 'tool' is not system, user or"):
-        to_conversations([{"text": text}])
-
-
-# a format that is asked for
-
-
-def test_a_format_that_is_asked_for_is_taken() -> None:
+def test_a_format_that_is_asked_for_is_taken_or_refused_with_the_remedy() -> None:
     row = {**ROWS[0], "instruction": "Say ho.", "response": "ho"}
-    assert to_conversations([row])[0] == [turns("Say ho.", "ho")]
-    asked = to_conversations([row], form="prompt-completion")[0]
-    assert asked == [turns("Say hi, twice.", 'hi "hi"')]
-
-
-def test_an_unknown_format_is_refused_with_the_nearest() -> None:
+    assert read(row) == turns("Say ho.", "ho")
+    assert read(row, form="prompt-completion") == turns("Say hi, twice.", 'hi "hi"')
+    reason = (
+        "2 of 2 rows cannot be used as dolly; row 1: no 'instruction': the row has "
+        "prompt, comp.*without format in the source the format is detected"
+    )
+    with pytest.raises(DataError, match=reason):
+        to_conversations(ROWS, form="dolly")
     with pytest.raises(DataError, match="no format 'alpacca'; did you mean 'alpaca'. "):
         to_conversations(ROWS, form="alpacca")
 
 
-def test_rows_that_do_not_fit_the_format_asked_for_are_refused_with_the_remedy() -> (
-    None
-):
-    with pytest.raises(
-        DataError,
-        match="2 of 2 rows cannot be used as dolly; row 1: no 'instruction': the row "
-        "has prompt, comp.*without format in the source the format is detected",
-    ):
-        to_conversations(ROWS, form="dolly")
+# the system prompt of problems
 
 
-@pytest.mark.parametrize("value", [0.0, "0", "False", False])
-def test_a_weight_is_read_however_a_table_writes_it(value: Any) -> None:
-    row = {"messages": turns("Hi", "Wrong.", "Again?", "Right.")}
-    row["messages"][1]["weight"] = value
-    row["messages"][3]["train"] = "true"
-    ((_, wrong, _, right),), _ = to_conversations([row])
-    assert wrong["weight"] == 0 and "weight" not in right
+def test_problems_are_asked_in_training_as_in_evaluation() -> None:
+    messages = read(problem("How many?"), system_prompt="Think.")
+    assert messages[:-1] == ask("How many?", "Think.")
+    assert ask("How many?", "") == turns("How many?")
+    own = read(problem("How many?") | {"system": "S"}, system_prompt="Think.")
+    assert own[0]["content"] == "S"
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": "0"}])
-def test_a_row_marked_as_not_learnt_is_left_out_and_counted(mark: Any) -> None:
-    reader = Reader()
-    rows = [pair("a") | mark, pair("b") | {"weight": 1}, pair("c") | {"weight": None}]
-    assert len(list(reader.read(enumerate(rows, start=1)))) == 2
-    assert reader.left_out["no answer is learnt"]["rows"] == 1
-    assert not reader.fields.unused
-
-
-def test_a_completion_that_is_labelled_as_not_wanted_is_refused() -> None:
-    rows = [pair("a") | {"label": False}, pair("b") | {"label": True}]
-    with pytest.raises(DataError, match="row 1: field 'label' is false"):
-        to_conversations(rows)
-    kept, _ = to_conversations(rows, fields=Fields(ignore=("label",)))
-    assert len(kept) == 2
-
-
-@pytest.mark.parametrize(
-    "turn",
-    [
-        {"from": "gpt", "role": "user", "value": "Hi."},
-        {"role": "assistant", "value": "Hi.", "content": "Ho."},
-    ],
-)
-def test_a_turn_whose_fields_contradict_each_other_is_refused(turn: Any) -> None:
-    with pytest.raises(DataError, match="fields of a turn differ: turn 2 has"):
-        to_conversations([{"messages": [*turns("Hi"), turn]}])
-
-
-def test_a_turn_may_say_the_same_in_both_spellings() -> None:
-    turn = {"from": "gpt", "role": "assistant", "value": "Hi.", "content": "Hi."}
-    kept, _ = to_conversations([{"messages": [*turns("Hi"), turn]}])
-    assert kept == [turns("Hi", "Hi.")]
-
-
-def test_two_system_columns_that_differ_are_refused() -> None:
-    row = pair("Hi") | {"system": "Be kind.", "system_prompt": "Be rude."}
-    with pytest.raises(DataError, match="two system prompts: columns"):
-        to_conversations([row])
-
-
-@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
-def test_a_system_column_takes_the_place_of_an_empty_system_turn(column: str) -> None:
-    row = {column: "Be kind.", "messages": turns("Hi", "Yes.")}
-    row["messages"].insert(0, {"role": "system", "content": ""})
-    kept, _ = to_conversations([row])
-    assert kept == [turns("Hi", "Yes.", system="Be kind.")]
-
-
-def test_weights_of_parts_of_an_answer_are_refused() -> None:
-    row = {"messages": turns("Hi", "Yes.")}
-    row["messages"][1]["train_detail"] = [{"begin_offset": 0, "train": False}]
-    with pytest.raises(DataError, match="field 'train_detail' is not trained on"):
-        to_conversations([row])
-
-
-def test_rows_that_are_lists_are_named_as_such() -> None:
-    with pytest.raises(DataError, match="mine: a row is a list, where an object"):
-        detect_format([turns("Hi", "Yes.")], "mine")
-
-
-def test_a_list_of_turns_in_place_of_a_text_is_named_as_a_list() -> None:
-    with pytest.raises(DataError, match="question is not text: a list"):
-        to_problems([{"question": turns("How many?"), "answer": "5"}])
-
-
-def test_rows_among_problems_that_end_in_no_number_are_counted() -> None:
+def test_only_answers_that_end_in_a_number_get_the_system_prompt() -> None:
     reader = Reader(system_prompt="Solve it.")
     rows = [problem("a"), {"question": "b", "answer": "Many.\n#### 8:30"}]
     first, second = reader.read(enumerate(rows, start=1))
     assert (first[0]["role"], second[0]["role"]) == ("system", "user")
     assert reader.fields.adjusted == {"no #### number, so no system prompt": 1}
+    rows = [{"question": "Where?", "answer": "In room 5."}, problem("a")]
+    assert to_conversations(rows, "Think.")[0][0][0]["role"] == "user"
 
 
-def test_turns_in_a_cell_of_a_table_are_turns() -> None:
-    prompt, answer = turns("Hi", system="Be kind."), {"from": "gpt", "value": "Yes."}
-    row = {"prompt": json.dumps(prompt, indent=1), "completion": json.dumps([answer])}
-    assert to_conversations([row])[0] == [turns("Hi", "Yes.", system="Be kind.")]
-    assert read_prompt(row, "Another.", Fields()) == prompt
-    with pytest.raises(DataError, match="prompt is text that is not JSON"):
-        to_conversations([{"prompt": str(prompt), "completion": "Yes."}])
+# samples and templates
 
 
-def test_json_that_holds_no_turns_is_an_answer() -> None:
-    text = '[{"role": "manager", "name": "Ann"}]'
-    assert to_conversations([pair("Who?", text)])[0] == [turns("Who?", text)]
+@pytest.mark.parametrize(
+    ("file", "name", "number", "start"),
+    [
+        ("openai_messages", "openai", 1, "You answer questions about astronomy"),
+        ("sharegpt", "sharegpt", 2, "What is a palindrome?"),
+        ("alpaca", "alpaca", 1, "Rewrite the sentence in a polite tone.\n\nSend me"),
+        ("dolly", "dolly", 0, "How many legs does a spider have?"),
+        ("llama2_text", "llama-2", 0, "How can I peel garlic quickly?"),
+        ("chatml_text", "chatml", 3, "You are a gardener. Answer in at most two"),
+        ("word_problems/train", "gsm8k", 0, "Bao has read 33 pages of a book with"),
+    ],
+)
+def test_every_row_of_a_sample_file_is_read(
+    file: str, name: str, number: int, start: str
+) -> None:
+    rows = load_rows(f"data_samples/{file}.jsonl")
+    chats, left_out = to_conversations(rows)
+    assert detect_format(rows)[0] == name
+    assert (len(chats), left_out) == (len(rows), {})
+    assert chats[number][0]["content"].startswith(start)
+
+
+def test_chatml_and_dolly_rows_come_out_of_their_templates_as_they_went_in(
+    tokenizer: Any, make_tokenizer: Callable[..., Any]
+) -> None:
+    # this tokenizer's template adds a system turn where there is none
+    rows = load_rows("data_samples/chatml_text.jsonl")
+    rows = [row for row in rows if "im_start|>system" in row["text"]]
+    rows += [{"text": chatml(("system", ""), ("user", " a "), ("assistant", "b\n"))}]
+    texts = [render(tokenizer, messages) for messages in to_conversations(rows)[0]]
+    assert texts == [row["text"] for row in rows]
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    instruct = make_tokenizer(
+        ("<s>", "</s>"), chat_template=INSTRUCTION_TEMPLATE, **special
+    )
+    blocks = r"### Instruction:\n(.*?)\n\n(?:### Context:\n(.*?)\n\n)?"
+    blocks += r"### Response:\n(.*)</s>"
+    rows = load_rows("data_samples/dolly.jsonl")
+    for row, messages in zip(rows, to_conversations(rows)[0], strict=True):
+        parts = re.fullmatch(blocks, render(instruct, messages), re.DOTALL)
+        assert parts is not None
+        columns = ("instruction", "context", "response")
+        assert [part or "" for part in parts.groups()] == [row[n] for n in columns]
+
+
+# prompts
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ("Hi", turns("Hi", system="S")),
+        ({"question": 8, "id": 3}, turns("8", system="S")),
+        (pair("Hi") | {"system": "Be brief."}, turns("Hi", system="Be brief.")),
+        ({"messages": turns("Hi")}, turns("Hi")),
+        ({"prompt": json.dumps(turns("Hi"))}, turns("Hi")),
+        ({"instruction": "Hi", "input": "there"}, turns("Hi\n\nthere", system="S")),
+    ],
+)
+def test_a_prompt_is_read_from_a_text_or_a_row(row: Any, messages: Any) -> None:
+    fields = Fields()
+    assert read_prompt(row, "S", fields) == messages
+    assert set(fields.unused) <= {"completion"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (5, "it is 5, not a text"),
+        ({"title": "a"}, "it has title"),
+        ({"messages": HI}, "it does not end with the user"),
+        ("  ", "it is empty"),
+        ({"prompt": "a", "tools": CALL}, "field 'tools'"),
+        ({"messages": messages_row("tool")["messages"]}, "role 'tool'"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(row: Any, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        read_prompt(row, "S", Fields())

@@ -1,98 +1,254 @@
-"""The command line that answers prompts, and the batches behind it."""
+"""Answers: batched, streamed, in a chat, and from a file of prompts."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig
 
 from helpers import runtime
 from helpers.data import preparation as data
-from helpers.inference import chat as generate
-from helpers.inference import generation
+from helpers.errors import ConfigError, DataError
+from helpers.inference import chat, generation
 from helpers.models import load as models
 from helpers.runs import Run
 from tests.rows import turns, write
 
+TEXTS = ["Count to three.", "Hi", "A much longer question about nothing at all?"]
+PROMPTS = [[{"role": "user", "content": text}] for text in TEXTS]
+SAMPLED = {"temperature": 2.0, "max_new_tokens": 24}  # greedily it says nothing
 
-def choose(*arguments: str) -> generate.Chosen:
-    """What a command line means."""
-    return generate.choose(generate.parse_arguments(list(arguments)))
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model_folder: Path) -> tuple[Any, Any]:
+    """The tiny model and its tokenizer; do not change them."""
+    return models.load_model(str(tiny_model_folder))
 
 
-def test_a_run_brings_its_model_prompt_and_last_adapter(run: Run) -> None:
+# ---------------------------------------------------------------- batches
+
+
+def test_batched_answers_equal_single_ones_in_the_prompts_order(tiny: Any) -> None:
+    batched = generation.generate(*tiny, PROMPTS, max_new_tokens=6, batch_size=3)
+    single = [generation.generate(*tiny, [p], max_new_tokens=6)[0] for p in PROMPTS]
+    assert batched == single
+
+
+def test_a_batch_that_does_not_fit_is_halved(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, sizes = tiny[0].generate, []
+
+    def small(**arguments: Any) -> Any:
+        sizes.append(len(arguments["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return whole(**arguments)
+
+    prompts = [f"{n} and" for n in range(5)]
+    expected = generation.generate(*tiny, prompts, max_new_tokens=2)
+    monkeypatch.setattr(tiny[0], "generate", small)
+    assert generation.generate(*tiny, prompts, max_new_tokens=2) == expected
+    assert sizes == [5, 2, 2, 1]
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(16, 256), (512, 8), (100_000, 1)])
+def test_rows_answered_at_once_go_by_their_cache(tokens: int, rows: int) -> None:
+    # 32 layers x 4,096 numbers for keys and for values, 2 bytes each: 0.5 MiB a token
+    config = LlamaConfig(num_hidden_layers=32, hidden_size=4096)
+    assert generation.fitting_rows(config, tokens, "cuda") == rows
+
+
+def test_streaming_gives_the_text_that_it_prints(
+    tiny: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = generation.reply(*tiny, "Hello", stream=True, max_new_tokens=5)
+    assert text.strip() == capsys.readouterr().out.strip()
+    assert text == generation.reply(*tiny, "Hello", max_new_tokens=5)
+
+
+def test_inference_settings_without_sampling_are_greedy(tiny: Any) -> None:
+    greedy = generation.generate(*tiny, PROMPTS, max_new_tokens=3)
+    for settings in ({}, {"max_new_tokens": 3}):
+        options = {"max_new_tokens": 3, "sampling": settings}
+        assert generation.generate(*tiny, PROMPTS, **options) == greedy
+
+
+def test_inference_settings_sample_and_cut_the_answer(tiny: Any) -> None:
+    answers = generation.generate(*tiny, PROMPTS[:1] * 3, sampling=SAMPLED)
+    assert all(answer.tokens <= 24 for answer in answers)
+    assert len({answer.text for answer in answers}) > 1
+
+
+# ---------------------------------------------------------------- ends of answers
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "padding", "until", "expected"),
+    [
+        ("Fine.", True, 1, [], ("Fine.", True)),
+        ("Fine.", False, 0, [], ("Fine.", False)),
+        ("Six. Question: and so on", False, 3, ["Question:"], ("Six.", True)),
+        ("Six. Question: and", False, 0, ["Answer:"], ("Six. Question: and", False)),
+    ],
+)
+def test_an_answer_ends_before_its_stop_and_padding_is_not_counted(
+    tokenizer: Any,
+    text: str,
+    stop: bool,
+    padding: int,
+    until: list[str],
+    expected: tuple[str, bool],
+) -> None:
+    end = tokenizer.eos_token_id
+    ids = tokenizer(text).input_ids + [end] * stop
+    padded = ids + [tokenizer.pad_token_id] * padding
+    answer = generation.cut_answer(tokenizer, padded, [end], until)
+    assert (answer.text, answer.stopped) == expected
+    assert answer.tokens == len(ids)
+
+
+def test_generation_stops_at_a_text(tiny: Any) -> None:
+    prompts = ["One two three four", "A longer text to go on with"]
+    runtime.seed_everything(0)
+    whole = generation.generate(*tiny, prompts, sampling=SAMPLED)[0]
+    middle = len(whole.text) // 2
+    word = whole.text[middle : middle + 4]
+    runtime.seed_everything(0)
+    cut = generation.generate(*tiny, prompts, sampling=SAMPLED, until=[word])[0]
+    assert (cut.text, cut.stopped) == (whole.text.split(word)[0].strip(), True)
+    assert 0 < cut.tokens < whole.tokens
+
+
+def test_a_text_gets_bos_once(make_tokenizer: Callable[..., Any]) -> None:
+    bos = "<|im_start|>"
+    tokenizer = make_tokenizer(adds_bos=True, bos_token=bos, eos_token="<|im_end|>")
+    plain, begun = (generation.encode(tokenizer, t) for t in ("Hi", f"{bos}Hi"))
+    assert plain == begun
+    assert plain.count(tokenizer.bos_token_id) == 1
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def loaded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the command loads: the tiny model in any case; and it starts no chat."""
+    calls: list[dict[str, Any]] = []
+
+    def load(name: str, **options: Any) -> Any:
+        calls.append({"name": name, **options})
+        return tiny
+
+    def note(*values: Any) -> None:
+        calls[-1] |= {"system": values[2], "sampling": values[3]}
+
+    monkeypatch.setattr(chat, "load_model", load)
+    monkeypatch.setattr(chat, "chat", note)
+    return calls
+
+
+def test_a_run_brings_its_model_prompt_and_last_adapter(run: Run, loaded: Any) -> None:
     for stage in ("sft", "grpo"):
         (run.path / stage / "adapter").mkdir(parents=True)
-    chosen = choose("test")
-    assert chosen.model == run.config.model
-    assert chosen.adapter == str(run.path / "grpo" / "adapter")
-    assert chosen.system_prompt == run.config.system_prompt
-    assert choose("test", "--adapter", "sft").adapter == str(run.path / "sft/adapter")
-
-
-@pytest.mark.parametrize("name", ["test", "some/model"])
-def test_the_adapter_can_be_left_off(run: Run, name: str) -> None:
-    assert choose(name, "--adapter", "none").adapter is None
+    for adapter in (None, "sft", "none", "some/adapter"):
+        chat.generate_command("test", adapter=adapter)
+    folders = [str(run.path / stage / "adapter") for stage in ("grpo", "sft")]
+    assert [c["adapter"] for c in loaded] == [*folders, None, "some/adapter"]
+    assert all(call["name"] == run.config.model for call in loaded)
+    assert loaded[0]["system"] == run.config.system_prompt
+    assert loaded[0]["max_length"] == run.config.max_length
 
 
 def test_a_models_folder_is_not_taken_for_a_run(
-    runs_home: Path, tiny_model_folder: Path
+    runs_home: Path, tiny_model_folder: Path, loaded: Any
 ) -> None:
-    chosen = choose(str(tiny_model_folder), "--adapter", "some/adapter")
-    assert (chosen.model, chosen.adapter) == (str(tiny_model_folder), "some/adapter")
-    assert (chosen.options, chosen.system_prompt, chosen.sampling) == ({}, "", {})
+    chat.generate_command(str(tiny_model_folder), adapter="some/adapter")
+    expected = {"name": str(tiny_model_folder), "adapter": "some/adapter"}
+    assert loaded == [{**expected, "system": "", "sampling": {}}]
 
 
 def test_temperature_zero_is_greedy_whatever_the_run_says(
-    run_factory: Callable[..., Run],
+    run_factory: Callable[..., Run], loaded: Any
 ) -> None:
     run_factory(inference={"temperature": 1.5, "min_p": 0.1, "max_new_tokens": 9})
-    assert choose("test", "--temperature", "0").sampling == {"max_new_tokens": 9}
-    assert choose("test", "--temperature", "0.5").sampling["temperature"] == 0.5
-    assert choose("test", "--max-new-tokens", "3").sampling["max_new_tokens"] == 3
+    chat.generate_command("test", temperature=0)
+    chat.generate_command("test", temperature=0.5, max_new_tokens=3)
+    assert loaded[0]["sampling"] == {"max_new_tokens": 9}
+    assert loaded[1]["sampling"]["temperature"] == 0.5
+    assert loaded[1]["sampling"]["max_new_tokens"] == 3
 
 
 def test_a_file_of_prompts_is_answered_with_and_without_a_template(
-    run_factory: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_factory: Callable[..., Run],
+    tiny: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = run_factory(inference={"max_new_tokens": 4})
-    lines = ['"Say one."', '{"id": "two", "question": "Say two."}']
-    lines.append(json.dumps({"messages": [{"role": "user", "content": "Say three."}]}))
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    system = run.config.system_prompt
+    rows = ["Say one.", {"id": "two", "question": "Say two."}, {"prompt": turns("Hi")}]
+    file = Path(write(tmp_path / "prompts.jsonl", rows))
     out = tmp_path / "answers.jsonl"
-    generate.main(["test", "--file", f"{tmp_path}/prompts.jsonl", "--out", str(out)])
-    rows = data.read_rows(out)
-    assert [row["id"] for row in rows] == [1, "two", 3]
-    assert rows[1]["prompt"] == data.ask("Say two.", run.config.system_prompt)
-    model, tokenizer = models.load_model(run.config.model)
-    alone = generation.reply(
-        model,
-        tokenizer,
-        "Say two.",
-        system_prompt=run.config.system_prompt,
-        max_new_tokens=4,
-    )
-    assert rows[1]["output"] == alone
-    assert "3 answers in" in capsys.readouterr().out
+    caplog.set_level(logging.INFO, "helpers")
+    chat.generate_command("test", file=file, out=out)
+    items = data.read_rows(out)
+    assert [item["id"] for item in items] == [1, "two", 3]
+    assert items[1]["prompt"] == data.ask("Say two.", system)
+    alone = generation.reply(*tiny, "Say two.", system_prompt=system, max_new_tokens=4)
+    assert items[1]["output"] == alone
+    assert f"3 answers in {out}" in caplog.text
 
 
-PROMPTS = ["What is 2 + 2? é", "Name a fruit."]
+def test_files_that_cannot_be_answered_are_named_before_loading(
+    runs_home: Path,
+) -> None:
+    with pytest.raises(ConfigError, match="--file and --out go together"):
+        chat.generate_command("m", file=Path("a.jsonl"))
+    with pytest.raises(FileNotFoundError, match="no file nowhere.jsonl .*; give a pa"):
+        chat.generate_command("m", file=Path("nowhere.jsonl"), out=Path("a.jsonl"))
+
+
+def test_a_chat_remembers_what_was_said_until_a_new_one(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["Hello", "And now?", "/new", "Hello", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    runtime.seed_everything(0)
+    chat.chat(*tiny, "Be brief.", SAMPLED)
+    printed = capsys.readouterr().out
+    runtime.seed_everything(0)
+    start = data.ask("Hello", "Be brief.")
+    first = generation.reply(*tiny, start, sampling=SAMPLED)
+    second_turn = [{"role": "assistant", "content": first}, *data.ask("And now?", "")]
+    second = generation.reply(*tiny, [*start, *second_turn], sampling=SAMPLED)
+    third = generation.reply(*tiny, start, sampling=SAMPLED)
+    assert len({first, second, third, ""}) == 4
+    assert all(text in printed for text in (first, second, third))
+
+
+# ---------------------------------------------------------------- files of prompts
+
+LINES = ["What is 2 + 2? é", "Name a fruit."]
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("p.json", json.dumps([{"prompt": p} for p in PROMPTS], indent=1)),
-        ("p.json", json.dumps(PROMPTS)),
-        ("p.jsonl", "\n\n".join(json.dumps(prompt) for prompt in PROMPTS)),
-        ("p.txt", "\n".join(PROMPTS)),
-        ("p.txt", "\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS)),
-        ("p.csv", "question;answer\n" + "".join(f"{p};x\n" for p in PROMPTS)),
-        ("[p] #1.jsonl", "\n".join(json.dumps({"question": p}) for p in PROMPTS)),
+        ("p.json", json.dumps([{"prompt": line} for line in LINES], indent=1)),
+        ("p.json", json.dumps(LINES)),
+        ("p.jsonl", "\n\n".join(json.dumps(line) for line in LINES)),
+        ("p.txt", "\n".join(LINES)),
+        ("p.txt", "\n".join(json.dumps({"prompt": line}) for line in LINES)),
+        ("p.csv", "question;answer\n" + "".join(f"{line};x\n" for line in LINES)),
+        ("[p] #1.jsonl", "\n".join(json.dumps({"question": line}) for line in LINES)),
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -100,12 +256,11 @@ def test_prompts_are_read_as_training_rows_are(
     tmp_path: Path, name: str, text: str, encoding: str
 ) -> None:
     path = tmp_path / name
+    expected = [data.ask(line, "Be brief.") for line in LINES]
     for content in (text.encode(encoding), gzip.compress(text.encode(encoding))):
         path.write_bytes(content)
-        rows = generate.read_prompts(path, "Be brief.")
-        assert [row["prompt"] for row in rows] == [
-            data.ask(prompt, "Be brief.") for prompt in PROMPTS
-        ]
+        rows = chat.read_prompts(path, "Be brief.")
+        assert [row["prompt"] for row in rows] == expected
 
 
 @pytest.mark.parametrize(
@@ -129,16 +284,17 @@ def test_a_prompt_may_have_the_shape_of_any_training_row(
     tmp_path: Path, row: Any, prompt: Any
 ) -> None:
     path = Path(write(tmp_path / "p.jsonl", [row]))
-    assert generate.read_prompts(path, "Be kind.") == [{"id": 1, "prompt": prompt}]
+    assert chat.read_prompts(path, "Be kind.") == [{"id": 1, "prompt": prompt}]
 
 
 def test_fields_of_prompts_that_are_not_used_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "helpers")
     rows = [{"id": 1, "instruction": "a", "input": "b"}, {"prompt": "a", "input": "b"}]
     path = write(tmp_path / "p.jsonl", rows)
-    generate.read_prompts(Path(path), "")
-    assert capsys.readouterr().out == f"{path}: unused: input (1)\n"
+    chat.read_prompts(Path(path), "")
+    assert caplog.messages == [f"{path}: unused: input (1)"]
 
 
 @pytest.mark.parametrize(
@@ -157,121 +313,9 @@ def test_fields_of_prompts_that_are_not_used_are_named(
          "role 'function' is not system, user or assistant"),
     ],
 )  # fmt: skip
-def test_a_row_that_is_no_prompt_is_named_with_the_reason(
+def test_a_row_that_is_not_a_prompt_is_named_with_the_reason(
     tmp_path: Path, row: str, reason: str
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text(f'"Hello"\n{row}\n')
-    with pytest.raises(
-        data.DataError, match=rf"row 2 is no prompt: {reason}.*; expect"
-    ):
-        generate.read_prompts(tmp_path / "prompts.jsonl", "")
-
-
-def test_a_missing_file_ends_the_command_with_a_sentence(runs_home: Path) -> None:
-    with pytest.raises(SystemExit, match="no file nowhere.jsonl .*; give a path"):
-        generate.main(["m", "--file", "nowhere.jsonl", "--out", "a.jsonl"])
-
-
-def test_a_file_without_a_place_for_answers_is_refused(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit):
-        generate.parse_arguments(["m", "--file", "a.jsonl"])
-    assert "--file and --out go together" in capsys.readouterr().err
-
-
-def test_a_chat_remembers_what_was_said_until_a_new_one(
-    tiny_model_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    said = iter(["Hello", "And now?", "/new", "Hello", "/quit"])
-    monkeypatch.setattr("builtins.input", lambda _: next(said))
-    model, tokenizer = models.load_model(str(tiny_model_folder))
-    drawn = {"temperature": 2.0, "max_new_tokens": 5}  # greedily it says nothing
-    chosen = generate.Chosen("", None, {}, "Be brief.", drawn)
-    runtime.seed_everything(0)
-    generate.chat(model, tokenizer, chosen)
-    printed = capsys.readouterr().out
-    runtime.seed_everything(0)
-    start = data.ask("Hello", "Be brief.")
-    first = generation.reply(model, tokenizer, start, sampling=drawn)
-    said_so_far = [*start, {"role": "assistant", "content": first}]
-    said_so_far += data.ask("And now?", "")
-    second = generation.reply(model, tokenizer, said_so_far, sampling=drawn)
-    third = generation.reply(model, tokenizer, start, sampling=drawn)
-    assert len({first, second, third, ""}) == 4
-    assert all(text in printed for text in (first, second, third))
-
-
-def test_an_answer_ends_at_a_text_and_its_padding_is_not_counted(
-    tokenizer: Any,
-) -> None:
-    ids = tokenizer("Six. Question: and so on").input_ids
-    padded = ids + [tokenizer.pad_token_id] * 3
-    stops = [tokenizer.eos_token_id]
-    found = generation.cut_answer(tokenizer, padded, stops, ["Question:"])
-    assert found == ("Six.", len(ids), True)
-    assert not generation.cut_answer(tokenizer, ids, stops, ["Answer:"]).stopped
-
-
-def test_generation_stops_at_a_text(tiny_model_folder: Path) -> None:
-    model, tokenizer = models.load_model(str(tiny_model_folder))
-    prompts = ["One two three four", "A longer text to go on with"]
-    drawn = {"temperature": 2.0, "max_new_tokens": 24}
-    runtime.seed_everything(0)
-    whole = generation.generate(model, tokenizer, prompts, sampling=drawn)[0]
-    middle = len(whole.text) // 2
-    word = whole.text[middle : middle + 4]
-    runtime.seed_everything(0)
-    cut = generation.generate(model, tokenizer, prompts, sampling=drawn, until=[word])[
-        0
-    ]
-    assert (cut.text, cut.stopped) == (whole.text.split(word)[0].strip(), True)
-    assert 0 < cut.tokens < whole.tokens
-
-
-def test_a_text_gets_bos_once(make_tokenizer: Callable[..., Any]) -> None:
-    bos = "<|im_start|>"
-    tokenizer = make_tokenizer(adds_bos=True, bos_token=bos, eos_token="<|im_end|>")
-    plain, begun = (generation.encode(tokenizer, t) for t in ("Hi", f"{bos}Hi"))
-    assert plain == begun
-    assert plain.count(tokenizer.bos_token_id) == 1
-
-
-def test_rows_answered_at_once_go_by_the_model_and_the_length() -> None:
-    from transformers import LlamaConfig
-
-    from helpers import shapes
-
-    def rows(shape: str, tokens: int) -> int:
-        config = LlamaConfig(**shapes.KNOWN[shape])
-        return generation.fitting_rows(config, tokens, "cuda")
-
-    assert rows("smollm2-135m", 256) == generation.MOST_ROWS
-    # 32 layers x 4,096 numbers for keys and for values, 2 bytes each: 0.5 MiB a token
-    assert rows("llama-2-7b", 512) == 8
-    assert rows("llama-2-7b", 100_000) == 1
-    assert rows("llama-3.2-1b", 400) > rows("llama-3.2-3b", 400)
-
-
-def test_a_batch_that_does_not_fit_is_halved(
-    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-
-    model, tokenizer = models.load_model(str(tiny_model_folder))
-    whole, sizes = model.generate, []
-
-    def small(**arguments: Any) -> Any:
-        sizes.append(len(arguments["input_ids"]))
-        if sizes[-1] > 2:
-            raise torch.cuda.OutOfMemoryError("out of memory")
-        return whole(**arguments)
-
-    monkeypatch.setattr(model, "generate", small)
-    prompts = [f"{n} and" for n in range(5)]
-    found = generation.generate(model, tokenizer, prompts, max_new_tokens=2)
-    assert sizes == [5, 2, 2, 1]
-    monkeypatch.undo()
-    assert found == generation.generate(model, tokenizer, prompts, max_new_tokens=2)
+    with pytest.raises(DataError, match=rf"row 2 is not a prompt: {reason}.*; expect"):
+        chat.read_prompts(tmp_path / "prompts.jsonl", "")

@@ -279,7 +279,7 @@ def judged() -> list[str]:
     for number, (text, gold) in enumerate(zip(texts, golds, strict=True)):
         answer = f"So.\n#### {gold}"
         problem = {"gold": gold, "answer": answer, "prompt": prompts[number]}
-        item = verdicts.judge(text, problem)
+        item = verdicts.check_answer(text, problem)
         item |= {
             f"{name}_llama": getattr(verdicts, name)(text, answer, "gsm8k_cot_llama")
             for name in ("strict_match", "flexible_extract")

@@ -1,29 +1,25 @@
-"""Models that cannot be had: gated ones, against a server that answers as the hub."""
+"""Gated models, against a server that answers as the hub does."""
 
 from __future__ import annotations
 
 import http.server
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from helpers.models import hub
-from helpers.models.hub import MIRRORS, gated_model
+from helpers.models.hub import MIRRORS, gated_model, unknown_model
 
-ROOT = Path(__file__).resolve().parent.parent
 LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
 LOADS = """
 import sys
-from helpers import models
+from helpers import errors, models
 
 try:
     models.load_model(sys.argv[1], engine=sys.argv[2])
-except models.ModelError as error:
+except errors.ModelError as error:
     print("ModelError:", error)
 """
 
@@ -54,65 +50,41 @@ def endpoint() -> Iterator[str]:
         server.shutdown()
 
 
-def load(
-    name: str, endpoint: str, home: Path, engine: str = "transformers", token: str = ""
-) -> str:
-    """What loading a model from a hub of ours says; read at import, so a new Python."""
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
-    environment |= {"HF_HUB_OFFLINE": "0", "no_proxy": "127.0.0.1", "HF_TOKEN": token}
-    if not token:
-        del environment["HF_TOKEN"]
-    done = subprocess.run(
-        [sys.executable, "-c", LOADS, name, engine],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip().splitlines()[-1]
-
-
-def test_a_gated_model_without_a_login_says_how_to_get_in(
-    endpoint: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("engine", "token"),
+    [("transformers", ""), ("transformers", "hf_a"), ("unsloth", "")],
+)
+def test_a_gated_model_says_how_to_get_access(
+    endpoint: str, tmp_path: Path, run_python: Any, engine: str, token: str
 ) -> None:
-    assert load(LLAMA, endpoint, tmp_path) == (
-        f"ModelError: model '{LLAMA}' is gated and you are not logged in: accept its "
-        f"licence at https://huggingface.co/{LLAMA}, then log in with `hf auth login` "
-        "or the variable HF_TOKEN (on Colab a secret of that name: the key on the "
-        "left), or use the open mirror 'unsloth/Llama-3.2-1B-Instruct'"
+    # read when the libraries are imported, so a Python of its own
+    variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
+    variables |= {"HF_HUB_OFFLINE": "0", "no_proxy": "127.0.0.1"}
+    variables |= {"HF_TOKEN": token} if token else {}
+    done = run_python("-c", LOADS, LLAMA, engine, **variables)
+    assert done.stdout.strip().splitlines()[-1] == (
+        f"ModelError: model '{LLAMA}' is gated and your login has no access: accept "
+        f"its licence at https://huggingface.co/{LLAMA} and log in with the same "
+        "account, by `hf auth login` or the variable HF_TOKEN (on Colab a secret of "
+        "that name: the key on the left), or use the open mirror "
+        "'unsloth/Llama-3.2-1B-Instruct'"
     )
-
-
-def test_a_gated_model_whose_licence_is_not_accepted_says_so(
-    endpoint: str, tmp_path: Path
-) -> None:
-    assert load(LLAMA, endpoint, tmp_path, token="hf_mine") == (
-        f"ModelError: model '{LLAMA}' is gated and your account has not been let in: "
-        f"accept its licence at https://huggingface.co/{LLAMA} (with the account of "
-        "your token), or use the open mirror 'unsloth/Llama-3.2-1B-Instruct'"
-    )
-
-
-def test_unsloth_says_the_same_of_a_gated_model(endpoint: str, tmp_path: Path) -> None:
-    said = load(LLAMA, endpoint, tmp_path, engine="unsloth")
-    assert "is gated and you are not logged in: accept its licence" in said
 
 
 @pytest.mark.parametrize(("name", "mirror"), MIRRORS.items())
 def test_every_gated_model_of_the_recipes_has_an_open_mirror(
     name: str, mirror: str
 ) -> None:
-    assert str(gated_model(name, logged_in=False)).endswith(f"open mirror {mirror!r}")
+    assert str(gated_model(name)).endswith(f"open mirror {mirror!r}")
     assert name.rpartition("/")[2] == mirror.rpartition("/")[2]
 
 
 def test_a_gated_model_without_a_mirror_offers_none() -> None:
-    assert "mirror" not in str(gated_model("google/gemma-3-1b-it", logged_in=True))
+    assert "mirror" not in str(gated_model("google/gemma-3-1b-it"))
 
 
-def test_another_error_of_loading_is_no_refusal() -> None:
+def test_another_error_of_loading_is_not_taken_for_a_gate() -> None:
     try:
         raise OSError("disk full") from ValueError("broken")
     except OSError as error:
-        assert hub.refusal(error) is None
+        assert "gated" not in str(unknown_model("a/b", error))

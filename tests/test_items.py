@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from helpers.data import preparation as data
-from helpers.evaluation import evaluator as evaluation
+from helpers.evaluation.evaluator import evaluate
 from helpers.evaluation.items import answer_rows, read_items
 from helpers.inference.generation import Answer
 from helpers.runs import Run
@@ -28,17 +28,18 @@ evaluation.evaluate(runs.open_run("test"), "base")
 """
 
 
-class Answering:
-    """Adds one, two prompts a batch, and remembers what it was asked."""
+class Adder:
+    """Adds one, two prompts a batch, and remembers the prompts."""
 
     def __init__(self, batches: int = 99) -> None:
-        self.batches, self.asked = batches, []
+        self.batches = batches
+        self.prompts: list[Any] = []
 
     def __call__(self, prompts: list[Any]) -> Iterator[dict[int, Answer]]:
         for start in range(0, len(prompts), 2):
             if start == 2 * self.batches:
                 raise KeyboardInterrupt
-            self.asked += prompts[start : start + 2]
+            self.prompts += prompts[start : start + 2]
             places = range(start, min(start + 2, len(prompts)))
             yield {i: Answer(str(int(prompts[i][0]) + 1), 2, True) for i in places}
 
@@ -48,69 +49,64 @@ def judge(text: str, row: dict[str, Any]) -> dict[str, Any]:
     return {"correct": text == row["gold"]}
 
 
-def test_items_stand_in_the_rows_order_with_their_verdicts(tmp_path: Path) -> None:
-    found = answer_rows(tmp_path / "a.jsonl", ROWS, "s", Answering(), judge)
-    assert [item["id"] for item in found] == [row["id"] for row in ROWS]
-    assert all(item["correct"] for item in found)
-    assert data.read_rows(tmp_path / "a.jsonl") == found
-    assert list(tmp_path.iterdir()) == [tmp_path / "a.jsonl"]
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """The file of the items, all of them answered."""
+    answer_rows(tmp_path / "a.jsonl", ROWS, "s", Adder(), judge)
+    return tmp_path / "a.jsonl"
 
 
-def test_a_verdict_by_other_rules_replaces_the_former_one(tmp_path: Path) -> None:
-    path, answering = tmp_path / "a.jsonl", Answering()
-    answer_rows(path, ROWS, "s", answering, judge)
-    items = answer_rows(path, ROWS, "s", answering, lambda text, row: {"rougeL": 1.0})
-    assert len(answering.asked) == len(ROWS)
+def test_items_stand_in_the_rows_order_with_their_verdicts(path: Path) -> None:
+    items = data.read_rows(path)
+    assert [item["id"] for item in items] == [row["id"] for row in ROWS]
+    assert all(item["correct"] for item in items)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_verdicts_are_given_anew_to_answers_that_are_there(path: Path) -> None:
+    again = Adder()
+    items = answer_rows(path, ROWS, "s", again, lambda text, row: {"rougeL": 1.0})
+    assert again.prompts == []
     assert all("rougeL" in item and "correct" not in item for item in items)
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
-    path, again = tmp_path / "a.jsonl", Answering()
+    path, again = tmp_path / "a.jsonl", Adder()
     with pytest.raises(KeyboardInterrupt):
-        answer_rows(path, ROWS, "s", Answering(batches=2), judge)
+        answer_rows(path, ROWS, "s", Adder(batches=2), judge)
     assert not path.exists()
-    found = answer_rows(path, ROWS, "s", again, judge)
-    assert again.asked == [row["prompt"] for row in ROWS[4:]]
-    assert len(found) == 6
+    assert len(answer_rows(path, ROWS, "s", again, judge)) == 6
+    assert again.prompts == [row["prompt"] for row in ROWS[4:]]
 
 
-def test_a_torn_line_is_answered_again(tmp_path: Path) -> None:
-    path, again = tmp_path / "a.jsonl", Answering()
-    answer_rows(path, ROWS, "s", Answering(), judge)
-    whole = path.read_bytes()
-    (tmp_path / "a.part.jsonl").write_bytes(whole[: len(whole) - 25])
+def test_a_torn_line_is_answered_again(path: Path) -> None:
+    again, whole = Adder(), path.read_bytes()
+    (path.parent / "a.part.jsonl").write_bytes(whole[: len(whole) - 25])
     path.unlink()
     answer_rows(path, ROWS, "s", again, judge)
-    assert again.asked == [ROWS[5]["prompt"]]
+    assert again.prompts == [ROWS[5]["prompt"]]
     assert len(read_items(path)) == 6
 
 
-@pytest.mark.parametrize("changed", ["settings", "prompt"])
+@pytest.mark.parametrize(
+    ("settings", "prompt", "count"), [("t", "0 + 1 =", 6), ("s", "0 + 1 is", 1)]
+)
 def test_other_settings_or_prompts_are_answered_anew(
-    tmp_path: Path, changed: str
+    path: Path, settings: str, prompt: str, count: int
 ) -> None:
-    path, again = tmp_path / "a.jsonl", Answering()
-    answer_rows(path, ROWS, "s", Answering(), judge)
-    rows = [{**ROWS[0], "prompt": "0 + 1 is"}, *ROWS[1:]]
-    if changed == "prompt":
-        answer_rows(path, rows, "s", again, judge)
-        assert again.asked == ["0 + 1 is"]
-    else:
-        answer_rows(path, ROWS, "t", again, judge)
-        assert len(again.asked) == 6
+    again, rows = Adder(), [{**ROWS[0], "prompt": prompt}, *ROWS[1:]]
+    answer_rows(path, rows, settings, again, judge)
+    assert len(again.prompts) == count and again.prompts[0] == prompt
 
 
-def test_verdicts_are_given_anew_to_answers_that_are_there(tmp_path: Path) -> None:
-    path, again = tmp_path / "a.jsonl", Answering()
-    answer_rows(path, ROWS, "s", Answering(), judge)
-    found = answer_rows(path, ROWS, "s", again, lambda text, row: {"correct": False})
-    assert again.asked == []
-    assert not any(item["correct"] for item in found)
+def test_lines_that_are_not_items_are_ignored(path: Path) -> None:
+    path.write_text('"text"\n[1]\n{"id": 1}\n\nnot JSON\n' + path.read_text())
+    again = Adder()
+    assert len(answer_rows(path, ROWS, "s", again, judge)) == 6
+    assert again.prompts == []
 
 
-def test_a_killed_evaluation_redoes_no_item(
-    run_factory: Callable[..., Run], runs_home: Path
-) -> None:
+def test_a_killed_evaluation_redoes_no_item(run_factory: Callable[..., Run]) -> None:
     run = run_factory(
         stages=["grpo"],
         data__train=[],
@@ -134,9 +130,9 @@ def test_a_killed_evaluation_redoes_no_item(
     process.wait()
     before = read_items(path)
     assert 5 <= len(before) < 60
-    evaluation.evaluate(run, "base")
+    evaluate(run, "base")
     after = {i["id"]: i for i in data.read_rows(run.path / "eval/base/test.jsonl")}
     assert len(after) == 60
     for item in before.values():  # the seconds would differ, had it been redone
-        kept = {name: after[item["id"]][name] for name in item}
-        assert json.dumps(kept) == json.dumps(item)
+        same = {name: after[item["id"]][name] for name in item}
+        assert json.dumps(same) == json.dumps(item)

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 
-from helpers.errors import DataError, JudgeError
+from helpers.errors import JudgeError
 from helpers.llm_judge import judge
 from helpers.llm_judge.judge import Judge
 from helpers.runs import Run
 from tests.judge_server import JudgeServer
 
-MESSAGES = [{"role": "user", "content": "Rate this."}]
 ONE_MORE = {"retries": 1, "timeout_s": 1.0}
 TOO_LATE = 3.0  # seconds after which the server answers
 
@@ -37,137 +36,115 @@ def server() -> Iterator[JudgeServer]:
 def open_client(server: JudgeServer, tmp_path: Path):
     def make(**changes: Any) -> Judge:
         settings = {"base_url": server.url, "retries": 2, "timeout_s": 5.0}
-        return Judge("local", tmp_path / "cache", **{**settings, **changes})
+        return Judge("local", tmp_path / "judge.jsonl", **{**settings, **changes})
 
     return make
 
 
-def ask(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
+def ask(*texts: str) -> list[list[dict[str, str]]]:
+    return [[{"role": "user", "content": text}] for text in texts]
 
 
 def test_replies_come_in_the_order_of_the_questions(server, open_client):
     server.answer = lambda request: (
         time.sleep(0.05 * int(request["messages"][0]["content"])) or echo(request)
     )
-    replies = open_client(workers=4).ask([ask(str(n)) for n in (1, 4, 3, 2, 0)])
+    replies = open_client(workers=4).ask(ask("1", "4", "3", "2", "0"))
     assert [r.text for r in replies] == [f"about {n} [[8]]" for n in (1, 4, 3, 2, 0)]
 
 
-def test_the_judge_is_asked_greedily_with_its_model_and_key(server, open_client):
-    open_client(api_key="secret").ask([MESSAGES])
+def test_the_judge_is_asked_greedily_and_its_key_is_kept_nowhere(server, open_client):
+    client = open_client(api_key="secret")
+    client.ask(ask("1"))
     assert server.keys == ["Bearer secret"]
     request = {"model": "local", "temperature": 0, "max_tokens": 2048}
-    assert server.requests == [{**request, "messages": MESSAGES}]
+    assert server.requests == [{**request, "messages": ask("1")[0]}]
+    assert "secret" not in repr(client) + client.cache.read_text()
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        (429, {"Retry-After": "0"}),
-        500,
-        503,
-        TOO_LATE,
-        "cut",
-        '{"choices": [',
-        "<html>Bad gateway</html>",
-        '{"choices": []}',
-        '"so be it"',
-        '{"error": "overloaded"}',
-    ],
-    ids=str,
-)
+PASSING = [(429, {"Retry-After": "0"}), 500, TOO_LATE, "cut", '{"choices": [']
+PASSING += ["<html>Bad gateway</html>", '{"choices": []}', '"so be it"']
+
+
+@pytest.mark.parametrize("fault", [*PASSING, '{"error": "overloaded"}'], ids=str)
 def test_a_fault_that_passes_costs_one_more_request(server, open_client, fault):
     server.faults = [fault]
-    (reply,) = open_client(**ONE_MORE).ask([MESSAGES])
-    assert reply == ("about Rate this. [[8]]", "")
+    assert open_client(**ONE_MORE).ask(ask("it")) == [("about it [[8]]", "")]
     assert len(server.requests) == 2
 
 
 def test_retry_after_is_waited_for(server, open_client):
     server.faults = [(429, {"Retry-After": "1"})]
     started = time.perf_counter()
-    open_client().ask([MESSAGES])
+    open_client().ask(ask("1"))
     assert 1.0 <= time.perf_counter() - started < 3
 
 
 @pytest.mark.parametrize(
-    ("fault", "tries", "reason"),
+    ("fault", "reason"),
     [
-        (500, 2, "status 500"),
-        (429, 2, "status 429"),
-        (TOO_LATE, 2, "timed out"),
-        ("cut", 2, "Connection error"),
-        ('{"choices": [', 2, "no chat completion"),
-        ('{"error": {"message": "overloaded"}}', 2, "an error .*overloaded"),
+        (500, r"status 500 \(oh\)"),
+        (429, "status 429"),
+        (TOO_LATE, "timed out"),
+        ("cut", "Connection error"),
+        ('{"choices": [', r'status 502 \(\{"choices": \['),
+        ('{"error": {"message": "overloaded"}}', r"status 502 \(overloaded\)"),
     ],
     ids=str,
 )
-def test_a_fault_that_stays_gives_no_text_but_a_reason(
-    server, open_client, fault, tries, reason
+def test_a_fault_that_stays_gives_a_reason_and_is_asked_again_by_the_next_run(
+    server, open_client, fault, reason
 ):
-    server.faults = [None, *[fault] * tries]
-    asked = [ask("first"), ask("second"), ask("third")]
-    first, second, third = open_client(**ONE_MORE, workers=1).ask(asked)
-    assert (first.text, third.text) == ("about first [[8]]", "about third [[8]]")
+    server.faults = [None, fault, fault]
+    client = open_client(**ONE_MORE, workers=1)
+    first, second, third = client.ask(ask("1", "2", "3"))
+    assert (first.text, third.text) == ("about 1 [[8]]", "about 3 [[8]]")
     assert second.text is None
     assert re.search(reason, second.error)
-
-
-def test_a_failure_is_not_kept_so_that_the_next_run_asks_again(server, open_client):
-    client = open_client(**ONE_MORE)
-    server.faults = [500, 500]
-    assert client.ask([MESSAGES])[0].text is None
-    assert client.ask([MESSAGES])[0].text == "about Rate this. [[8]]"
+    assert client.ask(ask("2"))[0].text == "about 2 [[8]]"
 
 
 def test_an_empty_answer_is_a_failure_with_its_reason(server, open_client):
     server.answer = lambda request: ""
-    (reply,) = open_client().ask([MESSAGES])
-    assert reply == (None, "empty answer, finished by stop")
+    assert open_client().ask(ask("1")) == [(None, "empty answer, finished by stop")]
 
 
-def test_a_repeated_run_asks_only_what_is_missing(server, open_client):
-    open_client().ask([ask("1"), ask("2")])
-    replies = open_client().ask([ask("3"), ask("2"), ask("1")])
-    assert [reply.text for reply in replies] == [f"about {n} [[8]]" for n in (3, 2, 1)]
+def test_a_repeated_run_asks_only_what_is_missing_even_after_a_torn_line(
+    server, open_client
+):
+    open_client().ask(ask("1", "2", "2"))
+    with open_client().cache.open("a") as file:
+        file.write('\n{"request": "tor')
+    for _ in range(2):
+        replies = open_client().ask(ask("3", "2", "1"))
+        assert [r.text for r in replies] == [f"about {n} [[8]]" for n in (3, 2, 1)]
     assert [r["messages"][0]["content"] for r in server.requests[2:]] == ["3"]
 
 
-def test_answers_got_before_an_error_are_kept(server, open_client):
-    client = open_client(workers=1)
+def test_answers_received_before_an_error_are_kept(server, open_client):
     server.faults = [None, 401]
     with pytest.raises(JudgeError):
-        client.ask([ask("1"), ask("2")])
-    client.ask([ask("1"), ask("2")])
-    asked = [request["messages"][0]["content"] for request in server.requests]
-    assert asked == ["1", "2", "2"]
+        open_client(workers=1).ask(ask("1", "2"))
+    open_client().ask(ask("1", "2"))
+    contents = [request["messages"][0]["content"] for request in server.requests]
+    assert contents == ["1", "2", "2"]
 
 
 @pytest.mark.parametrize("change", [{"options": {"temperature": 1}}, {"api_key": "k"}])
 def test_an_answer_serves_again_for_the_same_request_only(server, open_client, change):
-    open_client().ask([MESSAGES])
-    open_client(**change).ask([MESSAGES])
+    open_client().ask(ask("1"))
+    open_client(**change).ask(ask("1"))
     assert len(server.requests) == (2 if "options" in change else 1)
 
 
-def test_the_key_is_not_shown(open_client):
-    assert "secret" not in repr(open_client(api_key="secret"))
-
-
-NO_QUOTA = {"message": "You exceeded your quota.", "code": "insufficient_quota"}
-NO_BALANCE = {"message": "Insufficient Balance", "type": "unknown_error"}
 REFUSALS = [
     (400, {"message": "This context is too long."}, "check OPENAI_API_KEY"),
     (401, {"message": "Incorrect API key."}, "check OPENAI_API_KEY"),
-    (402, {"message": "Payment required."}, "add credit"),
-    (402, NO_BALANCE, "add credit"),
-    (403, {"message": "Not for this project."}, "check OPENAI_API_KEY"),
-    (404, {"message": "No model 'local'."}, "check .* model's name"),
+    (402, {"message": "Insufficient Balance", "type": "unknown_error"}, "add credit"),
+    (404, {"message": "No model 'local'."}, "check .* model"),
+    (405, "<html><h1>Not\nallowed</h1></html>", "check"),
     (413, "too large", "check OPENAI_API_KEY"),
-    (422, {"detail": [{"msg": "bad"}]}, "check OPENAI_API_KEY"),
-    (429, NO_QUOTA, "add credit"),
-    (429, {"message": "", "type": "insufficient_quota"}, "add credit"),
+    (429, {"message": "No quota.", "code": "insufficient_quota"}, "add credit"),
 ]
 
 
@@ -180,107 +157,60 @@ def test_a_refusal_ends_it_with_one_sentence_at_every_question(
         echo(request) if later and "one" in str(request) else (status, error)
     )
     sentence = f"refuses model 'local' with status {status} \\(.+\\): .*{remedy}"
-    started = time.perf_counter()
     with pytest.raises(JudgeError, match=sentence) as caught:
-        open_client(workers=1, retries=9).ask([ask("one"), *[ask("more")] * 50])
-    assert "\n" not in str(caught.value)
-    message = error.get("message", "") if isinstance(error, dict) else error
-    assert message.rstrip(".") in str(caught.value)
-    assert len(server.requests) == (2 if later else 1)
-    assert time.perf_counter() - started < 5
+        open_client(workers=1, retries=9).ask(ask("one", *map(str, range(50))))
+    assert not re.search(r"[\n<>]", str(caught.value))
+    message = error["message"] if isinstance(error, dict) else error
+    for word in re.sub("<.*?>", " ", message).rstrip(".").split():
+        assert word in str(caught.value)
+    assert len(server.requests) <= 5
 
 
-def test_a_page_as_a_refusal_is_told_without_its_tags(server, open_client):
-    server.faults = [(405, {})]
-    server.send = lambda handler, status, body, headers=None: JudgeServer.send(
-        handler, status, b"<html><h1>Not\nallowed</h1></html>"
-    )
-    with pytest.raises(JudgeError, match="with status 405 \\(Not allowed\\): check"):
-        open_client().ask([MESSAGES])
-
-
-def test_a_limit_of_rate_is_waited_out_though_it_speaks_of_a_quota(server, open_client):
+def test_a_rate_limit_is_waited_out_though_it_speaks_of_a_quota(server, open_client):
     limit = {"message": "You exceeded your current quota, check plan and billing."}
     answers: list[Any] = [(429, limit), "[[8]]"]
     server.answer = lambda request: answers.pop(0)
-    assert open_client().ask([MESSAGES])[0].text == "[[8]]"
+    assert open_client().ask(ask("1"))[0].text == "[[8]]"
 
 
-UNSUPPORTED = {
-    "message": "Unsupported parameter: 'max_tokens' is not supported with this model. "
-    "Use 'max_completion_tokens' instead.",
-    "param": "max_tokens",
-    "code": "unsupported_parameter",
-}
-ONE_TEMPERATURE = {
-    "message": "Unsupported value: 'temperature' does not support 0 with this model. "
-    "Only the default (1) value is supported.",
-    "param": "temperature",
-    "code": "unsupported_value",
-}
-
-
-def newer(request: dict[str, Any]) -> Any:
-    """A model that refuses two of the options that older ones take."""
-    if "max_tokens" in request:
-        return 400, UNSUPPORTED
-    return (400, ONE_TEMPERATURE) if "temperature" in request else echo(request)
+UNSUPPORTED = {"message": "Use 'max_completion_tokens' instead.", "param": "max_tokens"}
+ONE_TEMPERATURE = {"message": "'temperature' does not support 0 with this model."}
 
 
 def test_options_that_a_server_refuses_are_sent_as_it_wants_them(server, open_client):
+    def newer(request: dict[str, Any]) -> Any:
+        if "max_tokens" in request:
+            return 400, UNSUPPORTED
+        return (400, ONE_TEMPERATURE) if "temperature" in request else echo(request)
+
     server.answer = newer
-    replies = open_client(workers=1).ask([ask("1"), ask("2")])
+    replies = open_client(workers=1).ask(ask("1", "2"))
     assert [r.text for r in replies] == ["about 1 [[8]]", "about 2 [[8]]"]
     assert len(server.requests) == 4
     for request in server.requests[2:]:
         options = {k: v for k, v in request.items() if k not in ("model", "messages")}
         assert options == {"max_completion_tokens": 2048}
-
-
-def test_what_a_server_wants_is_known_to_the_next_run(server, open_client):
-    server.answer = newer
-    open_client().ask([ask("1")])
-    asked = len(server.requests)
-    open_client().ask([ask("1")])
-    assert len(server.requests) == asked
-    open_client().ask([ask("1"), ask("2")])
-    assert len(server.requests) == asked + 1
-
-
-def test_an_answer_by_other_options_is_kept_apart(server, open_client):
-    open_client().ask([MESSAGES])
-    server.answer = newer
-    open_client().ask([ask("2")])
-    files = [path.name for path in (open_client().cache).iterdir()]
-    open_client().ask([MESSAGES])
-    assert len(server.requests) == 1 + 3 + 1
-    assert len(list(open_client().cache.iterdir())) == len(files) + 1
+    open_client().ask(ask("1", "2"))
+    assert len(server.requests) == 4
 
 
 def test_an_option_that_a_server_refuses_in_any_form_ends_it(server, open_client):
     server.answer = lambda request: (400, ONE_TEMPERATURE)
     with pytest.raises(JudgeError, match="status 400 .*'temperature' does not"):
-        open_client().ask([MESSAGES])
+        open_client().ask(ask("1"))
     assert len(server.requests) == 2
     assert not open_client().cache.exists()
 
 
-def test_the_same_question_twice_is_kept_once(server, open_client):
-    replies = open_client(workers=8).ask([ask("1")] * 40)
-    assert {reply.text for reply in replies} == {"about 1 [[8]]"}
-    assert len(list(open_client().cache.iterdir())) == 1
-
-
-def test_an_address_where_nobody_is_ends_it_with_one_sentence(server, open_client):
+def test_an_address_without_a_server_ends_it_with_one_sentence(server, open_client):
     server.server.server_close()
     with pytest.raises(JudgeError, match=f"no judge answers at {server.url}.*start it"):
-        open_client(retries=0).ask([MESSAGES, ask("2")])
+        open_client(retries=0).ask(ask("1", "2"))
 
 
 @pytest.mark.parametrize(
     ("text", "rating"),
     [
-        ("[[8]]", 8),
         ("Rating: [[10]]", 10),
         ("Rating: [[7.5]].", 7.5),
         ("**Rating: [[ 6 ]]**", 6),
@@ -307,11 +237,9 @@ def test_an_address_where_nobody_is_ends_it_with_one_sentence(server, open_clien
         ("I think so, <b>indeed</b>: [[7]]", 7),
         ("Rating: 8", None),
         ("[[rating]]", None),
-        ("[[eight]]", None),
         ("[[0]]", None),
         ("[[80]]", None),
         ("[[-3]]", None),
-        ("", None),
         (None, None),
     ],
 )
@@ -325,8 +253,8 @@ def published_patterns() -> list[str]:
     if package is None or package.origin is None:
         pytest.skip("pip install --no-deps nvidia-mtbench-evaluator")
     inner = "fastchat/fastchat/llm_judge/common.py"
-    text = (Path(package.origin).parent / inner).read_text(encoding="utf-8")
-    found = re.findall(r"^(one_score_pattern\w*) = re.compile\((.+)\)$", text, re.M)
+    code = (Path(package.origin).parent / inner).read_text(encoding="utf-8")
+    found = re.findall(r"^(one_score_pattern\w*) = re.compile\((.+)\)$", code, re.M)
     patterns = {name: ast.literal_eval(f"r{literal}") for name, literal in found}
     return [patterns["one_score_pattern"], patterns["one_score_pattern_backup"]]
 
@@ -344,7 +272,6 @@ def test_ratings_are_those_that_fastchat_reads_but_for_the_last_of_several(text)
 @pytest.mark.parametrize(
     ("text", "winner"),
     [
-        ("B is better: [[B]]", "second"),
         ("[[A]]", "first"),
         ("Both are fine. [[C]]", "tie"),
         ("[[A]] ... so again: [[A]]", "first"),
@@ -364,48 +291,28 @@ def test_a_winner_is_read_or_missing_but_never_made_up(text, winner):
     assert judge.read_winner(text) == winner
 
 
-def test_no_judge_is_opened_where_none_is_named(run: Run, monkeypatch):
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.delenv("TUNEBOOK_JUDGE", raising=False)
-    assert judge.open_judge(run, None, None) is None
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "TUNEBOOK_JUDGE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
 
 
-def test_a_judge_is_named_by_the_environment(run: Run, monkeypatch):
-    for name, value in {
-        "OPENAI_BASE_URL": "http://localhost:1/v1",
-        "OPENAI_API_KEY": "secret",
-        "TUNEBOOK_JUDGE": "local",
-    }.items():
-        monkeypatch.setenv(name, value)
-    found = judge.open_judge(run, None, None)
-    assert found is not None
-    assert (found.base_url, found.model) == ("http://localhost:1/v1", "local")
-    assert found.api_key == "secret"
+def test_a_judge_is_named_by_the_environment_or_none_is_opened(run: Run, environment):
+    assert judge.open_judge(run) is None
+    environment.setenv("OPENAI_BASE_URL", "http://localhost:1/v1")
+    with pytest.raises(JudgeError, match="no model is named for http://.*_JUDGE"):
+        judge.open_judge(run)
+    environment.setenv("OPENAI_API_KEY", "secret")
+    environment.setenv("TUNEBOOK_JUDGE", "local")
+    client = judge.open_judge(run)
+    assert client is not None
+    assert (client.base_url, client.model) == ("http://localhost:1/v1", "local")
+    assert client.api_key == "secret"
 
 
 @pytest.mark.parametrize("key", ["sk-schlüssel", "two\nlines"])
-def test_a_key_that_cannot_be_sent_is_refused(run: Run, monkeypatch, key):
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(JudgeError, match="OPENAI_API_KEY holds other characters"):
+def test_a_key_that_cannot_be_sent_is_refused(run: Run, environment, key):
+    environment.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(JudgeError, match="OPENAI_API_KEY has characters"):
         judge.open_judge(run, "http://x/v1", "local")
-
-
-def test_an_address_without_a_model_is_refused(run: Run, monkeypatch):
-    monkeypatch.delenv("TUNEBOOK_JUDGE", raising=False)
-    with pytest.raises(JudgeError, match="which model judges at http://x.*judge-model"):
-        judge.open_judge(run, "http://x/v1", None)
-
-
-def test_a_model_that_the_run_lacks_is_refused(run: Run):
-    with pytest.raises(DataError, match="no model 'dpo', only base, sft, grpo"):
-        judge.find_adapters(run, ["base", "dpo"])
-
-
-def test_a_result_joins_what_the_report_has_of_the_model(run: Run):
-    run.write_part("eval", {"base": {"accuracy": 1}, "sft": {"accuracy": 2}})
-    judge.add_result(run, "sft", "mt_bench", {"score": 3})
-    found = run.report()["eval"]
-    assert found == {
-        "base": {"accuracy": 1},
-        "sft": {"accuracy": 2, "mt_bench": {"score": 3}},
-    }

@@ -122,12 +122,11 @@ def test_sample_data_are_looked_up_in_the_working_folder_and_the_error_says_so(
     assert "{'text': 'hello'}" in python(installed, tmp_path, "-c", code).stdout
 
 
-@pytest.mark.parametrize("command", [["series", "demo"], ["install"]])
+@pytest.mark.parametrize("command", [["helpers", "demo"], ["helpers.install"]])
 def test_what_needs_the_project_says_to_clone_it(
     command: list[str], installed: Path, tmp_path: Path
 ) -> None:
-    name, *arguments = command
-    done = python(installed, tmp_path, "-m", f"helpers.{name}", *arguments)
+    done = python(installed, tmp_path, "-m", *command)
     assert done.returncode == 1
     assert "clone of the repository" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,29 +1,46 @@
-"""Tests of helpers.llm_judge.pairwise: pairs, winners, and answers side by side."""
+"""Two models' answers: paired, judged in both orders, decided, shown side by side."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helpers import recipes, runs
 from helpers.config import changed
-from helpers.data import preparation as data
-from helpers.errors import DataError
-from helpers.llm_judge import pairwise as pairs
+from helpers.data.preparation import read_rows, write_rows
+from helpers.errors import DataError, JudgeError, MissingInput
+from helpers.llm_judge import pairwise
+from helpers.llm_judge.judge import Judge
+from helpers.llm_judge.mt_bench import FastChat
+from helpers.runs import Run
+from tests.judge_server import JudgeServer
+
+MODELS = ("base", "sft")
 
 
-def item(n, output, correct=None, **more):
+def item(n: int, output: str, correct: bool | None = None, **more: Any) -> Any:
     """An item as an evaluation writes it."""
     known = {} if correct is None else {"correct": correct, "gold": "7"}
     question = {"id": f"test-{n}", "question": f"How many, {n}?"}
     return {**question, "output": output, **known, **more}
 
 
-def write_items(run, label, *items, part="test"):
-    data.write_rows(run.path / "eval" / label / f"{part}.jsonl", list(items))
+def write_items(run: Run, label: str, *items: Any, part: str = "test") -> None:
+    write_rows(run.path / "eval" / label / f"{part}.jsonl", list(items))
+
+
+def write_chats(run: Run, **outputs: list[str]) -> None:
+    for label, texts in outputs.items():
+        rows = [item(n, text) for n, text in enumerate(texts)]
+        write_items(run, label, *rows, part="test_chat")
 
 
 @pytest.fixture
-def run(runs_home):
+def run(runs_home) -> Run:
     """A run whose base model and SFT model have answered four problems."""
     run = runs.save_run(recipes.load("smoke"))
     base = [(1, "5 eggs", False), (2, "7", True), (3, "9", False), (4, "1", False)]
@@ -33,199 +50,206 @@ def run(runs_home):
     return run
 
 
-MODELS = ("base", "sft")
-
-
 def test_answers_are_paired_by_the_id_of_their_question(run):
-    backwards = data.read_rows(run.path / "eval/sft/test.jsonl")[::-1]
-    write_items(run, "sft", *backwards)
-    found = pairs.read_pairs(run, MODELS)
-    assert [p.first["id"] for p in found] == [p.second["id"] for p in found]
-    assert found[0].id == "test-1"
-    assert (found[0].question, found[0].gold) == ("How many, 1?", "7")
-
-
-def test_a_question_that_only_one_model_answered_is_in_no_pair(run):
-    write_items(run, "sft", item(2, "x", True), item(9, "y", True))
-    assert [p.id for p in pairs.read_pairs(run, MODELS)] == ["test-2"]
-
-
-def test_a_reference_is_expected_where_there_is_no_gold_number(run):
-    for label in MODELS:
-        write_items(run, label, item(1, "a", reference="a cat"), part="test_chat")
-    assert pairs.read_pairs(run, MODELS, "test_chat")[0].gold == "a cat"
+    backwards = read_rows(run.path / "eval/sft/test.jsonl")[::-1]
+    write_items(run, "sft", *backwards, item(9, "y", True))
+    name, pairs = pairwise.read_pairs(run, MODELS)
+    assert (name, list(pairs["id"])) == ("test", [f"test-{n}" for n in (1, 2, 3, 4)])
+    first = pairs.iloc[0]
+    assert (first["question"], first["gold"]) == ("How many, 1?", "7")
+    assert (first["output_first"], first["output_second"]) == ("5 eggs", "7 eggs")
 
 
 def test_models_without_a_question_in_common_are_refused(run):
-    write_items(run, "sft", item(9, "y", True))
-    with pytest.raises(DataError, match="base and sft share no question of test"):
-        pairs.read_pairs(run, MODELS)
-
-
-def test_another_question_under_the_same_id_is_refused(run):
-    other = {**item(1, "y", True), "question": "Another one?"}
-    write_items(run, "sft", other)
-    with pytest.raises(DataError, match="test-1 of test is another question for sft"):
-        pairs.read_pairs(run, MODELS)
-
-
-def test_models_that_answered_no_set_in_common_are_refused(run):
     write_items(run, "new", item(1, "y"), part="test_chat")
     with pytest.raises(DataError, match="base and new answered no set in common"):
-        pairs.read_pairs(run, ("base", "new"))
-
-
-def test_a_model_that_was_not_evaluated_is_named_with_the_notebook_to_run(run):
-    with pytest.raises(runs.MissingInput, match="eval/grpo is missing.*04_evaluation"):
-        pairs.read_pairs(run, ("base", "grpo"))
-
-
-def test_the_higher_value_wins_and_equal_values_tie(run):
-    found = pairs.read_pairs(run, MODELS)
-    expected = ["second", "first", "second", "tie"]
-    assert pairs.find_winners(found, "correct") == expected
-
-
-def test_an_item_without_the_value_has_no_winner(run):
-    found = pairs.read_pairs(run, MODELS)
-    assert pairs.find_winners(found, "rougeL") == [None] * 4
-
-
-def test_a_graded_value_decides_by_size():
-    rows = item(1, "a", rougeL=0.25), item(1, "b", rougeL=0.5)
-    pair = pairs.Pair("1", "?", "", *rows)
-    assert pairs.find_winners([pair], "rougeL") == ["second"]
+        pairwise.read_pairs(run, ("base", "new"))
+    with pytest.raises(MissingInput, match="eval/grpo is missing.*04_evaluation"):
+        pairwise.read_pairs(run, ("base", "grpo"))
+    write_items(run, "sft", {**item(1, "y", True), "question": "Another one?"})
+    with pytest.raises(DataError, match="test-1 of test is another question for sft"):
+        pairwise.read_pairs(run, MODELS)
+    write_items(run, "sft", item(9, "y", True))
+    with pytest.raises(DataError, match="base and sft share no question of test"):
+        pairwise.read_pairs(run, MODELS)
 
 
 def test_wins_are_a_share_of_the_decided_pairs():
-    counts = pairs.count_wins(["second"] * 3 + ["first"] + ["tie"] * 6 + [None])
+    counts = pairwise.count_wins(["second"] * 3 + ["first"] + ["tie"] * 6 + [None])
     assert (counts["wins"]["k"], counts["wins"]["n"]) == (3, 4)
     assert (counts["losses"], counts["ties"], counts["missing"]) == (1, 6, 1)
     # statsmodels' proportion_confint(3, 4, method="wilson")
     assert counts["wins"]["low"] == pytest.approx(0.3006, abs=1e-4)
     assert counts["wins"]["high"] == pytest.approx(0.9544, abs=1e-4)
+    assert pairwise.count_wins(["tie", None])["wins"] is None
 
 
-def test_without_a_decided_pair_there_is_no_share_of_wins():
-    assert pairs.count_wins(["tie", None])["wins"] is None
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        ("", ""),
-        ("", "a b"),
-        ("the cat sat.\n#### 5", "the dog sat.\n#### 7"),
-        ("  two   spaces ", "two spaces"),
-        ("größer als 3,5 €", "kleiner als 3,5 €"),
-    ],
-)
-def test_the_pieces_of_a_text_make_up_the_text(first, second):
-    sides = pairs.word_differences(first, second)
-    assert ["".join(text for text, _ in side) for side in sides] == [first, second]
-
-
-def test_equal_texts_have_no_differing_piece():
-    sides = pairs.word_differences("a b\nc", "a b\nc")
-    assert sides == ([("a b\nc", False)], [("a b\nc", False)])
-
-
-def test_a_changed_word_is_marked_on_both_sides_and_nothing_else():
-    first, second = pairs.word_differences("the cat sat", "the dog sat")
-    assert [text for text, differs in first if differs] == ["cat"]
-    assert [text for text, differs in second if differs] == ["dog"]
-
-
-def test_an_added_word_is_marked_on_its_side_alone():
-    first, second = pairs.word_differences("12 eggs", "12 fresh eggs")
-    assert not any(differs for _, differs in first)
-    assert [text.strip() for text, differs in second if differs] == ["fresh"]
+def shown(*arguments: Any, **options: Any) -> tuple[str, list[list[str]]]:
+    """The summary and the cells of a table, as texts."""
+    page = pairwise.side_by_side(*arguments, **options).data
+    summary, _, table = page.partition("</b>")
+    rows = [re.findall(r"<td>(.*?)</td>", r, re.S) for r in table.split("<tr>")[1:]]
+    texts = [[re.sub("<.*?>", "", cell) for cell in row] for row in rows]
+    return summary.removeprefix("<b>"), texts
 
 
 def test_the_summary_counts_every_pair_whatever_is_shown(run):
-    table = pairs.side_by_side(run, MODELS, count=1)
-    said = "after SFT: better than base in 2, worse in 1, equal in 1 of 4"
-    assert table.summary() == f"{said}, by right answers"
-    assert len(table.shown()) == 1
-
-
-def test_only_the_losses_can_be_shown(run):
-    table = pairs.side_by_side(run, MODELS, only="first")
-    assert [row["question"] for row in table.shown()] == ["How many, 2?"]
-    assert "better than base in 2" in table.summary()
-
-
-def test_the_table_says_which_answer_is_better(run):
-    said = [row["better"] for row in pairs.side_by_side(run, MODELS).shown()]
-    assert said == ["after SFT", "base", "after SFT", "equal"]
-
-
-def test_answers_that_nothing_measures_are_shown_undecided(run):
-    for label in MODELS:
-        write_items(run, label, item(1, "a"), part="test_chat")
-    table = pairs.side_by_side(run, MODELS, "test_chat")
-    assert table.shown()[0]["better"] == "-"
-    assert table.summary() == "base and after SFT: nothing decides which is better"
-
-
-def judged(n, winner, **changed):
-    """A line of a judge's file, as `duels` writes it."""
-    base, sft = ("5 eggs", "7", "9", "1"), ("7 eggs", "8", "7", "2")
-    said = {"first": base[n - 1], "second": sft[n - 1]}
-    return {"id": f"test-{n}", "winner": winner, **said, **changed}
-
-
-def test_a_judge_decides_by_the_verdicts_of_duels(run):
-    rows = [judged(1, "first"), judged(2, "tie"), judged(3, None)]
-    write_items(run, "sft", *rows, part="test_against_base")
-    table = pairs.side_by_side(run, MODELS, by="judge")
-    assert table.winners == ["first", "tie", None, None]
-
-
-def test_a_judges_verdict_on_answers_that_changed_does_not_count(run):
-    rows = [judged(1, "first", second="8 eggs"), judged(2, "second")]
-    write_items(run, "sft", *rows, part="test_against_base")
-    table = pairs.side_by_side(run, MODELS, by="judge")
-    assert table.winners == [None, "second", None, None]
-    assert table.summary().endswith("of 4, undecided 3, by a judge")
+    summary, rows = shown(run, MODELS, count=1)
+    text = "sft: better than base in 2, worse in 1, equal in 1, undecided in 0 of 4"
+    assert summary == f"{text}, by right answers"
+    assert rows == [["How many, 1?\nexpected: 7", "sft", "5 eggs", "7 eggs"]]
+    assert [row[1] for row in shown(run, MODELS)[1]] == ["sft", "base", "sft", "equal"]
+    assert [row[0][:11] for row in shown(run, MODELS, only="first")[1]] == [
+        "How many, 2"
+    ]
 
 
 def test_texts_are_decided_by_rouge_where_there_is_no_right_answer(run):
+    write_chats(run, base=["a"], sft=["b"])
+    summary, rows = shown(run, MODELS, "test_chat")
+    assert summary.endswith("undecided in 1 of 1, by ROUGE-L")
+    assert rows[0][1] == "-"
     for label, value in zip(MODELS, (0.5, 0.25), strict=True):
         row = item(1, label, reference="a cat", rougeL=value)
         write_items(run, label, row, part="test_chat")
-    table = pairs.side_by_side(run, MODELS, "test_chat")
-    assert table.winners == ["first"]
-    assert table.summary().endswith("by ROUGE-L")
-
-
-def test_a_judge_who_has_not_compared_the_models_is_missing(run):
-    with pytest.raises(runs.MissingInput, match="test_against_base.jsonl is missing"):
-        pairs.side_by_side(run, MODELS, by="judge")
+    _, rows = shown(run, MODELS, "test_chat")
+    assert rows[0][:2] == ["How many, 1?\nexpected: a cat", "base"]
 
 
 def test_models_of_two_runs_are_named_with_their_runs(run):
     other = runs.save_run(changed(recipes.load("smoke"), name="other"))
     write_items(other, "sft", item(1, "7 hens", True), item(4, "7", True))
-    table = pairs.side_by_side(run, ("sft", "sft"), other=other)
-    assert table.names == ("smoke after SFT", "other after SFT")
-    assert table.winners == ["tie", "second"]
+    summary, rows = shown(run, ("sft", "sft"), other=other)
+    assert summary.startswith("other sft: better than smoke sft in 1")
+    assert [row[1] for row in rows] == ["equal", "other sft"]
 
 
-def test_in_a_terminal_every_answer_is_whole(run):
-    text = repr(pairs.side_by_side(run, MODELS, count=1))
-    assert "How many, 1? (expected: 7)" in text
-    assert "base: 5 eggs" in text and "after SFT: 7 eggs" in text
+@pytest.mark.parametrize(
+    ("first", "second", "marked"),
+    [
+        ("", "", []),
+        ("a b\nc", "a b\nc", []),
+        ("the cat sat", "the dog sat", ["cat", "dog"]),
+        ("12 eggs", "12 fresh eggs", ["fresh "]),
+        ("größer als 3,5 €", "kleiner als 3,5 €", ["größer", "kleiner"]),
+        ("<b>&", "<b>& <i>", [" <i>"]),
+        ("word " * 100, "word " * 99 + "end ", ["word ", "end "]),
+    ],
+)
+def test_words_that_the_other_answer_lacks_are_marked_and_all_is_escaped(
+    run, first, second, marked
+):
+    write_chats(run, base=[first], sft=[second])
+    page = pairwise.side_by_side(run, MODELS, "test_chat").data
+    pieces = re.findall(r'<(?:del|ins) style="[^"]*">(.*?)</', page)
+    assert [p.replace("&lt;", "<").replace("&gt;", ">") for p in pieces] == marked
+    assert "<b>&" not in page and "<i>" not in page
+    _, ((_, _, *texts),) = shown(run, MODELS, "test_chat")
+    texts = [t.replace("&lt;", "<").replace("&gt;", ">") for t in texts]
+    assert [t.replace("&amp;", "&") for t in texts] == [first, second]
 
 
-def test_in_a_notebook_the_words_that_differ_are_marked(run):
-    html = pairs.side_by_side(run, MODELS, count=1)._repr_html_()
-    assert ">5</del> eggs" in html and ">7</ins> eggs" in html
-    assert "overflow:auto" in html and 'tabindex="0"' in html
+@pytest.fixture
+def server() -> Iterator[JudgeServer]:
+    """A judge that prefers the longer answer, and the first where they are alike."""
+
+    def prefer(request: dict[str, Any]) -> str:
+        _, a, b, *_ = request["messages"][1]["content"].split("|")
+        return "[[B]]" if len(b) > len(a) else "[[A]]"
+
+    with JudgeServer(prefer) as running:
+        yield running
 
 
-def test_what_a_model_wrote_is_escaped(run):
-    write_items(run, "sft", item(1, "<script>alert(1)</script>", True))
-    html = pairs.side_by_side(run, MODELS)._repr_html_()
-    assert "<script" not in html
-    assert "&lt;" in html
+@pytest.fixture
+def judged(run: Run, server: JudgeServer, tmp_path: Path, monkeypatch):
+    """Judges the test set of chats by short prompts."""
+    text = "{question}|{answer_a}|{answer_b}"
+    texts = {"pair-v2": text, "pair-math-v1": f"{text}|{{ref_answer_1}}"}
+    prompts = {
+        name: {"name": name, "system_prompt": "Judge.", "prompt_template": text}
+        for name, text in texts.items()
+    }
+    fastchat = FastChat([], {}, prompts)
+    monkeypatch.setattr(pairwise, "read_fastchat", lambda folder: fastchat)
+    client = Judge("local", tmp_path / "judge.jsonl", server.url, retries=0, workers=1)
+    return lambda models=MODELS, **options: pairwise.judge_pairs(
+        run, models, client, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "winner"),
+    [
+        ("first", "second", "first"),
+        ("second", "first", "second"),
+        ("tie", "tie", "tie"),
+        ("first", "first", "tie"),
+        ("second", "second", "tie"),
+        ("tie", "second", "tie"),
+        (None, "first", None),
+        ("second", None, None),
+    ],
+)
+def test_a_win_counts_when_both_orders_agree(forward, backward, winner):
+    assert pairwise.settle(forward, backward) == winner
+
+
+def test_wins_losses_and_ties_are_counted_reported_and_shown(run, judged):
+    write_chats(run, base=["a", "b", "ccc", "d"], sft=["aa", "bb", "c", "e"])
+    table = judged()
+    counts = run.report()["eval"]["sft"]["test_chat_against_base"]
+    assert counts["wins"] == pairwise.count_wins(["second"] * 2 + ["first"])["wins"]
+    assert (counts["losses"], counts["ties"], counts["missing"]) == (1, 1, 0)
+    assert table["wins"]["sft against base"].startswith("2/3 = 66.7 % [")
+    rows = read_rows(run.path / "eval" / "sft" / "test_chat_against_base.jsonl")
+    assert [row["winner"] for row in rows] == ["second", "second", "first", "tie"]
+    assert rows[0]["judgments"] == ["[[B]]", "[[A]]"]
+    write_chats(run, base=["a", "b", "ccc", "d"], sft=["aa", "other", "c", "e"])
+    summary, rows = shown(run, MODELS, "test_chat", by="judge")
+    assert [row[1] for row in rows] == ["sft", "-", "base", "equal"]
+    assert summary.endswith("undecided in 1 of 4, by a judge")
+
+
+def test_a_pair_without_a_verdict_in_either_order_is_missing(run, judged, server):
+    server.faults = [None, 500]
+    write_chats(run, base=["a", "b"], sft=["aa", "bb"])
+    table = judged()
+    assert table["wins"].iloc[0].startswith("1/1") and table["missing"].iloc[0] == 1
+
+
+def test_a_judge_that_goes_by_the_place_only_makes_ties(run, judged, server):
+    server.answer = lambda request: "[[A]]"
+    write_chats(run, base=["a", "b"], sft=["cc", "dd"])
+    assert judged()[["wins", "ties"]].to_numpy().tolist() == [["none decided", 2]]
+
+
+def test_answers_with_a_right_one_are_judged_by_it(run, judged, server):
+    for label, text in zip(MODELS, "ab", strict=True):
+        write_items(run, label, item(1, text, True))
+    judged(part="test")
+    contents = [request["messages"][1]["content"] for request in server.requests]
+    assert contents == ["How many, 1?|a|b|7", "How many, 1?|b|a|7"]
+
+
+def test_two_runs_are_judged_against_each_other(run, judged):
+    other = runs.save_run(changed(recipes.load("smoke"), name="other"))
+    write_chats(run, sft=["a"])
+    write_chats(other, sft=["aa"])
+    judged(("sft", "sft"), other=other)
+    assert "test_chat_against_sft" in other.report()["eval"]["sft"]
+
+
+def test_without_a_verdict_a_judge_or_answers_nothing_is_reported(run, judged, server):
+    with pytest.raises(DataError, match="no set in common: expected one of test_chat"):
+        judged()
+    server.answer = lambda request: "Hm."
+    write_chats(run, base=["a"], sft=["b"])
+    message = "no readable verdict in any of 2 judgments, 2 times 'Hm.': read"
+    with pytest.raises(JudgeError, match=message):
+        judged()
+    with pytest.raises(JudgeError, match="No judge configured: .*TUNEBOOK_JUDGE"):
+        pairwise.judge_pairs(run, MODELS, None)
+    with pytest.raises(MissingInput, match="test_against_base.jsonl is missing"):
+        pairwise.side_by_side(run, MODELS, by="judge")
+    assert "eval" not in run.report()

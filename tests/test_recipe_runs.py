@@ -1,4 +1,4 @@
-"""Every recipe, run: its format, split, labels, LoRA, optimiser, schedule, callbacks.
+"""Every recipe, run: its format, split, labels, LoRA, optimiser, schedule.
 
 Here on a tiny model, a few steps each. The full cross of recipes and engines on the
 real offline model takes about an hour: `python -m pytest -m slow`.
@@ -16,8 +16,9 @@ import pytest
 from helpers import recipes, runs, stages
 from helpers.config import RunConfig, changed
 from helpers.data import preparation as data
-from helpers.evaluation import evaluator as evaluation
-from helpers.evaluation import results
+from helpers.data.sources import load_rows
+from helpers.evaluation import evaluator
+from helpers.evaluation.tables import results_table
 from helpers.grpo import trainer as grpo
 from helpers.inference import generation
 from helpers.masking.dataset import NO_LOSS
@@ -25,7 +26,6 @@ from helpers.runs import Run
 from helpers.training import sft
 from helpers.training import trainer as train
 
-ROOT = Path(__file__).resolve().parent.parent
 NAMES = [name for name in recipes.NAMES if name != "smoke"]  # the demo, smaller
 SFT = [name for name in NAMES if "sft" in recipes.load(name).stages]
 GRPO = [name for name in NAMES if "grpo" in recipes.load(name).stages]
@@ -98,56 +98,28 @@ def source_text(source: str, row: dict[str, Any], tokenizer: Any) -> str:
     if "llama2_text" in source:
         text = row["text"].replace("<s>", tokenizer.bos_token)
         return text.replace("</s>", tokenizer.eos_token)
-    if "sharegpt" in source:
-        names = {"system": "system", "human": "user", "gpt": "assistant"}
-        turns = [
-            {"role": names[turn["from"]], "content": turn["value"]}
-            for turn in row["conversations"]
-        ]
-    else:
-        turns = [
-            {"role": "user", "content": row["instruction"]},
-            {"role": "assistant", "content": row["output"]},
-        ]
-    return tokenizer.apply_chat_template(turns, tokenize=False)
-
-
-def rows_of(trained: Trained, part: str) -> list[dict[str, Any]]:
-    return data.read_rows(trained.run.path / "data" / f"{part}.jsonl")
-
-
-def questions(trained: Trained, part: str) -> set[str]:
-    return {data.questions_of(row["messages"])[0] for row in rows_of(trained, part)}
-
-
-def test_the_stages_take_their_steps_and_report_them(trained: Trained) -> None:
-    report = trained.run.report()
-    for stage in trained.config.stages:
-        assert report[stage]["steps"] == STEPS
-        assert (trained.run.path / stage / "adapter").is_dir()
+    names = {"system": "system", "human": "user", "gpt": "assistant"}
+    turns = [(names[t["from"]], t["value"]) for t in row.get("conversations", [])]
+    turns = turns or [("user", row["instruction"]), ("assistant", row["output"])]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 @with_sft
 def test_training_texts_are_in_the_format_of_the_source(trained: Trained) -> None:
-    tokenizer = trained.tokenizer
+    tokenizer, part = trained.tokenizer, trained.run.report()["data"]
+    rows = trained.trainers["sft"].train_dataset
+    together = "\n".join(tokenizer.decode(row["input_ids"]) for row in rows)
     texts = [
-        tokenizer.decode(r["input_ids"]) for r in trained.trainers["sft"].train_dataset
-    ]
-    together = "\n".join(texts)
-    sources = [s for s in trained.config.data.train if "word_problems" not in s]
-    rows = [
         source_text(source, row, tokenizer)
-        for source in sources
-        for row in data.load_rows(source)
-        if "messages" not in row
+        for source in trained.config.data.train
+        for row in load_rows(source)
+        if "messages" not in row and "word_problems" not in source
     ]
-    trained_on = [text for text in rows if text in together]
-    held_out = len(rows) - len(trained_on)
-    counted = [
-        trained.run.report()["data"].get(part, 0) for part in ("eval", "test_chat")
-    ]
-    from_shares = sum(counted) if trained.config.data.eval_share else 0
-    assert held_out == from_shares and trained_on
+    absent = [text for text in texts if text not in together]
+    held_out = sum(part.get(name, 0) for name in ("eval", "test_chat"))
+    assert len(absent) == (held_out if trained.config.data.eval_share else 0)
+    assert len(absent) < len(texts)
 
 
 @with_sft
@@ -155,136 +127,107 @@ def test_the_split_has_the_parts_of_the_recipe_and_no_question_twice(
     trained: Trained,
 ) -> None:
     parts = data.parts_of(trained.config.data)
-    assert sorted(path.stem for path in (trained.run.path / "data").iterdir()) == (
-        sorted(parts)
-    )
-    if not trained.config.data.eval_share:
-        return
-    held_out = [part for part in parts if part != "train"]
-    sets = [questions(trained, part) for part in ["train", *held_out]]
-    assert all(sets)
-    assert len(set.union(*sets)) == sum(len(part) for part in sets)
+    files = {path.stem: path for path in (trained.run.path / "data").iterdir()}
+    assert sorted(files) == sorted(parts)
+    if trained.config.data.eval_share:
+        rows = [data.read_rows(files[part]) for part in parts]
+        sets = [{data.questions_of(r["messages"])[0] for r in part} for part in rows]
+        assert all(sets)
+        assert len(set.union(*sets)) == sum(map(len, sets))
 
 
 @with_sft
-def test_the_loss_covers_what_the_recipe_says(trained: Trained) -> None:
-    tokenizer = trained.tokenizer
+def test_the_loss_covers_what_the_recipe_says_and_padding_never(
+    trained: Trained,
+) -> None:
+    tokenizer, trainer = trained.tokenizer, trained.trainers["sft"]
+    rows = data.read_rows(trained.run.path / "data" / "train.jsonl")
     answers = [
         message["content"] + tokenizer.eos_token
-        for row in rows_of(trained, "train")
+        for row in rows
         for message in row["messages"]
         if message["role"] == "assistant"
     ]
-    learnt = ""
-    for row in trained.trainers["sft"].train_dataset:
+    supervised = ""
+    for row in trainer.train_dataset:
         if trained.config.loss_on == "all":
             assert row["labels"] == row["input_ids"]
-        learnt += tokenizer.decode([x for x in row["labels"] if x != NO_LOSS])
+        supervised += tokenizer.decode([x for x in row["labels"] if x != NO_LOSS])
     if trained.config.loss_on == "assistant":
-        assert len(learnt) == sum(map(len, answers))
-        assert all(answer in learnt for answer in answers)
-
-
-@with_sft
-def test_eos_is_learnt_and_padding_is_not(trained: Trained) -> None:
-    tokenizer = trained.tokenizer
+        assert len(supervised) == sum(map(len, answers))
+        assert all(answer in supervised for answer in answers)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    for batch in trained.trainers["sft"].get_train_dataloader():
+    for batch in trainer.get_train_dataloader():
         labels, ids = batch["labels"], batch["input_ids"]
         assert (labels == tokenizer.eos_token_id).sum() >= len(ids)
         assert (labels[ids == tokenizer.pad_token_id] == NO_LOSS).all()
 
 
-def test_lora_sits_where_the_recipe_says_and_as_it_says(trained: Trained) -> None:
+def test_lora_and_weights_are_as_the_recipe_says(trained: Trained) -> None:
     from peft.tuners.lora import LoraLayer
 
-    lora = trained.config.lora
+    lora, four_bit = trained.config.lora, trained.config.weights == "4bit"
     for trainer in trained.trainers.values():
-        layers = {
-            name.rpartition(".")[2]: module
-            for name, module in trainer.model.named_modules()
-            if isinstance(module, LoraLayer)
-        }
-        assert set(layers) == set(lora["target_modules"])
-        for layer in layers.values():
+        model = trainer.model
+        modules = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+        assert {n.rpartition(".")[2] for n, _ in modules} == {*lora["target_modules"]}
+        for _, layer in modules:
             assert layer.r["default"] == lora["r"]
             assert layer.scaling["default"] == lora["lora_alpha"] / lora["r"]
             dropout = getattr(layer.lora_dropout["default"], "p", 0.0)
             assert dropout == lora.get("lora_dropout", 0.0)
             assert layer.lora_A["default"].weight.dtype.itemsize == 4
-        names = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
         assert names and all("lora_" in name for name in names)
+        # auto is 16bit without a GPU
+        assert getattr(model, "is_loaded_in_4bit", False) == four_bit
+        if four_bit:
+            quantised = model.config.quantization_config
+            assert quantised.bnb_4bit_quant_type == "nf4"
+            assert quantised.bnb_4bit_use_double_quant == trained.config.double_quant
 
 
-def test_the_weights_are_of_as_many_bits_as_the_recipe_says(trained: Trained) -> None:
-    model = next(iter(trained.trainers.values())).model
-    four_bit = trained.config.weights == "4bit"  # auto is 16bit without a GPU
-    assert getattr(model, "is_loaded_in_4bit", False) == four_bit
-    if four_bit:
-        found = model.config.quantization_config
-        assert found.bnb_4bit_quant_type == "nf4"
-        assert found.bnb_4bit_use_double_quant == trained.config.double_quant
-
-
-def test_the_optimiser_is_of_the_class_that_the_recipe_names(trained: Trained) -> None:
+def test_optimiser_schedule_and_batch_are_the_recipes(trained: Trained) -> None:
     for stage, trainer in trained.trainers.items():
-        wanted = getattr(trained.config, stage)
+        values = getattr(trained.config, stage)
         optimiser = trainer.optimizer.optimizer
-        module, bits, paged = OPTIMISERS[wanted.get("optim", "adamw_torch")]
+        module, bits, paged = OPTIMISERS[values.get("optim", "adamw_torch")]
         assert type(optimiser).__module__ == module
         if bits:
             assert (optimiser.args.optim_bits, optimiser.is_paged) == (bits, paged)
         decay = max(group["weight_decay"] for group in optimiser.param_groups)
-        assert decay == wanted.get("weight_decay", 0.0)
-
-
-def test_the_rate_follows_the_recipes_schedule(trained: Trained) -> None:
-    for stage, trainer in trained.trainers.items():
-        wanted = getattr(trained.config, stage)
-        schedule = trainer.lr_scheduler.lr_lambdas[0]
-        kind = wanted.get("lr_scheduler_type", "linear").partition("_")[0]
+        assert decay == values.get("weight_decay", 0.0)
+        schedule, warmup = trainer.lr_scheduler.lr_lambdas[0], values["warmup_steps"]
+        kind = values.get("lr_scheduler_type", "linear").partition("_")[0]
         assert f"_get_{kind}" in schedule.func.__name__
-        warmup = wanted["warmup_steps"]
         # a share of two steps is rounded up
-        steps = 1 if 0 < warmup < 1 else warmup
-        assert schedule.keywords["num_warmup_steps"] == steps
-        peak = trainer.lr_scheduler.base_lrs[0]
-        assert peak == wanted["learning_rate"]
-
-
-def test_a_step_holds_as_many_rows_as_the_recipe_says(trained: Trained) -> None:
-    for stage, trainer in trained.trainers.items():
-        wanted = getattr(trained.config, stage)
+        warmup = 1 if 0 < warmup < 1 else warmup
+        assert schedule.keywords["num_warmup_steps"] == warmup
+        assert trainer.lr_scheduler.base_lrs[0] == values["learning_rate"]
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            assert getattr(trainer.args, name) == wanted.get(name, 1)
-        assert trainer.args.max_grad_norm == wanted.get("max_grad_norm", 1.0)
+            assert getattr(trainer.args, name) == values.get(name, 1)
+        assert trainer.args.max_grad_norm == values.get("max_grad_norm", 1.0)
+        assert trained.run.report()[stage]["steps"] == STEPS
+        assert (trained.run.path / stage / "adapter").is_dir()
 
 
 @with_sft
-def test_rows_are_drawn_as_the_recipe_says(trained: Trained) -> None:
-    sampler = type(trained.trainers["sft"]._get_train_sampler()).__name__
-    grouped = "train_sampling_strategy" in trained.config.sft
-    assert sampler == ("LengthGroupedSampler" if grouped else "RandomSampler")
-
-
-@with_sft
-def test_the_callbacks_are_there_and_the_tracker_where_it_can_be(
-    trained: Trained,
-) -> None:
-    trainer = trained.trainers["sft"]
-    ours = {type(c).__name__: c for c in trainer.callback_handler.callbacks}
-    assert ours["BestAdapter"].by == trained.config.best_by
-    assert ours["LiveSamples"].prompts
-    assert {"Clock", "TimedSaves", "SkippedSteps"} <= set(ours)
+def test_rows_are_drawn_logged_and_saved_as_the_recipe_says(trained: Trained) -> None:
+    trainer, config = trained.trainers["sft"], trained.config
+    kind = type(trainer._get_train_sampler()).__name__
+    grouped = "train_sampling_strategy" in config.sft
+    assert kind == ("LengthGroupedSampler" if grouped else "RandomSampler")
+    callbacks = {type(c).__name__: c for c in trainer.callback_handler.callbacks}
+    assert callbacks["BestAdapter"].by == config.best_by
     # the tests run with WANDB_MODE=disabled, which asks nobody
-    assert ("WandbCallback" in ours) == (trained.config.sft.get("report_to") == "wandb")
+    assert ("WandbCallback" in callbacks) == (config.sft.get("report_to") == "wandb")
 
 
 @with_grpo
 def test_the_rewards_and_the_group_are_the_recipes(trained: Trained) -> None:
     trainer, config = trained.trainers["grpo"], trained.config
-    paid = dict(zip(trainer.reward_func_names, trainer.reward_weights, strict=True))
-    assert paid == pytest.approx(config.rewards)
+    weights = dict(zip(trainer.reward_func_names, trainer.reward_weights, strict=True))
+    assert weights == pytest.approx(config.rewards)
     assert trainer.num_generations == config.grpo["num_generations"]
     prompt = trainer.train_dataset[0]["prompt"]
     assert prompt[0] == {"role": "system", "content": config.system_prompt}
@@ -292,20 +235,16 @@ def test_the_rewards_and_the_group_are_the_recipes(trained: Trained) -> None:
 
 def test_what_the_recipe_holds_out_is_measured(trained: Trained) -> None:
     run, stage = trained.run, trained.config.stages[-1]
-    held_out = evaluation.held_out(trained.config)
-    adapter = run.path / stage / "adapter"
-    if not held_out:
-        with pytest.raises(
-            data.DataError, match="set data.eval_share or data.test_sha"
-        ):
-            evaluation.evaluate(run, stage, adapter)
+    names, adapter = evaluator.held_out(trained.config), run.path / stage / "adapter"
+    if not names:
+        with pytest.raises(data.DataError, match="set data.eval_share or data.test_"):
+            evaluator.evaluate(run, stage, adapter)
         return
-    part = evaluation.evaluate(run, stage, adapter)
+    part = evaluator.evaluate(run, stage, adapter)
     keys = {"eval": "eval_loss", "test_chat": "test_chat"}
     keys |= {"test": "accuracy", "test_new": "accuracy_new"}
-    assert {key for key in keys.values() if key in part} == {keys[h] for h in held_out}
-    assert len(results.results_table(run.report()).header) == 4 + len(held_out)
-    results.draw_results(run.report(), run.path / "results.png")
+    assert {key for key in keys.values() if key in part} == {keys[n] for n in names}
+    assert len(results_table(run.report())) == 1
 
 
 def test_the_tuned_model_answers_with_the_recipes_sampling(trained: Trained) -> None:
@@ -325,14 +264,11 @@ def test_a_recipe_runs_on_the_real_model_with_either_engine(
     config = changed(small(name, "smollm2-135m-offline"), engine=engine)
     path = tmp_path / "config.json"
     path.write_text(config.model_dump_json(), encoding="utf-8")
-    run_python(
-        "-m", "helpers", "train", str(path), TUNEBOOK_RUNS=str(tmp_path / "runs")
-    )
-    text = (tmp_path / "runs" / name / "report.json").read_text(encoding="utf-8")
-    report = json.loads(text)
+    run_python("-m", "helpers", "train", str(path), TUNEBOOK_RUNS=str(tmp_path))
+    report = json.loads((tmp_path / name / "report.json").read_text(encoding="utf-8"))
     assert report["environment"]["engine"] == engine
     assert all(report[stage]["steps"] == STEPS for stage in config.stages)
-    assert ("eval" in report) == bool(evaluation.held_out(config))
+    assert ("eval" in report) == bool(evaluator.held_out(config))
 
 
 @pytest.mark.slow
@@ -341,5 +277,4 @@ def test_a_recipes_small_version_is_one_command(
 ) -> None:
     command = ["-m", "helpers", "train", "dolly-llama32-3b", "--small"]
     done = run_python(*command, TUNEBOOK_RUNS=str(tmp_path))
-    assert "run dolly-llama32-3b-small on" in done.stdout
     assert "eval loss" in done.stdout

@@ -1,15 +1,17 @@
-"""Tests of helpers.runtime: the machine, its dtype, and what it says of itself."""
+"""Tests of helpers.runtime: the machine, its dtype, the engine, a notebook's start."""
 
 from __future__ import annotations
 
 import http.server
 import json
+import logging
 import os
 import platform
 import random
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,8 +21,9 @@ import numpy
 import pytest
 import torch
 
-from helpers import runs, runtime
-from helpers.config import RunConfig
+from helpers import runtime
+from helpers.errors import ConfigError, ModelError, TunebookError
+from helpers.runs import Run
 from helpers.runtime import Machine
 
 T4 = Machine("colab", "cuda", "Tesla T4", 14.7, (7, 5))
@@ -36,91 +39,54 @@ def no_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_t4_computes_in_float16_because_it_has_no_bf16_units() -> None:
-    dtype, reason = runtime.choose_dtype(T4)
-    assert dtype is torch.float16
-    assert reason == "compute capability 7.5 has no bf16 units (they start at 8.0)"
+# the dtype
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
-def test_a_newer_gpu_computes_in_bfloat16(capability: tuple[int, int]) -> None:
-    dtype, reason = runtime.choose_dtype(A100._replace(capability=capability))
-    assert dtype is torch.bfloat16
-    assert "8.0 or newer" in reason
-
-
-def test_a_cpu_computes_in_float32() -> None:
-    dtype, reason = runtime.choose_dtype(LAPTOP)
-    assert dtype is torch.float32
-    assert reason.startswith("CPUs without bf16")
-
-
-@pytest.mark.parametrize("asked", ["float16", "bfloat16"])
-def test_an_asked_dtype_is_taken_where_the_gpu_has_units_for_it(asked: str) -> None:
-    dtype, reason = runtime.choose_dtype(A100, asked)
-    assert dtype is getattr(torch, asked)
-    assert reason == f"the config asks for dtype={asked!r}"
-
-
-def test_bfloat16_on_a_t4_is_float16_and_the_reason_says_what_was_asked() -> None:
-    dtype, reason = runtime.choose_dtype(T4, "bfloat16")
-    assert dtype is torch.float16
-    assert "no bf16 units (they start at 8.0; bfloat16 is asked for)" in reason
-
-
-@pytest.mark.parametrize("asked", ["float16", "bfloat16"])
-def test_a_cpu_computes_in_float32_whatever_is_asked(asked: str) -> None:
-    dtype, reason = runtime.choose_dtype(LAPTOP, asked)
-    assert dtype is torch.float32
-    assert reason.startswith("CPUs ") and f"({asked} is asked for)" in reason
-
-
-def test_the_variable_decides_over_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TUNEBOOK_DTYPE", "float32")
-    assert runtime.choose_dtype(A100, "bfloat16")[0] is torch.float32
+@pytest.mark.parametrize(
+    ("machine", "wanted", "dtype", "reason"),
+    [
+        (T4, "auto", "float16", "capability 7.5 has no bf16 units (they start at 8.0)"),
+        (T4, "bfloat16", "float16", "(they start at 8.0; bfloat16 is asked for)"),
+        (T4, "float16", "float16", "the config asks for dtype='float16'"),
+        (A100, "auto", "bfloat16", "8.0 or newer"),
+        (A100._replace(capability=(12, 0)), "auto", "bfloat16", "8.0 or newer"),
+        (A100, "bfloat16", "bfloat16", "the config asks for dtype='bfloat16'"),
+        (A100, "float16", "float16", "the config asks for dtype='float16'"),
+        (LAPTOP, "auto", "float32", "CPUs without bf16"),
+        (LAPTOP, "bfloat16", "float32", "bfloat16 is asked for"),
+        (LAPTOP, "float16", "float32", "CPUs have no fp16 units; float16 is asked for"),
+    ],
+)
+def test_a_machine_computes_in_the_dtype_that_it_has_units_for(
+    machine: Machine, wanted: str, dtype: str, reason: str
+) -> None:
+    chosen, why = runtime.choose_dtype(machine, wanted)
+    assert chosen is getattr(torch, dtype)
+    assert reason in why
 
 
 def test_the_variable_decides_the_dtype_and_is_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("TUNEBOOK_DTYPE", "float16")
-    dtype, reason = runtime.choose_dtype(A100)
-    assert dtype is torch.float16
-    assert "TUNEBOOK_DTYPE=float16" in reason
-
-
-def test_a_dtype_that_is_none_of_the_three_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch.setenv("TUNEBOOK_DTYPE", "float32")
+    dtype, reason = runtime.choose_dtype(A100, "bfloat16")
+    assert dtype is torch.float32 and "TUNEBOOK_DTYPE=float32" in reason
     monkeypatch.setenv("TUNEBOOK_DTYPE", "fp16")
-    with pytest.raises(ValueError, match="is 'fp16'; expected float16, bfloat16 or"):
+    with pytest.raises(ConfigError, match="is 'fp16'; expected float16, bfloat16 or"):
         runtime.choose_dtype(T4)
 
 
-def test_a_gpu_too_small_is_refused_with_what_is_needed_and_offered() -> None:
-    with pytest.raises(
-        MemoryError, match="^the 70B model needs about 40.0 GiB .* T4 offers 14.7 GiB"
-    ):
-        runtime.require_memory(40.0, "the 70B model", T4)
-
-
-def test_the_remedy_for_a_small_gpu_names_a_field_of_the_config() -> None:
-    with pytest.raises(MemoryError, match="or weights='4bit' in the config"):
-        runtime.require_memory(40.0, "the model", T4)
-    assert "weights" in RunConfig.model_fields
-
-
-@pytest.mark.parametrize("machine", [A100, LAPTOP])
-def test_a_machine_that_can_hold_it_is_not_refused(machine: Machine) -> None:
-    assert runtime.require_memory(30.0, "the model", machine) is None
+# the machine
 
 
 @without_gpu
-def test_a_machine_without_a_gpu_is_told_as_such() -> None:
+def test_a_machine_without_a_gpu_is_named_as_such() -> None:
     machine = runtime.find_machine()
     assert (machine.device, machine.capability) == ("cpu", None)
     assert machine.name.startswith(platform.machine())
     assert machine.memory_gb > 0.5
+    tensor = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert runtime.peak_memory_gb() > tensor.nbytes / 2**30
 
 
 @pytest.mark.parametrize(
@@ -136,25 +102,21 @@ def test_a_hosted_notebook_is_known_by_its_variable(
     assert runtime.find_machine().place == place
 
 
-def test_the_memory_cap_is_what_the_variable_says(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_memory_cap_is_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runtime.memory_cap_gb() == float("inf")
     monkeypatch.setenv("TUNEBOOK_GPU_GB", "14")
     assert runtime.memory_cap_gb() == 14.0
 
 
-def test_versions_are_those_installed() -> None:
-    found = runtime.versions()
-    assert list(found) == runtime.PACKAGES
-    assert found["transformers"] == version("transformers")
-
-
-def test_a_package_that_is_not_installed_is_said_to_be(
+def test_the_environment_is_json_and_names_dtype_engine_and_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runtime, "PACKAGES", ["no-such-package-here"])
-    assert runtime.versions() == {"no-such-package-here": "not installed"}
+    monkeypatch.setattr(runtime, "PACKAGES", ["torch", "no-such-package-here"])
+    part = json.loads(json.dumps(runtime.environment("transformers")))
+    dtype = runtime.choose_dtype(runtime.find_machine())[0]
+    assert (part["engine"], f"torch.{part['dtype']}") == ("transformers", str(dtype))
+    expected = {"torch": version("torch"), "no-such-package-here": "not installed"}
+    assert part["versions"] == expected
 
 
 def test_seeding_repeats_all_three_generators() -> None:
@@ -162,103 +124,143 @@ def test_seeding_repeats_all_three_generators() -> None:
         return random.random(), float(numpy.random.rand()), float(torch.rand(()))
 
     runtime.seed_everything(5)
-    first = draw()
-    second = draw()
+    first, second = draw(), draw()
     runtime.seed_everything(5)
     assert draw() == first != second
 
 
-@without_gpu
-def test_the_peak_memory_is_at_least_what_was_just_held() -> None:
-    held = torch.ones(64 * 2**20, dtype=torch.uint8)
-    assert runtime.peak_memory_gb() > held.nbytes / 2**30
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    """The address of a web server on this machine."""
 
+    class Quiet(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
 
-def test_the_environment_is_json_and_names_dtype_engine_and_versions() -> None:
-    found = json.loads(json.dumps(runtime.environment("transformers")))
-    dtype = runtime.choose_dtype(runtime.find_machine())[0]
-    assert found["engine"] == "transformers"
-    assert f"torch.{found['dtype']}" == str(dtype)
-    assert found["versions"]["torch"] == version("torch")
+        def log_message(self, *_: object) -> None:
+            pass
 
-
-def test_the_description_gives_the_dtype_and_the_reason() -> None:
-    dtype, reason = runtime.choose_dtype(runtime.find_machine())
-    assert f"{str(dtype).removeprefix('torch.')}, because {reason}" in (
-        runtime.describe()
-    )
-
-
-def test_the_hub_is_out_of_reach_when_offline_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with served() as endpoint:
-        monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        assert runtime.hub_reachable() is False
-
-
-def test_the_hub_is_in_reach_when_its_address_answers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with served() as endpoint:
-        monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        assert runtime.hub_reachable() is True
-
-
-def test_the_hub_is_out_of_reach_when_nothing_answers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with served() as endpoint:
-        pass  # closed again: nobody listens there now
-    monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert runtime.hub_reachable() is False
-
-
-class served:
-    """A web server on this machine for the length of a `with`."""
-
-    def __enter__(self) -> str:
-        class Quiet(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = http.server.HTTPServer(("127.0.0.1", 0), Quiet)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{self.server.server_port}"
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+    with http.server.HTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("offline", "path", "reachable"),
+    [("0", "", True), ("1", "", False), ("0", "0", False)],
+    ids=["answers", "offline is asked for", "nobody listens"],
+)
+def test_the_hub_is_in_reach_when_its_address_answers(
+    offline: str,
+    path: str,
+    reachable: bool,
+    endpoint: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9" if path else endpoint)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert runtime.hub_reachable() is reachable
+
+
+# the engine and the start
+
+
+def test_auto_is_unsloth_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: object())
+    for available, engine in ((True, "unsloth"), (False, "transformers")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda value=available: value)
+        assert runtime.resolve_engine("auto") == engine
+    assert runtime.resolve_engine("transformers") == "transformers"
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="Unsloth is not installed: run `make setup`"):
+        runtime.resolve_engine("unsloth")
+
+
+def test_a_patched_process_does_not_run_the_other_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "unsloth", None)
+    with pytest.raises(ModelError, match="imported Unsloth, .* restart the kernel"):
+        runtime.use_engine("transformers")
+
+
+START = """
+import importlib.util, os, sys
+sys.modules["unsloth"] = None
+importlib.util.find_spec = lambda name, find=importlib.util.find_spec: (
+    object() if name == "unsloth" else find(name))
+import helpers
+before = os.environ.get("PYTORCH_ALLOC_CONF")
+from helpers import runtime
+try:
+    runtime.start()
+except ImportError:
+    print("Unsloth is imported first:", "transformers" not in sys.modules)
+print(before, os.environ.get("PYTORCH_ALLOC_CONF"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("engine", "variables", "allocator"),
     [
-        ({}, "expandable_segments:True"),
-        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "None"),
+        ("unsloth", {}, "expandable_segments:True"),
+        ("transformers", {}, "expandable_segments:True"),
+        ("transformers", {"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ("transformers", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "None"),
     ],
 )
-def test_gpu_memory_comes_in_segments_that_grow_unless_told_otherwise(
-    given: dict[str, str], expected: str
+def test_the_start_imports_the_engine_of_the_current_run_and_sets_the_allocator(
+    engine: str,
+    variables: dict[str, str],
+    allocator: str,
+    run_factory: Callable[..., Run],
+    run_python: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kept = {k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")}
-    code = "import os, sys, helpers; print(os.environ.get('PYTORCH_ALLOC_CONF'))"
-    found = subprocess.check_output(
-        [sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"],
-        cwd=runtime.ROOT,
-        env=kept | given,
-        text=True,
-    )
-    assert found.strip() == expected
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    run = run_factory(engine=engine)
+    text = run_python("-c", START, **variables, TUNEBOOK_RUNS=str(run.path.parent))
+    before = variables.get("PYTORCH_ALLOC_CONF")  # importing helpers changes nothing
+    assert text.stdout.splitlines()[-1] == f"{before} {allocator}"
+    assert ("Unsloth is imported first: True" in text.stdout) == (engine == "unsloth")
+    if engine == "transformers":
+        assert "because" in text.stdout and f"torch {version('torch')}" in text.stdout
+
+
+def test_messages_go_to_the_stdout_of_the_moment_and_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = logging.getLogger("helpers")
+    monkeypatch.setattr(library, "handlers", [])
+    monkeypatch.setattr(library, "propagate", True)
+    monkeypatch.setattr(library, "level", library.level)
+    runtime.start("transformers")
+    runtime.start("transformers")
+    capsys.readouterr()
+    logging.getLogger("helpers.somewhere").info("a message")
+    assert capsys.readouterr().out == "a message\n"
+
+
+def test_ipython_asks_our_errors_for_their_traceback() -> None:
+    """`_render_traceback_` is IPython's hook for errors that show themselves."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell()
+    lines: list[str] = []
+    shell._showtraceback = lambda kind, error, trace: lines.extend(trace)
+    shell.run_cell("from helpers import recipes\nrecipes.load('dema')")
+    assert len(lines) == 1
+    assert lines[0].startswith("ConfigError: no recipe 'dema'; did you mean 'demo'?")
+    lines.clear()
+    shell.run_cell("def f():\n    int('x')\nf()")
+    assert len(lines) > 3
+
+
+# Google Drive
 
 
 class ColabError(Exception):
@@ -266,8 +268,8 @@ class ColabError(Exception):
 
 
 @pytest.fixture
-def mounted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a Colab notebook is asked to mount; tests may put in an error to raise."""
+def mounted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The folders that Colab is asked to mount; a test may put in an error to raise."""
     calls: list[Any] = []
 
     def mount(folder: str) -> None:
@@ -276,10 +278,10 @@ def mounted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(folder)
 
     colab = ModuleType("google.colab")
-    colab.drive = SimpleNamespace(mount=mount)
-    colab.errors = SimpleNamespace(Error=ColabError)
+    colab.drive = SimpleNamespace(mount=mount)  # type: ignore[attr-defined]
+    colab.errors = SimpleNamespace(Error=ColabError)  # type: ignore[attr-defined]
     google = ModuleType("google")
-    google.colab = colab
+    google.colab = colab  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "google", google)
     monkeypatch.setitem(sys.modules, "google.colab", colab)
     monkeypatch.setenv("TUNEBOOK_RUNS", "")  # to be put back afterwards
@@ -288,80 +290,57 @@ def mounted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 ON_DRIVE = Path("/content/drive/MyDrive/tunebook/runs")
+HERE = runtime.ROOT / "runs"
 
 
 @pytest.mark.parametrize(
     ("wanted", "variable", "opened"),
-    [
-        (True, None, True),
-        (False, None, False),
-        (True, "0", False),
-        (False, "1", True),
-        (True, "", True),
-    ],
+    [(True, "", True), (False, "", False), (True, "0", False), (False, "1", True)],
 )
-def test_a_colab_notebook_keeps_its_runs_on_drive_if_it_is_told_to(
+def test_a_colab_notebook_keeps_its_runs_on_drive_where_wanted(
     wanted: bool,
-    variable: str | None,
+    variable: str,
     opened: bool,
-    mounted: list[str],
+    mounted: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if variable is not None:
-        monkeypatch.setenv("TUNEBOOK_DRIVE", variable)
+    monkeypatch.setenv("TUNEBOOK_DRIVE", variable)
+    assert runtime.runs_folder() == HERE and mounted == []
     runtime.open_drive(wanted)
-    assert mounted == (["/content/drive"] if opened else [])
-    assert runs.runs_folder() == (ON_DRIVE if opened else runtime.ROOT / "runs")
+    assert mounted == ["/content/drive"] * opened
+    assert runtime.runs_folder() == (ON_DRIVE if opened else HERE)
 
 
-def test_drive_is_not_opened_outside_colab(
-    mounted: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(sys.modules, "google.colab")
-    runtime.open_drive(True)
-    assert mounted == []
-    assert runs.runs_folder() == runtime.ROOT / "runs"
-
-
-def test_listing_runs_does_not_open_drive_by_itself(
-    mounted: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TUNEBOOK_DRIVE", "1")
-    assert runs.runs_folder() == runtime.ROOT / "runs"
-    assert mounted == []
-
-
-def test_a_folder_of_runs_that_is_named_stays_although_drive_is_wanted(
-    mounted: list[str], monkeypatch: pytest.MonkeyPatch
+def test_drive_is_left_alone_outside_colab_and_where_a_folder_is_named(
+    mounted: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TUNEBOOK_RUNS", "/elsewhere")
     runtime.open_drive(True)
-    assert (mounted, runs.runs_folder()) == ([], Path("/elsewhere"))
+    assert (mounted, runtime.runs_folder()) == ([], Path("/elsewhere"))
+    monkeypatch.delenv("TUNEBOOK_RUNS")
+    monkeypatch.delitem(sys.modules, "google.colab")
+    runtime.open_drive(True)
+    assert (mounted, runtime.runs_folder()) == ([], HERE)
 
 
-def test_the_first_cell_run_again_without_drive_leaves_it(mounted: list[str]) -> None:
+def test_the_first_cell_run_again_without_drive_leaves_it(mounted: list[Any]) -> None:
     runtime.open_drive(True)
     runtime.open_drive(True)
-    assert runs.runs_folder() == ON_DRIVE
+    assert runtime.runs_folder() == ON_DRIVE
     runtime.open_drive(False)
-    assert runs.runs_folder() == runtime.ROOT / "runs"
+    assert runtime.runs_folder() == HERE
 
 
 @pytest.mark.parametrize("error", [ColabError("denied"), ValueError("mount failed")])
-def test_a_drive_that_does_not_open_stops_the_first_cell_and_says_what_to_do(
-    error: Exception, mounted: list[Any]
+def test_a_drive_that_does_not_open_stops_the_first_cell_with_the_remedy(
+    error: Exception, mounted: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mounted.append(error)
-    with pytest.raises(RuntimeError, match=rf"\({error}\).*KEEP_ON_DRIVE = False"):
+    with pytest.raises(TunebookError, match=rf"\({error}\).*KEEP_ON_DRIVE = False"):
         runtime.open_drive(True)
-    assert runs.runs_folder() == runtime.ROOT / "runs"
-
-
-def test_an_unknown_value_of_the_drive_variable_is_refused(
-    mounted: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    assert runtime.runs_folder() == HERE
     monkeypatch.setenv("TUNEBOOK_DRIVE", "yes")
-    with pytest.raises(ValueError, match="TUNEBOOK_DRIVE is 'yes'; expected 1 .* or 0"):
+    with pytest.raises(ConfigError, match="TUNEBOOK_DRIVE is 'yes'; expected 1"):
         runtime.open_drive(True)
 
 
@@ -370,4 +349,4 @@ def test_the_first_cell_asks_for_drive_before_anything_is_installed() -> None:
         f"import sys; sys.path.insert(0, {str(runtime.ROOT)!r})\n"
         "from helpers import install, runtime; runtime.open_drive(True)"
     )
-    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True, env=os.environ)

@@ -12,6 +12,7 @@ import pytest
 
 from helpers.config import changed
 from helpers.errors import ConfigError
+from helpers.models import adapters
 from helpers.models import load as models
 from helpers.rollout import decoder as decoding
 from helpers.rollout import sampler as sampling
@@ -35,7 +36,7 @@ def load(tiny_model_folder: Any) -> Callable[..., Any]:
         for parameter in model.parameters():  # else greedy answers repeat one token
             if weights == "16bit":
                 parameter.data.mul_(8)
-        tuned = models.add_lora(model, {**LORA, **lora}, engine="transformers")
+        tuned = adapters.add_lora(model, {**LORA, **lora}, engine="transformers")
         shake(tuned, 0.3)
         return tuned.eval()
 

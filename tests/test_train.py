@@ -226,7 +226,7 @@ def test_a_packed_batch_has_the_loss_of_its_documents_apart(
     assert (batch["position_ids"] == 0).sum() == len(masked)
     # as TRL calls it: with a cache, documents would not be told apart
     together = model(**batch, use_cache=False).loss.item()
-    assert together == pytest.approx(response_loss(model, tokenizer, masked), abs=1e-5)
+    assert together == pytest.approx(response_loss(model, masked), abs=1e-5)
 
 
 # runs without all stages

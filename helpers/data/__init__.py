@@ -4,5 +4,17 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={},
+    submod_attrs={
+        "formats": ["detect_format"],
+        "sources": ["load_rows"],
+        "preparation": [
+            "ask",
+            "assert_disjoint",
+            "ensure_data",
+            "prepare",
+            "read_rows",
+            "split",
+            "to_conversations",
+        ],
+    },
 )

@@ -1,4 +1,4 @@
-"""Where rows come from: local files and hub datasets, read one row at a time.
+"""Reads rows from local files and hub datasets, one at a time.
 
 A local path is taken to the letter, whatever signs are in its name, and read anew each
 time: no cache can return rows of before. Only a JSON list is held in memory.
@@ -15,7 +15,6 @@ import random
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +22,7 @@ from typing import IO, Any
 from helpers import runtime
 from helpers.config import Source
 from helpers.data.formats import FORMATS
-from helpers.errors import DataError
+from helpers.errors import DataError, MissingInput
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")
 KNOWN = "a .jsonl, .json, .csv, .tsv or .parquet file (.gz too)"
@@ -31,17 +30,17 @@ HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(\w+))?")
 # a text may begin with `[1]` or `"Why`, and is no broken JSON
 JSON_BEGINS = re.compile(r'\s*(?:\[\s*(?:$|[\["{])|\{\s*(?:$|"))')
 BLANK = re.compile(r"\s*")
-TURNS = {form.columns[0] for form in FORMATS}  # of these no list is one of rows
+# of these columns a list of objects is one row, not several
+ONE_ROW = {form.columns[0] for form in FORMATS.values()}
 
 
 def open_rows(
     source: str | Source, limit: int | None = None, seed: int | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """Returns a source's rows with their numbers, from 1, read when they are asked for.
+    """Returns a source's rows with their numbers, from 1, read as they are needed.
 
-    What cannot be opened is refused at once; a row that cannot be read is a
-    `DataError` in the place of the row, for `reading.Reader`. Rows that are drawn come
-    in the order of the source; `data.mix` shuffles.
+    A row that cannot be read is a `DataError` in the place of the row. Drawn rows come
+    in the order of the source.
 
     Args:
         source: a path (from the working folder or the project's), a folder that
@@ -55,17 +54,11 @@ def open_rows(
     """
     source = Source(path=source) if isinstance(source, str) else source
     limit = min((n for n in (limit, source.rows) if n), default=None)
-    place = find_place(source.path)
-    table: Any = None
-    if place is None:
-        table = read_hub(source)
-    elif place.is_dir():
-        table = read_folder(place)
+    path = find_path(source.path)
+    table = read_dataset(source, path) if path is None or path.is_dir() else None
 
     def read() -> Iterator[Any]:
-        if place is not None and table is None:
-            return read_file(place)
-        return receive(source.path, table)
+        return read_file(path) if table is None else receive(source.path, table)  # type: ignore[arg-type]
 
     rows = read()
     first = next(rows, None)
@@ -75,15 +68,11 @@ def open_rows(
     if limit is None or seed is None or source.stream:
         return enumerate(islice(rows, limit), start=1)
     count = sum(1 for _ in rows) if table is None else len(table)
-    if limit >= count:
-        return enumerate(read(), start=1)
-    drawn = sorted(random.Random(seed).sample(range(count), limit))
+    numbers = sorted(random.Random(seed).sample(range(count), min(limit, count)))
     if table is not None:
-        return zip((number + 1 for number in drawn), table.select(drawn), strict=True)
-    wanted = set(drawn)
-    return (
-        (number, row) for number, row in enumerate(read(), 1) if number - 1 in wanted
-    )
+        return zip((n + 1 for n in numbers), table.select(numbers), strict=True)
+    drawn = set(numbers)
+    return ((n, row) for n, row in enumerate(read(), start=1) if n - 1 in drawn)
 
 
 def load_rows(
@@ -102,7 +91,7 @@ def load_rows(
     return rows
 
 
-def find_place(path: str) -> Path | None:
+def find_path(path: str) -> Path | None:
     """Returns the file or folder that a path names, None for a name of the hub.
 
     Raises:
@@ -110,46 +99,36 @@ def find_place(path: str) -> Path | None:
         DataError: it is neither.
     """
     folders = dict.fromkeys([Path.cwd(), runtime.home()])
-    for place in [folder / path for folder in folders]:
-        if place.is_file() or place.is_dir():
-            return place
-    head, mark, options = path.partition("?")
-    if mark:
-        pairs = re.findall(r"(\w+)=([^&]*)", options)
-        fields = {"path": head} | {k: int(v) if v.isdigit() else v for k, v in pairs}
-        raise DataError(
-            f"no file {path!r}; if what follows the ? are options, write a source: "
-            f"{json.dumps(fields)} in JSON, with = for : in TOML"
-        )
+    for local in [folder / path for folder in folders]:
+        if local.is_file() or local.is_dir():
+            return local
     if path.lower().endswith(SUFFIXES):
         hint = "; data_samples/ is in the repository alone, pip leaves it out"
-        raise FileNotFoundError(
+        raise MissingInput(
             f"no file {path} (looked in {' and '.join(map(str, folders))}); "
             f"give a path to {KNOWN}" + (hint if runtime.INSTALLED else "")
         )
     if HUB_NAME.fullmatch(path) is None:
         raise DataError(
-            f"{path!r} is neither {KNOWN} nor a hub name like owner/name, "
-            "owner/name/config or owner/name:split"
+            f"no file {path!r}, which is neither {KNOWN} nor a hub name like "
+            "owner/name, owner/name/config or owner/name:split; options are fields: "
+            '{"path": "mine.jsonl", "rows": 5}'
         )
     return None
 
 
 def content_of(source: str | Source) -> str | None:
-    """Returns a hash of what a source holds, None where that is not known.
-
-    Of files it is their SHA-256, of a hub dataset its revision.
-    """
+    """Returns a hash of a source's files, its revision on the hub, None if unknown."""
     try:
-        place = find_place(str(source))
+        path = find_path(str(source))
     except (FileNotFoundError, DataError):
         return None
-    if place is None:
-        return revision_of(str(source))
-    files = [place] if place.is_file() else filter(Path.is_file, place.rglob("*"))
+    if path is None:
+        return find_revision(str(source))
+    files = [path] if path.is_file() else filter(Path.is_file, path.rglob("*"))
     digest = hashlib.sha256()
-    for path in sorted(files):
-        with path.open("rb") as file:
+    for name in sorted(files):
+        with name.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
@@ -157,73 +136,53 @@ def content_of(source: str | Source) -> str | None:
 # the hub, and datasets saved from it
 
 
-def revision_of(path: str) -> str | None:
-    """Returns the commit that a hub dataset is at, None where nothing answers."""
-    matched = HUB_NAME.fullmatch(path)
-    if matched is None or not runtime.hub_reachable():
+def find_revision(path: str) -> str | None:
+    """Returns the commit of a hub dataset, None where the hub does not answer."""
+    if not runtime.hub_reachable():
         return None
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().dataset_info(matched[1], timeout=10).sha
-    except Exception:  # of requests or httpx; `load_dataset` says what is the matter
+        name = HUB_NAME.fullmatch(path)[1]  # type: ignore[index]
+        return HfApi().dataset_info(name, timeout=10).sha
+    except Exception:  # of requests or httpx; `load_dataset` gives the reason
         return None
 
 
-def read_hub(source: Source) -> Any:
-    """Returns a dataset of the hub: its rows are on disk, or still on the hub.
-
-    Raises:
-        DataError: it could not be read.
-    """
+def read_dataset(source: Source, path: Path | None) -> Any:
+    """Returns a dataset of the hub, or one (its train split) saved in a folder."""
     import datasets
 
     datasets.disable_progress_bars()
-    name, config, split = HUB_NAME.fullmatch(source.path).groups()  # type: ignore[union-attr]
     try:
-        return datasets.load_dataset(
-            name,
-            config,
-            split=split or "train",
-            revision=revision_of(source.path),
-            streaming=source.stream,
-        )
+        if path is None:
+            name, config, split = HUB_NAME.fullmatch(source.path).groups()  # type: ignore[union-attr]
+            return datasets.load_dataset(
+                name,
+                config,
+                split=split or "train",
+                revision=find_revision(source.path),
+                streaming=source.stream,
+            )
+        inside = sorted(child.name for child in path.iterdir())
+        parts = [n for n in inside if (path / n / "state.json").is_file()]
+        whole = set(inside) <= {*parts, "dataset_dict.json"}
+        if whole and (len(parts) == 1 or "train" in parts):
+            path = path / ("train" if "train" in parts else parts[0])
+        elif "state.json" not in inside:
+            raise DataError(
+                f"{path} is a folder, not a file or one dataset of `save_to_disk`; "
+                f"name one of what is in it: {', '.join(inside[:9])}"
+            )
+        return datasets.load_from_disk(str(path))
+    except DataError:
+        raise
     except Exception as error:  # datasets raises many kinds; all mean "not readable"
         raise unreadable(source.path, error) from error
 
 
-def read_folder(place: Path) -> Any:
-    """Returns the dataset that `save_to_disk` wrote to a folder, or its train split.
-
-    Raises:
-        DataError: there is none, or several and no train split.
-    """
-    import datasets
-
-    inside = {path.name: path for path in place.iterdir()}
-    inside.pop("dataset_dict.json", None)
-    splits = [path for path in inside.values() if (path / "state.json").is_file()]
-    if "state.json" in inside:
-        home = place
-    elif (
-        splits
-        and len(splits) == len(inside)
-        and (len(splits) == 1 or "train" in inside)
-    ):
-        home = inside.get("train", splits[0])
-    else:
-        raise DataError(
-            f"{place} is a folder, not a file or one dataset of `save_to_disk`; name "
-            f"one of what is in it: {', '.join(sorted(inside)[:9])}"
-        )
-    try:
-        return datasets.load_from_disk(str(home))
-    except Exception as error:  # as above
-        raise unreadable(str(home), error) from error
-
-
 def receive(path: str, rows: Iterable[Any]) -> Iterator[Any]:
-    """Yields rows of `datasets`; what stops them is refused in words."""
+    """Yields rows of `datasets`; an error of theirs becomes ours."""
     try:
         yield from rows
     except Exception as error:  # as above
@@ -242,17 +201,7 @@ def unreadable(path: str, error: Exception) -> DataError:
 # local files
 
 
-@contextmanager
-def open_bytes(place: Path) -> Iterator[IO[bytes]]:
-    """Opens a file, unpacked where it is packed by gzip, whatever its name says."""
-    with place.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        with gzip.open(file) if packed else file as content:
-            yield content  # type: ignore[misc]
-
-
-def read_file(place: Path) -> Iterator[Any]:
+def read_file(path: Path) -> Iterator[Any]:
     """Yields the rows of a file: JSON values, cells of a table, or lines of a text.
 
     Raises:
@@ -260,34 +209,41 @@ def read_file(place: Path) -> Iterator[Any]:
     """
     import pyarrow
 
-    suffix = Path(place.name.lower().removesuffix(".gz")).suffix
+    name = path.name.lower()
     try:
-        with open_bytes(place) as file:
-            head = file.read(4)
-            file.seek(0)
+        with path.open("rb") as packed:
+            zipped = packed.peek(2)[:2] == b"\x1f\x8b"  # whatever its name says
+            file: Any = gzip.open(packed) if zipped else packed
+            head = file.peek(4)[:4]
             if head == b"PAR1":
                 yield from read_parquet(file)
                 return
-            if not (place.name.lower().endswith(SUFFIXES) or head[:1] in b"{["):
+            if not (name.endswith(SUFFIXES) or head[:1] in b"{["):
                 raise DataError(f"not {KNOWN}")
-            # of the first two characters, which are ASCII in all that is read here
-            encoding = json.detect_encoding(head)
-            text = io.TextIOWrapper(file, encoding, newline="")  # type: ignore[arg-type]
-            if suffix in (".csv", ".tsv"):
+            # told by the first two characters, which are ASCII in all that is read here
+            text = io.TextIOWrapper(file, json.detect_encoding(head), newline="")
+            if name.removesuffix(".gz").endswith((".csv", ".tsv")):
                 yield from read_table(text)
             else:
-                yield from read_json(text, plain=suffix == ".txt")
+                yield from read_json(text, name.removesuffix(".gz").endswith(".txt"))
     except DataError as error:
-        raise DataError(f"{place}: {error}") from None
+        raise DataError(f"{path}: {error}") from None
     except UnicodeDecodeError as error:
         before = error.object[max(0, error.start - 20) : error.start]
         raise DataError(
-            f"{place} is not {error.encoding} text (after {before!r} comes the byte "
+            f"{path} is not {error.encoding} text (after {before!r} comes the byte "
             f"0x{error.object[error.start]:02x}): save it as UTF-8. The encoding of "
             "Windows is cp1252: iconv -f cp1252 -t utf-8 OLD > NEW"
         ) from None
     except (EOFError, gzip.BadGzipFile, zlib.error, pyarrow.ArrowException) as error:
-        raise DataError(f"{place} is damaged: {str(error)[:300]}") from None
+        raise DataError(f"{path} is damaged: {str(error)[:300]}") from None
+
+
+def check_names(names: list[str]) -> None:
+    """Raises DataError when two columns have one name."""
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise DataError(f"two columns are named {name!r}; rename one")
 
 
 def read_parquet(file: IO[bytes]) -> Iterator[Any]:
@@ -301,25 +257,26 @@ def read_parquet(file: IO[bytes]) -> Iterator[Any]:
 
 
 def read_table(file: IO[str]) -> Iterator[Any]:
-    """Yields the rows of a table in text, every cell as the text that it is.
+    """Yields the rows of a CSV table, every cell as the text that it is.
 
     Cells are separated by what cuts the header into most names.
     """
     csv.field_size_limit(2**31 - 1)  # a cell may be longer than the default 128 KiB
     header = next((line for line in file if line.strip()), "")
-    names, separator = [""], ","
-    for sign in ",;\t|":
-        cells = next(csv.reader([header], delimiter=sign), [""])
-        if len(cells) > len(names):
-            names, separator = cells, sign
+
+    def cut(**options: Any) -> list[str]:
+        return next(csv.reader([header], **options), [])
+
+    options: dict[str, Any] = {
+        "delimiter": max(",;\t|", key=lambda sign: len(cut(delimiter=sign)))
+    }
     # `a, "b"`: quotes after a space would be text
-    spaced = any(name.startswith(" ") for name in names)
-    options: dict[str, Any] = {"delimiter": separator, "skipinitialspace": spaced}
-    names = [name.strip() for name in next(csv.reader([header], **options), [])]
+    options["skipinitialspace"] = any(n.startswith(" ") for n in cut(**options))
+    names = [name.strip() for name in cut(**options)]
     check_names(names)
     rows = csv.reader(file, strict=True, **options)
     while True:
-        begin = rows.line_num + 2  # the header is line 1
+        line = rows.line_num + 2  # the header is line 1
         try:
             cells = next(rows)
         except StopIteration:
@@ -327,7 +284,7 @@ def read_table(file: IO[str]) -> Iterator[Any]:
         except csv.Error as error:
             if "end of data" in str(error):  # it has taken in all rows that follow
                 raise DataError(
-                    f"broken quotes: one that opens in the row of line {begin} is "
+                    f"broken quotes: one that opens in the row of line {line} is "
                     "never closed"
                 ) from None
             yield DataError(f"broken quotes: {error} (line {rows.line_num + 1})")
@@ -337,15 +294,8 @@ def read_table(file: IO[str]) -> Iterator[Any]:
         elif "".join(cells).strip():
             yield DataError(
                 f"the number of cells: {len(cells)} in a row, {len(names)} in the "
-                f"header, separated by {separator!r}"
+                f"header, separated by {options['delimiter']!r}"
             )
-
-
-def check_names(names: list[str]) -> None:
-    """Raises DataError when two columns have one name."""
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise DataError(f"two columns are named {twice[0]!r}; rename one")
 
 
 def read_json(file: IO[str], plain: bool) -> Iterator[Any]:
@@ -360,40 +310,37 @@ def read_json(file: IO[str], plain: bool) -> Iterator[Any]:
     if not start:
         return
     sign, first = start[0][1].lstrip()[0], parse_line(*start[0])
-    broken = isinstance(first, DataError) and not JSON_BEGINS.match(start[0][1])
-    if plain and (broken or sign not in '{["'):
+    broken = isinstance(first, DataError)
+    if plain and (sign not in '{["' or broken and not JSON_BEGINS.match(start[0][1])):
         yield from (line.strip() for _, line in chain(start, lines))
         return
-    if sign != "[" and not isinstance(first, DataError):
-        if len(start) == 1:
-            yield from rows_in(first)
-            return
-    elif sign in "[{":
+    if not broken and sign != "[" and len(start) == 1:
+        yield from rows_in(first)
+        return
+    if sign == "[" or broken and sign == "{":
         # a list, or values over several lines; if it is neither, its lines are broken
-        rest = [*start, *lines]
-        text = "".join(line for _, line in rest)
+        start += lines
         try:
-            yield from whole(text)
+            yield from parse_all("".join(line for _, line in start).strip())
             return
-        except DataError:  # it says what is the matter
+        except DataError:
             raise
         except (ValueError, RecursionError) as error:
             if sign == "[":
                 raise DataError(f"broken JSON: {error}") from None
-        start, lines = rest, iter(())  # type: ignore[assignment]
     yield from (parse_line(*line) for line in chain(start, lines))
 
 
 def parse_line(number: int, line: str) -> Any:
     """Returns the value of a JSON line, or a DataError."""
     try:
-        return json.loads(line, object_pairs_hook=to_object)
+        return json.loads(line, object_pairs_hook=to_fields)
     except (ValueError, RecursionError) as error:
         return DataError(f"broken JSON: {error} (line {number} of the file)")
 
 
-def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | DataError:
-    """Returns the object of JSON's pairs; an error where a key has two values."""
+def to_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any] | DataError:
+    """Returns the fields of a JSON object; an error where a key has two values."""
     fields = dict(pairs)
     if len(fields) == len(pairs):
         return fields
@@ -402,10 +349,9 @@ def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | DataError:
     return DataError(f"the key {twice!r} stands twice in an object")
 
 
-def whole(text: str) -> list[Any]:
+def parse_all(text: str) -> list[Any]:
     """Returns the rows of a text that is a JSON list, or objects one after another."""
-    decoder, values = json.JSONDecoder(object_pairs_hook=to_object), []
-    text, at = text.strip(), 0
+    decoder, values, at = json.JSONDecoder(object_pairs_hook=to_fields), [], 0
     while at < len(text):
         value, at = decoder.raw_decode(text, at)
         at = BLANK.match(text, at).end()  # type: ignore[union-attr]
@@ -421,7 +367,7 @@ def rows_in(value: Any) -> list[Any]:
     Raises:
         DataError: there are rows under several keys.
     """
-    if not isinstance(value, dict) or TURNS & set(value):
+    if not isinstance(value, dict) or ONE_ROW & set(value):
         return [value]
     lists = {
         key: rows

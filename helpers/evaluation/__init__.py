@@ -1,8 +1,21 @@
-"""Held-out metrics: items, verdicts, intervals, tables and plots."""
+"""Held-out metrics: answers and verdicts, intervals and paired tests, tables, plots."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={},
+    submod_attrs={
+        "evaluator": ["compare", "evaluate", "evaluate_run", "held_out"],
+        "gsm8k": ["VERDICTS", "check_answer"],
+        "stats": ["proportion"],
+        "tables": [
+            "differences_table",
+            "gain_table",
+            "percent",
+            "plot_results",
+            "results_table",
+            "runs_table",
+            "scores_table",
+        ],
+    },
 )

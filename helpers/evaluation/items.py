@@ -1,7 +1,7 @@
-"""The items of an evaluation: a JSON line each, written while they are answered.
+"""The items of an evaluation: one JSON line each, written batch by batch.
 
-A kill costs the batch that was being answered. What is there is not answered again, as
-long as nothing changed that decides the answer; verdicts are always given anew.
+A kill costs the batch that was being answered. An item is not answered again unless
+something that decides its answer has changed; verdicts are always computed anew.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from helpers.data.formats import Row
 from helpers.data.preparation import write_rows
 from helpers.inference.generation import Answer, Prompt
-from helpers.runs import fingerprint, write_text
+from helpers.runs import fingerprint
 
-# of an item, without verdicts: those of former settings do not stay
-ANSWER = ("id", "prompt", "output", "tokens", "stopped", "seconds", "made_from")
+# the fields of an item besides its verdicts
+FIELDS = ("id", "prompt", "output", "tokens", "stopped", "seconds", "made_from")
 Generate = Callable[[list[Prompt]], Iterator[dict[int, Answer]]]
 
 
@@ -30,69 +30,50 @@ def answer_rows(
     generate: Generate,
     judge: Callable[[str, Row], Row],
 ) -> list[Row]:
-    """Returns one item a row, in the rows' order, and writes them to a file.
+    """Returns one item a row, in the order of the rows, and writes them to a file.
 
-    While it is being made the file is `<name>.part.jsonl`, every batch synced to disk.
-    An item's `seconds` are its share of its batch's.
+    Until all are answered the file is `<name>.part.jsonl`, synced after every batch.
 
     Args:
         path: the file.
         rows: `id` and `prompt` each, and what `judge` needs.
-        settings: a fingerprint of all that decides an answer, its prompt aside.
-        generate: answers prompts, batch after batch, by their places.
-        judge: returns what else an item says, from the answer's text and the row.
+        settings: a fingerprint of everything but the prompt that decides an answer.
+        generate: yields the answers of a batch, by their prompts' places.
+        judge: returns the verdicts, from the answer's text and the row.
     """
     keys = [fingerprint(settings, row["id"], row["prompt"]) for row in rows]
     part = path.with_suffix(".part.jsonl")
-    found = {**read_items(path), **read_items(part)}
-    done = {key: found[key] for key in keys if key in found}
-    missing = [place for place, key in enumerate(keys) if key not in done]
-    write_text(part, "".join(map(to_line, done.values())))  # without a torn last line
+    former = read_items(path) | read_items(part)
+    items = {key: former[key] for key in keys if key in former}
+    missing = [place for place, key in enumerate(keys) if key not in items]
+    write_rows(part, items.values())  # without a torn last line
     started = time.perf_counter()
     with part.open("a", encoding="utf-8") as file:
         for batch in generate([rows[place]["prompt"] for place in missing]):
-            seconds = (time.perf_counter() - started) / len(batch)
+            seconds = round((time.perf_counter() - started) / len(batch), 4)
             for number, answer in batch.items():
-                place = missing[number]
-                item = {
-                    "id": rows[place]["id"],
-                    "prompt": rows[place]["prompt"],
-                    "output": answer.text,
-                    "tokens": answer.tokens,
-                    "stopped": answer.stopped,
-                    "seconds": round(seconds, 4),
-                    "made_from": keys[place],
-                }
-                done[keys[place]] = item
-                file.write(to_line(item))
+                row, key = rows[missing[number]], keys[missing[number]]
+                values = (row["id"], row["prompt"], *answer, seconds, key)
+                items[key] = dict(zip(FIELDS, values, strict=True))
+                file.write(json.dumps(items[key], ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
             started = time.perf_counter()
-    items = [
-        {name: value for name, value in done[key].items() if name in ANSWER}
-        | judge(done[key]["output"], row)
+    judged = [
+        {name: items[key][name] for name in FIELDS} | judge(items[key]["output"], row)
         for key, row in zip(keys, rows, strict=True)
     ]
-    write_rows(path, items)
+    write_rows(path, judged)
     part.unlink()
-    return items
-
-
-def to_line(item: Row) -> str:
-    """Returns an item as a line of its file."""
-    return json.dumps(item, ensure_ascii=False) + "\n"
+    return judged
 
 
 def read_items(path: Path) -> dict[str, Row]:
-    """Returns the items of a file by what they were made from; a torn line is none."""
-    found: dict[str, Row] = {}
-    if path.exists():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        for line in text.split("\n")[:-1]:  # what follows the last line end is torn
-            try:
-                item: Any = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(item, dict) and "made_from" in item:
-                found[item["made_from"]] = item
-    return found
+    """Returns the items of a file by their `made_from`, without torn or other lines."""
+    items: dict[str, Row] = {}
+    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n")[:-1]:  # a last line without its end is torn
+        with suppress(json.JSONDecodeError, KeyError, TypeError):
+            item = json.loads(line)
+            items[item["made_from"]] = item
+    return items

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from helpers import fields
+from helpers.config import complete
 from helpers.grpo import diagnostics
 from helpers.runs import Run, write_json
 from helpers.training.inputs import read_note
@@ -261,7 +261,7 @@ def read_group(run: Run, step: int | None = None) -> DataFrame:
         return frame
     weights = run.config.rewards
     frame["reward"] = sum(frame[n].fillna(0) * w for n, w in weights.items()).round(4)
-    groups = frame.index // fields.complete(run.config, "grpo")["num_generations"]
+    groups = frame.index // complete(run.config, "grpo")["num_generations"]
     rewards = frame["reward"].groupby(groups)
     widest = (rewards.max() - rewards.min()).idxmax()
     return frame[groups == widest].sort_values("reward", ascending=False)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from helpers import fields
-from helpers.config import RunConfig
+from helpers.config import RunConfig, complete
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
 from helpers.grpo.answers import parse_gold
@@ -90,7 +89,7 @@ def check_enough(run: Run, count: int) -> None:
     """
     from trl import GRPOConfig
 
-    values = fields.complete(run.config, "grpo")
+    values = complete(run.config, "grpo")
     names = ["per_device_train_batch_size", "gradient_accumulation_steps"]
     names += ["num_generations", "steps_per_generation", "generation_batch_size"]
     sizes = {name: values[name] for name in names}
@@ -109,7 +108,7 @@ def check_enough(run: Run, count: int) -> None:
 
 def sampling_of(config: RunConfig) -> dict[str, Any]:
     """Returns how a run's GRPO draws its answers, for `generation.generate`."""
-    values = fields.complete(config, "grpo")
+    values = complete(config, "grpo")
     drawn = {name: values[name] for name in SAMPLING}
     return drawn | {"max_new_tokens": values["max_completion_length"]}
 

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from helpers.errors import ConfigError
 from helpers.grpo.answers import (
     MARKER,
     extract_answer,
@@ -175,11 +176,11 @@ def choose(
     """Returns the reward functions and their weights, as `GRPOTrainer` takes them.
 
     Args:
-        weights: by the reward's name; ValueError where it is not known.
+        weights: by the reward's name; ConfigError where it is not known.
         max_completion_length: in tokens, where completions are cut.
     """
     known = REWARDS | {"overlong": punish_overlong(max_completion_length)}
     for name in weights:
         if name not in known:
-            raise ValueError(f"no reward {name!r}; known: {', '.join(known)}")
+            raise ConfigError(f"no reward {name!r}; known: {', '.join(known)}")
     return [known[name] for name in weights], list(weights.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from helpers import fields
+from helpers.config import defaults
 from helpers.grpo import monitor, problems, rewards
 from helpers.inference.generation import generate, inference
 from helpers.rollout.sampler import Sampler, choose_sampler
@@ -84,8 +84,7 @@ def grpo_arguments(run: Run) -> dict[str, Any]:
         "log_completions": True,  # to parquet files
         "num_completions_to_print": -1,  # 0 would print an empty table
     }
-    defaults = fields.defaults("grpo")
-    ours |= {name: defaults[name] for name in OPEN}
+    ours |= {name: defaults("grpo")[name] for name in OPEN}
     values = ours | training_arguments(run, "grpo", folder)
     # an adapter worse than the start must never take its place
     values.setdefault("eval_on_start", values["eval_strategy"] != "no")

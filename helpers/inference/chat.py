@@ -1,217 +1,144 @@
-"""Answers prompts with a run's model or any other, one by one or from a file.
-
-    python -m helpers generate demo                         # chat, the last adapter on
-    python -m helpers generate demo --adapter none          # the base model
-    python -m helpers generate smollm2-135m-offline --adapter path/or/hub-id
-    python -m helpers generate demo --file prompts.jsonl --out answers.jsonl
-
-The file is read as training rows are: JSON lines, a JSON list, a table, or a text with
-a prompt a line. A row is a text, or an object with `prompt`, `question`, `instruction`,
-`messages` or `conversations`.
-A stopped batch goes on where it was when it is started again.
-"""
+"""Answers with a run's model or any other: a file of prompts, or a conversation."""
 
 from __future__ import annotations
 
-import argparse
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from helpers import runtime
-from helpers.config import RunConfig, read_config
-from helpers.data import preparation as data
-from helpers.data import sources
 from helpers.data.formats import Fields, Messages, Row, read_prompt
-from helpers.errors import ConfigError, DataError, ModelError, TemplateError
-from helpers.models import load as models
-from helpers.runs import Run, content_hash, fingerprint, runs_folder
+from helpers.data.preparation import ask, remarks
+from helpers.data.sources import open_rows
+from helpers.errors import ConfigError, DataError
+from helpers.evaluation.items import answer_rows
+from helpers.inference.generation import generate_batches, reply
+from helpers.models.load import load_model, options
+from helpers.runs import Run, content_hash, fingerprint, open_run, runs_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-QUIT, NEW = "/quit", "/new"
+log = logging.getLogger(__name__)
 
 
-class Chosen(NamedTuple):
-    """What a command line asks for."""
+def generate_command(
+    model: str,
+    *,
+    adapter: str | None = None,
+    file: Path | None = None,
+    out: Path | None = None,
+    system: str | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    batch_size: int | None = None,
+) -> None:
+    """Answers prompts: those of a file into another, or those typed in a chat.
 
-    model: str
-    adapter: str | None
-    options: dict[str, Any]
-    """Of `models.load_model`."""
-    system_prompt: str
-    sampling: dict[str, Any]
-    """Of `generation.generate`; greedy without anything but `max_new_tokens`."""
+    A file that was interrupted goes on where it stopped.
 
-
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Returns the command line's values."""
-    parser = argparse.ArgumentParser(
-        prog="python -m helpers generate",
-        description="Answers prompts, one by one or from a file.",
-    )
-    parser.add_argument("model", help="a run's name, a hub id, or a model's folder")
-    parser.add_argument(
-        "--adapter",
-        help="folder, hub id, a stage of the run, or none; a run's last one by default",
-    )
-    parser.add_argument(
-        "--file",
-        type=Path,
-        help="prompts: .jsonl, .json, .csv, .parquet, or .txt with one a line",
-    )
-    parser.add_argument("--out", type=Path, help="answers, a JSON line each")
-    parser.add_argument("--system", help="system prompt; a run's own by default")
-    parser.add_argument("--max-new-tokens", type=int)
-    parser.add_argument("--temperature", type=float, help="0 = greedy")
-    parser.add_argument("--batch-size", type=int)
-    given = parser.parse_args(arguments)
-    if (given.file is None) != (given.out is None):
-        parser.error("--file and --out go together")
-    return given
-
-
-def choose(given: argparse.Namespace) -> Chosen:
-    """Returns the model, adapter and settings that are meant.
+    Args:
+        model: a run's name, a hub id, or a model's folder.
+        adapter: folder, hub id, a stage of the run, or `none`; a run's last one by
+            default.
+        file: prompts, in any format and shape of training rows, or a text file with
+            one a line.
+        out: the answers, a JSON line each.
+        system: the system prompt; a run's own by default.
+        max_new_tokens: answers are cut here.
+        temperature: of sampling; 0 is greedy. A run's `inference` by default.
+        batch_size: prompts answered at once.
 
     Raises:
-        ConfigError: the run's config is not valid.
+        ConfigError: `file` without `out`, or the run's config is not valid.
+        DataError: a row of the file is not a prompt.
+        ModelError: the model or the adapter cannot be loaded.
     """
-    folder = runs_folder() / given.model
-    options: dict[str, Any] = {}
-    system, sampling, adapter = "", {}, given.adapter
-    name = given.model
-    # a model's folder has a config.json too, a run's name is no path
-    if Path(name).name == name and (folder / "config.json").exists():
-        run = Run(folder, read_config(folder / "config.json"))
-        config = run.config
-        name, options, system = (
-            config.model,
-            models.options(config),
-            config.system_prompt,
-        )
-        sampling = dict(config.inference)
+    if (file is None) != (out is None):
+        raise ConfigError("--file and --out go together: prompts, and their answers")
+    loading: dict[str, Any] = {}
+    sampling: dict[str, Any] = {}
+    # a model's folder has a config.json too, a run's name is not a path
+    if Path(model).name == model and (runs_folder() / model / "config.json").exists():
+        run = open_run(model)
         adapter = find_adapter(run, adapter)
-    if adapter == "none":
-        adapter = None
-    if given.temperature is not None:
-        sampling.pop("temperature", None)
-        if given.temperature > 0:
-            sampling["temperature"] = given.temperature
-        else:
-            sampling = {k: v for k, v in sampling.items() if k == "max_new_tokens"}
-    if given.max_new_tokens:
-        sampling["max_new_tokens"] = given.max_new_tokens
-    if given.system is not None:
-        system = given.system
-    return Chosen(name, adapter, options, system, sampling)
+        model, loading = run.config.model, options(run.config)
+        sampling = dict(run.config.inference)
+        system = run.config.system_prompt if system is None else system
+    if temperature == 0:
+        sampling = {k: v for k, v in sampling.items() if k == "max_new_tokens"}
+    elif temperature is not None:
+        sampling["temperature"] = temperature
+    if max_new_tokens is not None:
+        sampling["max_new_tokens"] = max_new_tokens
+    loading["adapter"] = None if adapter == "none" else adapter
+    # read before minutes of loading
+    rows = read_prompts(file, system or "") if file else []
+    net, tokenizer = load_model(model, **loading)
+    if out is None:
+        chat(net, tokenizer, system or "", sampling)
+        return
+    answer_rows(
+        out,
+        rows,
+        fingerprint(model, loading, sampling, content_hash(loading["adapter"])),
+        lambda prompts: generate_batches(
+            net, tokenizer, prompts, sampling=sampling, batch_size=batch_size
+        ),
+        lambda text, row: {},
+    )
+    log.info("%d answers in %s", len(rows), out)
 
 
-def find_adapter(run: Run, asked: str | None) -> str | None:
+def find_adapter(run: Run, adapter: str | None) -> str | None:
     """Returns a run's adapter: of a stage, by default of the last one trained."""
-    config: RunConfig = run.config
-    if asked in config.stages:
-        return str(run.require(f"{asked}/adapter"))
-    if asked is not None:
-        return asked
-    trained = [run.path / stage / "adapter" for stage in reversed(config.stages)]
-    found = next((str(path) for path in trained if path.exists()), None)
-    return found or config.sft_adapter
+    stages = run.config.stages
+    if adapter is not None:
+        return str(run.require(f"{adapter}/adapter")) if adapter in stages else adapter
+    folders = [run.path / stage / "adapter" for stage in reversed(stages)]
+    trained = [str(folder) for folder in folders if folder.exists()]
+    return trained[0] if trained else run.config.sft_adapter
 
 
 def read_prompts(path: Path, system_prompt: str) -> list[Row]:
-    """Returns `{"id", "prompt"}` rows, the prompt being a conversation.
-
-    Prints which fields were not used, or turns changed.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        DataError: the file is empty, or a row is no prompt.
-    """
+    """Returns `{"id", "prompt"}` rows, the prompt being a conversation."""
     rows, fields = [], Fields()
-    for number, row in sources.open_rows(str(path)):
+    for number, row in open_rows(str(path)):
         try:
             if isinstance(row, DataError):
                 raise row
             prompt = read_prompt(row, system_prompt, fields)
         except DataError as error:
             raise DataError(
-                f"{path}, row {number} is no prompt: {error}; expected a text, or an "
+                f"{path}, row {number} is not a prompt: {error}; expected a text or an "
                 "object with prompt, question, instruction, messages or conversations "
                 "that ends with the user"
             ) from None
         key = row.get("id", number) if isinstance(row, dict) else number
         rows.append({"id": key, "prompt": prompt})
-    for line in data.remarks({"sources": {str(path): vars(fields)}}):
-        print(line)  # noqa: T201
+    for line in remarks({"sources": {str(path): vars(fields)}}):
+        log.info(line)
     return rows
 
 
-def answer_file(
+def chat(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    chosen: Chosen,
-    given: argparse.Namespace,
-    rows: list[Row],
+    system_prompt: str = "",
+    sampling: dict[str, Any] | None = None,
 ) -> None:
-    """Answers prompts, from `read_prompts`, and writes the answers as they come."""
-    from helpers.evaluation.items import answer_rows
-    from helpers.inference.generation import generate_batches
-
-    answer_rows(
-        given.out,
-        rows,
-        fingerprint(chosen, content_hash(chosen.adapter)),
-        lambda prompts: generate_batches(
-            model,
-            tokenizer,
-            prompts,
-            sampling=chosen.sampling,
-            batch_size=given.batch_size,
-        ),
-        lambda text, row: {},
-    )
-
-
-def chat(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chosen: Chosen
-) -> None:
-    """Talks with whoever types, printing words as they come, until /quit or the end."""
-    from helpers.inference.generation import reply
-
-    print(f"{NEW} starts a new conversation, {QUIT} ends.")  # noqa: T201
+    """Answers what is typed, printing words as they come, until /quit or the end."""
+    print("/new starts a new conversation, /quit ends.")  # noqa: T201
     turns: Messages = []
     while True:
         try:
-            said = input("> ").strip()
+            message = input("> ").strip()
         except EOFError:
             return
-        if said == QUIT:
+        if message == "/quit":
             return
-        if said == NEW:
+        if message == "/new":
             turns = []
-        elif said:
-            turns = [*turns, *data.ask(said, "" if turns else chosen.system_prompt)]
-            text = reply(model, tokenizer, turns, stream=True, sampling=chosen.sampling)
+        elif message:
+            turns = [*turns, *ask(message, "" if turns else system_prompt)]
+            text = reply(model, tokenizer, turns, stream=True, sampling=sampling)
             turns.append({"role": "assistant", "content": text})
-
-
-def main(arguments: list[str]) -> None:
-    """Answers prompts, one by one or from a file.
-
-    Raises:
-        SystemExit: something that the user can mend is wrong; the message says what.
-    """
-    given = parse_arguments(arguments)
-    with runtime.exit_on(ConfigError, DataError, ModelError, TemplateError, OSError):
-        chosen = choose(given)
-        # read before minutes of loading
-        rows = read_prompts(given.file, chosen.system_prompt) if given.file else []
-        model, tokenizer = models.load_model(
-            chosen.model, adapter=chosen.adapter, **chosen.options
-        )
-        if given.file:
-            answer_file(model, tokenizer, chosen, given, rows)
-            print(f"{len(rows)} answers in {given.out}")  # noqa: T201
-        else:
-            chat(model, tokenizer, chosen)

@@ -58,13 +58,15 @@ def generate(
     """Returns one answer a prompt, in the prompts' order.
 
     Args:
-        prompts: conversations that end in a user turn, or texts to go on with.
+        model: any causal model, and its tokenizer.
+        tokenizer: as `load_tokenizer` prepares it.
+        prompts: conversations that end in a user turn, or texts to continue.
         options: see `generate_batches`.
     """
     answers: dict[int, Answer] = {}
     for batch in generate_batches(model, tokenizer, prompts, **options):
         answers |= batch
-    return [answers[place] for place in range(len(prompts))]
+    return [answers[index] for index in range(len(prompts))]
 
 
 def generate_batches(
@@ -78,19 +80,19 @@ def generate_batches(
     until: Sequence[str] = (),
     streamer: Any = None,
 ) -> Iterator[dict[int, Answer]]:
-    """Yields the answers of one batch after another, by their prompts' places.
+    """Yields the answers of one batch after another, by their prompts' indices.
 
-    Prompts are batched by length, so that little is spent on padding, the longest
-    first. A batch that does not fit into GPU memory is halved.
+    The longest prompts come first, in batches of similar length, so that little is
+    spent on padding. A batch that does not fit into GPU memory is halved.
 
     Args:
-        prompts: conversations that end in a user turn, or texts to go on with.
+        model: as for `generate`, and so `tokenizer` and `prompts`.
+        tokenizer: of the model.
+        prompts: conversations or texts.
         max_new_tokens: answers are cut here.
-        batch_size: prompts a batch; None is 32 on a CPU, where long batches wait for
-            their longest answer, and on a GPU, where they cost little, as many as
-            `fitting_rows` says.
-        sampling: `temperature`, `top_p`, ... of `generate`, and `max_new_tokens`, as
-            `inference` in a config; greedy without any but the latter.
+        batch_size: prompts a batch; by default what `fitting_rows` says.
+        sampling: fields of transformers' `GenerationConfig`, such as `temperature` and
+            `max_new_tokens`; greedy without any but the latter.
         until: texts that end an answer, and are cut off, besides the stop tokens.
         streamer: of transformers, for a single prompt.
     """
@@ -99,36 +101,33 @@ def generate_batches(
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     stops = stop_token_ids(tokenizer)
-    arguments: dict[str, Any] = {"do_sample": False, "temperature": None}
-    arguments |= {"top_p": None, "top_k": None}
-    drawn = dict(sampling or {})
-    max_new_tokens = drawn.pop("max_new_tokens", max_new_tokens)
-    if drawn:
-        arguments = {"do_sample": True, **drawn}
+    drawing = dict(sampling or {})
+    max_new_tokens = drawing.pop("max_new_tokens", max_new_tokens)
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    arguments: dict[str, Any] = {"do_sample": True, **drawing} if drawing else greedy
     if until:
         arguments |= {"stop_strings": list(until), "tokenizer": tokenizer}
-    most, start = batch_size, 0
+    start = 0
     while start < len(order):
         longest = len(encoded[order[start]]) + max_new_tokens
-        size = most or fitting_rows(model.config, longest, model.device.type)
+        size = batch_size or fitting_rows(model.config, longest, model.device.type)
         batch = order[start : start + size]
         rows = [{"input_ids": encoded[i]} for i in batch]
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
-        inputs = inputs.to(model.device)
         try:
             with inference(model):
                 output = model.generate(
-                    **inputs,
+                    **inputs.to(model.device),
                     max_new_tokens=max_new_tokens,
                     eos_token_id=stops,
                     pad_token_id=tokenizer.pad_token_id,
                     streamer=streamer,
                     **arguments,
                 )
-        except torch.cuda.OutOfMemoryError:
+        except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-            most = len(batch) // 2
+            batch_size = len(batch) // 2
             torch.cuda.empty_cache()
             continue
         width = inputs["input_ids"].shape[1]
@@ -140,27 +139,23 @@ def generate_batches(
 
 
 def fitting_rows(config: PretrainedConfig, tokens: int, device: str) -> int:
-    """Returns how many rows are answered at once: on a GPU, what `CACHE_GB` holds.
+    """Returns the number of rows answered at once: on a GPU, what `CACHE_GB` holds.
 
-    Not by the memory that is free, so that batches are the same on any GPU.
-
-    Args:
-        config: the model's.
-        tokens: of a row, prompt and answer.
-        device: `cuda` or `cpu`.
+    Batches do not depend on free memory, so they are the same on any GPU. On a CPU
+    long batches wait for their longest answer. `tokens` are a row's, answer included.
     """
     if device != "cuda":
         return CPU_ROWS
     numbers = config.get_text_config()
     heads = numbers.num_attention_heads
     width = getattr(numbers, "head_dim", None) or numbers.hidden_size // heads
-    kept = getattr(numbers, "num_key_value_heads", None) or heads
-    row_bytes = 2 * 2 * numbers.num_hidden_layers * kept * width * tokens
+    cached = getattr(numbers, "num_key_value_heads", None) or heads
+    row_bytes = 2 * 2 * numbers.num_hidden_layers * cached * width * tokens
     return max(1, min(MOST_ROWS, int(CACHE_GB * 2**30 / row_bytes)))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Returns a prompt's ids: a conversation rendered by its template, a text as is.
+    """Returns the ids of a conversation as its template prints it, or of a text.
 
     A text gets the special tokens that the tokenizer puts before any text, unless it
     begins with BOS already.
@@ -179,7 +174,7 @@ def cut_answer(
     stops: list[int],
     until: Sequence[str] = (),
 ) -> Answer:
-    """Returns the answer in generated ids, which go on with padding after the stop."""
+    """Returns the answer in generated ids, which are padded after their stop."""
     end = next((n for n, token in enumerate(ids) if token in stops), None)
     if end is None and until:  # a row that a text stopped is padded, without a stop
         while ids and ids[-1] == tokenizer.pad_token_id:
@@ -204,18 +199,20 @@ def reply(
     """Returns the model's answer to one prompt, greedy unless `sampling` is given.
 
     Args:
-        prompt: what the user says, or a conversation that ends with it.
-        system_prompt: a system turn before what the user says.
+        model: any causal model, and its tokenizer.
+        tokenizer: as `load_tokenizer` prepares it.
+        prompt: a user's message, or a conversation that ends with one.
+        system_prompt: a system turn before a message.
         stream: print the words as they come.
         options: `max_new_tokens` and `sampling` of `generate`.
     """
     from transformers import TextStreamer
 
-    from helpers.data.preparation import ask
-
     if stream:
         options["streamer"] = TextStreamer(
             tokenizer, skip_prompt=True, skip_special_tokens=True
         )
-    turns = ask(prompt, system_prompt) if isinstance(prompt, str) else prompt
-    return generate(model, tokenizer, [turns], **options)[0].text
+    if isinstance(prompt, str):
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        prompt = [*system, {"role": "user", "content": prompt}]
+    return generate(model, tokenizer, [prompt], **options)[0].text

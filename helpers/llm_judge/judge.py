@@ -1,43 +1,46 @@
-"""A careful client of any OpenAI-compatible judge: retries, keeps answers, resumes.
+"""A client of any OpenAI-compatible judge, and the rules by which replies are read.
 
-A verdict that is missing or cannot be read is None and counted, never replaced by a
-guess. Prompts come from the files that publish them (`mt_bench.find_data`).
+A verdict that is missing or cannot be read is None and counted, never guessed. Besides
+`openai` it needs no library: `alpaca_annotate` imports it into another environment.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
-import logging
-import math
 import os
 import re
 import threading
-import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from helpers.data.formats import Messages, Row
-from helpers.errors import DataError, JudgeError
-from helpers.llm_judge import replies
-from helpers.runs import Run, open_run, write_json
+from helpers.errors import JudgeError
 
-RATING = r"(\d+(?:\.\d*)?)(?:\s*/\s*10)?"
-# what a body that is no JSON, or JSON that is no completion, raises in the client
-MALFORMED = (ValueError, TypeError, LookupError, AttributeError)
-UNJUDGED = (
-    "answers are written, nothing is judged: name a judge with --judge URL "
-    "--judge-model NAME, any OpenAI-compatible server (a key in OPENAI_API_KEY)"
+if TYPE_CHECKING:
+    from helpers.data.formats import Messages
+    from helpers.runs import Run
+
+UNJUDGED = "No judge configured: answers were saved but not scored. Set "
+UNJUDGED += "OPENAI_BASE_URL, OPENAI_API_KEY and TUNEBOOK_JUDGE (the model's name), or "
+UNJUDGED += "give --judge URL --judge-model NAME: any OpenAI-compatible server"
+NO_CREDIT = re.compile(
+    r"insufficient[ _]?(quota|balance|credit|fund)|billing_hard", re.I
 )
+# tags of thoughts, also as Mistral's, Moonshot's and OpenAI's open models write them
+NAME = r"(?:\w+:)?(?:think|thinking|thought|reasoning)\b[^<>]*>"
+OPEN = rf"<{NAME}|(?-i:\[THINK\])|◁think▷|<\|channel\|>analysis"
+CLOSE = rf"</{NAME}|(?-i:\[/THINK\])|◁/think▷|<\|channel\|>final<\|message\|>"
+RATING = r"\[\s*(\d+(?:\.\d*)?)(?:\s*/\s*10)?\s*\]"
 WINNERS = {"A": "first", "B": "second", "C": "tie"}
 
 
 class Reply(NamedTuple):
-    """What a judge wrote, None with the reason when nothing could be had."""
+    """The text that a judge wrote, or None and the reason."""
 
     text: str | None
     error: str = ""
@@ -45,163 +48,171 @@ class Reply(NamedTuple):
 
 @dataclass
 class Judge:
-    """A model behind an OpenAI-compatible address, whose answers are kept on disk.
+    """A model at an OpenAI-compatible address, asked greedily as FastChat does.
 
-    Greedy with at most 2,048 tokens, as FastChat asks its judges
-    (`fastchat/llm_judge/common.py`), unless `options` say otherwise or the server
-    refuses one of them (`replies.adapted`); what it takes instead is remembered.
+    Attributes:
+        cache: a JSON-lines file of replies: a repeated run asks only for missing ones.
+        base_url: ends in `/v1` at most servers; None is OpenAI's own.
+        options: of a request; one that the server refuses is renamed or left out.
+        retries: by the `openai` client, with growing waits, after Retry-After.
+        workers: requests at the same time; lower it where the rate limit is low.
     """
 
     model: str
     cache: Path
-    """Folder of the answers, a file each: a repeated run asks only what is missing."""
     base_url: str | None = None
-    """Ends in `/v1` at most servers; None is OpenAI's own."""
     api_key: str = field(default="none", repr=False)
     options: dict[str, Any] = field(
         default_factory=lambda: {"temperature": 0, "max_tokens": 2048}
     )
     timeout_s: float = 120.0
     retries: int = 5
-    """Of 408, 409, 429 (after its Retry-After), 5xx, time-outs, cut connections and
-    answers that are no completion; each wait is longer than the one before."""
     workers: int = 4
-    """Questions asked at the same time; lower it where the rate limit is low."""
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    refused: list[Any] = field(default_factory=list, init=False, repr=False)
+    lock: Any = field(default_factory=threading.Lock, init=False, repr=False)
 
     def ask(self, conversations: list[Messages]) -> list[Reply]:
-        """Returns one reply a conversation, in their order.
+        """Returns one reply per conversation, in order.
 
         Raises:
-            JudgeError: the server refuses a request for good, or does not answer the
-                first one; replies until then are kept.
+            JudgeError: the server cannot be reached or refuses a request for good;
+                replies received until then are kept.
         """
-        while (path := self.place([])).exists():
-            self.options = json.loads(path.read_text(encoding="utf-8"))["options"]
-        answers = [self.recall(messages) for messages in conversations]
-        new = [n for n, reply in enumerate(answers) if reply is None]
-        if new:
-            client = self.open_client()
-            # the first request alone: a wrong address ends it before others wait for it
-            answers[new[0]] = self.request(client, conversations[new[0]], first=True)
-            ended = threading.Event()
-
-            def ask_next(n: int) -> Reply | None:
-                if ended.is_set():
-                    return None
-                try:
-                    return self.request(client, conversations[n])
-                except JudgeError:
-                    ended.set()
-                    raise
-
-            with ThreadPoolExecutor(self.workers) as pool:
-                try:
-                    rest = pool.map(ask_next, new[1:])
-                    for n, reply in zip(new[1:], rest, strict=True):
-                        answers[n] = reply
-                finally:
-                    ended.set()
-        return [reply or Reply(None, "not asked") for reply in answers]
-
-    def open_client(self) -> Any:
-        """Returns the `openai` client; it does not try again without credit."""
         import openai
 
-        def end_without_credit(response: Any) -> None:
-            if response.status_code == 429:
-                response.read()
-                if replies.QUOTA.search(response.text):
-                    response.headers["x-should-retry"] = "false"
-
-        hooks = {"response": [end_without_credit]}
-        return openai.OpenAI(
+        replies = {}
+        if self.cache.exists():
+            for line in self.cache.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # empty, or torn by a kill
+                    row = json.loads(line)
+                    replies[row["request"]] = Reply(row["text"])
+        decided_by = [self.base_url, self.model, self.options]
+        keys = [json.dumps([*decided_by, messages]) for messages in conversations]
+        missing = dict(zip(keys, conversations, strict=True))
+        missing = {k: messages for k, messages in missing.items() if k not in replies}
+        client = openai.OpenAI(
             base_url=self.base_url,
             api_key=self.api_key,
-            timeout=self.timeout_s,
+            timeout=openai.Timeout(self.timeout_s, connect=10.0),
             max_retries=self.retries,
-            http_client=openai.DefaultHttpxClient(event_hooks=hooks),
+            http_client=openai.DefaultHttpxClient(event_hooks={"response": [mark]}),
         )
+        with client, ThreadPoolExecutor(self.workers) as pool:
+            # the first error cancels what has not begun
+            new = pool.map(partial(self.request, client), missing, missing.values())
+            replies |= zip(missing, new, strict=True)
+        return [replies[key] for key in keys]
 
-    def request(self, client: Any, messages: Messages, first: bool = False) -> Reply:
-        """Returns the reply to one conversation and keeps it, unless it failed."""
+    def request(self, client: Any, key: str, messages: Messages) -> Reply:
+        """Returns the reply to one conversation; caches it unless it failed."""
         import openai
 
-        reason = "an answer that is no chat completion"
-        for attempt in range(self.retries + 1):
-            try:
-                completion = self.send(client, messages)
-                if error := getattr(completion, "error", None):  # with status 200
-                    reason = f"an error for an answer: {str(error)[:200]}"
-                choice = completion.choices[0]
-                text = choice.message.content
-            except openai.APIConnectionError as error:
-                # a time-out means that the server exists
-                if first and not isinstance(error, openai.APITimeoutError):
-                    raise JudgeError(
-                        f"no judge answers at {client.base_url}: {error} "
-                        f"({error.__cause__}); start it, or check the address and the "
-                        "network"
-                    ) from error
-                return Reply(None, str(error))
-            except openai.APIStatusError as error:
-                if sentence := replies.refusal(error, client.base_url, self.model):
-                    raise JudgeError(sentence) from error
-                return Reply(None, f"status {error.status_code}")
-            except (*MALFORMED, openai.APIError):
-                if attempt < self.retries:
-                    time.sleep(min(0.5 * 2**attempt, 8))
-                continue
-            if text:
-                with self.lock:
-                    values = {"messages": messages, "text": text}
-                    write_json(self.place(messages), values)
-                return Reply(text)
+        request = {"model": self.model, "messages": messages, **self.options}
+        try:
+            completion = complete(client.chat.completions.create, request, self.refused)
+        except openai.APIError as error:
+            return Reply(None, describe(error))
+        choice = completion.choices[0]
+        if not choice.message.content:
             return Reply(None, f"empty answer, finished by {choice.finish_reason}")
-        return Reply(None, reason)
+        row = json.dumps({"request": key, "text": choice.message.content})
+        with self.lock:
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+            with self.cache.open("a", encoding="utf-8") as file:
+                file.write(f"\n{row}")  # ends a torn line first
+        return Reply(choice.message.content)
 
-    def send(self, client: Any, messages: Messages) -> Any:
-        """Returns a completion, by options that the server takes and that are kept."""
-        import openai
 
-        options = self.options
-        while True:
-            try:
-                completion = client.chat.completions.create(
-                    model=self.model, messages=messages, **options
-                )
-            except openai.APIStatusError as error:
-                other = replies.adapted(options, error)
-                if other is None:
-                    raise
-                options = other
-            else:
-                with self.lock:
-                    if options != self.options:
-                        write_json(self.place([]), {"options": options})
-                        self.options = options
-                        logging.getLogger(__name__).warning(
-                            "%s is asked with %s, as its server wants it",
-                            self.model,
-                            options,
-                        )
-                return completion
+def mark(response: Any) -> None:
+    """Has the client retry a body that is no completion, and no lack of credit."""
+    response.read()
+    if response.status_code == 429 and NO_CREDIT.search(response.text):
+        response.headers["x-should-retry"] = "false"
+    elif response.status_code == 200:
+        with suppress(ValueError, LookupError, TypeError):
+            if "content" in response.json()["choices"][0]["message"]:
+                return
+        response.status_code = 502  # a gateway's word for an invalid answer
 
-    def place(self, messages: Messages) -> Path:
-        """Returns the file of an answer, named by everything that decides it.
 
-        Without messages it is the file of the options that the server takes instead.
-        """
-        values = [self.base_url, self.model, self.options, messages]
-        text = json.dumps(values, sort_keys=True, ensure_ascii=False)
-        return self.cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+def complete(
+    create: Callable[..., Any], request: dict[str, Any], refused: list[Any]
+) -> Any:
+    """Returns a completion, without the options that the server refuses.
 
-    def recall(self, messages: Messages) -> Reply | None:
-        """Returns the answer that an earlier run got, None without one."""
-        path = self.place(messages)
-        if not path.exists():
-            return None
-        return Reply(json.loads(path.read_text(encoding="utf-8"))["text"])
+    Args:
+        create: the client's function, of any version.
+        request: its arguments.
+        refused: the errors so far that named an option; extended here.
+
+    Raises:
+        JudgeError: the server is not there or refuses the request for good.
+    """
+    import openai
+
+    for error in refused:
+        request = adapt(request, error)
+    try:
+        return create(**request)
+    except openai.APIStatusError as error:
+        if adapt(request, error) != request:
+            refused.append(error)
+            return complete(create, request, refused)
+        status, broke = error.status_code, NO_CREDIT.search(str(error.body))
+        if status >= 500 or (status in (408, 409, 429) and not broke):
+            raise  # after the client's retries
+        remedy = "check OPENAI_API_KEY, the address (most end in /v1) and the model"
+        if broke or status == 402:
+            remedy = "add credit to the account, or set another OPENAI_API_KEY"
+        raise JudgeError(
+            f"the judge at {error.request.url} refuses model {request['model']!r} with "
+            f"{describe(error)}: {remedy}, or take another judge"
+        ) from error
+    except openai.APIConnectionError as error:
+        cause = error.__cause__  # httpx's or httpx2's, by openai's version
+        if type(cause).__name__ not in ("ConnectError", "ConnectTimeout"):
+            raise
+        raise JudgeError(
+            f"no judge answers at {error.request.url}: {cause or error}; start it, or "
+            "check the address and the network"
+        ) from error
+
+
+def adapt(request: dict[str, Any], error: Any) -> dict[str, Any]:
+    """Returns a request without the option that an error of the server names.
+
+    OpenAI's newer models want `max_completion_tokens` for `max_tokens`, and no
+    temperature but their own.
+    """
+    request, text = dict(request), str(error.body).lower()
+    if error.status_code in (400, 422):
+        if "max_tokens" in request and "max_completion_tokens" in text:
+            request["max_completion_tokens"] = request.pop("max_tokens")
+        elif "temperature" in text:
+            request.pop("temperature", None)
+    return request
+
+
+def describe(error: Any) -> str:
+    """Returns an error of the `openai` client on one line, with the server's words."""
+    status, body = getattr(error, "status_code", None), getattr(error, "body", None)
+    if isinstance(body, dict):
+        body = body.get("message") or body
+    text = re.sub(r"<[^>]*>", " ", str(body or error))  # a page, without its tags
+    text = " ".join(text.split())[:300].rstrip(". ")
+    return f"status {status} ({text})" if status else text
+
+
+def without_thoughts(text: str | None) -> str:
+    """Returns a text without its blocks of thought, those cut at either end too.
+
+    >>> without_thoughts("<think>Poor: [[2]]</think>Rating: [[7]]")
+    'Rating: [[7]]'
+    >>> without_thoughts("it is [[2]]</think> [[7]] <Reasoning>or [[3]]")
+    ' [[7]] '
+    """
+    text = re.sub(f"(?is)(?:{OPEN}).*?(?:{CLOSE})", "", text or "")
+    return re.split(f"(?i){OPEN}", re.split(f"(?i){CLOSE}", text)[-1])[0]
 
 
 def read_rating(text: str | None) -> float | None:
@@ -209,22 +220,14 @@ def read_rating(text: str | None) -> float | None:
 
     The last `[[rating]]` outside thoughts, else the last `Rating: [rating]` or one that
     begins the text: a judge that changes its mind means the last one, and `[1]` may
-    cite. FastChat takes the first of each, and every `[1]`. Spaces inside and `/10` are
-    forgiven; a number off the scale is no rating.
+    cite. FastChat takes the first of each, and every `[1]`.
 
-    >>> read_rating("Clear and correct. Rating: [[8]]")
-    8.0
-    >>> read_rating("[[2]] at first sight. Rating: [[7]]")
-    7.0
-    >>> read_rating("Rating: [7.5]"), read_rating("**[[ 9/10 ]]**")
-    (7.5, 9.0)
-    >>> read_rating("Rating: 8") is read_rating("Rating: [[85]]") is read_rating(None)
-    True
+    >>> read_rating("[[2]] at first sight. Rating: [[ 7/10 ]]"), read_rating("[7.5]")
+    (7.0, 7.5)
     """
-    spoken = replies.without_thoughts(text)
-    single = rf"(?:\A|(?i:rating))\W*\[\s*{RATING}\s*\]"
-    for pattern in (rf"\[\[\s*{RATING}\s*\]\]", single):
-        if ratings := re.findall(pattern, spoken):
+    answer = without_thoughts(text)
+    for pattern in (rf"\[{RATING}\]", rf"(?:\A|(?i:rating))\W*{RATING}"):
+        if ratings := re.findall(pattern, answer):
             rating = float(ratings[-1])
             return rating if 1 <= rating <= 10 else None
     return None
@@ -238,23 +241,15 @@ def read_winner(text: str | None) -> str | None:
 
     >>> read_winner("[[A]] at first sight. Assistant B is more precise: [[B]]")
     'second'
-    >>> read_winner("[[A]] if A is better, [[B]] if B is: I cannot say.") is None
-    True
     """
-    for sentence in reversed(re.split(r"[.!?\n]", replies.without_thoughts(text))):
+    for sentence in reversed(re.split(r"[.!?\n]", without_thoughts(text))):
         if letters := set(re.findall(r"\[\[\s*([ABC])\s*\]\]", sentence)):
             return WINNERS[letters.pop()] if len(letters) == 1 else None
     return None
 
 
-def unreadable(kind: str, reasons: list[str], path: Path) -> JudgeError:
-    """Returns the error of a judge whose judgments all hold no verdict.
-
-    Args:
-        kind: `rating` or `verdict`.
-        reasons: of each judgment: an error, or what the judge wrote.
-        path: of the judgments.
-    """
+def no_verdict(kind: str, reasons: list[str], path: Path) -> JudgeError:
+    """Returns the error for judgments at a path of which none holds a verdict."""
     reason, count = Counter(reasons).most_common(1)[0]
     return JudgeError(
         f"the judge gave no readable {kind} in any of {len(reasons)} judgments, "
@@ -263,111 +258,24 @@ def unreadable(kind: str, reasons: list[str], path: Path) -> JudgeError:
     )
 
 
-def fill(prompt: Row, **fields: str) -> Messages:
-    """Returns what to send: a published prompt with questions and answers put in.
+def open_judge(
+    run: Run, url: str | None = None, model: str | None = None
+) -> Judge | None:
+    """Returns the judge that the arguments or the environment name, None without one.
 
     Args:
-        prompt: a row of FastChat's `judge_prompts.jsonl`.
-        fields: the names in its template.
-    """
-    return [
-        {"role": "system", "content": prompt["system_prompt"]},
-        {"role": "user", "content": prompt["prompt_template"].format(**fields)},
-    ]
-
-
-def add_result(run: Run, label: str, name: str, values: dict[str, Any]) -> None:
-    """Writes one result of a model into the `eval` part of the run's report."""
-    part = run.report().get("eval", {})
-    run.write_part("eval", {**part, label: {**part.get(label, {}), name: values}})
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the run, and the options that name a judge, to a command line."""
-    parser.add_argument("run", help="a run's name")
-    parser.add_argument("--judge", metavar="URL", help="else OPENAI_BASE_URL")
-    parser.add_argument("--judge-model", metavar="NAME", help="else TUNEBOOK_JUDGE")
-
-
-def answering_parser(
-    prog: str, items: str, max_new_tokens: int
-) -> argparse.ArgumentParser:
-    """Returns the command line of a bench that models answer and a judge reads.
-
-    Args:
-        prog: the program's name.
-        items: what is answered, in the plural.
-        max_new_tokens: the default.
-    """
-    parser = argparse.ArgumentParser(prog=prog)
-    add_arguments(parser)
-    parser.add_argument("--models", nargs="+", help="base sft ...; all of the run's")
-    parser.add_argument("--limit", type=int, help=f"of {items}")
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
-    return parser
-
-
-def open_answering(given: argparse.Namespace) -> dict[str, Any]:
-    """Returns what the values of `answering_parser` mean, as a bench's arguments.
+        run: keeps the replies, in `eval/judge.jsonl`.
+        url: by default OPENAI_BASE_URL, or OpenAI's own; the key is OPENAI_API_KEY.
+        model: its name; by default TUNEBOOK_JUDGE.
 
     Raises:
-        DataError: see `find_adapters`.
-        JudgeError: see `open_judge`.
-    """
-    run = open_run(given.run)
-    return {
-        "run": run,
-        "adapters": find_adapters(run, given.models),
-        "client": open_judge(run, given.judge, given.judge_model),
-        "limit": given.limit,
-        "max_new_tokens": given.max_new_tokens,
-    }
-
-
-def spread(rows: list[Row], limit: int | None) -> list[Row]:
-    """Returns at most so many rows, evenly from the whole list; all without a limit.
-
-    >>> spread([{"n": n} for n in range(5)], 2)
-    [{'n': 0}, {'n': 3}]
-    """
-    return rows[:: math.ceil(len(rows) / limit)] if limit else rows
-
-
-def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | None]:
-    """Returns the adapter of each label, all of the run's models without labels.
-
-    Raises:
-        DataError: the run has no such model.
-    """
-    from helpers.stages import ensure_adapter
-
-    known = {"base": None} | {stage: stage for stage in run.config.stages}
-    if unknown := [label for label in labels or [] if label not in known]:
-        raise DataError(
-            f"run {run.config.name!r} has no model {unknown[0]!r}, only "
-            f"{', '.join(known)}"
-        )
-    stages = {label: known[label] for label in labels or known}
-    return {n: stage and ensure_adapter(run, stage) for n, stage in stages.items()}
-
-
-def open_judge(run: Run, url: str | None, model: str | None) -> Judge | None:
-    """Returns the judge of a command line or the environment, None if none is named.
-
-    The key is `OPENAI_API_KEY`; a server of your own may need none.
-
-    Raises:
-        JudgeError: an address without a model's name, or a key that is none.
+        JudgeError: there is an address without a model, or a key that cannot be sent.
     """
     url = url or os.environ.get("OPENAI_BASE_URL")
     model = model or os.environ.get("TUNEBOOK_JUDGE")
-    if model is None:
-        if url is None:
-            return None
-        raise JudgeError(f"which model judges at {url}? give --judge-model NAME")
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
-    if not key.isascii() or not key.isprintable():
-        raise JudgeError(
-            "OPENAI_API_KEY holds other characters than a key: copy it again"
-        )
-    return Judge(model, run.path / "eval" / "judge", url, key)
+    if not (key.isascii() and key.isprintable()):
+        raise JudgeError("OPENAI_API_KEY has characters that no key has: copy it again")
+    if url and not model:
+        raise JudgeError(f"no model is named for {url}: set TUNEBOOK_JUDGE to its name")
+    return Judge(model, run.path / "eval" / "judge.jsonl", url, key) if model else None

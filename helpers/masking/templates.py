@@ -54,12 +54,12 @@ def template_text(template: str) -> str | None:
     """
     if template == "own" or template in TEMPLATES:
         return TEMPLATES.get(template)
-    places = dict.fromkeys([Path.cwd(), runtime.home()])
-    path = next((p / template for p in places if (p / template).is_file()), None)
+    folders = dict.fromkeys([Path.cwd(), runtime.home()])
+    path = next((f / template for f in folders if (f / template).is_file()), None)
     if path is None:
         raise TemplateError(
             f"template={template!r} is neither {', '.join(['own', *TEMPLATES])} nor a "
-            f"file (looked in {' and '.join(map(str, places))}); give the path of a "
+            f"file (looked in {' and '.join(map(str, folders))}); give the path of a "
             "Jinja file"
         )
     try:
@@ -114,11 +114,11 @@ def prepare_tokenizer(
     template: str = "own",
     pad_token: str | None = None,
 ) -> list[str]:
-    """Makes a tokenizer fit to train with and returns what was changed, in words.
+    """Makes a tokenizer fit to train with; returns a note on each change.
 
-    A missing chat template becomes the `### Instruction` one. A pad token that is the
-    EOS token becomes another: loss is not taken on padding, so EOS would never be
-    learnt and the model would never stop. Asking for it all the same gets a warning.
+    A missing chat template becomes the `### Instruction` one. A pad token that is EOS
+    becomes another one, even where EOS is asked for: no loss is taken on padding, so
+    the model would never learn to stop.
 
     Args:
         tokenizer: it is changed in place.
@@ -143,13 +143,12 @@ def prepare_tokenizer(
             )
         text = tokenizer.chat_template["default"]
         notes.append(f"chat template: 'default', of {', '.join(names)}")
-    if text is not None:
-        tokenizer.chat_template = text
-    elif not tokenizer.chat_template:
-        tokenizer.chat_template = INSTRUCTION_TEMPLATE
+    if text is None and not tokenizer.chat_template:
+        text = INSTRUCTION_TEMPLATE
         notes.append("no chat template: '### Instruction / ### Response' is used")
-    refused = pad_token in ("eos", tokenizer.eos_token)
-    if pad_token is not None and not refused:
+    tokenizer.chat_template = text or tokenizer.chat_template
+    as_eos = pad_token in ("eos", tokenizer.eos_token)
+    if pad_token is not None and not as_eos:
         if pad_token not in tokenizer.get_vocab():
             raise TemplateError(
                 f"pad_token={pad_token!r} is not in the vocabulary; leave it null for "
@@ -157,10 +156,12 @@ def prepare_tokenizer(
             )
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        found = tokenizer.pad_token
+        before = tokenizer.pad_token
         tokenizer.pad_token = find_pad_token(tokenizer)
-        notes.append(f"pad token was {found}, is {tokenizer.pad_token} (EOS is learnt)")
-    if refused:
+        notes.append(
+            f"pad token was {before}, is {tokenizer.pad_token} (EOS is learnt)"
+        )
+    if as_eos:
         warnings.warn(
             f"padding with EOS ({tokenizer.eos_token}) is asked for; no loss is taken "
             "on padding, so EOS would never be learnt and answers would not end: "
@@ -171,21 +172,15 @@ def prepare_tokenizer(
 
 
 def find_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns a token to pad with that is neither EOS nor BOS.
-
-    Raises:
-        TemplateError: there is none among the special tokens.
-    """
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    taken = {tokenizer.eos_token, tokenizer.bos_token, None}
-    by_name = [token for token in added if "pad" in token.lower()]
-    fallbacks = [tokenizer.unk_token, *(t for t in added if "reserved" in t)]
+    """Returns a special token to pad with that is neither EOS nor BOS."""
+    added = {str(t): t.special for t in tokenizer.added_tokens_decoder.values()}
     written = str(tokenizer.chat_template)
-    special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    fallbacks += [token for token in special if token not in written]
-    for token in [*by_name, *fallbacks]:
-        if token not in taken:
-            return str(token)
+    tokens = [token for token in added if "pad" in token.lower()]
+    tokens += [str(tokenizer.unk_token), *(t for t in added if "reserved" in t)]
+    tokens += [t for t, special in added.items() if special and t not in written]
+    for token in tokens:
+        if token not in (tokenizer.eos_token, tokenizer.bos_token, "None"):
+            return token
     raise TemplateError(
         f"pad is EOS ({tokenizer.eos_token}) and no other special token can pad; add "
         "one: tokenizer.add_special_tokens({'pad_token': '<pad>'}) and resize the model"
@@ -199,9 +194,9 @@ def answer_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         TemplateError: the template does not print contents that are text.
     """
     question, answer = MARK, "\U000f0001"
-    asked = [{"role": "user", "content": question}]
-    prompt = render(tokenizer, asked, for_generation=True)
-    text = render(tokenizer, [*asked, {"role": "assistant", "content": answer}])
+    messages = [{"role": "user", "content": question}]
+    prompt = render(tokenizer, messages, for_generation=True)
+    text = render(tokenizer, [*messages, {"role": "assistant", "content": answer}])
     if question not in prompt or answer not in text:
         raise TemplateError(
             "the template does not print contents that are text; it is made for lists "
@@ -212,7 +207,6 @@ def answer_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the ids that end an assistant's turn: EOS, and what the template puts."""
-    _, closing = answer_marks(tokenizer)
-    ids = tokenizer(closing, add_special_tokens=False).input_ids
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ids = tokenizer(answer_marks(tokenizer)[1], add_special_tokens=False).input_ids
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return sorted({tokenizer.eos_token_id, *special.intersection(ids)})

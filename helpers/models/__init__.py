@@ -1,8 +1,11 @@
-"""Models, tokenizers and LoRA adapters: found, loaded, saved."""
+"""Models, tokenizers and LoRA adapters: loaded, saved, merged."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={},
+    submod_attrs={
+        "load": ["load_adapter", "load_model", "load_tokenizer", "options"],
+        "adapters": ["add_lora", "merge_adapter", "save_adapter"],
+    },
 )

@@ -1,10 +1,13 @@
-"""Finds a model: the offline one, a folder, the hub's; says why one cannot be had."""
+"""The place of a model: the offline one, a folder, the hub; and errors without one."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from helpers import runtime
@@ -23,9 +26,22 @@ MIRRORS = {
 
 
 def cache_folder() -> Path:
-    """Returns where converted models lie: `TUNEBOOK_CACHE` or `~/.cache/tunebook`."""
+    """Returns the folder of downloads: `TUNEBOOK_CACHE`, else `~/.cache/tunebook`."""
     default = Path.home() / ".cache" / "tunebook"
     return Path(os.environ.get("TUNEBOOK_CACHE", default))
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder that replaces `folder` once it has been filled."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
+        filled, old = Path(scratch) / "new", Path(scratch) / "old"
+        filled.mkdir()
+        yield filled
+        if folder.exists():
+            folder.rename(old)
+        filled.rename(folder)
 
 
 def find_model(name: str) -> str:
@@ -38,7 +54,7 @@ def find_model(name: str) -> str:
         return name
     folder = cache_folder() / OFFLINE
     if not (folder / "model.safetensors").exists():
-        # in a process of its own: Unsloth has to be imported before transformers
+        # in a process of its own, where Unsloth has not patched transformers
         command = [sys.executable, "-m", "helpers.models.offline", str(folder)]
         done = subprocess.run(command, cwd=runtime.ROOT, capture_output=True, text=True)
         if done.returncode:
@@ -47,30 +63,17 @@ def find_model(name: str) -> str:
     return str(folder)
 
 
-def refusal(error: BaseException | None) -> int | None:
-    """Returns the status by which the hub refused a gated model, None if it did not.
-
-    401: no valid login was sent; 403: the account has not accepted the licence. The
-    libraries wrap the hub's answer in errors of their own, so causes are followed.
-    """
-    from huggingface_hub.errors import GatedRepoError
-
-    while error is not None:
-        if isinstance(error, GatedRepoError):
-            return error.response.status_code
-        error = error.__cause__ or error.__context__
-    return None
-
-
 def unknown_model(name: str, error: Exception) -> ModelError:
     """Returns the error for a model that could not be loaded, in one sentence."""
+    from huggingface_hub.errors import GatedRepoError
+
     if Path(name).is_dir():
-        return ModelError(
-            f"{name} is a folder but holds no complete model: {str(error)[:200]}"
-        )
-    status = refusal(error)
-    if status is not None:
-        return gated_model(name, logged_in=status == 403)
+        return ModelError(f"{name} holds no complete model: {str(error)[:200]}")
+    cause: BaseException | None = error
+    while cause is not None:  # the libraries wrap the hub's answer
+        if isinstance(cause, GatedRepoError):
+            return gated_model(name)
+        cause = cause.__cause__ or cause.__context__
     if runtime.hub_reachable():
         return ModelError(f"model {name!r} could not be loaded: {str(error)[:300]}")
     return ModelError(
@@ -79,17 +82,12 @@ def unknown_model(name: str, error: Exception) -> ModelError:
     )
 
 
-def gated_model(name: str, logged_in: bool) -> ModelError:
-    """Returns the error for a gated model: how to get in, and what needs no login."""
-    page = f"https://huggingface.co/{name}"
-    if logged_in:
-        found = "your account has not been let in"
-        remedy = f"accept its licence at {page} (with the account of your token)"
-    else:
-        found = "you are not logged in"
-        remedy = (
-            f"accept its licence at {page}, then log in with `hf auth login` or the "
-            "variable HF_TOKEN (on Colab a secret of that name: the key on the left)"
-        )
+def gated_model(name: str) -> ModelError:
+    """Returns the error for a gated model, with its open mirror if there is one."""
     mirror = f", or use the open mirror {MIRRORS[name]!r}" if name in MIRRORS else ""
-    return ModelError(f"model {name!r} is gated and {found}: {remedy}{mirror}")
+    return ModelError(
+        f"model {name!r} is gated and your login has no access: accept its licence at "
+        f"https://huggingface.co/{name} and log in with the same account, by `hf auth "
+        "login` or the variable HF_TOKEN (on Colab a secret of that name: the key on "
+        f"the left){mirror}"
+    )

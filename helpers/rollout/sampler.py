@@ -13,8 +13,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from helpers import fields, runtime
-from helpers.config import RunConfig
+from helpers import runtime
+from helpers.config import RunConfig, complete, defaults
 from helpers.errors import ConfigError
 from helpers.inference.generation import Answer, Prompt, cut_answer, encode
 from helpers.masking.templates import stop_token_ids
@@ -61,7 +61,7 @@ def choose_sampler(run: Run, model: PreTrainedModel) -> Sampler | None:
         log.info(f"GRPO samples from the trained model: {fault}")
         return None
     log.info("GRPO samples from a 16-bit copy of the model")
-    steps = fields.complete(config, "grpo")["max_steps"]
+    steps = complete(config, "grpo")["max_steps"]
     is_long = not 0 < steps < COMPILE_STEPS
     if config.grpo_minutes:
         is_long = config.grpo_minutes >= COMPILE_MINUTES
@@ -87,7 +87,7 @@ def no_room(model: PreTrainedModel) -> str:
 
 def unsupported(config: RunConfig, model: PreTrainedModel) -> str:
     """Returns why a run cannot be sampled from a copy, or an empty string."""
-    usual = fields.defaults("grpo")
+    usual = defaults("grpo")
     others = ["generation_kwargs", "repetition_penalty", "use_vllm"]
     for name in [*others, "use_transformers_continuous_batching"]:
         if config.grpo.get(name, usual[name]) != usual[name]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from helpers.inference.generation import reply
-from helpers.models.load import Witness, save_adapter
+from helpers.models.adapters import Witness, save_adapter
 from helpers.runs import write_json
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(complete)[1] if complete else None
 
 
-class Clock(TrainerCallback):
+class Stopwatch(TrainerCallback):
     """Adds `seconds` to the log history: training time up to an entry, all sessions."""
 
     started = 0.0

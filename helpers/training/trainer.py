@@ -9,11 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import fields, runtime
-from helpers.config import RunConfig, Stage
+from helpers import runtime
+from helpers.config import RunConfig, Stage, complete, defaults
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
 from helpers.masking.templates import render
+from helpers.models import adapters
 from helpers.models import load as models
 from helpers.runs import Run, write_json
 from helpers.training import callbacks, inputs
@@ -38,7 +39,7 @@ def recomputes(config: RunConfig, stage: Stage) -> bool:
 
     There it would cost a third more time, and memory is plenty.
     """
-    wanted = fields.complete(config, stage)["gradient_checkpointing"]
+    wanted = complete(config, stage)["gradient_checkpointing"]
     return wanted and runtime.find_machine().device == "cuda"
 
 
@@ -76,7 +77,7 @@ def attach_lora(
     config = run.config
     options = {"engine": config.engine, "seed": config.seed}
     options |= {"checkpointing": recomputes(config, stage)}
-    return models.add_lora(model, values, max_length=config.max_length, **options)
+    return adapters.add_lora(model, values, max_length=config.max_length, **options)
 
 
 def load_for_training(
@@ -108,8 +109,8 @@ def load_for_training(
 
 def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
     """Returns a stage's training arguments: the config's, and what they leave open."""
-    config, defaults = run.config, fields.defaults(stage)
-    values = {n: defaults[n] for n in TRL_OPEN if defaults.get(n) is not None}
+    config, default = run.config, defaults(stage)
+    values = {n: default[n] for n in TRL_OPEN if default.get(n) is not None}
     values |= getattr(config, stage)
     # what fits while training fits while evaluating
     values.setdefault(
@@ -193,7 +194,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
         return run.report()[stage]
     inputs.open_stage(run, stage)
     keep_lora_fp32(trainer.model)
-    trainer.add_callback(callbacks.Clock())
+    trainer.add_callback(callbacks.Stopwatch())
     witness = find_witness(run, trainer.processing_class)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, callbacks.BestAdapter):
@@ -216,13 +217,13 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
             "batch"
         )
     if not (folder / "adapter").exists():  # no evaluation has chosen one
-        models.save_adapter(trainer.model, folder / "adapter", witness)
+        adapters.save_adapter(trainer.model, folder / "adapter", witness)
     write_json(folder / "log_history.json", trainer.state.log_history)
     draw_losses(trainer.state.log_history, folder / "curves.png")
     part = stage_report(trainer, folder)
     part["reloaded"] = compare_reloaded(run, folder / "adapter")
     run.write_part(stage, part)
-    engine = models.resolve_engine(run.config.engine)
+    engine = runtime.resolve_engine(run.config.engine)
     run.write_part("environment", runtime.environment(engine, run.config.dtype))
     inputs.write_note(run, stage, finished=True)
     return part
@@ -272,7 +273,7 @@ def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
     return part | ({"stopped": "; ".join(reasons)} if reasons else {})
 
 
-def find_witness(run: Run, tokenizer: PreTrainedTokenizerBase) -> models.Witness:
+def find_witness(run: Run, tokenizer: PreTrainedTokenizerBase) -> adapters.Witness:
     """Returns the starts of the first few training rows, cut to the same length."""
     import torch
 
@@ -284,7 +285,7 @@ def find_witness(run: Run, tokenizer: PreTrainedTokenizerBase) -> models.Witness
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     length = min(WITNESS_TOKENS, *map(len, ids))
     starts = torch.tensor([row[:length] for row in ids])
-    return models.Witness(starts, models.half_of(run.config))
+    return adapters.Witness(starts, models.half_of(run.config))
 
 
 def compare_reloaded(run: Run, adapter: Path) -> dict[str, float] | None:
@@ -298,7 +299,7 @@ def compare_reloaded(run: Run, adapter: Path) -> dict[str, float] | None:
     try:
         model, _ = models.load_model(config.model, adapter=adapter, **options)
         bits = models.resolve_weights(config.weights)
-        return models.compare_saved(model, adapter, models.half_of(config), bits)
+        return adapters.compare_saved(model, adapter, models.half_of(config), bits)
     except (MemoryError, torch.OutOfMemoryError):
         return None
     finally:

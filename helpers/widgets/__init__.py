@@ -4,5 +4,8 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={},
+    submod_attrs={
+        "blind_form": ["blind_results", "rate_blind"],
+        "config_form": ["ConfigForm"],
+    },
 )

@@ -1,4 +1,4 @@
-"""The panel in a real JupyterLab, driven in a headless Chromium as a user would."""
+"""The config form in JupyterLab, driven in a headless Chromium as a user would."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 SHOW = """\
-from helpers import panel, runs
+from helpers import runs, widgets
 
-form = panel.form(runs.open_run())
+form = widgets.ConfigForm(runs.open_run(), "sft")
 form"""
 READ = """\
 import json
@@ -40,15 +40,14 @@ print("form", form.config.sft["max_steps"], "file", saved["sft"]["max_steps"])""
 
 @pytest.fixture
 def notebook(runs_home: Path, tmp_path: Path) -> Iterator[str]:
-    """The address of a notebook with the panel's cell, open in a JupyterLab."""
+    """The address of a notebook with the form's cell, open in a JupyterLab."""
     pytest.importorskip("jupyterlab")
     folder, settings = tmp_path / "notebooks", tmp_path / "settings"
     folder.mkdir()
-    content = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(source) for source in (SHOW, READ)],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}},
-    )
-    nbformat.write(content, folder / "panel.ipynb")
+    cells = [nbformat.v4.new_code_cell(source) for source in (SHOW, READ)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    content = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+    nbformat.write(content, folder / "form.ipynb")
     # on its first start JupyterLab asks in a window whether it may fetch news
     news = settings / "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     news.parent.mkdir(parents=True)
@@ -59,20 +58,16 @@ def notebook(runs_home: Path, tmp_path: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     command += [f"--ServerApp.root_dir={folder}", "--IdentityProvider.token="]
     command += ["--ip=127.0.0.1", f"--port={address.partition(':')[2]}"]
-    environment = os.environ | {
-        "TUNEBOOK_RUN": "smoke",
-        "PYTHONPATH": str(ROOT),
-        "JUPYTERLAB_SETTINGS_DIR": str(settings),
-        "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
-        "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
-        "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
-    }
+    environment = os.environ | {"TUNEBOOK_RUN": "smoke", "PYTHONPATH": str(ROOT)}
+    environment["JUPYTERLAB_SETTINGS_DIR"] = str(settings)
+    for name in ("LAB_WORKSPACES", "_CONFIG", "_RUNTIME"):
+        environment[f"JUPYTER{name}_DIR"] = str(tmp_path / name)
     log = tmp_path / "lab.log"
     with log.open("wb") as file:
         lab = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     try:
         wait_for(f"http://{address}/api", lab, log)
-        yield f"http://{address}/lab/tree/panel.ipynb"
+        yield f"http://{address}/lab/tree/form.ipynb"
     finally:
         lab.terminate()
         lab.wait()
@@ -105,7 +100,7 @@ def page(notebook: str) -> Iterator[object]:
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
         yield page
         ARTIFACTS.mkdir(exist_ok=True)
-        page.screenshot(path=ARTIFACTS / "panel.png")
+        page.screenshot(path=ARTIFACTS / "config_form.png")
         browser.close()
 
 
@@ -123,21 +118,20 @@ def test_a_value_typed_into_the_page_is_what_the_next_cell_and_the_file_have(
     from playwright.sync_api import expect
 
     form = run_cell(page, 0)
-    form.get_by_role("tab", name="Optimisation").click()
-    steps = form.get_by_label("steps", exact=True)
+    steps = form.get_by_label("sft.max_steps", exact=True)
     expect(steps).to_have_value("4")
 
     steps.fill("4.5")
     steps.press("Tab")
-    expect(form.get_by_text("'4.5' is not a whole number")).to_be_visible()
+    expect(form.get_by_text("found 4.5; expected int")).to_be_visible()
     save = form.get_by_role("button", name="Save")
     expect(save).to_be_disabled()
 
     steps.fill("7")
-    form.get_by_label("rows a micro-batch", exact=True).fill("2")
-    form.get_by_label("micro-batches a step", exact=True).fill("3")
-    form.get_by_label("learning rate", exact=True).click()
-    expect(form.get_by_text("6 rows (2 x 3)")).to_be_visible()
+    form.get_by_label("sft.per_device_train_batch_size", exact=True).fill("2")
+    form.get_by_label("sft.gradient_accumulation_steps", exact=True).fill("3")
+    form.get_by_label("sft.learning_rate", exact=True).click()
+    expect(form.get_by_text("SFT: 6 rows a step")).to_be_visible()
     save.click()
     expect(form.get_by_text("saved to")).to_be_visible()
 

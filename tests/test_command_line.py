@@ -1,0 +1,180 @@
+"""Tests of `python -m helpers`, the series of notebooks, and the README's example."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import pytest
+
+from helpers import __main__ as command_line
+from helpers import recipes, runs, runtime
+from helpers.runs import Run
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, dict[str, Any]]]:
+    """Runs a command line; returns the function it would call and the arguments."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(runtime, "start", lambda engine: None)
+
+    class Module:
+        def __init__(self, path: str) -> None:
+            self.path = path
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda **given: calls.append((f"{self.path}.{name}", given))
+
+    monkeypatch.setattr(command_line, "import_module", Module)
+
+    def run(*arguments: str) -> tuple[str, dict[str, Any]]:
+        command_line.main(list(arguments))
+        return calls.pop()
+
+    return run
+
+
+def test_options_go_to_the_parameters_of_their_name_and_the_rest_keeps_its_default(
+    call: Callable[..., Any], run: Run
+) -> None:
+    name, values = call("evaluate", "test", "--models", "base", "sft")
+    assert name == "helpers.evaluation.evaluator.evaluate_run"
+    assert values == {"run": run, "labels": ["base", "sft"]}
+    name, values = call("generate", "test", "--file", "a.csv", "--out", "b.jsonl")
+    assert name == "helpers.inference.chat.generate_command"
+    assert values == {"model": "test", "file": Path("a.csv"), "out": Path("b.jsonl")}
+    assert call("chat", "o/m", "--temperature", "0")[1]["temperature"] == 0
+    assert call("export", "test", "--stage", "sft")[1] == {"run": run, "stage": "sft"}
+
+
+def test_a_judge_is_opened_for_the_commands_that_take_one(
+    call: Callable[..., Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from helpers.llm_judge import judge
+
+    monkeypatch.setattr(judge, "open_judge", lambda *arguments: arguments)
+    options = ["--judge", "http://x", "--judge-model", "m"]
+    name, values = call("mt-bench", "test", *options, "--limit", "3")
+    assert name == "helpers.llm_judge.mt_bench.run_mt_bench"
+    assert values == {"run": run, "judge": (run, "http://x", "m"), "limit": 3}
+    name, values = call("judge-pairs", "test", "base", "sft", "--other", "test")
+    assert values["labels"] == ("base", "sft") and values["other"] == run
+    assert call("alpaca-eval", "test")[1]["judge"] == (run, None, None)
+
+
+def test_training_takes_a_recipe_or_a_file_and_a_small_version(
+    call: Callable[..., Any], run: Run
+) -> None:
+    assert call("train", "demo")[1] == {"config": recipes.load("demo")}
+    assert call("train", str(run.path / "config.json"))[1] == {"config": run.config}
+    small = call("train", "dolly-llama2-7b", "--small")[1]["config"]
+    assert small.name == "dolly-llama2-7b-small"
+    assert (small.model, small.sft["max_steps"]) == ("smollm2-135m-offline", 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "^no command 'trian'; did you mean 'train'.*known: train, gen"),
+        (["train", "none.json"], "^ConfigError: no config at none.json"),
+        (["train", "demoo"], "^ConfigError: no recipe 'demoo'; did you mean 'demo'"),
+        (["evaluate", "nowhere"], "^ConfigError: no config at .*nowhere"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(
+    arguments: list[str], message: str, runs_home: Path
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        command_line.main(arguments)
+
+
+@pytest.mark.parametrize("command", command_line.COMMANDS)
+def test_every_command_has_help_and_loads_nothing_for_it(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command_line.main([command, "--help"])
+    assert "usage: python -m helpers " + command in capsys.readouterr().out
+
+
+def test_the_command_line_loads_nothing_heavy_by_itself(
+    heavy_modules: Callable[[str], list[str]],
+) -> None:
+    assert heavy_modules("import helpers.__main__") == []
+
+
+def test_results_are_shown_as_text_table_or_report(
+    capsys: pytest.CaptureFixture[str], run: Run
+) -> None:
+    for result in ("text", pd.DataFrame({"a": [1]}), {"b": 2}, None, run):
+        command_line.show(result)
+    text = capsys.readouterr().out
+    assert text.startswith('text\n   a\n0  1\n{\n "b": 2\n}\nthe run is in /')
+
+
+# the series
+
+
+def write_notebook(path: Path, *cells: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    sources = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    nbformat.write(nbformat.v4.new_notebook(cells=sources), path)
+
+
+def outputs(path: Path) -> str:
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(o.get("text", o.get("evalue", "")) for c in cells for o in c.outputs)
+
+
+@pytest.fixture
+def project(tmp_path: Path, runs_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with two notebooks; the second fails for the run of another name."""
+    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    for name in ("TUNEBOOK_RUN", "TUNEBOOK_DRIVE"):
+        monkeypatch.setenv(name, "")  # to be put back afterwards
+    folder = tmp_path / "notebooks"
+    write_notebook(
+        folder / "00_setup.ipynb", "import os", "print(os.environ['TUNEBOOK_RUN'])"
+    )
+    write_notebook(folder / "02_sft_qlora.ipynb", "print(1)", "raise ValueError('no')")
+    return folder
+
+
+def test_the_series_executes_copies_of_the_notebooks_that_a_run_has_a_use_for(
+    project: Path, runs_home: Path
+) -> None:
+    before = (project / "00_setup.ipynb").read_bytes()
+    run = command_line.demo("gsm8k-grpo-llama32-1b")  # it has no SFT
+    copies = run.path / "notebooks"
+    assert [path.name for path in copies.iterdir()] == ["00_setup.ipynb"]
+    assert outputs(copies / "00_setup.ipynb") == "gsm8k-grpo-llama32-1b\n"
+    assert (project / "00_setup.ipynb").read_bytes() == before
+    assert list(run.report()["notebooks"]["seconds"]) == ["00_setup"]
+
+
+def test_a_failing_notebook_ends_the_series_and_leaves_its_copy(
+    project: Path, runs_home: Path
+) -> None:
+    with pytest.raises(SystemExit, match="(?s)02_sft_qlora.ipynb failed.*no"):
+        command_line.main(["demo"])
+    assert outputs(runs_home / "demo/notebooks/02_sft_qlora.ipynb") == "1\nno"
+
+
+def test_the_series_is_the_numbered_notebooks_in_order() -> None:
+    names = sorted(path.stem for path in (runtime.ROOT / "notebooks").glob("0*.ipynb"))
+    assert names[0] == "00_setup"
+    assert {*command_line.IDLE_WITHOUT.values(), *runs.MADE_BY.values()} <= {*names}
+
+
+def test_the_readmes_example_of_own_data_runs(tmp_path: Path, run_python: Any) -> None:
+    readme = (runtime.ROOT / "README.md").read_text(encoding="utf-8")
+    example = re.search(
+        r"## Your own data\n.*?```python\n(.*?)```", readme, flags=re.DOTALL
+    )
+    assert example is not None
+    done = run_python("-c", example[1], TUNEBOOK_RUNS=str(tmp_path))
+    assert "'steps': 2" in done.stdout

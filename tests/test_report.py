@@ -1,0 +1,57 @@
+"""The schema of report.json: what is written today fits, a misspelt part does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import report
+from helpers.evaluation.stats import proportion
+from helpers.runs import Run, write_json
+
+PUBLISHED = sorted((Path(__file__).parent.parent / "results").glob("demo_*.json"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_reports_of_earlier_versions_fit(path: Path, tmp_path: Path) -> None:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    parts = {k: v for k, v in values.items() if k not in ("command", "conditions")}
+    write_json(tmp_path / "report.json", parts)
+    assert report.read(tmp_path / "report.json") == parts
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "fault"),
+    [
+        ("evals", {}, r"'evals' is not a part of a report; did you mean 'eval'\?"),
+        ("sft", {"steps": "40"}, "sft.steps: Input should be a valid integer, found"),
+        ("eval", {"base": {"accuracy": 0.5}}, "eval.base.accuracy: .*found 0.5"),
+        ("eval", {"base": {"accuracy": {"k": 1, "n": 2}}}, "accuracy.low: .*required"),
+        ("data", {"fingerprints": {"test": 3}}, "data.fingerprints.test: .*string"),
+        ("environment", "cpu", "environment: .*found 'cpu'"),
+    ],
+)
+def test_a_misspelt_part_or_a_wrong_type_is_refused_and_nothing_written(
+    run: Run, part: str, values: Any, fault: str
+) -> None:
+    before = run.report()
+    with pytest.raises(ValueError, match=f"(?s)report.json does not fit.*{fault}"):
+        run.write_part(part, values)
+    assert run.report() == before
+
+
+def test_judges_and_figures_of_stages_have_names_of_their_own(run: Run) -> None:
+    judged = {"mt_bench": {"score": 5.0}, "accuracy": proportion(1, 2)}
+    run.write_part("eval", {"base": judged})
+    run.write_part("sft", {"steps": 4, "loss_first": 1.5})
+    assert run.report()["eval"]["base"] == judged
+    assert run.report()["sft"]["loss_first"] == 1.5
+
+
+def test_a_file_with_a_part_that_is_not_known_is_named(run: Run) -> None:
+    write_json(run.path / "report.json", {"score": {}})
+    with pytest.raises(ValueError, match="test/report.json does not fit.*\n'score'"):
+        run.report()

@@ -1,0 +1,235 @@
+"""Tables and bars of reports, of one run and of several."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import recipes, runs
+from helpers.config import changed
+from helpers.errors import DataError
+from helpers.evaluation import stats, tables
+from helpers.evaluation import text_metrics as metrics
+
+Report = dict[str, Any]
+
+
+@pytest.fixture
+def report() -> Report:
+    """The report of a run with three evaluated models, and one that was judged only."""
+    report: Report = {"sft": {"seconds": 150.0, "peak_memory_gb": 2.25}, "eval": {}}
+    for label, (k, k_new) in {
+        "base": (10, 5),
+        "sft": (90, 20),
+        "mine": (0, 99),
+    }.items():
+        report["eval"][label] = {
+            "accuracy": stats.proportion(k, 200),
+            "accuracy_new": stats.proportion(k_new, 100),
+            "eval_loss": 1.23456,
+            "test": {"strict_format": stats.proportion(k, 200), "stop_rate": 0.5},
+            "test_new": {"stop_rate": 0.5},
+            "seconds": 90.0,
+            "peak_memory_gb": 1.5,
+        }
+    report["eval"]["judged"] = {"mt_bench": {"score": 5.0}}
+    return report
+
+
+@pytest.fixture
+def chats() -> Report:
+    """The report of a run that holds conversations out and no problems."""
+    costs = {"seconds": 60.0, "peak_memory_gb": 1.0}
+    losses = {"base": 2.5, "sft": 1.75}
+    parts = {
+        label: {"eval_loss": loss, "test_chat": {"loss": loss + 0.1}, **costs}
+        for label, loss in losses.items()
+    }
+    return {"eval": parts}
+
+
+def test_the_results_table_has_accuracies_losses_and_costs(report: Report) -> None:
+    table = tables.results_table(report)
+    assert list(table.index) == ["base", "after SFT", "mine"]
+    assert table.loc["after SFT"].to_dict() == {
+        "test: right [95 %]": "90/200 = 45.0 % [38.3, 51.9]",
+        "test_new: right [95 %]": "20/100 = 20.0 % [13.3, 28.9]",
+        "eval loss": "1.235",
+        "train min": "2.5",
+        "eval min": "1.5",
+        "peak GB": "2.25",
+    }
+    assert list(table["train min"]) == ["-", "2.5", "-"]
+    assert list(table["peak GB"]) == ["1.50", "2.25", "1.50"]
+
+
+def test_only_what_was_measured_has_a_column(chats: Report) -> None:
+    table = tables.results_table(chats)
+    assert list(table) == ["eval loss", "test_chat loss", "eval min", "peak GB"]
+    assert list(table["test_chat loss"]) == ["2.600", "1.850"]
+    chats["eval"]["sft"]["accuracy"] = stats.proportion(1, 2)
+    column = tables.results_table(chats)["test: right [95 %]"]
+    assert column["base"] == "-" and column["after SFT"].startswith("1/2 = 50.0 % [")
+
+
+def test_the_scores_table_has_every_verdict_of_every_model(report: Report) -> None:
+    report["eval"]["sft"]["test"]["strict_match"] = stats.proportion(80, 200)
+    table = tables.scores_table(report)
+    sets = [(m, s) for m in ("base", "after SFT", "mine") for s in ("test", "test_new")]
+    assert list(table.index) == sets
+    row = table.loc[("after SFT", "test")]
+    assert row["correct"].startswith("90/200 = 45.0 % [")
+    assert row["strict_match"].startswith("80/200 = 40.0 % [")
+    assert (row["strict_format"], row["stop_rate"]) == (row["correct"], "0.5")
+    assert table.loc[("base", "test"), "strict_match"] == "-"
+    assert "rougeL" not in table
+
+
+def test_text_metrics_and_class_rates_are_in_the_scores_table(chats: Report) -> None:
+    texts = [("a cat sat", "a cat sat"), ("a dog", "a bird flew away")]
+    items = [{"output": o, "reference": r, **metrics.score(o, r)} for o, r in texts]
+    values = metrics.summarise_texts(items) | {"stop_rate": 1.0}
+    chats["eval"]["sft"]["test_chat"] |= values
+    answers = [{"output": o, "reference": "a"} for o in ("a", "b", "so: a")]
+    rates = metrics.summarise_labels(answers, ["a", "b"])
+    chats["eval"]["base"]["eval_text"] = {"labels": rates, "stop_rate": 1.0}
+    table = tables.scores_table(chats)
+    assert list(table.index) == [("base", "eval"), ("after SFT", "test_chat")]
+    labels, row = table.iloc[0], table.iloc[1]
+    assert row["exact_match"] == "0.500 [0.000, 1.000]" and float(row["chrf"]) > 0
+    assert labels["correct"].startswith("1/3 = 33.3 %")
+    assert (labels["macro_f1"], labels["no_label"]) == ("0.25", "1")
+
+
+def test_differences_and_gains_are_shown_set_by_set() -> None:
+    test = {
+        "correct": stats.compare_verdicts([False, True], [True, True]),
+        "gain": {"strict_match": 2, "format": 1, "reasoning": 1},
+    }
+    chat = {"rougeL": {"mean": 0.125, "n": 8, "low": -0.01, "high": 0.25}}
+    report = {"comparisons": {"base -> sft": {"test": test, "test_chat": chat}}}
+    table, models = tables.differences_table(report), "base -> after SFT"
+    assert {index: list(row) for index, row in table.iterrows()} == {
+        (models, "test", "correct"): [1, 0, "+50.0 points [+0.0, +100.0]", "1"],
+        (models, "test_chat", "rougeL"): ["-", "-", "+0.125 [-0.010, +0.250]", "-"],
+    }
+    gains = tables.gain_table(report)
+    assert [list(row) for row in gains.values] == [["+2", "+1", "+1"]]
+
+
+def test_an_empty_report_has_empty_tables() -> None:
+    shown = (tables.results_table, tables.scores_table, tables.gain_table)
+    assert [len(show({})) for show in (*shown, tables.differences_table)] == [0] * 4
+
+
+def heights(report: Report, path: Path) -> tuple[list[list[float]], Any]:
+    """The heights of the bars of each model, and their axes."""
+    axes = tables.plot_results(report, path).axes[0]
+    groups = [group for group in axes.containers if hasattr(group, "patches")]
+    return [[bar.get_height() for bar in group] for group in groups], axes
+
+
+def test_the_plot_has_a_bar_with_its_interval_for_every_model_and_set(
+    report: Report, tmp_path: Path
+) -> None:
+    bars, axes = heights(report, tmp_path / "results.png")
+    assert bars == [[5.0, 5.0], [45.0, 20.0], [0.0, 99.0]]
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG\r\n")
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["base", "after SFT", "mine"]
+    errors = [group for group in axes.containers if not hasattr(group, "patches")]
+    ends = errors[1].lines[2][0].get_segments()[0][:, 1]
+    interval = report["eval"]["sft"]["accuracy"]
+    assert ends == pytest.approx([100 * interval["low"], 100 * interval["high"]])
+
+
+def test_losses_are_drawn_where_no_problems_are_held_out(
+    chats: Report, tmp_path: Path
+) -> None:
+    bars, axes = heights(chats, tmp_path / "results.png")
+    assert bars == [[2.5, pytest.approx(2.6)], [1.75, pytest.approx(1.85)]]
+    assert "lower is better" in axes.get_ylabel()
+
+
+@pytest.fixture
+def make_run(runs_home: Path) -> Callable[..., runs.Run]:
+    """Makes a run whose SFT stage is trained and evaluated, with other values."""
+
+    def make(name: str, recipe: str = "smoke", **parts: Any) -> runs.Run:
+        config = changed(recipes.load(recipe), name=name, stages=["sft"])
+        run = runs.save_run(config)
+        measured = {"eval_loss": 0.787, "accuracy": stats.proportion(45, 100)}
+        values = {
+            "environment": {"device": "cuda: Tesla T4"},
+            "data": {"train": 15000, "fingerprints": {"eval": "e1", "test": "t1"}},
+            "sft": {"steps": 40, "seconds": 3053.8, "loss_last": 0.75},
+            "eval": {"sft": measured},
+        }
+        for part, value in (values | parts).items():
+            if value:
+                run.write_part(part, value)
+        return run
+
+    return make
+
+
+def test_every_stage_of_every_run_has_a_row(make_run: Callable[..., runs.Run]) -> None:
+    first, second = make_run("b"), make_run("a", eval=None)
+    first = runs.save_run(changed(first.config, stages=["sft", "grpo"]))
+    first.write_part("grpo", {"steps": 8, "reward_first": 0.25})
+    table = tables.runs_table([first, second])
+    right = "45/100 = 45.0 % [35.6, 54.8]"
+    assert {index: list(row) for index, row in table.iterrows()} == {
+        ("b", "after SFT"): [40, 0.75, "-", 3053.8, 0.787, right],
+        ("b", "after GRPO"): [8, "-", 0.25, "-", "-", "-"],
+        ("a", "after SFT"): [40, 0.75, "-", 3053.8, "-", "-"],
+    }
+    names = ["steps", "loss_last", "reward_first", "seconds", "eval_loss", "test"]
+    assert list(table) == names
+
+
+def test_what_cannot_be_compared_is_logged(
+    make_run: Callable[..., runs.Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    tables.runs_table([make_run("a"), make_run("b")])
+    assert caplog.messages == []
+    prints = {"fingerprints": {"eval": "e2", "test": "t1"}}
+    here = {"device": "cpu: 2 cores"}
+    tables.runs_table([make_run("a"), make_run("b", data=prints, environment=here)])
+    assert caplog.messages == [
+        "eval: the runs' held-out rows differ, do not compare",
+        "seconds and memory are of cpu: 2 cores, cuda: Tesla T4",
+    ]
+
+
+PUBLISHED = [name for name in recipes.NAMES if "published" in recipes.describe(name)]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_figure_that_a_recipes_source_published_stands_below_the_runs(
+    make_run: Callable[..., runs.Run], name: str
+) -> None:
+    table = tables.runs_table([make_run(n, recipe=name) for n in "ab"])
+    assert list(table.index.get_level_values(0)) == ["a", "b", f"{name}, published"]
+    row, published = table.iloc[2].to_dict(), recipes.describe(name)["published"]
+    assert published.items() <= row.items()
+    assert sum(cell != "-" for cell in row.values()) == 1 + len(published)
+
+
+def test_the_trained_runs_of_the_folder_are_shown_and_unreadable_ones_logged(
+    make_run: Callable[..., runs.Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for name in "ba":
+        make_run(name)
+    untrained = make_run("c", sft=None)
+    runs.write_json(make_run("d").path / "config.json", {"name": 5})
+    assert list(tables.runs_table().index.get_level_values(0)) == ["a", "b"]
+    assert caplog.messages[0].startswith("left out: ")
+    with pytest.raises(DataError, match="no stage of c is trained"):
+        tables.runs_table([untrained])
