@@ -426,7 +426,7 @@ def open_reader(run: Run, source: str | Source, **options: Any) -> Reader:
 
 
 def store(batches: Iterable[list[Row]], schema: Any, file: Path | None) -> Dataset:
-    """Returns batches of rows as a dataset on disk, without a file in memory."""
+    """Returns batches of rows as a dataset in an Arrow file; in memory without one."""
     import pyarrow as pa
     from datasets import Dataset
 

@@ -172,7 +172,7 @@ def mask_conversations(
     eos = tokenizer.eos_token_id
     if eos is not None and tokenizer.pad_token_id == eos:
         raise DataError(
-            f"pad and EOS are the same token ({tokenizer.eos_token}), so stopping would "
+            f"pad and EOS are the same token ({tokenizer.eos_token}): stopping would "
             "not be learnt; templates.prepare_tokenizer chooses another pad token"
         )
     masked = Masked()

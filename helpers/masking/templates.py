@@ -59,7 +59,7 @@ def template_text(template: str) -> str | None:
     if path is None:
         raise TemplateError(
             f"template={template!r} is neither {', '.join(['own', *TEMPLATES])} nor a "
-            f"file, of Jinja (looked in {' and '.join(map(str, folders))})"
+            f"file (looked in {' and '.join(map(str, folders))})"
         )
     try:
         return path.read_text(encoding="utf-8-sig")
