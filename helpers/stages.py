@@ -29,7 +29,7 @@ def ensure_ready(run: Run, stage: Stage) -> None:
     Raises:
         ConfigError: the run has no such stage, its config cannot be trained, or its
             problems do not fill one step of GRPO.
-        DataError: see `data.prepare` and `evaluation.check_labels`.
+        DataError: see `data.prepare` and `evaluator.check_labels`.
     """
     require_stage(run.config, stage)
     checks.require(checks.advise(run.config))

@@ -20,12 +20,9 @@ Request = dict[str, Any]
 def completion(text: str | None) -> dict[str, Any]:
     """A chat completion as the protocol has it; its one token's log-probability too."""
     token = {"token": text, "bytes": None, "logprob": -0.1}
-    choice = {
-        "index": 0,
-        "finish_reason": "stop",
-        "message": {"role": "assistant", "content": text},
-        "logprobs": {"content": [{**token, "top_logprobs": [token]}]},
-    }
+    choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
+    choice["message"] = {"role": "assistant", "content": text}
+    choice["logprobs"] = {"content": [{**token, "top_logprobs": [token]}]}
     usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
     head = {"id": "1", "object": "chat.completion", "created": 1, "model": "local"}
     return {**head, "choices": [choice], "usage": usage}
@@ -113,11 +110,8 @@ class JudgeServer:
 
     @staticmethod
     def cut(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(200)
-        handler.send_header("Content-Type", "application/json")
-        handler.send_header("Content-Length", "4096")
-        handler.end_headers()
-        handler.wfile.write(b'{"id": "1", "choices": [')
+        size = {"Content-Length": "4096"}
+        JudgeServer.send(handler, 200, b'{"id": "1", "choices": [', size)
         handler.wfile.flush()
         linger = struct.pack("ii", 1, 0)  # reset, not closed
         handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)

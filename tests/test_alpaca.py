@@ -124,24 +124,15 @@ def test_a_killed_run_goes_on_with_what_is_missing(
 
 
 @pytest.mark.parametrize(
-    ("values", "reason"),
-    [
-        ([], "expected a JSON list of rows"),
-        ({"instruction": "a"}, "expected a JSON list of rows"),
-        ([{"instruction": "a", "output": "b"}, {"output": "b"}], "'instruction'"),
-        ([{"instruction": "a", "output": None}], "found 1 rows, not all with texts"),
-        (["a"], "expected a JSON list of rows"),
-    ],
+    "values", [[], {"instruction": "a"}, ["a"], [{"instruction": "a", "output": None}]]
 )
-def test_a_bad_reference_is_refused_with_the_reason(tmp_path, values, reason):
+def test_a_bad_reference_is_refused_with_the_reason(tmp_path, values):
     path = write(tmp_path / "bad.json", values)
-    with pytest.raises(DataError, match=reason):
+    with pytest.raises(DataError, match="bad.json: expected a JSON list of rows"):
         alpaca_eval.read_outputs(path)
     path.write_text("[")
     with pytest.raises(DataError, match="JSONDecodeError"):
         alpaca_eval.read_outputs(path)
-    with pytest.raises(DataError, match="none.json: .*FileNotFoundError"):
-        alpaca_eval.read_outputs(tmp_path / "none.json")
 
 
 def test_without_hub_or_uv_it_says_what_to_do(run, mine, reference, monkeypatch):

@@ -19,6 +19,7 @@ from helpers.evaluation import text_metrics as metrics
 from helpers.inference.generation import Answer
 from helpers.masking.dataset import mask_conversations
 from helpers.models import load as models
+from helpers.models.adapters import add_lora
 from helpers.runs import Run
 
 CHATS = {
@@ -137,7 +138,7 @@ def test_evaluating_again_answers_nothing_again_unless_the_adapter_changed(
 
     run = prepared(run_factory(**PROBLEMS))
     model, _ = models.load_model(str(tiny_model_folder))
-    model = models.add_lora(model, {"r": 2, "target_modules": ["q_proj"]})
+    model = add_lora(model, {"r": 2, "target_modules": ["q_proj"]})
 
     def evaluate(seed: int) -> list[Any]:
         for name, parameter in model.named_parameters():

@@ -198,19 +198,12 @@ def test_models_are_answered_judged_drawn_and_reported(
     assert list(table.index) == names
     assert (table["base"]["all"], table["base"]["not rated"]) == (part["score"], 0)
     assert (home / "mt_bench.png").read_bytes().startswith(b"\x89PNG")
-    said = answers(run)[81]["choices"][0]["turns"]
+    first, second = answers(run)[81]["choices"][0]["turns"]
     assert server.requests[1]["messages"][1]["content"] == (
-        f"writing one {said[0]} And two? {said[1]}"
+        f"writing one {first} And two? {second}"
     )
-    for row in answers(run).values():  # as FastChat's own tools read them
-        assert row.keys() == {
-            "question_id",
-            "answer_id",
-            "model_id",
-            "choices",
-            "tstamp",
-        }
-        assert [len(choice["turns"]) for choice in row["choices"]] == [2]
+    keys = {"question_id", "answer_id", "model_id", "choices", "tstamp"}  # FastChat's
+    assert all(row.keys() == keys for row in answers(run).values())
 
 
 def test_only_changed_answers_are_made_and_judged_again(
@@ -238,15 +231,13 @@ def test_without_a_judge_it_stops_after_the_answers_and_says_so(run: Run, folder
     assert "eval" not in run.report()
 
 
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        ("I would rather not.", "6 times 'I would rather not.'"),
-        ("<think>Rating: [[4]]", "6 times"),
-        ((500, {"message": "down"}), r"6 times 'no answer: status 500 \(down\)'"),
-    ],
-    ids=str,
-)
+UNREAD = [
+    ("<think>Rating: [[4]]", "6 times '<think>Rating: "),
+    ((500, {"message": "down"}), r"6 times 'no answer: status 500 \(down\)'"),
+]
+
+
+@pytest.mark.parametrize(("answer", "reason"), UNREAD, ids=str)
 def test_a_judge_that_is_never_read_is_refused_with_count_and_reason(
     run: Run, folder, client, server, answer, reason
 ):
@@ -264,10 +255,7 @@ def test_a_judge_that_is_never_read_is_refused_with_count_and_reason(
         ("{", "question.jsonl: expected JSON lines .* found JSONDecodeError"),
         ("[1]", "found TypeError"),
         ('{"question_id": 81, "turns": ["a", "b"]}', r"found KeyError\('category'\)"),
-        (
-            '{"question_id": 81, "category": "math", "turns": ["a"]}',
-            "question 81 .*two",
-        ),
+        ('{"question_id": 8, "category": "math", "turns": ["a"]}', "question 8 .*two"),
         ("", "question.jsonl: expected JSON lines"),
     ],
 )

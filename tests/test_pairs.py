@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,19 +181,19 @@ def judged(run: Run, server: JudgeServer, tmp_path: Path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("forward", "backward", "winner"),
-    [
-        ("first", "second", "first"),
-        ("second", "first", "second"),
-        ("tie", "tie", "tie"),
-        ("first", "first", "tie"),
-        ("second", "second", "tie"),
-        ("tie", "second", "tie"),
-        (None, "first", None),
-        ("second", None, None),
-    ],
+    [("A", "B", "first"), ("B", "A", "second"), ("C", "C", "tie"), ("A", "A", "tie")]
+    + [("B", "B", "tie"), ("C", "B", "tie"), ("?", "A", None), ("B", "?", None)],
 )
-def test_a_win_counts_when_both_orders_agree(forward, backward, winner):
-    assert pairwise.settle(forward, backward) == winner
+def test_a_win_counts_when_both_orders_agree(
+    run, judged, server, forward, backward, winner
+):
+    letters = iter((forward, backward))
+    server.answer = lambda request: f"[[{next(letters)}]]"
+    write_chats(run, base=["a"], sft=["b"])
+    with contextlib.suppress(JudgeError):  # none can be read
+        judged()
+    (row,) = read_rows(run.path / "eval" / "sft" / "test_chat_against_base.jsonl")
+    assert row["winner"] == winner
 
 
 def test_wins_losses_and_ties_are_counted_reported_and_shown(run, judged):
@@ -201,6 +202,7 @@ def test_wins_losses_and_ties_are_counted_reported_and_shown(run, judged):
     counts = run.report()["eval"]["sft"]["test_chat_against_base"]
     assert counts["wins"] == pairwise.count_wins(["second"] * 2 + ["first"])["wins"]
     assert (counts["losses"], counts["ties"], counts["missing"]) == (1, 1, 0)
+    assert counts["by_position"] == 1
     assert table["wins"]["sft against base"].startswith("2/3 = 66.7 % [")
     rows = read_rows(run.path / "eval" / "sft" / "test_chat_against_base.jsonl")
     assert [row["winner"] for row in rows] == ["second", "second", "first", "tie"]
@@ -219,12 +221,6 @@ def test_a_pair_without_a_verdict_in_either_order_is_missing(run, judged, server
     rows = read_rows(run.path / "eval" / "sft" / "test_chat_against_base.jsonl")
     assert [row["winner"] for row in rows] == [None, "second"]
     assert rows[0]["judgments"] == ["[[B]]", "status 500 (oh)"]
-
-
-def test_a_judge_that_goes_by_the_place_only_makes_ties(run, judged, server):
-    server.answer = lambda request: "[[A]]"
-    write_chats(run, base=["a", "b"], sft=["cc", "dd"])
-    assert judged()[["wins", "ties"]].to_numpy().tolist() == [["none decided", 2]]
 
 
 def test_answers_with_a_right_one_are_judged_by_it(run, judged, server):

@@ -5,14 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "evaluator": [
-            "check_labels",
-            "compare",
-            "evaluate",
-            "evaluate_run",
-            "held_out",
-        ],
-        "gsm8k": ["VERDICTS", "check_answer"],
+        "evaluator": ["compare", "evaluate", "evaluate_run", "held_out"],
+        "gsm8k": ["check_answer"],
         "stats": ["proportion"],
         "tables": [
             "differences_table",

@@ -135,10 +135,10 @@ def annotate(
     if process.returncode:
         log = outputs.with_name("annotated.log")
         log.write_text(process.stderr, encoding="utf-8")
+        text = process.stderr.strip() or f"exit status {process.returncode}"
         raise JudgeError(
-            f"alpaca_eval stopped: {process.stderr.strip().splitlines()[-1][:600]} "
-            f"(more in {log}); a judge without log-probabilities needs --evaluator "
-            "alpaca_eval_gpt4"
+            f"alpaca_eval stopped: {text.splitlines()[-1][:600]} (more in {log}); a "
+            "judge without log-probabilities needs --evaluator alpaca_eval_gpt4"
         )
     return json.loads(process.stdout.splitlines()[-1])
 

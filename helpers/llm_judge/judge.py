@@ -83,7 +83,9 @@ class Judge:
             api_key=self.api_key,
             timeout=openai.Timeout(self.timeout_s, connect=10.0),
             max_retries=self.retries,
-            http_client=openai.DefaultHttpxClient(event_hooks={"response": [mark]}),
+            http_client=openai.DefaultHttpxClient(
+                event_hooks={"response": [mark_response]}
+            ),
         )
         with client, ThreadPoolExecutor(self.workers) as pool:
             request = partial(self.request, client, [])
@@ -113,7 +115,7 @@ class Judge:
         return Reply(choice.message.content)
 
 
-def mark(response: Any) -> None:
+def mark_response(response: Any) -> None:
     """Has the client retry a body that is no completion, and no lack of credit."""
     response.read()
     if response.status_code == 429 and NO_CREDIT.search(response.text):

@@ -121,7 +121,7 @@ def judge_pairs(
     _, pairs = read_pairs(run, labels, part, other)
     name = "pair-math-v1" if "gold_first" in pairs else "pair-v2"
     prompt = read_fastchat(data).prompts[name]
-    conversations, rows = [], []
+    conversations, rows, by_position = [], [], 0
     for pair in pairs.to_dict("records"):
         outputs = pair["output_first"], pair["output_second"]
         for a, b in (outputs, outputs[::-1]):
@@ -131,12 +131,15 @@ def judge_pairs(
     replies = judge.ask(conversations)
     for row, *both in zip(rows, replies[::2], replies[1::2], strict=True):
         row["prompt"] = name
-        row["winner"] = settle(*(read_winner(reply.text) for reply in both))
+        verdicts = [read_winner(reply.text) for reply in both]
+        row["winner"] = settle(*verdicts)
+        by_position += verdicts in (["first"] * 2, ["second"] * 2)
         row["judgments"] = [reply.text or reply.error for reply in both]
     home = other or run
     path = home.path / "eval" / labels[1] / f"{part}_against_{labels[0]}.jsonl"
     write_rows(path, rows)
     counts = count_wins(row["winner"] for row in rows) | {"judge": judge.model}
+    counts["by_position"] = by_position  # ties as the same place won in both orders
     if counts["missing"] == len(rows):
         raise no_verdict("verdict", [t for row in rows for t in row["judgments"]], path)
     add_result(home, labels[1], path.stem, counts)
