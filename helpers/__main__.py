@@ -24,7 +24,7 @@ MODEL = ["model", "--adapter", "--system", "--max-new-tokens", "--temperature"]
 FILES = ["--file", "--out", "--batch-size"]
 
 # command: function, what it does, and its options. A value goes to the parameter of the
-# option's name; what is not given has the function's own default.
+# option's name; without one it has the function's own default.
 COMMANDS: dict[str, tuple[str, str, list[str]]] = {
     "train": ("stages:train", "train and evaluate a run", ["config", "--small"]),
     "generate": ("inference.chat:generate_command", "answer a file", MODEL + FILES),
@@ -59,7 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--max-new-tokens": {"type": int, "help": "answers are cut here"},
     "--temperature": {"type": float, "help": "0 = greedy"},
     "--batch-size": {"type": int, "help": "prompts answered at once"},
-    "--limit": {"type": int, "help": "answer so many questions only"},
+    "--limit": {"type": int, "help": "answer at most this many"},
     "--judge": {"metavar": "URL", "help": "else OPENAI_BASE_URL"},
     "--judge-model": {"metavar": "NAME", "help": "else TUNEBOOK_JUDGE"},
     "--set": {"dest": "part", "help": "answers in eval/; else test_chat"},

@@ -214,7 +214,7 @@ def group_faults(
 ) -> Iterator[Fault]:
     """Finds the names, types and values of a group that its class does not take.
 
-    `instead` are values that the class gets in place of, or besides, the config's.
+    `instead` are values that replace or complete those of the config.
     """
     # Unsloth adds fields of its own to TRL's classes
     values = {n: v for n, v in values.items() if not n.startswith("unsloth_")}

@@ -64,7 +64,7 @@ class Source(BaseModel):
     path: str = Field(
         min_length=1, description="a file, or owner/name[/config][:split] on the hub"
     )
-    rows: Count | None = Field(None, description="at most so many are read")
+    rows: Count | None = Field(None, description="read at most this many")
     weight: Positive | None = Field(None, description="share of the mix")
     format: str | None = Field(None, description="of the rows; null = detected")
     stream: bool = Field(False, description="of a hub set: store nothing on disk")
@@ -131,7 +131,7 @@ class EvaluationConfig(BaseModel):
         if value is not None and len(names) < max(1, len(value)):
             raise ValueError(
                 "one or more different labels expected, none of them empty; null where "
-                "the held-out conversations are no classification"
+                "there are no classes to tell apart"
             )
         return value
 

@@ -9,11 +9,11 @@ import os
 import platform
 import sys
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from helpers.errors import ConfigError, ModelError, TunebookError
+from helpers.install import installed_version
 
 if TYPE_CHECKING:
     import torch
@@ -142,11 +142,7 @@ def seed_everything(seed: int) -> None:
 
 def versions() -> dict[str, str]:
     """Returns `{package: version}` of the stack as installed here."""
-    installed = dict.fromkeys(PACKAGES, "not installed")
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            installed[package] = version(package)
-    return installed
+    return {name: installed_version(name) or "not installed" for name in PACKAGES}
 
 
 def environment(engine: str, dtype: str = "auto") -> dict[str, Any]:
