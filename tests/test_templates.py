@@ -11,7 +11,7 @@ import pytest
 from helpers import recipes
 from helpers.config import check_config
 from helpers.data import preparation as data
-from helpers.errors import ConfigError, TemplateError
+from helpers.errors import TemplateError
 from helpers.masking import templates
 from helpers.masking.templates import FIXED_DATE, render
 
@@ -293,9 +293,8 @@ def test_a_config_may_name_a_file_whose_text_becomes_the_template(
 
 @pytest.mark.parametrize("name", ["lama-2", "missing.jinja", "", "."])
 def test_a_template_that_is_neither_known_nor_a_file_is_refused(name: str) -> None:
-    config = recipes.load("demo").model_dump() | {"template": name}
-    with pytest.raises(ConfigError, match="neither own, instruction, llama-2 nor a fi"):
-        check_config(config)
+    with pytest.raises(TemplateError, match="neither own, instruction, llama-2 nor a fi"):
+        templates.template_text(name)
 
 
 def test_a_template_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
