@@ -293,7 +293,7 @@ def test_a_config_may_name_a_file_whose_text_becomes_the_template(
 
 @pytest.mark.parametrize("name", ["lama-2", "missing.jinja", "", "."])
 def test_a_template_that_is_neither_known_nor_a_file_is_refused(name: str) -> None:
-    with pytest.raises(TemplateError, match="neither own, instruction, llama-2 nor a fi"):
+    with pytest.raises(TemplateError, match="neither own, instruction, llama-2 nor a"):
         templates.template_text(name)
 
 
