@@ -29,7 +29,7 @@ from helpers.inference.generation import Answer, Prompt, generate_batches
 from helpers.llm_judge.judge import UNJUDGED, Judge, no_verdict, read_rating
 from helpers.models import load as models
 from helpers.runs import Run, fingerprint
-from helpers.training.trainer import ensure_adapter
+from helpers.stages import ensure_adapter
 
 # `temperature_config` and `NEED_REF_CATS` of fastchat/llm_judge/common.py
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
