@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,16 @@ def test_every_command_has_help_and_loads_nothing_for_it(
     with pytest.raises(SystemExit, match="0"):
         command_line.main([command, "--help"])
     assert "usage: python -m helpers " + command in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", command_line.COMMANDS)
+def test_the_options_of_a_command_are_parameters_of_its_function(command: str) -> None:
+    path, _, options = command_line.COMMANDS[command]
+    module, name = path.split(":")
+    function = getattr(import_module(f"helpers.{module}"), name)
+    names = {command_line.OPTIONS[o].get("dest", o.strip("-")) for o in options}
+    parameters = {n.replace("-", "_").replace("models", "labels") for n in names}
+    assert parameters - {"small", "judge_model"} <= {*signature(function).parameters}
 
 
 def test_the_command_line_loads_nothing_heavy_by_itself(
