@@ -1,7 +1,7 @@
 """Compares the memory estimate with measured peaks; measures them anew on a GPU.
 
     python benchmarks/memory.py                     # estimated, measured, error
-    python benchmarks/memory.py table               # today's estimates, into the results
+    python benchmarks/memory.py table               # estimates, into the results
     python benchmarks/memory.py fit                 # constants of helpers/estimate.py
     python benchmarks/memory.py measure [ID ...]    # on a CUDA GPU, into the results
 

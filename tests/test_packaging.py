@@ -53,7 +53,7 @@ def test_the_readmes_example_runs_from_an_empty_folder(
     installed: Path, tmp_path: Path
 ) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## A helper in your own notebook\n")[1]
+    section = readme.split("## Using the helpers elsewhere\n")[1]
     snippet = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert snippet is not None
     code = f"{snippet[1]}\nimport helpers; print(helpers.__file__)"
@@ -82,7 +82,7 @@ def test_installing_replaces_no_package_unless_the_stack_is_named(
     (folder,) = installed.glob("*.dist-info")
     lines = PathDistribution(folder).requires or []
     always = [line for line in lines if not line.endswith('; extra == "stack"')]
-    assert always == ["numpy", "pydantic"]  # of any version, so what is there stays
+    assert always == ["lazy-loader", "numpy", "pydantic"]  # of any version, so what is there stays
     assert any(line.startswith("trl==") for line in lines)
 
 
@@ -90,7 +90,7 @@ def test_masking_and_rewards_need_only_what_pip_installs_with_them(
     installed: Path, tmp_path: Path
 ) -> None:
     code = """
-        import sys, annotated_types, numpy, pydantic
+        import sys, annotated_types, lazy_loader, numpy, pydantic
         before = {name.partition(".")[0] for name in sys.modules}
         from helpers import masking, rewards
         after = {name.partition(".")[0] for name in sys.modules}
