@@ -82,7 +82,8 @@ def test_installing_replaces_no_package_unless_the_stack_is_named(
     (folder,) = installed.glob("*.dist-info")
     lines = PathDistribution(folder).requires or []
     always = [line for line in lines if not line.endswith('; extra == "stack"')]
-    assert always == ["lazy-loader", "numpy", "pydantic"]  # of any version, so what is there stays
+    # of any version, so what is there stays
+    assert always == ["lazy-loader", "numpy", "pydantic"]
     assert any(line.startswith("trl==") for line in lines)
 
 

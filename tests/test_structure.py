@@ -27,9 +27,10 @@ BOUNDS = {
 
 # A package may import from those left of it, never from those right of it. Names with
 # a dot are modules that stand elsewhere than their package.
-ORDER = """errors report runtime config runs recipes data masking models estimate checks
-    inference grpo.numerals grpo.answers grpo.rewards rollout evaluation training grpo
-    llm_judge export stages widgets __main__""".split()
+ORDER = """errors report runtime config recipes runs grpo.numerals grpo.answers data
+    masking estimate inference.generation inference.items models inference grpo.rewards
+    rollout checks evaluation training grpo llm_judge export stages widgets
+    __main__""".split()
 
 
 @pytest.mark.parametrize("figure", BOUNDS)
