@@ -11,7 +11,6 @@ from helpers.grpo import diagnostics
 from helpers.grpo.diagnostics import State
 
 HEALTHY = State(
-    step=40,
     reward=0.45,
     reward_first=0.25,
     noise=0.02,
@@ -30,11 +29,11 @@ HEALTHY = State(
 )
 
 
-def said(**changes: Any) -> str:
+def sentences(**changes: Any) -> str:
     return "\n".join(diagnostics.explain(HEALTHY._replace(**changes)))
 
 
-def test_of_a_healthy_training_trend_held_out_reward_loss_and_kl_are_said() -> None:
+def test_of_a_healthy_training_trend_held_out_reward_loss_and_kl_are_told() -> None:
     assert diagnostics.explain(HEALTHY) == [
         "The reward rises: 0.25 -> 0.45 (noise ±0.04).",
         "Held-out reward 0.290 -> 0.350, best at step 20.",
@@ -70,7 +69,7 @@ def test_of_a_healthy_training_trend_held_out_reward_loss_and_kl_are_said() -> N
 def test_a_state_that_needs_action_is_said_first(
     changes: dict[str, Any], expected: str
 ) -> None:
-    assert said(**changes).startswith(expected)
+    assert sentences(**changes).startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -87,12 +86,12 @@ def test_a_state_that_needs_action_is_said_first(
 def test_the_trend_is_told_with_its_noise(
     changes: dict[str, Any], expected: str
 ) -> None:
-    assert expected in said(**changes)
+    assert expected in sentences(**changes)
 
 
 def test_what_was_not_measured_is_not_told() -> None:
-    assert "eld-out reward 0.290" not in said(held_out=[(0, 0.29)])
-    assert "No KL term" not in said(kl=0.02)
+    assert "eld-out reward 0.290" not in sentences(held_out=[(0, 0.29)])
+    assert "No KL term" not in sentences(kl=0.02)
 
 
 def entries(**columns: list[float]) -> list[dict[str, Any]]:
@@ -112,7 +111,7 @@ def test_a_state_is_read_from_the_first_and_the_last_logged_steps() -> None:
     logged.insert(3, {"step": 3, "eval_reward": 0.2})
     state = diagnostics.read_state(logged, 64)
     assert state is not None
-    assert (state.step, state.reward) == (25, 0.5)
+    assert state.reward == 0.5
     assert state.reward_first == pytest.approx(0.1)
     assert (state.length_first, state.length) == (50, 40)
     # two changes of 0.2 in 24: their variance is of twice a step's

@@ -40,7 +40,6 @@ def optimizer_and_scheduler(kind: str) -> tuple[Any, Any]:
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    optimizer.step()
     return optimizer, get_scheduler(kind, optimizer, 2, monitor.ENDLESS)
 
 
@@ -57,11 +56,12 @@ def train(
     """Steps a clock as the trainer does: last step, learning rates, evaluations."""
     state = TrainerState(global_step=start, max_steps=monitor.ENDLESS)
     control, rates, evaluations = TrainerControl(), [], 0
-    _, scheduler = optimizer_and_scheduler(kind)
+    optimizer, scheduler = optimizer_and_scheduler(kind)
     clock.on_train_begin(ARGUMENTS, state, control, lr_scheduler=scheduler)
     while not control.should_training_stop:
         clock.on_step_begin(ARGUMENTS, state, control)
         seconds.now += step_s * (1 if state.global_step else 3)  # the first compiles
+        optimizer.step()
         scheduler.step()
         state.global_step += 1
         rates.append(scheduler.get_last_lr()[0])
@@ -168,6 +168,7 @@ def test_the_group_with_the_largest_spread_is_shown_best_first(grpo_run: Run) ->
     assert list(group["completion"]) == ["6", "5"]
     assert list(group["reward"]) == [2.0, 0.0]
     assert list(monitor.read_group(grpo_run, 1)["completion"]) == ["2", "1"]
+    assert list(monitor.read_group(grpo_run, 2)["completion"]) == ["6", "5"]
     assert monitor.read_group(grpo_run, 0).empty
 
 

@@ -24,7 +24,6 @@ SHORT, LOST, SURE, CUT = 0.25, 0.3, 3, 0.9
 class State(NamedTuple):
     """How a run goes: means over the last `WINDOW` logged steps, and over the first."""
 
-    step: int
     reward: float
     reward_first: float
     noise: float
@@ -85,7 +84,6 @@ def read_state(entries: list[Entry], max_length: int) -> State | None:
         return sum(values) / len(values) if values else None
 
     return State(
-        step=steps[-1].get("step", len(steps)),
         reward=mean(last, "reward") or 0.0,
         reward_first=mean(first, "reward") or 0.0,
         noise=noise_of_means([e["reward"] for e in steps], width),

@@ -72,10 +72,10 @@ class Clock(TrainerCallback):
         passed, self.last = now - self.last, now
         return passed
 
-    def on_train_begin(self, args: Any, state: Any, *_: Any, **given: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, *_: Any, **more: Any) -> None:
         self.started, self.evaluated_s = self.clock(), self.before
         self.lap()
-        scheduler: Any = given.get("lr_scheduler")
+        scheduler: Any = more.get("lr_scheduler")
         scheduler = getattr(scheduler, "scheduler", scheduler)
         if self.total_s and hasattr(scheduler, "lr_lambdas"):
             warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else 0
@@ -247,8 +247,8 @@ def read_group(run: Run, step: int | None = None) -> DataFrame:
 
     Args:
         run: in training, or trained.
-        step: a logged step; by default the last. Of its groups, the one with the
-            largest spread of rewards is shown.
+        step: of training, or the next that was logged; by default the last. Of its
+            groups, the one with the largest spread of rewards is returned.
     """
     import pandas
 
@@ -256,7 +256,8 @@ def read_group(run: Run, step: int | None = None) -> DataFrame:
     steps = {int(path.stem.rpartition("_")[2]): path for path in files}
     frame = pandas.DataFrame()
     if steps:
-        frame = pandas.read_parquet(steps[max(steps) if step is None else step])
+        later = [n for n in steps if step is not None and n >= step]
+        frame = pandas.read_parquet(steps[min(later, default=max(steps))])
     if frame.empty:
         return frame
     weights = run.config.rewards
