@@ -33,14 +33,14 @@ from helpers.data.formats import (
     read_problem,
     read_row,
 )
-from helpers.data.sources import content_of, load_rows, open_rows
+from helpers.data.sources import content_of, open_rows
+from helpers.data.sources import load_rows as load_rows
 from helpers.errors import DataError
 from helpers.runs import Run, fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Messages", "Row", "load_rows"]  # the others are defined here
 log = logging.getLogger(__name__)
 
 # the files of a run's `data/`
