@@ -12,7 +12,7 @@ from helpers import runtime
 from helpers.errors import GpuTooSmall, ModelError
 from helpers.masking.templates import prepare_tokenizer
 from helpers.models.hub import find_model, unknown_model
-from helpers.runtime import resolve_engine, use_engine
+from helpers.runtime import resolve_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ def load_model(
     """
     import torch
 
-    engine, weights = use_engine(engine), resolve_weights(weights)
+    engine, weights = resolve_engine(engine), resolve_weights(weights)
     machine = runtime.prepare_device()
     arithmetic, _ = runtime.choose_dtype(machine, dtype)
     try:
