@@ -107,7 +107,7 @@ def answer_instructions(
 def annotate(
     outputs: Path, reference: Path, judge: Judge, evaluator: str | None = None
 ) -> dict[str, Any]:
-    """Returns the win rate over the reference, as the package `alpaca_eval` counts it."""
+    """Returns the win rate over the reference by the package `alpaca_eval`."""
     beside = str(Path(sys.executable).parent)
     uv = shutil.which("uv", path=beside) or shutil.which("uv")
     if uv is None:
