@@ -1,8 +1,7 @@
 """Fast batched sampling from a plain transformers model: static cache, CUDA graph.
 
-One graph is a whole token: the model, the drawing, the bookkeeping. Python only replays
-it and now and then looks at whether all rows have ended. On a CPU the same code runs
-without a graph.
+One graph is a whole token: the model, the drawing, the bookkeeping. On a CPU the same
+code runs without a graph.
 """
 
 from __future__ import annotations
@@ -10,10 +9,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from helpers import runtime
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -34,23 +35,17 @@ class Completion(NamedTuple):
     """Sampled tokens of one prompt, the stop token included."""
 
     ids: list[int]
-    logps: list[float]
-    """Log-probabilities at the temperature, over the whole vocabulary, as TRL's."""
+    logps: list[float]  # at the temperature, over the whole vocabulary, as TRL's
 
 
 class Decoder:
     """Samples completions from a model whose weights keep their addresses.
 
-    Args:
-        net: whose attention takes a mask of (batch, 1, length, seen), see
-            `merged_copy.grouped_attention`.
-        compiled: on a GPU, fuse small kernels with torch.compile, which takes half a
-            minute once.
+    The model's attention is `sampler.grouped_attention`. `compiled` fuses small kernels
+    by torch.compile, which takes half a minute once.
     """
 
     def __init__(self, net: PreTrainedModel, *, compiled: bool = False) -> None:
-        import torch
-
         self.net, self.forward = net, net.forward
         self.compiled = compiled and net.device.type == "cuda"
         if self.compiled:
@@ -67,42 +62,36 @@ class Decoder:
         stops: list[int],
         settings: Settings | None,
     ) -> list[Completion]:
-        """Returns a completion of each prompt, in their order.
+        """Returns a completion of each prompt, up to one of `stops`.
 
-        Args:
-            prompts: token ids, of any lengths.
-            max_new_tokens: completions are cut here.
-            stops: tokens that end a completion, at least one.
-            settings: how tokens are drawn; None takes the likeliest, by the same graph.
+        Without settings it takes the likeliest tokens, by the same graph.
         """
-        import torch
-
         widest = max(map(len, prompts))
         device = self.net.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             length = widest + max_new_tokens
             self.prepare(len(prompts), length, stops, settings or self.settings)
             rows = prompts + prompts[-1:] * (self.rows - len(prompts))
-            ids = torch.tensor([[0] * (widest - len(r)) + r for r in rows])
-            mask = torch.tensor([[0] * (widest - len(r)) + [1] * len(r) for r in rows])
+            ids = torch.tensor([[-1] * (widest - len(r)) + r for r in rows])
+            ids = ids.to(device)
             self.greedy.fill_(settings is None)
-            self.start(ids.to(device), mask.to(device).bool())
+            self.start(ids.clamp(min=0), ids >= 0)
             for count in range(1, max_new_tokens):
                 if count % LOOK == 0 and bool(self.ended.all()):
                     break
                 self.token() if self.graph is None else self.graph.replay()
-        tokens = self.tokens[: len(prompts), :max_new_tokens].tolist()
+        drawn = self.tokens[: len(prompts), :max_new_tokens].tolist()
         logps = self.logps[: len(prompts), :max_new_tokens].tolist()
-        ends = [first_stop(row, stops) for row in tokens]
-        columns = zip(tokens, logps, ends, strict=True)
-        return [Completion(row[:end], logp[:end]) for row, logp, end in columns]
+        completions = []
+        for ids, values in zip(drawn, logps, strict=True):
+            end = next((n for n, i in enumerate(ids, 1) if i in stops), len(ids))
+            completions.append(Completion(ids[:end], values[:end]))
+        return completions
 
     def prepare(
         self, rows: int, length: int, stops: list[int], settings: Settings
     ) -> None:
-        """Makes buffers and the graph where those of before do not fit, no smaller."""
-        import torch
-
+        """Makes buffers and the graph where those of before do not fit."""
         fits = rows <= self.rows and length <= self.length and len(stops) <= self.room
         if not fits or settings != self.settings:
             self.rows = max(rows, self.rows)
@@ -114,7 +103,6 @@ class Decoder:
 
     def allocate(self) -> None:
         """Makes cache, buffers and, on a GPU, the graph."""
-        import torch
         from transformers import StaticCache
 
         # give their memory back before the new ones take theirs: a capture cannot
@@ -141,8 +129,6 @@ class Decoder:
 
     def capture(self) -> None:
         """Records one token as a CUDA graph."""
-        import torch
-
         one = torch.zeros(self.rows, 1, dtype=torch.long, device=self.net.device)
         self.start(one, one == 0)
         stream = torch.cuda.Stream()
@@ -165,12 +151,7 @@ class Decoder:
         self.graph = graph
 
     def start(self, ids: Tensor, mask: Tensor) -> None:
-        """Reads the prompts (rows, width), False in `mask` = padding, on the left.
-
-        Draws the first token.
-        """
-        import torch
-
+        """Reads the prompts (rows, width), padded on the left; draws a token."""
         width = ids.shape[1]
         self.cache.reset()
         for buffer in (self.mask, self.count, self.ended):
@@ -207,12 +188,8 @@ class Decoder:
     def draw(self, logits: Tensor) -> None:
         """Writes a token drawn from logits (rows, vocabulary), and its log-probability.
 
-        By exponential noise (the Gumbel-max trick): the largest of p / Exp(1) falls on
-        each token with its probability p. Without the noise it is the likeliest, which
-        no setting rules out.
+        The Gumbel-max trick: the largest of p / Exp(1) is a token with probability p.
         """
-        import torch
-
         scores = logits.float() / self.settings.temperature
         logps = scores.log_softmax(-1)
         allowed = rule_out(scores, self.settings)
@@ -237,12 +214,3 @@ def rule_out(scores: Tensor, settings: Settings) -> Tensor:
     if settings.min_p:
         scores = process.MinPLogitsWarper(settings.min_p)(None, scores)
     return scores
-
-
-def first_stop(ids: list[int], stops: list[int]) -> int:
-    """Returns the number of ids up to the first stop, itself included.
-
-    >>> first_stop([5, 6, 2, 7], [2]), first_stop([5, 6], [2])
-    (3, 2)
-    """
-    return next((n for n, i in enumerate(ids, 1) if i in stops), len(ids))
