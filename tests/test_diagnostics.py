@@ -47,7 +47,7 @@ def test_of_a_healthy_training_trend_held_out_reward_loss_and_kl_are_told() -> N
         "Held-out reward 0.290 -> 0.350, best at step 10.",
         "The loss is near zero by construction (a group's advantages add up to "
         "nothing): look at the reward.",
-        "No KL term (beta 0): only the held-out reward tells whether the model drifts.",
+        "No KL term (beta 0): only the held-out reward tells if the model drifts.",
     ]
     assert diagnostics.explain([{"step": 0, "eval_reward": 0.1}], 64) == []
 

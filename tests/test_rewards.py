@@ -115,46 +115,28 @@ def test_importing_the_rewards_loads_nothing_heavy(heavy_modules):
 
 QUESTION = "Ann has 12 nuts and eats 5 of them.\nHow many nuts are left of her 12?"
 PROMPT = data.ask(QUESTION, "Solve step by step. End with a line like this: #### 42")
-ALL = {
-    "correctness": 1.0,
-    "closeness": 0.2,
-    "strict_format": 0.2,
-    "soft_format": 0.1,
-    "number_present": 0.1,
-    "overlong": 0.2,
-}
+ALL = {"correctness": 1.0, "closeness": 0.2, "strict_format": 0.2, "soft_format": 0.1}
+ALL |= {"number_present": 0.1, "overlong": 0.2}
 RIGHT = "Ann has 12 - 5 = 7 nuts left.\n#### 7"
 PROBES = [
     ("right, in the format", RIGHT, 1.6),
     ("right, spelt otherwise", RIGHT + ".00", 1.6),
     ("right, with a unit", RIGHT + " nuts", 1.4),
-    ("right, without working", "#### 7", 1.4),
     ("right, nothing marked", "12 - 5 = 7.", 1.3),
-    ("right, boxed", r"So \boxed{7}.", 1.3),
-    ("right, in tags", "<reasoning>12-5</reasoning>\n<answer>\n7\n</answer>", 1.3),
     ("right, in another currency and script", "So\n#### \u20b9\u096d", 1.6),
     ("a range", "It takes 7-8 days.", 0.0),
-    ("two values in tags", "<answer>7</answer> <answer>8</answer>", 0.0),
-    ("two announced answers", "Answer: 8\nAnswer: 7", 0.0),
     ("right, marked twice", RIGHT + "\n#### 7", 1.2),
     ("wrong, in the format", "12 + 5 = 17 nuts.\n#### 17", 0.4),
     ("wrong, nothing marked", "So 17 nuts.", 0.1),
-    ("wrong by 10 % and less", "So 7.5 nuts.", 0.2),
-    ("no answer", "I do not know.", 0.0),
     ("nothing", "", 0.0),
     ("the right number in the working only", "12 - 5 = 7.\nThat is how.", 0.0),
-    ("the right number in the reasoning only", "<think>7</think>", 0.0),
     ("tag spam", "#### " * 20, 0.0),
-    ("tag spam and no number", "#### \n\n" * 5 + "seven", 0.0),
     ("all answers marked", "\n".join(f"#### {n}" for n in range(20)), 0.0),
     ("all answers boxed", "".join(rf"\boxed{{{n}}}" for n in range(20)), 0.0),
     ("number spam up to the right one", " ".join(map(str, range(8))), 0.0),
-    ("number spam in lines", "\n".join(map(str, range(8))), 0.0),
     ("number spam after the mark", "So\n#### 7 8 9", 0.0),
-    ("two answers", "It is 8 or 7.", 0.0),
     ("two marked answers", "So\n#### 7 or 8", 0.0),
     ("the question", QUESTION, 0.0),
-    ("the question and a bare mark", QUESTION + "\n####", 0.0),
     ("the prompt", "\n".join(m["content"] for m in PROMPT), 0.0),
     ("the question for working", QUESTION + "\n#### 17", 0.2),
 ]

@@ -25,8 +25,11 @@ DRAWN = decoding.Settings()
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
 
 
+Load = Callable[..., Any]
+
+
 @pytest.fixture
-def load(tiny_model_folder: Any) -> Callable[..., Any]:
+def load(tiny_model_folder: Any) -> Load:
     """Loads the tiny model with LoRA matrices that change its answers."""
 
     def make(weights: str = "16bit", **lora: Any) -> Any:
@@ -62,20 +65,15 @@ def shake(model: Any, size: float) -> None:
 def greedy_of(model: Any, prompt: list[int], tokens: int, stop: int) -> list[int]:
     """Returns what transformers generates from the trained model itself."""
     ids = torch.tensor([prompt])
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=tokens,
-        eos_token_id=stop,
-        pad_token_id=0,
-    )
+    options = {"do_sample": False, "eos_token_id": stop, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, **options)
     return output[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("weights", ["16bit", "4bit"])
 def test_samples_and_their_log_probabilities_are_the_trained_models(
-    load: Callable[..., Any], weights: str
+    load: Load, weights: str
 ) -> None:
     model = load(weights)
     sampler = copied(model)
@@ -93,9 +91,7 @@ def test_samples_and_their_log_probabilities_are_the_trained_models(
     assert len({tuple(completion.ids) for completion in greedy}) > 1
 
 
-def test_a_refresh_follows_the_adapter_and_keeps_every_weight_in_its_place(
-    load: Callable[..., Any],
-) -> None:
+def test_a_refresh_follows_the_adapter_and_keeps_weights_in_place(load: Load) -> None:
     model = load()
     sampler = copied(model)
     places = [p.data_ptr() for p in sampler.copy.net.parameters()]
@@ -113,7 +109,7 @@ def test_a_refresh_follows_the_adapter_and_keeps_every_weight_in_its_place(
 
 
 def test_a_completion_ends_with_its_stop_token_and_sampling_with_the_last(
-    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampler = copied(load())
     whole = sampler.decoder.generate(PROMPTS, 12, [2], None)[1].ids
@@ -130,9 +126,7 @@ def test_a_completion_ends_with_its_stop_token_and_sampling_with_the_last(
     assert len(drawn) < decoding.LOOK
 
 
-def test_smaller_batches_and_shorter_prompts_reuse_what_was_allocated(
-    load: Callable[..., Any],
-) -> None:
+def test_smaller_batches_reuse_what_was_allocated(load: Load) -> None:
     sampler = copied(load())
     first = sampler.decoder.generate(PROMPTS, 12, [2, 3], None)
     cache = sampler.decoder.cache
@@ -142,9 +136,7 @@ def test_smaller_batches_and_shorter_prompts_reuse_what_was_allocated(
     assert again == first[:2]
 
 
-def test_sampled_tokens_follow_the_models_probabilities(
-    load: Callable[..., Any],
-) -> None:
+def test_sampled_tokens_follow_the_models_probabilities(load: Load) -> None:
     torch.manual_seed(0)
     model = load()
     sampler = copied(model)
@@ -159,8 +151,8 @@ def test_sampled_tokens_follow_the_models_probabilities(
     assert shares.tolist() == pytest.approx(best.values.softmax(0).tolist(), abs=0.04)
 
 
-def test_a_model_that_is_changed_elsewhere_does_not_change_the_copys_class(
-    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_a_patched_class_does_not_change_the_copy(
+    load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers.models.llama import modeling_llama
 
@@ -176,7 +168,7 @@ def test_a_model_that_is_changed_elsewhere_does_not_change_the_copys_class(
 
 
 def test_training_samples_from_the_copy_as_it_is_after_each_step(
-    load: Callable[..., Any], tiny_model_folder: Any, tmp_path: Any
+    load: Load, tiny_model_folder: Any, tmp_path: Any
 ) -> None:
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -185,22 +177,13 @@ def test_training_samples_from_the_copy_as_it_is_after_each_step(
     model = load(r=8)
     sampler = sampling.Sampler(model)
     rows = [{"prompt": [{"role": "user", "content": f"{n}?"}]} for n in range(8)]
+    settings: dict[str, Any] = {"per_device_train_batch_size": 4, "num_generations": 4}
+    settings |= {"max_completion_length": 6, "max_steps": 11, "learning_rate": 5e-2}
+    settings |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+    settings |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     trainer = GRPOTrainer(
         model=model,
-        args=GRPOConfig(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=4,
-            num_generations=4,
-            max_completion_length=6,
-            max_steps=11,
-            learning_rate=5e-2,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-        ),
+        args=GRPOConfig(output_dir=str(tmp_path), **settings),
         reward_funcs=[lambda completion_ids, **_: [sum(i) % 7 for i in completion_ids]],
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(tiny_model_folder),
@@ -214,7 +197,7 @@ def test_training_samples_from_the_copy_as_it_is_after_each_step(
 
 
 def test_the_copy_answers_as_the_model_does_whatever_it_drew_before(
-    load: Callable[..., Any], tiny_model_folder: Any
+    load: Load, tiny_model_folder: Any
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -241,7 +224,7 @@ def choose(run: Run, model: Any, **changes: Any) -> sampling.Sampler | None:
 
 
 def test_on_a_cpu_the_trained_model_samples(
-    load: Callable[..., Any], run: Run, caplog: pytest.LogCaptureFixture
+    load: Load, run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     assert choose(run, load()) is None
@@ -259,40 +242,34 @@ def test_on_a_cpu_the_trained_model_samples(
         ({}, {"use_dora": True}, "lora_magnitude_vector.* is trained besides LoRA"),
     ],
 )
-def test_what_a_copy_cannot_do_is_refused_by_name(
-    load: Callable[..., Any], run: Run, changes: Any, lora: Any, text: str
+def test_what_a_copy_cannot_do_is_refused(
+    load: Load, run: Run, changes: Any, lora: Any, text: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"sampler='copy' does not work: .*{text}"):
         choose(run, load(**lora), sampler="copy", **changes)
 
 
-@pytest.mark.parametrize(
-    ("numbers", "text"),
-    [
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "changes with the length"),
-    ],
-)
-def test_a_model_that_cannot_be_copied_is_told(
-    run: Run, numbers: dict[str, Any], text: str
-) -> None:
-    config = SimpleNamespace(**numbers)
-    model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
-    assert text in sampling.unsupported(run.config, model)
+def test_a_model_that_cannot_be_copied_is_told(run: Run) -> None:
+    numbers = SimpleNamespace(layer_types=["full_attention", "sliding_attention"])
+    model: Any = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: numbers)
+    )
+    assert "sliding_attention" in sampling.unsupported(run.config, model)
+    numbers.layer_types, numbers.rope_parameters = None, {"rope_type": "longrope"}
+    assert "changes with the length" in sampling.unsupported(run.config, model)
 
 
 @pytest.mark.parametrize(("free", "fits"), [(2.1, True), (1.9, False)])
 def test_a_copy_takes_half_of_the_free_memory_at_most(
-    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, free: float, fits: bool
+    load: Load, monkeypatch: pytest.MonkeyPatch, free: float, fits: bool
 ) -> None:
     model = load()
     layers = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
     weights = 2 * sum(layer.base_layer.weight.numel() for layer in layers)
-    memory = {"mem_get_info": (int(free * weights), 0), "memory_reserved": 0}
-    for name, value in {**memory, "memory_allocated": 0}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    text = sampling.no_room(model)
-    assert text == "" if fits else "GiB of free memory" in text
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * weights), 0))
+    assert (sampling.no_room(model) == "") is fits
 
 
 # private API of the libraries, by name

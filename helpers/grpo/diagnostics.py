@@ -25,12 +25,8 @@ def width_of_ends(steps: int) -> int:
 
 
 def noise_of_means(rewards: pandas.Series, width: int) -> float:
-    """Returns the standard error of the difference of two means of `width` rewards.
-
-    From the changes between neighbouring steps, which a trend leaves alone: answers to
-    one problem are alike, so a step's spread would make it look surer than it is.
-    """
-    changes = rewards.diff().dropna()
+    """Returns the standard error of the difference of two means of `width` rewards."""
+    changes = rewards.diff().dropna()  # which a trend leaves alone
     return float((changes**2).mean() / width) ** 0.5 if len(changes) else 0.0
 
 
@@ -89,9 +85,8 @@ def explain(history: list[Entry], max_length: int) -> list[str]:
         "The loss is near zero by construction (a group's advantages add up to "
         "nothing): look at the reward."
     )
-    if "kl" not in last:
-        text = "No KL term (beta 0): only the held-out reward tells whether the model"
-        sentences.append(f"{text} drifts.")
+    no_kl = "No KL term (beta 0): only the held-out reward tells if the model drifts."
+    sentences += [no_kl] * ("kl" not in last)
     return [sentence for sentence in sentences if sentence]
 
 
@@ -119,11 +114,7 @@ def held_out(history: list[Entry]) -> str:
 
 
 def collapse(history: list[Entry]) -> str:
-    """Returns why a run should stop, empty while it should go on.
-
-    The reward's fall has to be beyond its noise and, where a held-out reward is
-    measured, in that as well: problems differ from step to step, those held out do not.
-    """
+    """Returns why a run should stop, empty while it should go on."""
     steps = rewarded(history)
     if len(steps) < 2 * WINDOW:
         return ""
@@ -136,6 +127,7 @@ def collapse(history: list[Entry]) -> str:
             "lower the learning rate, or add a reward that short answers do not get"
         )
     noise = noise_of_means(steps["reward"], WINDOW)
+    # problems differ from step to step, those held out do not
     held = [e["eval_reward"] for e in history if "eval_reward" in e] or [0.0]
     stands = held[-1] > LOST * max(held)
     lost = best - now["reward"]

@@ -14,14 +14,14 @@ from helpers.errors import ConfigError
 from helpers.grpo import answers
 from helpers.grpo.answers import extract_answer, parse_number
 
-Completion = str | list[dict[str, str]]
-Prompts = list[Completion] | None
+Texts = list[str] | list[list[dict[str, str]]]  # plain, or conversational
+Prompts = Texts | None
 Scores = list[float | None]
 Reward = Callable[..., Scores]
 ALL_WRONG, ALL_RIGHT = "groups/all_wrong", "groups/all_right"  # logged shares
 
 
-def own_texts(completions: list[Completion], prompts: Prompts) -> list[str]:
+def own_texts(completions: Texts, prompts: Prompts) -> list[str]:
     """Returns the text of each completion, without what it copies from its prompt."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     if prompts is None:
@@ -34,16 +34,13 @@ def own_texts(completions: list[Completion], prompts: Prompts) -> list[str]:
 
 
 def correctness(
-    completions: list[Completion],
+    completions: Texts,
     gold: list[str],
     prompts: Prompts = None,
     log_metric: Callable[[str, float], None] | None = None,
     **_: Any,
 ) -> Scores:
-    """Returns 1.0 for a right answer, 0.0 for a wrong one, None without a gold answer.
-
-    Logs the shares of groups whose answers are all wrong, or all right.
-    """
+    """Returns 1.0 for a right answer, 0.0 for a wrong one, None without a gold."""
     scores: Scores = []
     for text, g in zip(own_texts(completions, prompts), gold, strict=True):
         readable = parse_number(g) is not None or answers.parse_expression(g)
@@ -57,13 +54,9 @@ def correctness(
 
 
 def closeness(
-    completions: list[Completion], gold: list[str], prompts: Prompts = None, **_: Any
+    completions: Texts, gold: list[str], prompts: Prompts = None, **_: Any
 ) -> Scores:
-    """Returns 1.0 for a right number, 0.5 within 10 %, 0.25 within 20 %, else 0.0.
-
-    None without a gold number. A guess of the right size is paid, too: keep its weight
-    well below that of `correctness`.
-    """
+    """Returns 1.0 for a right number, 0.5 within 10 %, 0.25 within 20 %, else 0.0."""
     texts, scores = own_texts(completions, prompts), []
     for text, value in zip(texts, map(parse_number, gold), strict=True):
         answer = extract_answer(text)
@@ -76,25 +69,19 @@ def closeness(
     return scores
 
 
-def strict_format(
-    completions: list[Completion], prompts: Prompts = None, **_: Any
-) -> Scores:
+def strict_format(completions: Texts, prompts: Prompts = None, **_: Any) -> Scores:
     """Returns 1.0 where the text is working and one final `#### <number>` line."""
     texts = own_texts(completions, prompts)
     return [float(answers.has_strict_format(text)) for text in texts]
 
 
-def soft_format(
-    completions: list[Completion], prompts: Prompts = None, **_: Any
-) -> Scores:
+def soft_format(completions: Texts, prompts: Prompts = None, **_: Any) -> Scores:
     """Returns 1.0 where `####` and a number stand once, wherever that is."""
     texts = own_texts(completions, prompts)
     return [float(answers.has_soft_format(text)) for text in texts]
 
 
-def number_present(
-    completions: list[Completion], prompts: Prompts = None, **_: Any
-) -> Scores:
+def number_present(completions: Texts, prompts: Prompts = None, **_: Any) -> Scores:
     """Returns 1.0 where the text gives one answer that is a number, marked or not."""
     return [
         float(extract_answer(text) is not None and text.count(answers.MARKER) <= 1)
@@ -103,15 +90,12 @@ def number_present(
 
 
 def punish_overlong(max_completion_length: int) -> Reward:
-    """Returns DAPO's punishment (arXiv 2503.14476, 13), from 0.0 down to -1.0.
-
-    Nothing up to 80 % of the longest completion in tokens, which is the paper's share,
-    then a straight line to -1.0 where it is cut.
-    """
+    """Returns DAPO's overlong punishment, arXiv 2503.14476: from 0.0 to -1.0."""
 
     def overlong(completion_ids: list[list[int]], **_: Any) -> Scores:
         from trl.rewards import get_soft_overlong_punishment
 
+        # it begins at 80 % of the longest, as in the paper
         cache = max(1, max_completion_length // 5)
         return get_soft_overlong_punishment(max_completion_length, cache)(
             completion_ids
@@ -128,11 +112,7 @@ BOUNDS |= {"correctness": (1.0, 0.0), "closeness": (1.0, 0.5)}
 
 
 def margin(weights: dict[str, float]) -> float:
-    """Returns by how much the worst right answer outscores the best wrong one.
-
-    Not above zero, training may prefer a wrong answer. Other people's rewards are left
-    out, and weights are taken as positive.
-    """
+    """Returns by how much the worst right answer outscores the best wrong one."""
     pairs = [(w, *BOUNDS[name]) for name, w in weights.items() if name in BOUNDS]
     return round(sum(w * (right - wrong) for w, right, wrong in pairs), 6)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from helpers.config import defaults
 from helpers.grpo import monitor, problems, rewards
-from helpers.inference.generation import generate, inference
+from helpers.inference.generation import Answering, generate, inference
 from helpers.rollout.sampler import Sampler, choose_sampler
 from helpers.runs import Run
 from helpers.training import callbacks
@@ -48,12 +49,10 @@ class GreedyEvaluation(Base):
         if self.model.device.type != "cpu" or self.rollout_func:  # as many as in a step
             size = args.per_device_train_batch_size * args.steps_per_generation
             options["batch_size"] = size
+        answer: Answering = partial(generate, self.model)
         if isinstance(self.rollout_func, Sampler):
             answer = self.rollout_func.generate
-            answers = answer(tokenizer, columns["prompt"], **options)
-        else:
-            answers = generate(self.model, tokenizer, columns["prompt"], **options)
-        texts = [answer.text for answer in answers]
+        texts = [a.text for a in answer(tokenizer, columns["prompt"], **options)]
         values = {
             "prompts": columns["prompt"],
             "completions": [[{"role": "assistant", "content": t}] for t in texts],

@@ -39,11 +39,7 @@ class Completion(NamedTuple):
 
 
 class Decoder:
-    """Samples completions from a model whose weights keep their addresses.
-
-    The model's attention is `sampler.grouped_attention`. `compiled` fuses small kernels
-    by torch.compile, which takes half a minute once.
-    """
+    """Samples completions from a model whose weights keep their addresses."""
 
     def __init__(self, net: PreTrainedModel, *, compiled: bool = False) -> None:
         self.net, self.forward = net, net.forward
@@ -62,20 +58,17 @@ class Decoder:
         stops: list[int],
         settings: Settings | None,
     ) -> list[Completion]:
-        """Returns a completion of each prompt, up to one of `stops`.
-
-        Without settings it takes the likeliest tokens, by the same graph.
-        """
+        """Returns a completion of each prompt; without settings, the likeliest."""
         widest = max(map(len, prompts))
         device = self.net.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             length = widest + max_new_tokens
             self.prepare(len(prompts), length, stops, settings or self.settings)
             rows = prompts + prompts[-1:] * (self.rows - len(prompts))
-            ids = torch.tensor([[-1] * (widest - len(r)) + r for r in rows])
-            ids = ids.to(device)
+            padded = torch.tensor([[-1] * (widest - len(r)) + r for r in rows])
+            padded = padded.to(device)
             self.greedy.fill_(settings is None)
-            self.start(ids.clamp(min=0), ids >= 0)
+            self.start(padded.clamp(min=0), padded >= 0)
             for count in range(1, max_new_tokens):
                 if count % LOOK == 0 and bool(self.ended.all()):
                     break
@@ -123,8 +116,7 @@ class Decoder:
         self.tokens = torch.zeros(rows, length, **numbers)
         self.logps = torch.zeros(rows, length, device=device)
         if device.type == "cuda":
-            # the draws of training go on as if this had not been needed
-            with torch.random.fork_rng([device]):
+            with torch.random.fork_rng([device]):  # training's draws stay as they are
                 self.capture()
 
     def capture(self) -> None:
@@ -186,13 +178,11 @@ class Decoder:
         self.draw(logits[:, -1])
 
     def draw(self, logits: Tensor) -> None:
-        """Writes a token drawn from logits (rows, vocabulary), and its log-probability.
-
-        The Gumbel-max trick: the largest of p / Exp(1) is a token with probability p.
-        """
+        """Writes a token drawn from logits (rows, vocabulary), and its likelihood."""
         scores = logits.float() / self.settings.temperature
         logps = scores.log_softmax(-1)
         allowed = rule_out(scores, self.settings)
+        # the Gumbel-max trick: the largest of p / Exp(1) is a token with probability p
         noise = torch.empty_like(allowed).exponential_().log()
         noise.masked_fill_(self.greedy, 0.0)
         token = (allowed - noise).argmax(-1, keepdim=True)

@@ -54,7 +54,7 @@ class Sampler:
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """Returns TRL's rollout: ids of prompts and completions, log-probabilities."""
         ids = [encode(trainer.processing_class, prompt) for prompt in prompts]
-        settings = settings_of({n: getattr(trainer, n) for n in Settings._fields})
+        settings = settings_of(vars(trainer))
         self.copy.refresh()
         completions = self.decoder.generate(
             ids, trainer.max_completion_length, trainer.eos_token_ids, settings
@@ -100,11 +100,9 @@ def settings_of(values: dict[str, Any]) -> Settings:
 
 
 def log_drift(trainer: Any, prompt: list[int], completion: Completion) -> None:
-    """Logs how far a completion's log-probabilities are from the trained model's.
-
-    By two private methods of TRL's trainer, one to score as both engines train, one to
-    log beside TRL's metrics. One row is unpadded, so both engines score it alike.
-    """
+    """Logs how far a completion's log-probabilities are from the trained model's."""
+    # two private methods of TRL's: both engines score by the first an unpadded row
+    # alike, and only the second logs beside TRL's metrics
     device, length = trainer.accelerator.device, len(completion.ids)
     ids = torch.tensor([prompt + completion.ids], device=device)
     with torch.no_grad():
@@ -190,9 +188,8 @@ def unsupported(config: RunConfig, model: PreTrainedModel) -> str:
 class MergedCopy:
     """A plain transformers model, `net`, with the outputs of a PEFT model.
 
-    Weights that no adapter changes are shared, where they have the copy's dtype. The
-    others are empty until `refresh`, which merges them anew in place: nothing drifts,
-    and CUDA graphs stay valid.
+    Merged weights are empty until `refresh` and stay in place, for CUDA graphs; others
+    are shared.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: Any) -> None:
@@ -271,8 +268,7 @@ def grouped_attention(
     """Returns attention of shape (batch, length, heads, width), and no weights.
 
     Heads that share keys are one matrix product: SDPA without FlashAttention repeats
-    the keys in memory for each head instead. The mask (batch, 1, length, seen) is True
-    where to attend; of the cache no more than `seen` is read.
+    the keys in memory. The mask is of shape (batch, 1, length, seen).
     """
     batch, heads, length, width = query.shape
     kv_heads, seen = key.shape[1], attention_mask.shape[-1]
