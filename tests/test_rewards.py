@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,6 @@ def pay(text: str, gold: str, weights: dict[str, float], prompt: Any = "") -> fl
         for f in functions
     ]
     return sum(w * p for w, p in zip(numbers, paid, strict=True) if p is not None)
-
-
-def test_correctness_refuses_fewer_golds_than_completions():
-    with pytest.raises(ValueError, match="shorter"):
-        rewards.correctness(["2", "3"], gold=["2"])
 
 
 def test_every_reward_scores_conversational_completions_like_plain_ones():
@@ -219,48 +213,21 @@ def test_nothing_that_is_added_raises_a_reward(
 # every gold answer that there is
 
 
-def read_problems(path: Path) -> list[dict[str, str]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return data.to_problems(rows, str(path))
+GSM8K = os.environ.get("TUNEBOOK_GSM8K", ROOT / "../shared/data/gsm8k/train.jsonl")
+OURS = [ROOT / f"data_samples/word_problems/{n}.jsonl" for n in ("train", "test_new")]
 
 
-@pytest.fixture(scope="module")
-def gsm8k() -> list[dict[str, str]]:
-    named = os.environ.get("TUNEBOOK_GSM8K")
-    beside = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
-    path = Path(named) if named else beside
+@pytest.mark.parametrize("path", [Path(GSM8K), *OURS], ids=lambda path: path.stem)
+def test_every_answer_of_a_data_set_earns_all_there_is(path):
     if not path.exists():
         pytest.skip("GSM8K not found: set TUNEBOOK_GSM8K to its train.jsonl")
-    return read_problems(path)
-
-
-def columns(problems: list[dict[str, str]]) -> dict[str, list[Any]]:
-    """What a trainer would pass of problems, their own answers for completions."""
-    return {
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    problems = data.to_problems(rows, str(path))
+    columns = {
         "completions": [p["answer"] for p in problems],
         "gold": [p["gold"] for p in problems],
         "prompts": [data.ask(p["question"], "Solve.") for p in problems],
     }
-
-
-def test_every_gsm8k_answer_earns_all_there_is(gsm8k):
-    assert len(gsm8k) == 7473
+    assert len(problems) == len(rows)
     for reward in rewards.REWARDS.values():
-        assert reward(**columns(gsm8k)) == [1.0] * len(gsm8k), reward
-
-
-def test_constants_and_copied_questions_earn_what_chance_gives(gsm8k):
-    golds = Counter(problem["gold"] for problem in gsm8k)
-    given = columns(gsm8k)
-    for constant in ["4", "10", "42", "100", "-7"]:
-        given["completions"] = [f"#### {constant}"] * len(gsm8k)
-        assert sum(rewards.correctness(**given)) == golds[constant]
-    given["completions"] = [problem["question"] for problem in gsm8k]
-    assert sum(rewards.correctness(**given)) == 0
-
-
-@pytest.mark.parametrize("part", ["train", "eval", "test", "test_new"])
-def test_every_word_problem_of_ours_earns_all_there_is(part):
-    problems = read_problems(ROOT / f"data_samples/word_problems/{part}.jsonl")
-    for reward in rewards.REWARDS.values():
-        assert reward(**columns(problems)) == [1.0] * len(problems), reward
+        assert reward(**columns) == [1.0] * len(problems), reward

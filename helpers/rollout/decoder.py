@@ -179,28 +179,23 @@ class Decoder:
 
     def draw(self, logits: Tensor) -> None:
         """Writes a token drawn from logits (rows, vocabulary), and its likelihood."""
-        scores = logits.float() / self.settings.temperature
+        from transformers.generation import logits_process as process
+
+        temperature, top_k, top_p, min_p = self.settings
+        scores = logits.float() / temperature
         logps = scores.log_softmax(-1)
-        allowed = rule_out(scores, self.settings)
+        if top_k:
+            scores = process.TopKLogitsWarper(top_k)(None, scores)
+        if top_p < 1:
+            scores = process.TopPLogitsWarper(top_p)(None, scores)
+        if min_p:
+            scores = process.MinPLogitsWarper(min_p)(None, scores)
         # the Gumbel-max trick: the largest of p / Exp(1) is a token with probability p
-        noise = torch.empty_like(allowed).exponential_().log()
+        noise = torch.empty_like(scores).exponential_().log()
         noise.masked_fill_(self.greedy, 0.0)
-        token = (allowed - noise).argmax(-1, keepdim=True)
+        token = (scores - noise).argmax(-1, keepdim=True)
         self.tokens.index_copy_(1, self.count, token)
         self.logps.index_copy_(1, self.count, logps.gather(-1, token))
         self.last.copy_(token)
         self.ended.logical_or_((token == self.stops).any(-1, keepdim=True))
         self.count.add_(1)
-
-
-def rule_out(scores: Tensor, settings: Settings) -> Tensor:
-    """Returns scores with -inf for tokens that the settings rule out."""
-    from transformers.generation import logits_process as process
-
-    if settings.top_k:
-        scores = process.TopKLogitsWarper(settings.top_k)(None, scores)
-    if settings.top_p < 1:
-        scores = process.TopPLogitsWarper(settings.top_p)(None, scores)
-    if settings.min_p:
-        scores = process.MinPLogitsWarper(settings.min_p)(None, scores)
-    return scores

@@ -141,10 +141,10 @@ def choose_sampler(run: Run, model: PreTrainedModel) -> Sampler | None:
         fault = fault or no_room(model)
     note = {"name": "model" if fault else "copy", "reason": fault}
     write_json(run.path / "grpo" / "sampler.json", note)
+    source = f"the trained model: {fault}" if fault else "a 16-bit copy of the model"
+    log.info(f"GRPO samples from {source}")
     if fault:
-        log.info(f"GRPO samples from the trained model: {fault}")
         return None
-    log.info("GRPO samples from a 16-bit copy of the model")
     steps = complete(config, "grpo")["max_steps"]
     is_long = not 0 < steps < COMPILE_STEPS
     if config.grpo_minutes:
