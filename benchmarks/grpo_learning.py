@@ -220,24 +220,31 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 def solved_at_times(run: Any, count: int) -> str:
     """Returns a file of those of some problems that some of eight answers solve."""
-    import functools
     import random
 
     from helpers import rollout
+    from helpers.config import complete
     from helpers.data import preparation as data
-    from helpers.grpo import problems
+    from helpers.grpo.rewards import correctness
     from helpers.training import trainer as train
 
     data.ensure_data(run)
-    rows, _ = problems.split_problems(run)
+    rows = data.read_rows(run.path / "data" / "problems.jsonl")
     rows = random.Random(run.config.seed).sample(rows, min(count, len(rows)))
-    adapter = run.config.sft_adapter
-    model, tokenizer = train.load_for_training(run, "grpo", adapter)
-    answer = functools.partial(rollout.Sampler(model).generate, tokenizer)
-    rates = problems.pass_rates(
-        run, functools.partial(answer, batch_size=64), rows, samples=8
+    model, tokenizer = train.load_for_training(run, "grpo", run.config.sft_adapter)
+    values = complete(run.config, "grpo")
+    drawn = {n: values[n] for n in ("temperature", "top_p", "top_k", "min_p")}
+    drawn["max_new_tokens"] = values["max_completion_length"]
+    system = run.config.system_prompt
+    prompts = [data.ask(row["question"], system) for row in rows for _ in range(8)]
+    answers = rollout.Sampler(model).generate(
+        tokenizer, prompts, batch_size=64, sampling=drawn
     )
-    kept = [row for row, rate in zip(rows, rates, strict=True) if 0 < rate < 1]
+    texts = [answer.text for answer in answers]
+    gold = [row["gold"] for row in rows for _ in range(8)]
+    scores = correctness(texts, gold=gold, prompts=prompts)
+    solved = [scores[8 * n : 8 * n + 8].count(1.0) for n in range(len(rows))]
+    kept = [row for row, right in zip(rows, solved, strict=True) if 0 < right < 8]
     path = run.path / "solved_at_times.jsonl"
     data.write_rows(path, [{k: r[k] for k in ("question", "answer")} for r in kept])
     return str(path)

@@ -14,7 +14,7 @@ from helpers.config import HELD_OUT, RunConfig, Stage
 from helpers.data import preparation as data
 from helpers.data.formats import Messages
 from helpers.errors import ModelError
-from helpers.grpo.rewards import is_correct
+from helpers.grpo.answers import is_correct
 from helpers.inference.generation import Answer, generate
 from helpers.masking.templates import answer_marks, render, stop_token_ids
 from helpers.models import adapters, load

@@ -3,48 +3,34 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from helpers.grpo import answers, numerals
+from helpers.grpo import answers
 
 TABLE = json.loads(Path(__file__).with_name("answers.json").read_text("utf-8"))
 
 
-def cases(*functions: str) -> list[Any]:
-    """The table's cases of some functions: the function, its text, what it returns."""
-    return [
-        pytest.param(getattr(answers, function), *case, id=f"{rule}: {case[0][:40]!r}")
-        for function in functions
-        for rule, rows in TABLE[function].items()
-        for case in rows
-    ]
+CASES = [
+    pytest.param(function, text, values, id=f"{rule}: {text[:40]!r}")
+    for function, rules in TABLE.items()
+    for rule, rows in rules.items()
+    for text, *values in rows
+]
 
 
-@pytest.mark.parametrize(
-    ("read", "text", "value"), cases("parse_number", "parse_gold", "extract_answer")
-)
-def test_a_text_has_the_value_of_the_table(read, text, value):
-    assert read(text) == (value and Fraction(value))
-
-
-@pytest.mark.parametrize(("grade", "text", "gold", "right"), cases("is_correct"))
-def test_an_answer_is_right_or_wrong_as_in_the_table(grade, text, gold, right):
-    assert grade(text, gold) is right
-
-
-@pytest.mark.parametrize(
-    ("has", "text", "format"), cases("has_strict_format", "has_soft_format")
-)
-def test_a_text_has_the_format_of_the_table(has, text, format):
-    assert has(text) is format
+@pytest.mark.parametrize(("function", "text", "values"), CASES)
+def test_a_text_is_read_as_in_the_table(function, text, values):
+    *gold, expected = values
+    if isinstance(expected, str):
+        expected = Fraction(expected)
+    assert getattr(answers, function)(text, *gold) == expected
 
 
 def test_a_number_too_long_for_python_has_no_value():
@@ -53,29 +39,24 @@ def test_a_number_too_long_for_python_has_no_value():
 
 
 QUESTION = "Ann has 12 nuts and eats 5 of them.\nHow many nuts are left of her 12?"
+INSTRUCTION = "Solve step by step. End with a line like this: #### 42"
 
 
-def test_a_copied_question_is_no_answer_though_it_ends_in_the_right_number():
-    assert answers.is_correct(QUESTION, "12")
-    assert not answers.is_correct(QUESTION, "12", prompt=f"Solve this. {QUESTION}")
-    again = "  How many nuts are left  of her 12?"
-    assert not answers.is_correct(again, "12", prompt=QUESTION)
-
-
-def test_a_copied_instruction_is_no_answer():
-    prompt = "Solve step by step. End with a line like this: #### 42"
-    assert not answers.is_correct(prompt, "42", prompt=prompt)
-
-
-@pytest.mark.parametrize("text", ["42", "#### 42", "It is #### 42"])
-def test_a_short_right_answer_counts_though_the_prompt_holds_it(text):
-    prompt = "End with a line like this: #### 42\nIt is 42. It is #### 42"
-    assert answers.is_correct(text, "42", prompt=prompt)
-
-
-def test_an_answer_after_the_copied_question_counts():
-    text = f"{QUESTION}\n12 - 5 = 7\n#### 7"
-    assert answers.is_correct(text, "7", prompt=QUESTION)
+@pytest.mark.parametrize(
+    ("text", "gold", "prompt", "right"),
+    [
+        (QUESTION, "12", "", True),
+        (QUESTION, "12", f"Solve this. {QUESTION}", False),
+        ("  How many nuts are left  of her 12?", "12", QUESTION, False),
+        (f"{QUESTION}\n12 - 5 = 7\n#### 7", "7", QUESTION, True),
+        (INSTRUCTION, "42", INSTRUCTION, False),
+        ("42", "42", INSTRUCTION, True),  # short, though the prompt holds it
+        ("#### 42", "42", INSTRUCTION, True),
+        ("It is #### 42", "42", f"{INSTRUCTION}\nIt is #### 42", True),
+    ],
+)
+def test_what_is_copied_from_the_prompt_is_no_answer(text, gold, prompt, right):
+    assert answers.is_correct(text, gold, prompt) is right
 
 
 @pytest.mark.parametrize("gold", ["x+1", "about 12", "$", "$$", "a $5 b"])
@@ -85,18 +66,10 @@ def test_words_and_bare_letters_are_no_gold_answer(gold):
 
 
 def test_an_expression_is_refused_outside_the_main_thread():
-    caught = []
-
-    def grade():
-        try:
-            answers.is_correct(r"\boxed{x}", "$x$")
-        except RuntimeError as error:
-            caught.append(str(error))
-
-    thread = threading.Thread(target=grade)
-    thread.start()
-    thread.join()
-    assert "in the main thread only" in caught[0]
+    with ThreadPoolExecutor() as pool:
+        grading = pool.submit(answers.is_correct, r"\boxed{x}", "$x$")
+    with pytest.raises(ValueError, match="doesn't support threaded environment"):
+        grading.result()
 
 
 def test_numbers_are_graded_in_any_thread_without_a_library(heavy_modules):
@@ -112,24 +85,15 @@ assert not {"math_verify", "sympy"} & set(sys.modules)
     assert heavy_modules(program) == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *(piece * 4000 for piece in ["#### ", "1 ", "1, ", "1 or ", r"\boxed{", " "]),
-        *(
-            piece * 4000
-            for piece in ["<think>", "</think>", "#### 5 a ", "a\n", "(", "="]
-        ),
-        *("#### 5" + piece * 20000 + "!" for piece in [" ", " a", "(", "-", "9", "\n"]),
-        *(
-            piece * 4000 + end
-            for piece in ["100 ", "1,", "1.", "a1", "10^", "5 x 10^", "$ ", "- ", "* "]
-            + ["<answer>", "answer is ", "#### a: ", "x = ", "5 k", "\u00b2", "\u0661"]
-            + [r"\frac{1}{", "1 and 1/", "<|", "minus ", "1:", "_", "\u5143", "5, a "]
-            for end in ["", "!", "5"]
-        ),
-    ],
-)
+REPEATED = ["#### ", "1 ", "1, ", "1 or ", r"\boxed{", " ", "(", "=", "a\n", "100 "]
+REPEATED += ["<think>", "</think>", "#### 5 a ", "1,", "1.", "a1", "10^", "$ "]
+REPEATED += ["- ", "* ", "<answer>", "answer is ", "#### a: ", "x = ", "5 k", "\u00b2"]
+REPEATED += ["\u0661", r"\frac{1}{", "1 and 1/", "<|", "minus ", "1:", "_", "\u5143"]
+LONG = [piece * 4000 + end for piece in REPEATED for end in ["", "!", "5"]]
+LONG += ["#### 5" + piece * 20000 + "!" for piece in [" ", " a", "(", "-", "9", "\n"]]
+
+
+@pytest.mark.parametrize("text", LONG)
 def test_no_long_text_keeps_the_parser_busy(text):
     started = time.process_time()
     answers.is_correct(text, "5", prompt="How many are 2 and 3?")
@@ -142,54 +106,6 @@ def test_no_long_text_keeps_the_parser_busy(text):
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-cents = st.integers(min_value=-(10**11), max_value=10**11)
-
-
-def spellings(number: int) -> list[str]:
-    """Write a number of hundredths in the ways that people and models do."""
-    sign, whole, rest = "-" * (number < 0), abs(number) // 100, abs(number) % 100
-    plain, grouped = f"{whole}.{rest:02}", f"{whole:,}.{rest:02}"
-    texts = [plain, grouped, f"${grouped}", f"{plain}0", f"{grouped}%"]
-    if rest % 10 == 0:
-        texts.append(f"{whole}.{rest // 10}")
-    if rest == 0:
-        texts += [f"{whole}", f"{whole:,}", f"${whole:,}", f"{whole:,}%"]
-    texts = [sign + text for text in texts]
-    return [*texts, f"{number}/100", texts[1].replace("-", "\u2212")]
-
-
-CONTEXTS = [
-    "{}",
-    "{}.",
-    "The answer is {}.",
-    "4 + 4 = 8 in all.\n#### {}",
-    "#### {}.",
-    "Out of 99: \\boxed{{{}}}, as 9 said.",
-    "<think>99 or 98</think>\n\n{}",
-]
-
-
-@given(cents)
-def test_every_spelling_of_a_number_parses_to_it(number):
-    for text in spellings(number):
-        assert answers.parse_number(text) == Fraction(number, 100), text
-
-
-@given(cents, st.sampled_from(CONTEXTS))
-def test_a_number_is_right_against_its_gold_in_every_spelling(number, context):
-    texts = spellings(number)
-    for text in texts:
-        assert answers.is_correct(context.format(text), texts[0])
-        assert answers.is_correct(context.format(texts[0]), text)
-
-
-@given(cents, cents, st.sampled_from(CONTEXTS))
-def test_a_different_number_is_never_right(number, other, context):
-    if number == other:
-        other += 1
-    for text in spellings(number):
-        assert not answers.is_correct(context.format(text), spellings(other)[0])
-
 
 @given(st.text() | st.text(alphabet="#0123456789,./$%- \n\\boxed{}", max_size=60))
 def test_no_text_breaks_the_parsers(text):
@@ -197,12 +113,6 @@ def test_no_text_breaks_the_parsers(text):
     answers.parse_gold(text)
     answers.extract_answer(text)
     answers.has_strict_format(text)
-
-
-@given(st.text(alphabet="#0123456789,./$%- \nab", max_size=40))
-def test_a_text_in_the_strict_format_is_in_the_soft_one(text):
-    if answers.has_strict_format("working\n#### " + text):
-        assert answers.has_soft_format("working\n#### " + text)
 
 
 # two laws, over any script: number form x currency or unit x sign x surroundings
@@ -264,8 +174,8 @@ def written_numbers(draw):
     else:
         kinds = {"none": st.just(""), "after": currencies, "unit": letters}
         unit = draw(st.sampled_from(["", " "])) + draw(kinds.get(place, symbols))
-        folded = numerals.clean(unit)
-        assume(not numerals.SCALE.match(folded) and not numerals.BROKEN.match(folded))
+        folded = answers.clean(unit)
+        assume(not answers.SCALE.match(folded) and not answers.BROKEN.match(folded))
         text = sign + text + unit
     return text, SIGNS[sign] * (whole + Fraction(cents, 100))
 
@@ -284,37 +194,16 @@ def test_a_part_of_a_number_is_never_given_for_the_whole(number, surroundings):
     assert answers.extract_answer(surroundings.format(text)) in (value, None)
 
 
+FORMS = ["{}:{}", "{}-{}", "{}\u2013{}", "{}~{}", "{}..{}", "{}h{}", "{}'{}", "{}_{}"]
+FORMS += ["{}:{}:{}", "{}/{}/{}", "{}.{}.{}", "{}-{}-{}", "{} or {}", "{}\uff1a{}"]
+FORMS += ["{}\u221a{}", "{} hours and {} minutes", "{}ft {}in", "\u00b1{}", "\u221a{}"]
+FORMS += ["{}\u03c0", "{}^n", "{}{}^", "{} and a half", "{} million {} thousand"]
+FORMS += ["{}\u20ac-{}\u20ac"]
+
+
 @given(
     st.lists(st.integers(1, 3000), min_size=3, max_size=3, unique=True).map(sorted),
-    st.sampled_from(
-        [
-            "{}:{}",
-            "{}-{}",
-            "{}\u2013{}",
-            "{}~{}",
-            "{}..{}",
-            "{}h{}",
-            "{}'{}",
-            "{}:{}:{}",
-        ]
-        + [
-            "{}/{}/{}",
-            "{}.{}.{}",
-            "{}-{}-{}",
-            "{} or {}",
-            "{}\u20ac-{}\u20ac",
-            "{}\u221a{}",
-        ]
-        + [
-            "{}_{}",
-            "{} hours and {} minutes",
-            "{}ft {}in",
-            "\u00b1{}",
-            "\u221a{}",
-            "{}\u03c0",
-        ]
-        + ["{}^n", "{}{}^", "{} and a half", "{} million {} thousand", "{}\uff1a{}"]
-    ),
+    st.sampled_from(FORMS),
     st.sampled_from(["", "\u20ac", " \u5143", " days", "%"]),
     st.sampled_from(MARKS[:-2] + LINES[:3]),
 )

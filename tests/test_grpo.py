@@ -13,7 +13,7 @@ import pytest
 from helpers import stages
 from helpers.config import changed
 from helpers.data import preparation as data
-from helpers.grpo import monitor, problems, rewards
+from helpers.grpo import monitor, rewards
 from helpers.grpo import trainer as grpo
 from helpers.inference.generation import generate
 from helpers.runs import Run
@@ -22,7 +22,7 @@ from helpers.training import trainer as training
 
 def length(completions: list[Any], **_: Any) -> list[float | None]:
     """A reward of one's own that random text spreads: its length, modulo seven."""
-    return [float(len(rewards.text_of(c)) % 7) for c in completions]
+    return [float(len(c[-1]["content"]) % 7) for c in completions]
 
 
 @pytest.fixture
@@ -60,12 +60,15 @@ def test_held_out_answers_are_greedy_whoever_samples(
     model, tokenizer = training.load_for_training(run, "grpo")
     trainer = grpo.build_grpo(run, model, tokenizer)
     training.fit(trainer, run)
-    rows = trainer.eval_dataset.to_list()
-    prompts = [row["prompt"] for row in rows]
+    prompts = list(trainer.eval_dataset["prompt"])
     answers = generate(model, tokenizer, prompts, max_new_tokens=6)
-    functions: Any = [length, rewards.strict_format]
-    metrics = problems.score(answers, rows, tokenizer, functions, [1.0, 0.5])
-    assert (3, metrics["eval_reward"]) == history(run, "eval_reward")[-1]
+    paid = [len(answer.text) % 7 for answer in answers]
+    formats = rewards.strict_format([answer.text for answer in answers])
+    last = (3, round(sum(paid) / 4, 4)), (3, round(sum(formats) / 4, 4))
+    assert history(run, "eval_rewards/length")[-1] == last[0]
+    assert history(run, "eval_rewards/strict_format")[-1] == last[1]
+    total = sum(paid) / 4 + 0.5 * sum(formats) / 4
+    assert history(run, "eval_reward")[-1] == (3, round(total, 4))
 
 
 def test_the_best_adapter_by_held_out_reward_is_kept_and_completions_are_logged(
@@ -87,7 +90,7 @@ def test_the_best_adapter_by_held_out_reward_is_kept_and_completions_are_logged(
     for logged in (1, 3):
         group = monitor.read_group(run, logged)
         assert len(group) == size and group["prompt"].nunique() == 1
-        paid = [length([text])[0] for text in group["completion"]]
+        paid = [len(text) % 7 for text in group["completion"]]
         assert list(group["length"]) == list(group["reward"]) == paid
 
 
@@ -121,24 +124,16 @@ def test_a_run_with_minutes_ends_by_the_clock_with_its_adapter_saved(
         return length(completions)
 
     monkeypatch.setitem(rewards.REWARDS, "slow", slow)
-    plain = monitor.Clock
-    monkeypatch.setattr(
-        monitor, "Clock", lambda *options: plain(*options, clock=lambda: clock.now)
-    )
+    time = SimpleNamespace(monotonic=lambda: clock.now)
+    monkeypatch.setattr(monitor, "time", time)
     run = make(rewards={"slow": 1.0}, grpo_minutes=1, grpo__lr_scheduler_type="linear")
     part = stages.train_stage(run, "grpo")
     assert clock.now == pytest.approx(60, abs=6)
     assert part["steps"] + len(history(run, "eval_reward")) == clock.now // 5
     assert "5.0 s a step: about" in caplog.text
-    assert part["planned_steps"] == pytest.approx(part["steps"], abs=2)
+    planned = int(caplog.text.split("s a step: about ")[1].split()[0])
+    assert planned == pytest.approx(part["steps"], abs=2)
     assert "1 minutes of grpo_minutes are used" in part["stopped"]
     rates = [rate for _, rate in history(run, "learning_rate")]
     assert rates[0] > 2 * rates[-1] >= 0
     assert (run.path / "grpo" / "adapter" / "adapter_config.json").exists()
-
-
-def test_the_small_version_of_a_recipe_counts_steps_not_minutes() -> None:
-    from helpers import recipes
-
-    config = changed(recipes.load("demo"), grpo_minutes=60)
-    assert recipes.scaled(config, steps=4).grpo_minutes is None

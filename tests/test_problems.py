@@ -1,4 +1,4 @@
-"""The problems of GRPO: what is trained on, what is held out, how it is scored."""
+"""The problems of GRPO: what is trained on, and what is held out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from helpers.config import SYSTEM_PROMPT, changed
+from helpers.config import SYSTEM_PROMPT
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
-from helpers.grpo import answers, problems, rewards
-from helpers.inference.generation import Answer
+from helpers.grpo import answers, problems
 from helpers.runs import Run
 
 # in the format of GSM8K's files
@@ -43,16 +42,12 @@ def problem_run(run_factory: Callable[..., Run], tmp_path: Path) -> Callable[...
 def test_a_prompt_is_the_question_under_the_system_prompt_with_a_plain_gold(
     problem_run: Callable[..., Run], tokenizer: Any
 ) -> None:
-    run = problem_run(max_prompt_length=500)
-    rows = problems.training_prompts(run, tokenizer)
+    rows = problems.training_prompts(problem_run(max_prompt_length=500), tokenizer)
     assert len(rows) == len(ROWS) - 2
     system = {"role": "system", "content": SYSTEM_PROMPT}
     question = {"role": "user", "content": ROWS[-3]["question"]}
     assert rows[-1] == {"prompt": [system, question], "gold": "1622"}
-
-
-def test_the_format_rewards_pay_for_what_the_system_prompt_asks_for() -> None:
-    line = SYSTEM_PROMPT.partition(": ")[2]
+    line = SYSTEM_PROMPT.partition(": ")[2]  # the format that is paid for
     assert answers.has_strict_format(f"6 * 7 = 42\n{line}")
 
 
@@ -72,15 +67,13 @@ def test_prompts_over_the_limit_are_left_out_and_counted(
         problems.training_prompts(problem_run(max_prompt_length=5), tokenizer)
 
 
-def test_fewer_prompts_than_a_step_takes_are_refused(
-    problem_run: Callable[..., Run], tokenizer: Any
+def test_fewer_problems_than_a_step_takes_are_refused(
+    problem_run: Callable[..., Run],
 ) -> None:
     run = problem_run(grpo={"per_device_train_batch_size": 22, "num_generations": 2})
-    text = "no step: 10 of 12 problems are left .* takes 11 .22 answers, 2 to each"
+    text = "no step: 10 problems are left .* takes 11 .22 answers, 2 to each"
     with pytest.raises(ConfigError, match=text):
         problems.require_prompts(run)
-    with pytest.raises(ConfigError, match=text):
-        problems.training_prompts(run, tokenizer)
     problems.require_prompts(problem_run())
 
 
@@ -92,7 +85,8 @@ def test_held_out_problems_are_eval_rows_and_all_problems_are_trained_on(
     left, held_out = problems.split_problems(run)
     assert (len(left), len(held_out)) == (2400, 4)
     rows = data.load_rows(run.config.data.eval or "")
-    assert [p["question"] for p in held_out] == [r["question"] for r in rows[:4]]
+    asked = [problem["prompt"][-1]["content"] for problem in held_out]
+    assert asked == [row["question"] for row in rows[:4]]
     assert held_out[0]["gold"] == rows[0]["answer"].split("#### ")[1]
 
 
@@ -100,43 +94,7 @@ def test_held_out_problems_are_eval_rows_and_all_problems_are_trained_on(
 def test_without_eval_rows_with_gold_answers_the_last_problems_are_held_out(
     problem_run: Callable[..., Run], rows: str | None
 ) -> None:
-    run = problem_run(data__eval=rows)
-    every = data.read_rows(run.path / "data" / "problems.jsonl")
-    assert problems.split_problems(run) == (every[:-2], every[-2:])
-
-
-def test_the_held_out_reward_is_the_weighted_mean_over_answers(tokenizer: Any) -> None:
-    def length(completions: list[Any], **_: Any) -> list[float | None]:
-        return [float(len(rewards.text_of(c)) % 7) for c in completions]
-
-    rows = [{"prompt": data.ask(q, ""), "gold": "5"} for q in ("1 + 4?", "2 + 2?")]
-    texts = [Answer("five: 5", 7, True), Answer("no", 2, True)]
-    functions: Any = [length, rewards.correctness]
-    assert problems.score(texts, rows, tokenizer, functions, [0.5, 1.0]) == {
-        "eval_rewards/length": 1.0,  # of 0 and 2
-        "eval_rewards/correctness": 0.5,
-        "eval_reward": 1.0,
-    }
-
-
-def test_pass_rates_are_of_answers_drawn_as_grpo_does(run: Run) -> None:
-    from trl import GRPOConfig
-
-    config = changed(run.config, grpo={"temperature": 0.7, "max_completion_length": 9})
-    drawn: dict[str, Any] = {}
-
-    def answer(prompts: list[Any], sampling: dict[str, Any]) -> list[Answer]:
-        drawn.update(sampling)
-        return [Answer(text, 1, True) for text in ("5", "6", "#### 5", "7", "8", "9")]
-
-    rows = [{"question": "2 + 3?", "gold": "5"}, {"question": "1?", "gold": "1"}]
-    rates = problems.pass_rates(Run(run.path, config), answer, rows, samples=3)
-    assert rates == [pytest.approx(2 / 3), 0]
-    assert drawn == {
-        "temperature": 0.7,
-        "top_p": GRPOConfig.top_p,
-        "top_k": GRPOConfig.top_k,
-        "min_p": GRPOConfig.min_p,
-        "repetition_penalty": GRPOConfig.repetition_penalty,
-        "max_new_tokens": 9,
-    }
+    parts = problems.split_problems(problem_run(data__eval=rows))
+    asked = [[row["prompt"][-1]["content"] for row in part] for part in parts]
+    questions = [row["question"] for row in ROWS]
+    assert asked == [questions[:-2], questions[-2:]]

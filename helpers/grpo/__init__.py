@@ -6,8 +6,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "answers": ["extract_answer"],
-        "monitor": ["Clock", "CollapseGuard", "LivePanel", "read_group"],
-        "problems": ["split_problems", "to_prompts", "training_prompts", "sampling_of"],
+        "monitor": ["Clock", "LivePanel", "read_group"],
+        "problems": ["split_problems", "training_prompts"],
         "trainer": ["GreedyEvaluation", "build_grpo", "grpo_arguments"],
     },
 )

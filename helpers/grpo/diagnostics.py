@@ -1,14 +1,10 @@
-"""What GRPO's logged values mean, in sentences, and when they mean a collapse.
-
-Pure functions of the trainer's `log_history`; the callbacks that log, show and act are
-in `monitor`.
-"""
+"""What GRPO's logged values mean, in sentences, and when they mean a collapse."""
 
 from __future__ import annotations
 
-import itertools
-import statistics
-from typing import Any, NamedTuple
+from typing import Any
+
+import pandas
 
 from helpers.grpo.rewards import ALL_RIGHT, ALL_WRONG
 
@@ -16,195 +12,133 @@ Entry = dict[str, Any]
 WINDOW = 10  # logged steps that are averaged before they are judged
 SKIPPED = "skipped_steps"
 NORMAL_SKIPS = 3  # while fp16's loss scale is found
+LENGTH, CLIPPED = "completions/mean_length", "completions/clipped_ratio"
 # a collapse: a share of the first length, of the best reward (beyond so many standard
 # errors), and of the answers cut off
 SHORT, LOST, SURE, CUT = 0.25, 0.3, 3, 0.9
-
-
-class State(NamedTuple):
-    """How a run goes: means over the last `WINDOW` logged steps, and over the first."""
-
-    reward: float
-    reward_first: float
-    noise: float
-    """Standard error of the difference of these two means."""
-    zero_spread: float
-    all_wrong: float
-    all_right: float
-    length: float
-    length_first: float
-    clipped: float
-    entropy: float | None
-    entropy_first: float | None
-    kl: float | None
-    skipped: int
-    held_out: list[tuple[int, float]]
-    """Step and mean reward of each held-out evaluation."""
-    max_length: int
+FLAT = "they give no gradient."
 
 
 def width_of_ends(steps: int) -> int:
-    """Returns over how many logged steps the first and the last rewards are averaged.
-
-    >>> width_of_ends(3), width_of_ends(100)
-    (1, 10)
-    """
+    """Returns over how many logged steps first and last rewards are averaged."""
     return max(1, min(WINDOW, steps // 2))
 
 
-def noise_of_means(rewards: list[float], width: int) -> float:
-    """Returns the standard error of the difference of two means of rewards.
-
-    From the changes between neighbouring steps, which a trend leaves alone: answers to
-    one problem are alike, so a step's spread would make it look surer than it is.
-
-    Args:
-        rewards: the mean of each logged step, in order.
-        width: steps in each of the two means.
-    """
-    changes = [(b - a) ** 2 for a, b in itertools.pairwise(rewards)]
-    return (statistics.fmean(changes) / width) ** 0.5 if changes else 0.0
+def noise_of_means(rewards: pandas.Series, width: int) -> float:
+    """Returns the standard error of the difference of two means of `width` rewards."""
+    changes = rewards.diff().dropna()  # which a trend leaves alone
+    return float((changes**2).mean() / width) ** 0.5 if len(changes) else 0.0
 
 
-def read_state(entries: list[Entry], max_length: int) -> State | None:
-    """Returns the state that logged values describe, None before the first step.
+def rewarded(history: list[Entry]) -> pandas.DataFrame:
+    """Returns the logged training steps, which have a reward."""
+    return pandas.DataFrame([e for e in history if e.get("reward") is not None])
+
+
+def explain(history: list[Entry], max_length: int) -> list[str]:
+    """Returns what a run's state means and what to do, most urgent first.
 
     Args:
-        entries: the trainer's `log_history`.
+        history: the trainer's `log_history`; before its first step nothing is said.
         max_length: of a completion, in tokens.
     """
-    steps = [e for e in entries if e.get("reward") is not None]
-    if not steps:
-        return None
+    steps = rewarded(history)
+    if steps.empty:
+        return []
     width = width_of_ends(len(steps))
-    first, last = steps[:width], steps[-width:]
-
-    def mean(part: list[Entry], name: str) -> float | None:
-        values = [e[name] for e in part if e.get(name) is not None]
-        return sum(values) / len(values) if values else None
-
-    return State(
-        reward=mean(last, "reward") or 0.0,
-        reward_first=mean(first, "reward") or 0.0,
-        noise=noise_of_means([e["reward"] for e in steps], width),
-        zero_spread=mean(last, "frac_reward_zero_std") or 0.0,
-        all_wrong=mean(last, ALL_WRONG) or 0.0,
-        all_right=mean(last, ALL_RIGHT) or 0.0,
-        length=mean(last, "completions/mean_length") or 0.0,
-        length_first=mean(first, "completions/mean_length") or 0.0,
-        clipped=mean(last, "completions/clipped_ratio") or 0.0,
-        entropy=mean(last, "entropy"),
-        entropy_first=mean(first, "entropy"),
-        kl=mean(last, "kl"),
-        skipped=int(steps[-1].get(SKIPPED, 0)),
-        held_out=[(e["step"], e["eval_reward"]) for e in entries if "eval_reward" in e],
-        max_length=max_length,
+    first, last = (
+        part.mean(numeric_only=True).dropna().to_dict()
+        for part in (steps.head(width), steps.tail(width))
     )
-
-
-def explain(state: State) -> list[str]:
-    """Returns what a state means and what to do, a sentence each, most urgent first."""
-    s, kl, flat = state, state.kl or 0.0, "they give no gradient."
-    entropy_first = s.entropy_first or 0.0
-    entropy = entropy_first if s.entropy is None else s.entropy
-    mixed = s.all_wrong <= 0.5 and s.all_right <= 0.5
-    sentences = {
-        f"{s.all_wrong:.0%} of the groups are all wrong: {flat} Warm-start with more "
-        "SFT, or take easier problems.": s.all_wrong > 0.5,
-        f"{s.all_right:.0%} of the groups are all right: {flat} Take harder problems; "
-        "there is little left to learn from these.": s.all_right > 0.5,
-        f"{s.zero_spread:.0%} of the groups have equal rewards: {flat} Sample more "
-        "answers a problem, or drop problems that are always or never "
-        "solved.": s.zero_spread > 0.5 and mixed,
-        f"{s.clipped:.0%} of the answers are cut at {s.max_length} tokens, before "
-        "their answer: raise max_completion_length, or reward shorter "
-        "ones.": s.clipped > 0.2,
-        f"Answers have shrunk from {s.length_first:.0f} to {s.length:.0f} tokens: see "
-        "in the table whether they still show their "
-        "working.": 0 < s.length < 0.5 * s.length_first,
-        f"Entropy fell from {entropy_first:.2f} to {entropy:.2f}: answers of a group "
-        "become alike, and soon nothing is left to compare. Lower the learning rate "
-        "or raise the temperature.": entropy < 0.3 * entropy_first,
-        f"Entropy rose from {entropy_first:.2f} to {entropy:.2f}: the text gets "
-        "random. Lower the learning rate.": entropy > 2 * entropy_first > 0,
-        f"{s.skipped} steps were skipped because gradients overflow in fp16, where 1 "
-        f"to {NORMAL_SKIPS} are normal: lower the learning "
-        "rate.": s.skipped > NORMAL_SKIPS,
+    zero, wrong = last.get("frac_reward_zero_std", 0), last.get(ALL_WRONG, 0)
+    right, clipped = last.get(ALL_RIGHT, 0), last.get(CLIPPED, 0)
+    length_0, length = first.get(LENGTH, 0), last.get(LENGTH, 0)
+    entropy_0 = first.get("entropy", 0)
+    entropy, kl = last.get("entropy", entropy_0), last.get("kl", 0)
+    skipped = int(steps.iloc[-1].dropna().get(SKIPPED, 0))
+    warnings = {
+        f"{wrong:.0%} of the groups are all wrong: {FLAT} Warm-start with more SFT, or "
+        "take easier problems.": wrong > 0.5,
+        f"{right:.0%} of the groups are all right: {FLAT} Take harder problems; there "
+        "is little left to learn from these.": right > 0.5,
+        f"{zero:.0%} of the groups have equal rewards: {FLAT} Sample more answers a "
+        "problem, or drop problems that are always or never "
+        "solved.": zero > 0.5 >= max(wrong, right),
+        f"{clipped:.0%} of the answers are cut at {max_length} tokens, before their "
+        "answer: raise max_completion_length, or reward shorter ones.": clipped > 0.2,
+        f"Answers have shrunk from {length_0:.0f} to {length:.0f} tokens: see in the "
+        "table whether they still show their working.": 0 < length < 0.5 * length_0,
+        f"Entropy fell from {entropy_0:.2f} to {entropy:.2f}: answers of a group "
+        "become alike, and soon nothing is left to compare. Lower the learning rate or "
+        "raise the temperature.": entropy < 0.3 * entropy_0,
+        f"Entropy rose from {entropy_0:.2f} to {entropy:.2f}: the text gets random. "
+        "Lower the learning rate.": entropy > 2 * entropy_0 > 0,
+        f"{skipped} steps were skipped because gradients overflow in fp16, where 1 to "
+        f"{NORMAL_SKIPS} are normal: lower the learning rate.": skipped > NORMAL_SKIPS,
         f"KL {kl:.2f} nats a token from the start: the model has left what SFT taught "
         "it. Raise beta or lower the learning rate.": kl > 1,
-        trend(state): True,
-        held_out(state): len(s.held_out) > 1,
-        "The loss is near zero by construction (a group's advantages add up to "
-        "nothing): look at the reward.": True,
-        "No KL term (beta 0): only the held-out reward tells whether the model "
-        "drifts.": s.kl is None,
     }
-    return [sentence for sentence, applies in sentences.items() if applies]
+    noise = noise_of_means(steps["reward"], width)
+    sentences = [sentence for sentence, applies in warnings.items() if applies]
+    sentences += [trend(first["reward"], last["reward"], noise), held_out(history)]
+    sentences.append(
+        "The loss is near zero by construction (a group's advantages add up to "
+        "nothing): look at the reward."
+    )
+    no_kl = "No KL term (beta 0): only the held-out reward tells if the model drifts."
+    sentences += [no_kl] * ("kl" not in last)
+    return [sentence for sentence in sentences if sentence]
 
 
-def trend(state: State) -> str:
+def trend(first: float, last: float, noise: float) -> str:
     """Returns whether the reward rises, with regard to its noise."""
-    change, noise = state.reward - state.reward_first, f"±{2 * state.noise:.2f}"
-    ends = f"{state.reward_first:.2f} -> {state.reward:.2f}"
-    if abs(change) <= 2 * state.noise:
+    ends, margin = f"{first:.2f} -> {last:.2f}", f"noise ±{2 * noise:.2f}"
+    if abs(last - first) <= 2 * noise:
         remedy = "more steps, more answers a step, or a higher rate"
-        return f"The reward is flat within its noise ({ends}, noise {noise}): {remedy}."
-    if change > 0:
-        return f"The reward rises: {ends} (noise {noise})."
+        return f"The reward is flat within its noise ({ends}, {margin}): {remedy}."
+    if last > first:
+        return f"The reward rises: {ends} ({margin})."
     return f"The reward falls: {ends}. Lower the learning rate; the best adapter stays."
 
 
-def held_out(state: State) -> str:
+def held_out(history: list[Entry]) -> str:
     """Returns how the held-out reward goes, empty before its second measurement."""
-    if len(state.held_out) < 2:
+    points = [(e["eval_reward"], e["step"]) for e in history if "eval_reward" in e]
+    if len(points) < 2:
         return ""
-    (_, start), *later = state.held_out
-    step, best = max(later, key=lambda point: (point[1], point[0]))
+    (start, _), (best, step) = points[0], max(points[1:])
     if best > start:
         return f"Held-out reward {start:.3f} -> {best:.3f}, best at step {step}."
-    return (
-        f"The held-out reward has not passed its start ({start:.3f}, best since "
-        f"{best:.3f})."
-    )
+    ends = f"({start:.3f}, best since {best:.3f})"
+    return f"The held-out reward has not passed its start {ends}."
 
 
-def collapse(entries: list[Entry]) -> str:
-    """Returns why a run should stop, empty while it should go on.
-
-    Length or reward have collapsed when their mean over `WINDOW` logged steps is a
-    fraction of what it was, or nearly all answers are cut. The reward's fall has to be
-    beyond its noise and, where a held-out reward is measured, to be in that as well:
-    problems differ from step to step, the held-out ones do not.
-    """
-    steps = [e for e in entries if e.get("reward") is not None]
+def collapse(history: list[Entry]) -> str:
+    """Returns why a run should stop, empty while it should go on."""
+    steps = rewarded(history)
     if len(steps) < 2 * WINDOW:
         return ""
-
-    def windows(name: str) -> list[float]:
-        values = [e.get(name) or 0.0 for e in steps]
-        starts = range(len(values) - WINDOW + 1)
-        return [statistics.fmean(values[i : i + WINDOW]) for i in starts]
-
-    length = windows("completions/mean_length")
-    if 0 < length[-1] < SHORT * length[0]:
+    values = steps.reindex(columns=["reward", LENGTH, CLIPPED]).fillna(0.0)
+    means = values.rolling(WINDOW).mean().dropna().round(9)
+    first, now, best = means.iloc[0], means.iloc[-1], means["reward"].max()
+    if 0 < now[LENGTH] < SHORT * first[LENGTH]:
         return (
-            f"answers collapsed from {length[0]:.0f} to {length[-1]:.0f} tokens; lower "
-            "the learning rate, or add a reward that short answers do not get"
+            f"answers collapsed from {first[LENGTH]:.0f} to {now[LENGTH]:.0f} tokens; "
+            "lower the learning rate, or add a reward that short answers do not get"
         )
-    reward = windows("reward")
-    best, now = max(reward), reward[-1]
-    noise = noise_of_means([e["reward"] for e in steps], WINDOW)
-    held = [e["eval_reward"] for e in entries if "eval_reward" in e] or [0.0]
+    noise = noise_of_means(steps["reward"], WINDOW)
+    # problems differ from step to step, those held out do not
+    held = [e["eval_reward"] for e in history if "eval_reward" in e] or [0.0]
     stands = held[-1] > LOST * max(held)
-    if now < LOST * best and best - now > SURE * noise and not stands:
+    lost = best - now["reward"]
+    if now["reward"] < LOST * best and lost > SURE * noise and not stands:
         return (
-            f"the reward collapsed from {best:.2f} to {now:.2f}; lower the learning "
-            "rate, or set beta"
+            f"the reward collapsed from {best:.2f} to {now['reward']:.2f}; lower the "
+            "learning rate, or set beta"
         )
-    clipped = windows("completions/clipped_ratio")
-    if clipped[-1] > CUT and clipped[0] <= CUT:
+    if now[CLIPPED] > CUT >= first[CLIPPED]:
         return (
-            f"{clipped[-1]:.0%} of the answers run on to their limit, {clipped[0]:.0%} "
-            "did at first; lower the learning rate"
+            f"{now[CLIPPED]:.0%} of the answers run on to their limit, "
+            f"{first[CLIPPED]:.0%} did at first; lower the learning rate"
         )
     return ""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from helpers.config import defaults
 from helpers.grpo import monitor, problems, rewards
-from helpers.inference.generation import generate, inference
+from helpers.inference.generation import Answering, generate, inference
 from helpers.rollout.sampler import Sampler, choose_sampler
 from helpers.runs import Run
 from helpers.training import callbacks
@@ -26,8 +27,8 @@ class GreedyEvaluation(Base):
     """Goes before TRL's class, `class Trainer(GreedyEvaluation, GRPOTrainer)`.
 
     `evaluate` pays greedy answers to the held-out problems: TRL's own samples, which
-    adds noise, and computes a loss, which is zero in GRPO. The table of these losses,
-    or a bar of steps that nobody knows, is hidden; the panel shows more.
+    adds noise, and computes a loss, which is zero in GRPO. The table of these losses
+    is hidden, as the panel shows more.
     """
 
     control: Any
@@ -42,19 +43,31 @@ class GreedyEvaluation(Base):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Returns the held-out reward, logged as `eval_reward` and by component."""
-        rows, args = self.eval_dataset.to_list(), self.args
-        tokenizer, sampler = self.processing_class, self.rollout_func
-        options = {"max_new_tokens": args.max_completion_length}
-        if self.model.device.type != "cpu" or sampler:  # as many as in a step
+        args, tokenizer = self.args, self.processing_class
+        columns = self.eval_dataset.to_dict()
+        options: dict[str, Any] = {"max_new_tokens": args.max_completion_length}
+        if self.model.device.type != "cpu" or self.rollout_func:  # as many as in a step
             size = args.per_device_train_batch_size * args.steps_per_generation
             options["batch_size"] = size
-        prompts = [row["prompt"] for row in rows]
-        if isinstance(sampler, Sampler):
-            answers = sampler.generate(tokenizer, prompts, **options)
-        else:
-            answers = generate(self.model, tokenizer, prompts, **options)
-        functions, weights = self.reward_funcs, args.reward_weights
-        metrics = problems.score(answers, rows, tokenizer, functions, weights)
+        answer: Answering = partial(generate, self.model)
+        if isinstance(self.rollout_func, Sampler):
+            answer = self.rollout_func.generate
+        texts = [a.text for a in answer(tokenizer, columns["prompt"], **options)]
+        values = {
+            "prompts": columns["prompt"],
+            "completions": [[{"role": "assistant", "content": t}] for t in texts],
+            "completion_ids": tokenizer(texts)["input_ids"],
+            "gold": columns["gold"],
+        }
+        metrics = {"eval_reward": 0.0}
+        for function, weight in zip(
+            self.reward_funcs, args.reward_weights, strict=True
+        ):
+            scores = [s for s in function(**values) if s is not None]
+            mean = sum(scores) / max(1, len(scores))
+            metrics[f"eval_rewards/{function.__name__}"] = round(mean, 4)
+            metrics["eval_reward"] += weight * mean
+        metrics["eval_reward"] = round(metrics["eval_reward"], 4)
         with inference(self.model):  # keeps TRL's training metrics out of this entry
             self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -67,6 +80,9 @@ def grpo_arguments(run: Run) -> dict[str, Any]:
     """Returns the arguments of `GRPOConfig`: the config's, and what they leave open.
 
     Opens the stage's folder; what other settings or data left there is set aside.
+
+    Args:
+        run: with `data/` prepared.
 
     Raises:
         ConfigError: the run has no grpo stage.
@@ -109,8 +125,8 @@ def build_grpo(
         tokenizer: of the model.
 
     Raises:
+        ConfigError: the run has no grpo stage, or every prompt is too long.
         MissingInput: notebook 01 has not prepared the data.
-        ConfigError: the run has no grpo stage, or too few problems for one step.
     """
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -121,13 +137,12 @@ def build_grpo(
     config, folder = run.config, run.path / "grpo"
     args = GRPOConfig(**grpo_arguments(run))
     functions, _ = rewards.choose(config.rewards, args.max_completion_length)
-    _, held_out = problems.split_problems(run)
     return Trainer(
         model=model,
         args=args,
         reward_funcs=functions,
         train_dataset=Dataset.from_list(problems.training_prompts(run, tokenizer)),
-        eval_dataset=Dataset.from_list(problems.to_prompts(run, held_out)),
+        eval_dataset=Dataset.from_list(problems.split_problems(run)[1]),
         processing_class=tokenizer,
         rollout_func=choose_sampler(run, model),
         callbacks=[
@@ -135,7 +150,6 @@ def build_grpo(
             callbacks.BestAdapter(folder / "adapter", "eval_reward"),
             callbacks.TimedSaves(config.save_minutes),
             callbacks.SkippedSteps(),
-            monitor.CollapseGuard(),
             monitor.Clock(folder, config.grpo_minutes),
         ],
     )

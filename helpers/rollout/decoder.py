@@ -1,8 +1,7 @@
 """Fast batched sampling from a plain transformers model: static cache, CUDA graph.
 
-One graph is a whole token: the model, the drawing, the bookkeeping. Python only replays
-it and now and then looks at whether all rows have ended. On a CPU the same code runs
-without a graph.
+One graph is a whole token: the model, the drawing, the bookkeeping. On a CPU the same
+code runs without a graph.
 """
 
 from __future__ import annotations
@@ -10,10 +9,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from helpers import runtime
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -34,23 +35,13 @@ class Completion(NamedTuple):
     """Sampled tokens of one prompt, the stop token included."""
 
     ids: list[int]
-    logps: list[float]
-    """Log-probabilities at the temperature, over the whole vocabulary, as TRL's."""
+    logps: list[float]  # at the temperature, over the whole vocabulary, as TRL's
 
 
 class Decoder:
-    """Samples completions from a model whose weights keep their addresses.
-
-    Args:
-        net: whose attention takes a mask of (batch, 1, length, seen), see
-            `merged_copy.grouped_attention`.
-        compiled: on a GPU, fuse small kernels with torch.compile, which takes half a
-            minute once.
-    """
+    """Samples completions from a model whose weights keep their addresses."""
 
     def __init__(self, net: PreTrainedModel, *, compiled: bool = False) -> None:
-        import torch
-
         self.net, self.forward = net, net.forward
         self.compiled = compiled and net.device.type == "cuda"
         if self.compiled:
@@ -67,42 +58,33 @@ class Decoder:
         stops: list[int],
         settings: Settings | None,
     ) -> list[Completion]:
-        """Returns a completion of each prompt, in their order.
-
-        Args:
-            prompts: token ids, of any lengths.
-            max_new_tokens: completions are cut here.
-            stops: tokens that end a completion, at least one.
-            settings: how tokens are drawn; None takes the likeliest, by the same graph.
-        """
-        import torch
-
+        """Returns a completion of each prompt; without settings, the likeliest."""
         widest = max(map(len, prompts))
         device = self.net.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             length = widest + max_new_tokens
             self.prepare(len(prompts), length, stops, settings or self.settings)
             rows = prompts + prompts[-1:] * (self.rows - len(prompts))
-            ids = torch.tensor([[0] * (widest - len(r)) + r for r in rows])
-            mask = torch.tensor([[0] * (widest - len(r)) + [1] * len(r) for r in rows])
+            padded = torch.tensor([[-1] * (widest - len(r)) + r for r in rows])
+            padded = padded.to(device)
             self.greedy.fill_(settings is None)
-            self.start(ids.to(device), mask.to(device).bool())
+            self.start(padded.clamp(min=0), padded >= 0)
             for count in range(1, max_new_tokens):
                 if count % LOOK == 0 and bool(self.ended.all()):
                     break
                 self.token() if self.graph is None else self.graph.replay()
-        tokens = self.tokens[: len(prompts), :max_new_tokens].tolist()
+        drawn = self.tokens[: len(prompts), :max_new_tokens].tolist()
         logps = self.logps[: len(prompts), :max_new_tokens].tolist()
-        ends = [first_stop(row, stops) for row in tokens]
-        columns = zip(tokens, logps, ends, strict=True)
-        return [Completion(row[:end], logp[:end]) for row, logp, end in columns]
+        completions = []
+        for ids, values in zip(drawn, logps, strict=True):
+            end = next((n for n, i in enumerate(ids, 1) if i in stops), len(ids))
+            completions.append(Completion(ids[:end], values[:end]))
+        return completions
 
     def prepare(
         self, rows: int, length: int, stops: list[int], settings: Settings
     ) -> None:
-        """Makes buffers and the graph where those of before do not fit, no smaller."""
-        import torch
-
+        """Makes buffers and the graph where those of before do not fit."""
         fits = rows <= self.rows and length <= self.length and len(stops) <= self.room
         if not fits or settings != self.settings:
             self.rows = max(rows, self.rows)
@@ -114,7 +96,6 @@ class Decoder:
 
     def allocate(self) -> None:
         """Makes cache, buffers and, on a GPU, the graph."""
-        import torch
         from transformers import StaticCache
 
         # give their memory back before the new ones take theirs: a capture cannot
@@ -135,14 +116,11 @@ class Decoder:
         self.tokens = torch.zeros(rows, length, **numbers)
         self.logps = torch.zeros(rows, length, device=device)
         if device.type == "cuda":
-            # the draws of training go on as if this had not been needed
-            with torch.random.fork_rng([device]):
+            with torch.random.fork_rng([device]):  # training's draws stay as they are
                 self.capture()
 
     def capture(self) -> None:
         """Records one token as a CUDA graph."""
-        import torch
-
         one = torch.zeros(self.rows, 1, dtype=torch.long, device=self.net.device)
         self.start(one, one == 0)
         stream = torch.cuda.Stream()
@@ -165,12 +143,7 @@ class Decoder:
         self.graph = graph
 
     def start(self, ids: Tensor, mask: Tensor) -> None:
-        """Reads the prompts (rows, width), False in `mask` = padding, on the left.
-
-        Draws the first token.
-        """
-        import torch
-
+        """Reads the prompts (rows, width), padded on the left; draws a token."""
         width = ids.shape[1]
         self.cache.reset()
         for buffer in (self.mask, self.count, self.ended):
@@ -205,44 +178,24 @@ class Decoder:
         self.draw(logits[:, -1])
 
     def draw(self, logits: Tensor) -> None:
-        """Writes a token drawn from logits (rows, vocabulary), and its log-probability.
+        """Writes a token drawn from logits (rows, vocabulary), and its likelihood."""
+        from transformers.generation import logits_process as process
 
-        By exponential noise (the Gumbel-max trick): the largest of p / Exp(1) falls on
-        each token with its probability p. Without the noise it is the likeliest, which
-        no setting rules out.
-        """
-        import torch
-
-        scores = logits.float() / self.settings.temperature
+        temperature, top_k, top_p, min_p = self.settings
+        scores = logits.float() / temperature
         logps = scores.log_softmax(-1)
-        allowed = rule_out(scores, self.settings)
-        noise = torch.empty_like(allowed).exponential_().log()
+        if top_k:
+            scores = process.TopKLogitsWarper(top_k)(None, scores)
+        if top_p < 1:
+            scores = process.TopPLogitsWarper(top_p)(None, scores)
+        if min_p:
+            scores = process.MinPLogitsWarper(min_p)(None, scores)
+        # the Gumbel-max trick: the largest of p / Exp(1) is a token with probability p
+        noise = torch.empty_like(scores).exponential_().log()
         noise.masked_fill_(self.greedy, 0.0)
-        token = (allowed - noise).argmax(-1, keepdim=True)
+        token = (scores - noise).argmax(-1, keepdim=True)
         self.tokens.index_copy_(1, self.count, token)
         self.logps.index_copy_(1, self.count, logps.gather(-1, token))
         self.last.copy_(token)
         self.ended.logical_or_((token == self.stops).any(-1, keepdim=True))
         self.count.add_(1)
-
-
-def rule_out(scores: Tensor, settings: Settings) -> Tensor:
-    """Returns scores with -inf for tokens that the settings rule out."""
-    from transformers.generation import logits_process as process
-
-    if settings.top_k:
-        scores = process.TopKLogitsWarper(settings.top_k)(None, scores)
-    if settings.top_p < 1:
-        scores = process.TopPLogitsWarper(settings.top_p)(None, scores)
-    if settings.min_p:
-        scores = process.MinPLogitsWarper(settings.min_p)(None, scores)
-    return scores
-
-
-def first_stop(ids: list[int], stops: list[int]) -> int:
-    """Returns the number of ids up to the first stop, itself included.
-
-    >>> first_stop([5, 6, 2, 7], [2]), first_stop([5, 6], [2])
-    (3, 2)
-    """
-    return next((n for n, i in enumerate(ids, 1) if i in stops), len(ids))
