@@ -16,8 +16,8 @@ import pytest
 
 from helpers.data import preparation as data
 from helpers.evaluation.evaluator import evaluate
-from helpers.evaluation.items import answer_rows, read_items
 from helpers.inference.generation import Answer
+from helpers.inference.items import answer_rows, read_items
 from helpers.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,9 +20,9 @@ from helpers.data import preparation as data
 from helpers.data.formats import Row
 from helpers.errors import DataError
 from helpers.evaluation import gsm8k, stats, text_metrics
-from helpers.evaluation.items import answer_rows, find_adapters, model_print
 from helpers.evaluation.tables import ACCURACIES, results_table
 from helpers.inference.generation import generate_batches, inference
+from helpers.inference.items import answer_rows, find_adapters, model_print
 from helpers.masking.dataset import NO_LOSS, Example, mask_conversations
 from helpers.models import load as models
 from helpers.runs import Run, fingerprint
