@@ -28,7 +28,7 @@ BOUNDS = {
 # A package may import from those left of it, never from those right of it. Names with
 # a dot are modules that stand elsewhere than their package.
 ORDER = """errors report runtime config recipes runs grpo.numerals grpo.answers data
-    masking estimate inference.generation inference.items models inference grpo.rewards
+    masking estimate inference.generation models inference grpo.rewards
     rollout checks evaluation training grpo llm_judge export stages widgets
     __main__""".split()
 
