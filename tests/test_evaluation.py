@@ -59,7 +59,7 @@ def test_held_out_conversations_get_losses_and_text_metrics(
     run_factory: Callable[..., Run],
 ) -> None:
     run = prepared(run_factory(**CHATS))
-    part = evaluation.evaluate(run, "base")
+    part = evaluator.evaluate(run, "base")
     test, items = part["test_chat"], read_items(run, "base", "test_chat")
     assert part["perplexity"] == pytest.approx(math.exp(part["eval_loss"]), rel=1e-3)
     assert test["perplexity"] == pytest.approx(math.exp(test["loss"]), rel=1e-3)
@@ -97,7 +97,7 @@ def test_a_run_that_holds_nothing_out_says_which_fields_to_set(
     nothing = {**CHATS, "data__eval_share": None, "data__test_share": None}
     run = run_factory(**nothing, best_by="loss", sft__eval_strategy="no")
     with pytest.raises(DataError, match="set data.eval_share or .*, data.eval, or"):
-        evaluation.evaluate(prepared(run), "base")
+        evaluator.evaluate(prepared(run), "base")
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,14 @@ def test_a_run_that_holds_nothing_out_says_which_fields_to_set(
 def test_what_is_held_out_is_what_the_config_says(
     run_factory: Callable[..., Run], changes: dict[str, Any], sets: list[str]
 ) -> None:
-    assert evaluation.held_out(run_factory(**changes).config) == sets
+    assert evaluator.held_out(run_factory(**changes).config) == sets
 
 
 def test_an_item_says_all_that_decided_its_verdicts(
     run_factory: Callable[..., Run],
 ) -> None:
     run = prepared(run_factory(**PROBLEMS))
-    part = evaluation.evaluate(run, "base")
+    part = evaluator.evaluate(run, "base")
     problem = data.read_rows(run.path / "data" / "test.jsonl")[0]
     items = read_items(run, "base", "test")
     item = items[0]
@@ -146,7 +146,7 @@ def test_evaluating_again_answers_nothing_again_unless_the_adapter_changed(
                 draw = torch.manual_seed(seed)
                 torch.nn.init.normal_(parameter, generator=draw)
         model.save_pretrained(tmp_path / "adapter")
-        evaluation.evaluate(run, "mine", tmp_path / "adapter")
+        evaluator.evaluate(run, "mine", tmp_path / "adapter")
         items = read_items(run, "mine", "test")
         return [(item["made_from"], item["seconds"]) for item in items]
 
@@ -160,10 +160,10 @@ def test_judgments_stay_until_the_model_changes(
 ) -> None:
     run = prepared(run_factory(**PROBLEMS))
     run.write_part("eval", {"base": {"mt_bench": {"score": 5.0}}})
-    evaluation.evaluate(run, "base")
+    evaluator.evaluate(run, "base")
     assert run.report()["eval"]["base"]["mt_bench"] == {"score": 5.0}
     other = run_factory(**PROBLEMS, template="instruction")
-    evaluation.evaluate(other, "base")
+    evaluator.evaluate(other, "base")
     assert "mt_bench" not in run.report()["eval"]["base"]
 
 
@@ -210,20 +210,22 @@ def test_labels_that_the_config_names_are_counted_as_they_are(
 
     monkeypatch.setattr(evaluator, "generate_batches", answer)
     run = labelled(["C", "C+", "C++"])
-    part = evaluation.evaluate(run, "base")["test_chat"]
+    part = evaluator.evaluate(run, "base")["test_chat"]
     items = read_items(run, "base", "test_chat")
     right = [item["reference"] == "C" for item in items]
     assert [item["correct"] for item in items] == right
     assert 0 < sum(right) < len(right)
     assert part["labels"]["accuracy"] == stats.proportion(sum(right), len(right))
     assert part["loss"] > 0 and "rougeL" not in part
-    evaluation.evaluate(run, "mine")
+    evaluator.evaluate(run, "mine")
     compared = evaluation.compare(run, "base", "mine")["test_chat"]
-    assert list(compared) == ["correct"] and compared["correct"]["difference"] == 0
+    assert {key: values["difference"] for key, values in compared.items()} == {
+        "correct": 0
+    }
     other = labelled(None)
-    part = evaluation.evaluate(other, "mine")["test_chat"]
+    part = evaluator.evaluate(other, "mine")["test_chat"]
     assert "labels" not in part and "rougeL" in part
-    with pytest.raises(DataError, match="with other evaluation.labels: evaluate"):
+    with pytest.raises(DataError, match="or other evaluation.labels: evaluate both"):
         evaluation.compare(other, "base", "mine")
 
 
@@ -231,10 +233,10 @@ def test_a_right_answer_that_is_no_label_is_refused_before_the_model_is_loaded(
     labelled: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "load_model", None)
-    reason = r"of \d right answers of test_chat are not among .*'C\+.*' \(row .*add the"
+    reason = r"of \d right answers in .* are not among evaluation.labels, .*'C\+.*: add"
     run = labelled(["C", "c+"])
     with pytest.raises(DataError, match=reason):
-        evaluation.evaluate(run, "base")
+        evaluator.evaluate(run, "base")
     with pytest.raises(DataError, match=reason):
         stages.ensure_ready(run, "sft")
 
@@ -243,8 +245,8 @@ def test_labels_without_conversations_to_answer_are_refused(
     run_factory: Callable[..., Run],
 ) -> None:
     run = prepared(run_factory(**PROBLEMS, evaluation__labels=["a", "b"]))
-    with pytest.raises(DataError, match="no held-out conversations are answered"):
-        evaluation.evaluate(run, "base")
+    with pytest.raises(DataError, match="0 of 0 right answers .*set data.test_share"):
+        evaluator.evaluate(run, "base")
 
 
 @pytest.mark.parametrize("labels", [[], [""], ["a", " "], ["a", "a "]])
@@ -275,9 +277,9 @@ def test_two_models_are_compared_on_the_same_items(run: Run) -> None:
     assert sets["test"]["correct"]["difference"] == 0.5
     counts = [sets["test"]["correct"][n] for n in ("only_second", "only_first")]
     assert counts == [2, 0]
-    assert sets["test"]["gain"]["reasoning"] == 2
+    assert sets["test"]["by reasoning"] == {"only_first": 0, "only_second": 2}
     rouge = sets["test_chat"]["rougeL"]
-    assert (rouge["mean"], rouge["n"]) == (0.3, 3)
+    assert (rouge["difference"], rouge["n"]) == (0.3, 3)
     assert run.report()["comparisons"] == json.loads(json.dumps({"base -> sft": sets}))
 
 

@@ -23,8 +23,9 @@ from helpers.runs import Run
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [{"id": str(n), "prompt": f"{n} + 1 =", "gold": str(n + 1)} for n in range(6)]
 EVALUATE = """
-from helpers import evaluation, runs
-evaluation.evaluate(runs.open_run("test"), "base")
+from helpers import runs
+from helpers.evaluation.evaluator import evaluate
+evaluate(runs.open_run("test"), "base")
 """
 
 

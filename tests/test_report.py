@@ -26,7 +26,7 @@ def test_published_reports_of_earlier_versions_fit(path: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("part", "values", "fault"),
     [
-        ("evals", {}, r"'evals' is not a part of a report; did you mean 'eval'\?"),
+        ("evals", {}, r"evals: .* not permitted.*; did you mean 'eval'\?"),
         ("sft", {"steps": "40"}, "sft.steps: Input should be a valid integer, found"),
         ("eval", {"base": {"accuracy": 0.5}}, "eval.base.accuracy: .*found 0.5"),
         ("eval", {"base": {"accuracy": {"k": 1, "n": 2}}}, "accuracy.low: .*required"),
@@ -49,9 +49,3 @@ def test_judges_and_figures_of_stages_have_names_of_their_own(run: Run) -> None:
     run.write_part("sft", {"steps": 4, "loss_first": 1.5})
     assert run.report()["eval"]["base"] == judged
     assert run.report()["sft"]["loss_first"] == 1.5
-
-
-def test_a_file_with_a_part_that_is_not_known_is_named(run: Run) -> None:
-    write_json(run.path / "report.json", {"score": {}})
-    with pytest.raises(ValueError, match="test/report.json does not fit.*\n'score'"):
-        run.report()

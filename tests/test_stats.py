@@ -44,14 +44,14 @@ def verdicts(*counts: int) -> tuple[list[bool], list[bool]]:
 
 
 def test_mcnemar_is_the_binomial_test_of_the_items_that_differ() -> None:
-    test = stats.compare_verdicts(*verdicts(40, 5, 15, 40))
+    test = stats.paired_difference(*verdicts(40, 5, 15, 40))
     tail = sum(math.comb(20, k) for k in range(6)) / 2**20
     assert test["p"] == pytest.approx(2 * tail, rel=1e-2)
     assert (test["only_first"], test["only_second"], test["n"]) == (5, 15, 100)
 
 
 def test_the_difference_has_an_interval_near_that_of_the_normal_distribution() -> None:
-    test = stats.compare_verdicts(*verdicts(100, 60, 100, 140))
+    test = stats.paired_difference(*verdicts(100, 60, 100, 140))
     half = Z * math.sqrt((160 - 40**2 / 400) / 400**2)
     assert test["difference"] == 0.1
     ends = (test["low"], test["high"])
@@ -60,7 +60,7 @@ def test_the_difference_has_an_interval_near_that_of_the_normal_distribution() -
 
 def test_other_numbers_of_items_are_refused() -> None:
     with pytest.raises(ValueError, match="shorter|longer"):
-        stats.compare_verdicts([True], [True, False])
+        stats.paired_difference([True], [True, False])
 
 
 def test_a_bootstrap_interval_is_the_same_each_time() -> None:

@@ -22,11 +22,7 @@ Report = dict[str, Any]
 def report() -> Report:
     """The report of a run with three evaluated models, and one that was judged only."""
     report: Report = {"sft": {"seconds": 150.0, "peak_memory_gb": 2.25}, "eval": {}}
-    for label, (k, k_new) in {
-        "base": (10, 5),
-        "sft": (90, 20),
-        "mine": (0, 99),
-    }.items():
+    for label, k, k_new in (("base", 10, 5), ("sft", 90, 20), ("mine", 0, 99)):
         report["eval"][label] = {
             "accuracy": stats.proportion(k, 200),
             "accuracy_new": stats.proportion(k_new, 100),
@@ -105,25 +101,29 @@ def test_text_metrics_and_class_rates_are_in_the_scores_table(chats: Report) -> 
     assert (labels["macro_f1"], labels["no_label"]) == ("0.25", "1")
 
 
-def test_differences_and_gains_are_shown_set_by_set() -> None:
-    test = {
-        "correct": stats.compare_verdicts([False, True], [True, True]),
-        "gain": {"strict_match": 2, "format": 1, "reasoning": 1},
+def test_differences_are_shown_set_by_set() -> None:
+    right = stats.paired_difference([False, True], [True, True])
+    gain = {"only_first": 0, "only_second": 1}
+    rouge = {"difference": 0.125, "n": 8, "low": -0.01, "high": 0.25}
+    sets = {
+        "test": {"by format": gain, "correct": right},
+        "test_chat": {"rouge": rouge},
     }
-    chat = {"rougeL": {"mean": 0.125, "n": 8, "low": -0.01, "high": 0.25}}
-    report = {"comparisons": {"base -> sft": {"test": test, "test_chat": chat}}}
-    table, models = tables.differences_table(report), "base -> after SFT"
-    assert {index: list(row) for index, row in table.iterrows()} == {
-        (models, "test", "correct"): [1, 0, "+50.0 points [+0.0, +100.0]", "1"],
-        (models, "test_chat", "rougeL"): ["-", "-", "+0.125 [-0.010, +0.250]", "-"],
+    table = tables.differences_table({"comparisons": {"base -> sft": sets}})
+    names = ["only_first", "only_second", "difference", "low", "high", "p"]
+    assert {index[1:]: list(row[names]) for index, row in table.iterrows()} == {
+        ("test", "by format"): [0, 1, "-", "-", "-", "-"],
+        ("test", "correct"): [0, 1, 0.5, 0.0, 1.0, 1.0],
+        ("test_chat", "rouge"): ["-", "-", 0.125, -0.01, 0.25, "-"],
     }
-    gains = tables.gain_table(report)
-    assert [list(row) for row in gains.values] == [["+2", "+1", "+1"]]
+    assert set(table.index.get_level_values("models")) == {"base -> after SFT"}
 
 
-def test_an_empty_report_has_empty_tables() -> None:
-    shown = (tables.results_table, tables.scores_table, tables.gain_table)
-    assert [len(show({})) for show in (*shown, tables.differences_table)] == [0] * 4
+@pytest.mark.parametrize(
+    "show", [tables.results_table, tables.scores_table, tables.differences_table]
+)
+def test_an_empty_report_has_empty_tables(show: Callable[[Report], Any]) -> None:
+    assert len(show({})) == 0
 
 
 def heights(report: Report, path: Path) -> tuple[list[list[float]], Any]:
@@ -155,55 +155,56 @@ def test_losses_are_drawn_where_no_problems_are_held_out(
     assert "lower is better" in axes.get_ylabel()
 
 
-@pytest.fixture
-def make_run(runs_home: Path) -> Callable[..., runs.Run]:
+def make_run(name: str, recipe: str = "smoke", **parts: Any) -> runs.Run:
     """Makes a run whose SFT stage is trained and evaluated, with other values."""
-
-    def make(name: str, recipe: str = "smoke", **parts: Any) -> runs.Run:
-        config = changed(recipes.load(recipe), name=name, stages=["sft"])
-        run = runs.save_run(config)
-        measured = {"eval_loss": 0.787, "accuracy": stats.proportion(45, 100)}
-        values = {
-            "environment": {"device": "cuda: Tesla T4"},
-            "data": {"train": 15000, "fingerprints": {"eval": "e1", "test": "t1"}},
-            "sft": {"steps": 40, "seconds": 3053.8, "loss_last": 0.75},
-            "eval": {"sft": measured},
-        }
-        for part, value in (values | parts).items():
-            if value:
-                run.write_part(part, value)
-        return run
-
-    return make
+    run = runs.save_run(changed(recipes.load(recipe), name=name))
+    measured = {"eval_loss": 0.787, "accuracy": stats.proportion(45, 100)}
+    values = {
+        "environment": {"device": "cuda: Tesla T4"},
+        "data": {"train": 15000, "fingerprints": {"eval": "e1", "test": "t1"}},
+        "sft": {"steps": 40, "seconds": 3053.8, "loss_last": 0.75},
+        "eval": {"sft": measured},
+    }
+    for part, value in (values | parts).items():
+        if value:
+            run.write_part(part, value)
+    return run
 
 
-def test_every_stage_of_every_run_has_a_row(make_run: Callable[..., runs.Run]) -> None:
-    first, second = make_run("b"), make_run("a", eval=None)
-    first = runs.save_run(changed(first.config, stages=["sft", "grpo"]))
-    first.write_part("grpo", {"steps": 8, "reward_first": 0.25})
-    table = tables.runs_table([first, second])
+def test_every_stage_of_every_trained_run_has_a_row(
+    runs_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    make_run("b", grpo={"steps": 8, "reward_first": 0.25})
+    make_run("a", eval=None)
+    make_run("c", sft=None)
+    assert caplog.messages == []
+    runs.write_json(make_run("d").path / "config.json", {"name": 5})
+    table = tables.runs_table()
     right = "45/100 = 45.0 % [35.6, 54.8]"
     assert {index: list(row) for index, row in table.iterrows()} == {
-        ("b", "after SFT"): [40, 0.75, "-", 3053.8, 0.787, right],
+        ("b", "after SFT"): [40, 0.75, "-", 3053.8, right, 0.787],
         ("b", "after GRPO"): [8, "-", 0.25, "-", "-", "-"],
         ("a", "after SFT"): [40, 0.75, "-", 3053.8, "-", "-"],
     }
-    names = ["steps", "loss_last", "reward_first", "seconds", "eval_loss", "test"]
+    names = ["steps", "loss_last", "reward_first", "seconds", "test", "eval_loss"]
     assert list(table) == names
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("left out: ")
 
 
 def test_what_cannot_be_compared_is_logged(
-    make_run: Callable[..., runs.Run], caplog: pytest.LogCaptureFixture
+    runs_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    tables.runs_table([make_run("a"), make_run("b")])
-    assert caplog.messages == []
+    with pytest.raises(DataError, match="no run in .* is trained"):
+        tables.runs_table()
+    make_run("a")
     prints = {"fingerprints": {"eval": "e2", "test": "t1"}}
-    here = {"device": "cpu: 2 cores"}
-    tables.runs_table([make_run("a"), make_run("b", data=prints, environment=here)])
+    make_run("b", data=prints, environment={"device": "cpu: 2 cores"})
+    tables.runs_table()
     assert caplog.messages == [
-        "eval: the runs' held-out rows differ, do not compare",
-        "seconds and memory are of cpu: 2 cores, cuda: Tesla T4",
+        f"the runs differ in {name}: do not compare what depends on it"
+        for name in ("eval", "device")
     ]
 
 
@@ -211,25 +212,12 @@ PUBLISHED = [name for name in recipes.NAMES if "published" in recipes.describe(n
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_figure_that_a_recipes_source_published_stands_below_the_runs(
-    make_run: Callable[..., runs.Run], name: str
+def test_the_figures_that_a_recipes_source_published_stand_below_the_runs(
+    runs_home: Path, name: str
 ) -> None:
-    table = tables.runs_table([make_run(n, recipe=name) for n in "ab"])
+    for run in "ab":
+        make_run(run, name)
+    table, published = tables.runs_table(), recipes.describe(name)["published"]
     assert list(table.index.get_level_values(0)) == ["a", "b", f"{name}, published"]
-    row, published = table.iloc[2].to_dict(), recipes.describe(name)["published"]
-    assert published.items() <= row.items()
-    assert sum(cell != "-" for cell in row.values()) == 1 + len(published)
-
-
-def test_the_trained_runs_of_the_folder_are_shown_and_unreadable_ones_logged(
-    make_run: Callable[..., runs.Run], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    for name in "ba":
-        make_run(name)
-    untrained = make_run("c", sft=None)
-    runs.write_json(make_run("d").path / "config.json", {"name": 5})
-    assert list(tables.runs_table().index.get_level_values(0)) == ["a", "b"]
-    assert caplog.messages[0].startswith("left out: ")
-    with pytest.raises(DataError, match="no stage of c is trained"):
-        tables.runs_table([untrained])
+    row = {k: v for k, v in table.iloc[2].items() if v != "-"}
+    assert row == published

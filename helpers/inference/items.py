@@ -1,6 +1,6 @@
-"""The models of an evaluation and their items: one JSON line each, batch by batch.
+"""The models of a run and their answers: one JSON line each, batch by batch.
 
-A kill costs the batch that was being answered. An item is not answered again unless
+A kill costs the batch that was being answered. A row is not answered again unless
 something that decides its answer has changed; verdicts are always computed anew.
 """
 
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from helpers import runtime
 from helpers.config import RunConfig
@@ -31,8 +30,7 @@ Generate = Callable[[list[Prompt]], Iterator[dict[int, Answer]]]
 
 def model_print(config: RunConfig, adapter: Path | str | None) -> str:
     """Returns the fingerprint of a model as it answers: weights, adapter, template."""
-    options: dict[str, Any] = models.options(config)
-    options |= {
+    options = models.options(config) | {
         "engine": runtime.resolve_engine(config.engine),
         "weights": models.resolve_weights(config.weights),
         "dtype": str(runtime.choose_dtype(runtime.find_machine(), config.dtype)[0]),
@@ -43,12 +41,7 @@ def model_print(config: RunConfig, adapter: Path | str | None) -> str:
 
 
 def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | None]:
-    """Returns the trained adapter of each label, by default of all models of a run.
-
-    Raises:
-        DataError: the run has no such model.
-        MissingInput: a stage has not been trained.
-    """
+    """Returns the adapter of each label, by default of all models of a run."""
     adapters: dict[str, Path | str | None] = {}
     known = ["base", *run.config.stages]
     for label in labels or known:
@@ -71,13 +64,8 @@ def answer_rows(
     """Returns one item a row, in the order of the rows, and writes them to a file.
 
     Until all are answered the file is `<name>.part.jsonl`, synced after every batch.
-
-    Args:
-        path: the file.
-        rows: `id` and `prompt` each, and what `judge` needs.
-        settings: a fingerprint of everything but the prompt that decides an answer.
-        generate: yields the answers of a batch, by their prompts' places.
-        judge: returns the verdicts, from the answer's text and the row.
+    `settings` is a fingerprint of everything but the prompt that decides an answer;
+    `generate` yields the answers of a batch by their prompts' places.
     """
     keys = [fingerprint(settings, row["id"], row["prompt"]) for row in rows]
     part = path.with_suffix(".part.jsonl")
