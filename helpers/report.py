@@ -11,15 +11,6 @@ from pydantic import BaseModel, ValidationError
 from helpers.errors import TunebookError, nearest
 
 
-class Proportion(BaseModel):
-    """A count of n with its 95 % interval."""
-
-    k: int
-    n: int
-    low: float
-    high: float
-
-
 class Part(BaseModel, extra="allow"):
     """A part, with the types of the fields that are read again; others are allowed."""
 
@@ -31,8 +22,8 @@ class Part(BaseModel, extra="allow"):
     seconds: float = 0.0
     peak_memory_gb: float = 0.0
     model_print: str = ""
-    accuracy: Proportion | None = None
-    accuracy_new: Proportion | None = None
+    accuracy: dict[str, float] | None = None
+    accuracy_new: dict[str, float] | None = None
     eval_loss: float | None = None
 
 

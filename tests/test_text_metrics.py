@@ -126,7 +126,7 @@ def test_classes_get_accuracy_and_f1() -> None:
     references = ["positive", "positive", "positive", "negative", "negative"]
     outputs = [" positive\n", "negative", "I like it", "negative", "positive"]
     values = rates(["negative", "positive"], *zip(outputs, references, strict=True))
-    assert values["accuracy"] == proportion(2, 5)
+    assert values["correct"] == proportion(2, 5)
     assert (values["macro_f1"], values["no_label"]) == (0.45, 1)
     assert values["f1"] == {"negative": 0.5, "positive": 0.4}
 
@@ -143,7 +143,7 @@ def test_a_label_is_compared_as_it_is(output: str, label: str) -> None:
     assert not judge(output, row, [label])["correct"]
     assert judge(f"\n {label} ", row, [label])["correct"]
     values = rates([label, "other"], (output, label))
-    assert (values["accuracy"]["k"], values["no_label"]) == (0, 1)
+    assert (values["correct"]["k"], values["no_label"]) == (0, 1)
 
 
 @pytest.mark.parametrize(("first", "f1"), [("a", 1.0), ("c", 0.3333)])

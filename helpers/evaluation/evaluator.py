@@ -1,7 +1,5 @@
-"""Held-out accuracy, loss and text metrics of base and tuned models, with intervals.
-
-Every model answers the same prompts with the same greedy decoding. An answer is correct
-if the number in it is right, so that a model is not scored on its format.
+"""Held-out accuracy, loss and text metrics of base and tuned models: all answer the
+same prompts with the same greedy decoding.
 """
 
 from __future__ import annotations
@@ -66,9 +64,8 @@ def summarise(items: list[Row], labels: list[str] | None) -> dict[str, Any]:
     if "gold" in items[0]:
         hits = {name: sum(i[name] for i in items) for name in gsm8k.VERDICTS}
         rates = {name: stats.proportion(k, n) for name, k in hits.items()}
-        rates["accuracy"] = rates.pop("correct")
     elif labels:
-        rates = {"labels": text_metrics.summarise_labels(items, labels)}
+        rates = text_metrics.summarise_labels(items, labels)
     else:
         rates = text_metrics.summarise_texts(items)
     stopped = sum(item["stopped"] for item in items)
@@ -120,14 +117,14 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
 
     Problems (`test`, `test_new`) are answered; conversations (`eval`, `test_chat`) give
     a loss, and are answered too where they are a test set or where the run holds out no
-    problems. Writes `eval/<label>/<set>.jsonl`, one line an answer, batch by batch:
-    after a kill the same call goes on. `label` is the part's key in the report.
+    problems. Writes `eval/<label>/<set>.jsonl`, batch by batch: after a kill the same
+    call goes on.
     """
     import torch
 
     config, labels = run.config, run.config.evaluation.labels
-    files = {name: run.require(f"data/{name}.jsonl") for name in held_out(config)}
-    sets = {name: data.read_rows(file) for name, file in files.items()}
+    files = [run.require(f"data/{name}.jsonl") for name in held_out(config)]
+    sets = {file.stem: data.read_rows(file) for file in files}
     if not sets:
         raise DataError(
             f"run {config.name!r} has no held-out rows: set data.eval_share or "
@@ -146,11 +143,10 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
             tokenizer, chats, config.loss_on, config.max_length, drop=drop
         )
         loss = response_loss(model, masked.rows)
-        perplexity = round(math.exp(loss), 3)
+        measures = {"loss": round(loss, 4), "perplexity": round(math.exp(loss), 3)}
         if name == "eval":
-            part |= {"eval_loss": round(loss, 4), "perplexity": perplexity}
-        else:
-            part[name] = {"loss": round(loss, 4), "perplexity": perplexity}
+            measures["eval_loss"] = measures.pop("loss")
+        part |= measures if name == "eval" else {name: measures}
     seconds = time.perf_counter() - started
     limits = config.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
     settings = fingerprint(part["model_print"], limits["max_new_tokens"])
@@ -165,7 +161,7 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
         seconds += sum(item["seconds"] for item in items)  # those of former calls too
         summary = summarise(items, labels)
         if name in ACCURACIES:
-            part[ACCURACIES[name]] = summary.pop("accuracy")
+            part[ACCURACIES[name]] = summary["correct"]
         key = "eval_text" if name == "eval" else name
         part[key] = summary | part.get(key, {})
     del model
@@ -176,7 +172,7 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     former = parts.get(label, {})
     if former.get("model_print", part["model_print"]) != part["model_print"]:
         former = {}  # its judgments are of another model
-    run.write_part("eval", {**parts, label: {**former, **part}})
+    run.write_part("eval", parts | {label: former | part})
     return part
 
 
@@ -217,9 +213,9 @@ def compare(run: Run, first: str, second: str) -> dict[str, Any]:
         if not all(file.exists() for file in files):
             continue
         a, b = (data.read_rows(file) for file in files)
-        questions = [[item["question"] for item in items] for items in (a, b)]
         measures = [k for k in (*gsm8k.VERDICTS, *text_metrics.OF_ITEMS) if k in a[0]]
-        if questions[0] != questions[1] or any(key not in b[0] for key in measures):
+        same = [item["question"] for item in a] == [item["question"] for item in b]
+        if not same or any(key not in b[0] for key in measures):
             raise DataError(
                 f"{first} and {second} answered {name} with other data or other "
                 "evaluation.labels: evaluate both again"

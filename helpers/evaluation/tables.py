@@ -36,7 +36,7 @@ def percent(part: dict[str, float]) -> str:
 def show(value: Any) -> str | None:
     """Returns a measure as text: a proportion, a mean with its interval, a score."""
     if not isinstance(value, dict):
-        return None if value is None else f"{value:.3g}"
+        return None if value is None else f"{value:.4g}"
     if "k" in value:
         return percent(value)
     form = "{score:.1f}" if "score" in value else "{mean:.3f} [{low:.3f}, {high:.3f}]"
@@ -54,12 +54,6 @@ def evaluated(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {k: part for k, part in report.get("eval", {}).items() if "seconds" in part}
 
 
-def losses(part: dict[str, Any]) -> dict[str, float | None]:
-    """Returns the losses of a model by their names in tables."""
-    chats = part.get("test_chat", {})
-    return {"eval loss": part.get("eval_loss"), "test_chat loss": chats.get("loss")}
-
-
 def results_table(report: dict[str, Any]) -> pd.DataFrame:
     """Returns accuracies with 95 % intervals, losses and costs, a row a model.
 
@@ -70,10 +64,9 @@ def results_table(report: dict[str, Any]) -> pd.DataFrame:
     for label, part in evaluated(report).items():
         stage = report.get(label, {})
         row: dict[str, Any] = {"model": STAGES.get(label, label)}
-        for name, key in ACCURACIES.items():
-            row[f"{name}: right [95 %]"] = show(part.get(key))
-        for name, loss in losses(part).items():
-            row[name] = None if loss is None else f"{loss:.3f}"
+        row |= {f"{s}: right [95 %]": show(part.get(k)) for s, k in ACCURACIES.items()}
+        row["eval loss"] = show(part.get("eval_loss"))
+        row["test_chat loss"] = show(part.get("test_chat", {}).get("loss"))
         row["train min"] = f"{stage['seconds'] / 60:.1f}" if stage else None
         row["eval min"] = f"{part['seconds'] / 60:.1f}"
         peak = max(part["peak_memory_gb"], stage.get("peak_memory_gb", 0.0))
@@ -92,9 +85,6 @@ def scores_table(report: dict[str, Any]) -> pd.DataFrame:
         for name in HELD_OUT:
             values = part.get("eval_text" if name == "eval" else name, {})
             if "stop_rate" in values:  # answered, not only a loss
-                classes = values.get("labels", {})
-                right = part.get(ACCURACIES.get(name, ""), classes.get("accuracy"))
-                values = {**values, **classes, "correct": right}
                 row: dict[str, Any] = {"model": STAGES.get(label, label), "set": name}
                 rows.append(row | {m: show(values.get(m)) for m in MEASURES})
     return to_frame(rows, "model", "set")
@@ -110,8 +100,7 @@ def differences_table(report: dict[str, Any]) -> pd.DataFrame:
         names = " -> ".join(STAGES.get(label, label) for label in models.split(" -> "))
         for name, measures in sets.items():
             cells = {"models": names, "set": name}
-            for key, values in measures.items():
-                rows.append({**cells, "measure": key, **values})
+            rows += [cells | {"measure": key} | measures[key] for key in measures]
     return to_frame(rows, "models", "set", "measure")
 
 
@@ -122,12 +111,11 @@ def plot_results(report: dict[str, Any], path: Path) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    parts = {STAGES.get(k, k): part for k, part in evaluated(report).items()}
-    rates = pd.DataFrame(
-        {m: {s: p.get(k) for s, k in ACCURACIES.items()} for m, p in parts.items()}
-    ).dropna()
-    heights = pd.DataFrame({m: losses(p) for m, p in parts.items()}).dropna()
+    parts = pd.DataFrame(evaluated(report)).rename(columns=STAGES)
+    rates = parts.reindex(ACCURACIES.values()).set_axis([*ACCURACIES]).dropna()
     options: dict[str, Any] = {"ylabel": "loss, nats a token (lower is better)"}
+    heights = results_table(report).filter(like=" loss").replace("-", None).T
+    heights = heights.astype(float)
     if len(rates):
         heights = 100 * rates.map(lambda rate: rate["k"] / rate["n"])
         below = heights - 100 * rates.map(lambda rate: rate["low"])

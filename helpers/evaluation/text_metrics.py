@@ -21,11 +21,7 @@ UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}
 
 
 def script_tokenizer(text: str) -> str:
-    """Returns the name of sacrebleu's tokenizer that reads a text's script.
-
-    >>> [script_tokenizer(text) for text in ("A cat.", "一只猫。", "ねこ")]
-    ['13a', 'zh', 'char']
-    """
+    """Returns the name of sacrebleu's tokenizer that reads a text's script."""
     letters = regex.findall(UNSPACED, text)
     if len(letters) < max(1, 0.1 * len(regex.findall(r"\p{L}", text))):
         return "13a"
@@ -88,10 +84,9 @@ def summarise_texts(items: Sequence[Row]) -> dict[str, Any]:
 
 
 def summarise_labels(items: Sequence[Row], labels: Sequence[str]) -> dict[str, Any]:
-    """Returns accuracy, and the F1 of the classes that occur, each and as their mean.
+    """Returns the right answers, and F1 of the classes that occur and their mean.
 
-    Labels are compared as they are, without the white space around them. An answer that
-    is not a label counts as wrong, and for no class.
+    An answer that is not a label counts as wrong, and for no class.
     """
     from sklearn.metrics import f1_score
 
@@ -102,7 +97,7 @@ def summarise_labels(items: Sequence[Row], labels: Sequence[str]) -> dict[str, A
     f1 = f1_score(right, answers, labels=classes, average=None, zero_division=0.0)
     hits = sum(a == b for a, b in zip(right, answers, strict=True))
     return {
-        "accuracy": proportion(hits, len(right)),
+        "correct": proportion(hits, len(right)),
         "macro_f1": round(float(f1.mean()), 4),
         "no_label": sum(answer not in names for answer in answers),
         "f1": dict(zip(classes, f1.round(4).tolist(), strict=True)),

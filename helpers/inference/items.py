@@ -1,7 +1,5 @@
-"""The models of a run and their answers: one JSON line each, batch by batch.
-
-A kill costs the batch that was being answered. A row is not answered again unless
-something that decides its answer has changed; verdicts are always computed anew.
+"""The models of a run and their answers, written batch by batch. A row is answered
+again only if what decides its answer has changed; verdicts are always computed anew.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from helpers import runtime
 from helpers.config import RunConfig
 from helpers.data.formats import Row
 from helpers.data.preparation import write_rows
-from helpers.errors import DataError
 from helpers.inference.generation import Answer, Prompt
 from helpers.masking.templates import template_text
 from helpers.models import load as models
@@ -43,11 +40,7 @@ def model_print(config: RunConfig, adapter: Path | str | None) -> str:
 def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | None]:
     """Returns the adapter of each label, by default of all models of a run."""
     adapters: dict[str, Path | str | None] = {}
-    known = ["base", *run.config.stages]
-    for label in labels or known:
-        if label not in known:
-            name = run.config.name
-            raise DataError(f"run {name!r} has no model {label!r}, only {known}")
+    for label in labels or ["base", *run.config.stages]:
         adapters[label] = run.config.sft_adapter if label == "sft" else None
         if label != "base" and not adapters[label]:
             adapters[label] = run.require(f"{label}/adapter")
