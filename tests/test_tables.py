@@ -27,11 +27,7 @@ def report() -> Report:
             "accuracy": stats.proportion(k, 200),
             "accuracy_new": stats.proportion(k_new, 100),
             "eval_loss": 1.23456,
-            "test": {
-                "correct": stats.proportion(k, 200),
-                "strict_format": stats.proportion(k, 200),
-                "stop_rate": 0.5,
-            },
+            "test": {"strict_format": stats.proportion(k, 200), "stop_rate": 0.5},
             "test_new": {"stop_rate": 0.5},
             "seconds": 90.0,
             "peak_memory_gb": 1.5,
@@ -76,20 +72,17 @@ def test_only_what_was_measured_has_a_column(chats: Report) -> None:
     assert column["base"] == "-" and column["after SFT"].startswith("1/2 = 50.0 % [")
 
 
-def test_the_scores_table_has_every_verdict_of_every_model(report: Report) -> None:
-    report["eval"]["sft"]["test"]["strict_match"] = stats.proportion(80, 200)
+def test_the_scores_table_has_every_verdict_and_metric_of_every_model(
+    report: Report, chats: Report
+) -> None:
     table = tables.scores_table(report)
     sets = [(m, s) for m in ("base", "after SFT", "mine") for s in ("test", "test_new")]
     assert list(table.index) == sets
     row = table.loc[("after SFT", "test")]
-    assert row["correct"].startswith("90/200 = 45.0 % [")
-    assert row["strict_match"].startswith("80/200 = 40.0 % [")
-    assert (row["strict_format"], row["stop_rate"]) == (row["correct"], "0.5")
-    assert table.loc[("base", "test"), "strict_match"] == "-"
+    assert row["strict_format"].startswith("90/200 = 45.0 % [")
+    assert row["stop_rate"] == "0.5"
+    assert table.loc[("base", "test_new"), "strict_format"] == "-"
     assert "rougeL" not in table
-
-
-def test_text_metrics_and_class_rates_are_in_the_scores_table(chats: Report) -> None:
     texts = [("a cat sat", "a cat sat"), ("a dog", "a bird flew away")]
     items = [{"output": o, "reference": r, **metrics.score(o, r)} for o, r in texts]
     values = metrics.summarise_texts(items) | {"stop_rate": 1.0}
