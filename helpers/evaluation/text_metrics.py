@@ -57,13 +57,13 @@ def score(output: str, reference: str) -> dict[str, float]:
     scorer = RougeScorer(ROUGE, use_stemmer=True, tokenizer=None if english else words)
     rouge = scorer.score(reference, output)
     plain, right = (normalize_answer(text) for text in (output, reference))
-    if right:
-        texts = (" ".join(words.tokenize(text)) for text in (right, plain))
-        match, f1 = float(plain == right), round(float(compute_f1(*texts)), 4)
-    else:  # nothing but punctuation or articles: SQuAD's would take any two for equal
-        match = f1 = float(same)
-    values = {key: round(rouge[key].fmeasure, 4) for key in ROUGE}
-    return {**values, "exact_match": match, "token_f1": f1}
+    texts = [" ".join(words.tokenize(text)) for text in (right, plain)]
+    match, f1 = plain == right, compute_f1(*texts)
+    if not texts[0]:  # no words: SQuAD's metrics would take any two texts for equal
+        match = f1 = same
+    values = {name: rouge[name].fmeasure for name in ROUGE}
+    values |= {"exact_match": match, "token_f1": f1}
+    return {name: round(float(value), 4) for name, value in values.items()}
 
 
 def summarise_texts(items: Sequence[Row]) -> dict[str, Any]:
