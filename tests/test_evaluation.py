@@ -105,20 +105,6 @@ def test_a_run_that_holds_nothing_out_says_which_fields_to_set(
         evaluate(prepared(CHATS, **nothing, sft__eval_strategy="no"), "base")
 
 
-@pytest.mark.parametrize(
-    ("changes", "sets"),
-    [
-        ({}, ["test", "test_new", "eval"]),
-        ({"data__test_new": None}, ["test", "eval"]),
-        (CHATS, ["test_chat", "eval"]),
-    ],
-)
-def test_what_is_held_out_is_what_the_config_says(
-    run_factory: Prepare, changes: dict[str, Any], sets: list[str]
-) -> None:
-    assert evaluator.held_out(run_factory(**changes).config) == sets
-
-
 def test_an_item_says_all_that_decided_its_verdicts(prepared: Prepare) -> None:
     run = prepared(PROBLEMS)
     run.write_part("eval", {"base": {"mt_bench": {"score": 5.0}}})

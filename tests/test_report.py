@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from helpers import report
-from helpers.evaluation.stats import proportion
 from helpers.runs import Run, write_json
 
 PUBLISHED = sorted((Path(__file__).parent.parent / "results").glob("demo_*.json"))
@@ -40,11 +39,3 @@ def test_a_misspelt_part_or_a_wrong_type_is_refused_and_nothing_written(
     with pytest.raises(ValueError, match=f"(?s)report.json does not fit.*{fault}"):
         run.write_part(part, values)
     assert run.report() == before
-
-
-def test_judges_and_figures_of_stages_have_names_of_their_own(run: Run) -> None:
-    judged = {"mt_bench": {"score": 5.0}, "accuracy": proportion(1, 2)}
-    run.write_part("eval", {"base": judged})
-    run.write_part("sft", {"steps": 4, "loss_first": 1.5})
-    assert run.report()["eval"]["base"] == judged
-    assert run.report()["sft"]["loss_first"] == 1.5

@@ -94,15 +94,12 @@ def check_labels(run: Run) -> None:
 
 
 def response_loss(model: PreTrainedModel, rows: Iterable[Example]) -> float:
-    """Returns the mean cross-entropy, in nats, over all supervised tokens of the rows.
-
-    A row at a time: padding does not change it, and only one row's logits take memory.
-    """
+    """Returns the mean cross-entropy, in nats, over all supervised tokens of rows."""
     import torch
 
     total, count = 0.0, 0
     with inference(model):
-        for row in rows:
+        for row in rows:  # one at a time: no padding, and logits of one row in memory
             ids = torch.tensor([row["input_ids"]], device=model.device)  # (1, seq)
             labels = torch.tensor([row["labels"]], device=model.device)
             tokens = int((labels[:, 1:] != NO_LOSS).sum())
@@ -115,10 +112,8 @@ def response_loss(model: PreTrainedModel, rows: Iterable[Example]) -> float:
 def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[str, Any]:
     """Evaluates a model on the run's held-out sets and returns its part of the report.
 
-    Problems (`test`, `test_new`) are answered; conversations (`eval`, `test_chat`) give
-    a loss, and are answered too where they are a test set or where the run holds out no
-    problems. Writes `eval/<label>/<set>.jsonl`, batch by batch: after a kill the same
-    call goes on.
+    Conversations (`eval`, `test_chat`) give a loss; the sets of `data.answered` are
+    answered too, into `eval/<label>/<set>.jsonl`: after a kill the same call goes on.
     """
     import torch
 
@@ -138,24 +133,24 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     model, tokenizer = models.load_model(config.model, adapter=adapter, **options)
     part: dict[str, Any] = {"model_print": model_print(config, adapter)}
     for name in [name for name in sets if name not in ACCURACIES]:
-        chats, drop = [row["messages"] for row in sets[name]], config.data.drop_unusable
-        masked = mask_conversations(
-            tokenizer, chats, config.loss_on, config.max_length, drop=drop
-        )
+        chats = [row["messages"] for row in sets[name]]
+        limits = (config.loss_on, config.max_length)
+        drop = config.data.drop_unusable
+        masked = mask_conversations(tokenizer, chats, *limits, drop=drop)
         loss = response_loss(model, masked.rows)
         measures = {"loss": round(loss, 4), "perplexity": round(math.exp(loss), 3)}
         if name == "eval":
             measures["eval_loss"] = measures.pop("loss")
         part |= measures if name == "eval" else {name: measures}
     seconds = time.perf_counter() - started
-    limits = config.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
-    settings = fingerprint(part["model_print"], limits["max_new_tokens"])
+    decoding = config.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
+    settings = fingerprint(part["model_print"], decoding["max_new_tokens"])
     for name in data.answered(sets):
         items = answer_rows(
             run.path / "eval" / label / f"{name}.jsonl",
             to_prompts(config, sets[name]),
             settings,
-            partial(generate_batches, model, tokenizer, **limits),
+            partial(generate_batches, model, tokenizer, **decoding),
             partial(judge, labels=labels),
         )
         seconds += sum(item["seconds"] for item in items)  # those of former calls too

@@ -22,7 +22,6 @@ from helpers.runs import Run, content_hash, fingerprint
 
 # the fields of an item besides its verdicts
 FIELDS = ("id", "prompt", "output", "tokens", "stopped", "seconds", "made_from")
-Generate = Callable[[list[Prompt]], Iterator[dict[int, Answer]]]
 
 
 def model_print(config: RunConfig, adapter: Path | str | None) -> str:
@@ -51,14 +50,13 @@ def answer_rows(
     path: Path,
     rows: list[Row],
     settings: str,
-    generate: Generate,
+    generate: Callable[[list[Prompt]], Iterator[dict[int, Answer]]],
     judge: Callable[[str, Row], Row],
 ) -> list[Row]:
     """Returns one item a row, in the order of the rows, and writes them to a file.
 
     Until all are answered the file is `<name>.part.jsonl`, synced after every batch.
-    `settings` is a fingerprint of everything but the prompt that decides an answer;
-    `generate` yields the answers of a batch by their prompts' places.
+    `settings` is a fingerprint of all but the prompt that decides an answer.
     """
     keys = [fingerprint(settings, row["id"], row["prompt"]) for row in rows]
     part = path.with_suffix(".part.jsonl")
