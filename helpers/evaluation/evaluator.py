@@ -77,11 +77,8 @@ def check_labels(run: Run) -> None:
     """Refuses `evaluation.labels` that some right answer is not among."""
     labels = [label.strip() for label in run.config.evaluation.labels or []]
     names = [n for n in data.answered(held_out(run.config)) if n not in ACCURACIES]
-    rows = [
-        row
-        for name in (names if labels else ())
-        for row in data.read_rows(run.require(f"data/{name}.jsonl"))
-    ]
+    files = [run.require(f"data/{name}.jsonl") for name in names if labels]
+    rows = [row for file in files for row in data.read_rows(file)]
     answers = [data.first_answer(row["messages"])["content"].strip() for row in rows]
     unknown = [answer for answer in answers if answer not in labels]
     if labels and (unknown or not answers):
@@ -134,8 +131,7 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     part: dict[str, Any] = {"model_print": model_print(config, adapter)}
     for name in [name for name in sets if name not in ACCURACIES]:
         chats = [row["messages"] for row in sets[name]]
-        limits = (config.loss_on, config.max_length)
-        drop = config.data.drop_unusable
+        limits, drop = (config.loss_on, config.max_length), config.data.drop_unusable
         masked = mask_conversations(tokenizer, chats, *limits, drop=drop)
         loss = response_loss(model, masked.rows)
         measures = {"loss": round(loss, 4), "perplexity": round(math.exp(loss), 3)}
