@@ -376,7 +376,7 @@ def write_table(given: argparse.Namespace) -> None:
 
 def row(found: dict[str, Any], origin: str, setting: str) -> dict[str, Any]:
     """Returns accuracies after SFT, GRPO and the control, with the paired p values."""
-    from helpers.evaluation.stats import compare_verdicts
+    from helpers.evaluation.stats import paired_difference
 
     sft, grpo = found[origin]["sft"], found[f"{origin}-{setting}"]
     control = found.get(f"{origin}-control")
@@ -388,10 +388,10 @@ def row(found: dict[str, Any], origin: str, setting: str) -> dict[str, Any]:
         part = {
             "sft": sft[name],
             "grpo": grpo["after"][name],
-            "p": compare_verdicts(sft[right], grpo["after"][right])["p"],
+            "p": paired_difference(sft[right], grpo["after"][right])["p"],
         }
         if control:
-            p = compare_verdicts(sft[right], control["after"][right])["p"]
+            p = paired_difference(sft[right], control["after"][right])["p"]
             part["more_sft"] = {**control["after"][name], "p": p}
         counts |= part if name == "test" else {name: part}
     for name, job in (("grpo", grpo), ("more_sft", control)):

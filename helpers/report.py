@@ -1,8 +1,4 @@
-"""The schema of `report.json`: one part for each stage, written by that stage alone.
-
-Fields named here have the type they are read with. A part may hold more of them, such
-as the results of judges; the report may not hold other parts.
-"""
+"""The schema of `report.json`: one part for each stage, written by that stage alone."""
 
 from __future__ import annotations
 
@@ -10,76 +6,36 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from helpers.errors import TunebookError, nearest
 
 
-class Part(BaseModel):
-    """A part: each field may be absent, further ones are allowed."""
+class Part(BaseModel, extra="allow"):
+    """A part, with the types of the fields that are read again; others are allowed."""
 
-    model_config = ConfigDict(extra="allow")
-
-
-class Proportion(BaseModel):
-    """A count of n with its 95 % interval."""
-
-    k: int
-    n: int
-    low: float
-    high: float
-
-
-class Environment(Part):
-    """The machine and the libraries of the last training or setup."""
-
-    engine: str = ""
     device: str = ""
-    dtype: str = ""
-    versions: dict[str, str] = {}
-
-
-class Data(Part):
-    """Sources and fingerprints of the rows; their counts are further fields."""
-
-    sources: dict[str, dict[str, Any]] = {}
     fingerprints: dict[str, str] = {}
     made_from: str = ""
     inputs: dict[str, str] = {}
-
-
-class Training(Part):
-    """The costs of a stage; losses and rewards are further fields."""
-
     steps: int = 0
     seconds: float = 0.0
     peak_memory_gb: float = 0.0
-    stopped: str = ""
-
-
-class Evaluation(Part):
-    """The measures of one model; results of judges are further fields."""
-
     model_print: str = ""
-    accuracy: Proportion | None = None
-    accuracy_new: Proportion | None = None
+    accuracy: dict[str, float] | None = None
+    accuracy_new: dict[str, float] | None = None
     eval_loss: float | None = None
-    perplexity: float | None = None
-    seconds: float = 0.0
-    peak_memory_gb: float = 0.0
 
 
-class Report(BaseModel):
+class Report(BaseModel, extra="forbid"):
     """The whole file."""
 
-    model_config = ConfigDict(extra="forbid")
-
     run: dict[str, str] = {}
-    environment: Environment = Environment()
-    data: Data = Data()
-    sft: Training = Training()
-    grpo: Training = Training()
-    eval: dict[str, Evaluation] = {}
+    environment: Part = Part()
+    data: Part = Part()
+    sft: Part = Part()
+    grpo: Part = Part()
+    eval: dict[str, Part] = {}
     comparisons: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     blind: dict[str, dict[str, Any]] = {}
     export: dict[str, Any] = {}
@@ -92,21 +48,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def check(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Returns the parts of a report, unchanged.
-
-    Raises:
-        TunebookError: a part is unknown, or a field has another type; a line each.
-    """
+    """Returns the parts of a report, unchanged; refuses those of another schema."""
     try:
         Report.model_validate(values, strict=True)
     except ValidationError as error:
         lines = [f"{path} does not fit the schema of helpers/report.py:"]
         for fault in error.errors():
             field = ".".join(map(str, fault["loc"]))
-            if fault["type"] == "extra_forbidden":
-                hint = nearest(field, Report.model_fields)
-                lines.append(f"{field!r} is not a part of a report{hint}")
-            else:
-                lines.append(f"{field}: {fault['msg']}, found {fault['input']!r:.80}")
+            hint = nearest(field, Report.model_fields)
+            lines.append(f"{field}: {fault['msg']}, found {fault['input']!r:.80}{hint}")
         raise TunebookError("\n".join(lines)) from None
     return values

@@ -16,6 +16,7 @@ from helpers.data import preparation as data
 from helpers.errors import ConfigError, DataError, MissingInput
 from helpers.evaluation import evaluator, gsm8k, stats
 from helpers.evaluation import text_metrics as metrics
+from helpers.evaluation.evaluator import evaluate
 from helpers.inference.generation import Answer
 from helpers.masking.dataset import mask_conversations
 from helpers.models import load as models
@@ -43,29 +44,34 @@ PROBLEMS = {
     "sft__eval_strategy": "no",
     "evaluation__max_new_tokens": 4,
 }
+Prepare = Callable[..., Run]
 
 
-def prepared(run: Run) -> Run:
-    """The run, with its data."""
-    data.prepare(run)
-    return run
+@pytest.fixture
+def prepared(run_factory: Prepare) -> Prepare:
+    """Makes a run with its data."""
+
+    def make(changes: dict[str, Any], **more: Any) -> Run:
+        run = run_factory(**changes | more)
+        data.prepare(run)
+        return run
+
+    return make
 
 
 def read_items(run: Run, label: str, name: str) -> list[dict[str, Any]]:
     return data.read_rows(run.path / "eval" / label / f"{name}.jsonl")
 
 
-def test_held_out_conversations_get_losses_and_text_metrics(
-    run_factory: Callable[..., Run],
-) -> None:
-    run = prepared(run_factory(**CHATS))
-    part = evaluation.evaluate(run, "base")
+def test_held_out_conversations_get_losses_and_text_metrics(prepared: Prepare) -> None:
+    run = prepared(CHATS)
+    part = evaluate(run, "base")
     test, items = part["test_chat"], read_items(run, "base", "test_chat")
     assert part["perplexity"] == pytest.approx(math.exp(part["eval_loss"]), rel=1e-3)
     assert test["perplexity"] == pytest.approx(math.exp(test["loss"]), rel=1e-3)
     assert "accuracy" not in part and "eval_text" not in part
     held_out = data.read_rows(run.path / "data" / "test_chat.jsonl")
-    questions = [data.questions_of(row["messages"])[0] for row in held_out]
+    questions = [row["messages"][0]["content"] for row in held_out]
     assert [item["question"] for item in items] == questions
     assert test["answers"] == len(items)
     assert test["rougeL"] == stats.mean([item["rougeL"] for item in items])
@@ -92,33 +98,17 @@ def test_the_response_loss_is_over_all_supervised_tokens(
 
 
 def test_a_run_that_holds_nothing_out_says_which_fields_to_set(
-    run_factory: Callable[..., Run],
+    prepared: Prepare,
 ) -> None:
-    nothing = {**CHATS, "data__eval_share": None, "data__test_share": None}
-    run = run_factory(**nothing, best_by="loss", sft__eval_strategy="no")
+    nothing = {"data__eval_share": None, "data__test_share": None, "best_by": "loss"}
     with pytest.raises(DataError, match="set data.eval_share or .*, data.eval, or"):
-        evaluation.evaluate(prepared(run), "base")
+        evaluate(prepared(CHATS, **nothing, sft__eval_strategy="no"), "base")
 
 
-@pytest.mark.parametrize(
-    ("changes", "sets"),
-    [
-        ({}, ["test", "test_new", "eval"]),
-        ({"data__test_new": None}, ["test", "eval"]),
-        (CHATS, ["test_chat", "eval"]),
-    ],
-)
-def test_what_is_held_out_is_what_the_config_says(
-    run_factory: Callable[..., Run], changes: dict[str, Any], sets: list[str]
-) -> None:
-    assert evaluation.held_out(run_factory(**changes).config) == sets
-
-
-def test_an_item_says_all_that_decided_its_verdicts(
-    run_factory: Callable[..., Run],
-) -> None:
-    run = prepared(run_factory(**PROBLEMS))
-    part = evaluation.evaluate(run, "base")
+def test_an_item_says_all_that_decided_its_verdicts(prepared: Prepare) -> None:
+    run = prepared(PROBLEMS)
+    run.write_part("eval", {"base": {"mt_bench": {"score": 5.0}}})
+    part = evaluate(run, "base")
     problem = data.read_rows(run.path / "data" / "test.jsonl")[0]
     items = read_items(run, "base", "test")
     item = items[0]
@@ -129,50 +119,41 @@ def test_an_item_says_all_that_decided_its_verdicts(
     assert part["accuracy"] == stats.proportion(sum(i["correct"] for i in items), 2)
     assert part["test"]["truncated"] == sum(not i["stopped"] for i in items)
     assert part["test"]["tokens"] == sum(i["tokens"] for i in items)
+    # a judgment stays until the model changes
+    assert run.report()["eval"]["base"]["mt_bench"] == {"score": 5.0}
+    evaluate(prepared(PROBLEMS, template="instruction"), "base")
+    assert "mt_bench" not in run.report()["eval"]["base"]
 
 
 def test_evaluating_again_answers_nothing_again_unless_the_adapter_changed(
-    run_factory: Callable[..., Run], tiny_model_folder: Path, tmp_path: Path
+    prepared: Prepare, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     import torch
 
-    run = prepared(run_factory(**PROBLEMS))
+    run = prepared(PROBLEMS)
     model, _ = models.load_model(str(tiny_model_folder))
     model = add_lora(model, {"r": 2, "target_modules": ["q_proj"]})
 
-    def evaluate(seed: int) -> list[Any]:
+    def answer(seed: int) -> list[Any]:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 draw = torch.manual_seed(seed)
                 torch.nn.init.normal_(parameter, generator=draw)
         model.save_pretrained(tmp_path / "adapter")
-        evaluation.evaluate(run, "mine", tmp_path / "adapter")
+        evaluate(run, "mine", tmp_path / "adapter")
         items = read_items(run, "mine", "test")
         return [(item["made_from"], item["seconds"]) for item in items]
 
-    first = evaluate(0)
-    assert evaluate(0) == first
-    assert not {key for key, _ in evaluate(1)} & {key for key, _ in first}
-
-
-def test_judgments_stay_until_the_model_changes(
-    run_factory: Callable[..., Run],
-) -> None:
-    run = prepared(run_factory(**PROBLEMS))
-    run.write_part("eval", {"base": {"mt_bench": {"score": 5.0}}})
-    evaluation.evaluate(run, "base")
-    assert run.report()["eval"]["base"]["mt_bench"] == {"score": 5.0}
-    other = run_factory(**PROBLEMS, template="instruction")
-    evaluation.evaluate(other, "base")
-    assert "mt_bench" not in run.report()["eval"]["base"]
+    first = answer(0)
+    assert answer(0) == first
+    assert not {key for key, _ in answer(1)} & {key for key, _ in first}
 
 
 def test_the_models_of_a_run_are_evaluated_in_order(
-    run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
+    calls: list[Any] = []
     monkeypatch.setattr(evaluator, "evaluate", lambda *call: calls.append(call[1:]))
-    run = run_factory()
     with pytest.raises(MissingInput, match="02_sft_qlora"):
         evaluation.evaluate_run(run)
     adapters = {stage: run.path / stage / "adapter" for stage in ("sft", "grpo")}
@@ -183,21 +164,17 @@ def test_the_models_of_a_run_are_evaluated_in_order(
     assert calls == [("base", None), *adapters.items()]
     evaluation.evaluate_run(run, ["grpo"])
     assert calls[3:] == [("grpo", adapters["grpo"])]
-    with pytest.raises(DataError, match=r"has no model 'dpo', only \['base', 'sft'"):
-        evaluation.evaluate_run(run, ["dpo"])
 
 
 @pytest.fixture
-def labelled(run_factory: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
+def labelled(prepared: Prepare, tmp_path: Path) -> Callable[..., Run]:
     """Prepares a run on a classification set with the labels that are passed."""
     rows = [
         {"prompt": f"Which language has {n} fans?", "completion": "C" + "+" * (n % 3)}
         for n in range(30)
     ]
-    source = {"data__train": [write(tmp_path / "labels.jsonl", rows)]}
-    return lambda labels: prepared(
-        run_factory(**CHATS | source, evaluation__labels=labels)
-    )
+    source = [write(tmp_path / "labels.jsonl", rows)]
+    return lambda labels: prepared(CHATS, data__train=source, evaluation__labels=labels)
 
 
 def test_labels_that_the_config_names_are_counted_as_they_are(
@@ -210,46 +187,40 @@ def test_labels_that_the_config_names_are_counted_as_they_are(
 
     monkeypatch.setattr(evaluator, "generate_batches", answer)
     run = labelled(["C", "C+", "C++"])
-    part = evaluation.evaluate(run, "base")["test_chat"]
+    part = evaluate(run, "base")["test_chat"]
     items = read_items(run, "base", "test_chat")
     right = [item["reference"] == "C" for item in items]
     assert [item["correct"] for item in items] == right
     assert 0 < sum(right) < len(right)
-    assert part["labels"]["accuracy"] == stats.proportion(sum(right), len(right))
+    assert part["correct"] == stats.proportion(sum(right), len(right))
     assert part["loss"] > 0 and "rougeL" not in part
-    evaluation.evaluate(run, "mine")
+    evaluate(run, "mine")
     compared = evaluation.compare(run, "base", "mine")["test_chat"]
-    assert list(compared) == ["correct"] and compared["correct"]["difference"] == 0
+    assert {key: row["difference"] for key, row in compared.items()} == {"correct": 0}
     other = labelled(None)
-    part = evaluation.evaluate(other, "mine")["test_chat"]
-    assert "labels" not in part and "rougeL" in part
-    with pytest.raises(DataError, match="with other evaluation.labels: evaluate"):
+    part = evaluate(other, "mine")["test_chat"]
+    assert "macro_f1" not in part and "rougeL" in part
+    with pytest.raises(DataError, match="or other evaluation.labels: evaluate both"):
         evaluation.compare(other, "base", "mine")
 
 
 def test_a_right_answer_that_is_no_label_is_refused_before_the_model_is_loaded(
-    labelled: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    labelled: Callable[..., Run], prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "load_model", None)
-    reason = r"of \d right answers of test_chat are not among .*'C\+.*' \(row .*add the"
+    reason = r"of \d right answers in .* are not among evaluation.labels, .*'C\+.*: add"
     run = labelled(["C", "c+"])
     with pytest.raises(DataError, match=reason):
-        evaluation.evaluate(run, "base")
+        evaluate(run, "base")
     with pytest.raises(DataError, match=reason):
         stages.ensure_ready(run, "sft")
-
-
-def test_labels_without_conversations_to_answer_are_refused(
-    run_factory: Callable[..., Run],
-) -> None:
-    run = prepared(run_factory(**PROBLEMS, evaluation__labels=["a", "b"]))
-    with pytest.raises(DataError, match="no held-out conversations are answered"):
-        evaluation.evaluate(run, "base")
+    with pytest.raises(DataError, match="0 of 0 right answers .*set data.test_share"):
+        evaluate(prepared(PROBLEMS, evaluation__labels=["a", "b"]), "base")
 
 
 @pytest.mark.parametrize("labels", [[], [""], ["a", " "], ["a", "a "]])
 def test_labels_that_name_no_classes_are_refused(
-    run_factory: Callable[..., Run], labels: list[str]
+    run_factory: Prepare, labels: list[str]
 ) -> None:
     with pytest.raises(ConfigError, match="evaluation.labels: one or more different"):
         run_factory(**CHATS, evaluation__labels=labels)
@@ -261,13 +232,10 @@ def write_items(run: Run, label: str, name: str, rows: list[dict[str, Any]]) -> 
     data.write_rows(run.path / "eval" / label / f"{name}.jsonl", items)
 
 
-def verdicts(*right: bool) -> list[dict[str, Any]]:
-    return [dict.fromkeys(gsm8k.VERDICTS, verdict) for verdict in right]
-
-
 def test_two_models_are_compared_on_the_same_items(run: Run) -> None:
-    write_items(run, "base", "test", verdicts(False, False, True, False))
-    write_items(run, "sft", "test", verdicts(True, True, True, False))
+    for label, verdicts in (("base", (0, 0, 1, 0)), ("sft", (1, 1, 1, 0))):
+        items = [dict.fromkeys(gsm8k.VERDICTS, bool(verdict)) for verdict in verdicts]
+        write_items(run, label, "test", items)
     for label, value in (("base", 0.2), ("sft", 0.5)):
         scores = [dict.fromkeys(metrics.OF_ITEMS, value)] * 3
         write_items(run, label, "test_chat", scores)
@@ -275,14 +243,10 @@ def test_two_models_are_compared_on_the_same_items(run: Run) -> None:
     assert sets["test"]["correct"]["difference"] == 0.5
     counts = [sets["test"]["correct"][n] for n in ("only_second", "only_first")]
     assert counts == [2, 0]
-    assert sets["test"]["gain"]["reasoning"] == 2
+    assert sets["test"]["by reasoning"] == {"only_first": 0, "only_second": 2}
     rouge = sets["test_chat"]["rougeL"]
-    assert (rouge["mean"], rouge["n"]) == (0.3, 3)
+    assert (rouge["difference"], rouge["n"]) == (0.3, 3)
     assert run.report()["comparisons"] == json.loads(json.dumps({"base -> sft": sets}))
-
-
-def test_models_that_answered_other_questions_are_not_compared(run: Run) -> None:
-    write_items(run, "base", "test", verdicts(True, False))
-    write_items(run, "sft", "test", verdicts(True))
-    with pytest.raises(DataError, match="answered test with other data: .*again"):
+    write_items(run, "sft", "test", items[:1])
+    with pytest.raises(DataError, match="answered test with other data .*again"):
         evaluation.compare(run, "base", "sft")

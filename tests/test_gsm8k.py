@@ -80,11 +80,6 @@ def test_a_strict_gain_is_split_into_format_and_reasoning() -> None:
     first = items(loose, loose, wrong, right, right, wrong, right)
     second = items(right, right, right, wrong, loose, loose, right)
     assert gsm8k.split_gain(first, second) == {
-        "strict_match": 1,
-        "format": 1,
-        "reasoning": 0,
-        "format_gained": 2,
-        "format_lost": 1,
-        "reasoning_gained": 1,
-        "reasoning_lost": 1,
+        "by format": {"only_first": 1, "only_second": 2},
+        "by reasoning": {"only_first": 1, "only_second": 1},
     }

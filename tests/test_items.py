@@ -16,15 +16,16 @@ import pytest
 
 from helpers.data import preparation as data
 from helpers.evaluation.evaluator import evaluate
-from helpers.evaluation.items import answer_rows, read_items
 from helpers.inference.generation import Answer
+from helpers.inference.items import answer_rows, read_items
 from helpers.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [{"id": str(n), "prompt": f"{n} + 1 =", "gold": str(n + 1)} for n in range(6)]
 EVALUATE = """
-from helpers import evaluation, runs
-evaluation.evaluate(runs.open_run("test"), "base")
+from helpers import runs
+from helpers.evaluation.evaluator import evaluate
+evaluate(runs.open_run("test"), "base")
 """
 
 
@@ -56,14 +57,11 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "a.jsonl"
 
 
-def test_items_stand_in_the_rows_order_with_their_verdicts(path: Path) -> None:
+def test_items_stand_in_the_rows_order_and_verdicts_are_given_anew(path: Path) -> None:
     items = data.read_rows(path)
     assert [item["id"] for item in items] == [row["id"] for row in ROWS]
     assert all(item["correct"] for item in items)
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_verdicts_are_given_anew_to_answers_that_are_there(path: Path) -> None:
     again = Adder()
     items = answer_rows(path, ROWS, "s", again, lambda text, row: {"rougeL": 1.0})
     assert again.prompts == []
@@ -79,9 +77,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     assert again.prompts == [row["prompt"] for row in ROWS[4:]]
 
 
-def test_a_torn_line_is_answered_again(path: Path) -> None:
-    again, whole = Adder(), path.read_bytes()
-    (path.parent / "a.part.jsonl").write_bytes(whole[: len(whole) - 25])
+def test_torn_lines_and_lines_that_are_no_items_are_answered_again(path: Path) -> None:
+    again, text = Adder(), path.read_text()
+    part = path.parent / "a.part.jsonl"
+    part.write_text('"text"\n[1]\n{"id": 1}\n\nnot JSON\n' + text[: len(text) - 25])
     path.unlink()
     answer_rows(path, ROWS, "s", again, judge)
     assert again.prompts == [ROWS[5]["prompt"]]
@@ -97,13 +96,6 @@ def test_other_settings_or_prompts_are_answered_anew(
     again, rows = Adder(), [{**ROWS[0], "prompt": prompt}, *ROWS[1:]]
     answer_rows(path, rows, settings, again, judge)
     assert len(again.prompts) == count and again.prompts[0] == prompt
-
-
-def test_lines_that_are_not_items_are_ignored(path: Path) -> None:
-    path.write_text('"text"\n[1]\n{"id": 1}\n\nnot JSON\n' + path.read_text())
-    again = Adder()
-    assert len(answer_rows(path, ROWS, "s", again, judge)) == 6
-    assert again.prompts == []
 
 
 def test_a_killed_evaluation_redoes_no_item(run_factory: Callable[..., Run]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,7 @@ Report = dict[str, Any]
 def report() -> Report:
     """The report of a run with three evaluated models, and one that was judged only."""
     report: Report = {"sft": {"seconds": 150.0, "peak_memory_gb": 2.25}, "eval": {}}
-    for label, (k, k_new) in {
-        "base": (10, 5),
-        "sft": (90, 20),
-        "mine": (0, 99),
-    }.items():
+    for label, k, k_new in (("base", 10, 5), ("sft", 90, 20), ("mine", 0, 99)):
         report["eval"][label] = {
             "accuracy": stats.proportion(k, 200),
             "accuracy_new": stats.proportion(k_new, 100),
@@ -52,7 +47,9 @@ def chats() -> Report:
     return {"eval": parts}
 
 
-def test_the_results_table_has_accuracies_losses_and_costs(report: Report) -> None:
+def test_the_results_table_has_accuracies_losses_and_costs(
+    report: Report, chats: Report
+) -> None:
     table = tables.results_table(report)
     assert list(table.index) == ["base", "after SFT", "mine"]
     assert table.loc["after SFT"].to_dict() == {
@@ -65,38 +62,29 @@ def test_the_results_table_has_accuracies_losses_and_costs(report: Report) -> No
     }
     assert list(table["train min"]) == ["-", "2.5", "-"]
     assert list(table["peak GB"]) == ["1.50", "2.25", "1.50"]
-
-
-def test_only_what_was_measured_has_a_column(chats: Report) -> None:
-    table = tables.results_table(chats)
+    table = tables.results_table(chats)  # only what was measured has a column
     assert list(table) == ["eval loss", "test_chat loss", "eval min", "peak GB"]
-    assert list(table["test_chat loss"]) == ["2.600", "1.850"]
-    chats["eval"]["sft"]["accuracy"] = stats.proportion(1, 2)
-    column = tables.results_table(chats)["test: right [95 %]"]
-    assert column["base"] == "-" and column["after SFT"].startswith("1/2 = 50.0 % [")
+    assert list(table["test_chat loss"]) == ["2.6", "1.85"]
 
 
-def test_the_scores_table_has_every_verdict_of_every_model(report: Report) -> None:
-    report["eval"]["sft"]["test"]["strict_match"] = stats.proportion(80, 200)
+def test_the_scores_table_has_every_verdict_and_metric_of_every_model(
+    report: Report, chats: Report
+) -> None:
     table = tables.scores_table(report)
     sets = [(m, s) for m in ("base", "after SFT", "mine") for s in ("test", "test_new")]
     assert list(table.index) == sets
     row = table.loc[("after SFT", "test")]
-    assert row["correct"].startswith("90/200 = 45.0 % [")
-    assert row["strict_match"].startswith("80/200 = 40.0 % [")
-    assert (row["strict_format"], row["stop_rate"]) == (row["correct"], "0.5")
-    assert table.loc[("base", "test"), "strict_match"] == "-"
+    assert row["strict_format"].startswith("90/200 = 45.0 % [")
+    assert row["stop_rate"] == "0.5"
+    assert table.loc[("base", "test_new"), "strict_format"] == "-"
     assert "rougeL" not in table
-
-
-def test_text_metrics_and_class_rates_are_in_the_scores_table(chats: Report) -> None:
     texts = [("a cat sat", "a cat sat"), ("a dog", "a bird flew away")]
     items = [{"output": o, "reference": r, **metrics.score(o, r)} for o, r in texts]
     values = metrics.summarise_texts(items) | {"stop_rate": 1.0}
     chats["eval"]["sft"]["test_chat"] |= values
     answers = [{"output": o, "reference": "a"} for o in ("a", "b", "so: a")]
     rates = metrics.summarise_labels(answers, ["a", "b"])
-    chats["eval"]["base"]["eval_text"] = {"labels": rates, "stop_rate": 1.0}
+    chats["eval"]["base"]["eval_text"] = rates | {"stop_rate": 1.0}
     table = tables.scores_table(chats)
     assert list(table.index) == [("base", "eval"), ("after SFT", "test_chat")]
     labels, row = table.iloc[0], table.iloc[1]
@@ -105,39 +93,36 @@ def test_text_metrics_and_class_rates_are_in_the_scores_table(chats: Report) -> 
     assert (labels["macro_f1"], labels["no_label"]) == ("0.25", "1")
 
 
-def test_differences_and_gains_are_shown_set_by_set() -> None:
-    test = {
-        "correct": stats.compare_verdicts([False, True], [True, True]),
-        "gain": {"strict_match": 2, "format": 1, "reasoning": 1},
+def test_differences_are_shown_set_by_set() -> None:
+    right = stats.paired_difference([False, True], [True, True])
+    gain = {"only_first": 0, "only_second": 1}
+    rouge = {"difference": 0.125, "n": 8, "low": -0.01, "high": 0.25}
+    sets = {
+        "test": {"by format": gain, "correct": right},
+        "test_chat": {"rouge": rouge},
     }
-    chat = {"rougeL": {"mean": 0.125, "n": 8, "low": -0.01, "high": 0.25}}
-    report = {"comparisons": {"base -> sft": {"test": test, "test_chat": chat}}}
-    table, models = tables.differences_table(report), "base -> after SFT"
-    assert {index: list(row) for index, row in table.iterrows()} == {
-        (models, "test", "correct"): [1, 0, "+50.0 points [+0.0, +100.0]", "1"],
-        (models, "test_chat", "rougeL"): ["-", "-", "+0.125 [-0.010, +0.250]", "-"],
+    table = tables.differences_table({"comparisons": {"base -> sft": sets}})
+    names = ["only_first", "only_second", "difference", "low", "high", "p"]
+    assert {index[1:]: list(row[names]) for index, row in table.iterrows()} == {
+        ("test", "by format"): [0, 1, "-", "-", "-", "-"],
+        ("test", "correct"): [0, 1, 0.5, 0.0, 1.0, 1.0],
+        ("test_chat", "rouge"): ["-", "-", 0.125, -0.01, 0.25, "-"],
     }
-    gains = tables.gain_table(report)
-    assert [list(row) for row in gains.values] == [["+2", "+1", "+1"]]
+    assert set(table.index.get_level_values("models")) == {"base -> after SFT"}
+    assert len(tables.differences_table({})) == len(tables.results_table({})) == 0
 
 
-def test_an_empty_report_has_empty_tables() -> None:
-    shown = (tables.results_table, tables.scores_table, tables.gain_table)
-    assert [len(show({})) for show in (*shown, tables.differences_table)] == [0] * 4
-
-
-def heights(report: Report, path: Path) -> tuple[list[list[float]], Any]:
-    """The heights of the bars of each model, and their axes."""
-    axes = tables.plot_results(report, path).axes[0]
+def heights(axes: Any) -> list[list[float]]:
+    """The heights of the bars of each model."""
     groups = [group for group in axes.containers if hasattr(group, "patches")]
-    return [[bar.get_height() for bar in group] for group in groups], axes
+    return [[bar.get_height() for bar in group] for group in groups]
 
 
 def test_the_plot_has_a_bar_with_its_interval_for_every_model_and_set(
-    report: Report, tmp_path: Path
+    report: Report, chats: Report, tmp_path: Path
 ) -> None:
-    bars, axes = heights(report, tmp_path / "results.png")
-    assert bars == [[5.0, 5.0], [45.0, 20.0], [0.0, 99.0]]
+    axes = tables.plot_results(report, tmp_path / "results.png").axes[0]
+    assert heights(axes) == [[5.0, 5.0], [45.0, 20.0], [0.0, 99.0]]
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG\r\n")
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     assert names == ["base", "after SFT", "mine"]
@@ -145,65 +130,61 @@ def test_the_plot_has_a_bar_with_its_interval_for_every_model_and_set(
     ends = errors[1].lines[2][0].get_segments()[0][:, 1]
     interval = report["eval"]["sft"]["accuracy"]
     assert ends == pytest.approx([100 * interval["low"], 100 * interval["high"]])
-
-
-def test_losses_are_drawn_where_no_problems_are_held_out(
-    chats: Report, tmp_path: Path
-) -> None:
-    bars, axes = heights(chats, tmp_path / "results.png")
-    assert bars == [[2.5, pytest.approx(2.6)], [1.75, pytest.approx(1.85)]]
+    axes = tables.plot_results(chats, tmp_path / "results.png").axes[0]
+    assert heights(axes) == [[2.5, 2.6], [1.75, 1.85]]
     assert "lower is better" in axes.get_ylabel()
 
 
-@pytest.fixture
-def make_run(runs_home: Path) -> Callable[..., runs.Run]:
+def make_run(name: str, recipe: str = "smoke", **parts: Any) -> runs.Run:
     """Makes a run whose SFT stage is trained and evaluated, with other values."""
-
-    def make(name: str, recipe: str = "smoke", **parts: Any) -> runs.Run:
-        config = changed(recipes.load(recipe), name=name, stages=["sft"])
-        run = runs.save_run(config)
-        measured = {"eval_loss": 0.787, "accuracy": stats.proportion(45, 100)}
-        values = {
-            "environment": {"device": "cuda: Tesla T4"},
-            "data": {"train": 15000, "fingerprints": {"eval": "e1", "test": "t1"}},
-            "sft": {"steps": 40, "seconds": 3053.8, "loss_last": 0.75},
-            "eval": {"sft": measured},
-        }
-        for part, value in (values | parts).items():
-            if value:
-                run.write_part(part, value)
-        return run
-
-    return make
+    run = runs.save_run(changed(recipes.load(recipe), name=name))
+    measured = {"eval_loss": 0.787, "accuracy": stats.proportion(45, 100)}
+    values = {
+        "environment": {"device": "cuda: Tesla T4"},
+        "data": {"train": 15000, "fingerprints": {"eval": "e1", "test": "t1"}},
+        "sft": {"steps": 40, "seconds": 3053.8, "loss_last": 0.75},
+        "eval": {"sft": measured},
+    }
+    for part, value in (values | parts).items():
+        if value:
+            run.write_part(part, value)
+    return run
 
 
-def test_every_stage_of_every_run_has_a_row(make_run: Callable[..., runs.Run]) -> None:
-    first, second = make_run("b"), make_run("a", eval=None)
-    first = runs.save_run(changed(first.config, stages=["sft", "grpo"]))
-    first.write_part("grpo", {"steps": 8, "reward_first": 0.25})
-    table = tables.runs_table([first, second])
+def test_every_stage_of_every_trained_run_has_a_row(
+    runs_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    make_run("b", grpo={"steps": 8, "reward_first": 0.25})
+    make_run("a", eval=None)
+    make_run("c", sft=None)
+    assert caplog.messages == []
+    runs.write_json(make_run("d").path / "config.json", {"name": 5})
+    table = tables.runs_table()
     right = "45/100 = 45.0 % [35.6, 54.8]"
     assert {index: list(row) for index, row in table.iterrows()} == {
-        ("b", "after SFT"): [40, 0.75, "-", 3053.8, 0.787, right],
+        ("b", "after SFT"): [40, 0.75, "-", 3053.8, right, 0.787],
         ("b", "after GRPO"): [8, "-", 0.25, "-", "-", "-"],
         ("a", "after SFT"): [40, 0.75, "-", 3053.8, "-", "-"],
     }
-    names = ["steps", "loss_last", "reward_first", "seconds", "eval_loss", "test"]
+    names = ["steps", "loss_last", "reward_first", "seconds", "test", "eval_loss"]
     assert list(table) == names
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("left out: ")
 
 
 def test_what_cannot_be_compared_is_logged(
-    make_run: Callable[..., runs.Run], caplog: pytest.LogCaptureFixture
+    runs_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    tables.runs_table([make_run("a"), make_run("b")])
-    assert caplog.messages == []
+    with pytest.raises(DataError, match="no run in .* is trained"):
+        tables.runs_table()
+    make_run("a")
     prints = {"fingerprints": {"eval": "e2", "test": "t1"}}
-    here = {"device": "cpu: 2 cores"}
-    tables.runs_table([make_run("a"), make_run("b", data=prints, environment=here)])
+    make_run("b", data=prints, environment={"device": "cpu: 2 cores"})
+    tables.runs_table()
     assert caplog.messages == [
-        "eval: the runs' held-out rows differ, do not compare",
-        "seconds and memory are of cpu: 2 cores, cuda: Tesla T4",
+        f"the runs differ in {name}: do not compare what depends on it"
+        for name in ("eval", "device")
     ]
 
 
@@ -211,25 +192,12 @@ PUBLISHED = [name for name in recipes.NAMES if "published" in recipes.describe(n
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_figure_that_a_recipes_source_published_stands_below_the_runs(
-    make_run: Callable[..., runs.Run], name: str
+def test_the_figures_that_a_recipes_source_published_stand_below_the_runs(
+    runs_home: Path, name: str
 ) -> None:
-    table = tables.runs_table([make_run(n, recipe=name) for n in "ab"])
+    for run in "ab":
+        make_run(run, name)
+    table, published = tables.runs_table(), recipes.describe(name)["published"]
     assert list(table.index.get_level_values(0)) == ["a", "b", f"{name}, published"]
-    row, published = table.iloc[2].to_dict(), recipes.describe(name)["published"]
-    assert published.items() <= row.items()
-    assert sum(cell != "-" for cell in row.values()) == 1 + len(published)
-
-
-def test_the_trained_runs_of_the_folder_are_shown_and_unreadable_ones_logged(
-    make_run: Callable[..., runs.Run], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    for name in "ba":
-        make_run(name)
-    untrained = make_run("c", sft=None)
-    runs.write_json(make_run("d").path / "config.json", {"name": 5})
-    assert list(tables.runs_table().index.get_level_values(0)) == ["a", "b"]
-    assert caplog.messages[0].startswith("left out: ")
-    with pytest.raises(DataError, match="no stage of c is trained"):
-        tables.runs_table([untrained])
+    row = {k: v for k, v in table.iloc[2].items() if v != "-"}
+    assert row == published

@@ -5,13 +5,10 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "evaluator": ["compare", "evaluate", "evaluate_run", "held_out"],
+        "evaluator": ["compare", "evaluate_run"],
         "gsm8k": ["check_answer"],
-        "stats": ["proportion"],
         "tables": [
             "differences_table",
-            "gain_table",
-            "percent",
             "plot_results",
             "results_table",
             "runs_table",

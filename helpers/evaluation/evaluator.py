@@ -1,8 +1,5 @@
-"""Held-out accuracy, loss and text metrics of base and tuned models, with intervals.
-
-Every model answers the same prompts with the same greedy decoding. An answer is correct
-if the number in it is right, so that a model is not scored on its format; the format
-has a rate of its own, and so have lm-evaluation-harness's verdicts.
+"""Held-out accuracy, loss and text metrics of base and tuned models: all answer the
+same prompts with the same greedy decoding.
 """
 
 from __future__ import annotations
@@ -20,9 +17,9 @@ from helpers.data import preparation as data
 from helpers.data.formats import Row
 from helpers.errors import DataError
 from helpers.evaluation import gsm8k, stats, text_metrics
-from helpers.evaluation.items import answer_rows, find_adapters, model_print
 from helpers.evaluation.tables import ACCURACIES, results_table
 from helpers.inference.generation import generate_batches, inference
+from helpers.inference.items import answer_rows, find_adapters, model_print
 from helpers.masking.dataset import NO_LOSS, Example, mask_conversations
 from helpers.models import load as models
 from helpers.runs import Run, fingerprint
@@ -38,10 +35,7 @@ def held_out(config: RunConfig) -> list[str]:
 
 
 def to_prompts(config: RunConfig, rows: list[Row]) -> list[Row]:
-    """Returns problems with their `prompt`, or the first turns of conversations.
-
-    Of conversations the first `evaluation.text_rows`, with the `reference` answer.
-    """
+    """Returns problems with their `prompt`, or the first turns of conversations."""
     if "question" in rows[0]:
         system = config.system_prompt
         return [{**row, "prompt": data.ask(row["question"], system)} for row in rows]
@@ -66,58 +60,43 @@ def judge(text: str, row: Row, labels: list[str] | None) -> Row:
 
 def summarise(items: list[Row], labels: list[str] | None) -> dict[str, Any]:
     """Returns the rates or text metrics of a set, and how many answers were cut off."""
+    n = len(items)
     if "gold" in items[0]:
-        rates = gsm8k.summarise_verdicts(items)
+        hits = {name: sum(i[name] for i in items) for name in gsm8k.VERDICTS}
+        rates = {name: stats.proportion(k, n) for name, k in hits.items()}
     elif labels:
-        rates = {"labels": text_metrics.summarise_labels(items, labels)}
+        rates = text_metrics.summarise_labels(items, labels)
     else:
         rates = text_metrics.summarise_texts(items)
-    n, stopped = len(items), sum(item["stopped"] for item in items)
+    stopped = sum(item["stopped"] for item in items)
     ends = {"answers": n, "stop_rate": round(stopped / n, 4), "truncated": n - stopped}
     return {**rates, **ends, "tokens": sum(item["tokens"] for item in items)}
 
 
 def check_labels(run: Run) -> None:
-    """Refuses reference answers that `evaluation.labels` do not name; loads no model.
-
-    Raises:
-        DataError: there is such an answer, or no conversations are answered.
-        MissingInput: notebook 01 has not prepared the data.
-    """
+    """Refuses `evaluation.labels` that some right answer is not among."""
     labels = [label.strip() for label in run.config.evaluation.labels or []]
     names = [n for n in data.answered(held_out(run.config)) if n not in ACCURACIES]
-    if labels and not names:
+    files = [run.require(f"data/{name}.jsonl") for name in names if labels]
+    rows = [row for file in files for row in data.read_rows(file)]
+    answers = [data.first_answer(row["messages"])["content"].strip() for row in rows]
+    unknown = [answer for answer in answers if answer not in labels]
+    if labels and (unknown or not answers):
         raise DataError(
-            "evaluation.labels name classes, but no held-out conversations are answered"
-            ": set data.test_share, or leave the labels out"
+            f"{len(unknown)} of {len(answers)} right answers in held-out conversations "
+            f"are not among evaluation.labels, such as {unknown[:1]}: add the missing "
+            "ones, set data.test_share if no conversations are held out, or leave the "
+            "labels out if this is not a classification"
         )
-    for name in names if labels else ():
-        rows = data.read_rows(run.require(f"data/{name}.jsonl"))
-        answers = [(r["id"], data.first_answer(r["messages"])["content"]) for r in rows]
-        unknown = [(key, text) for key, text in answers if text.strip() not in labels]
-        if unknown:
-            key, text = unknown[0]
-            raise DataError(
-                f"{len(unknown)} of {len(rows)} right answers of {name} are not among "
-                f"evaluation.labels, the first is {text[:80]!r} (row {key}): add the "
-                "missing labels, or leave them out if this is not a classification"
-            )
 
 
 def response_loss(model: PreTrainedModel, rows: Iterable[Example]) -> float:
-    """Returns the mean cross-entropy, in nats, over all supervised tokens of the rows.
-
-    A row at a time: padding does not change it, and only one row's logits take memory.
-
-    Args:
-        model: any causal language model.
-        rows: `input_ids` and `labels` each, from `masking`.
-    """
+    """Returns the mean cross-entropy, in nats, over all supervised tokens of rows."""
     import torch
 
     total, count = 0.0, 0
     with inference(model):
-        for row in rows:
+        for row in rows:  # one at a time: no padding, and logits of one row in memory
             ids = torch.tensor([row["input_ids"]], device=model.device)  # (1, seq)
             labels = torch.tensor([row["labels"]], device=model.device)
             tokens = int((labels[:, 1:] != NO_LOSS).sum())
@@ -130,26 +109,14 @@ def response_loss(model: PreTrainedModel, rows: Iterable[Example]) -> float:
 def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[str, Any]:
     """Evaluates a model on the run's held-out sets and returns its part of the report.
 
-    Problems (`test`, `test_new`) are answered; conversations (`eval`, `test_chat`) give
-    a loss, and are answered too where they are a test set or where the run holds out no
-    problems. Writes `eval/<label>/<set>.jsonl`, one line an answer, batch by batch:
-    after a kill the same call goes on.
-
-    Args:
-        run: with `data/` prepared.
-        label: `base`, `sft`, `grpo` or a name of yours; the part's key in the report.
-        adapter: the adapter to put on the base model; None evaluates the base.
-
-    Raises:
-        DataError: the config has no held-out rows, or labels do not match them.
-        MissingInput: notebook 01 has not prepared the data.
-        ModelError: model or adapter cannot be loaded.
+    Conversations (`eval`, `test_chat`) give a loss; the sets of `data.answered` are
+    answered too, into `eval/<label>/<set>.jsonl`: after a kill the same call goes on.
     """
     import torch
 
     config, labels = run.config, run.config.evaluation.labels
-    files = {name: run.require(f"data/{name}.jsonl") for name in held_out(config)}
-    sets = {name: data.read_rows(file) for name, file in files.items()}
+    files = [run.require(f"data/{name}.jsonl") for name in held_out(config)]
+    sets = {file.stem: data.read_rows(file) for file in files}
     if not sets:
         raise DataError(
             f"run {config.name!r} has no held-out rows: set data.eval_share or "
@@ -163,37 +130,32 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     model, tokenizer = models.load_model(config.model, adapter=adapter, **options)
     part: dict[str, Any] = {"model_print": model_print(config, adapter)}
     for name in [name for name in sets if name not in ACCURACIES]:
-        masked = mask_conversations(
-            tokenizer,
-            [row["messages"] for row in sets[name]],
-            config.loss_on,
-            config.max_length,
-            drop=config.data.drop_unusable,
-        )
+        chats = [row["messages"] for row in sets[name]]
+        limits, drop = (config.loss_on, config.max_length), config.data.drop_unusable
+        masked = mask_conversations(tokenizer, chats, *limits, drop=drop)
         loss = response_loss(model, masked.rows)
         measures = {"loss": round(loss, 4), "perplexity": round(math.exp(loss), 3)}
         if name == "eval":
             measures["eval_loss"] = measures.pop("loss")
         part |= measures if name == "eval" else {name: measures}
     seconds = time.perf_counter() - started
-    limits = config.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
-    generate = partial(generate_batches, model, tokenizer, **limits)
-    settings = fingerprint(part["model_print"], limits["max_new_tokens"])
+    decoding = config.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
+    settings = fingerprint(part["model_print"], decoding["max_new_tokens"])
     for name in data.answered(sets):
         items = answer_rows(
             run.path / "eval" / label / f"{name}.jsonl",
             to_prompts(config, sets[name]),
             settings,
-            generate,
-            lambda text, row: judge(text, row, labels),
+            partial(generate_batches, model, tokenizer, **decoding),
+            partial(judge, labels=labels),
         )
         seconds += sum(item["seconds"] for item in items)  # those of former calls too
         summary = summarise(items, labels)
         if name in ACCURACIES:
-            part[ACCURACIES[name]] = summary.pop("accuracy")
+            part[ACCURACIES[name]] = summary["correct"]
         key = "eval_text" if name == "eval" else name
         part[key] = summary | part.get(key, {})
-    del model, generate
+    del model
     runtime.free_memory()
     part["seconds"] = round(seconds, 1)
     part["peak_memory_gb"] = round(runtime.peak_memory_gb(), 3)
@@ -201,7 +163,7 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     former = parts.get(label, {})
     if former.get("model_print", part["model_print"]) != part["model_print"]:
         former = {}  # its judgments are of another model
-    run.write_part("eval", {**parts, label: {**former, **part}})
+    run.write_part("eval", parts | {label: former | part})
     return part
 
 
@@ -209,11 +171,12 @@ def evaluate_run(run: Run, labels: list[str] | None = None) -> pd.DataFrame:
     """Evaluates the base model and the trained stages of a run; returns their table.
 
     Args:
-        run: with its stages trained.
+        run: with its data prepared and its stages trained.
         labels: some of `base`, `sft` and `grpo`; by default all that the run has.
 
     Raises:
-        DataError: see `find_adapters` and `evaluate`; so MissingInput.
+        DataError: nothing is held out, or the labels do not fit the run or its data.
+        MissingInput: the data or an adapter is missing.
     """
     for label, adapter in find_adapters(run, labels).items():
         evaluate(run, label, adapter)
@@ -223,14 +186,12 @@ def evaluate_run(run: Run, labels: list[str] | None = None) -> pd.DataFrame:
 def compare(run: Run, first: str, second: str) -> dict[str, Any]:
     """Returns how two evaluated models differ on the same items, set by set.
 
-    Verdicts: McNemar's test, the difference with its interval, and the origin of a gain
-    (`gsm8k.split_gain`). Texts: the mean difference of each metric. The result goes to
-    the report's part `comparisons` too.
+    See `stats.paired_difference` and `gsm8k.split_gain`. The result goes to the
+    report's part `comparisons` too.
 
     Args:
         run: with both models evaluated.
-        first: a label, such as `base`.
-        second: another.
+        first, second: their labels, such as `base` and `sft`.
 
     Raises:
         DataError: they answered different rows, or under other `evaluation.labels`.
@@ -243,25 +204,17 @@ def compare(run: Run, first: str, second: str) -> dict[str, Any]:
         if not all(file.exists() for file in files):
             continue
         a, b = (data.read_rows(file) for file in files)
-        for same, change in (
-            ([i["question"] for i in a] == [i["question"] for i in b], "data"),
-            (("correct" in a[0]) == ("correct" in b[0]), "evaluation.labels"),
-        ):
-            if not same:
-                raise DataError(
-                    f"{first} and {second} answered {name} with other {change}: "
-                    "evaluate both again"
-                )
-        sets[name] = {}
-        for key in [k for k in (*gsm8k.VERDICTS, *text_metrics.OF_ITEMS) if k in a[0]]:
+        measures = [k for k in (*gsm8k.VERDICTS, *text_metrics.OF_ITEMS) if k in a[0]]
+        same = [item["question"] for item in a] == [item["question"] for item in b]
+        if not same or any(key not in b[0] for key in measures):
+            raise DataError(
+                f"{first} and {second} answered {name} with other data or other "
+                "evaluation.labels: evaluate both again"
+            )
+        sets[name] = gsm8k.split_gain(a, b) if "strict_match" in a[0] else {}
+        for key in measures:
             values = [[item[key] for item in items] for items in (a, b)]
-            if key in gsm8k.VERDICTS:
-                sets[name][key] = stats.compare_verdicts(*values)
-            else:
-                gains = [y - x for x, y in zip(*values, strict=True)]
-                sets[name][key] = stats.mean(gains)
-        if "strict_match" in a[0]:
-            sets[name]["gain"] = gsm8k.split_gain(a, b)
+            sets[name][key] = stats.paired_difference(*values)
     parts = run.report().get("comparisons", {})
     run.write_part("comparisons", {**parts, f"{first} -> {second}": sets})
     return sets

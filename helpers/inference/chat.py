@@ -10,8 +10,8 @@ from helpers.data.formats import Fields, Messages, Row, read_prompt
 from helpers.data.preparation import ask, remarks
 from helpers.data.sources import open_rows
 from helpers.errors import ConfigError, DataError
-from helpers.evaluation.items import answer_rows
 from helpers.inference.generation import generate_batches, reply
+from helpers.inference.items import answer_rows
 from helpers.models.load import load_model, options
 from helpers.runs import Run, content_hash, fingerprint, open_run, runs_folder
 

@@ -20,8 +20,8 @@ import pandas as pd
 from helpers import runtime
 from helpers.data.formats import Row
 from helpers.errors import DataError, JudgeError
-from helpers.evaluation.items import answer_rows, find_adapters, model_print
 from helpers.inference.generation import Answer, Prompt, generate_batches
+from helpers.inference.items import answer_rows, find_adapters, model_print
 from helpers.llm_judge.judge import UNJUDGED, Judge
 from helpers.llm_judge.mt_bench import add_result, subsample
 from helpers.models import load as models

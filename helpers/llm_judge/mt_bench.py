@@ -21,8 +21,8 @@ from helpers.data.formats import Messages, Row
 from helpers.data.preparation import read_rows, write_rows
 from helpers.errors import DataError
 from helpers.evaluation import stats
-from helpers.evaluation.items import find_adapters, model_print
 from helpers.inference.generation import generate
+from helpers.inference.items import find_adapters, model_print
 from helpers.llm_judge.judge import UNJUDGED, Judge, no_verdict, read_rating
 from helpers.models import load as models
 from helpers.runs import Run, fingerprint

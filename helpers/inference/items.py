@@ -1,7 +1,5 @@
-"""The models of an evaluation and their items: one JSON line each, batch by batch.
-
-A kill costs the batch that was being answered. An item is not answered again unless
-something that decides its answer has changed; verdicts are always computed anew.
+"""The models of a run and their answers, written batch by batch. A row is answered
+again only if what decides its answer has changed; verdicts are always computed anew.
 """
 
 from __future__ import annotations
@@ -12,13 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from helpers import runtime
 from helpers.config import RunConfig
 from helpers.data.formats import Row
 from helpers.data.preparation import write_rows
-from helpers.errors import DataError
 from helpers.inference.generation import Answer, Prompt
 from helpers.masking.templates import template_text
 from helpers.models import load as models
@@ -26,13 +22,11 @@ from helpers.runs import Run, content_hash, fingerprint
 
 # the fields of an item besides its verdicts
 FIELDS = ("id", "prompt", "output", "tokens", "stopped", "seconds", "made_from")
-Generate = Callable[[list[Prompt]], Iterator[dict[int, Answer]]]
 
 
 def model_print(config: RunConfig, adapter: Path | str | None) -> str:
     """Returns the fingerprint of a model as it answers: weights, adapter, template."""
-    options: dict[str, Any] = models.options(config)
-    options |= {
+    options = models.options(config) | {
         "engine": runtime.resolve_engine(config.engine),
         "weights": models.resolve_weights(config.weights),
         "dtype": str(runtime.choose_dtype(runtime.find_machine(), config.dtype)[0]),
@@ -43,18 +37,9 @@ def model_print(config: RunConfig, adapter: Path | str | None) -> str:
 
 
 def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | None]:
-    """Returns the trained adapter of each label, by default of all models of a run.
-
-    Raises:
-        DataError: the run has no such model.
-        MissingInput: a stage has not been trained.
-    """
+    """Returns the adapter of each label, by default of all models of a run."""
     adapters: dict[str, Path | str | None] = {}
-    known = ["base", *run.config.stages]
-    for label in labels or known:
-        if label not in known:
-            name = run.config.name
-            raise DataError(f"run {name!r} has no model {label!r}, only {known}")
+    for label in labels or ["base", *run.config.stages]:
         adapters[label] = run.config.sft_adapter if label == "sft" else None
         if label != "base" and not adapters[label]:
             adapters[label] = run.require(f"{label}/adapter")
@@ -65,19 +50,13 @@ def answer_rows(
     path: Path,
     rows: list[Row],
     settings: str,
-    generate: Generate,
+    generate: Callable[[list[Prompt]], Iterator[dict[int, Answer]]],
     judge: Callable[[str, Row], Row],
 ) -> list[Row]:
     """Returns one item a row, in the order of the rows, and writes them to a file.
 
     Until all are answered the file is `<name>.part.jsonl`, synced after every batch.
-
-    Args:
-        path: the file.
-        rows: `id` and `prompt` each, and what `judge` needs.
-        settings: a fingerprint of everything but the prompt that decides an answer.
-        generate: yields the answers of a batch, by their prompts' places.
-        judge: returns the verdicts, from the answer's text and the row.
+    `settings` is a fingerprint of all but the prompt that decides an answer.
     """
     keys = [fingerprint(settings, row["id"], row["prompt"]) for row in rows]
     part = path.with_suffix(".part.jsonl")
