@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from helpers.config import RunConfig
 
 UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
-# in the names of what an adapter adds to a model
-ADDED = ("lora_", ".modules_to_save.", "trainable_tokens_delta")
+ADDED = ("lora_", ".modules_to_save.", "trainable_tokens_delta")  # by an adapter
 
 
 def resolve_weights(weights: str) -> str:
@@ -46,7 +45,15 @@ def half_of(config: RunConfig) -> Any:
 def load_tokenizer(
     name: str, *, template: str = "own", pad_token: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Returns a model's tokenizer, ready to train with; see `prepare_tokenizer`."""
+    """Returns a model's tokenizer, ready to train with.
+
+    Args:
+        name: hub id, folder, or `smollm2-135m-offline`.
+        template, pad_token: as for `masking.prepare_tokenizer`.
+
+    Raises:
+        ModelError: there is no such model, or the hub cannot be reached.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -71,20 +78,17 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns a base model, frozen, and its tokenizer.
 
-    `load_model(config.model, **options(config))` is the model of a config.
-
     Args:
-        name: hub id, folder, or `smollm2-135m-offline`.
+        name, template, pad_token: as for `load_tokenizer`.
         engine: `auto`, `unsloth` or `transformers`.
         weights: `auto`, `4bit` (NF4), `8bit` or `16bit` (fp32 on a CPU).
         double_quant: with `4bit`, quantise the scales too.
         dtype: of arithmetic: `auto`, `float16` or `bfloat16`, if the GPU supports it.
         max_length: the longest row of the training, in tokens.
-        template, pad_token: as for `prepare_tokenizer`.
-        adapter: a saved adapter, see `load_adapter`.
+        adapter: a saved adapter: a folder or hub id that PEFT can read.
 
     Raises:
-        ModelError: there is no such model or adapter, or the hub cannot be reached.
+        ModelError: there is no such model, or the adapter does not fit it.
         GpuTooSmall: the GPU is too small for it.
     """
     import torch
@@ -92,14 +96,19 @@ def load_model(
     engine, weights = resolve_engine(engine), resolve_weights(weights)
     machine = runtime.prepare_device()
     arithmetic, _ = runtime.choose_dtype(machine, dtype)
+    arguments: dict[str, Any] = {"dtype": arithmetic}
+    if engine == "unsloth":
+        bits = {f"load_in_{w}": w == weights for w in ("4bit", "8bit", "16bit")}
+        arguments |= {"max_seq_length": max_length, **bits}
+        # else a hub name stands for Unsloth's copy, made with double_quant
+        arguments["use_exact_model_name"] = not double_quant
     try:
-        model = load_base(
-            find_model(name), engine, weights, arithmetic, double_quant, max_length
-        )
+        fields = quantization(weights, arithmetic, double_quant)
+        model = load_base(find_model(name), engine, fields, arguments)
     except torch.OutOfMemoryError as error:
         raise GpuTooSmall(
-            f"{name} in {weights} does not fit on {machine.name}, "
-            f"{machine.memory_gb:.1f} GiB; choose a smaller model or weights='4bit'"
+            f"{name} in {weights} does not fit on {machine.name}; choose a smaller "
+            "model or weights='4bit'"
         ) from error
     except UNREADABLE as error:
         raise unknown_model(name, error) from error
@@ -109,8 +118,7 @@ def load_model(
     if (highest := max(tokenizer.get_vocab().values())) >= rows:
         raise ModelError(
             f"the tokenizer of {name} gives ids up to {highest}, but the model's "
-            f"embedding has {rows} rows; take the model's own tokenizer, or save the "
-            "model after model.resize_token_embeddings(len(tokenizer))"
+            f"embedding has {rows} rows; take the model's own tokenizer"
         )
     for module in model.modules():
         # bitsandbytes would repack 4-bit weights for CPUs with AVX512-BF16 at the
@@ -118,9 +126,8 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model.config.pad_token_id = tokenizer.pad_token_id
-    if model.generation_config is not None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.generation_config.max_length = None  # callers give max_new_tokens
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.max_length = None  # callers give max_new_tokens
     model.requires_grad_(False)
     if adapter is not None:
         model = load_adapter(model, adapter, engine=engine)
@@ -140,7 +147,7 @@ def quantization(weights: str, dtype: Any, double_quant: bool) -> dict[str, Any]
 
 
 def load_base(
-    path: str, engine: str, weights: str, dtype: Any, double_quant: bool, length: int
+    path: str, engine: str, fields: dict[str, Any] | None, arguments: dict[str, Any]
 ) -> PreTrainedModel:
     """Returns the model of a folder or hub id, as the engine loads it."""
     if engine == "unsloth":
@@ -148,23 +155,12 @@ def load_base(
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    arguments: dict[str, Any] = {"dtype": dtype}
-    if fields := quantization(weights, dtype, double_quant):
+    if fields:
         arguments["quantization_config"] = BitsAndBytesConfig(**fields)
-    if engine == "transformers":
-        place = {"": 0} if torch.cuda.is_available() else None
-        return AutoModelForCausalLM.from_pretrained(path, device_map=place, **arguments)
-    model, _ = FastLanguageModel.from_pretrained(
-        path,
-        max_seq_length=length,
-        load_in_4bit=weights == "4bit",
-        load_in_8bit=weights == "8bit",
-        load_in_16bit=weights == "16bit",
-        # else a hub name stands for Unsloth's copy, made with double_quant
-        use_exact_model_name=not double_quant,
-        **arguments,
-    )
-    return model
+    if engine == "unsloth":
+        return FastLanguageModel.from_pretrained(path, **arguments)[0]
+    place = {"": 0} if torch.cuda.is_available() else None
+    return AutoModelForCausalLM.from_pretrained(path, device_map=place, **arguments)
 
 
 def check_weights(model: PreTrainedModel, weights: str, double_quant: bool) -> None:
@@ -187,11 +183,7 @@ def prepare_quantised(model: PreTrainedModel, recompute: bool) -> PreTrainedMode
 
     if not getattr(model, "is_quantized", False):
         return model
-    return prepare_model_for_kbit_training(
-        model,
-        use_gradient_checkpointing=recompute,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-    )
+    return prepare_model_for_kbit_training(model, recompute, {"use_reentrant": False})
 
 
 def load_adapter(
@@ -203,18 +195,7 @@ def load_adapter(
     seed: int = 3407,
     checkpointing: bool | None = None,
 ) -> PreTrainedModel:
-    """Returns the base model with a saved adapter on it, as PEFT itself loads it.
-
-    Args:
-        model: the base, from `load_model`.
-        adapter: a folder or hub id that PEFT can read, of whatever kind and settings.
-        engine: as for `load_model`.
-        trainable: train on from it; else it is only used.
-        seed, checkpointing: as for `add_lora`.
-
-    Raises:
-        ModelError: there is no adapter, or its matrices do not fit this model.
-    """
+    """Returns the base with an adapter of whatever kind, as PEFT itself loads it."""
     import torch
     from peft import PeftModel
 
@@ -223,15 +204,7 @@ def load_adapter(
     if not unsloth:
         model = prepare_quantised(model, recompute)
     torch.manual_seed(seed)
-    try:
-        tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-    except torch.OutOfMemoryError:  # a RuntimeError, but not of the adapter
-        raise
-    except (*UNREADABLE, TypeError, LookupError) as error:
-        raise ModelError(
-            f"the adapter at {adapter} cannot be put on this model: {str(error)[:200]} "
-            "(expected: adapter_config.json, adapter_model.safetensors and their base)"
-        ) from error
+    tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     set_adapter_weights(tuned, adapter)
     if unsloth:
         from unsloth import FastLanguageModel
