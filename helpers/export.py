@@ -25,16 +25,16 @@ from helpers.training.inputs import require_stage
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+Answers = list[tuple[str, bool]]  # texts, and whether they ended by themselves
 LOST_STOPS = 0.2  # share of the answers that may end in the trained model alone
 
 
 def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str, Any]:
     """Returns the report part of a stage's exported model, and writes its files.
 
-    Both `export/adapter` and `export/merged` are loaded again. `reloaded` compares
-    their logits with the trained model's, see `compare_saved`. In another process, in
-    plain transformers, they answer held-out prompts: `greedy_agreement` is the share
-    of answers equal to the trained model's, `stop_rate` that of answers that end.
+    `reloaded` compares their logits with the trained model's. In another process they
+    answer held-out prompts in plain transformers: `greedy_agreement` is the share of
+    answers equal to the trained model's, `stop_rate` that of answers that end.
 
     Args:
         run: with the stage trained.
@@ -42,8 +42,7 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
         prompts: how many prompts are compared.
 
     Raises:
-        ConfigError: the run has no such stage.
-        MissingInput: the stage has not been trained.
+        ConfigError, MissingInput: the run has no such stage, or has not trained it.
         ModelError: the exported files do not work without this project.
     """
     config = run.config
@@ -139,12 +138,8 @@ def write_stops(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) 
 
 
 def answer_plainly(
-    folder: str,
-    dtype: str,
-    quantised: dict[str, Any] | None,
-    prompts: list[Any],
-    max_tokens: int,
-) -> list[tuple[str, bool]]:
+    folder: str, dtype: str, quantised: Any, prompts: list[Any], max_tokens: int
+) -> Answers:
     """Returns greedy answers in plain transformers and PEFT, and whether they ended.
 
     Only its source is run, in another process, where nothing of this project makes up
@@ -179,7 +174,7 @@ def answer_plainly(
     return answers
 
 
-def ask(folder: Path, *arguments: Any) -> list[tuple[str, bool]]:
+def ask(folder: Path, *arguments: Any) -> Answers:
     """Returns what `answer_plainly` does, run in a process without this project."""
     source = inspect.getsource(answer_plainly)
     script = f"from __future__ import annotations\nimport json, sys\n{source}\n"
@@ -194,15 +189,9 @@ def ask(folder: Path, *arguments: Any) -> list[tuple[str, bool]]:
 
 
 def compare(
-    folder: Path,
-    answers: list[tuple[str, bool]],
-    expected: list[tuple[str, bool]],
-    gold: list[str],
+    folder: Path, answers: Answers, expected: Answers, gold: list[str]
 ) -> dict[str, float]:
-    """Returns the shares of answers as expected and ended, and the count of right ones.
-
-    Raises ModelError where answers run on that ended in the trained model.
-    """
+    """Returns shares of answers; ModelError where they run on, unlike the expected."""
     count, stopped = len(answers), sum(ended for _, ended in answers)
     lost = sum(ended for _, ended in expected) - stopped
     if lost > max(1, LOST_STOPS * count):
@@ -213,6 +202,5 @@ def compare(
     same = sum(a[0] == e[0] for a, e in zip(answers, expected, strict=True))
     values = {"greedy_agreement": same / count, "stop_rate": stopped / count}
     if gold:
-        texts = (text for text, _ in answers)
-        values["right"] = sum(map(is_correct, texts, gold))
+        values["right"] = sum(map(is_correct, [text for text, _ in answers], gold))
     return values

@@ -95,9 +95,9 @@ def check_lora(model: PreTrainedModel, lora: dict[str, Any]) -> None:
     rounded = getattr(model, "is_quantized", False)
     if not plain and (rounded or not rewrites_base(lora)):
         raise ModelError(
-            f"init_lora_weights={start!r} needs data or changes the base weights, which "
-            "a saved adapter would not fit; use true, 'gaussian', 'orthogonal', or "
-            "with weights='16bit' 'olora' or 'pissa'"
+            f"init_lora_weights={start!r} needs data or changes the base, and a saved "
+            "adapter would not fit; use true, 'gaussian' or 'orthogonal', or with "
+            "weights='16bit' 'olora' or 'pissa'"
         )
     if lora.get("layer_replication"):
         raise ModelError("layer_replication cannot be merged or exported; remove it")

