@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,43 +46,44 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
         ConfigError, MissingInput: the run has no such stage, or has not trained it.
         ModelError: the exported files do not work without this project.
     """
-    config = run.config
+    config, folder = run.config, run.path / "export"
     stage = stage or config.stages[-1]
     require_stage(config, stage)
     trained = run.require(f"{stage}/adapter")
-    adapter, merged = run.path / "export" / "adapter", run.path / "export" / "merged"
     options, length = load.options(config), config.evaluation.max_new_tokens
+    weights, half = load.resolve_weights(config.weights), load.half_of(config)
     questions, gold = held_out_prompts(run, prompts)
     model, tokenizer = load.load_model(config.model, adapter=trained, **options)
+    reloaded = {"adapter": adapters.compare_saved(model, trained, half, weights)}
     decoding = {"max_new_tokens": length, "batch_size": config.evaluation.batch_size}
     answers = generate(model, tokenizer, questions, **decoding)
     expected = [(answer.text, answer.stopped) for answer in answers]
-    adapters.save_adapter(model, adapter)
     write_stops(tokenizer, model.generation_config)
-    tokenizer.save_pretrained(adapter)
-    model.generation_config.save_pretrained(adapter)
+    with new_folder(folder / "adapter") as scratch:
+        ours = shutil.ignore_patterns(adapters.WITNESS)
+        shutil.copytree(trained, scratch, ignore=ours, dirs_exist_ok=True)
+        tokenizer.save_pretrained(scratch)
+        model.generation_config.save_pretrained(scratch)
     del model
     runtime.free_memory()
-    merge(config, adapter, merged)
+    merge(config, trained, folder / "merged")
+    alone = {"weights": "16bit", "template": "own", "pad_token": None}
+    model, _ = load.load_model(str(folder / "merged"), **options | alone)
+    reloaded["merged"] = adapters.compare_saved(model, trained, half, weights)
+    del model
+    runtime.free_memory()
 
-    values = compare(trained, expected, expected, gold)
-    part: dict[str, Any] = {"trained": {"prompts": len(questions), **values}}
+    part: dict[str, Any] = compare(trained, expected, expected, gold)
+    part = {"trained": {"prompts": len(questions), **part}}
     # the adapter was trained on the weights as they were loaded
-    weights, half = load.resolve_weights(config.weights), load.half_of(config)
     dtype, _ = runtime.choose_dtype(runtime.find_machine(), config.dtype)
     quantised = load.quantization(weights, dtype, config.double_quant)
-    base = {"name": config.model, "adapter": adapter}
-    alone = {"name": str(merged), "template": "own", "pad_token": None}
-    for folder, more, plain in (
-        (adapter, base, (str(dtype).removeprefix("torch."), quantised)),
-        (merged, alone | {"weights": "16bit"}, ("auto", None)),
-    ):
-        model, _ = load.load_model(**options | more)
-        reloaded = adapters.compare_saved(model, trained, half, weights)
-        del model
-        runtime.free_memory()
-        values = compare(folder, ask(folder, *plain, questions, length), expected, gold)
-        part[folder.name] = {"path": str(folder), "reloaded": reloaded, **values}
+    own = str(dtype).removeprefix("torch."), quantised
+    for name, loading in (("adapter", own), ("merged", ("auto", None))):
+        texts = ask(folder / name, *loading, questions, length)
+        values = compare(folder / name, texts, expected, gold)
+        places = {"path": str(folder / name), "reloaded": reloaded[name]}
+        part[name] = places | values
     part["peak_memory_gb"] = round(runtime.peak_memory_gb(), 3)
     run.write_part("export", part)
     return part
@@ -128,8 +130,7 @@ def write_stops(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) 
     settings.pad_token_id = tokenizer.pad_token_id
     turns = [{"role": r, "content": "x"} for r in ("user", "assistant")]
     text, before = render(tokenizer, turns), tokenizer.eos_token
-    closing = answer_marks(tokenizer)[1]
-    ids = tokenizer(closing, add_special_tokens=False).input_ids
+    ids = tokenizer(answer_marks(tokenizer)[1], add_special_tokens=False).input_ids
     ends = [i for i in ids if i in settings.eos_token_id]
     if ends and tokenizer.eos_token_id not in ends:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])

@@ -14,7 +14,7 @@ from helpers.errors import DataError
 from helpers.evaluation.items import answer_rows
 from helpers.inference.generation import generate_batches, reply
 from helpers.models.load import load_model, options
-from helpers.runs import Run, content_hash, fingerprint, open_run, runs_folder
+from helpers.runs import content_hash, fingerprint, open_run, runs_folder
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,11 @@ def generate_command(
     # a model's folder has a config.json too, a run's name is not a path
     if Path(model).name == model and (runs_folder() / model / "config.json").exists():
         run = open_run(model)
-        adapter = find_adapter(run, adapter)
+        stages = run.config.stages
+        trained = [s for s in stages if (run.path / s / "adapter").exists()]
+        adapter = adapter or (trained[-1] if trained else run.config.sft_adapter)
+        if adapter in stages:
+            adapter = str(run.require(f"{adapter}/adapter"))
         model, loading = run.config.model, options(run.config)
         sampling = dict(run.config.inference)
         system = run.config.system_prompt if system is None else system
@@ -50,21 +54,11 @@ def generate_command(
     if out is None:
         return chat(*loaded, system or "", sampling)
     settings = fingerprint(model, loading, sampling, content_hash(loading["adapter"]))
-    limits = {"sampling": sampling, "batch_size": batch_size}
+    limits: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size}
     generate = partial(generate_batches, *loaded, **limits)
     answer_rows(out, rows, settings, generate, lambda text, row: {})
     log.info("%d answers in %s", len(rows), out)
     return None
-
-
-def find_adapter(run: Run, adapter: str | None) -> str | None:
-    """Returns a run's adapter: of a stage, by default of the last one trained."""
-    stages = run.config.stages
-    if adapter is not None:
-        return str(run.require(f"{adapter}/adapter")) if adapter in stages else adapter
-    folders = [run.path / stage / "adapter" for stage in reversed(stages)]
-    trained = [str(folder) for folder in folders if folder.exists()]
-    return trained[0] if trained else run.config.sft_adapter
 
 
 def read_prompts(path: Path, system_prompt: str) -> list[Row]:

