@@ -79,14 +79,12 @@ def test_what_rewrites_the_base_is_refused_where_it_would_be_rounded(
     ("setting", "sentence"),
     [
         ({"target_modules": ["query"]}, "target_modules query do not exist.*q_proj"),
-        ({"target_modules": ["attn.q_proj"]}, "target_modules attn.q_proj do not exis"),
         ({"target_modules": "no.*such"}, "no.*such do not exist.* regular expression"),
         ({"target_modules": "*_proj"}, "is no pattern: nothing to repeat"),
         ({"modules_to_save": ["lm_haed"]}, "lm_haed do not .* did you mean 'lm_head'"),
         ({"rank_pattern": {"x_proj": 3}}, "rank_pattern x_proj do not exist"),
         ({"alpha_pattern": {"k_proj": 3}}, "k_proj do not exist.*it has q_proj, v_pro"),
         ({"layers_to_transform": [0, 2]}, "layers_to_transform=2: the layers are 0"),
-        ({"init_lora_weights": "pizza"}, "init_lora_weights='pizza' needs data or"),
         ({"lora_alpha": 0}, "nothing is learnt with lora_alpha=0"),
     ],
 )
@@ -117,19 +115,6 @@ def test_a_target_may_be_named_by_its_path_and_nothing_else_is_trained(
     assert all("lora_" in name for name in trained)
     # rank 4 x (in + out) of two queries, 64 + 64, and an up projection, 64 + 128
     assert sum(p.numel() for p in trained.values()) == 4 * (2 * 128 + 192)
-
-
-def test_a_saved_adapter_computes_the_same_once_loaded(
-    base: Any, tiny_model_folder: Path, tmp_path: Path
-) -> None:
-    plain = adapters.last_logits(base, IDS)
-    tuned = adapters.add_lora(base, LORA)
-    benchmark.train(tuned)
-    adapters.save_adapter(tuned, tmp_path / "adapter")
-    model, _ = models.load_model(str(tiny_model_folder), adapter=tmp_path / "adapter")
-    logits = adapters.last_logits(model, IDS)
-    assert torch.equal(logits, adapters.last_logits(tuned, IDS))
-    assert not torch.allclose(logits, plain)
 
 
 @pytest.mark.parametrize("fault", ["all zero", "of another base"])

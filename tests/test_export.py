@@ -13,7 +13,7 @@ import pytest
 
 from helpers import export, stages
 from helpers.data import preparation as data
-from helpers.errors import ConfigError, MissingInput, ModelError
+from helpers.errors import ModelError
 from helpers.models.hub import OFFLINE, find_model
 from helpers.runs import Run
 
@@ -67,15 +67,6 @@ def test_a_run_of_sft_alone_is_exported_with_its_template(
     assert part["merged"]["greedy_agreement"] == 1.0
     template = Path(part["merged"]["path"]) / "chat_template.jinja"
     assert "[INST]" in template.read_text()
-
-
-def test_exporting_what_was_not_trained_names_the_notebook(
-    run_factory: Callable[..., Run],
-) -> None:
-    with pytest.raises(MissingInput, match="run notebook 03_grpo_gsm8k"):
-        export.export(run_factory())
-    with pytest.raises(ConfigError, match="has no grpo stage, .*notebook 02_sft_qlora"):
-        export.export(run_factory(**SFT_ONLY), "grpo")
 
 
 def test_what_a_base_like_model_becomes_stops_by_itself_in_plain_transformers(

@@ -190,10 +190,9 @@ def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
 def compare_saved(
     model: PreTrainedModel, folder: Path, half: Any = None, bits: str = "16bit"
 ) -> dict[str, float] | None:
-    """Returns how far a reloaded model's logits are from the trained one's, at most.
+    """Returns how far a reloaded model's logits are from the witness in a folder, if any.
 
-    None without a witness in the trained adapter's folder; ModelError where arithmetic
-    does not explain the difference.
+    Raises ModelError where arithmetic does not explain the difference.
     """
     import numpy as np
     import torch
