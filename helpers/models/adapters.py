@@ -190,7 +190,7 @@ def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
 def compare_saved(
     model: PreTrainedModel, folder: Path, half: Any = None, bits: str = "16bit"
 ) -> dict[str, float] | None:
-    """Returns how far a reloaded model's logits are from the witness in a folder, if any.
+    """Returns the distance of a reloaded model's logits from a folder's witness.
 
     Raises ModelError where arithmetic does not explain the difference.
     """
