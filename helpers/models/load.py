@@ -121,9 +121,12 @@ def load_model(
             f"weights={weights!r} cannot be loaded here: Unsloth without a GPU loads "
             "16bit instead; choose engine='transformers' or other weights"
         )
-    quantised = model.config.to_dict().get("quantization_config") or {}
-    if quantised.get("bnb_4bit_use_double_quant", double_quant) != double_quant:
-        warnings.warn(f"{double_quant=} is not followed by this engine", stacklevel=2)
+    if weights == "4bit":
+        scales = model.config.to_dict()["quantization_config"]
+        if scales.get("bnb_4bit_use_double_quant", double_quant) != double_quant:
+            warnings.warn(
+                f"{double_quant=} is not followed by this engine", stacklevel=2
+            )
     tokenizer = load_tokenizer(name, template=template, pad_token=pad_token)
     rows = model.get_input_embeddings().weight.shape[0]
     if (highest := max(tokenizer.get_vocab().values())) >= rows:
