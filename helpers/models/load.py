@@ -124,9 +124,7 @@ def load_model(
     if weights == "4bit":
         scales = model.config.to_dict()["quantization_config"]
         if scales.get("bnb_4bit_use_double_quant", double_quant) != double_quant:
-            warnings.warn(
-                f"{double_quant=} is not followed by this engine", stacklevel=2
-            )
+            warnings.warn(f"{double_quant=} is not followed by {engine}", stacklevel=2)
     tokenizer = load_tokenizer(name, template=template, pad_token=pad_token)
     rows = model.get_input_embeddings().weight.shape[0]
     if (highest := max(tokenizer.get_vocab().values())) >= rows:
