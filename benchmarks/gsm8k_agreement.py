@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -284,9 +285,10 @@ def end_to_end(
         key=lambda sample: sample["doc_id"],
     )
     prompts = make_prompts(make_task(name, problems, examples), tokenizer, chat)
-    until = task.config.generation_kwargs["until"]
-    answers = generate(model, tokenizer, prompts, max_new_tokens=tokens, until=until)
-    outputs = [(a.text, p["answer"]) for a, p in zip(answers, problems, strict=True)]
+    ends = "|".join(map(re.escape, task.config.generation_kwargs["until"]))
+    answers = generate(model, tokenizer, prompts, max_new_tokens=tokens)
+    texts = [re.split(ends, answer.text)[0].strip() for answer in answers]
+    outputs = [(t, p["answer"]) for t, p in zip(texts, problems, strict=True)]
     items = judge_ours(name, outputs)
     found: dict[str, Any] = {
         "n": len(problems),
@@ -296,8 +298,8 @@ def end_to_end(
             for sample, prompt in zip(samples, prompts, strict=True)
         ),
         "same_outputs": sum(
-            sample["resps"][0][0].strip() == answer.text
-            for sample, answer in zip(samples, answers, strict=True)
+            sample["resps"][0][0].strip() == text
+            for sample, text in zip(samples, texts, strict=True)
         ),
     }
     for theirs, verdict in VERDICTS.items():

@@ -26,10 +26,6 @@ class ModelError(TunebookError):
     """A model or adapter that cannot be loaded."""
 
 
-class GpuTooSmall(TunebookError, MemoryError):
-    """A GPU without the memory that a model needs."""
-
-
 class UnknownArchitecture(TunebookError):
     """A model whose config is neither known here nor on disk or hub."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from helpers.data import preparation as data
 from helpers.data.formats import Messages
 from helpers.errors import ModelError
 from helpers.grpo.answers import is_correct
-from helpers.inference.generation import Answer, generate
+from helpers.inference.generation import generate
 from helpers.masking.templates import answer_marks, render, stop_token_ids
 from helpers.models import adapters, load
 from helpers.models.hub import new_folder
@@ -25,16 +26,16 @@ from helpers.training.inputs import require_stage
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+Answers = list[tuple[str, bool]]  # texts, and whether they ended by themselves
 LOST_STOPS = 0.2  # share of the answers that may end in the trained model alone
 
 
 def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str, Any]:
     """Returns the report part of a stage's exported model, and writes its files.
 
-    Both `export/adapter` and `export/merged` are loaded again. `reloaded` compares
-    their logits with the trained model's, see `compare_saved`. In another process, in
-    plain transformers, they answer held-out prompts: `greedy_agreement` is the share
-    of answers equal to the trained model's, `stop_rate` that of answers that end.
+    `reloaded` compares their logits with the trained model's. In another process they
+    answer held-out prompts in plain transformers: `greedy_agreement` is the share of
+    answers equal to the trained model's, `stop_rate` that of answers that end.
 
     Args:
         run: with the stage trained.
@@ -42,60 +43,50 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
         prompts: how many prompts are compared.
 
     Raises:
-        ConfigError: the run has no such stage.
-        MissingInput: the stage has not been trained.
+        ConfigError, MissingInput: the run has no such stage, or has not trained it.
         ModelError: the exported files do not work without this project.
     """
-    config = run.config
+    config, folder = run.config, run.path / "export"
     stage = stage or config.stages[-1]
     require_stage(config, stage)
     trained = run.require(f"{stage}/adapter")
-    adapter, merged = run.path / "export" / "adapter", run.path / "export" / "merged"
     options, length = load.options(config), config.evaluation.max_new_tokens
+    weights, half = load.resolve_weights(config.weights), load.half_of(config)
     questions, gold = held_out_prompts(run, prompts)
     model, tokenizer = load.load_model(config.model, adapter=trained, **options)
+    reloaded = {"adapter": adapters.compare_saved(model, trained, half, weights)}
     decoding = {"max_new_tokens": length, "batch_size": config.evaluation.batch_size}
-    expected = generate(model, tokenizer, questions, **decoding)
-    adapters.save_adapter(model, adapter)
+    answers = generate(model, tokenizer, questions, **decoding)
+    expected = [(answer.text, answer.stopped) for answer in answers]
     write_stops(tokenizer, model.generation_config)
-    tokenizer.save_pretrained(adapter)
-    model.generation_config.save_pretrained(adapter)
+    with new_folder(folder / "adapter") as scratch:
+        ours = shutil.ignore_patterns(adapters.WITNESS)
+        shutil.copytree(trained, scratch, ignore=ours, dirs_exist_ok=True)
+        tokenizer.save_pretrained(scratch)
+        model.generation_config.save_pretrained(scratch)
     del model
     runtime.free_memory()
-    merge(config, adapter, merged)
+    merge(config, trained, folder / "merged")
+    alone = {"weights": "16bit", "template": "own", "pad_token": None}
+    model, _ = load.load_model(str(folder / "merged"), **options | alone)
+    reloaded["merged"] = adapters.compare_saved(model, trained, half, weights)
+    del model
+    runtime.free_memory()
 
-    stopped = sum(answer.stopped for answer in expected) / len(expected)
-    part: dict[str, Any] = {"trained": {"prompts": len(expected), "stop_rate": stopped}}
-    if gold:
-        part["trained"]["right"] = count_right([a.text for a in expected], gold)
+    part: dict[str, Any] = compare(trained, expected, expected, gold)
+    part = {"trained": {"prompts": len(questions), **part}}
     # the adapter was trained on the weights as they were loaded
-    weights, half = load.resolve_weights(config.weights), load.half_of(config)
-    dtype = str(runtime.choose_dtype(runtime.find_machine(), config.dtype)[0])
-    dtype = dtype.removeprefix("torch.")
+    dtype, _ = runtime.choose_dtype(runtime.find_machine(), config.dtype)
     quantised = load.quantization(weights, dtype, config.double_quant)
-    base = {"name": config.model, "adapter": adapter}
-    alone = {"name": str(merged), "template": "own", "pad_token": None}
-    for folder, more, plain in (
-        (adapter, base, {"dtype": dtype, "quantised": quantised}),
-        (merged, alone | {"weights": "16bit"}, {"dtype": "auto", "quantised": None}),
-    ):
-        model, _ = load.load_model(**options | more)
-        reloaded = adapters.compare_saved(model, trained, half, weights)
-        del model
-        runtime.free_memory()
-        answers = ask_plainly(folder, plain, questions, length)
-        values = compare_plain(folder, expected, answers)
-        part[folder.name] = {"path": str(folder), "reloaded": reloaded, **values}
-        if gold:
-            part[folder.name]["right"] = count_right([t for t, _ in answers], gold)
+    own = str(dtype).removeprefix("torch."), quantised
+    for name, loading in (("adapter", own), ("merged", ("auto", None))):
+        texts = ask(folder / name, *loading, questions, length)
+        values = compare(folder / name, texts, expected, gold)
+        places = {"path": str(folder / name), "reloaded": reloaded[name]}
+        part[name] = places | values
     part["peak_memory_gb"] = round(runtime.peak_memory_gb(), 3)
     run.write_part("export", part)
     return part
-
-
-def count_right(texts: list[str], gold: list[str]) -> int:
-    """Returns the number of right answers."""
-    return sum(is_correct(*pair) for pair in zip(texts, gold, strict=True))
 
 
 def held_out_prompts(run: Run, count: int) -> tuple[list[Messages], list[str]]:
@@ -110,7 +101,7 @@ def held_out_prompts(run: Run, count: int) -> tuple[list[Messages], list[str]]:
 
 
 def merge(config: RunConfig, adapter: Path | str, folder: Path) -> None:
-    """Writes base and adapter as one ordinary model in 16 bit (fp32 on a CPU).
+    """Writes base and adapter as one model in 16 bit (fp32 on a CPU).
 
     The adapter was trained on the weights as loaded, so these are dequantised first.
     """
@@ -132,16 +123,14 @@ def merge(config: RunConfig, adapter: Path | str, folder: Path) -> None:
 def write_stops(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) -> None:
     """Writes the end of an answer into what is exported, for other programs.
 
-    All tokens that end a turn go into the generation config. The tokenizer's EOS, by
-    which other programs stop, becomes the token that the template ends an answer with,
-    unless the template prints EOS elsewhere.
+    Some of them stop at the tokenizer's EOS alone: it becomes the token that ends an
+    answer, unless the template prints EOS elsewhere.
     """
     settings.eos_token_id = stop_token_ids(tokenizer)
     settings.pad_token_id = tokenizer.pad_token_id
     turns = [{"role": r, "content": "x"} for r in ("user", "assistant")]
     text, before = render(tokenizer, turns), tokenizer.eos_token
-    closing = answer_marks(tokenizer)[1]
-    ids = tokenizer(closing, add_special_tokens=False).input_ids
+    ids = tokenizer(answer_marks(tokenizer)[1], add_special_tokens=False).input_ids
     ends = [i for i in ids if i in settings.eos_token_id]
     if ends and tokenizer.eos_token_id not in ends:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
@@ -150,8 +139,8 @@ def write_stops(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) 
 
 
 def answer_plainly(
-    folder: str, loading: dict[str, Any], prompts: list[Any], max_tokens: int
-) -> list[tuple[str, bool]]:
+    folder: str, dtype: str, quantised: Any, prompts: list[Any], max_tokens: int
+) -> Answers:
     """Returns greedy answers in plain transformers and PEFT, and whether they ended.
 
     Only its source is run, in another process, where nothing of this project makes up
@@ -164,63 +153,55 @@ def answer_plainly(
     from peft import AutoPeftModelForCausalLM
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
-    quantised = loading["quantised"]
     adapter = os.path.exists(f"{folder}/adapter_config.json")
     loader = AutoPeftModelForCausalLM if adapter else transformers.AutoModelForCausalLM
     model = loader.from_pretrained(
         folder,
-        dtype=loading["dtype"],
+        dtype=dtype,
         device_map={"": 0 if torch.cuda.is_available() else "cpu"},
         quantization_config=quantised and transformers.BitsAndBytesConfig(**quantised),
     ).eval()
     settings = transformers.GenerationConfig.from_pretrained(folder)
+    settings.update(max_new_tokens=max_tokens, do_sample=False)
     form = {"padding": True, "return_tensors": "pt", "return_dict": True}
     inputs = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, **form)
-    output = model.generate(
-        **inputs.to(model.device),
-        generation_config=settings,
-        max_new_tokens=max_tokens,
-        do_sample=False,
-    )
+    output = model.generate(**inputs.to(model.device), generation_config=settings)
     answers = []
     for row in output[:, inputs["input_ids"].shape[1] :].tolist():
-        stops = [n for n, token in enumerate(row) if token in settings.eos_token_id]
-        text = tokenizer.decode(
-            row[: min(stops, default=None)], skip_special_tokens=True
-        )
-        answers.append((text.strip(), bool(stops)))
+        stops = (n for n, token in enumerate(row) if token in settings.eos_token_id)
+        end = next(stops, None)
+        text = tokenizer.decode(row[:end], skip_special_tokens=True)
+        answers.append((text.strip(), end is not None))
     return answers
 
 
-def ask_plainly(
-    folder: Path, loading: dict[str, Any], prompts: list[Messages], max_tokens: int
-) -> list[tuple[str, bool]]:
+def ask(folder: Path, *arguments: Any) -> Answers:
     """Returns what `answer_plainly` does, run in a process without this project."""
     source = inspect.getsource(answer_plainly)
     script = f"from __future__ import annotations\nimport json, sys\n{source}\n"
     script += "print(json.dumps(answer_plainly(*json.load(sys.stdin))))"
-    request = json.dumps([str(folder), loading, prompts, max_tokens])
+    request = json.dumps([str(folder), *arguments])
     command = [sys.executable, "-P", "-c", script]
     done = subprocess.run(command, input=request, capture_output=True, text=True)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+        reason = done.stderr.strip().rpartition("\n")[2][:300]
         raise ModelError(f"{folder} cannot be used in plain transformers: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare_plain(
-    folder: Path, expected: list[Answer], answers: list[tuple[str, bool]]
+def compare(
+    folder: Path, answers: Answers, expected: Answers, gold: list[str]
 ) -> dict[str, float]:
-    """Returns the shares of answers equal to the trained model's, and of ended ones."""
-    same = sum(a.text == text for a, (text, _) in zip(expected, answers, strict=True))
-    stopped = sum(ended for _, ended in answers)
-    lost = sum(answer.stopped for answer in expected) - stopped
-    if lost > max(1, LOST_STOPS * len(expected)):
+    """Returns shares of answers; ModelError where they run on, unlike the expected."""
+    count, stopped = len(answers), sum(ended for _, ended in answers)
+    lost = sum(ended for _, ended in expected) - stopped
+    if lost > max(1, LOST_STOPS * count):
         raise ModelError(
-            f"{folder}: {lost} of {len(expected)} answers end by themselves in the "
-            "trained model but run on elsewhere: its template or stop tokens are lost"
+            f"{folder}: {lost} of {count} answers end by themselves in the trained "
+            "model but run on elsewhere: its template or stop tokens are lost"
         )
-    return {
-        "greedy_agreement": same / len(answers),
-        "stop_rate": stopped / len(answers),
-    }
+    same = sum(a[0] == e[0] for a, e in zip(answers, expected, strict=True))
+    values = {"greedy_agreement": same / count, "stop_rate": stopped / count}
+    if gold:
+        values["right"] = sum(map(is_correct, [text for text, _ in answers], gold))
+    return values

@@ -78,7 +78,7 @@ def heavy_modules(
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """The offline model's tokenizer; do not change it, `make_tokenizer` copies it."""
-    from helpers.models.offline import build_tokenizer, find_gguf
+    from helpers.models.hub import build_tokenizer, find_gguf
 
     return build_tokenizer(find_gguf())
 

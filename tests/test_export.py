@@ -8,14 +8,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from helpers import export, stages
 from helpers.data import preparation as data
-from helpers.errors import ConfigError, MissingInput, ModelError
-from helpers.inference.generation import Answer
+from helpers.errors import ModelError
 from helpers.models.hub import OFFLINE, find_model
 from helpers.runs import Run
 
@@ -71,35 +69,6 @@ def test_a_run_of_sft_alone_is_exported_with_its_template(
     assert "[INST]" in template.read_text()
 
 
-def test_exporting_what_was_not_trained_names_the_notebook(
-    run_factory: Callable[..., Run],
-) -> None:
-    with pytest.raises(MissingInput, match="run notebook 03_grpo_gsm8k"):
-        export.export(run_factory())
-    with pytest.raises(ConfigError, match="has no grpo stage, .*notebook 02_sft_qlora"):
-        export.export(run_factory(**SFT_ONLY), "grpo")
-
-
-@pytest.mark.parametrize(
-    ("changes", "part"),
-    [
-        ({}, "test"),
-        ({"data__test": None}, "test_new"),
-        ({"data__test": None, "data__test_new": None}, "eval"),
-    ],
-)
-def test_prompts_to_compare_come_from_held_out_rows(
-    run_factory: Callable[..., Run], changes: dict[str, Any], part: str
-) -> None:
-    run = run_factory(**changes)
-    data.prepare(run)
-    prompts, gold = export.held_out_prompts(run, 2)
-    row = data.read_rows(run.path / "data" / f"{part}.jsonl")[0]
-    question = row.get("question") or data.questions_of(row["messages"])[0]
-    assert prompts[0][-1] == {"role": "user", "content": question}
-    assert len(gold) == (2 if part != "eval" else 0)
-
-
 def test_what_a_base_like_model_becomes_stops_by_itself_in_plain_transformers(
     run_factory: Callable[..., Run], tmp_path: Path
 ) -> None:
@@ -137,15 +106,15 @@ def test_what_a_base_like_model_becomes_stops_by_itself_in_plain_transformers(
 
 
 def test_files_that_do_not_stop_elsewhere_fail_the_export() -> None:
-    expected, plain = [Answer("4", 2, True)] * 5, [("4 and on", False)] * 5
+    expected, plain = [("4", True)] * 5, [("4 and on", False)] * 5
     with pytest.raises(ModelError, match="5 of 5 answers end by themselves in the tr"):
-        export.compare_plain(Path("merged"), expected, plain)
+        export.compare(Path("merged"), plain, expected, [])
 
 
 def test_files_that_cannot_be_loaded_elsewhere_fail_the_export(tmp_path: Path) -> None:
     prompts = [[{"role": "user", "content": "Hi"}]]
     with pytest.raises(ModelError, match="cannot be used in plain transformers"):
-        export.ask_plainly(tmp_path, {}, prompts, 4)
+        export.ask(tmp_path, "auto", None, prompts, 4)
 
 
 def test_the_other_process_is_given_nothing_of_ours() -> None:

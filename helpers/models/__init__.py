@@ -4,8 +4,5 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={
-        "load": ["load_adapter", "load_model", "load_tokenizer", "options"],
-        "adapters": ["add_lora", "merge_adapter", "save_adapter"],
-    },
+    submod_attrs={"load": ["load_model", "load_tokenizer", "options"]},
 )

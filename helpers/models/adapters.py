@@ -1,7 +1,6 @@
 """LoRA adapters: attached, saved, compared with the trained model, merged.
 
-Each setting of PEFT survives saving, loading and merging, or is refused before the
-training; `benchmarks/adapters.py` measures it.
+Each setting of PEFT survives all of it or is refused before; `benchmarks/adapters.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WITNESS = "trained_logits.npz"
-# of the largest logit, by the arithmetic
+# of the largest logit, by the arithmetic; in 8 bit activations are rounded too
 TOLERANCE = {"float32": 1e-4, "half": 2e-2, "8bit": 0.1}
 
 
@@ -42,43 +41,29 @@ def add_lora(
     max_length: int = 1024,
     checkpointing: bool | None = None,
 ) -> PreTrainedModel:
-    """Returns the model with fresh LoRA matrices to train; the base stays frozen.
+    """Returns the model with fresh LoRA matrices, `lora` being fields of `LoraConfig`.
 
-    Args:
-        model: from `load_model`, with the same engine.
-        lora: fields of PEFT's `LoraConfig`, unchanged.
-        engine: `auto`, `unsloth` or `transformers`.
-        seed: for the matrices' first values.
-        max_length: the longest row of the training, in tokens.
-        checkpointing: recompute activations in the backward pass, for a third more
-            time and much less memory; None does on a GPU. Never on a CPU.
-
-    Raises:
-        ModelError: the model or a saved adapter cannot follow a setting.
+    `checkpointing` (None: yes) recomputes activations on a GPU, for less memory.
     """
     import torch
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
     recompute = torch.cuda.is_available() and checkpointing is not False
     check_lora(model, lora)
-    try:
-        if resolve_engine(engine) == "unsloth":
-            from unsloth import FastLanguageModel
+    if resolve_engine(engine) == "unsloth":
+        from unsloth import FastLanguageModel
 
-            tuned = FastLanguageModel.get_peft_model(
-                model,
-                **{"bias": "none", "lora_dropout": 0, **lora},
-                use_gradient_checkpointing="unsloth" if recompute else False,
-                random_state=seed,
-                max_seq_length=max_length,
-            )
-        else:
-            torch.manual_seed(seed)
-            model = prepare_quantised(model, recompute)
-            fields = {"task_type": "CAUSAL_LM", **lora}
-            tuned = get_peft_model(model, LoraConfig(**fields))
-    except (ValueError, TypeError, LookupError, NotImplementedError) as error:
-        raise ModelError(f"LoRA cannot be attached as configured: {error}") from error
+        tuned = FastLanguageModel.get_peft_model(
+            model,
+            **{"bias": "none", "lora_dropout": 0, **lora},
+            use_gradient_checkpointing="unsloth" if recompute else False,
+            random_state=seed,
+            max_seq_length=max_length,
+        )
+    else:
+        torch.manual_seed(seed)
+        model = prepare_quantised(model, recompute)
+        tuned = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}))
     check_attached(tuned, lora)
     if rewrites_base(lora):
         state = get_peft_model_state_dict(tuned, save_embedding_layers=False)
@@ -104,18 +89,15 @@ def check_lora(model: PreTrainedModel, lora: dict[str, Any]) -> None:
             raise ModelError(f"layers_to_transform={n}: the layers are 0 to {last}")
     if lora.get("lora_alpha") == 0 or lora.get("lora_dropout") == 1:
         raise ModelError("nothing is learnt with lora_alpha=0 or lora_dropout=1")
-    start, rewrites = lora.get("init_lora_weights"), rewrites_base(lora)
-    safe = rewrites or str(start).lower() in ("gaussian", "orthogonal", "mica")
-    if isinstance(start, str) and not safe:
+    start = lora.get("init_lora_weights")
+    drawn = str(start).lower() in ("gaussian", "orthogonal", "mica")
+    plain = drawn or not isinstance(start, str)
+    rounded = getattr(model, "is_quantized", False)
+    if not plain and (rounded or not rewrites_base(lora)):
         raise ModelError(
-            f"init_lora_weights={start!r} needs data or quantises the base anew, which "
-            "a saved adapter would not fit; use true, 'gaussian', 'orthogonal', "
-            "'olora' or 'pissa'"
-        )
-    if rewrites and getattr(model, "is_quantized", False):
-        raise ModelError(
-            f"init_lora_weights={start!r} changes the base weights, which a quantised "
-            "model rounds; train with weights='16bit', or set it to true"
+            f"init_lora_weights={start!r} needs data or changes the base, and a saved "
+            "adapter would not fit; use true, 'gaussian' or 'orthogonal', or with "
+            "weights='16bit' 'olora' or 'pissa'"
         )
     if lora.get("layer_replication"):
         raise ModelError("layer_replication cannot be merged or exported; remove it")
@@ -124,16 +106,11 @@ def check_lora(model: PreTrainedModel, lora: dict[str, Any]) -> None:
 def check_attached(model: PreTrainedModel, lora: dict[str, Any]) -> None:
     """Raises ModelError for settings that no module of the tuned model follows."""
     targets = list(model.base_model.targeted_module_names)
-    if not targets:
-        raise ModelError("no module is adapted; name some in target_modules")
     for field in ("rank_pattern", "alpha_pattern"):
         require_matches(field, list(lora.get(field) or []), targets)
     bases = [model.get_base_model().get_submodule(t).base_layer for t in targets]
     if lora.get("lora_bias") and any(getattr(b, "bias", None) is None for b in bases):
-        raise ModelError(
-            "lora_bias=True trains a bias that the model's layers do not have and that "
-            "cannot be merged into them; remove it"
-        )
+        raise ModelError("lora_bias=True cannot be merged into layers without a bias")
 
 
 def require_matches(field: str, names: str | Iterable[Any], modules: list[str]) -> None:
@@ -150,18 +127,14 @@ def require_matches(field: str, names: str | Iterable[Any], modules: list[str]) 
             known = ", ".join(sorted(end for end in ends if not end.isdigit()))
             raise ModelError(
                 f"{field} {name} do not exist in this model{nearest(name, ends)}; it "
-                f"has {known} (a list holds ends of names, a text is a regular "
-                "expression of whole names)"
+                f"has {known} (a text is a regular expression of whole names)"
             )
 
 
 def save_adapter(
     model: PreTrainedModel, folder: Path, witness: Witness | None = None
 ) -> None:
-    """Writes a model's adapter to a folder, which is complete or as it was before.
-
-    With a witness the model's logits are kept there too, for `compare_saved`.
-    """
+    """Writes a model's adapter, and its logits on a witness, to a folder as a whole."""
     import numpy as np
 
     with new_folder(folder) as scratch:
@@ -201,17 +174,14 @@ def make_plain(folder: Path, initial: dict[str, Tensor]) -> None:
 
 
 def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns an ordinary model with the same outputs as a PEFT model.
-
-    Where embedding and head share a weight and the adapter changes one of them alone,
-    they are parted first: PEFT would change both.
-    """
+    """Returns an ordinary model with the same outputs as a PEFT model."""
     import torch
 
     base = model.get_base_model()
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     plain = [getattr(m, "base_layer", getattr(m, "original_module", m)) for m in ends]
     embedding, head = plain
+    # PEFT would change both where the adapter changes one of them alone
     if plain != ends and head.weight is embedding.weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), False)
     return model.merge_and_unload()
@@ -220,10 +190,9 @@ def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
 def compare_saved(
     model: PreTrainedModel, folder: Path, half: Any = None, bits: str = "16bit"
 ) -> dict[str, float] | None:
-    """Returns a reloaded adapter's largest difference of logits, and the largest logit.
+    """Returns the distance of a reloaded model's logits from a folder's witness.
 
-    None where the trained adapter's folder holds no witness. In 8 bit activations are
-    rounded too. Raises ModelError where arithmetic does not explain the difference.
+    Raises ModelError where arithmetic does not explain the difference.
     """
     import numpy as np
     import torch
@@ -238,8 +207,8 @@ def compare_saved(
     if not difference <= TOLERANCE[arithmetic] * largest:
         raise ModelError(
             f"the adapter at {folder}, loaded again, does not compute what was "
-            f"trained: logits of up to {largest:.3g} differ by up to {difference:.3g}. "
-            "The checkpoints are kept; train with plainer lora settings, report these"
+            f"trained: logits of up to {largest:.3g} differ by up to {difference:.3g}; "
+            "train with plainer lora settings"
         )
     return {"difference": float(f"{difference:.3g}"), "logits": float(f"{largest:.3g}")}
 

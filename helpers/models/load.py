@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from helpers import runtime
-from helpers.errors import GpuTooSmall, ModelError
+from helpers.errors import ModelError
 from helpers.masking.templates import prepare_tokenizer
 from helpers.models.hub import find_model, unknown_model
 from helpers.runtime import resolve_engine
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
     from helpers.config import RunConfig
 
-UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
-# in the names of what an adapter adds to a model
-ADDED = ("lora_", ".modules_to_save.", "trainable_tokens_delta")
+ADDED = ("lora_", ".modules_to_save.", "trainable_tokens_delta")  # by an adapter
 
 
 def resolve_weights(weights: str) -> str:
@@ -46,7 +44,15 @@ def half_of(config: RunConfig) -> Any:
 def load_tokenizer(
     name: str, *, template: str = "own", pad_token: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Returns a model's tokenizer, ready to train with; see `prepare_tokenizer`."""
+    """Returns a model's tokenizer, ready to train with.
+
+    Args:
+        name: hub id, folder, or `smollm2-135m-offline`.
+        template, pad_token: as for `masking.prepare_tokenizer`.
+
+    Raises:
+        ModelError: there is no such model, or the hub cannot be reached.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -71,46 +77,60 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns a base model, frozen, and its tokenizer.
 
-    `load_model(config.model, **options(config))` is the model of a config.
-
     Args:
-        name: hub id, folder, or `smollm2-135m-offline`.
+        name, template, pad_token: as for `load_tokenizer`.
         engine: `auto`, `unsloth` or `transformers`.
         weights: `auto`, `4bit` (NF4), `8bit` or `16bit` (fp32 on a CPU).
         double_quant: with `4bit`, quantise the scales too.
         dtype: of arithmetic: `auto`, `float16` or `bfloat16`, if the GPU supports it.
         max_length: the longest row of the training, in tokens.
-        template, pad_token: as for `prepare_tokenizer`.
-        adapter: a saved adapter, see `load_adapter`.
+        adapter: a saved adapter: a folder or hub id that PEFT can read.
 
     Raises:
-        ModelError: there is no such model or adapter, or the hub cannot be reached.
-        GpuTooSmall: the GPU is too small for it.
+        ModelError: there is no such model, or the adapter does not fit it.
     """
-    import torch
-
     engine, weights = resolve_engine(engine), resolve_weights(weights)
-    machine = runtime.prepare_device()
-    arithmetic, _ = runtime.choose_dtype(machine, dtype)
+    if engine == "unsloth":
+        from unsloth import FastLanguageModel
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    arithmetic, _ = runtime.choose_dtype(runtime.prepare_device(), dtype)
+    arguments: dict[str, Any] = {"dtype": arithmetic}
+    if fields := quantization(weights, arithmetic, double_quant):
+        arguments["quantization_config"] = BitsAndBytesConfig(**fields)
+    if engine == "transformers":
+        load = AutoModelForCausalLM.from_pretrained
+        arguments["device_map"] = {"": 0} if torch.cuda.is_available() else None
+    else:
+        load = FastLanguageModel.from_pretrained
+        bits = {f"load_in_{w}": w == weights for w in ("4bit", "8bit", "16bit")}
+        # else a hub name stands for Unsloth's copy, made with double_quant
+        exact = {"use_exact_model_name": not double_quant}
+        arguments |= {"max_seq_length": max_length, **bits, **exact}
     try:
-        model = load_base(
-            find_model(name), engine, weights, arithmetic, double_quant, max_length
-        )
-    except torch.OutOfMemoryError as error:
-        raise GpuTooSmall(
-            f"{name} in {weights} does not fit on {machine.name}, "
-            f"{machine.memory_gb:.1f} GiB; choose a smaller model or weights='4bit'"
-        ) from error
-    except UNREADABLE as error:
+        model = load(find_model(name), **arguments)
+    except torch.OutOfMemoryError:  # a RuntimeError, which says enough
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise unknown_model(name, error) from error
-    check_weights(model, weights, double_quant)
+    if engine == "unsloth":
+        model, _ = model
+    if weights != "16bit" and not getattr(model, f"is_loaded_in_{weights}", False):
+        raise ModelError(
+            f"weights={weights!r} cannot be loaded here: Unsloth without a GPU loads "
+            "16bit instead; choose engine='transformers' or other weights"
+        )
+    if weights == "4bit":
+        scales = model.config.to_dict()["quantization_config"]
+        if scales.get("bnb_4bit_use_double_quant", double_quant) != double_quant:
+            warnings.warn(f"{double_quant=} is not followed by {engine}", stacklevel=2)
     tokenizer = load_tokenizer(name, template=template, pad_token=pad_token)
     rows = model.get_input_embeddings().weight.shape[0]
     if (highest := max(tokenizer.get_vocab().values())) >= rows:
         raise ModelError(
             f"the tokenizer of {name} gives ids up to {highest}, but the model's "
-            f"embedding has {rows} rows; take the model's own tokenizer, or save the "
-            "model after model.resize_token_embeddings(len(tokenizer))"
+            f"embedding has {rows} rows; take the model's own tokenizer"
         )
     for module in model.modules():
         # bitsandbytes would repack 4-bit weights for CPUs with AVX512-BF16 at the
@@ -118,9 +138,8 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model.config.pad_token_id = tokenizer.pad_token_id
-    if model.generation_config is not None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.generation_config.max_length = None  # callers give max_new_tokens
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.max_length = None  # callers give max_new_tokens
     model.requires_grad_(False)
     if adapter is not None:
         model = load_adapter(model, adapter, engine=engine)
@@ -139,59 +158,13 @@ def quantization(weights: str, dtype: Any, double_quant: bool) -> dict[str, Any]
     return {"load_in_8bit": True} if weights == "8bit" else None
 
 
-def load_base(
-    path: str, engine: str, weights: str, dtype: Any, double_quant: bool, length: int
-) -> PreTrainedModel:
-    """Returns the model of a folder or hub id, as the engine loads it."""
-    if engine == "unsloth":
-        from unsloth import FastLanguageModel
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    arguments: dict[str, Any] = {"dtype": dtype}
-    if fields := quantization(weights, dtype, double_quant):
-        arguments["quantization_config"] = BitsAndBytesConfig(**fields)
-    if engine == "transformers":
-        place = {"": 0} if torch.cuda.is_available() else None
-        return AutoModelForCausalLM.from_pretrained(path, device_map=place, **arguments)
-    model, _ = FastLanguageModel.from_pretrained(
-        path,
-        max_seq_length=length,
-        load_in_4bit=weights == "4bit",
-        load_in_8bit=weights == "8bit",
-        load_in_16bit=weights == "16bit",
-        # else a hub name stands for Unsloth's copy, made with double_quant
-        use_exact_model_name=not double_quant,
-        **arguments,
-    )
-    return model
-
-
-def check_weights(model: PreTrainedModel, weights: str, double_quant: bool) -> None:
-    """Raises ModelError for other weights than asked for; warns of other scales."""
-    if weights != "16bit" and not getattr(model, f"is_loaded_in_{weights}", False):
-        raise ModelError(
-            f"weights={weights!r} cannot be loaded here: Unsloth without a GPU loads "
-            "16bit instead; choose engine='transformers' or other weights"
-        )
-    if weights == "4bit":
-        fields = model.config.to_dict()["quantization_config"]
-        if fields.get("bnb_4bit_use_double_quant", double_quant) != double_quant:
-            message = f"double_quant={double_quant} is not followed by this engine"
-            warnings.warn(message, stacklevel=3)
-
-
 def prepare_quantised(model: PreTrainedModel, recompute: bool) -> PreTrainedModel:
     """Returns a 4- or 8-bit model ready to train LoRA on; others as they are."""
     from peft import prepare_model_for_kbit_training
 
     if not getattr(model, "is_quantized", False):
         return model
-    return prepare_model_for_kbit_training(
-        model,
-        use_gradient_checkpointing=recompute,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-    )
+    return prepare_model_for_kbit_training(model, recompute, {"use_reentrant": False})
 
 
 def load_adapter(
@@ -203,18 +176,7 @@ def load_adapter(
     seed: int = 3407,
     checkpointing: bool | None = None,
 ) -> PreTrainedModel:
-    """Returns the base model with a saved adapter on it, as PEFT itself loads it.
-
-    Args:
-        model: the base, from `load_model`.
-        adapter: a folder or hub id that PEFT can read, of whatever kind and settings.
-        engine: as for `load_model`.
-        trainable: train on from it; else it is only used.
-        seed, checkpointing: as for `add_lora`.
-
-    Raises:
-        ModelError: there is no adapter, or its matrices do not fit this model.
-    """
+    """Returns the base with an adapter of whatever kind, as PEFT itself loads it."""
     import torch
     from peft import PeftModel
 
@@ -223,15 +185,7 @@ def load_adapter(
     if not unsloth:
         model = prepare_quantised(model, recompute)
     torch.manual_seed(seed)
-    try:
-        tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-    except torch.OutOfMemoryError:  # a RuntimeError, but not of the adapter
-        raise
-    except (*UNREADABLE, TypeError, LookupError) as error:
-        raise ModelError(
-            f"the adapter at {adapter} cannot be put on this model: {str(error)[:200]} "
-            "(expected: adapter_config.json, adapter_model.safetensors and their base)"
-        ) from error
+    tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     set_adapter_weights(tuned, adapter)
     if unsloth:
         from unsloth import FastLanguageModel
@@ -249,8 +203,8 @@ def set_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
     state = load_peft_weights(str(adapter), device="cpu")
     result = set_peft_model_state_dict(model, state)
     own = dict(model.named_parameters())  # a shared one by its first name only
-    names = [name for name in result.missing_keys if name in own]
-    empty = [name for name in names if any(part in name for part in ADDED)]
+    added = [name for name in own if any(part in name for part in ADDED)]
+    empty = set(result.missing_keys).intersection(added)
     if result.unexpected_keys or empty or not any(t.any() for t in state.values()):
         raise ModelError(
             f"the adapter at {adapter} does not fit this model: "
