@@ -32,8 +32,7 @@ def demo() -> RunConfig:
         ({"data__test_share": 0}, "^data.test_share: .*greater than 0"),
         ({"stages": []}, "^stages: .*at least 1 item"),
         ({"seed": "x" * 5000}, r"^seed: .{,190}$"),
-        ({"sftt__max_steps": 5}, r"^sftt__max_steps: 'sftt' is not .* mean 'sft'\?$"),
-        ({"model__name": "x"}, "'model' is not a group of the config"),
+        ({"sftt__max_steps": 5}, r"^sftt is not a field .* mean 'sft'\?$"),
         *(
             ({"name": name}, "^name: ")
             for name in ["..", ".", "../other", "a/b", "", "a b", ".hidden"]
@@ -43,10 +42,6 @@ def demo() -> RunConfig:
         ({"data__problems": None}, "the grpo stage needs data.problems"),
         ({"data__eval_share": 0.1}, "data.eval or data.eval_share, not both"),
         ({"data__eval": None}, "best_by='eval_loss' needs .*best_by='loss'"),
-        (
-            {"data__eval": None, "best_by": "loss"},
-            "sft.eval_strategy needs data.eval or data",
-        ),
         ({"data__test": {"path": "a.csv", "weight": 2}}, "^data.test: a weight is of"),
         ({"evaluation__labels": ["yes", "yes "]}, "different labels expected"),
     ],
@@ -76,11 +71,6 @@ def test_a_missing_field_is_named(demo: RunConfig) -> None:
 def test_an_sft_stage_needs_no_problems(demo: RunConfig) -> None:
     only_sft = changed(demo, stages=["sft"], data__problems=None, data__test=None)
     assert only_sft.data.problems is None
-
-
-def test_an_assigned_value_is_checked(demo: RunConfig) -> None:
-    with pytest.raises(ValueError, match="valid integer"):
-        demo.seed = "seven"  # type: ignore[assignment]
 
 
 # files
