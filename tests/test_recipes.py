@@ -212,11 +212,6 @@ def test_our_samples_stand_for_every_dataset_of_the_recipes(name: str) -> None:
     assert small.name == f"{name}-small" and small.model == "smollm2-135m-offline"
 
 
-def test_a_dataset_without_a_sample_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="no file and no sample of 'owner/other'; th"):
-        recipes.sample_of("owner/other")
-
-
 @pytest.mark.parametrize(
     ("steps", "sft", "grpo", "every"), [(6, 6, 3, 3), (1, 1, 2, 1)]
 )
