@@ -71,8 +71,14 @@ SILENT: list[tuple[str, Callable[[Any], bool], str]] = [
     ("task_type", lambda x: x in (None, "CAUSAL_LM"), "CAUSAL_LM, the only task here"),
 ]
 # in a trial nothing is written, and nothing of this machine is judged
-TRIAL: dict[str, Any] = {"output_dir": "unused", "report_to": "none", "use_cpu": True}
-TRIAL |= {"fp16": False, "bf16": False}
+TRAINING = {"output_dir": "unused", "report_to": "none", "use_cpu": True}
+TRAINING |= {"fp16": False, "bf16": False}
+TRIAL: dict[str, dict[str, Any]] = {
+    "sft": TRAINING,
+    "grpo": TRAINING | {"num_generations_eval": 1},  # ours needs no whole groups
+    "lora": {},
+    "inference": {"do_sample": True},
+}
 # fields that take more than their type says
 WIDER: dict[str, Any] = {"scale_rewards": bool | str, "init_lora_weights": bool | str}
 
@@ -192,11 +198,8 @@ def trial_fault(group: str, values: dict[str, Any]) -> dict[str, str]:
     # of several processes each would start their group before a model is loaded
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return {}
-    fixed = {"do_sample": True} if group == "inference" else {}
-    fixed |= TRIAL if group in ("sft", "grpo") else {}
-    fixed |= {"num_generations_eval": 1} if group == "grpo" else {}
     try:
-        library_class(group)(**values | fixed)
+        library_class(group)(**values | TRIAL[group])
     except (ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
         text = " ".join(str(error).split())[:300]
         owner = {v: n for n, v in values.items() if isinstance(v, str)}

@@ -204,7 +204,8 @@ def check_config(values: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         faults = error.errors()
-    groups = {"": RunConfig, "data": DataConfig, "evaluation": EvaluationConfig}
+    groups: dict[str, type[BaseModel]] = {"": RunConfig, "data": DataConfig}
+    groups["evaluation"] = EvaluationConfig
     lines = []
     for fault in faults:
         field = ".".join(str(part) for part in fault["loc"] if part not in TAGS)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import pandas as pd
 import pytest
 
 from helpers import __main__ as command_line
-from helpers import recipes, runs, runtime
+from helpers import recipes, runtime
 from helpers.runs import Run
 
 
@@ -119,15 +118,6 @@ def test_the_command_line_loads_nothing_heavy_by_itself(
     assert heavy_modules("import helpers.__main__") == []
 
 
-def test_results_are_shown_as_text_table_or_report(
-    capsys: pytest.CaptureFixture[str], run: Run
-) -> None:
-    for result in ("text", pd.DataFrame({"a": [1]}), {"b": 2}, None, run):
-        command_line.show(result)
-    text = capsys.readouterr().out
-    assert text.startswith('text\n   a\n0  1\n{\n "b": 2\n}\nthe run is in /')
-
-
 # the series
 
 
@@ -174,12 +164,6 @@ def test_a_failing_notebook_ends_the_series_and_leaves_its_copy(
     with pytest.raises(SystemExit, match="(?s)02_sft_qlora.ipynb failed.*no"):
         command_line.main(["demo"])
     assert outputs(runs_home / "demo/notebooks/02_sft_qlora.ipynb") == "1\nno"
-
-
-def test_the_series_is_the_numbered_notebooks_in_order() -> None:
-    names = sorted(path.stem for path in (runtime.ROOT / "notebooks").glob("0*.ipynb"))
-    assert names[0] == "00_setup"
-    assert {*command_line.IDLE_WITHOUT.values(), *runs.MADE_BY.values()} <= {*names}
 
 
 def test_the_readmes_example_of_own_data_runs(tmp_path: Path, run_python: Any) -> None:

@@ -57,13 +57,8 @@ def test_a_faulty_config_is_refused_with_the_field_and_the_remedy(
 def test_every_fault_has_its_own_line(demo: RunConfig) -> None:
     with pytest.raises(ConfigError) as caught:
         changed(demo, seed=-1, max_length=3, modle="x")
-    fields = [
-        line.replace(":", " ").split(" ")[0] for line in str(caught.value).split("\n")
-    ]
-    assert sorted(fields) == ["max_length", "modle", "seed"]
-
-
-def test_a_missing_field_is_named(demo: RunConfig) -> None:
+    lines = str(caught.value).split("\n")
+    assert sorted(line[:4] for line in lines) == ["max_", "modl", "seed"]
     with pytest.raises(ConfigError, match="^model: Field required"):
         check_config(demo.model_dump(exclude={"model"}))
 
