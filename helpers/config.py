@@ -204,15 +204,14 @@ def check_config(values: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         faults = error.errors()
-    groups: dict[str, type[BaseModel]] = {"": RunConfig, "data": DataConfig}
-    groups["evaluation"] = EvaluationConfig
+    kinds = (RunConfig, DataConfig, EvaluationConfig, Source)
+    known = [name for kind in kinds for name in kind.model_fields]
     lines = []
     for fault in faults:
         field = ".".join(str(part) for part in fault["loc"] if part not in TAGS)
         text = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            group, _, leaf = field.rpartition(".")
-            hint = nearest(leaf, groups.get(group, Source).model_fields)
+            hint = nearest(field.rpartition(".")[2], known)
             lines.append(f"{field} is not a field of the config{hint}")
         elif field:
             lines.append(f"{field}: {text} (found {repr(fault['input'])[:80]})")

@@ -52,13 +52,12 @@ def pip(*arguments: str) -> None:
 
 
 def install_cpu_torch(requirement: str) -> None:
-    """Installs torch without CUDA's gigabytes: uv knows where PyTorch keeps it."""
+    """Installs torch without CUDA's gigabytes; only uv knows where PyTorch keeps it."""
     pip("uv")
     command = [sys.executable, "-m", "uv", "pip", "install", "-q", requirement]
     command += ["--python", sys.executable, "--torch-backend", "cpu"]
-    environment = {**os.environ, "UV_HTTP_RETRIES": "0"}
     # where uv reaches nothing, pip takes what it is set up to find
-    if subprocess.run(command, capture_output=True, env=environment).returncode:
+    if subprocess.run(command, capture_output=True).returncode:
         pip(requirement)
 
 
@@ -71,8 +70,8 @@ def install(*extra: str) -> None:
         )
     files = [STACK, *(ROOT / name for name in extra)]
     versions = {name: installed_version(name) for name in KEPT}
-    if sys.platform == "linux" and not versions["torch"]:
-        if not shutil.which("nvidia-smi"):
+    if not (versions["torch"] or shutil.which("nvidia-smi")):
+        if sys.platform == "linux":
             install_cpu_torch("torch" + read_pins(STACK)["torch"])
             versions["torch"] = installed_version("torch")
     with tempfile.TemporaryDirectory() as folder:
