@@ -112,12 +112,6 @@ def test_the_options_of_a_command_are_parameters_of_its_function(command: str) -
     assert parameters - {"small", "judge_model"} <= {*signature(function).parameters}
 
 
-def test_the_command_line_loads_nothing_heavy_by_itself(
-    heavy_modules: Callable[[str], list[str]],
-) -> None:
-    assert heavy_modules("import helpers.__main__") == []
-
-
 # the series
 
 

@@ -63,11 +63,6 @@ def test_every_fault_has_its_own_line(demo: RunConfig) -> None:
         check_config(demo.model_dump(exclude={"model"}))
 
 
-def test_an_sft_stage_needs_no_problems(demo: RunConfig) -> None:
-    only_sft = changed(demo, stages=["sft"], data__problems=None, data__test=None)
-    assert only_sft.data.problems is None
-
-
 # files
 
 
@@ -116,21 +111,12 @@ def test_changed_reaches_into_a_group_and_leaves_the_rest_and_the_original(
 # fields of earlier versions
 
 
-@pytest.fixture
-def retired(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_retired_field_is_dropped_where_it_changed_nothing_else_refused(
+    demo: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, values in {"few": (0,), "evaluation.secs": None}.items():
         monkeypatch.setitem(config.RETIRED, name, (values, "write it in your notebook"))
-
-
-def test_a_retired_field_that_changed_nothing_is_dropped(
-    demo: RunConfig, retired: None
-) -> None:
     assert changed(demo, few=0, evaluation__secs=7) == demo
-
-
-def test_a_retired_field_that_was_in_use_is_refused_with_what_replaced_it(
-    demo: RunConfig, retired: None
-) -> None:
     with pytest.raises(ConfigError, match="^few=4 no longer exists: write it in your"):
         changed(demo, few=4)
 
