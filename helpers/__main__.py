@@ -14,35 +14,34 @@ from typing import Any
 
 from helpers import recipes, runs, runtime
 from helpers.config import read_config
-from helpers.errors import MissingInput, TunebookError, nearest
+from helpers.errors import MissingInput, TunebookError
 
 CELL_TIMEOUT_S = 3600
 IDLE_WITHOUT = {"sft": "02_sft_qlora", "grpo": "03_grpo_gsm8k"}
-JUDGE = ["run", "--judge", "--judge-model"]
-BENCH = [*JUDGE, "--models", "--limit", "--max-new-tokens"]
-MODEL = ["model", "--adapter", "--system", "--max-new-tokens", "--temperature"]
-FILES = ["--file", "--out", "--batch-size"]
+BENCH = "run --judge --judge-model --models --limit --max-new-tokens"
+MODEL = "model --adapter --system --max-new-tokens --temperature"
 
-# command: function, what it does, and its options. A value goes to the parameter of the
-# option's name; without one it has the function's own default.
-COMMANDS: dict[str, tuple[str, str, list[str]]] = {
-    "train": ("stages:train", "train and evaluate a run", ["config", "--small"]),
-    "generate": ("inference.chat:generate_command", "answer a file", MODEL + FILES),
-    "chat": ("inference.chat:generate_command", "answer what you type", MODEL),
-    "evaluate": ("evaluation.evaluator:evaluate_run", "evaluate", ["run", "--models"]),
-    "mt-bench": ("llm_judge.mt_bench:run_mt_bench", "MT-Bench", [*BENCH, "--data"]),
+# command: function, and its options. A value goes to the parameter of the option's
+# name; without one it has the function's own default.
+COMMANDS = {
+    "train": ("stages:train", "config --small"),
+    "generate": (
+        "inference.chat:generate_command",
+        f"{MODEL} --file --out --batch-size",
+    ),
+    "chat": ("inference.chat:generate_command", MODEL),
+    "evaluate": ("evaluation.evaluator:evaluate_run", "run --models"),
+    "mt-bench": ("llm_judge.mt_bench:run_mt_bench", f"{BENCH} --data"),
     "alpaca-eval": (
         "llm_judge.alpaca_eval:run_alpaca_eval",
-        "AlpacaEval",
-        [*BENCH, "--reference", "--evaluator"],
+        f"{BENCH} --reference --evaluator",
     ),
     "judge-pairs": (
         "llm_judge.pairwise:judge_pairs",
-        "have a judge compare the answers of two models",
-        [*JUDGE, "models", "--set", "--other", "--data"],
+        "run --judge --judge-model models --set --other --data",
     ),
-    "export": ("export:export", "write a stage's models", ["run", "--stage"]),
-    "demo": ("__main__:demo", "execute the notebooks in order", ["recipe"]),
+    "export": ("export:export", "run --stage"),
+    "demo": ("__main__:demo", "recipe"),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "run": {"help": "a run's name"},
@@ -72,32 +71,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def demo(recipe: str) -> runs.Run:
-    """Executes the notebooks in order, unchanged; returns the run.
-
-    Executed copies lie in `runs/<name>/notebooks/`, that of a failed notebook too.
-    """
+    """Executes copies of the notebooks, below the run's folder; returns the run."""
     sources = sorted((runtime.ROOT / "notebooks").glob("0*.ipynb"))
     if not sources:
-        raise MissingInput(
-            f"no {runtime.ROOT / 'notebooks'}: pip installs the helpers without the "
-            "notebooks. Run the series in a clone of the repository"
-        )
+        raise MissingInput("no notebooks: run this in a clone of the repository")
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
     from nbformat import read, write
 
-    run = runs.save_run(recipes.load(recipe))
+    run, seconds = runs.save_run(recipes.load(recipe)), {}
     idle = [name for s, name in IDLE_WITHOUT.items() if s not in run.config.stages]
     # nobody is there to give access to Google Drive
     os.environ |= {"TUNEBOOK_RUN": run.config.name, "TUNEBOOK_DRIVE": "0"}
     (run.path / "notebooks").mkdir(exist_ok=True)
-    seconds = {}
     for source in (path for path in sources if path.stem not in idle):
         notebook, started = read(source, as_version=4), time.perf_counter()
-        options: dict[str, Any] = {"timeout": CELL_TIMEOUT_S, "kernel_name": "python3"}
-        options["resources"] = {"metadata": {"path": str(source.parent)}}
-        # an answer that was streamed stays one text
-        client = NotebookClient(notebook, coalesce_streams=True, **options)
+        client = NotebookClient(
+            notebook,
+            timeout=CELL_TIMEOUT_S,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(source.parent)}},
+            coalesce_streams=True,  # an answer that was streamed stays one text
+        )
         try:
             # the cells' own stderr is in the copy; this is the kernel's
             client.execute(stderr=subprocess.DEVNULL)
@@ -114,12 +109,13 @@ def demo(recipe: str) -> runs.Run:
 def show(result: Any) -> None:
     """Prints a text, a table, a part of the report, or the table of a run."""
     if isinstance(result, runs.Run):
-        report = result.report()
-        result = f"the run is in {result.path}"
-        if "eval" in report:
+        path, result = result.path, result.report()
+        if "eval" in result:
             from helpers.evaluation.tables import results_table
 
-            result = results_table(report)
+            result = results_table(result)
+        else:
+            result = f"the run is in {path}"
     if isinstance(result, dict):
         result = json.dumps(result, indent=1)
     if result is not None:
@@ -127,21 +123,17 @@ def show(result: Any) -> None:
 
 
 def execute(command: str, settings: dict[str, Any]) -> Any:
-    """Returns the result of a command's function.
-
-    Args:
-        command: of `COMMANDS`.
-        settings: values of its options, by parameter.
-    """
+    """Returns the result of a command's function, `settings` being its parameters."""
     engine = "auto"
+    for name in settings.keys() & {"run", "other"}:
+        settings[name] = runs.open_run(settings[name])
     if "run" in settings:
-        settings["run"] = runs.open_run(settings["run"])
         engine = settings["run"].config.engine
     elif "config" in settings:
-        name, small = settings["config"], settings.pop("small")
+        name, is_small = settings["config"], settings.pop("small")
         is_file = name.endswith(".json")
         config = read_config(Path(name)) if is_file else recipes.load(name)
-        settings["config"] = recipes.small(config) if small else config
+        settings["config"] = recipes.small(config) if is_small else config
         engine = config.engine
     elif "model" in settings:
         name = settings["model"]  # a run's name, no path
@@ -149,39 +141,31 @@ def execute(command: str, settings: dict[str, Any]) -> Any:
             engine = runs.open_run(name).config.engine
     if command != "demo":
         runtime.start(engine)  # before what imports transformers
-    if "--judge" in COMMANDS[command][2]:
+    function, options = COMMANDS[command]
+    if "--judge" in options:
         from helpers.llm_judge.judge import open_judge
 
         names = settings.pop("judge", None), settings.pop("judge_model", None)
         settings["judge"] = open_judge(settings["run"], *names)
-    if "other" in settings:
-        settings["other"] = runs.open_run(settings["other"])
-    module, name = COMMANDS[command][0].split(":")
+    module, name = function.split(":")
     return getattr(import_module(f"helpers.{module}"), name)(**settings)
 
 
 def main(arguments: list[str]) -> None:
-    """Runs a command.
-
-    Raises:
-        SystemExit: something that the user can mend is wrong; the message says what.
-    """
-    name = arguments[0] if arguments else "--help"
-    if name not in COMMANDS and not name.startswith("-"):
-        known = ", ".join(COMMANDS)
-        sys.exit(f"no command {name!r}{nearest(name, COMMANDS)} (known: {known})")
+    """Runs a command; SystemExit says in a sentence what the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command, (_, text, options) in COMMANDS.items():
-        part = commands.add_parser(command, help=text, description=text)
-        for option in options:
+    for command, (function, options) in COMMANDS.items():
+        part = commands.add_parser(command, help=f"calls helpers.{function}")
+        for option in options.split():
             part.add_argument(option, **OPTIONS[option])
-    values = vars(parser.parse_args([name, *arguments[1:]]))
-    command = values.pop("command")
+    values = {
+        k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None
+    }
     if "models" in values:
         values["labels"] = tuple(values.pop("models"))
     try:
-        show(execute(command, {k: v for k, v in values.items() if v is not None}))
+        show(execute(values.pop("command"), values))
     except (TunebookError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

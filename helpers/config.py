@@ -1,4 +1,4 @@
-"""The configuration of one run, which survives the round trip through JSON.
+"""The configuration of one run.
 
 `sft`, `grpo`, `lora` and `inference` are handed unchanged to the libraries' classes:
 their fields and defaults are asked of these classes, never listed here.
@@ -61,13 +61,11 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str = Field(
-        min_length=1, description="a file, or owner/name[/config][:split] on the hub"
-    )
-    rows: Count | None = Field(None, description="read at most this many")
-    weight: Positive | None = Field(None, description="share of the mix")
-    format: str | None = Field(None, description="of the rows; null = detected")
-    stream: bool = Field(False, description="of a hub set: store nothing on disk")
+    path: str = Field(min_length=1)  # or owner/name[/config][:split] on the hub
+    rows: Count | None = None  # at most
+    weight: Positive | None = None  # share of the mix
+    format: str | None = None  # null = detected
+    stream: bool = False  # a hub set: nothing is stored on disk
 
     def __str__(self) -> str:
         return self.path
@@ -85,11 +83,7 @@ class DataConfig(BaseModel):
 
     model_config = STRICT
 
-    train: list[Rows] = Field(
-        [],
-        description='SFT rows, one path a line, or {"path": ..., "rows": 500, '
-        '"weight": 2, "format": "dolly"}',
-    )
+    train: list[Rows] = Field([], description="SFT rows, one path (or {...}) a line")
     eval: Rows | None = Field(None, description="rows for the eval loss alone")
     eval_share: Share | None = Field(None, description="of train, instead of eval")
     test_share: Share | None = Field(None, description="of train, for metrics alone")
@@ -129,10 +123,7 @@ class EvaluationConfig(BaseModel):
         """Refuses labels that are none, or no names of different classes."""
         names = {label.strip() for label in value or []} - {""}
         if value is not None and len(names) < max(1, len(value)):
-            raise ValueError(
-                "one or more different labels expected, none of them empty; null where "
-                "there are no classes to tell apart"
-            )
+            raise ValueError("different labels expected, none empty; or null")
         return value
 
 
@@ -143,69 +134,47 @@ class RunConfig(BaseModel):
 
     name: str = Field(pattern=r"^\w[\w.-]*$", description="the folder below runs/")
     recipe: str = Field("", description="the recipe it started from")
-    model: str = Field(
-        min_length=1, description="hub id, local folder, or smollm2-135m-offline"
-    )
+    model: str = Field(min_length=1, description="hub id or folder")
     engine: Literal["auto", "unsloth", "transformers"] = "auto"
     stages: list[Stage] = Field(["sft", "grpo"], min_length=1)
-    weights: Literal["auto", "4bit", "8bit", "16bit"] = Field(
-        "auto", description="auto = 4bit on a GPU; 16bit = this machine's own dtype"
-    )
+    weights: Literal["auto", "4bit", "8bit", "16bit"] = "auto"  # auto: 4bit on a GPU
     double_quant: bool = Field(True, description="4bit: quantise the scales too")
-    dtype: Literal["auto", "float16", "bfloat16"] = Field(
-        "auto", description="of arithmetic; bfloat16 needs a GPU newer than a T4"
-    )
-    template: str = Field(
-        "own", description="own = the tokenizer's; instruction, llama-2, or a file"
-    )
+    dtype: Literal["auto", "float16", "bfloat16"] = "auto"  # of arithmetic
+    template: str = Field("own", description="own, instruction, llama-2, or a file")
     pad_token: str | None = Field(None, description="null = chosen; never eos")
     max_length: int = Field(1024, ge=16, description="tokens a (packed) row")
-    max_prompt_length: Count | None = Field(
-        None, description="GRPO: problems with longer prompts are left out"
-    )
-    grpo_minutes: Positive | None = Field(
-        None, description="GRPO: fit the steps into this time; null = max_steps"
-    )
-    grpo_held_out: Count = Field(
-        32, description="GRPO: held-out problems that choose the best adapter"
-    )
-    sampler: Literal["auto", "copy", "model"] = Field(
-        "auto", description="GRPO: auto = from a 16-bit copy where a GPU holds it"
-    )
+    max_prompt_length: Count | None = Field(None, description="for problems, in tokens")
+    grpo_minutes: Positive | None = Field(None, description="null = by max_steps")
+    grpo_held_out: Count = Field(32, description="problems to choose the adapter by")
+    sampler: Literal["auto", "copy", "model"] = "auto"  # copy: 16-bit, on a GPU
     loss_on: Literal["all", "assistant", "last"] = "assistant"
     system_prompt: str = SYSTEM_PROMPT
     seed: int = Field(3407, ge=0)
     best_by: Literal["eval_loss", "loss"] = "eval_loss"
     save_minutes: Positive = Field(10.0, description="minutes between checkpoints")
-    sft_adapter: str | None = Field(
-        None, description="adapter folder or hub id to use instead of training SFT"
-    )
+    sft_adapter: str | None = Field(None, description="to use instead of training SFT")
     data: DataConfig
     evaluation: EvaluationConfig = EvaluationConfig()
-    inference: dict[str, Any] = Field({}, description="-> GenerationConfig, for chats")
-    lora: dict[str, Any] = Field({}, description="-> LoraConfig")
-    sft: dict[str, Any] = Field({}, description="-> SFTConfig")
-    grpo: dict[str, Any] = Field({}, description="-> GRPOConfig")
-    rewards: dict[str, float] = Field(
-        {"correctness": 1.0}, description="name -> weight"
-    )
+    inference: dict[str, Any] = {}  # for chats
+    lora: dict[str, Any] = {}
+    sft: dict[str, Any] = {}
+    grpo: dict[str, Any] = {}
+    rewards: dict[str, float] = {"correctness": 1.0}  # name -> weight
 
     @model_validator(mode="before")
     @classmethod
     def drop_retired(cls, values: Any) -> Any:
         """Leaves out retired fields that changed nothing, and refuses the others."""
-        if not isinstance(values, dict):
-            return values
         for name, (inert, replacement) in RETIRED.items():
             group, _, leaf = name.rpartition(".")
-            holder = values.get(group) if group else values
-            if not isinstance(holder, dict) or leaf not in holder:
+            holder = values.get(group) if group and type(values) is dict else values
+            if type(holder) is not dict or leaf not in holder:
                 continue
             if inert is not None and holder[leaf] not in inert:
-                message = f"{name}={holder[leaf]!r} no longer exists: {replacement}"
-                raise ValueError(message)
-            rest = {key: value for key, value in holder.items() if key != leaf}
-            values = {**values, group: rest} if group else rest
+                found = f"{name}={holder[leaf]!r}"
+                raise ValueError(f"{found} no longer exists: {replacement}")
+            holder = {key: value for key, value in holder.items() if key != leaf}
+            values = values | {group: holder} if group else holder
         return values
 
     @model_validator(mode="after")
@@ -218,15 +187,10 @@ class RunConfig(BaseModel):
             raise ValueError("the grpo stage needs data.problems")
         if data.eval and data.eval_share:
             raise ValueError("give data.eval or data.eval_share, not both")
-        if not has_sft or data.eval or data.eval_share:
-            return self
-        if self.best_by == "eval_loss":
-            raise ValueError(
-                "best_by='eval_loss' needs data.eval or data.eval_share; without them "
-                "use best_by='loss'"
-            )
-        if self.sft.get("eval_strategy") not in (None, "no"):
-            raise ValueError("sft.eval_strategy needs data.eval or data.eval_share")
+        by_eval = self.best_by == "eval_loss" and not (data.eval or data.eval_share)
+        if has_sft and by_eval:
+            text = "best_by='eval_loss' needs data.eval or data.eval_share; or use "
+            raise ValueError(text + "best_by='loss'")
         return self
 
 
@@ -234,55 +198,40 @@ def check_config(values: dict[str, Any]) -> RunConfig:
     """Returns the config of a dictionary.
 
     Raises:
-        ConfigError: one line a fault: the field, what was found, what is expected,
-            and for an unknown field the nearest known one.
+        ConfigError: one line a fault: the field, what is expected, what was found.
     """
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         faults = error.errors()
-    groups: dict[str, type[BaseModel]] = {
-        "": RunConfig,
-        "data": DataConfig,
-        "evaluation": EvaluationConfig,
-    }
+    kinds = (RunConfig, DataConfig, EvaluationConfig, Source)
+    known = [name for kind in kinds for name in kind.model_fields]
     lines = []
     for fault in faults:
         field = ".".join(str(part) for part in fault["loc"] if part not in TAGS)
+        text = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            group, _, leaf = field.rpartition(".")
-            hint = nearest(leaf, groups.get(group, Source).model_fields)
+            hint = nearest(field.rpartition(".")[2], known)
             lines.append(f"{field} is not a field of the config{hint}")
+        elif field:
+            lines.append(f"{field}: {text} (found {repr(fault['input'])[:80]})")
         else:
-            value = f" (found {repr(fault['input'])[:80]})" if field else ""
-            message = fault["msg"].removeprefix("Value error, ")
-            lines.append(f"{field}: {message}{value}".removeprefix(": "))
+            lines.append(text)
     raise ConfigError("\n".join(lines))
 
 
 def read_config(path: Path) -> RunConfig:
-    """Returns the config that a JSON file holds.
-
-    Raises:
-        ConfigError: the file is missing, is not JSON, or holds no valid config.
-    """
+    """Returns the config that a JSON file holds; ConfigError where it holds none."""
     try:
         return check_config(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise ConfigError(
-            f"no config at {path}; run notebook 00_setup, or save one with "
-            "recipes.load('demo')"
-        ) from None
+        raise ConfigError(f"no config at {path}; run notebook 00_setup") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
 
 
 def changed(config: RunConfig, **changes: Any) -> RunConfig:
     """Returns a copy with fields changed; `sft__max_steps=5` reaches into a group.
-
-    >>> from helpers import recipes
-    >>> changed(recipes.load("demo"), sft__max_steps=5).sft["max_steps"]
-    5
 
     Raises:
         ConfigError: the copy would not be valid.
@@ -291,13 +240,8 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
     for key, value in changes.items():
         *groups, leaf = key.split("__")
         holder = values
-        for group in groups:
-            if not isinstance(holder.get(group), dict):
-                hint = nearest(group, [k for k, v in holder.items() if type(v) is dict])
-                raise ConfigError(
-                    f"{key}: {group!r} is not a group of the config{hint}"
-                )
-            holder = holder[group]
+        for group in groups:  # an unknown one is refused below
+            holder = holder.setdefault(group, {})
         holder[leaf] = value
     return check_config(values)
 
@@ -324,9 +268,6 @@ def defaults(group: str) -> dict[str, Any]:
 
     But AdamW is not TRL's fused one, which hides from accelerate the steps that fp16
     skips. The first question imports the library, which takes ten seconds.
-
-    >>> defaults("grpo")["max_completion_length"], defaults("sft")["optim"]
-    (512, 'adamw_torch')
     """
     fields = library_fields(group).values()
     values = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}

@@ -43,17 +43,9 @@ class JudgeError(TunebookError):
 
 
 def nearest(name: str, known: Iterable[str], *, sure: float | None = None) -> str:
-    """Returns a hint at the known name closest to a mistyped one.
+    """Returns a hint at the known name closest to a mistyped one, or nothing.
 
-    >>> nearest("learning_rat", ["learning_rate", "seed"])
-    "; did you mean 'learning_rate'?"
-    >>> nearest("guanaco", ["demo", "guanaco-llama2-7b"]), nearest("zzz", ["seed"])
-    ("; did you mean 'guanaco-llama2-7b'?", '')
-
-    Args:
-        name: as written.
-        known: the names that there are.
-        sure: difflib's ratio from which on names are alike; longer ones then never.
+    `sure` is difflib's ratio from which on names are alike; longer ones then never.
     """
     names = list(known)
     longer = [k for k in names if name and k.startswith(name) and not sure]

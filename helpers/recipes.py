@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import re
 import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from helpers import runtime
-from helpers.config import RunConfig, Source, changed, check_config
+from helpers.config import RunConfig, changed, check_config
 from helpers.errors import ConfigError, nearest
 
-FILE = Path(__file__).with_name("recipes.toml")
 NOTES = ("source", "needs", "published")  # about a recipe, no part of its config
 
 # our samples in the row format of hub datasets, by the dataset's name
@@ -30,19 +31,15 @@ SAMPLES = {
 @cache
 def read_file() -> dict[str, dict[str, Any]]:
     """Returns the contents of `recipes.toml`: values by recipe."""
-    return tomllib.loads(FILE.read_text(encoding="utf-8"))
+    text = Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
 
 
 NAMES = (*read_file(), "smoke")
 
 
 def load(name: str) -> RunConfig:
-    """Returns the validated config of a recipe.
-
-    `smoke` is the demo with every size cut down, to see that the cells run.
-
-    >>> load("demo").model
-    'smollm2-135m-offline'
+    """Returns the validated config of a recipe; `smoke` is the demo, cut down.
 
     Raises:
         ConfigError: there is no such recipe; the nearest name is given.
@@ -76,38 +73,34 @@ def scaled(
         samples: replace hub datasets by our samples in the same row format.
     """
     values = config.model_dump()
-    data, sft = values["data"], values["sft"]
-    if model is not None:
-        values["model"] = model
+    values["model"] = model or config.model
+    if samples:
+        text = config.data.model_dump_json()
+        for name, sample in SAMPLES.items():
+            text = re.sub(rf'"{name}(:\w+)?"', f'"{sample}"', text)
+        values["data"] = json.loads(text)
     if steps is not None:
         values["grpo_minutes"] = None
-        every = max(1, steps // 2)
-        for part, count in ((sft, steps), (values["grpo"], max(2, steps // 2))):
-            warmup, before = part.get("warmup_steps"), part.get("max_steps")
-            # below 1 it is a share of the run
-            if warmup and before and warmup >= 1 and before > 0:
+        for stage, count in (("sft", steps), ("grpo", max(2, steps // 2))):
+            part, every = values[stage], max(1, steps // 2)
+            warmup, before = part.get("warmup_steps") or 0, part.get("max_steps") or 0
+            if warmup >= 1 and before > 0:  # below 1 it is a share of the run
                 part["warmup_steps"] = round(warmup * count / before)
             if part:
                 part |= {"max_steps": count, "save_steps": every}
-        if "eval_steps" in sft:
-            sft["eval_steps"] = every
+            if "eval_steps" in part:
+                part["eval_steps"] = every
     if rows is not None:
         values["grpo_held_out"] = max(1, rows // 4)
-        data |= {"train_rows": 8 * rows, "eval_rows": rows}
-        data |= {"test_rows": rows, "test_new_rows": rows}
-    if samples:
-        data["train"] = [sample_of(source) for source in config.data.train]
-        for part in ("eval", "problems", "test", "test_new"):
-            source = getattr(config.data, part)
-            data[part] = source and sample_of(source)
+        sizes = dict.fromkeys(("eval_rows", "test_rows", "test_new_rows"), rows)
+        values["data"] |= {"train_rows": 8 * rows, **sizes}
     return check_config(values)
 
 
 def small(config: RunConfig) -> RunConfig:
     """Returns a config on the offline model and our samples: minutes on two cores."""
-    config = scaled(
-        config, model="smollm2-135m-offline", steps=10, rows=8, samples=True
-    )
+    model = "smollm2-135m-offline"
+    config = scaled(config, model=model, steps=10, rows=8, samples=True)
     changes: dict[str, Any] = {"name": f"{config.name}-small"}
     # 4-bit weights save memory, which is not short here, and cost time on a CPU
     changes |= {"weights": "auto", "evaluation__max_new_tokens": 64}
@@ -118,21 +111,6 @@ def small(config: RunConfig) -> RunConfig:
         changes["grpo__per_device_train_batch_size"] = config.grpo["num_generations"]
         changes["grpo__gradient_accumulation_steps"] = 1
     return changed(config, **changes)
-
-
-def sample_of(source: str | Source) -> str | Source:
-    """Returns our sample in the row format of a hub dataset; a local file as it is."""
-    if isinstance(source, Source):
-        return source.model_copy(update={"path": str(sample_of(source.path))})
-    for name in (source, source.partition(":")[0]):
-        if name in SAMPLES:
-            return SAMPLES[name]
-    if Path(source).exists() or (runtime.ROOT / source).exists():
-        return source
-    raise ConfigError(
-        f"no file and no sample of {source!r}; there are samples of "
-        f"{', '.join(SAMPLES)}"
-    )
 
 
 def describe(name: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""The run folder: the only thing that notebooks hand to each other.
+"""The run folder `runs/<name>/`: the only thing that notebooks hand to each other.
 
-`runs/<name>/` holds `config.json`, `data/`, `sft/`, `grpo/`, `eval/`, `export/` and
-`report.json`. Nothing here trains or measures anything.
+Nothing here trains or measures anything.
 """
 
 from __future__ import annotations
@@ -38,19 +37,12 @@ class Run:
     config: RunConfig
 
     def require(self, relative: str) -> Path:
-        """Returns the path of something in the run folder.
-
-        Raises:
-            MissingInput: it is not there; the message names the notebook to run.
-        """
+        """Returns the path of something in the folder; MissingInput names its maker."""
         path = self.path / relative
-        if not path.exists():
-            maker = MADE_BY.get(relative.split("/")[0], "00_setup")
-            raise MissingInput(
-                f"{path} is missing: run notebook {maker} with this run first "
-                f"(run {self.config.name!r}, folder {self.path})"
-            )
-        return path
+        if path.exists():
+            return path
+        maker = MADE_BY.get(relative.split("/")[0], "00_setup")
+        raise MissingInput(f"{path} is missing: run notebook {maker} with this run")
 
     def write_part(self, part: str, values: dict[str, Any]) -> None:
         """Writes one stage's part of `report.json`, leaving the other parts alone."""
@@ -66,11 +58,8 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a kill, never meets half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -110,15 +99,12 @@ def save_run(config: RunConfig) -> Run:
     run = Run(runs_folder() / config.name, config)
     write_text(run.path / "config.json", config.model_dump_json(indent=1) + "\n")
     write_text(runs_folder() / "current", config.name + "\n")
-    names = ("name", "recipe", "model")
-    run.write_part("run", {name: getattr(config, name) for name in names})
+    run.write_part("run", config.model_dump(include={"name", "recipe", "model"}))
     return run
 
 
 def open_run(name: str | None = None) -> Run:
-    """Returns a run; without a name the current one, `TUNEBOOK_RUN` deciding if set.
-
-    Any notebook can be the first on a machine: without a run it makes the default's.
+    """Returns a run, by default the current one; a recipe's name makes its run.
 
     Raises:
         ConfigError: the run's config is missing or not valid.

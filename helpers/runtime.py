@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import logging
 import os
 import platform
 import sys
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from helpers.errors import ConfigError, ModelError, TunebookError
+from helpers.errors import ModelError, TunebookError
 from helpers.install import installed_version
 
 if TYPE_CHECKING:
@@ -25,8 +27,7 @@ Engine = Literal["unsloth", "transformers"]
 ROOT = Path(__file__).resolve().parent.parent
 INSTALLED = not (ROOT / "pyproject.toml").exists()
 DRIVE = Path("/content/drive")  # where Colab shows Google Drive
-PACKAGES = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"]
-PACKAGES += ["accelerate", "unsloth", "ipywidgets"]
+PACKAGES = "torch transformers trl peft bitsandbytes datasets accelerate unsloth"
 # on import these warn of GPU kernels that a CPU machine has no use for
 CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
@@ -46,16 +47,13 @@ def find_machine() -> Machine:
     import psutil
     import torch
 
-    place = "local"
-    if "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ:
-        place = "colab"
-    elif "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
-        place = "kaggle"
+    colab = "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ
+    kaggle = "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+    place = "colab" if colab else "kaggle" if kaggle else "local"
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        capability = torch.cuda.get_device_capability(0)
-        gb = min(properties.total_memory / 2**30, memory_cap_gb())
-        return Machine(place, "cuda", properties.name, gb, capability)
+        card = torch.cuda.get_device_properties(0)
+        gb = min(card.total_memory / 2**30, memory_cap_gb())
+        return Machine(place, "cuda", card.name, gb, (card.major, card.minor))
     name = f"{platform.machine()}, {os.cpu_count()} cores"
     return Machine(place, "cpu", name, psutil.virtual_memory().total / 2**30, None)
 
@@ -73,27 +71,18 @@ def choose_dtype(machine: Machine, wanted: str = "auto") -> tuple[torch.dtype, s
     """
     import torch
 
-    forced = os.environ.get("TUNEBOOK_DTYPE")
-    if forced:
-        if forced not in ("float16", "bfloat16", "float32"):
-            raise ConfigError(
-                f"TUNEBOOK_DTYPE is {forced!r}; expected float16, bfloat16 or float32"
-            )
+    if forced := os.environ.get("TUNEBOOK_DTYPE"):
         return getattr(torch, forced), f"TUNEBOOK_DTYPE={forced} asks for it"
-    note = "" if wanted == "auto" else f"; {wanted} is asked for"
     if machine.capability is None:
-        reason = "CPUs without bf16 units are 6 to 60 times slower in it"
-        if wanted == "float16":
-            reason = "CPUs have no fp16 units"
-        return torch.float32, reason + note
+        return torch.float32, "CPUs without 16-bit units are 6 to 60 times slower in it"
     has_bf16 = machine.capability >= (8, 0)
     if wanted == "float16" or (wanted == "bfloat16" and has_bf16):
         return getattr(torch, wanted), f"the config asks for dtype={wanted!r}"
     if has_bf16:
         return torch.bfloat16, "compute capability 8.0 or newer has bf16 units"
     number = ".".join(map(str, machine.capability))
-    reason = f"compute capability {number} has no bf16 units (they start at 8.0"
-    return torch.float16, f"{reason}{note})"
+    reason = f"compute capability {number} has no bf16 units (they start at 8.0)"
+    return torch.float16, reason
 
 
 def prepare_device() -> Machine:
@@ -116,7 +105,7 @@ def peak_memory_gb() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
-    import resource
+    import resource  # Windows has none
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
@@ -124,13 +113,10 @@ def peak_memory_gb() -> float:
 
 def free_memory() -> None:
     """Gives memory of deleted models back, so that the next one fits."""
-    import gc
-
     import torch
 
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def seed_everything(seed: int) -> None:
@@ -138,11 +124,6 @@ def seed_everything(seed: int) -> None:
     from transformers import set_seed
 
     set_seed(seed)
-
-
-def versions() -> dict[str, str]:
-    """Returns `{package: version}` of the stack as installed here."""
-    return {name: installed_version(name) or "not installed" for name in PACKAGES}
 
 
 def environment(engine: str, dtype: str = "auto") -> dict[str, Any]:
@@ -156,7 +137,7 @@ def environment(engine: str, dtype: str = "auto") -> dict[str, Any]:
         "device": f"{machine.device}: {machine.name}",
         "memory_gb": round(machine.memory_gb, 2),
         "dtype": str(choose_dtype(machine, dtype)[0]).removeprefix("torch."),
-        "versions": versions(),
+        "versions": {n: str(installed_version(n)) for n in PACKAGES.split()},
     }
 
 
@@ -185,28 +166,8 @@ def resolve_engine(engine: str) -> Engine:
 
         return "unsloth" if installed and torch.cuda.is_available() else "transformers"
     if engine == "unsloth" and not installed:
-        raise ModelError(
-            "engine='unsloth' but Unsloth is not installed: run `make setup`, or "
-            "choose engine='transformers'"
-        )
+        raise ModelError("Unsloth is not installed: run `make setup`, or set engine")
     return engine  # type: ignore[return-value]
-
-
-def use_engine(engine: str) -> Engine:
-    """Returns the engine to load a model with; ModelError where it needs a restart."""
-    chosen = resolve_engine(engine)
-    if chosen == "transformers" and "unsloth" in sys.modules:
-        raise ModelError(
-            f"engine={engine!r} needs transformers as it is, but this process has "
-            "imported Unsloth, which patches it: restart the kernel and run all cells"
-        )
-    late = "transformers" in sys.modules and "unsloth" not in sys.modules
-    if chosen == "unsloth" and late:
-        log.warning(
-            "Unsloth is imported after transformers, and may be slower: restart the "
-            "kernel and run all cells, or call runtime.start() before other imports"
-        )
-    return chosen
 
 
 def start(engine: str | None = None) -> None:
@@ -226,26 +187,20 @@ def start(engine: str | None = None) -> None:
         library.addHandler(StdoutHandler())
         library.setLevel(logging.INFO)
         library.propagate = False  # Colab's root logger would show it a second time
+    if not engine:
+        path = runs_folder() / str(current_run()) / "config.json"
+        with suppress(OSError, ValueError, KeyError):  # who opens the run says it
+            engine = json.loads(path.read_text(encoding="utf-8"))["engine"]
     with suppress(ModelError):  # not installed: whoever loads a model says so
-        if resolve_engine(engine or saved_engine()) == "unsloth":
+        if resolve_engine(engine or "auto") == "unsloth":
             import unsloth  # noqa: F401
     machine = prepare_device()
     dtype, reason = choose_dtype(machine)
     place, device, name, gb, _ = machine
     log.info(f"{place}, {device}: {name}, {gb:.1f} GiB")
     log.info(f"{str(dtype).removeprefix('torch.')}, because {reason}")
-    log.info(", ".join(f"{k} {v}" for k, v in versions().items()))
-    if folder := os.environ.get("TUNEBOOK_RUNS"):
-        log.info(f"runs are kept in {folder}")
-
-
-def saved_engine() -> str:
-    """Returns the engine of the current run's config, `auto` without one."""
-    path = runs_folder() / str(current_run()) / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["engine"]
-    except (OSError, ValueError, KeyError):
-        return "auto"  # whoever opens the run says what is wrong with it
+    log.info(", ".join(f"{n} {installed_version(n)}" for n in PACKAGES.split()))
+    log.info(f"runs are kept in {runs_folder()}")
 
 
 class StdoutHandler(logging.Handler):
@@ -259,35 +214,26 @@ class StdoutHandler(logging.Handler):
 
 def hub_reachable(timeout_s: float = 3.0) -> bool:
     """Returns whether the model hub answers (never, when `HF_HUB_OFFLINE` is set)."""
-    import urllib.request
-
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return False
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
+    with suppress(OSError):
         urllib.request.urlopen(endpoint, timeout=timeout_s).close()
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def open_drive(wanted: bool) -> None:
     """Keeps a Colab notebook's runs on Google Drive, which outlives the machine.
 
-    The folder goes into `TUNEBOOK_RUNS`; where that is set already, nothing happens.
-    `TUNEBOOK_DRIVE` (1 or 0) overrides `wanted`.
+    The folder goes into `TUNEBOOK_RUNS`; where that is set already, or `TUNEBOOK_DRIVE`
+    is 0, nothing happens.
     """
-    override = os.environ.get("TUNEBOOK_DRIVE", "")
-    if override not in ("", "0", "1"):
-        raise ConfigError(
-            f"TUNEBOOK_DRIVE is {override!r}; expected 1 (keep runs on Google Drive) "
-            "or 0 (keep them on this machine)"
-        )
     folder = str(DRIVE / "MyDrive" / "tunebook" / "runs")
     if os.environ.get("TUNEBOOK_RUNS") == folder:  # the cell was run before
         del os.environ["TUNEBOOK_RUNS"]
-    refused = override == "0" or not (wanted or override)
-    if refused or "TUNEBOOK_RUNS" in os.environ or "google.colab" not in sys.modules:
+    wanted = wanted and os.environ.get("TUNEBOOK_DRIVE") != "0"
+    if not wanted or "TUNEBOOK_RUNS" in os.environ or "google.colab" not in sys.modules:
         return
     from google.colab import drive, errors
 

@@ -32,8 +32,7 @@ def demo() -> RunConfig:
         ({"data__test_share": 0}, "^data.test_share: .*greater than 0"),
         ({"stages": []}, "^stages: .*at least 1 item"),
         ({"seed": "x" * 5000}, r"^seed: .{,190}$"),
-        ({"sftt__max_steps": 5}, r"^sftt__max_steps: 'sftt' is not .* mean 'sft'\?$"),
-        ({"model__name": "x"}, "'model' is not a group of the config"),
+        ({"sftt__max_steps": 5}, r"^sftt is not a field .* mean 'sft'\?$"),
         *(
             ({"name": name}, "^name: ")
             for name in ["..", ".", "../other", "a/b", "", "a b", ".hidden"]
@@ -43,10 +42,6 @@ def demo() -> RunConfig:
         ({"data__problems": None}, "the grpo stage needs data.problems"),
         ({"data__eval_share": 0.1}, "data.eval or data.eval_share, not both"),
         ({"data__eval": None}, "best_by='eval_loss' needs .*best_by='loss'"),
-        (
-            {"data__eval": None, "best_by": "loss"},
-            "sft.eval_strategy needs data.eval or data",
-        ),
         ({"data__test": {"path": "a.csv", "weight": 2}}, "^data.test: a weight is of"),
         ({"evaluation__labels": ["yes", "yes "]}, "different labels expected"),
     ],
@@ -62,25 +57,10 @@ def test_a_faulty_config_is_refused_with_the_field_and_the_remedy(
 def test_every_fault_has_its_own_line(demo: RunConfig) -> None:
     with pytest.raises(ConfigError) as caught:
         changed(demo, seed=-1, max_length=3, modle="x")
-    fields = [
-        line.replace(":", " ").split(" ")[0] for line in str(caught.value).split("\n")
-    ]
-    assert sorted(fields) == ["max_length", "modle", "seed"]
-
-
-def test_a_missing_field_is_named(demo: RunConfig) -> None:
+    lines = str(caught.value).split("\n")
+    assert sorted(line[:4] for line in lines) == ["max_", "modl", "seed"]
     with pytest.raises(ConfigError, match="^model: Field required"):
         check_config(demo.model_dump(exclude={"model"}))
-
-
-def test_an_sft_stage_needs_no_problems(demo: RunConfig) -> None:
-    only_sft = changed(demo, stages=["sft"], data__problems=None, data__test=None)
-    assert only_sft.data.problems is None
-
-
-def test_an_assigned_value_is_checked(demo: RunConfig) -> None:
-    with pytest.raises(ValueError, match="valid integer"):
-        demo.seed = "seven"  # type: ignore[assignment]
 
 
 # files
@@ -131,21 +111,12 @@ def test_changed_reaches_into_a_group_and_leaves_the_rest_and_the_original(
 # fields of earlier versions
 
 
-@pytest.fixture
-def retired(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_retired_field_is_dropped_where_it_changed_nothing_else_refused(
+    demo: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, values in {"few": (0,), "evaluation.secs": None}.items():
         monkeypatch.setitem(config.RETIRED, name, (values, "write it in your notebook"))
-
-
-def test_a_retired_field_that_changed_nothing_is_dropped(
-    demo: RunConfig, retired: None
-) -> None:
     assert changed(demo, few=0, evaluation__secs=7) == demo
-
-
-def test_a_retired_field_that_was_in_use_is_refused_with_what_replaced_it(
-    demo: RunConfig, retired: None
-) -> None:
     with pytest.raises(ConfigError, match="^few=4 no longer exists: write it in your"):
         changed(demo, few=4)
 

@@ -20,7 +20,6 @@ from helpers.data.sources import load_rows
 from helpers.evaluation import evaluator
 from helpers.evaluation.tables import results_table
 from helpers.grpo import trainer as grpo
-from helpers.inference import generation
 from helpers.masking.dataset import NO_LOSS
 from helpers.runs import Run
 from helpers.training import sft
@@ -120,20 +119,6 @@ def test_training_texts_are_in_the_format_of_the_source(trained: Trained) -> Non
     held_out = sum(part.get(name, 0) for name in ("eval", "test_chat"))
     assert len(absent) == (held_out if trained.config.data.eval_share else 0)
     assert len(absent) < len(texts)
-
-
-@with_sft
-def test_the_split_has_the_parts_of_the_recipe_and_no_question_twice(
-    trained: Trained,
-) -> None:
-    parts = data.parts_of(trained.config.data)
-    files = {path.stem: path for path in (trained.run.path / "data").iterdir()}
-    assert sorted(files) == sorted(parts)
-    if trained.config.data.eval_share:
-        rows = [data.read_rows(files[part]) for part in parts]
-        sets = [{data.questions_of(r["messages"])[0] for r in part} for part in rows]
-        assert all(sets)
-        assert len(set.union(*sets)) == sum(map(len, sets))
 
 
 @with_sft
@@ -245,14 +230,6 @@ def test_what_the_recipe_holds_out_is_measured(trained: Trained) -> None:
     keys |= {"test": "accuracy", "test_new": "accuracy_new"}
     assert {key for key in keys.values() if key in part} == {keys[n] for n in names}
     assert len(results_table(run.report())) == 1
-
-
-def test_the_tuned_model_answers_with_the_recipes_sampling(trained: Trained) -> None:
-    model = next(iter(trained.trainers.values())).model
-    sampling = {**trained.config.inference, "max_new_tokens": 3}
-    prompts = [[{"role": "user", "content": "Hello"}]]
-    answer = generation.generate(model, trained.tokenizer, prompts, sampling=sampling)
-    assert 1 <= answer[0].tokens <= 3
 
 
 @pytest.mark.slow
