@@ -74,7 +74,7 @@ def estimate_case(case: dict[str, Any]) -> float:
     """Returns the estimated peak of a case in GiB, for rows as long as it had."""
     field = "max_length" if case["stage"] == "sft" else "max_prompt_length"
     config = changed(build_config(case, case["shape"]), **{field: case["row_tokens"]})
-    return estimate.estimate_memory(config).peak_gb
+    return float(estimate.estimate_memory(config).sum())
 
 
 def errors(cases: list[dict[str, Any]]) -> list[float]:

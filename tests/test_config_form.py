@@ -13,7 +13,7 @@ from helpers import estimate, recipes, runs
 from helpers.config import Source, changed
 from helpers.errors import ConfigError
 from helpers.widgets import ConfigForm
-from helpers.widgets.config_form import COLORS, MORE, PAGES
+from helpers.widgets.config_form import COLORS, MORE, PAGES, SAVED
 
 PAGE = list(PAGES)
 
@@ -142,8 +142,8 @@ def test_wrong_toml_is_explained_beside_it_and_kept(form, text, words) -> None:
 @pytest.mark.parametrize("line", ["sft.learning_rat = 1", "sfft.x = 1"])
 def test_an_error_without_a_field_stands_in_the_list(form, line) -> None:
     form.fields[MORE].value += f"\n{line}"
-    assert line.partition(" ")[0][:4] in form.advice.value
-    assert "did you mean" in form.advice.value
+    assert line.partition(" ")[0][:4] in form.notes[MORE].value
+    assert "did you mean" in form.notes[MORE].value
     assert form.button.disabled
 
 
@@ -214,7 +214,7 @@ def test_choosing_a_recipe_shows_its_values_and_writes_nothing(form) -> None:
     assert (form.run.path.name, path.name) == ("guanaco-llama2-7b", "smoke")
     assert (path / "config.json").read_text(encoding="utf-8") == before
     form.recipe.value = "demo"
-    form.recipe.value = ""
+    form.recipe.value = SAVED
     assert form.config == runs.open_run().config == recipes.load("guanaco-llama2-7b")
 
 
@@ -233,12 +233,12 @@ def test_the_summary_follows_batch_rank_and_targets(form) -> None:
     form.recipe.value = "finetome-llama32-1b"
     form.fields["sft.per_device_train_batch_size"].value = "4"
     form.fields["sft.gradient_accumulation_steps"].value = "8"
-    assert "SFT: 32 rows a step" in form.summary.value
-    assert "11,272,192 of 1,247,086,592" in form.summary.value
+    assert "SFT: 32 rows a step" in form.message.value
+    assert "11,272,192 of 1,247,086,592" in form.message.value
     form.fields["lora.r"].value = "32"
-    assert "22,544,384 of" in form.summary.value
+    assert "22,544,384 of" in form.message.value
     form.fields["lora.target_modules"].value = r".*\.q_proj"
-    assert "2,097,152 of" in form.summary.value
+    assert "2,097,152 of" in form.message.value
 
 
 def test_the_steps_are_counted_from_the_rows_of_prepared_data(runs_home) -> None:
@@ -246,26 +246,26 @@ def test_the_steps_are_counted_from_the_rows_of_prepared_data(runs_home) -> None
     assert "steps unknown until data are prepared" in ConfigForm(run).summary.value
     run.write_part("data", {"train": 1000})
     form = ConfigForm(run)
-    assert "1,250 steps, roughly" in form.summary.value
+    assert "1,250 steps, roughly" in form.message.value
     form.fields["data.train_rows"].value = "800"  # no longer the prepared data
-    assert "steps unknown" in form.summary.value
+    assert "steps unknown" in form.message.value
 
 
 def test_the_estimated_peak_is_red_where_it_does_not_fit(runs_home, monkeypatch):
     monkeypatch.setattr(estimate, "this_gpu", lambda: estimate.T4)
     form = ConfigForm("dolly-llama2-7b")
     peak = estimate.estimate_memory(form.config).peak_gb
-    assert f"{peak:.1f} of 14.0 GiB of Tesla T4" in form.summary.value
-    assert "does not fit" not in form.summary.value
+    assert f"{peak:.1f} of 14.0 GiB of Tesla T4" in form.message.value
+    assert "does not fit" not in form.message.value
     form.fields["weights"].value = "16bit"
-    assert "does not fit" in form.summary.value
-    assert COLORS["error"] in form.summary.value
+    assert "does not fit" in form.message.value
+    assert COLORS["error"] in form.message.value
 
 
 def test_a_model_of_unknown_architecture_can_be_saved(runs_home) -> None:
     form = ConfigForm("smoke")
     form.fields["model"].value = "org/never-heard-of"
-    assert "cannot be estimated" in form.summary.value
+    assert "cannot be estimated" in form.message.value
     form.button.click()
     assert runs.open_run().config.model == "org/never-heard-of"
 
