@@ -260,7 +260,7 @@ def test_the_default_recipe_is_the_variables_or_without_a_hub_the_demo(
     assert recipes.default_name() == "smoke"
 
 
-def test_the_readme_lists_every_recipe_with_what_is_estimated_today() -> None:
-    text = (runtime.ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_docs_list_every_recipe_with_what_is_estimated_today() -> None:
+    text = (runtime.ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     between = text.split("<!-- recipes -->")[1].split("<!-- end of recipes -->")[0]
     assert between.strip() == publish.list_recipes()
