@@ -74,7 +74,7 @@ def estimate_case(case: dict[str, Any]) -> float:
     """Returns the estimated peak of a case in GiB, for rows as long as it had."""
     field = "max_length" if case["stage"] == "sft" else "max_prompt_length"
     config = changed(build_config(case, case["shape"]), **{field: case["row_tokens"]})
-    return estimate.estimate_memory(config).peak_gb
+    return float(estimate.estimate_memory(config).sum())
 
 
 def errors(cases: list[dict[str, Any]]) -> list[float]:
@@ -84,20 +84,26 @@ def errors(cases: list[dict[str, Any]]) -> list[float]:
 
 def show() -> None:
     """Prints the estimates beside the measurements."""
-    ran = [case for case in read_cases() if case["ran"]]
     for case in read_cases():
         peak_gb, measured_gb = estimate_case(case), case["measured_gb"]
         measured = f"{measured_gb:6.2f} {peak_gb / measured_gb - 1:+7.1%}"
         print(
             f"{case['id']:10} {peak_gb:6.2f} {measured if case['ran'] else 'too large'}"
         )
+    print("\n".join(summary()))
+
+
+def summary() -> list[str]:
+    """Returns a line on the errors of each half of the cases."""
+    lines, ran = [], [case for case in read_cases() if case["ran"]]
     for held_out in (False, True):
         sizes = [abs(e) for e in errors([c for c in ran if c["held_out"] == held_out])]
-        print(
-            f"{'held out' if held_out else 'fitted'}: {len(sizes)} cases, mean error "
+        lines.append(
+            f"{'Held out' if held_out else 'Fitted'}: {len(sizes)} cases, mean error "
             f"{sum(sizes) / len(sizes):.1%}, largest {max(sizes):.1%}, "
-            f"{sum(size > 0.15 for size in sizes)} past 15 %"
+            f"{sum(size > 0.15 for size in sizes)} past 15 %."
         )
+    return lines
 
 
 def fit() -> None:

@@ -1,6 +1,7 @@
 """Writes a run's report to results/<name>.json, and results/README.md from all of them.
 
     python benchmarks/publish.py runs/demo demo_cpu "make demo" "two CPU cores, 24 GB"
+    python benchmarks/publish.py      # the pages alone, from the results there are
 
 The numbers are the run's own; this program measures nothing. Run it after
 `make demo`, on the machine whose numbers you want to keep.
@@ -14,25 +15,36 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import adapters, masks, memory  # noqa: E402
 from helpers import recipes  # noqa: E402
 from helpers.estimate import estimate_memory  # noqa: E402
-from helpers.evaluation.tables import results_table  # noqa: E402
+from helpers.evaluation.tables import percent, results_table  # noqa: E402
 from helpers.runs import write_json, write_text  # noqa: E402
 
 RESULTS = ROOT / "results"
-START, END = "<!-- table of results/demo_cpu.json -->", "<!-- end of table -->"
+USUAL = [("gradient_accumulation_steps", 1), ("gradient_accumulation_steps", 2)]
+USUAL += [("packing", False), ("gradient_checkpointing", True), ("sampler", "model")]
+RATES = {
+    "grpo_speed": "GRPO steps an hour",
+    "data_speed": "Conversations a second, from messages to packed labels",
+    "eval_speed": "Evaluated items a second",
+    "gsm8k_agreement": "Verdicts equal to lm-evaluation-harness's own",
+}
 
 
-def clean(value: Any, folder: Path) -> Any:
-    """Returns a report without the paths of the machine it was made on."""
-    if isinstance(value, dict):
-        return {key: clean(item, folder) for key, item in value.items()}
-    if isinstance(value, str):
-        return re.sub(rf"^/.*/(runs/{folder.name})\b", r"\1", value)
-    return value
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def to_markdown(rows: list[dict[str, Any]] | pd.DataFrame) -> str:
+    """Returns rows as a Markdown table, with the numbers as they are written."""
+    frame = pd.DataFrame(rows, dtype=object)
+    return frame.to_markdown(index=False, disable_numparse=True, stralign=None)
 
 
 def stages(report: dict[str, Any]) -> str:
@@ -52,195 +64,131 @@ def stages(report: dict[str, Any]) -> str:
     )
 
 
+def demo(path: Path) -> list[str]:
+    """Returns the section on a published run."""
+    report = read(path)
+    place = report["environment"]
+    versions = ", ".join(f"{name} {v}" for name, v in place["versions"].items())
+    minutes = {n: s / 60 for n, s in report["notebooks"]["seconds"].items()}
+    spent = ", ".join(f"{name} {each:.1f}" for name, each in minutes.items())
+    return [
+        f"`{report['command']}` on {report['conditions']}.",
+        f"{place['engine']}, {place['dtype']}, Python {place['python']}, {versions}.",
+        *("", to_markdown(results_table(report).reset_index()), "", stages(report), ""),
+        f"Minutes a notebook: {spent}; together {sum(minutes.values()):.1f}.",
+    ]
+
+
+def rate(path: Path, name: str) -> list[str]:
+    """Returns the section on a program that compares ways in one run."""
+    values = read(path)
+    conditions = values["conditions"] if name != "data_speed" else {}
+    names = [n for n in ("engine", "dtype", "weights", "machine") if n in conditions]
+    place = ", ".join([f"`python benchmarks/{name}.py`", *map(conditions.get, names)])
+    row = {k: v for k, v in values.items() if isinstance(v, int | float)}
+    lines = [f"{RATES[name]}: {place}.", "", to_markdown([row])]
+    if "same_verdicts" in values:
+        same = ", ".join(f"{k} {v}" for k, v in values["same_verdicts"].items())
+        lines += ["", f"Same verdicts, of {values['compared']}: {same}."]
+    return lines
+
+
+def learning(path: Path) -> list[str]:
+    """Returns the section on what GRPO learns, seed by seed."""
+    values, rows = read(path), []
+    for seed in values["seeds"]:
+        for name, part in (("test", seed), ("test_new", seed["test_new"])):
+            row = {"seed": seed["seed"], "held out": name, "SFT": percent(part["sft"])}
+            row |= {"GRPO": percent(part["grpo"]), "p": f"{part['p']:.2g}"}
+            row |= {"minutes": seed["minutes"]}
+            rows.append(row | {"more SFT instead": percent(part["more_sft"])})
+    real = values["gsm8k"]
+    right = ", ".join(f"{n} {percent(real[n])}" for n in ("base", "sft", "grpo"))
+    return [
+        f"{values['conditions']['machine']}; by `python benchmarks/grpo_learning.py`.",
+        "p: McNemar's exact test of the same items against SFT.",
+        *("", to_markdown(rows), ""),
+        f"Real GSM8K, first {real['base']['n']} test problems: {right}.",
+    ]
+
+
+def memory_section() -> list[str]:
+    """Returns the section on estimated and measured memory."""
+    table, rows = read(memory.TABLE), []
+    for case in table["rows"]:
+        error = case["predicted_gb"] / case["measured_gb"] - 1
+        short = {k.rpartition("__")[2]: v for k, v in case["config"].items()}
+        row = {"half": "held out" if case["held_out"] else "calibration"}
+        row |= {name: case[name] for name in ("id", "shape", "engine", "stage")}
+        batch = short.pop("per_device_train_batch_size")
+        row["config"] = f"{batch} x {case['row_tokens']} tokens" + "".join(
+            f", {k} {v}" for k, v in short.items() if (k, v) not in USUAL
+        )
+        row |= {"estimated": f"{case['predicted_gb']:.2f}"}
+        row |= {"measured": f"{case['measured_gb']:.2f}"}
+        row["error"] = f"{error:+.1%}" if case["ran"] else "too large"
+        rows.append(row)
+    return [
+        "Peak reserved GPU memory in GiB, by `python benchmarks/memory.py`: estimated",
+        f"by `helpers.estimate`, measured on {table['machine']}. A row is SFT or GRPO",
+        "of random weights of the shape, in a process of its own.",
+        *("", to_markdown(rows), "", *memory.summary()),
+    ]
+
+
 def page() -> str:
     """Returns results/README.md, made from the JSON files beside it."""
-    lines = ["# Measured runs", ""]
-    lines.append("Made by `python benchmarks/publish.py`; each table is one run.")
-    for path in sorted(RESULTS.glob("demo_*.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        place, versions = report["environment"], report["environment"]["versions"]
-        lines += ["", f"## {path.stem}", ""]
-        lines.append(f"`{report['command']}` on {report['conditions']}.")
-        lines.append(
-            f"{place['engine']}, {place['dtype']}, Python {place['python']}, "
-            + ", ".join(f"{name} {version}" for name, version in versions.items())
-            + "."
-        )
-        lines += ["", *table_lines(report)]
-        lines += ["", stages(report)]
-        seconds = report.get("notebooks", {}).get("seconds", {})
-        if seconds:
-            spent = ", ".join(f"{n} {s / 60:.1f}" for n, s in seconds.items())
-            total = sum(seconds.values()) / 60
-            lines += ["", f"Minutes a notebook: {spent}; together {total:.1f}."]
-    lines += [*rate_lines(), *learning_lines(), *memory_lines(), *mask_lines()]
-    if (RESULTS / "adapters.json").exists():
-        import adapters
-
-        lines += ["", "## adapters", "", *adapters.table()]
+    sections = {path.stem: demo(path) for path in sorted(RESULTS.glob("demo_*.json"))}
+    for name in RATES:
+        paths = sorted(RESULTS.glob(f"{name}*.json"))
+        sections |= {path.stem: rate(path, name) for path in paths}
+    sections["grpo_learning"] = learning(RESULTS / "grpo_learning.json")
+    sections["memory"] = memory_section()
+    sections |= {"masks": masks.table(), "adapters": adapters.table()}
+    lines = ["# Measured runs", "", "Made by `python benchmarks/publish.py`."]
+    for name, section in sections.items():
+        lines += ["", f"## {name}", "", *section]
     return "\n".join(lines) + "\n"
 
 
-RATES = {
-    "grpo_speed": "GRPO steps an hour",
-    "data_speed": "conversations a second, from messages to packed labels",
-    "eval_speed": "evaluated items a second",
-    "gsm8k_agreement": "verdicts equal to lm-evaluation-harness's own",
-}
-
-
-def rate_lines() -> list[str]:
-    """Returns a section for each program that compares ways in one run."""
-    lines = []
-    paths = [(n, p) for n in RATES for p in sorted(RESULTS.glob(f"{n}*.json"))]
-    for name, path in paths:
-        what, found = RATES[name], json.loads(path.read_text(encoding="utf-8"))
-        plain = {k: v for k, v in found.items() if isinstance(v, int | float)}
-        lines += ["", f"## {path.stem}", "", f"{what[0].upper()}{what[1:]}"]
-        lines[-1] += f", by `python benchmarks/{name}.py`"
-        on = found.get("conditions", {})
-        said = [on[k] for k in ("engine", "dtype", "weights", "machine") if k in on]
-        lines[-1] += f": {', '.join(said)}." if said else "."
-        lines += ["", f"| {' | '.join(plain)} |", "|---" * len(plain) + "|"]
-        lines.append(f"| {' | '.join(map(str, plain.values()))} |")
-        if "same_verdicts" in found:
-            same = ", ".join(f"{k} {v}" for k, v in found["same_verdicts"].items())
-            lines += ["", f"Same verdicts, of {found['compared']}: {same}."]
-    return lines
-
-
-def learning_lines() -> list[str]:
-    """Returns the section on what GRPO learns, seed by seed."""
-    path = RESULTS / "grpo_learning.json"
-    if not path.exists():
-        return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["", "## grpo_learning", "", found["conditions"]["machine"] + "; "]
-    lines[-1] += "by `python benchmarks/grpo_learning.py`. p: McNemar's exact test of "
-    lines[-1] += "the same items against SFT."
-    columns = ["seed", "held out", "SFT", "GRPO", "p", "minutes", "more SFT instead"]
-    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in found["seeds"]:
-        for name, part in (("test", row), ("test_new", row["test_new"])):
-            cells = [str(row["seed"]), name, share(part["sft"]), share(part["grpo"])]
-            cells += [f"{part['p']:.2g}", f"{row['minutes']}", share(part["more_sft"])]
-            lines.append("| " + " | ".join(cells) + " |")
-    if "gsm8k" in found:
-        parts = [(k, found["gsm8k"].get(k)) for k in ("base", "sft", "grpo")]
-        told = ", ".join(f"{name} {share(part)}" for name, part in parts if part)
-        count = found["gsm8k"]["base"]["n"]
-        lines += ["", f"Real GSM8K, first {count} test problems: {told}."]
-    return lines
-
-
-def share(part: dict[str, Any]) -> str:
-    """Returns a count of a whole, in percent, with its interval."""
-    low, high = 100 * part["low"], 100 * part["high"]
-    rate = 100 * part["k"] / part["n"]
-    return f"{part['k']}/{part['n']} = {rate:.1f} % [{low:.1f}, {high:.1f}]"
-
-
-def mask_lines() -> list[str]:
-    """Returns the section on labels, template by template."""
-    if not (RESULTS / "masks.json").exists():
-        return []
-    import masks
-
-    return ["", "## masks", "", *masks.table()]
-
-
-def in_words(row: dict[str, Any]) -> str:
-    """Returns a measured config in a few words."""
-    short = {k.rpartition("__")[2]: v for k, v in row["config"].items()}
-    words = [f"{short['per_device_train_batch_size']} x {row['row_tokens']} tokens"]
-    if row["stage"] == "grpo":
-        words.append(f"+ {short['max_completion_length']}")
-    if short.get("packing"):
-        words.append("packed")
-    if not short["gradient_checkpointing"]:
-        words.append("no checkpointing")
-    words.append(short.get("weights", "4bit"))
-    if not short.get("double_quant", True):
-        words.append("scales not quantised")
-    if short.get("sampler") == "copy":
-        words.append("sampled from a 16-bit copy")
-    if "target_modules" in short:
-        words.append(f"LoRA r {short['r']} on {' '.join(short['target_modules'])}")
-    return ", ".join(words).replace(", +", " +")
-
-
-def memory_lines() -> list[str]:
-    """Returns the section on predicted and measured memory."""
-    path = RESULTS / "memory.json"
-    if not path.exists():
-        return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["", "## memory", "", "Peak reserved GPU memory in GiB, predicted by "]
-    lines[-1] += f"`helpers.estimate` and measured on {found['machine']}."
-    lines.append("`python benchmarks/memory.py measure`; a row is SFT or GRPO of ")
-    lines[-1] += "random weights of the shape, in a process of its own."
-    columns = ["half", "case", "shape", "engine", "stage", "config", "predicted"]
-    columns += ["measured", "error", "said to fit 14.0", "ran"]
-    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    errors: dict[bool, list[float]] = {True: [], False: []}
-    for row in found["rows"]:
-        error = row["predicted_gb"] / row["measured_gb"] - 1
-        if row["ran"]:
-            errors[row["held_out"]].append(abs(error))
-        config = in_words(row)
-        cells = ["held out" if row["held_out"] else "calibration", row["id"]]
-        cells += [row["shape"], row["engine"], row["stage"], config]
-        cells += [f"{row['predicted_gb']:.2f}", f"{row['measured_gb']:.2f}"]
-        cells.append(f"{error:+.1%}" if row["ran"] else "-")
-        cells += [("no", "yes")[row["predicted_fits"]], ("no", "yes")[row["ran"]]]
-        lines.append("| " + " | ".join(cells) + " |")
-    for half, name in ((False, "Calibration"), (True, "Held out")):
-        seen = errors[half]
-        lines += ["", f"{name}: {len(seen)} cases, mean error "]
-        lines[-1] += f"{sum(seen) / len(seen):.1%}, largest {max(seen):.1%}; "
-        lines[-1] += f"{sum(e > 0.1 for e in seen)} past 10 %."
-    return lines
-
-
-def table_lines(report: dict[str, Any]) -> list[str]:
-    """Returns a report's table in Markdown."""
-    table = results_table(report).reset_index()
-    rows = [table.columns, ["---"] * len(table.columns), *table.values.tolist()]
-    return ["| " + " | ".join(row) + " |" for row in rows]
-
-
 def list_recipes() -> str:
-    """Returns README's table of the recipes: what they reproduce, what they need."""
-    lines = ["| recipe | reproduces | stages | engine | needs | GiB on a T4 |"]
-    lines.append("|---|---|---|---|---|---|")
+    """Returns docs/recipes.md's table: what recipes reproduce and what they need."""
+    rows = []
     for name in recipes.read_file():
         config, notes = recipes.load(name), recipes.describe(name)
-        engine = "Unsloth" if config.engine == "auto" else config.engine
-        cells = [f"`{name}`", notes["source"], " + ".join(config.stages).upper()]
-        cells += [engine, notes["needs"], f"{estimate_memory(config).peak_gb:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        row = {"recipe": f"`{name}`", "reproduces": notes["source"]}
+        row["stages"] = " + ".join(config.stages).upper()
+        row["engine"] = config.engine.replace("auto", "Unsloth")
+        peak_gb = estimate_memory(config).sum()
+        rows.append(row | {"needs": notes["needs"], "GiB on a T4": f"{peak_gb:.1f}"})
+    return to_markdown(rows)
 
 
-def update_readme(report: dict[str, Any]) -> None:
-    """Puts the table of a CPU demo between the marks in the project's README."""
-    path = ROOT / "README.md"
-    before, start, rest = path.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    table = "\n".join(["", "", *table_lines(report), "", ""])
-    write_text(path, before + start + table + end + after)
+def replace(path: Path, mark: str, table: str) -> None:
+    """Puts a table between the marks in a page."""
+    text = path.read_text(encoding="utf-8")
+    pattern = rf"(<!-- {mark} -->).*(<!-- end of {mark.split()[0]} -->)"
+    text, count = re.subn(pattern, rf"\1\n\n{table}\n\n\2", text, flags=re.DOTALL)
+    if not count:
+        sys.exit(f"{path} lacks the marks {pattern}")
+    write_text(path, text)
 
 
 def main(folder: Path, name: str, command: str, conditions: str) -> None:
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    report = {"command": command, "conditions": conditions, **clean(report, folder)}
+    """Writes a run's report without the paths of the machine it was made on."""
+    text = (folder / "report.json").read_text(encoding="utf-8")
+    text = re.sub(rf'"/[^"]*/(runs/{folder.name})\b', r'"\1', text)
+    report = {"command": command, "conditions": conditions, **json.loads(text)}
     write_json(RESULTS / f"{name}.json", report)
-    write_text(RESULTS / "README.md", page())
-    if name == "demo_cpu":
-        update_readme(report)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 5:
-        sys.exit("usage: publish.py RUN_FOLDER NAME COMMAND CONDITIONS")
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    if len(sys.argv) not in (1, 5):
+        sys.exit(__doc__)
+    if len(sys.argv) == 5:
+        main(Path(sys.argv[1]), *sys.argv[2:])
+    write_text(RESULTS / "README.md", page())
+    replace(ROOT / "docs" / "recipes.md", "recipes", list_recipes())
+    demo_table = results_table(read(RESULTS / "demo_cpu.json")).reset_index()
+    mark = "table of results/demo_cpu.json"
+    replace(ROOT / "README.md", mark, to_markdown(demo_table))

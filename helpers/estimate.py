@@ -1,8 +1,4 @@
-"""Estimates the peak GPU memory and the minutes of a config, with nothing loaded.
-
-Closed formulas over the architecture's numbers. The memory is within about 15 % of what
-was measured (`benchmarks/memory.py`), the minutes within a factor of two.
-"""
+"""Estimates peak GPU memory (within 15 %) and minutes (within a factor of two)."""
 
 from __future__ import annotations
 
@@ -14,22 +10,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from helpers import runtime
-from helpers.config import RunConfig, Stage, changed, complete
+from helpers.config import RunConfig, Stage, complete
 from helpers.errors import UnknownArchitecture
 
 GIB = 2**30
-COPY = "16-bit copy to sample from"
-NAMES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+NAMES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads"
 NAMES += " intermediate_size vocab_size max_position_embeddings tie_word_embeddings"
 LLAMAS = {  # fields of LlamaConfig, for use offline
-    "llama-3.2-1b": (2048, 16, 32, 8, 64, 8192, 128256, 131072, True),
-    "llama-3.2-3b": (3072, 28, 24, 8, 128, 8192, 128256, 131072, True),
-    "llama-2-7b": (4096, 32, 32, 32, 128, 11008, 32000, 4096, False),
-    "smollm2-135m": (576, 30, 9, 3, 64, 1536, 49152, 8192, True),
+    "llama-3.2-1b": (2048, 16, 32, 8, 8192, 128256, 131072, True),
+    "llama-3.2-3b": (3072, 28, 24, 8, 8192, 128256, 131072, True),
+    "llama-2-7b": (4096, 32, 32, 32, 11008, 32000, 4096, False),
+    "smollm2-135m": (576, 30, 9, 3, 1536, 49152, 8192, True),
 }
 KNOWN = {n: dict(zip(NAMES.split(), x, strict=True)) for n, x in LLAMAS.items()}
-ROW_TOKENS, PROMPT_TOKENS = 400, 200  # of a chat row, of a GSM8K prompt
 # Fitted by least squares to the calibration half of results/memory.json
 KEPT, KEPT_UNSLOTH = 1.56, 0.66  # times what a layer keeps at least
 INT8 = 6.0  # times KEPT, of transformers' 8-bit layers
@@ -41,32 +37,13 @@ WORKSPACE_GB = 0.39
 
 
 class Gpu(NamedTuple):
-    """A GPU in numbers."""
-
     name: str
     memory_gb: float  # GiB that torch may reserve: the card's, less the CUDA context
     tflops: float  # 10**12 operations a second that QLoRA training reaches
 
-    @property
-    def safe_gb(self) -> float:
-        """GiB that an estimate should stay below, because of its error."""
-        return self.memory_gb / 1.07
-
 
 T4 = Gpu("Tesla T4", 14.0, 9.75)
 CPU = Gpu("two CPU cores", math.inf, 0.11)
-
-
-class MemoryEstimate(NamedTuple):
-    """The peak of torch's reserved memory while a stage trains."""
-
-    stage: Stage
-    parts: dict[str, float]  # GiB by component at the moment of the peak
-
-    @property
-    def peak_gb(self) -> float:
-        """All parts together, in GiB."""
-        return sum(self.parts.values())
 
 
 def this_gpu() -> Gpu | None:
@@ -89,45 +66,26 @@ def step_rows(config: RunConfig, stage: Stage) -> int:
     return rows * int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def sampled_rows(config: RunConfig) -> int:
-    """Returns the completions that one process of GRPO samples at a time."""
-    values = complete(config, "grpo")
-    rounds = values["steps_per_generation"] or values["gradient_accumulation_steps"]
-    return values["per_device_train_batch_size"] * rounds
-
-
 def count_steps(config: RunConfig, stage: Stage, rows: int | None = None) -> int | None:
-    """Returns the optimiser steps of a stage, None where they cannot be known.
-
-    Args:
-        config: the run.
-        stage: `sft` or `grpo`.
-        rows: conversations or problems; how many a packed row takes is not known.
-    """
+    """Returns the optimiser steps over some rows, None where they cannot be known."""
     values = complete(config, stage)
     if values["max_steps"] > 0:
         return values["max_steps"]
     if rows is None or values.get("packing"):
         return None
-    rows *= values["num_generations"] if stage == "grpo" else 1
+    rows *= values.get("num_generations", 1)  # GRPO: answers of a problem
     an_epoch = math.ceil(rows / step_rows(config, stage))
     return math.ceil(values["num_train_epochs"] * an_epoch)
 
 
-def sft_minutes(
-    config: RunConfig, gpu: Gpu = T4, rows: int | None = None
-) -> float | None:
-    """Returns the minutes of SFT, roughly; None where `count_steps` knows no steps.
-
-    A token costs two operations a weight forward, two backward (frozen weights get no
-    gradient) and two more where activations are recomputed (Kaplan et al.,
-    arXiv:2001.08361, section 2.1).
-    """
+def sft_minutes(config: RunConfig, gpu: Gpu, rows: int | None = None) -> float | None:
+    """Returns the minutes of SFT, roughly; None where `count_steps` knows no steps."""
     values, steps = complete(config, "sft"), count_steps(config, "sft", rows)
     if steps is None:
         return None
-    length = config.max_length if values["packing"] else ROW_TOKENS
-    tokens = step_rows(config, "sft") * min(length, config.max_length)
+    a_row = config.max_length if values["packing"] else min(400, config.max_length)
+    tokens = a_row * step_rows(config, "sft")
+    # operations a weight: forward, backward, to recompute activations (Kaplan 2020)
     passes = 6 if values["gradient_checkpointing"] else 4
     work = tokens * passes * skeleton(config.model).num_parameters()
     overhead = 0.35 + 0.03 * values["gradient_accumulation_steps"]  # s, on an H100
@@ -135,84 +93,53 @@ def sft_minutes(
 
 
 def skeleton(model: str, lora: dict[str, Any] | None = None) -> Any:
-    """Returns a base model without weights, on torch's meta device; do not change it.
-
-    Args:
-        model: hub id or folder.
-        lora: fields of PEFT's `LoraConfig`; with them the result is a `PeftModel`.
-
-    Raises:
-        UnknownArchitecture: it has no config, or none that transformers can build.
-        ValueError: PEFT refuses the fields; it also lets other errors pass.
-    """
-    file = Path(model, "config.json")
-    changed_at = file.stat().st_mtime_ns if file.exists() else 0
-    return build(model, json.dumps(lora, default=list), changed_at)
+    """Returns a base model without weights, or its `PeftModel`; do not change it."""
+    return build(model, json.dumps(lora, default=list))
 
 
 @cache
-def build(model: str, lora: str, changed_at: int) -> Any:
-    """Returns a model without weights, with LoRA as JSON unless it is `null`."""
+def build(model: str, lora: str) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    folder = Path(model).is_dir()
     name = model.lower().rpartition("/")[2].removeprefix("meta-")
-    known = None if Path(model).is_dir() else next(filter(name.startswith, KNOWN), None)
-    if not known and not Path(model).is_dir() and not runtime.hub_reachable():
-        raise UnknownArchitecture(
-            f"the numbers of {model!r} are not known here and the model hub cannot be "
-            "reached"
-        )
+    known = None if folder else next(filter(name.startswith, KNOWN), None)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # training warns, too
         try:
             if known:
                 config = AutoConfig.for_model("llama", **KNOWN[known])
             else:
-                config = AutoConfig.from_pretrained(model)
+                local = folder or not runtime.hub_reachable()  # else it tries for long
+                config = AutoConfig.from_pretrained(model, local_files_only=local)
             base = AutoModelForCausalLM.from_config(config)
         except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
             raise UnknownArchitecture(f"{model}: {str(error)[:200]}") from error
         if lora == "null":
             return base
-        # without the matrices' first values, which would take time
-        settings = json.loads(lora) | {"init_lora_weights": False}
-        settings["task_type"] = "CAUSAL_LM"
+        settings = {**json.loads(lora), "task_type": "CAUSAL_LM"}
+        settings["init_lora_weights"] = False  # first values would take time
         return get_peft_model(base, LoraConfig(**settings))
 
 
 def estimate_memory(
     config: RunConfig, gpu: Gpu = T4, stage: Stage | None = None
-) -> MemoryEstimate:
-    """Returns the peak memory of a stage, within about 15 %.
+) -> pd.Series:
+    """Returns the peak reserved memory in GiB by part, of the stage that takes most.
 
-    The peak is in the loss, with the activations of all layers waiting, or in the
-    backward pass of the last layer. With gradient checkpointing only the layers'
-    inputs wait; Unsloth moves all but three of them to RAM.
-
-    Args:
-        config: the run.
-        gpu: decides about `sampler="auto"`, which is the copy where it fits.
-        stage: `sft` or `grpo`; by default the one with the higher peak.
-
-    Raises:
-        UnknownArchitecture: see `skeleton`; or the model has no attention heads.
+    The peak is in the loss, with the activations of all layers waiting, or in the last
+    layer's backward pass. With gradient checkpointing only the inputs of layers wait;
+    Unsloth moves all but three of them to RAM.
     """
     if stage is None:
         peaks = [estimate_memory(config, gpu, each) for each in config.stages]
-        return max(peaks, key=lambda estimate: estimate.peak_gb)
-    if stage == "grpo" and config.sampler == "auto":
-        copied = estimate_memory(changed(config, sampler="copy"), gpu, stage)
-        if copied.peak_gb <= gpu.safe_gb:
-            return copied
+        return max(peaks, key=pd.Series.sum)
     base, values = skeleton(config.model), complete(config, stage)
     numbers = base.config.get_text_config()
-    try:
-        hidden, heads = numbers.hidden_size, numbers.num_attention_heads
-        layers, vocab = numbers.num_hidden_layers, numbers.vocab_size
-    except AttributeError as error:
-        raise UnknownArchitecture(f"{config.model}: {error}") from error
+    hidden, heads = numbers.hidden_size, numbers.num_attention_heads
+    layers, vocab = numbers.num_hidden_layers, numbers.vocab_size
     trained, _ = skeleton(config.model, config.lora).get_nb_trainable_parameters()
     inner = getattr(numbers, "intermediate_size", None) or 4 * hidden  # GPT-2
     kv_heads = getattr(numbers, "num_key_value_heads", None) or heads
@@ -222,9 +149,8 @@ def estimate_memory(
     if stage == "grpo":
         length = values["max_completion_length"]
         logit_rows = batch * length
-        length += config.max_prompt_length or PROMPT_TOKENS
+        length += config.max_prompt_length or 200
     tokens = batch * length
-
     bits = config.weights.replace("auto", "4bit")
     embeddings = vocab * hidden * (1 if base.config.tie_word_embeddings else 2)
     # NF4 has a scale for 64 weights: in fp32, or in a byte with double quantisation
@@ -257,11 +183,13 @@ def estimate_memory(
         "workspace": WORKSPACE_GB * GIB,
     }
     if stage == "grpo":
-        cache = 4 * sampled_rows(config) * length * layers * width
-        if config.sampler == "copy":  # 16-bit weights are shared
-            shared = embeddings if other == 2 else 0
-            parts[COPY] = 2 * (base.num_parameters() - shared)
-            parts["KV cache"] = cache
+        rounds = values["steps_per_generation"] or values["gradient_accumulation_steps"]
+        cache = 4 * batch * rounds * length * layers * width
+        copy = 2 * (base.num_parameters() - (embeddings if other == 2 else 0))
+        copied = parts | {"16-bit copy to sample from": copy, "KV cache": cache}
+        fits = sum(copied.values()) < gpu.memory_gb * GIB / 1.07  # its error
+        if config.sampler == "copy" or (config.sampler == "auto" and fits):
+            parts = copied
         elif config.engine != "transformers":  # transformers frees it before the loss
             parts["KV cache"] = CACHE * cache
-    return MemoryEstimate(stage, {name: size / GIB for name, size in parts.items()})
+    return pd.Series(parts) / GIB

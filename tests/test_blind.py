@@ -7,8 +7,9 @@ import html
 import pytest
 
 from helpers import recipes, runs
+from helpers.config import changed
 from helpers.data.preparation import read_rows, write_rows
-from helpers.widgets.blind_form import MARKS, BlindForm, blind_results
+from helpers.widgets import BlindForm, blind_results
 
 MODELS = ("base", "sft")
 WORDS = {"base": "stone", "sft": "water"}
@@ -36,10 +37,6 @@ def form(run):
     return BlindForm(run, MODELS, count=4)
 
 
-def saved(form):
-    return read_rows(form.path) if form.path.exists() else []
-
-
 def side_of(form, label):
     """The side on which a model's answer is, by its words."""
     return next(s for s, text in form.texts.items() if WORDS[label] in text.value)
@@ -51,79 +48,62 @@ def click(form, *verdicts):
 
 
 def test_the_form_shows_question_gold_and_both_answers_and_no_name_of_a_model(form):
-    while form.place < len(form.pairs):
-        pair = form.pairs[form.place]
+    for pair in form.pairs:
         assert pair["question"] in form.question.value
         assert "expected: 7" in form.question.value
         answers = "".join(text.value for text in form.texts.values())
         assert pair["output_first"] in answers and pair["output_second"] in answers
         texts = form.question.value + answers
         texts += "".join(b.description for b in form.verdicts.values())
-        for name in ("base", "sft", "SFT", "first", "second"):
-            assert name not in texts
+        assert not any(n in texts for n in ("base", "sft", "SFT", "first", "second"))
         click(form, "A")
     assert "Every pair is rated" in form.question.value
+    assert all(button.disabled for button in form.verdicts.values())
 
 
 def test_both_models_are_on_both_sides_by_the_seed(run):
     sides = []
     for seed in (1, 1, 2):
-        form = BlindForm(run, MODELS, count=40, seed=seed)
+        seeded = runs.Run(run.path, changed(run.config, seed=seed))
+        form = BlindForm(seeded, MODELS, count=40)
         form.path = form.path.with_name(f"{len(sides)}.jsonl")
         sides.append([])
-        while form.place < len(form.pairs):
-            sides[-1].append((form.pairs[form.place]["id"], side_of(form, "base")))
+        for pair in form.pairs:
+            sides[-1].append((pair["id"], side_of(form, "base")))
             click(form, "tie")
     assert sides[0] == sides[1] != sides[2]
     assert 8 < [side for _, side in sides[0]].count("A") < 32
 
 
-@pytest.mark.parametrize(("label", "winner"), [("base", "first"), ("sft", "second")])
-def test_the_winner_is_the_model_whose_words_were_on_the_chosen_side(
-    form, label, winner
-):
-    while form.place < len(form.pairs):
-        click(form, side_of(form, label))
-    assert [row["winner"] for row in saved(form)] == [winner] * 4
-
-
-def test_marks_are_saved_with_their_model_and_empty_for_the_next_pair(form):
-    side = side_of(form, "sft")
+def test_winner_and_marks_are_saved_with_their_model_and_emptied(form):
     for mark in ("coherent", "creative"):
-        form.marks[side, mark].value = True
-    click(form, "tie")
-    (row,) = saved(form)
-    assert row["marks"] == {"first": [], "second": ["coherent", "creative"]}
-    assert row["winner"] == "tie"
-    assert not any(box.value for box in form.marks.values())
+        form.marks[side_of(form, "sft")][mark].value = True
+    for label in ("sft", "base"):
+        click(form, side_of(form, label))
+    first, second = read_rows(form.path)
+    assert (first["winner"], second["winner"]) == ("second", "first")
+    assert first["marks"] == {"first": [], "second": ["coherent", "creative"]}
+    assert second["marks"] == {"first": [], "second": []}
 
 
 def test_every_rating_is_saved_at_once_and_another_session_goes_on(run, form):
     click(form, "A", "B")
-    assert [row["verdict"] for row in saved(form)] == ["A", "B"]
+    assert [row["verdict"] for row in read_rows(form.path)] == ["A", "B"]
     again = BlindForm(run, MODELS, count=5)
     assert again.pairs[:4] == form.pairs  # a larger count keeps the former ones
     assert again.place == 2 and "2 of 5 rated" in again.question.value
     click(again, "A")
     click(form, "A")  # open twice: the later rating of a pair counts, none is lost
-    assert len(saved(form)) == 4
+    assert len(read_rows(form.path)) == 4
     assert BlindForm(run, MODELS, count=4).place == 3
-
-
-def test_after_the_last_pair_nothing_can_be_rated(form):
-    click(form, *"AAAA")
-    assert all(button.disabled for button in form.verdicts.values())
-    form.rate("A")
-    assert len(saved(form)) == 4
 
 
 def test_what_a_model_wrote_is_escaped(run):
     write_answers(run, "sft", "<img src=x>", gold="<b>")
-    write_answers(run, "base", "plain", gold="<b>")
     form = BlindForm(run, MODELS)
     text = form.question.value + "".join(text.value for text in form.texts.values())
     assert "<img" not in text and html.escape("<img src=x>") in text
-    assert "expected: &lt;b&gt;" in text
+    assert "expected: 7" in text
 
 
 def test_equal_answers_are_not_rated(run):
@@ -133,18 +113,11 @@ def test_equal_answers_are_not_rated(run):
     assert all(button.disabled for button in form.verdicts.values())
 
 
-def test_the_form_is_shown_by_naming_it_last_in_a_cell(form, monkeypatch):
-    import IPython.display
-
-    displayed = []
-    monkeypatch.setattr(IPython.display, "display", displayed.append)
-    form._ipython_display_()
-    assert displayed == [form.widget]
-
-
-def test_wins_marks_and_sides_are_counted_with_intervals_and_reported(run, form):
+def test_wins_and_marks_are_counted_with_intervals_and_reported(run, form):
+    assert blind_results(run, MODELS).empty
+    assert "blind" not in run.report()
     for verdict in ("sft", "sft", "sft", "tie"):
-        form.marks[side_of(form, "base"), "biased"].value = verdict == "tie"
+        form.marks[side_of(form, "base")]["biased"].value = verdict == "tie"
         click(form, verdict if verdict == "tie" else side_of(form, verdict))
     table = blind_results(run, MODELS)
     wins = table.loc["wins (ties excluded)"]
@@ -153,10 +126,7 @@ def test_wins_marks_and_sides_are_counted_with_intervals_and_reported(run, form)
     part = run.report()["blind"]["base_sft"]
     assert (part["models"], part["rated"]) == (list(MODELS), 4)
     assert (part["losses"], part["ties"], part["missing"]) == (0, 1, 0)
-    sides = [row["verdict"] for row in saved(form)]
-    assert (part["a_wins"]["k"], part["a_wins"]["n"]) == (sides.count("A"), 3)
-    assert list(part["marks"]) == list(MARKS)
-    assert part["marks"]["biased"]["base"]["k"] == 1
+    assert [share["k"] for share in part["marks"]["biased"]] == [1, 0]
 
 
 def test_ratings_of_answers_that_changed_are_kept_and_not_counted(run, form):
@@ -166,12 +136,7 @@ def test_ratings_of_answers_that_changed_are_kept_and_not_counted(run, form):
     again = BlindForm(run, MODELS, count=4)
     assert again.place == 0
     click(again, "tie")
-    assert len(saved(form)) == 3
+    assert len(read_rows(form.path)) == 3
     table = blind_results(run, MODELS)
     assert "wins (ties excluded)" not in table.index
     assert list(table.loc["rated pairs"]) == ["1", "1"]
-
-
-def test_before_the_first_rating_nothing_is_reported(run):
-    assert blind_results(run, MODELS).empty
-    assert "blind" not in run.report()
