@@ -15,14 +15,8 @@ import pytest
 from helpers import recipes, runs
 from helpers.config import changed, read_config
 from helpers.data import preparation as data
-from helpers.data.preparation import (
-    Reader,
-    assert_disjoint,
-    place_of,
-    split,
-    to_conversations,
-    to_problems,
-)
+from helpers.data.preparation import assert_disjoint, place_of, split
+from helpers.data.reading import Reader, to_conversations, to_problems
 from helpers.errors import ConfigError, DataError
 from helpers.runs import Run
 from tests.rows import ROWS, messages_row, pair, problem, turns, write

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from helpers.data.formats import FORMATS, LEARNT, Fields, detect_format, read_prompt
-from helpers.data.preparation import Reader, ask, load_rows, to_conversations
+from helpers.data.preparation import ask
+from helpers.data.reading import Reader, to_conversations
+from helpers.data.sources import load_rows
 from helpers.errors import DataError
 from helpers.masking.templates import INSTRUCTION_TEMPLATE, render
 from tests.rows import ROWS, messages_row, pair, problem, turns

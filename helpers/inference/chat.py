@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.data.formats import Fields, Messages, Row, read_prompt
-from helpers.data.preparation import ask, remarks
+from helpers.data.preparation import ask
 from helpers.data.sources import open_rows
 from helpers.errors import ConfigError, DataError
 from helpers.evaluation.items import answer_rows
@@ -111,8 +111,7 @@ def read_prompts(path: Path, system_prompt: str) -> list[Row]:
             ) from None
         key = row.get("id", number) if isinstance(row, dict) else number
         rows.append({"id": key, "prompt": prompt})
-    for line in remarks({"sources": {str(path): vars(fields)}}):
-        log.info(line)
+    fields.report(str(path))
     return rows
 
 
