@@ -11,6 +11,7 @@ import pytest
 
 from helpers.config import SYSTEM_PROMPT, changed
 from helpers.data import preparation as data
+from helpers.data.sources import load_rows
 from helpers.errors import ConfigError
 from helpers.grpo import answers, problems, rewards
 from helpers.inference.generation import Answer
@@ -91,7 +92,7 @@ def test_held_out_problems_are_eval_rows_and_all_problems_are_trained_on(
     data.prepare(run)
     left, held_out = problems.split_problems(run)
     assert (len(left), len(held_out)) == (2400, 4)
-    rows = data.load_rows(run.config.data.eval or "")
+    rows = load_rows(run.config.data.eval or "")
     assert [p["question"] for p in held_out] == [r["question"] for r in rows[:4]]
     assert held_out[0]["gold"] == rows[0]["answer"].split("#### ")[1]
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from helpers import recipes
 from helpers.data import preparation as data
+from helpers.data.reading import to_problems
 from helpers.grpo import rewards
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -268,7 +269,7 @@ def test_junk_without_a_number_raises_no_reward_of_an_unmarked_answer(
 
 def read_problems(path: Path) -> list[dict[str, str]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return data.to_problems(rows, str(path))
+    return to_problems(rows, str(path))
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,6 @@ def save(path: Path, content: str | bytes) -> str:
         json.dumps(ROWS),
         json.dumps(ROWS, indent=1),
         "".join(json.dumps(row) + "\r\n\r\n" for row in ROWS),
-        "\n".join(json.dumps(row, indent=1) for row in ROWS),
         json.dumps({"version": 1, "data": ROWS, "tags": ["a"]}, indent=1),
         json.dumps({"rows": ROWS}),
     ],
@@ -58,8 +57,7 @@ def test_a_file_of_one_conversation_is_one_row(tmp_path: Path) -> None:
     assert load_rows(path) == [row]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_parquet_is_read_with_any_types(tmp_path: Path, packed: bool) -> None:
+def test_parquet_is_read_with_any_types(tmp_path: Path) -> None:
     import pandas
 
     path = tmp_path / "rows.parquet"
@@ -67,13 +65,9 @@ def test_parquet_is_read_with_any_types(tmp_path: Path, packed: bool) -> None:
     table["completion"] = table["completion"].astype("category")
     table.index = pandas.Index([7, 9])
     table.to_parquet(path)
-    if packed:
-        save(path, gzip.compress(path.read_bytes()))
+    rows = [pair("a", "x"), pair("b", "x")]
     index = [{"__index_level_0__": number} for number in (7, 9)]
-    assert load_rows(str(path)) == [
-        pair("a", "x") | index[0],
-        pair("b", "x") | index[1],
-    ]
+    assert load_rows(str(path)) == [rows[0] | index[0], rows[1] | index[1]]
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
@@ -138,19 +132,19 @@ def test_an_encoding_that_shows_itself_is_read(
         ("empty.csv", "", "empty.csv holds no rows$"),
         ("header.csv", "prompt,completion\n", "header.csv holds no rows$"),
         ("a.jsonl.gz", gzip.compress(LINES.encode())[:-30], "a.jsonl.gz is damaged: "),
-        ("a.json", json.dumps(ROWS)[:-9], "a.json: broken JSON: "),
-        ("a.json", '{"train": [{}], "test": [{}]}', "under 'train' and 'test'; give"),
-        ("a.json", '[{"a": 1}, {"b": 1, "b": 2}]', "row 2: the key 'b' stands twice"),
-        ("a.jsonl", '{"a": 1}\n{"b": 1, "b": 2}', "row 2: the key 'b' stands twice"),
-        ("a.jsonl", '{"a": 1}\n\n{"a": oops}', "row 2: broken JSON: .*line 3 of the"),
+        ("a.json", json.dumps(ROWS)[:-9], "a.json, row 1: broken JSON: "),
+        ("a.json", '{"train": [{}], "test": [{}]}', "several keys of 'train', 'test'"),
+        ("a.json", '[{"a": 1}, {"b": 1, "b": 2}]', "row 2: .* two columns or keys 'b'"),
+        ("a.jsonl", '{"a": 1}\n{"b": 1, "b": 2}', "row 2: .* two columns or keys 'b'"),
+        ("a.jsonl", '{"a": 1}\n\n{"a": oops}', "row 2: broken JSON: .*from line 3 on"),
         ("a.txt", '[\n{"a": 1,}\n]', "broken JSON"),
         ("a.txt", '{"prompt": "a",}\n', "broken JSON"),
-        ("a.csv", "q\nCafé, ja".encode("cp1252"), "not utf-8 .*Caf.*0xe9.*UTF-8"),
+        ("a.csv", "q\nCafé, ja".encode("cp1252"), "not utf-8 .*Caf.xe9.*UTF-8"),
         ("a.csv", "a,b\n1,2\n1,2,3", "row 2: the number of cells: 3 in a row, 2 in"),
         ("a.csv", "a,b\n1,2\n1", "row 2: the number of cells: 1 in a row, 2 in the"),
-        ("a.csv", 'a,b\n1,2\n"a"x,b', "row 2: broken quotes: .*line 3"),
-        ("a.csv", 'a,b\n1,2\nc,"d\ne,f', "opens in the row of line 3 is never closed"),
-        ("a.csv", "a,a\n1,2", "a.csv: two columns are named 'a'"),
+        ("a.csv", 'a,b\n1,2\n"a"x,b', "broken quotes: .*after line 2"),
+        ("a.csv", 'a,b\n1,2\nc,"d\ne,f', "broken quotes: .*after line 2"),
+        ("a.csv", "a,a\n1,2", "row 1: a row has two columns or keys 'a'"),
         ("a.xlsx", b"PK\x03\x04\0\0", "a.xlsx: not a .jsonl, .json, .csv"),
         ("a.zst", b"\x28\xb5\x2f\xfd", "a.zst: not a .jsonl, .json, .csv"),
     ],
@@ -173,7 +167,7 @@ def test_a_row_that_cannot_be_read_spoils_no_other(tmp_path: Path) -> None:
     ("source", "reason"),
     [
         ("gone.jsonl", f"no file gone.jsonl .*{runtime.ROOT}.*give a path"),
-        ("my rows", "no file 'my rows', which is neither a .jsonl, .* owner/name"),
+        ("my rows", "no file my rows .*give a path to a .jsonl, .* owner/name"),
         ("mine.jsonl?rows=5", 'no file .*options are fields: .*"rows": 5'),
         ("nobody/no-such-set:train", "^nobody/.* could .*is the hub reachable"),
     ],
@@ -226,7 +220,7 @@ def test_a_folder_that_save_to_disk_wrote_is_read(tmp_path: Path, name: str) -> 
     both.save_to_disk(str(tmp_path / "both"))
     assert load_rows(str(tmp_path / "both")) == list(rows)
     assert load_rows(str(tmp_path / "both" / "test")) == [rows[0]]
-    with pytest.raises(DataError, match="is a folder, .*name one .*both"):
+    with pytest.raises(DataError, match="it is a folder; name one .*both"):
         load_rows(str(tmp_path))
 
 
