@@ -10,7 +10,7 @@ import logging
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from helpers.errors import DataError, nearest
 from helpers.grpo.answers import MARKER, parse_gold, parse_number
@@ -77,36 +77,29 @@ class Fields:
                 log.info("%s: %s: %s", source, title, listed)
 
 
-class Format(NamedTuple):
-    """A format that rows come in."""
-
-    name: str
-    columns: tuple[str, ...]  # first the question (or all turns), last the answer
-    marker: str = ""  # stands in the last column
-
-
-# the first that fits is taken
-FORMATS = [
-    Format("openai", ("messages",)),
-    Format("sharegpt", ("conversations",)),
-    Format("gsm8k", ("question", "answer"), "#### <number>"),
-    Format("question-answer", ("question", "answer")),
-    Format("alpaca", ("instruction", "input", "output")),
-    Format("wizardlm", ("instruction", "output")),
-    Format("dolly", ("instruction", "response")),
-    Format("prompt-completion", ("prompt", "completion")),
-    Format("llama-2", ("text",), "[INST]"),
-    Format("chatml", ("text",), "<|im_start|>"),
-]
+# names and columns: first the question (or all turns), last the answer; the first that
+# fits is taken
+FORMATS = {
+    "openai": ["messages"],
+    "sharegpt": ["conversations"],
+    "gsm8k": ["question", "answer"],
+    "question-answer": ["question", "answer"],
+    "alpaca": ["instruction", "input", "output"],
+    "wizardlm": ["instruction", "output"],
+    "dolly": ["instruction", "response"],
+    "prompt-completion": ["prompt", "completion"],
+    "llama-2": ["text"],
+    "chatml": ["text"],
+}
+MARKERS = {"gsm8k": "#### <number>", "llama-2": "[INST]", "chatml": "<|im_start|>"}
 
 
-def find_format(name: str) -> Format:
-    """Returns the format of a name; DataError names the nearest where there is none."""
-    formats = {form.name: form for form in FORMATS}
-    if name not in formats:
-        known = ", ".join(formats)
-        raise DataError(f"no format {name!r}{nearest(name, formats)} (known: {known})")
-    return formats[name]
+def find_format(name: str) -> list[str]:
+    """Returns the columns of a format; DataError names the nearest if there is none."""
+    if name not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise DataError(f"no format {name!r}{nearest(name, FORMATS)} (known: {known})")
+    return FORMATS[name]
 
 
 def detect_format(rows: list[Any], source: str = "the rows") -> tuple[str, str]:
@@ -120,19 +113,17 @@ def detect_format(rows: list[Any], source: str = "the rows") -> tuple[str, str]:
         DataError: the columns fit no known format.
     """
     tables = [row for row in rows if isinstance(row, dict)]
-    columns = set(map(str, set().union(*tables)))
+    known = set(map(str, set().union(*tables)))
     expected = []
-    for form in FORMATS:
-        needed = ", ".join(sorted(form.columns))
-        needed += f" with {form.marker}" if form.marker else ""
-        texts = [str(row.get(form.columns[-1])) for row in tables]
-        solved = form.name == "gsm8k" and any(map(is_solved, texts))
-        if set(form.columns) <= columns and (
-            solved or any(form.marker in text for text in texts)
-        ):
-            return form.name, f"the rows have {needed}"
-        expected.append(f"{form.name}: {needed}")
-    listed = ", ".join(sorted(columns)) or f"of {rows[:1]!r:.200}"
+    for name, columns in FORMATS.items():
+        needed, marker = ", ".join(sorted(columns)), MARKERS.get(name, "")
+        needed += f" with {marker}" if marker else ""
+        texts = [str(row.get(columns[-1])) for row in tables]
+        solved = name == "gsm8k" and any(map(is_solved, texts))
+        if known.issuperset(columns) and (solved or marker in "\n".join(texts)):
+            return name, f"the rows have {needed}"
+        expected.append(f"{name}: {needed}")
+    listed = ", ".join(sorted(known)) or f"of {rows[:1]!r:.200}"
     raise DataError(
         f"{source}: the columns {listed} fit no known format ({'; '.join(expected)}); "
         "rename them to one of these"
@@ -206,10 +197,7 @@ def refuse(fields: Row, names: list[str]) -> None:
 
 
 def read_turns(turns: Any, fields: Fields, place: str) -> Messages:
-    """Returns turns spelt `from`/`value` or `role`/`content`, with our roles.
-
-    They may be a list, JSON in a text, or an object with a list of each field.
-    """
+    """Returns turns, of a list, JSON in a text, or an object with a list per field."""
     turns = parse_json(turns, place)
     if isinstance(turns, dict):
         lists = {name: of for name, of in turns.items() if isinstance(of, list)}
@@ -277,7 +265,7 @@ def cut_turns(name: str, text: str) -> Messages:
 # rows
 
 
-def read_columns(row: Row, columns: tuple[str, ...], fields: Fields) -> Messages:
+def read_columns(row: Row, columns: list[str], fields: Fields) -> Messages:
     """Returns the turns of a row: its context, its question, and its answer."""
     refuse(row, REFUSED)
     question, answer = columns[0], columns[-1]
@@ -314,11 +302,7 @@ def read_columns(row: Row, columns: tuple[str, ...], fields: Fields) -> Messages
 
 
 def tidy(turns: Messages, fields: Fields) -> Messages:
-    """Returns turns with one system prompt, and one question before each answer.
-
-    An answer before the first question is dropped, questions in a row are joined by a
-    blank line; both are counted.
-    """
+    """Returns turns with one system prompt, and one question before each answer."""
     messages: Messages = []
     for turn in turns:
         role, text = turn["role"], turn["content"]
@@ -337,27 +321,24 @@ def tidy(turns: Messages, fields: Fields) -> Messages:
     return messages
 
 
-def read_row(form: Format, row: Any, fields: Fields) -> Messages:
+def read_row(form: str, row: Any, fields: Fields) -> Messages:
     """Returns a row of a format as messages; refuses fields that would be lost."""
-    row, columns = fields.strip(to_object(row, "a row")), form.columns
+    row, columns = fields.strip(to_object(row, "a row")), FORMATS[form]
     if missing := {columns[0], columns[-1]} - set(row):
         raise DataError(f"no {sorted(missing)[0]!r}: the row has {', '.join(row)}")
     # `loss` may be a column of measurements; of preferences, a false label is unwanted
     marks = [MARKS.get(str(row.get(name)).lower()) for name in ("weight", "train")]
-    unwanted = form.name == "prompt-completion" and row.get("label") is False
+    unwanted = form == "prompt-completion" and row.get("label") is False
     if unwanted or False in marks:
         raise DataError("no answer is learnt: the row is marked so")
-    if form.name in READY_MADE:
-        columns = ("messages",)
-        row["messages"] = cut_turns(form.name, text_of(row.pop("text"), "text"))
+    if form in READY_MADE:
+        columns = ["messages"]
+        row["messages"] = cut_turns(form, text_of(row.pop("text"), "text"))
     return read_columns(row, columns, fields)
 
 
 def read_prompt(row: Any, system_prompt: str, fields: Fields) -> Messages:
-    """Returns a prompt to answer: of a text, or of a row of any format.
-
-    The system prompt goes before a text that has no other.
-    """
+    """Returns a prompt, of a row of any format, or of a text with a system prompt."""
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
         raise DataError(f"it is {row!r:.40}, not a text or an object")
@@ -365,7 +346,7 @@ def read_prompt(row: Any, system_prompt: str, fields: Fields) -> Messages:
     column = next((name for name in columns if row.get(name) is not None), None)
     if column is None:
         raise DataError(f"it has {', '.join(row) or 'no field'}")
-    messages = read_columns(row, (column,), fields)
+    messages = read_columns(row, [column], fields)
     if fault := check_turns(messages):
         raise DataError(fault)
     if not messages or messages[-1]["role"] != "user":

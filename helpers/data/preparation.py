@@ -1,6 +1,6 @@
 """Mixes and splits the rows of a run's sources, and writes them into its `data/`.
 
-Conversations go through an Arrow file, so that memory does not grow with their length.
+Conversations go through a file, so that memory does not grow with their length.
 """
 
 from __future__ import annotations
@@ -112,8 +112,7 @@ def assert_disjoint(train: Iterable[str], held_out: dict[str, list[str]]) -> Non
 def by_weight(counts: list[int], weights: list[float | None]) -> list[int]:
     """Returns how many rows of each source are mixed: all, where no weight is given.
 
-    With weights they stand in that proportion and no row is repeated: the source that
-    is used up first sets the total. No weight among others counts as 1.
+    With weights the source that is used up first sets the total; none counts as 1.
     """
     if not any(weights):
         return counts
@@ -225,10 +224,7 @@ def load(file: Path, rows: Iterable[Mixed]) -> Iterator[Messages]:
 
 
 def mix(run: Run, file: Path, report: dict[str, Any]) -> dict[str, list[Mixed]]:
-    """Returns the splits of all train sources, shuffled by the run's seed.
-
-    Adds to the report what was read and left out. The conversations are in the file.
-    """
+    """Returns the splits of all train sources, shuffled; the turns are in the file."""
     config, seen = run.config.data, set[int]()
     readers, rows = dict[str, Reader](), list[Mixed]()
     with file.open("wb") as stream:
@@ -272,16 +268,14 @@ def mix(run: Run, file: Path, report: dict[str, Any]) -> dict[str, list[Mixed]]:
 
 
 def read_sets(run: Run, report: dict[str, Any]) -> dict[str, list[Row]]:
-    """Returns the sets that are read whole: eval rows, problems and tests.
-
-    One source of both problems and eval rows is cut in two; its last rows are eval's.
-    """
+    """Returns the sets that are read whole: eval rows, problems and tests."""
     config, sets = run.config.data, dict[str, list[Row]]()
     for name in ("eval", "problems", "test", "test_new"):
         source, limit = getattr(config, name), getattr(config, f"{name}_rows", None)
         if not source:
             continue
         reader = open_reader(run, source)
+        # of one source of both, the last rows are eval's
         shared = name in ("eval", "problems") and config.eval == config.problems
         rows = list(open_rows(source, None if shared else limit))
         if shared:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, islice
 from typing import Any
 
 from helpers.data.formats import (
     Fields,
-    Format,
     Messages,
     Row,
     check_messages,
@@ -64,8 +62,8 @@ class Reader:
         if self.form is None:
             samples = [row for _, row in first]
             self.form, self.why = detect_format(samples, self.source)
-        function = partial(self.to_messages, find_format(self.form))
-        return self.convert(chain(first, rows), function)
+        find_format(self.form)
+        return self.convert(chain(first, rows), self.to_messages)
 
     def problems(self, rows: Iterable[tuple[int, Any]]) -> Iterator[Row]:
         """Yields numbered rows as problems, `{"id", "question", "answer", "gold"}`."""
@@ -114,9 +112,9 @@ class Reader:
                 f"drop_unusable leaves such rows out; this format: {self.why})"
             )
 
-    def to_messages(self, form: Format, row: Any) -> Messages:
+    def to_messages(self, row: Any) -> Messages:
         """Returns a row's messages; DataError gives the reason before a colon."""
-        messages = read_row(form, row, self.fields)
+        messages = read_row(self.form or "", row, self.fields)
         if fault := check_messages(messages):
             raise DataError(fault)
         opening = next(m["content"] for m in messages if m["role"] == "user")
@@ -129,7 +127,7 @@ class Reader:
             raise DataError(f"duplicate: {opening}")
         self.seen.add(key)
         system, is_first = self.system_prompt, messages[0]["role"] == "user"
-        if form.name == "gsm8k" and system and is_first:
+        if self.form == "gsm8k" and system and is_first:
             if is_solved(messages[-1]["content"]):
                 return [{"role": "system", "content": system}, *messages]
             self.fields.adjusted["no #### number, so no system prompt"] += 1

@@ -263,7 +263,9 @@ def rows_in(value: Any) -> list[Any]:
     if isinstance(value, list):
         return value
     # of these columns a list of objects is one row, not several
-    if not isinstance(value, dict) or {f.columns[0] for f in FORMATS} & set(value):
+    if not isinstance(value, dict) or {
+        columns[0] for columns in FORMATS.values()
+    } & set(value):
         return [value]
     lists = [of for of in value.values() if isinstance(of, list) and of]
     lists = [of for of in lists if all(isinstance(row, dict) for row in of)]
