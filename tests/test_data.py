@@ -19,13 +19,9 @@ from helpers.runs import Run
 from tests.rows import ROWS, messages_row, pair, problem, turns, write
 
 MakeRun = Callable[..., Run]
-CHATS_ONLY = {
-    "stages": ["sft"],
-    "best_by": "loss",
-    "sft__eval_strategy": "no",
-    "data__train_rows": None,
-    **dict.fromkeys(["data__eval", "data__problems", "data__test", "data__test_new"]),
-}
+CHATS_ONLY = {"stages": ["sft"], "best_by": "loss", "sft__eval_strategy": "no"}
+NO_SETS = ("eval", "problems", "test", "test_new", "train_rows")
+CHATS_ONLY |= {f"data__{name}": None for name in NO_SETS}
 
 
 def read_all(run: Run) -> dict[str, list[dict[str, Any]]]:
@@ -33,7 +29,9 @@ def read_all(run: Run) -> dict[str, list[dict[str, Any]]]:
     return {path.stem: data.read_rows(path) for path in paths}
 
 
-def first_questions(rows: list[dict[str, Any]]) -> list[str]:
+def questions(run: Run, part: str = "train") -> list[str]:
+    """Returns the first questions of a part."""
+    rows = data.read_rows(run.path / "data" / f"{part}.jsonl")
     return [data.questions_of(row["messages"])[0] for row in rows]
 
 
@@ -164,22 +162,22 @@ def test_problems_are_told_apart_by_their_ids_or_questions() -> None:
 SHARES = {"test_chat": 0.1, "eval": 0.05}
 
 
-def splits_of(questions: list[str], shares: dict[str, float]) -> dict[str, list[str]]:
+def splits_of(asked: list[str], shares: dict[str, float]) -> dict[str, list[str]]:
     """Returns the questions of each split."""
     parts: dict[str, list[str]] = {}
-    for q, name in zip(questions, split(map(place_of, questions), shares), strict=True):
+    for q, name in zip(asked, split(map(place_of, asked), shares), strict=True):
         parts.setdefault(name, []).append(q)
     return parts
 
 
 def test_a_row_keeps_its_split_when_data_or_shares_change() -> None:
-    questions = [f"Question {n}?" for n in range(4000)]
-    parts = splits_of(questions, SHARES)
+    asked = [f"Question {n}?" for n in range(4000)]
+    parts = splits_of(asked, SHARES)
     assert len(parts["test_chat"]) == pytest.approx(400, abs=60)
     assert len(parts["eval"]) == pytest.approx(200, abs=45)
-    before = splits_of(questions[300::-1], SHARES)
+    before = splits_of(asked[300::-1], SHARES)
     assert all(set(part) <= set(parts[name]) for name, part in before.items())
-    other = splits_of(questions, {**SHARES, "eval": 0.2})
+    other = splits_of(asked, {**SHARES, "eval": 0.2})
     assert parts["test_chat"] == other["test_chat"]
 
 
@@ -192,8 +190,8 @@ def test_white_space_in_a_question_does_not_count(shape: str) -> None:
 
 
 def test_a_small_set_leaves_no_split_empty() -> None:
-    questions = [f"Question {n // 3}?" for n in range(36)]
-    parts = splits_of(questions, {"test_chat": 0.001, "eval": 0.001})
+    asked = [f"Question {n // 3}?" for n in range(36)]
+    parts = splits_of(asked, {"test_chat": 0.001, "eval": 0.001})
     assert sorted(map(len, parts.values())) == [3, 3, 30]
     with pytest.raises(DataError, match="^2 different questions, of which test_chat"):
         splits_of(["a", "b"], SHARES)
@@ -202,34 +200,28 @@ def test_a_small_set_leaves_no_split_empty() -> None:
 # the data of a run
 
 
-def test_preparing_writes_five_files_with_what_the_next_notebooks_read(
-    run: Run,
-) -> None:
+def test_preparing_writes_what_the_next_notebooks_read(run: Run) -> None:
     report = data.prepare(run)
     parts = read_all(run)
     # train: 24 rows of the problems, and the two sample files of 12 rows
     counts = {"train": 48, "eval": 4, "problems": 2400, "test": 6, "test_new": 4}
     assert {n: len(p) for n, p in parts.items()} == counts
     assert {n: report[n] for n in counts} == counts
-    for name, rows in parts.items():
-        chat = name in ("train", "eval")
-        fields = {"id", "messages"} if chat else {"id", "question", "answer", "gold"}
-        assert set(rows[0]) == fields
+    assert set(parts["train"][0]) == set(parts["eval"][0]) == {"id", "messages"}
+    assert set(parts["test"][0]) == {"id", "question", "answer", "gold"}
     assert run.report()["data"] == report
     source = {"format": "sharegpt", "why": "the rows have conversations"}
     source |= {"read": 12, "rows": 12, "unused": {}, "adjusted": {}}
     assert report["sources"]["data_samples/sharegpt.jsonl"] == source
 
 
-def test_preparing_twice_gives_the_same_bytes_and_another_seed_other_rows(
+def test_preparing_twice_gives_the_same_and_another_seed_other_rows(
     run_factory: MakeRun,
 ) -> None:
     made = [run_factory(name=n, seed=s) for n, s in (("a", 1), ("b", 1), ("c", 2))]
     first, again, other = (data.prepare(run)["fingerprints"] for run in made)
     assert first == again
     assert first["train"] != other["train"] and first["test"] == other["test"]
-    for path in (made[0].path / "data").iterdir():
-        assert path.read_bytes() == (made[1].path / "data" / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("part", ["eval", "test", "test_new"])
@@ -256,7 +248,7 @@ def test_one_source_for_problems_and_eval_is_cut_in_two(
     run = run_factory(**own_files)
     data.prepare(run)
     asked = [f"train {i}: how many?" for i in range(12)]
-    assert first_questions(read_all(run)["eval"]) == asked[8:]
+    assert questions(run, "eval") == asked[8:]
     assert [row["question"] for row in read_all(run)["problems"]] == asked[:8]
     with pytest.raises(DataError, match="0 of 0 rows .* problems"):
         data.prepare(run_factory(**own_files | {"data__eval_rows": 12}))
@@ -271,7 +263,7 @@ def test_shares_of_the_training_rows_are_held_out_and_capped(
     values = {**CHATS_ONLY, "data__train": sources, **shares}
     run = run_factory(**values, data__eval_rows=None, data__test_rows=None)
     report = data.prepare(run)
-    parts = {name: set(first_questions(rows)) for name, rows in read_all(run).items()}
+    parts = {name: set(questions(run, name)) for name in read_all(run)}
     assert sorted(parts) == ["eval", "test_chat", "train"]
     assert sum(map(len, parts.values())) == len(set.union(*parts.values())) == 12
     assert sum(report[name] for name in parts) == 24
@@ -344,10 +336,9 @@ def test_sources_are_mixed_by_count_or_weight_and_shuffled(
     sources = [{"path": p} | o for p, o in zip(two_files, options, strict=True)]
     run = run_factory(**{**CHATS_ONLY, "data__train": sources})
     report = data.prepare(run)
-    questions = first_questions(read_all(run)["train"])
-    words = [question.split()[0] for question in questions]
+    words = [question.split()[0] for question in questions(run)]
     assert (words.count("big"), words.count("small")) == counts
-    assert len(set(questions)) == sum(counts)
+    assert len(set(questions(run))) == sum(counts)
     assert tuple(part["rows"] for part in report["sources"].values()) == counts
     # in order there would be one change from source to source
     assert sum(a != b for a, b in zip(words, words[1:], strict=False)) > 5
@@ -360,25 +351,10 @@ def test_a_row_of_two_sources_is_trained_on_once(
     run = run_factory(**{**CHATS_ONLY, "data__train": sources})
     report = data.prepare(run)
     assert [part["read"] for part in report["sources"].values()] == [20, 80]
-    questions = first_questions(read_all(run)["train"])
-    assert len(set(questions)) == len(questions) >= 80
+    asked = questions(run)
+    assert len(set(asked)) == len(asked) >= 80
     again = list(report["left_out"].values())[1]["duplicate"]
-    assert again["rows"] == 100 - len(questions) > 0
-
-
-def test_a_format_of_a_source_is_taken_or_refused_by_the_source(
-    run_factory: MakeRun, tmp_path: Path
-) -> None:
-    row = {**pair("a?"), "instruction": "b?", "response": "Yes."}
-    source = {"path": write(tmp_path / "both.jsonl", [row])}
-    for form, question in ((None, "b?"), ("prompt-completion", "a?")):
-        sources = [source | {"format": form}]
-        run = run_factory(**{**CHATS_ONLY, "data__train": sources})
-        data.prepare(run)
-        assert first_questions(read_all(run)["train"]) == [question]
-    run = run_factory(**{**CHATS_ONLY, "data__train": [source | {"format": "openai"}]})
-    with pytest.raises(DataError, match="both.jsonl: 1 of 1 rows cannot be used as op"):
-        data.prepare(run)
+    assert again["rows"] == 100 - len(asked) > 0
 
 
 def test_a_conversation_that_asks_later_what_is_held_out_is_not_trained_on(
@@ -387,13 +363,13 @@ def test_a_conversation_that_asks_later_what_is_held_out_is_not_trained_on(
     values = {**CHATS_ONLY, "data__eval_share": 0.1}
     first = run_factory(**values, data__train=two_files[:1])
     data.prepare(first)
-    (question, *_) = first_questions(read_all(first)["eval"])
+    (question, *_) = questions(first, "eval")
     chats = [turns("Begin!", "Yes?", question.replace(" ", "  "), "Yes.")]
     chats.append(turns("Hello!", "Yes?", "Something else?", "Yes."))
     more = write(tmp_path / "more.jsonl", [{"messages": chat} for chat in chats])
     second = run_factory(**values, data__train=[two_files[0], more])
     report = data.prepare(second)
-    trained = first_questions(read_all(second)["train"])
+    trained = questions(second)
     assert "Begin!" not in trained and "Hello!" in trained
     leaks = {"rows": 1, "examples": ["Begin!"]}
     assert report["left_out"]["the mix"] == {"asks later what is held out": leaks}

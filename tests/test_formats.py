@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers.data.formats import FORMATS, LEARNT, Fields, detect_format, read_prompt
+from helpers.data.formats import LEARNT, Fields, detect_format, read_prompt
 from helpers.data.preparation import ask
 from helpers.data.reading import Reader, to_conversations
 from helpers.data.sources import load_rows
@@ -179,13 +179,6 @@ def test_a_row_that_cannot_be_trusted_is_refused_with_its_reason(
         to_conversations([row])
 
 
-def test_such_rows_are_left_out_and_counted_by_choice() -> None:
-    rows = [{"messages": HI}, *[row for row, _ in REFUSED if "messages" in row]]
-    kept, left_out = to_conversations(rows, form="openai", drop_unusable=True)
-    assert kept == [HI]
-    assert sum(part["rows"] for part in left_out.values()) == len(rows) - 1 > 20
-
-
 def test_an_answer_that_is_marked_as_unwanted_is_not_learnt() -> None:
     rows = [pair("Hi") | {mark: False} for mark in ("label", "weight", "train")]
     kept, left_out = to_conversations([pair("Hi") | {"label": True}, *rows])
@@ -233,10 +226,6 @@ def test_a_format_is_detected_with_its_reason(
     assert detect_format([{"text": ""}, row])[0] == name
 
 
-def test_every_known_format_is_among_those_cases() -> None:
-    assert set(FORMATS) == {name for _, name, _ in DETECTED}
-
-
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
@@ -268,18 +257,12 @@ def test_a_format_that_is_asked_for_is_taken_or_refused() -> None:
 
 
 def test_problems_are_asked_in_training_as_in_evaluation() -> None:
-    messages = read(problem("How many?"), system_prompt="Think.")
-    assert messages[:-1] == ask("How many?", "Think.")
-    assert ask("How many?", "") == turns("How many?")
-    own = read(problem("How many?") | {"system": "S"}, system_prompt="Think.")
-    assert own[0]["content"] == "S"
-
-
-def test_only_answers_that_end_in_a_number_get_the_system_prompt() -> None:
     reader = Reader(system_prompt="Solve it.")
     rows = [problem("a"), {"question": "b", "answer": "Many.\n#### 8:30"}]
-    first, second = reader.read(enumerate(rows, start=1))
-    assert (first[0]["role"], second[0]["role"]) == ("system", "user")
+    rows.append(problem("c") | {"system": "S"})
+    first, second, third = reader.read(enumerate(rows, start=1))
+    assert first[:-1] == ask("a", "Solve it.")
+    assert (second[0], third[0]["content"]) == (*ask("b", ""), "S")
     assert reader.fields.adjusted == {"no #### number, so no system prompt": 1}
 
 
@@ -318,9 +301,8 @@ def test_chatml_and_dolly_rows_come_out_of_their_templates_as_they_went_in(
     texts = [render(tokenizer, messages) for messages in to_conversations(rows)[0]]
     assert texts == [row["text"] for row in rows]
     special = {"bos_token": "<s>", "eos_token": "</s>"}
-    instruct = make_tokenizer(
-        ("<s>", "</s>"), chat_template=INSTRUCTION_TEMPLATE, **special
-    )
+    special["chat_template"] = INSTRUCTION_TEMPLATE
+    instruct = make_tokenizer(("<s>", "</s>"), **special)
     blocks = r"### Instruction:\n(.*?)\n\n(?:### Context:\n(.*?)\n\n)?"
     blocks += r"### Response:\n(.*)</s>"
     rows = load_rows("data_samples/dolly.jsonl")
@@ -331,7 +313,7 @@ def test_chatml_and_dolly_rows_come_out_of_their_templates_as_they_went_in(
         assert [part or "" for part in parts.groups()] == [row[n] for n in columns]
 
 
-# prompts; test_generate has more of them
+# prompts; test_generate has those that are refused
 
 
 @pytest.mark.parametrize(
@@ -349,16 +331,3 @@ def test_a_prompt_is_read_from_a_text_or_a_row(row: Any, messages: Any) -> None:
     fields = Fields()
     assert read_prompt(row, "S", fields) == messages
     assert set(fields.unused) <= {"completion"}
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"messages": HI}, "it does not end with the user"),
-        ({"prompt": "a", "tools": CALL}, "field 'tools'"),
-        ({"messages": messages_row("tool")["messages"]}, "role 'tool'"),
-    ],
-)
-def test_what_is_no_prompt_is_refused(row: Any, reason: str) -> None:
-    with pytest.raises(DataError, match=reason):
-        read_prompt(row, "S", Fields())
