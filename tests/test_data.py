@@ -181,11 +181,10 @@ def test_a_row_keeps_its_split_when_data_or_shares_change() -> None:
     assert parts["test_chat"] == other["test_chat"]
 
 
-@pytest.mark.parametrize("shape", ["  Same? ", "Same?\n", "\tSame?"])
-def test_white_space_in_a_question_does_not_count(shape: str) -> None:
-    assert place_of(shape) == place_of("Same?") != place_of("same")
+def test_white_space_in_a_question_does_not_count() -> None:
+    assert place_of(" \tSame?\n") == place_of("Same?") != place_of("same")
     with pytest.raises(DataError, match="^1 questions of test are in .*first: 'Same"):
-        assert_disjoint([shape], {"eval": ["x"], "test": ["Same?", "y"]})
+        assert_disjoint([" \tSame?\n"], {"eval": ["x"], "test": ["Same?", "y"]})
     assert assert_disjoint(["a", "b"], {"test": ["c"], "eval": ["d"]}) is None
 
 
@@ -210,7 +209,10 @@ def test_preparing_writes_what_the_next_notebooks_read(run: Run) -> None:
     assert set(parts["train"][0]) == set(parts["eval"][0]) == {"id", "messages"}
     assert set(parts["test"][0]) == {"id", "question", "answer", "gold"}
     assert run.report()["data"] == report
-    source = {"format": "sharegpt", "why": "the rows have conversations"}
+    source: dict[str, Any] = {
+        "format": "sharegpt",
+        "why": "the rows have conversations",
+    }
     source |= {"read": 12, "rows": 12, "unused": {}, "adjusted": {}}
     assert report["sources"]["data_samples/sharegpt.jsonl"] == source
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers.data.formats import LEARNT, Fields, detect_format, read_prompt
+from helpers.data.formats import LEARNT, Fields, detect_format
 from helpers.data.preparation import ask
 from helpers.data.reading import Reader, to_conversations
 from helpers.data.sources import load_rows
@@ -311,23 +311,3 @@ def test_chatml_and_dolly_rows_come_out_of_their_templates_as_they_went_in(
         assert parts is not None
         columns = ("instruction", "context", "response")
         assert [part or "" for part in parts.groups()] == [row[n] for n in columns]
-
-
-# prompts; test_generate has those that are refused
-
-
-@pytest.mark.parametrize(
-    ("row", "messages"),
-    [
-        ("Hi", turns("Hi", system="S")),
-        ({"question": 8, "id": 3}, turns("8", system="S")),
-        (pair("Hi") | {"system": "Be brief."}, turns("Hi", system="Be brief.")),
-        ({"messages": turns("Hi")}, turns("Hi")),
-        ({"prompt": json.dumps(turns("Hi"))}, turns("Hi")),
-        ({"instruction": "Hi", "input": "there"}, turns("Hi\n\nthere", system="S")),
-    ],
-)
-def test_a_prompt_is_read_from_a_text_or_a_row(row: Any, messages: Any) -> None:
-    fields = Fields()
-    assert read_prompt(row, "S", fields) == messages
-    assert set(fields.unused) <= {"completion"}

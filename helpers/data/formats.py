@@ -158,13 +158,9 @@ def is_empty(value: Any) -> bool:
 def text_of(value: Any, place: str) -> str:
     """Returns a content as text: text parts joined, a number as JSON has it."""
     if isinstance(value, list) and value and all(isinstance(p, dict) for p in value):
-        for part in value:
-            if (part.get("type") or "text") not in (
-                "text",
-                "input_text",
-                "output_text",
-            ):
-                raise DataError(f"{place} has a part that is not text: {part['type']}")
+        kinds = {str(part.get("type") or "text") for part in value}
+        if other := kinds - {"text", "input_text", "output_text"}:
+            raise DataError(f"{place} has a part that is not text: {', '.join(other)}")
         value = "".join(text_of(part.get("text"), place) for part in value)
     elif isinstance(value, bool | int | float) and value == value:  # not NaN
         return json.dumps(value)
@@ -253,10 +249,10 @@ def cut_turns(name: str, text: str) -> Messages:
     turns: Messages = []
     for turn in READY_MADE[name].finditer(text):
         parts = turn.groupdict()
-        pairs = (
-            [(parts["role"], parts["content"])] if "role" in parts else parts.items()
-        )
-        turns += [{"role": role, "content": t} for role, t in pairs if t is not None]
+        if name == "llama-2":
+            turns += [{"role": r, "content": t} for r, t in parts.items() if t]
+        else:
+            turns.append(parts)
     if rest := READY_MADE[name].sub("", text).strip():
         raise DataError(f"broken markers: {rest[:40]!r} is no whole turn of {name}")
     return turns

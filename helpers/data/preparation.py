@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 PARTS = ["train", "problems", *HELD_OUT]  # the files of a run's `data/`
+SETS = ("eval", "problems", "test", "test_new")  # those with sources of their own
 
 
 def ask(question: str, system_prompt: str) -> Messages:
@@ -163,11 +164,10 @@ def prepare(run: Run) -> dict[str, Any]:
         groups = mix(run, file, report) if run.config.data.train else {}
         sets = read_sets(run, report)
         asked = {
-            name: [
-                row.get("question") or questions_of(row["messages"])[0] for row in rows
-            ]
-            for name, rows in sets.items()
+            name: [r["question"] for r in sets[name]] for name in sets if name != "eval"
         }
+        if "eval" in sets:
+            asked["eval"] = [questions_of(row["messages"])[0] for row in sets["eval"]]
         trained = map(questions_of, load(file, groups["train"]) if groups else ())
         problems = asked.pop("problems", [])
         assert_disjoint(chain(problems, chain.from_iterable(trained)), asked)
@@ -270,7 +270,7 @@ def mix(run: Run, file: Path, report: dict[str, Any]) -> dict[str, list[Mixed]]:
 def read_sets(run: Run, report: dict[str, Any]) -> dict[str, list[Row]]:
     """Returns the sets that are read whole: eval rows, problems and tests."""
     config, sets = run.config.data, dict[str, list[Row]]()
-    for name in ("eval", "problems", "test", "test_new"):
+    for name in SETS:
         source, limit = getattr(config, name), getattr(config, f"{name}_rows", None)
         if not source:
             continue
@@ -299,18 +299,13 @@ def made_from(run: Run) -> str:
 def inputs(run: Run) -> dict[str, str]:
     """Returns a hash of the content of each source of a run, by its path, if known."""
     config = run.config.data
-    sources = [*config.train, config.eval, config.problems, config.test]
-    paths = dict.fromkeys(
-        str(source) for source in [*sources, config.test_new] if source
-    )
+    sources = [*config.train, *(getattr(config, name) for name in SETS)]
+    paths = dict.fromkeys(str(source) for source in sources if source)
     return {path: content for path in paths if (content := content_of(path))}
 
 
 def ensure_data(run: Run) -> Path:
-    """Returns the run's `data/`, preparing it first, with a note, where it must be.
-
-    That is where a part is missing, or where it was prepared from other settings or
-    from files that have changed since.
+    """Returns the run's `data/`, prepared if parts, settings or sources have changed.
 
     Args:
         run: with its config.
@@ -319,10 +314,10 @@ def ensure_data(run: Run) -> Path:
         DataError: see `prepare`.
     """
     folder, report = run.path / "data", run.report().get("data", {})
-    parts = parts_of(run.config.data)
+    files = [folder / f"{name}.jsonl" for name in parts_of(run.config.data)]
     known, now = report.get("inputs", {}), inputs(run)
     changed = [path for path in now if known.get(path, now[path]) != now[path]]
-    if not all((folder / f"{name}.jsonl").exists() for name in parts):
+    if not all(file.exists() for file in files):
         reason = "a part is missing (notebook 01_data_prep makes it)"
     elif report.get("made_from", made_from(run)) != made_from(run):
         reason = "it was made from other settings"
