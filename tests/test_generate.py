@@ -267,7 +267,7 @@ def test_fields_of_prompts_that_are_not_used_are_named(
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ("[1]", "it is a list, not a text or an object"),
+        ("[1]", r"it is \[1\], not a text or an object"),
         ("not json", "broken JSON"),
         ('{"messages": []}', "it does not end with the user"),
         ('{"id": 3}', "it has id"),
