@@ -140,7 +140,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     given = parser.parse_args(arguments)
 
     from helpers import runs, runtime
-    from helpers.data import preparation as data
+    from helpers.data.reading import to_problems
     from helpers.data.sources import load_rows
     from helpers.models import load as models
 
@@ -149,7 +149,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     model, tokenizer = models.load_model(
         given.model, engine=engine, weights=given.weights, adapter=given.adapter
     )
-    problems = data.to_problems(load_rows(PROBLEMS, given.items))
+    problems = to_problems(load_rows(PROBLEMS, given.items))
     found = measure(
         model,
         tokenizer,

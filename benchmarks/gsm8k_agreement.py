@@ -326,7 +326,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     given = parser.parse_args(arguments)
 
     from helpers import runs
-    from helpers.data.preparation import to_problems
+    from helpers.data.reading import to_problems
     from helpers.data.sources import load_rows
     from helpers.models import load as models
 

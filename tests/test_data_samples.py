@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
 import re
 import sys
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,15 +29,9 @@ def problems() -> dict[str, list[Row]]:
 
 
 @pytest.fixture(scope="module")
-def rows(problems: dict[str, list[Row]]) -> list[Row]:
-    return [row for part in problems.values() for row in part]
-
-
-@pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "data_samples_generate", SAMPLES / "generate.py"
-    )
+    path = SAMPLES / "generate.py"
+    spec = importlib.util.spec_from_file_location("data_samples_generate", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -47,40 +39,22 @@ def generator() -> ModuleType:
     return module
 
 
-def exact(node: ast.expr) -> Fraction:
-    """Returns the value of an arithmetic expression, without rounding."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return Fraction(node.value)
-    assert isinstance(node, ast.BinOp), ast.dump(node)
-    left, right = exact(node.left), exact(node.right)
-    values = {ast.Add: left + right, ast.Sub: left - right, ast.Mult: left * right}
-    return left / right if isinstance(node.op, ast.Div) else values[type(node.op)]
-
-
-def equation(line: str) -> tuple[str, str]:
-    """Returns the expression and the result of a worked line."""
-    left, right = line.split("=")
-    expression = re.search(r"\d+( [-+*/] \d+)+ $", left)
-    result = re.match(r" (\d+)\b", right)
-    assert expression and result, line
-    return expression[0].strip(), result[1]
-
-
 def numbers(row: Row) -> tuple[str, ...]:
     return tuple(re.findall(r"\d+", row["question"]))
 
 
 def test_the_problems_are_all_different_and_named_by_their_split(
-    problems: dict[str, list[Row]], rows: list[Row]
+    problems: dict[str, list[Row]],
 ) -> None:
     assert {name: len(part) for name, part in problems.items()} == COUNTS
     for name in ("id", "question"):
-        assert len({row[name] for row in rows}) == len(rows)
+        values = {row[name] for part in problems.values() for row in part}
+        assert len(values) == sum(COUNTS.values())
     for split, part in problems.items():
         assert all(re.fullmatch(rf"{split}-\d{{5}}", row["id"]) for row in part)
 
 
-def test_the_templates_of_train_are_those_of_eval_and_test_but_not_of_test_new(
+def test_no_template_is_in_train_and_test_new_and_no_numbers_twice_in_another_set(
     problems: dict[str, list[Row]],
 ) -> None:
     names = {n: {row["template"] for row in part} for n, part in problems.items()}
@@ -89,14 +63,8 @@ def test_the_templates_of_train_are_those_of_eval_and_test_but_not_of_test_new(
     assert len(names["train"]) >= 40 and len(names["test_new"]) >= 10
     counts = Counter(row["template"] for row in problems["train"])
     assert set(counts.values()) == {50}
-
-
-@pytest.mark.parametrize("order", [tuple, lambda ns: tuple(sorted(ns))])
-def test_no_template_has_the_same_numbers_in_train_and_a_held_out_set(
-    problems: dict[str, list[Row]], order: Any
-) -> None:
     keys = {
-        split: {(row["template"], order(numbers(row))) for row in part}
+        split: {(row["template"], *sorted(numbers(row))) for row in part}
         for split, part in problems.items()
     }
     assert keys["train"].isdisjoint(keys["eval"] | keys["test"])
@@ -104,25 +72,23 @@ def test_no_template_has_the_same_numbers_in_train_and_a_held_out_set(
 
 
 def test_every_worked_line_is_one_true_equation_of_known_numbers(
-    rows: list[Row],
+    problems: dict[str, list[Row]],
 ) -> None:
-    for row in rows:
+    for row in (row for part in problems.values() for row in part):
+        assert 18 <= len(row["question"].split()) <= 45
+        assert row["question"].endswith("?") and "####" not in row["question"]
         *steps, last = row["answer"].split("\n")
         assert 1 <= len(steps) <= 3
         # from a word: half, twice, two and four legs, seven days of a week
-        known = set(numbers(row)) | {"2", "4", "7"}
+        known, result = set(numbers(row)) | {"2", "4", "7"}, ""
         for line in steps:
-            expression, result = equation(line)
-            assert exact(ast.parse(expression, mode="eval").body) == int(result) > 0
+            equation = re.search(r"(\d+(?: [-+*/] \d+)+) = (\d+)\b[^=]*$", line)
+            assert equation, line
+            expression, result = equation.groups()
+            assert eval(expression) == int(result) > 0
             assert known.issuperset(re.findall(r"\d+", expression)), line
             known.add(result)
-        assert last == f"#### {equation(steps[-1])[1]}"
-
-
-def test_questions_are_between_18_and_45_words_and_ask(rows: list[Row]) -> None:
-    for row in rows:
-        assert 18 <= len(row["question"].split()) <= 45
-        assert row["question"].endswith("?") and "####" not in row["question"]
+        assert last == f"#### {result}"
 
 
 def test_generating_again_gives_the_same_bytes_and_another_seed_others(
@@ -133,17 +99,8 @@ def test_generating_again_gives_the_same_bytes_and_another_seed_others(
     stored = SAMPLES / "word_problems"
     assert written == {path.name: path.read_bytes() for path in stored.iterdir()}
     assert generator.generate(tmp_path, seed=1)["train"] != problems["train"]
-
-
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [("2 + 3 = 6.\n#### 6", "wrong arithm"), ("2 + 3 = 5.\n#### 6", "last result")],
-)
-def test_the_generator_refuses_a_wrong_answer(
-    generator: ModuleType, answer: str, reason: str
-) -> None:
-    with pytest.raises(ValueError, match=reason):
-        generator.check({"question": "How many?", "answer": f"That is {answer}"})
+    with pytest.raises(ValueError, match="wrong arithm"):
+        generator.check({"question": "How many?", "answer": "2 + 3 = 6.\n#### 6"})
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from helpers.data.formats import FORMATS, LEARNT, Fields, detect_format, read_prompt
-from helpers.data.preparation import Reader, ask, load_rows, to_conversations
+from helpers.data.formats import LEARNT, Fields, detect_format
+from helpers.data.preparation import ask
+from helpers.data.reading import Reader, to_conversations
+from helpers.data.sources import load_rows
 from helpers.errors import DataError
 from helpers.masking.templates import INSTRUCTION_TEMPLATE, render
 from tests.rows import ROWS, messages_row, pair, problem, turns
@@ -24,6 +26,15 @@ def read(row: Any, **options: Any) -> Any:
     return to_conversations([row], **options)[0][0]
 
 
+def said(**fields: Any) -> dict[str, Any]:
+    """Returns a row whose answer has these fields, too."""
+    return {"messages": [HI[0], HI[1] | fields]}
+
+
+def asked(content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}, HI[1]]}
+
+
 def spelt(who: str, says: str, *names: str) -> list[dict[str, str]]:
     pairs = zip(names, ("Be brief.", "Hi", "Hi."), strict=True)
     return [{who: name, says: text} for name, text in pairs]
@@ -35,10 +46,12 @@ def chatml(*pairs: tuple[str, str]) -> str:
 
 # what rows become
 
-
 LLAMA2 = "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hi. </s>"
 DOLLY = {"instruction": "Hi", "response": "Hi."}
 ALPACA = {"instruction": "Hi", "input": "", "output": "Hi."}
+PARTS = [{"type": "text", "text": "H"}, {"text": "i"}]
+FORMER = [*BRIEF[:2], BRIEF[2] | {"weight": 0}, *turns("Hi", "Ho.")]
+MANAGER = '[{"role": "manager"}]'
 READ: list[tuple[Any, Any]] = [
     (pair("Hi", "Hi."), HI),
     (DOLLY | {"context": ""}, HI),
@@ -49,56 +62,24 @@ READ: list[tuple[Any, Any]] = [
     ({"instruction": "Hi", "output": "Hi."}, HI),
     ({"question": "Hi", "answer": "Hi."}, HI),
     ({"text": LLAMA2}, BRIEF),
-    (
-        {"text": LLAMA2 + "<s>[INST] So\n? [/INST] No\n. </s>"},
-        [*BRIEF, *turns("So\n?", "No\n.")],
-    ),
-    (
-        {"text": chatml(("user", " a\n\n<b> "), ("assistant", "\tc\n"))},
-        turns(" a\n\n<b> ", "\tc\n"),
-    ),
+    ({"text": LLAMA2 + "<s>[INST] So\n? [/INST] No\n. </s>"},
+     [*BRIEF, *turns("So\n?", "No\n.")]),
+    ({"text": chatml(("user", " a\n\n<b> "), ("assistant", "\tc\n"))},
+     turns(" a\n\n<b> ", "\tc\n")),
     ({"conversations": spelt("from", "value", "system", "human", "gpt")}, BRIEF),
     ({"messages": spelt("role", "content", "developer", "User", "MODEL")}, BRIEF),
     ({"messages": json.dumps(BRIEF)}, BRIEF),
     ({"messages": {n: [t[n] for t in BRIEF] for n in ("role", "content")}}, BRIEF),
     ({"messages": [turn | {"from": None, "value": None} for turn in HI]}, HI),
-    (
-        {
-            "messages": [
-                *HI[:1],
-                {"from": "gpt", "role": "assistant", "value": "Hi.", "content": "Hi."},
-            ]
-        },
-        HI,
-    ),
-    (
-        {
-            "prompt": [
-                {
-                    "role": "user",
-                    "content": [{"type": "text", "text": "H"}, {"text": "i"}],
-                }
-            ],
-            "completion": HI[1:],
-        },
-        HI,
-    ),
+    (said(**{"from": "gpt", "value": "Hi."}), HI),
+    ({"prompt": [{"role": "user", "content": PARTS}], "completion": HI[1:]}, HI),
     ({"prompt": json.dumps(BRIEF[:2]), "completion": json.dumps(HI[1:])}, BRIEF),
-    (
-        {"prompt": [*BRIEF, *HI[:1]], "completion": "Ho."},
-        [*BRIEF[:2], BRIEF[2] | {"weight": 0}, *turns("Hi", "Ho.")],
-    ),
-    (pair("Who?", '[{"role": "manager"}]'), turns("Who?", '[{"role": "manager"}]')),
-    *[
-        (pair("Hi", value), turns("Hi", text))
-        for value, text in [
-            (True, "true"),
-            (0, "0"),
-            (2.5, "2.5"),
-            (10**30, "1" + 30 * "0"),
-        ]
-    ],
-]
+    ({"prompt": [*BRIEF, *HI[:1]], "completion": "Ho."}, FORMER),
+    (pair("Who?", MANAGER), turns("Who?", MANAGER)),
+    ({"prompt": "Hi", "completion": True}, turns("Hi", "true")),
+    ({"prompt": "Hi", "completion": 0}, turns("Hi", "0")),
+    ({"prompt": "Hi", "completion": 10**30}, turns("Hi", "1" + 30 * "0")),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("row", "messages"), READ)
@@ -126,9 +107,7 @@ def test_a_turn_that_is_marked_so_is_not_learnt(mark: str, value: Any) -> None:
     assert weights == [None, 0, None, None]
 
 
-def test_a_chat_that_begins_with_an_answer_or_asks_twice_is_tidied_and_counted() -> (
-    None
-):
+def test_a_chat_that_begins_with_an_answer_or_asks_twice_is_tidied() -> None:
     reader = Reader()
     row = {"messages": [*turns("", "Welcome!")[1:], *turns("Hello."), *HI]}
     assert list(reader.read([(1, row)])) == [turns("Hello.\n\nHi", "Hi.")]
@@ -140,116 +119,56 @@ def test_a_chat_that_begins_with_an_answer_or_asks_twice_is_tidied_and_counted()
 
 # what is refused
 
-
-NO_ROLE, CALL = {"content": "a"}, [{"type": "function", "name": "look"}]
+CALL = [{"type": "function", "name": "look"}]
+NO_TEXT = "the user turn's content is not text"
+NO_MARK = "a weight that is neither 0 nor 1: turn 2 has"
 REFUSED: list[tuple[Any, str]] = [
     (messages_row("assistant", "user"), "no assistant turn"),
-    (messages_row("system", "user"), "no assistant turn"),
     (messages_row(), "no assistant turn"),
-    (
-        messages_row("user", "assistant", "assistant"),
-        "turns do not alternate from user to assistant: user assi",
-    ),
+    (messages_row("user", "assistant", "assistant"),
+     "turns do not alternate from user to assistant: user assi"),
     (messages_row("user", "system", "assistant"), "turns do not alternate"),
-    *[
-        (
-            messages_row("user", role, "assistant"),
-            f"role '{role}' is not system, user or",
-        )
-        for role in ("tool", "function", "ipython")
-    ],
-    (
-        {"text": chatml(("user", "a"), ("tool", "5"), ("assistant", "b"))},
-        "role 'tool' is",
-    ),
-    *[
-        (
-            {"messages": [{"role": "user", "content": value}]},
-            "the user turn's content is not text",
-        )
-        for value in (None, {"a": "b"}, float("nan"), [], ["a", "b"])
-    ],
-    (
-        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        "the user turn's content has a part that is not text: image",
-    ),
-    ({"messages": None}, "messages is not a list of turns: null"),
+    (messages_row("user", "tool", "assistant"), "role 'tool' is not system, user or"),
+    ({"text": chatml(("user", "a"), ("tool", "5"), ("assistant", "b"))},
+     "role 'tool' is"),
+    *[(asked(x), NO_TEXT) for x in (None, {"a": "b"}, float("nan"), [], ["a", "b"])],
+    (asked([{"type": "image_url"}]), "the user turn's content has a part that is not "),
+    ({"messages": None}, "messages is not a list of turns: None"),
     ({"messages": 5}, "messages is not a list of turns: 5"),
     ({"messages": "What is it?"}, "messages is text that is not JSON: 'What is it"),
-    (
-        {"messages": {"role": ["user"], "content": ["a", "b"]}},
-        "messages has lists of different lengths",
-    ),
-    ({"messages": ["Hi"]}, "a turn is not an object: turn 1 is text"),
-    ({"messages": [NO_ROLE]}, "a turn has no role: turn 1 has content"),
-    ({"messages": [{"role": "user"}]}, "a turn has no content: turn 1 has role"),
-    (
-        {"messages": [{"role": "user", "from": "gpt", "value": "a"}]},
-        "fields of a turn differ",
-    ),
-    (
-        {"messages": [{"role": "user", "content": "a", "value": "b"}]},
-        "fields of a turn differ",
-    ),
-    *[
-        (
-            {"messages": [HI[0], HI[1] | {"weight": value}]},
-            "a weight that is neither 0 nor 1: turn 2 has",
-        )
-        for value in (0.5, 2, "no", [1])
-    ],
-    ({"messages": BRIEF, "system": "Be kind."}, "two system prompts: a column and"),
+    ({"messages": {"role": ["user"], "content": ["a", "b"]}},
+     "messages has no lists of one length"),
+    ({"messages": ["Hi"]}, "a turn is not an object: 'Hi'"),
+    ({"messages": [{"content": "a"}]}, "a turn has no role or no content: turn 1 has"),
+    ({"messages": [{"role": "user"}]}, "a turn has no role or no content: turn 1 has"),
+    ({"messages": [HI[0] | {"from": "gpt"}]}, "fields of a turn differ"),
+    ({"messages": [HI[0] | {"value": "b"}]}, "fields of a turn differ"),
+    *[(said(weight=value), NO_MARK) for value in (0.5, 2, "no", [1])],
+    ({"messages": BRIEF, "system": "Be kind."}, "two system prompts: "),
     (pair("Hi") | {"system": "a", "system_prompt": "b"}, "two system prompts: columns"),
-    *[
-        (pair("Hi") | {"history": value}, "history is ")
-        for value in ("a?", {"a": "b"}, [["a?"]], ["a?", "b"])
-    ],
-    (pair("Hi") | {"label": False}, "field 'label' is false"),
+    *[(pair("Hi") | {"history": value}, "history is ")
+      for value in ("a?", {"a": "b"}, [["a?"]], ["a?", "b"])],
     ({"prompt": str(HI[:1]), "completion": "Yes."}, "prompt is text that is not JSON"),
     (pair("Is it \ud83c?"), r"text with a lone surrogate: '.ud83c'"),
-    *[
-        (pair("Hi") | {field: value}, f"field '{field}' is not trained on.*data.ignore")
-        for field, value in [
-            ("tools", CALL),
-            ("functions", CALL),
-            ("tool_calls", CALL),
-            ("function_call", {"a": 1}),
-            ("thinking", "Hm."),
-        ]
-    ],
-    *[
-        (
-            {"messages": [HI[0], HI[1] | {field: value}]},
-            f"field '{field}' is not trained on.*data.ignore",
-        )
-        for field, value in [
-            ("tool_calls", CALL),
-            ("reasoning_content", "Hm."),
-            ("reasoning", "Hm."),
-            ("train_detail", CALL),
-        ]
-    ],
-    *[
-        ({"text": text}, "broken markers: turn . is not .*INST")
-        for text in (
-            "<s>[INST] a [INST] b [/INST] c </s>",
-            "<s>[INST] <<SYS>> a [/INST] b </s>",
-            "<s>[INST] a </s>",
-            "[INST] a [/INST] b [INST] c [/INST] d </s>",
-            "<s>[INST] a [/INST] b </s> and more",
-        )
-    ],
-    *[
-        ({"text": text}, f"broken markers: turn {turn} is not .*im_start")
-        for text, turn in (
-            ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb", 2),
-            ("<|im_start|>user a<|im_end|>", 1),
-            ("<|im_start|>user\na\n<|im_start|>assistant\nb<|im_end|>", 1),
-            ("Hello " + chatml(("user", "a")), 1),
-            (chatml(("user", "a"), ("assistant", "b")) + "and more", 3),
-        )
-    ],
-]
+    *[(pair("Hi") | {field: CALL}, f"field '{field}' is not trained on.*data.ignore")
+      for field in ("tools", "functions", "tool_calls", "function_call", "thinking")],
+    *[(said(**{field: CALL}), f"field '{field}' is not trained on.*data.ignore")
+      for field in ("tool_calls", "reasoning_content", "reasoning", "train_detail")],
+    *[({"text": text}, "broken markers: .* is no whole turn of llama-2") for text in (
+        "<s>[INST] a [INST] b [/INST] c </s>",
+        "<s>[INST] <<SYS>> a [/INST] b </s>",
+        "<s>[INST] a </s>",
+        "[INST] a [/INST] b [INST] c [/INST] d </s>",
+        "<s>[INST] a [/INST] b </s> and more",
+    )],
+    *[({"text": text}, "broken markers: .* is no whole turn of chatml") for text in (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb",
+        "<|im_start|>user a<|im_end|>",
+        "<|im_start|>user\na\n<|im_start|>assistant\nb<|im_end|>",
+        "Hello " + chatml(("user", "a")),
+        chatml(("user", "a"), ("assistant", "b")) + "and more",
+    )],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("row", "reason"), REFUSED)
@@ -260,35 +179,31 @@ def test_a_row_that_cannot_be_trusted_is_refused_with_its_reason(
         to_conversations([row])
 
 
-def test_such_rows_are_left_out_and_counted_by_choice() -> None:
-    rows = [row for row, _ in REFUSED if "messages" in row]
-    kept, left_out = to_conversations(
-        [{"messages": HI}, *rows], form="openai", drop_unusable=True
-    )
-    assert kept == [HI]
-    assert sum(part["rows"] for part in left_out.values()) == len(rows) > 20
+def test_an_answer_that_is_marked_as_unwanted_is_not_learnt() -> None:
+    rows = [pair("Hi") | {mark: False} for mark in ("label", "weight", "train")]
+    kept, left_out = to_conversations([pair("Hi") | {"label": True}, *rows])
+    assert (len(kept), left_out["no answer is learnt"]["rows"]) == (1, 3)
 
 
 @pytest.mark.parametrize("value", [None, "", [], "[]", {}, {"name": None}, " "])
 def test_a_field_without_a_value_changes_nothing(value: Any) -> None:
     reader = Reader()
-    row = {"messages": [HI[0], HI[1] | {"tool_calls": value, "name": value}]}
-    assert list(reader.read([(1, row | {"tools": value, "x": value})])) == [HI]
+    row = said(tool_calls=value, name=value) | {"tools": value, "x": value}
+    assert list(reader.read([(1, row)])) == [HI]
     assert reader.fields.unused == {}
 
 
 def test_fields_are_ignored_by_choice_and_counted_where_they_are_not_used() -> None:
     fields = Fields(ignore=("tools", "messages.thinking", "label"))
-    reader = Reader(fields=fields)
     row = {"messages": [HI[0] | {"name": "Ann"}, HI[1] | {"thinking": "Hm."}]}
     row |= {"tools": CALL, "label": False, "id": 7, "score": 0.5}
-    assert list(reader.read([(1, row)])) == [HI]
-    assert fields.unused == {"messages.name": 1, "id": 1, "score": 1}
+    assert list(Reader(fields=fields).read([(1, row)])) == [HI]
+    assert fields.unused == {"messages.name": 1, "score": 1}
 
 
 # detection
 
-
+LISTED = {"question": "Where?", "answer": "Here.\n#### 1. A list\nof places"}
 DETECTED: list[tuple[dict[str, Any], str, str]] = [
     (messages_row("user"), "openai", "messages"),
     ({"conversations": []}, "sharegpt", "conversations"),
@@ -297,11 +212,7 @@ DETECTED: list[tuple[dict[str, Any], str, str]] = [
     (DOLLY | {"category": "c"}, "dolly", "instruction, response"),
     (ROWS[0], "prompt-completion", "completion, prompt"),
     (problem("How many?"), "gsm8k", "answer, question with #### <number>"),
-    (
-        {"question": "Where?", "answer": "Here.\n#### 1. A list\nof places"},
-        "question-answer",
-        "answer, question",
-    ),
+    (LISTED, "question-answer", "answer, question"),
     ({"text": "[INST] a [/INST] b"}, "llama-2", "text with [INST]"),
     ({"text": chatml(("user", "a"))}, "chatml", "text with <|im_start|>"),
 ]
@@ -315,16 +226,13 @@ def test_a_format_is_detected_with_its_reason(
     assert detect_format([{"text": ""}, row])[0] == name
 
 
-def test_every_known_format_is_among_those_cases() -> None:
-    assert set(FORMATS) == {name for _, name, _ in DETECTED}
-
-
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
         ([{"title": "a", "body": "b"}], "the columns body, title fit no .*alpaca: inp"),
         ([{"text": "Once upon a time."}], "the columns text fit .*chatml: text with <"),
-        ([HI], "the rows: a row is a list, expected an object"),
+        ([["Hi"]], "the rows: the columns of .*'Hi'.* fit no known format"),
+        ([DataError("broken JSON")], "broken JSON"),
     ],
 )
 def test_rows_of_no_known_format_are_refused_with_the_known_ones(
@@ -334,14 +242,11 @@ def test_rows_of_no_known_format_are_refused_with_the_known_ones(
         detect_format(rows)
 
 
-def test_a_format_that_is_asked_for_is_taken_or_refused_with_the_remedy() -> None:
+def test_a_format_that_is_asked_for_is_taken_or_refused() -> None:
     row = {**ROWS[0], "instruction": "Say ho.", "response": "ho"}
     assert read(row) == turns("Say ho.", "ho")
     assert read(row, form="prompt-completion") == turns("Say hi, twice.", 'hi "hi"')
-    reason = (
-        "2 of 2 rows cannot be used as dolly; row 1: no 'instruction': the row has "
-        "prompt, comp.*without format in the source the format is detected"
-    )
+    reason = "2 of 2 rows .* as dolly; row 1: no 'instruction': the row has prompt, c"
     with pytest.raises(DataError, match=reason):
         to_conversations(ROWS, form="dolly")
     with pytest.raises(DataError, match="no format 'alpacca'; did you mean 'alpaca'. "):
@@ -352,21 +257,13 @@ def test_a_format_that_is_asked_for_is_taken_or_refused_with_the_remedy() -> Non
 
 
 def test_problems_are_asked_in_training_as_in_evaluation() -> None:
-    messages = read(problem("How many?"), system_prompt="Think.")
-    assert messages[:-1] == ask("How many?", "Think.")
-    assert ask("How many?", "") == turns("How many?")
-    own = read(problem("How many?") | {"system": "S"}, system_prompt="Think.")
-    assert own[0]["content"] == "S"
-
-
-def test_only_answers_that_end_in_a_number_get_the_system_prompt() -> None:
     reader = Reader(system_prompt="Solve it.")
     rows = [problem("a"), {"question": "b", "answer": "Many.\n#### 8:30"}]
-    first, second = reader.read(enumerate(rows, start=1))
-    assert (first[0]["role"], second[0]["role"]) == ("system", "user")
+    rows.append(problem("c") | {"system": "S"})
+    first, second, third = reader.read(enumerate(rows, start=1))
+    assert first[:-1] == ask("a", "Solve it.")
+    assert (second[0], third[0]["content"]) == (*ask("b", ""), "S")
     assert reader.fields.adjusted == {"no #### number, so no system prompt": 1}
-    rows = [{"question": "Where?", "answer": "In room 5."}, problem("a")]
-    assert to_conversations(rows, "Think.")[0][0][0]["role"] == "user"
 
 
 # samples and templates
@@ -404,9 +301,8 @@ def test_chatml_and_dolly_rows_come_out_of_their_templates_as_they_went_in(
     texts = [render(tokenizer, messages) for messages in to_conversations(rows)[0]]
     assert texts == [row["text"] for row in rows]
     special = {"bos_token": "<s>", "eos_token": "</s>"}
-    instruct = make_tokenizer(
-        ("<s>", "</s>"), chat_template=INSTRUCTION_TEMPLATE, **special
-    )
+    special["chat_template"] = INSTRUCTION_TEMPLATE
+    instruct = make_tokenizer(("<s>", "</s>"), **special)
     blocks = r"### Instruction:\n(.*?)\n\n(?:### Context:\n(.*?)\n\n)?"
     blocks += r"### Response:\n(.*)</s>"
     rows = load_rows("data_samples/dolly.jsonl")
@@ -415,39 +311,3 @@ def test_chatml_and_dolly_rows_come_out_of_their_templates_as_they_went_in(
         assert parts is not None
         columns = ("instruction", "context", "response")
         assert [part or "" for part in parts.groups()] == [row[n] for n in columns]
-
-
-# prompts
-
-
-@pytest.mark.parametrize(
-    ("row", "messages"),
-    [
-        ("Hi", turns("Hi", system="S")),
-        ({"question": 8, "id": 3}, turns("8", system="S")),
-        (pair("Hi") | {"system": "Be brief."}, turns("Hi", system="Be brief.")),
-        ({"messages": turns("Hi")}, turns("Hi")),
-        ({"prompt": json.dumps(turns("Hi"))}, turns("Hi")),
-        ({"instruction": "Hi", "input": "there"}, turns("Hi\n\nthere", system="S")),
-    ],
-)
-def test_a_prompt_is_read_from_a_text_or_a_row(row: Any, messages: Any) -> None:
-    fields = Fields()
-    assert read_prompt(row, "S", fields) == messages
-    assert set(fields.unused) <= {"completion"}
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        (5, "it is 5, not a text"),
-        ({"title": "a"}, "it has title"),
-        ({"messages": HI}, "it does not end with the user"),
-        ("  ", "it is empty"),
-        ({"prompt": "a", "tools": CALL}, "field 'tools'"),
-        ({"messages": messages_row("tool")["messages"]}, "role 'tool'"),
-    ],
-)
-def test_what_is_no_prompt_is_refused(row: Any, reason: str) -> None:
-    with pytest.raises(DataError, match=reason):
-        read_prompt(row, "S", Fields())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers.data import preparation as data
+from helpers.data.reading import to_problems
 from helpers.data.sources import load_rows
 from helpers.evaluation import gsm8k
 from helpers.models import load as models
@@ -42,7 +42,7 @@ def test_lm_eval_itself_has_the_same_prompts_outputs_and_accuracy(
     import gsm8k_agreement
 
     model, tokenizer = models.load_model(str(tiny_model_folder))
-    problems = data.to_problems(load_rows("data_samples/word_problems/test.jsonl", 3))
+    problems = to_problems(load_rows("data_samples/word_problems/test.jsonl", 3))
     shots = "data_samples/word_problems/train.jsonl"
     counts = gsm8k_agreement.end_to_end(task, model, tokenizer, problems, shots, 8)
     assert counts["same_prompts"] == counts["same_outputs"] == counts["n"] == 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +39,6 @@ def save(path: Path, content: str | bytes) -> str:
         json.dumps(ROWS),
         json.dumps(ROWS, indent=1),
         "".join(json.dumps(row) + "\r\n\r\n" for row in ROWS),
-        "\n".join(json.dumps(row, indent=1) for row in ROWS),
         json.dumps({"version": 1, "data": ROWS, "tags": ["a"]}, indent=1),
         json.dumps({"rows": ROWS}),
     ],
@@ -58,8 +56,7 @@ def test_a_file_of_one_conversation_is_one_row(tmp_path: Path) -> None:
     assert load_rows(path) == [row]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_parquet_is_read_with_any_types(tmp_path: Path, packed: bool) -> None:
+def test_parquet_is_read_with_any_types(tmp_path: Path) -> None:
     import pandas
 
     path = tmp_path / "rows.parquet"
@@ -67,13 +64,9 @@ def test_parquet_is_read_with_any_types(tmp_path: Path, packed: bool) -> None:
     table["completion"] = table["completion"].astype("category")
     table.index = pandas.Index([7, 9])
     table.to_parquet(path)
-    if packed:
-        save(path, gzip.compress(path.read_bytes()))
+    rows = [pair("a", "x"), pair("b", "x")]
     index = [{"__index_level_0__": number} for number in (7, 9)]
-    assert load_rows(str(path)) == [
-        pair("a", "x") | index[0],
-        pair("b", "x") | index[1],
-    ]
+    assert load_rows(str(path)) == [rows[0] | index[0], rows[1] | index[1]]
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
@@ -96,10 +89,12 @@ def test_the_text_of_a_cell_stays_text(tmp_path: Path) -> None:
 def test_spaces_after_separators_do_not_count_where_the_header_has_them(
     tmp_path: Path,
 ) -> None:
-    path = tmp_path / "rows.csv"
-    save(path, 'prompt, completion\n"a", "b, c"\nd, e\n   \n')
-    assert load_rows(str(path)) == [pair("a", "b, c"), pair("d", "e")]
-    assert load_rows(save(path, "prompt,completion\na, b\n")) == [pair("a", " b")]
+    text = 'prompt, completion\n"a", "b, c"\nd, e\n   \n'
+    path = save(tmp_path / "rows.csv", text)
+    assert load_rows(path) == [pair("a", "b, c"), pair("d", "e")]
+    assert load_rows(save(tmp_path / "rows.csv", "prompt,completion\na, b\n")) == [
+        pair("a", " b")
+    ]
 
 
 @pytest.mark.parametrize("line", ["[1] Why?", '"Why" is asked.', "{name}, why?", "42"])
@@ -138,19 +133,19 @@ def test_an_encoding_that_shows_itself_is_read(
         ("empty.csv", "", "empty.csv holds no rows$"),
         ("header.csv", "prompt,completion\n", "header.csv holds no rows$"),
         ("a.jsonl.gz", gzip.compress(LINES.encode())[:-30], "a.jsonl.gz is damaged: "),
-        ("a.json", json.dumps(ROWS)[:-9], "a.json: broken JSON: "),
-        ("a.json", '{"train": [{}], "test": [{}]}', "under 'train' and 'test'; give"),
-        ("a.json", '[{"a": 1}, {"b": 1, "b": 2}]', "row 2: the key 'b' stands twice"),
-        ("a.jsonl", '{"a": 1}\n{"b": 1, "b": 2}', "row 2: the key 'b' stands twice"),
-        ("a.jsonl", '{"a": 1}\n\n{"a": oops}', "row 2: broken JSON: .*line 3 of the"),
+        ("a.json", json.dumps(ROWS)[:-9], "a.json, row 1: broken JSON: "),
+        ("a.json", '{"train": [{}], "test": [{}]}', "several keys of 'train', 'test'"),
+        ("a.json", '[{"a": 1}, {"b": 1, "b": 2}]', "row 2: .* two columns or keys 'b'"),
+        ("a.jsonl", '{"a": 1}\n{"b": 1, "b": 2}', "row 2: .* two columns or keys 'b'"),
+        ("a.jsonl", '{"a": 1}\n\n{"a": oops}', "row 2: broken JSON: .*from line 3 on"),
         ("a.txt", '[\n{"a": 1,}\n]', "broken JSON"),
         ("a.txt", '{"prompt": "a",}\n', "broken JSON"),
-        ("a.csv", "q\nCafé, ja".encode("cp1252"), "not utf-8 .*Caf.*0xe9.*UTF-8"),
+        ("a.csv", "q\nCafé, ja".encode("cp1252"), "not utf-8 .*Caf.xe9.*UTF-8"),
         ("a.csv", "a,b\n1,2\n1,2,3", "row 2: the number of cells: 3 in a row, 2 in"),
         ("a.csv", "a,b\n1,2\n1", "row 2: the number of cells: 1 in a row, 2 in the"),
-        ("a.csv", 'a,b\n1,2\n"a"x,b', "row 2: broken quotes: .*line 3"),
-        ("a.csv", 'a,b\n1,2\nc,"d\ne,f', "opens in the row of line 3 is never closed"),
-        ("a.csv", "a,a\n1,2", "a.csv: two columns are named 'a'"),
+        ("a.csv", 'a,b\n1,2\n"a"x,b', "broken quotes: .*after line 2"),
+        ("a.csv", 'a,b\n1,2\nc,"d\ne,f', "broken quotes: .*after line 2"),
+        ("a.csv", "a,a\n1,2", "row 1: a row has two columns or keys 'a'"),
         ("a.xlsx", b"PK\x03\x04\0\0", "a.xlsx: not a .jsonl, .json, .csv"),
         ("a.zst", b"\x28\xb5\x2f\xfd", "a.zst: not a .jsonl, .json, .csv"),
     ],
@@ -173,7 +168,7 @@ def test_a_row_that_cannot_be_read_spoils_no_other(tmp_path: Path) -> None:
     ("source", "reason"),
     [
         ("gone.jsonl", f"no file gone.jsonl .*{runtime.ROOT}.*give a path"),
-        ("my rows", "no file 'my rows', which is neither a .jsonl, .* owner/name"),
+        ("my rows", "no file my rows .*give a path to a .jsonl, .* owner/name"),
         ("mine.jsonl?rows=5", 'no file .*options are fields: .*"rows": 5'),
         ("nobody/no-such-set:train", "^nobody/.* could .*is the hub reachable"),
     ],
@@ -226,7 +221,7 @@ def test_a_folder_that_save_to_disk_wrote_is_read(tmp_path: Path, name: str) -> 
     both.save_to_disk(str(tmp_path / "both"))
     assert load_rows(str(tmp_path / "both")) == list(rows)
     assert load_rows(str(tmp_path / "both" / "test")) == [rows[0]]
-    with pytest.raises(DataError, match="is a folder, .*name one .*both"):
+    with pytest.raises(DataError, match="it is a folder; name one .*both"):
         load_rows(str(tmp_path))
 
 
@@ -240,15 +235,8 @@ def test_a_limit_takes_the_first_rows_or_draws_by_a_seed(tmp_path: Path) -> None
     drawn = list(open_rows(path, limit=20, seed=1))
     numbers = [number for number, _ in drawn]
     assert numbers == sorted(set(numbers)) != list(range(1, 21))
-    assert len(numbers) == 20
-    assert all(row == MANY[number - 1] for number, row in drawn)
+    assert drawn == [(number, MANY[number - 1]) for number in numbers]
     assert list(open_rows(path, limit=20, seed=2)) != drawn
-
-
-def test_a_source_has_a_limit_of_its_own_and_streams_take_the_first_rows(
-    tmp_path: Path,
-) -> None:
-    path = write(tmp_path / "rows.jsonl", MANY)
     source = Source(path=path, rows=4)
     assert [len(load_rows(source, limit)) for limit in (None, 2, 7)] == [4, 2, 4]
     stream = Source(path=path, stream=True)
@@ -256,19 +244,6 @@ def test_a_source_has_a_limit_of_its_own_and_streams_take_the_first_rows(
 
 
 # content decides
-
-
-def test_rows_are_those_of_the_file_now_even_with_its_old_time_stamp(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    write(path, [pair("old?")])
-    times, before = path.stat(), content_of(str(path))
-    assert load_rows(str(path)) == [pair("old?")]
-    write(path, [pair("new?")])
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert load_rows(str(path)) == [pair("new?")]
-    assert content_of(str(path)) != before
 
 
 def test_of_a_hub_dataset_the_revision_decides_and_is_the_one_that_is_read(

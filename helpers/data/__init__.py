@@ -7,14 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "formats": ["detect_format"],
         "sources": ["load_rows"],
-        "preparation": [
-            "ask",
-            "assert_disjoint",
-            "ensure_data",
-            "prepare",
-            "read_rows",
-            "split",
-            "to_conversations",
-        ],
+        "reading": ["to_conversations"],
+        "preparation": ["ask", "ensure_data", "prepare", "read_rows"],
     },
 )

@@ -6,16 +6,17 @@ What cannot be read is a `DataError`, whose reason stands before the first colon
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from helpers.errors import DataError, nearest
 from helpers.grpo.answers import MARKER, parse_gold, parse_number
 
-Messages = list[dict[str, Any]]
-"""`role` and `content` of each turn; `weight` is 0 where a turn is not learnt."""
+log = logging.getLogger(__name__)
+Messages = list[dict[str, Any]]  # turns: `role`, `content`, `weight` 0 if not learnt
 Row = dict[str, Any]
 
 ROLES = dict.fromkeys(["system", "developer"], "system")
@@ -23,33 +24,29 @@ ROLES |= dict.fromkeys(["user", "human", "prompter"], "user")
 ROLES |= dict.fromkeys("assistant gpt chatgpt bing bard model bot".split(), "assistant")
 # 0 or false in one of them: the turn is read, not learnt
 LEARNT = ("weight", "train", "training", "loss")
-LEARNT_ROW = ("weight", "train")  # the others are columns of measurements, too
-MARKS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+MARKS = dict.fromkeys(["0", "0.0", "false"], False)
+MARKS |= dict.fromkeys(["1", "1.0", "true", "none"], True)
 # they change what is learnt, and training renders none of them
-REFUSED = ("tool_calls", "function_call", "reasoning_content", "thinking")
-REFUSED_OF_ROW = (*REFUSED, "tools", "functions")
-REFUSED_OF_TURN = (*REFUSED, "reasoning", "train_detail")
+REFUSED = "tools functions tool_calls function_call reasoning_content thinking".split()
+REFUSED_OF_TURN = [*REFUSED, "reasoning", "train_detail"]
 SYSTEM = ("system", "system_prompt", "system_message")
 CHATS = ("messages", "conversations")
-TEXT_PARTS = ("text", "input_text", "output_text")
 # a cell of a table that holds turns, in JSON or, to be refused, as Python prints them
 TURNS_AS_TEXT = re.compile(
-    rf"""\s*\[\s*\{{\s*["'](?:role|from)["']\s*:\s*["'](?:{"|".join(ROLES)})["'].*\]\s*""",
-    re.DOTALL,
+    rf"""\s*\[\s*\{{\s*["'](role|from)["']\s*:\s*["']({"|".join(ROLES)})["']"""
 )
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# ready-made text: a turn, its shape in words, and what must not stand inside it
+PART = r"(?:(?!\[/?INST\]|<</?SYS>>).)*?"  # of a Llama 2 turn: text without a marker
+# the whole turns of ready-made text
 READY_MADE = {
-    "llama-2": (
-        r"\s*(?:<s>)?\s*\[INST\]\s*(?:<<SYS>>\s*(?P<system>.*?)\s*<</SYS>>)?\s*"
-        r"(?P<user>.*?)\s*\[/INST\]\s*(?P<assistant>.*?)\s*(?:</s>|$)",
-        "`<s>[INST] ... [/INST] ... </s>`",
-        r"\[/?INST\]|<</?SYS>>",
+    "llama-2": re.compile(
+        rf"(?:<s>)?\s*\[INST\]\s*(?:<<SYS>>\s*(?P<system>{PART})\s*<</SYS>>)?\s*"
+        rf"(?P<user>{PART})\s*\[/INST\]\s*(?P<assistant>{PART})\s*(?:</s>|$)",
+        re.DOTALL,
     ),
-    "chatml": (
-        r"\s*<\|im_start\|>(?P<role>\w+)\n(?P<content>.*?)<\|im_end\|>",
-        "`<|im_start|>role`, a line break, text and `<|im_end|>`",
-        r"<\|im_start\|>",
+    "chatml": re.compile(
+        r"<\|im_start\|>(?P<role>\w+)\n"
+        r"(?P<content>(?:(?!<\|im_start\|>).)*?)<\|im_end\|>",
+        re.DOTALL,
     ),
 }
 
@@ -69,45 +66,36 @@ class Fields:
 
     def count(self, fields: Row, used: set[str], prefix: str = "") -> None:
         """Counts the fields that have a value and are not used."""
-        names = [n for n in fields if n not in used and not is_empty(fields[n])]
-        self.unused.update(f"{prefix}{name}" for name in names)
+        names = (n for n in fields if n not in used and not is_empty(fields[n]))
+        self.unused.update(prefix + name for name in names)
+
+    def report(self, source: str) -> None:
+        """Names the unused fields and changed turns of a source in the log."""
+        for title, counts in (("unused", self.unused), ("adjusted", self.adjusted)):
+            if counts:
+                listed = ", ".join(f"{name} ({n:,})" for name, n in counts.items())
+                log.info("%s: %s: %s", source, title, listed)
 
 
-class Format(NamedTuple):
-    """A format that rows come in."""
-
-    name: str
-    columns: tuple[str, ...]  # first the question (or all turns), last the answer
-    marker: str = ""  # stands in the last column
-
-    def fits(self, row: Row) -> bool:
-        """Returns whether the last column has the marker, if there is one."""
-        text = row.get(self.columns[-1])
-        if self.name == "gsm8k":
-            return isinstance(text, str) and is_solved(text)
-        return self.marker in str(text)
-
-
-# the first that fits is taken
+# names and columns: first the question (or all turns), last the answer; the first that
+# fits is taken
 FORMATS = {
-    form.name: form
-    for form in [
-        Format("openai", ("messages",)),
-        Format("sharegpt", ("conversations",)),
-        Format("gsm8k", ("question", "answer"), "#### <number>"),
-        Format("question-answer", ("question", "answer")),
-        Format("alpaca", ("instruction", "input", "output")),
-        Format("wizardlm", ("instruction", "output")),
-        Format("dolly", ("instruction", "response")),
-        Format("prompt-completion", ("prompt", "completion")),
-        Format("llama-2", ("text",), "[INST]"),
-        Format("chatml", ("text",), "<|im_start|>"),
-    ]
+    "openai": ["messages"],
+    "sharegpt": ["conversations"],
+    "gsm8k": ["question", "answer"],
+    "question-answer": ["question", "answer"],
+    "alpaca": ["instruction", "input", "output"],
+    "wizardlm": ["instruction", "output"],
+    "dolly": ["instruction", "response"],
+    "prompt-completion": ["prompt", "completion"],
+    "llama-2": ["text"],
+    "chatml": ["text"],
 }
+MARKERS = {"gsm8k": "#### <number>", "llama-2": "[INST]", "chatml": "<|im_start|>"}
 
 
-def find_format(name: str) -> Format:
-    """Returns the format of a name; DataError names the nearest where there is none."""
+def find_format(name: str) -> list[str]:
+    """Returns the columns of a format; DataError names the nearest if there is none."""
     if name not in FORMATS:
         known = ", ".join(FORMATS)
         raise DataError(f"no format {name!r}{nearest(name, FORMATS)} (known: {known})")
@@ -117,37 +105,33 @@ def find_format(name: str) -> Format:
 def detect_format(rows: list[Any], source: str = "the rows") -> tuple[str, str]:
     """Returns the name of the rows' format and the reason for it.
 
-    >>> detect_format([{"instruction": "Add.", "input": "1 2", "output": "3"}])
-    ('alpaca', 'the rows have input, instruction, output')
+    Args:
+        rows: the first few are enough.
+        source: what they are called in messages.
 
     Raises:
         DataError: the columns fit no known format.
     """
     tables = [row for row in rows if isinstance(row, dict)]
-    others = [row for row in rows if not isinstance(row, dict | DataError)]
-    if others and not tables:
-        kind = kind_of(others[0])
-        raise DataError(f"{source}: a row is {kind}, expected an object with columns")
-    columns = set(map(str, set().union(*tables)))
+    known = set(map(str, set().union(*tables)))
     expected = []
-    for form in FORMATS.values():
-        needed = ", ".join(sorted(form.columns))
-        needed += f" with {form.marker}" if form.marker else ""
-        if set(form.columns) <= columns and any(map(form.fits, tables)):
-            return form.name, f"the rows have {needed}"
-        expected.append(f"{form.name}: {needed}")
+    for name, columns in FORMATS.items():
+        needed, marker = ", ".join(sorted(columns)), MARKERS.get(name, "")
+        needed += f" with {marker}" if marker else ""
+        texts = [str(row.get(columns[-1])) for row in tables]
+        solved = name == "gsm8k" and any(map(is_solved, texts))
+        if known.issuperset(columns) and (solved or marker in "\n".join(texts)):
+            return name, f"the rows have {needed}"
+        expected.append(f"{name}: {needed}")
+    listed = ", ".join(sorted(known)) or f"of {rows[:1]!r:.200}"
     raise DataError(
-        f"{source}: the columns {', '.join(sorted(columns))} fit no known format "
-        f"({'; '.join(expected)}); rename them to one of these"
+        f"{source}: the columns {listed} fit no known format ({'; '.join(expected)}); "
+        "rename them to one of these"
     )
 
 
 def is_solved(answer: str) -> bool:
-    """Returns whether an answer ends as GSM8K's do, in a line `#### <number>`.
-
-    >>> is_solved("2 + 3 = 5\\n#### 5"), is_solved("#### 1. Shape\\nIt is round.")
-    (True, False)
-    """
+    """Returns whether an answer ends as GSM8K's do, in a line `#### <number>`."""
     final = answer.rpartition(MARKER)[2].strip()
     return "\n" not in final and parse_gold(answer) is not None
 
@@ -155,53 +139,34 @@ def is_solved(answer: str) -> bool:
 # values
 
 
-def kind_of(value: Any) -> str:
-    """Returns what a value is, in JSON's words."""
-    names = {type(None): "null", list: "a list", dict: "an object", str: "text"}
-    return names.get(type(value)) or json.dumps(value, default=repr)
-
-
-def to_object(row: Any) -> Row:
-    """Returns a row that is an object."""
+def to_object(row: Any, name: str) -> Row:
+    """Returns a row or turn that is an object."""
+    if isinstance(row, DataError):
+        raise row
     if not isinstance(row, dict):
-        raise DataError(f"a row is not an object: it is {kind_of(row)}")
+        raise DataError(f"{name} is not an object: {row!r:.40}")
     return row
 
 
-def names_of(row: Row) -> str:
-    """Returns the names of a row's fields."""
-    return ", ".join(map(str, row))
-
-
 def is_empty(value: Any) -> bool:
-    """Returns whether a field has no value, as JSON or as JSON in a text.
-
-    >>> is_empty("[]"), is_empty([{"name": None}]), is_empty(0), is_empty("no")
-    (True, True, False, False)
-    """
+    """Returns whether a field has no value, as JSON or as JSON in a text."""
     if isinstance(value, list | dict):
         return all(map(is_empty, value.values() if isinstance(value, dict) else value))
-    blank = ("", "[]", "{}", "null")
-    return value is None or (isinstance(value, str) and value.strip() in blank)
+    return value is None or str(value).strip() in ("", "[]", "{}", "null")
 
 
 def text_of(value: Any, place: str) -> str:
-    """Returns a content as text: a list of text parts joined, a number as JSON has it.
-
-    >>> text_of([{"type": "text", "text": "Hi."}], "content"), text_of(True, "content")
-    ('Hi.', 'true')
-    """
-    parts = value if isinstance(value, list) else []
-    if parts and all(isinstance(p, dict) and {"type", "text"} & set(p) for p in parts):
-        for part in parts:
-            if (part.get("type") or "text") not in TEXT_PARTS:
-                raise DataError(f"{place} has a part that is not text: {part['type']}")
-        value = "".join(text_of(part.get("text"), place) for part in parts)
-    if isinstance(value, bool | int | float) and value == value:  # not NaN
+    """Returns a content as text: text parts joined, a number as JSON has it."""
+    if isinstance(value, list) and value and all(isinstance(p, dict) for p in value):
+        kinds = {str(part.get("type") or "text") for part in value}
+        if other := kinds - {"text", "input_text", "output_text"}:
+            raise DataError(f"{place} has a part that is not text: {', '.join(other)}")
+        value = "".join(text_of(part.get("text"), place) for part in value)
+    elif isinstance(value, bool | int | float) and value == value:  # not NaN
         return json.dumps(value)
     if not isinstance(value, str):
-        raise DataError(f"{place} is not text: {kind_of(value)}")
-    if half := LONE_SURROGATE.search(value):
+        raise DataError(f"{place} is not text: {value!r:.40}")
+    if half := re.search("[\ud800-\udfff]", value):
         raise DataError(f"text with a lone surrogate: {half[0]!r}")
     return value
 
@@ -214,7 +179,7 @@ def parse_json(value: Any, place: str) -> Any:
         raise DataError(f"{place} is text that is not JSON: {value[:40]!r}") from None
 
 
-def refuse(fields: Row, names: tuple[str, ...]) -> None:
+def refuse(fields: Row, names: list[str]) -> None:
     """Raises DataError for a field that would change what is learnt."""
     for name in names:
         if not is_empty(fields.get(name)):
@@ -224,62 +189,46 @@ def refuse(fields: Row, names: tuple[str, ...]) -> None:
             )
 
 
-def read_mark(mark: Any) -> bool | None:
-    """Returns whether something marked so is learnt; None for no mark at all."""
-    return MARKS.get(str(mark).lower())
-
-
 # turns
 
 
-def read_turns(turns: Any, fields: Fields, place: str = "messages") -> Messages:
-    """Returns turns spelt `from`/`value` or `role`/`content`, with our roles.
-
-    They may be a list, JSON in a text, or an object with a list of each field.
-    """
+def read_turns(turns: Any, fields: Fields, place: str) -> Messages:
+    """Returns turns, of a list, JSON in a text, or an object with a list per field."""
     turns = parse_json(turns, place)
     if isinstance(turns, dict):
-        lists = {name: of for name, of in turns.items() if of is not None}
-        if not all(isinstance(values, list) for values in lists.values()):
-            lists = {name: [value] for name, value in turns.items()}
-        if len(set(map(len, lists.values()))) > 1:
-            raise DataError(f"{place} has lists of different lengths")
+        lists = {name: of for name, of in turns.items() if isinstance(of, list)}
+        if len(set(map(len, lists.values()))) != 1:
+            raise DataError(f"{place} has no lists of one length")
         rows = zip(*lists.values(), strict=True)
         turns = [dict(zip(lists, row, strict=True)) for row in rows]
     if not isinstance(turns, list):
-        raise DataError(f"{place} is not a list of turns: {kind_of(turns)}")
+        raise DataError(f"{place} is not a list of turns: {turns!r:.40}")
     return [read_turn(turn, n, fields, f"{place}.") for n, turn in enumerate(turns, 1)]
 
 
 def read_turn(turn: Any, number: int, fields: Fields, prefix: str) -> dict[str, Any]:
     """Returns one turn as a message."""
-    if isinstance(turn, DataError):
-        raise turn
-    if not isinstance(turn, dict):
-        kind = kind_of(turn)
-        raise DataError(f"a turn is not an object: turn {number} is {kind}")
-    turn = fields.strip(turn, prefix)
-    names = f"turn {number} has {names_of(turn)}"
-    words = [turn[key] for key in ("from", "role") if turn.get(key)]
-    if not words or not isinstance(words[0], str):
-        raise DataError(f"a turn has no role: {names}")
+    turn = fields.strip(to_object(turn, "a turn"), prefix)
+    names = f"turn {number} has {', '.join(turn)}"
     refuse(turn, REFUSED_OF_TURN)
-    if not {"value", "content"} & set(turn):
-        raise DataError(f"a turn has no content: {names}")
-    role, *roles = [ROLES.get(str(word).strip().lower(), word) for word in words]
+    words = [str(turn[key]) for key in ("from", "role") if turn.get(key)]
+    roles = {ROLES.get(word.strip().lower(), word) for word in words}
     values = [turn[key] for key in ("value", "content") if turn.get(key) is not None]
-    if roles not in ([], [role]) or values[1:] not in ([], values[:1]):
+    if not roles or not {"value", "content"} & set(turn):
+        raise DataError(f"a turn has no role or no content: {names}")
+    if len(roles) > 1 or values[1:] not in ([], values[:1]):
         raise DataError(f"fields of a turn differ: {names}")
+    role = roles.pop()
     content = text_of(values[0] if values else None, f"the {role} turn's content")
     message: dict[str, Any] = {"role": role, "content": content}
     for mark in LEARNT:
-        value = turn.get(mark)
-        if value is not None and read_mark(value) is None:
+        learnt = MARKS.get(str(turn.get(mark)).lower())
+        if learnt is None:
             raise DataError(
-                f"a {mark} that is neither 0 nor 1: turn {number} has {value!r:.40}; "
-                "data.ignore leaves the field out knowingly"
+                f"a {mark} that is neither 0 nor 1: turn {number} has "
+                f"{turn[mark]!r:.40}; data.ignore leaves the field out knowingly"
             )
-        if read_mark(value) is False:
+        if not learnt:
             message["weight"] = 0
     fields.count(turn, {"from", "role", "value", "content", *LEARNT}, prefix)
     return message
@@ -287,7 +236,7 @@ def read_turn(turn: Any, number: int, fields: Fields, prefix: str) -> dict[str, 
 
 def read_side(value: Any, role: str, fields: Fields, place: str) -> Messages:
     """Returns one side of an exchange: a text, or a list of turns."""
-    if isinstance(value, str) and TURNS_AS_TEXT.fullmatch(value):
+    if isinstance(value, str) and TURNS_AS_TEXT.match(value):
         value = parse_json(value, place)
     turns = value if isinstance(value, list) else [value]
     if all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in turns):
@@ -295,59 +244,38 @@ def read_side(value: Any, role: str, fields: Fields, place: str) -> Messages:
     return [{"role": role, "content": text_of(value, f"the {role} turn's content")}]
 
 
-def read_ready_made(name: str, text: str) -> Messages:
-    """Returns the turns of text with the markers of Llama 2 or ChatML.
-
-    Contents of ChatML are kept to the letter, so that a template renders them again.
-    """
-    messages: Messages = []
-    pattern, shape, stray = READY_MADE[name]
-    text, at = text.rstrip(), 0
-    while at < len(text):
-        turn = re.compile(pattern, re.DOTALL).match(text, at)
-        if turn is None or any(re.search(stray, part or "") for part in turn.groups()):
-            number, start = len(messages) + 1, text[at : at + 40]
-            raise DataError(f"broken markers: turn {number} is not {shape}: {start!r}")
+def cut_turns(name: str, text: str) -> Messages:
+    """Returns the turns of text with the markers of Llama 2 or ChatML."""
+    turns: Messages = []
+    for turn in READY_MADE[name].finditer(text):
         parts = turn.groupdict()
-        if "role" in parts:
-            parts = {ROLES.get(parts["role"], parts["role"]): parts["content"]}
-        elif not parts["system"]:
-            del parts["system"]
-        messages += [{"role": role, "content": says} for role, says in parts.items()]
-        at = turn.end()
-    return messages
+        if name == "llama-2":
+            turns += [{"role": r, "content": t} for r, t in parts.items() if t]
+        else:
+            turns.append(parts)
+    if rest := READY_MADE[name].sub("", text).strip():
+        raise DataError(f"broken markers: {rest[:40]!r} is no whole turn of {name}")
+    return turns
 
 
 # rows
 
 
-def read_context(row: Row, fields: Fields) -> tuple[str, Messages]:
-    """Returns a row's system prompt and former turns, from columns of their own."""
-    prompts = [text_of(row[name], name) for name in SYSTEM if row.get(name) is not None]
-    prompts = [text for text in prompts if text.strip()]
-    if len({text.strip() for text in prompts}) > 1:
-        raise DataError("two system prompts: columns of the row differ")
-    history = parse_json(row.get("history") or [], "history")
-    if not isinstance(history, list):
-        raise DataError(f"history is not a list: {kind_of(history)}")
-    turns: Messages = []
-    for pair in history:
-        if isinstance(pair, dict):
-            turns += read_turns([pair], fields, "history")
-        elif isinstance(pair, list) and len(pair) == 2:
-            for role, text in zip(("user", "assistant"), pair, strict=True):
-                turns.append({"role": role, "content": text_of(text, "history")})
-        else:
-            raise DataError(f"history is not [question, answer] pairs: {pair!r:.40}")
-    return "".join(prompts[:1]), turns
-
-
-def read_columns(row: Row, columns: tuple[str, ...], fields: Fields) -> Messages:
+def read_columns(row: Row, columns: list[str], fields: Fields) -> Messages:
     """Returns the turns of a row: its context, its question, and its answer."""
-    refuse(row, REFUSED_OF_ROW)
-    system, messages = read_context(row, fields)
+    refuse(row, REFUSED)
     question, answer = columns[0], columns[-1]
-    used = {*columns, *SYSTEM, "history"}
+    used = {*columns, *SYSTEM, "history", "id"}
+    messages: Messages = []
+    for name in SYSTEM:
+        if not is_empty(row.get(name)):
+            messages.append({"role": "system", "content": text_of(row[name], name)})
+    history = parse_json(row.get("history") or [], "history")
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DataError(f"history is not [question, answer] pairs: {pair!r:.40}")
+        messages += read_side(pair[0], "user", fields, "history")
+        messages += read_side(pair[1], "assistant", fields, "history")
     if question in CHATS:
         messages += read_turns(row[question], fields, question)
     elif question == "instruction":
@@ -366,101 +294,73 @@ def read_columns(row: Row, columns: tuple[str, ...], fields: Fields) -> Messages
     if answer != question:
         messages += read_side(row[answer], "assistant", fields, answer)
     fields.count(row, used)
-    return tidy(system, messages, fields)
+    return tidy(messages, fields)
 
 
-def tidy(system: str, turns: Messages, fields: Fields) -> Messages:
-    """Returns turns after a system prompt, with one question before each answer.
-
-    An answer before the first question is dropped, questions in a row are joined by a
-    blank line; both are counted.
-    """
-    if system and turns and turns[0]["role"] == "system":
-        if turns[0]["content"].strip() not in ("", system.strip()):
-            raise DataError("two system prompts: a column and the first turn differ")
-        turns = turns[1:]
-    messages: Messages = [{"role": "system", "content": system}] if system else []
+def tidy(turns: Messages, fields: Fields) -> Messages:
+    """Returns turns with one system prompt, and one question before each answer."""
+    messages: Messages = []
     for turn in turns:
-        if turn["role"] == "assistant" and {m["role"] for m in messages} <= {"system"}:
+        role, text = turn["role"], turn["content"]
+        roles = [message["role"] for message in messages]
+        if role == "system" and roles == ["system"]:
+            if text.strip() not in ("", messages[0]["content"].strip()):
+                raise DataError("two system prompts: columns or the first turn differ")
+        elif role == "assistant" and "user" not in roles:
             fields.adjusted["answer before the first question dropped"] += 1
-        elif messages and turn["role"] == messages[-1]["role"] == "user":
+        elif role == "user" and roles[-1:] == ["user"]:
             fields.adjusted["questions in a row joined"] += 1
-            text = f"{messages[-1]['content']}\n\n{turn['content']}"
+            text = f"{messages[-1]['content']}\n\n{text}"
             messages[-1] = messages[-1] | {"content": text}
         else:
             messages.append(turn)
     return messages
 
 
-def read_row(form: Format, row: Any, fields: Fields) -> Messages:
-    """Returns a row of a format as messages.
-
-    Raises:
-        DataError: it cannot be read so, or has fields that would be lost.
-    """
-    row = fields.strip(to_object(row))
-    for name in (form.columns[0], form.columns[-1]):
-        if name not in row:
-            raise DataError(f"no {name!r}: the row has {names_of(row)}")
-    if form.name == "prompt-completion" and row.get("label") is False:
-        raise DataError(
-            "field 'label' is false, which marks an answer that is not wanted: remove "
-            "the row, or name the field in data.ignore if it means something else"
-        )
-    for mark in LEARNT_ROW:
-        if read_mark(row.get(mark)) is False:
-            raise DataError("no answer is learnt: the row is marked so")
-        if read_mark(row.get(mark)):
-            del row[mark]
-    if form.name not in READY_MADE:
-        return read_columns(row, form.columns, fields)
-    turns = read_ready_made(form.name, text_of(row.pop("text"), "text"))
-    return read_columns(row | {"messages": turns}, ("messages",), fields)
+def read_row(form: str, row: Any, fields: Fields) -> Messages:
+    """Returns a row of a format as messages; refuses fields that would be lost."""
+    row, columns = fields.strip(to_object(row, "a row")), FORMATS[form]
+    if missing := {columns[0], columns[-1]} - set(row):
+        raise DataError(f"no {sorted(missing)[0]!r}: the row has {', '.join(row)}")
+    # `loss` may be a column of measurements; of preferences, a false label is unwanted
+    marks = [MARKS.get(str(row.get(name)).lower()) for name in ("weight", "train")]
+    unwanted = form == "prompt-completion" and row.get("label") is False
+    if unwanted or False in marks:
+        raise DataError("no answer is learnt: the row is marked so")
+    if form in READY_MADE:
+        columns = ["messages"]
+        row["messages"] = cut_turns(form, text_of(row.pop("text"), "text"))
+    return read_columns(row, columns, fields)
 
 
 def read_prompt(row: Any, system_prompt: str, fields: Fields) -> Messages:
-    """Returns a prompt to answer: of a text, or of a row of any format.
-
-    Args:
-        row: a text, or an object with `prompt`, `question`, `instruction`, `messages`
-            or `conversations`.
-        system_prompt: put before a text that has no other.
-        fields: counts those that are not used.
-
-    Raises:
-        DataError: it is no prompt.
-    """
+    """Returns a prompt, of a row of any format, or of a text with a system prompt."""
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
-        raise DataError(f"it is {kind_of(row)}, not a text or an object")
+        raise DataError(f"it is {row!r:.40}, not a text or an object")
     columns = ("prompt", "question", "instruction", *CHATS)
     column = next((name for name in columns if row.get(name) is not None), None)
     if column is None:
-        raise DataError(f"it has {names_of(row) or 'no field'}")
-    row = {name: value for name, value in row.items() if name != "id"}
-    messages = read_columns(row, (column,), fields)
-    fault = check_turns(messages)
-    if fault or not messages or messages[-1]["role"] != "user":
-        raise DataError(fault or "it does not end with the user")
+        raise DataError(f"it has {', '.join(row) or 'no field'}")
+    messages = read_columns(row, [column], fields)
+    if fault := check_turns(messages):
+        raise DataError(fault)
+    if not messages or messages[-1]["role"] != "user":
+        raise DataError("it does not end with the user")
     if not messages[-1]["content"].strip():
         raise DataError("it is empty")
-    text = isinstance(row[column], str) and not TURNS_AS_TEXT.fullmatch(row[column])
-    alone = column not in CHATS and (text or not isinstance(row[column], list | str))
-    if messages[0]["role"] != "system" and system_prompt and alone:
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    turns = [{"role": m["role"], "content": m["content"]} for m in messages]
+    chat = isinstance(row[column], list) or TURNS_AS_TEXT.match(str(row[column]))
+    if chat or column in CHATS or turns[0]["role"] == "system" or not system_prompt:
+        return turns
+    return [{"role": "system", "content": system_prompt}, *turns]
 
 
 def read_problem(row: Any, fields: Fields) -> Row:
-    """Returns a row as a problem, `{"id", "question", "answer", "gold"}`.
-
-    Raises:
-        DataError: it has no question, or no gold answer.
-    """
-    row = fields.strip(to_object(row))
+    """Returns a row as a problem, `{"id", "question", "answer", "gold"}`."""
+    row = fields.strip(to_object(row, "a row"))
     if is_empty(row.get("question")) or is_empty(row.get("answer")):
-        names = names_of(row)
-        raise DataError(f"question or answer is missing: the row has {names}")
+        raise DataError(f"question or answer is missing: the row has {', '.join(row)}")
     question = text_of(row["question"], "question")
     answer = text_of(row["answer"], "answer")
     if MARKER not in answer and parse_number(answer.strip()) is not None:
@@ -479,9 +379,8 @@ def read_problem(row: Any, fields: Fields) -> Row:
 def check_turns(messages: Messages) -> str | None:
     """Returns what is wrong with the order of the turns, None when nothing is."""
     roles = [message["role"] for message in messages]
-    for role in roles:
-        if role not in ROLES.values():
-            return f"role {role!r} is not system, user or assistant"
+    if unknown := [role for role in roles if role not in ROLES.values()]:
+        return f"role {unknown[0]!r} is not system, user or assistant"
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if turns != [("user", "assistant")[i % 2] for i in range(len(turns))]:
         return f"turns do not alternate from user to assistant: {' '.join(roles)}"
@@ -489,17 +388,12 @@ def check_turns(messages: Messages) -> str | None:
 
 
 def check_messages(messages: Messages) -> str | None:
-    """Returns what is wrong with a conversation, None when nothing is.
-
-    >>> check_messages([{"role": "user", "content": "Hi"}])
-    'no assistant turn'
-    """
+    """Returns what is wrong with a conversation, None when nothing is."""
     answers = [message for message in messages if message["role"] == "assistant"]
     if fault := check_turns(messages):
         return fault
-    if not answers:
-        return "no assistant turn"
     if any(not message["content"].strip() for message in answers):
         return "empty answer"
-    marks = {message.get("weight") for message in answers}
-    return "no answer is learnt" if marks == {0} else None
+    if answers and all(message.get("weight") == 0 for message in answers):
+        return "no answer is learnt"
+    return None if answers else "no assistant turn"

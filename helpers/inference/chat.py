@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.data.formats import Fields, Messages, Row, read_prompt
-from helpers.data.preparation import ask, remarks
+from helpers.data.preparation import ask
 from helpers.data.sources import open_rows
 from helpers.errors import DataError
 from helpers.inference.generation import generate_batches, reply
@@ -76,8 +76,7 @@ def read_prompts(path: Path, system_prompt: str) -> list[Row]:
             ) from None
         key = row.get("id", number) if isinstance(row, dict) else number
         rows.append({"id": key, "prompt": prompt})
-    for line in remarks({"sources": {str(path): vars(fields)}}):
-        log.info(line)
+    fields.report(str(path))
     return rows
 
 
