@@ -152,8 +152,8 @@ def mask_conversations(
         learnt = len(labels) - labels.count(NO_LOSS)
         if not learnt:
             late = "no answer begins within max_length"
-            reason = late if ends[-1] else "there is no answer to learn"
-            dropped.setdefault(len(ends) - 1, reason)
+            why = late if ends[-1] else "there is no answer to learn"
+            dropped.setdefault(len(ends) - 1, why)
             return None
         counts["truncated"] += len(labels) < len(row["labels"])
         counts.update(tokens=len(labels), learnt=learnt)
@@ -165,13 +165,9 @@ def mask_conversations(
     rows = store(([x for x in map(cut, batch) if x] for batch in batches), schema, file)
     fraction = counts["learnt"] / max(1, counts["tokens"])
     dropped = dict(sorted(dropped.items()))  # rendering runs ahead
-    figures = {
-        "rows": len(rows),
-        "dropped": len(dropped),
-        "dropped_rows": [number + 1 for number in [*dropped][:20]],
-        "truncated": counts["truncated"],
-        "supervised_fraction": fraction,
-    }
+    figures: dict[str, Any] = {"rows": len(rows), "dropped": len(dropped)}
+    figures["dropped_rows"] = [number + 1 for number in [*dropped][:20]]
+    figures |= {"truncated": counts["truncated"], "supervised_fraction": fraction}
     masked = Masked(rows, dropped, ends, figures)
     if not len(rows):
         raise DataError(

@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 # Llama-3.x templates print today's date; a fixed one keeps tokens the same tomorrow.
 FIXED_DATE = "26 Jul 2024"
 FIXED_DAY = date(2024, 7, 26)
-# From a plane for private use: neither data nor templates have it.
+# from a plane for private use: neither data nor templates have it
 MARK = "\U000f0000"
 
-# For base models that ship no chat template.
+# for base models that ship none
 INSTRUCTION_TEMPLATE = (
     "{% for m in messages %}"
     "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
@@ -79,8 +79,6 @@ def render(
     Raises:
         TemplateError: the template refuses the conversation.
     """
-    from jinja2 import TemplateError as Refused
-
     try:
         text = tokenizer.apply_chat_template(
             [{k: v for k, v in m.items() if k != "weight"} for m in messages],
@@ -89,8 +87,7 @@ def render(
             date_string=FIXED_DATE,
             strftime_now=FIXED_DAY.strftime,
         )
-    # what Python raises on an expression comes through as it is
-    except (Refused, TypeError, ValueError, ArithmeticError, LookupError) as error:
+    except Exception as error:  # whatever Python raises on the template's expressions
         roles = " ".join(m["role"] for m in messages)
         raise TemplateError(
             f"the template refuses a conversation of {roles}: {error}"
@@ -103,9 +100,7 @@ def render(
 
 
 def prepare_tokenizer(
-    tokenizer: Tokenizer,
-    template: str = "own",
-    pad_token: str | None = None,
+    tokenizer: Tokenizer, template: str = "own", pad_token: str | None = None
 ) -> None:
     """Makes a tokenizer fit to train with: a chat template, and a pad token of its own.
 
@@ -118,8 +113,7 @@ def prepare_tokenizer(
         pad_token: a token of the vocabulary, or None to choose one; EOS is replaced.
 
     Raises:
-        TemplateError: there is no such template, or the tokenizer has no EOS token, no
-            such pad token, or none to pad with.
+        TemplateError: there is no such template or pad token, or no EOS token.
     """
     if tokenizer.eos_token_id is None:
         raise TemplateError("the tokenizer has no EOS token; set tokenizer.eos_token")
@@ -152,10 +146,7 @@ def find_pad_token(tokenizer: Tokenizer) -> str:
     for token in tokens:
         if token not in (tokenizer.eos_token, tokenizer.bos_token, "None"):
             return token
-    raise TemplateError(
-        f"pad is EOS ({tokenizer.eos_token}) and no other special token can pad; add "
-        "one: tokenizer.add_special_tokens({'pad_token': '<pad>'}) and resize the model"
-    )
+    raise TemplateError("no special token but EOS can pad; add one, resize the model")
 
 
 def answer_marks(tokenizer: Tokenizer) -> tuple[str, str]:
@@ -166,8 +157,7 @@ def answer_marks(tokenizer: Tokenizer) -> tuple[str, str]:
     text = render(tokenizer, [*messages, {"role": "assistant", "content": answer}])
     if question not in prompt or answer not in text:
         raise TemplateError(
-            "the template does not print contents that are text; it is made for lists "
-            "of parts: choose a template for text"
+            "the template does not print contents that are text; choose one that does"
         )
     return prompt.partition(question)[2], text.partition(answer)[2].strip()
 
