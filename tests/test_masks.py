@@ -75,15 +75,6 @@ def row(base: Any) -> differences.Row:
     )
 
 
-def test_the_oracle_learns_the_answers_and_not_the_same_words_in_the_questions(
-    row: differences.Row,
-) -> None:
-    labels = oracle.labels(row.ids, row.spans, row.answers)
-    pairs = zip(row.spans, labels, strict=True)
-    learnt = "".join(row.text[a:b] for (a, b), x in pairs if x != oracle.NO_LOSS)
-    assert learnt == "Yes.<|eot_id|>No.<|eot_id|>"
-
-
 @pytest.mark.parametrize(
     ("word", "learn", "why"),
     [
@@ -96,6 +87,9 @@ def test_a_wrong_label_is_noticed_and_without_a_cause_an_error(
     row: differences.Row, word: str, learn: bool, why: str
 ) -> None:
     right = oracle.labels(row.ids, row.spans, row.answers)
+    pairs = zip(row.spans, right, strict=True)
+    learnt = [row.text[a:b] for (a, b), x in pairs if x != oracle.NO_LOSS]
+    assert "".join(learnt) == "Yes.<|eot_id|>No.<|eot_id|>"
     wrong = [
         label if row.text[a:b] != word else token if learn else oracle.NO_LOSS
         for token, (a, b), label in zip(row.ids, row.spans, right, strict=True)

@@ -48,7 +48,7 @@ def find_spans(
         return text, []
     spans: list[Span] = []
     for number in sorted([*learnt, *silent]) if everything else learnt:
-        if number == 0 and 0 in answers:
+        if number == 0 and 0 in learnt:
             raise TemplateError("turn 1 is an answer: there is no prompt before it")
         before, asked = messages[:number], number in answers
         prompt = render(tokenizer, before, for_generation=asked) if before else ""
