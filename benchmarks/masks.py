@@ -52,7 +52,7 @@ from benchmarks.chats import (  # noqa: E402
 from benchmarks.differences import Row, Theirs, describe  # noqa: E402
 from helpers.data.formats import check_messages  # noqa: E402
 from helpers.errors import TemplateError  # noqa: E402
-from helpers.masking.dataset import NO_LOSS, check_rows, mask_conversation  # noqa: E402
+from helpers.masking.dataset import NO_LOSS, check_row, mask_conversation  # noqa: E402
 from helpers.masking.templates import FIXED_DATE, FIXED_DAY  # noqa: E402
 
 RESULTS = ROOT / "results" / "masks.json"
@@ -110,7 +110,9 @@ def compare_oracle(tokenizer: Any, rows: list[Row], faults: Counter[str]) -> str
         except ValueError as unexplained:
             ways.append({str(unexplained)[:100]})
     try:
-        check_rows(tokenizer, [row.ours for row in rows], "assistant")
+        closing = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
+        for number, row in enumerate(rows, 1):
+            check_row(tokenizer, row.ours, number, closing)
     except ValueError as error:
         faults[f"the guards refuse: {error}"] += 1
     return in_words(ways, faults)

@@ -41,10 +41,6 @@ def sources(path: Path, kind: str) -> list[str]:
     return ["".join(c["source"]) for c in cells if c["cell_type"] == kind]
 
 
-def code_cells(path: Path) -> list[dict[str, Any]]:
-    return [c for c in load(path)["cells"] if c["cell_type"] == "code"]
-
-
 def nodes(path: Path) -> Iterator[ast.AST]:
     for source in sources(path, "code"):
         yield from ast.walk(ast.parse(source))
@@ -55,30 +51,7 @@ def repository() -> str:
     return project["project"]["urls"]["Repository"]
 
 
-def defined(tree: ast.Module) -> set[str]:
-    """The names that a module binds at its top level."""
-    names: set[str] = set()
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names |= {(a.asname or a.name).split(".")[0] for a in node.names}
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            bound = (n for n in ast.walk(node) if isinstance(n, ast.Name))
-            names |= {n.id for n in bound if isinstance(n.ctx, ast.Store)}
-    return names
-
-
-@cache
-def helpers() -> dict[str, ast.Module]:
-    files = (ROOT / "helpers").rglob("*.py")
-    return {f.stem: ast.parse(f.read_text(encoding="utf-8")) for f in files}
-
-
-def own_names(tree: ast.Module) -> set[str]:
-    """The functions and classes that a module defines itself."""
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    return {node.name for node in tree.body if isinstance(node, kinds)}
+KINDS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def undefined(code: str) -> str:
@@ -116,28 +89,20 @@ def test_a_notebook_is_valid_nbformat_4_5(path):
     assert notebook == load(path), "validation had something to repair"
 
 
-def test_no_cell_id_occurs_twice_in_the_series():
+def test_cell_ids_occur_once_and_begin_with_the_number_of_the_notebook():
     ids = Counter(cell["id"] for path in PATHS for cell in load(path)["cells"])
     assert [name for name, count in ids.items() if count > 1] == []
+    for path in PATHS:
+        name = re.compile(rf"{path.stem.split('_')[0]}-[a-z0-9-]+")
+        assert all(name.fullmatch(cell["id"]) for cell in load(path)["cells"]), path
 
 
-@every_notebook
-def test_cell_ids_are_names_that_begin_with_the_number_of_the_notebook(path):
-    number = path.stem.split("_")[0]
-    ids = [cell["id"] for cell in load(path)["cells"]]
-    assert [i for i in ids if not re.fullmatch(rf"{number}-[a-z0-9-]+", i)] == []
-
-
-def test_the_first_code_cell_is_the_same_in_every_notebook():
-    assert len({sources(path, "code")[0] for path in PATHS}) == 1
-
-
-@every_notebook
-def test_the_bootstrap_keeps_runs_on_drive_in_one_line_and_asks_before_installing(path):
-    code = sources(path, "code")[0]
+def test_the_bootstrap_is_the_same_and_asks_before_installing():
+    (code,) = {sources(path, "code")[0] for path in PATHS}
     assert len(re.findall(r"^KEEP_ON_DRIVE = True  # on Colab: ", code, re.M)) == 1
     opened = code.index("\nruntime.open_drive(KEEP_ON_DRIVE)\n")
     assert opened < code.index("\ninstall.ensure()\n")
+    assert re.findall(r'^REPOSITORY = "(.*)"$', code, re.M) == [repository()]
 
 
 @every_notebook
@@ -145,17 +110,6 @@ def test_a_promise_to_go_on_after_a_kill_says_where_the_run_lies_on_colab(path):
     promises = [t for t in sources(path, "markdown") if "Killed half-way?" in t]
     assert all("Google Drive" in text for text in promises)
     assert promises or path.stem not in ("02_sft_qlora", "03_grpo_gsm8k")
-
-
-@every_notebook
-def test_the_bootstrap_fetches_the_repository_that_pyproject_names(path):
-    found = [
-        node.value.value
-        for node in ast.parse(sources(path, "code")[0]).body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-        if node.targets[0].id == "REPOSITORY"
-    ]
-    assert found == [repository()]
 
 
 @every_notebook
@@ -186,26 +140,26 @@ def test_the_readme_lists_the_notebook_with_its_measured_minutes_and_its_memory(
 
 
 @every_notebook
-def test_the_title_cell_says_what_is_read_and_written(path):
-    cell = load(path)["cells"][0]
-    text = "".join(cell["source"])
-    assert cell["cell_type"] == "markdown"
-    assert text.startswith(f"# {int(path.stem.split('_')[0])}. ")
-    for word in ("**Takes** ", "**Reads** ", "**Writes** "):
-        assert text.count(word) == 1
-
-
-@every_notebook
-def test_the_last_text_is_the_close_and_names_the_next_notebook(path):
-    text = sources(path, "markdown")[-1]
-    assert text.startswith("## Done")
+def test_the_first_text_says_what_is_read_and_written_and_the_last_what_is_next(path):
+    title, *_, close = sources(path, "markdown")
+    assert load(path)["cells"][0]["cell_type"] == "markdown"
+    assert title.startswith(f"# {int(path.stem.split('_')[0])}. ")
+    assert [title.count(f"**{word}** ") for word in ("Takes", "Reads", "Writes")] == [
+        1
+    ] * 3
+    assert close.startswith("## Done")
     for following in PATHS[PATHS.index(path) + 1 :][:1]:
-        assert f"**{following.stem}**" in text
+        assert f"**{following.stem}**" in close
 
 
 @every_notebook
-def test_no_code_cell_is_longer_than_forty_lines(path):
-    assert max(len(s.splitlines()) for s in sources(path, "code")) <= 40
+def test_cells_are_short_and_not_empty(path):
+    code, texts = sources(path, "code"), sources(path, "markdown")
+    assert max(len(source.splitlines()) for source in code) <= 40
+    lines = [line for source in code for line in source.splitlines()]
+    assert [line for line in lines if len(line) > 88] == []
+    assert [text[:40] for text in texts if len(text.split()) > 120] == []
+    assert all(source.strip() for source in [*code, *texts])
 
 
 def test_nine_of_ten_code_cells_have_at_most_25_lines():
@@ -214,27 +168,11 @@ def test_nine_of_ten_code_cells_have_at_most_25_lines():
 
 
 @every_notebook
-def test_no_code_line_is_wider_than_88_columns(path):
-    lines = [line for s in sources(path, "code") for line in s.splitlines()]
-    assert [line for line in lines if len(line) > 88] == []
-
-
-@every_notebook
-def test_no_text_is_longer_than_120_words(path):
-    texts = sources(path, "markdown")
-    assert [text[:40] for text in texts if len(text.split()) > 120] == []
-
-
-@every_notebook
-def test_no_cell_is_empty(path):
-    assert all("".join(cell["source"]).strip() for cell in load(path)["cells"])
-
-
-@every_notebook
-def test_the_code_is_plain_python_without_magics(path):
+def test_the_code_is_plain_python_that_asks_for_no_token(path):
     for source in sources(path, "code"):
         ast.parse(source)
         assert not re.search(r"^\s*(%|!)", source, flags=re.M)
+        assert not re.search(r"login|HF_TOKEN|userdata|getpass|\binput\(", source)
 
 
 @every_notebook
@@ -245,12 +183,6 @@ def test_no_branch_is_switched_off(path):
         if isinstance(node, ast.If | ast.While) and isinstance(node.test, ast.Constant)
     ]
     assert switched == []
-
-
-@every_notebook
-def test_nothing_logs_in_or_asks_for_a_token(path):
-    for source in sources(path, "code"):
-        assert not re.search(r"login|HF_TOKEN|userdata|getpass|\binput\(", source)
 
 
 @every_notebook
@@ -282,9 +214,10 @@ def test_code_in_a_comment_is_told_from_prose(comment, expected):
 
 @every_notebook
 def test_no_function_of_the_helpers_is_defined_again(path):
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    here = {node.name for node in nodes(path) if isinstance(node, kinds)}
-    assert here.isdisjoint(set().union(*map(own_names, helpers().values())))
+    here = {node.name for node in nodes(path) if isinstance(node, KINDS)}
+    for file in (ROOT / "helpers").rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        assert here.isdisjoint({n.name for n in tree.body if isinstance(n, KINDS)})
 
 
 def test_a_name_that_is_used_before_it_is_bound_is_found():
@@ -311,8 +244,9 @@ def imported(path: Path) -> dict[str, Any]:
 
 
 @every_notebook
-def test_everything_that_is_asked_of_the_helpers_exists(path):
-    modules = {k: v for k, v in imported(path).items() if isinstance(v, ModuleType)}
+def test_what_is_asked_of_the_helpers_exists_and_none_is_overwritten(path):
+    bound = imported(path)
+    modules = {k: v for k, v in bound.items() if isinstance(v, ModuleType)}
     absent = [
         f"{node.value.id}.{node.attr}"
         for node in nodes(path)
@@ -320,41 +254,17 @@ def test_everything_that_is_asked_of_the_helpers_exists(path):
         if node.value.id in modules and not hasattr(modules[node.value.id], node.attr)
     ]
     assert absent == []
-
-
-@every_notebook
-def test_no_imported_helper_module_is_overwritten(path):
-    modules = {
-        alias.asname or alias.name
-        for node in nodes(path)
-        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "helpers"
-        for alias in node.names
-    }
     names = [node for node in nodes(path) if isinstance(node, ast.Name)]
-    stored = {name.id for name in names if isinstance(name.ctx, ast.Store)}
-    assert modules.isdisjoint(stored)
+    assert bound.keys().isdisjoint(n.id for n in names if isinstance(n.ctx, ast.Store))
 
 
 @every_notebook
-def test_no_widget_state_is_stored(path):
+def test_what_is_stored_is_small_and_has_no_widgets_counts_or_errors(path):
+    assert path.stat().st_size < 250_000
     assert "widgets" not in load(path)["metadata"]
     assert "application/vnd.jupyter.widget" not in json.dumps(load(path))
-
-
-@every_notebook
-def test_outputs_carry_no_execution_counts(path):
-    cells = code_cells(path)
+    cells = [c for c in load(path)["cells"] if c["cell_type"] == "code"]
     outputs = [output for cell in cells for output in cell["outputs"]]
-    assert [c["id"] for c in cells if c["execution_count"] is not None] == []
-    assert [o for o in outputs if o.get("execution_count") is not None] == []
-
-
-@every_notebook
-def test_no_output_is_an_error(path):
-    kinds = {o["output_type"] for cell in code_cells(path) for o in cell["outputs"]}
-    assert "error" not in kinds
-
-
-@every_notebook
-def test_a_notebook_with_its_outputs_is_under_250_kilobytes(path):
-    assert path.stat().st_size < 250_000
+    counted = [x for x in cells + outputs if x.get("execution_count") is not None]
+    assert counted == []
+    assert "error" not in {output["output_type"] for output in outputs}

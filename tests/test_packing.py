@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from helpers.data.formats import Messages
-from helpers.masking.dataset import NO_LOSS, mask_conversations
+from helpers.masking.dataset import mask_conversations
+from helpers.masking.spans import NO_LOSS
 from tests.rows import turns
 
-ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 160
 TALK = ["What is 2 + 2?", "It is 4.", "And 2 + 3?", "It is 5.", "Thanks", "Bye! 🎉"]
 UNSLOTH = """
@@ -27,30 +26,26 @@ print(json.dumps(losses(model, tokenizer)))
 """
 
 
-def conversations() -> list[Messages]:
-    """Returns chats of different lengths."""
-    chats = []
-    for number in range(12):
-        talk = TALK[: 2 + 2 * (number % 3)]
-        talk[-1] += " Very well." * number
-        chats.append(turns(*talk))
-    return chats
-
-
-def pack(tokenizer: Any) -> tuple[Any, Any]:
-    """Returns the rows, and the same as the trainer packs them."""
+def pack(tokenizer: Any) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Returns rows, the same as the trainer packs them, and a batch of each pack."""
     from trl import pack_dataset
-
-    rows = mask_conversations(tokenizer, conversations(), max_length=LENGTH).rows
-    return rows, pack_dataset(rows, LENGTH)
-
-
-def batches(tokenizer: Any, rows: Any) -> list[dict[str, Any]]:
-    """Returns one batch a row, as the trainer's collator makes them."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+    talks = [TALK[: 2 + 2 * (n % 3)] for n in range(12)]
+    chats = [turns(*talk[:-1], talk[-1] + " Well." * n) for n, talk in enumerate(talks)]
+    rows = mask_conversations(tokenizer, chats, max_length=LENGTH).rows
+    packed = pack_dataset(rows, LENGTH)
     collate = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)
-    return [collate([row]) for row in rows]
+    return rows, packed, [collate([row]) for row in packed]
+
+
+def documents(row: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """Returns the rows that were packed into one."""
+    ends = [sum(row["seq_lengths"][: n + 1]) for n in range(len(row["seq_lengths"]))]
+    return [
+        {name: row[name][end - size : end] for name in ("input_ids", "labels")}
+        for size, end in zip(row["seq_lengths"], ends, strict=True)
+    ]
 
 
 def losses(model: Any, tokenizer: Any) -> list[tuple[float, float]]:
@@ -67,65 +62,39 @@ def losses(model: Any, tokenizer: Any) -> list[tuple[float, float]]:
 
     model.eval()
     pairs = []
-    _, packed = pack(tokenizer)
-    for row, batch in zip(packed, batches(tokenizer, packed), strict=True):
-        total, count, start = 0.0, 0, 0
-        for size in row["seq_lengths"]:
-            part = {
-                name: torch.tensor([row[name][start : start + size]])
-                for name in ("input_ids", "labels")
-            }
+    _, packed, batches = pack(tokenizer)
+    for row, batch in zip(packed, batches, strict=True):
+        total, count = 0.0, 0
+        for document in documents(row):
+            part = {name: torch.tensor([values]) for name, values in document.items()}
             tokens = int((part["labels"][:, 1:] != NO_LOSS).sum())
             total, count = total + loss(**part) * tokens, count + tokens
-            start += size
         pairs.append((loss(**batch), total / count))
     return pairs
 
 
-def test_packing_keeps_each_document_whole_with_its_labels(tokenizer: Any) -> None:
-    rows, packed = pack(tokenizer)
-    documents = []
-    for row in packed:
-        start = 0
-        for size in row["seq_lengths"]:
-            end = start + size
-            documents.append((row["input_ids"][start:end], row["labels"][start:end]))
-            start = end
-        assert start == len(row["input_ids"]) <= LENGTH
+def test_packing_keeps_documents_whole_and_apart(tokenizer: Any) -> None:
+    rows, packed, batches = pack(tokenizer)
     assert len(packed) < len(rows)
-    assert sorted(documents) == sorted((r["input_ids"], r["labels"]) for r in rows)
-
-
-def test_positions_restart_at_each_document(tokenizer: Any) -> None:
-    _, packed = pack(tokenizer)
-    for row, batch in zip(packed, batches(tokenizer, packed), strict=True):
+    pieces = [document for row in packed for document in documents(row)]
+    assert sorted(pieces, key=str) == sorted(rows, key=str)
+    for row, batch in zip(packed, batches, strict=True):
         expected = [place for size in row["seq_lengths"] for place in range(size)]
         assert batch["position_ids"].tolist() == [expected]
         assert "attention_mask" not in batch  # the positions keep documents apart
 
 
-def assert_same(pairs: list[Any]) -> None:
-    assert len(pairs) > 1
-    assert [x for x, _ in pairs] == pytest.approx([y for _, y in pairs], abs=1e-5)
-
-
 def test_a_packed_row_has_the_loss_of_its_documents_as_positions_restart(
-    tokenizer: Any, tiny_model_folder: Path
+    tokenizer: Any, tiny_model_folder: Path, run_python: Any
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
-    assert str(model.dtype) == "torch.float32"
-    assert_same(losses(model, tokenizer))
-    _, packed = pack(tokenizer)
-    row = next(n for n, row in enumerate(packed) if len(row["seq_lengths"]) > 1)
-    batch = {**batches(tokenizer, packed)[row], "use_cache": False}
-    right = model(**batch).loss.item()
+    under_unsloth = json.loads(run_python("-c", UNSLOTH).stdout.splitlines()[-1])
+    for pairs in (losses(model, tokenizer), under_unsloth):
+        alone = [loss for _, loss in pairs]
+        assert [loss for loss, _ in pairs] == pytest.approx(alone, abs=1e-5)
+    batch = {**max(pack(tokenizer)[2], key=lambda b: b["position_ids"].argmin())}
+    right = model(**batch, use_cache=False).loss.item()
     del batch["position_ids"]
-    assert abs(model(**batch).loss.item() - right) > 1e-5
-
-
-def test_a_packed_row_has_the_loss_of_its_documents_under_unsloth_too(
-    run_python: Any,
-) -> None:
-    assert_same(json.loads(run_python("-c", UNSLOTH).stdout.splitlines()[-1]))
+    assert abs(model(**batch, use_cache=False).loss.item() - right) > 1e-5

@@ -6,11 +6,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "templates": ["prepare_tokenizer", "render", "stop_token_ids"],
-        "dataset": [
-            "mask_conversation",
-            "mask_conversations",
-            "show",
-            "supervised_text",
-        ],
+        "dataset": ["mask_conversation", "mask_conversations", "show"],
     },
 )

@@ -1,80 +1,57 @@
 """Token ids and labels of conversations, guarded row by row, and shown to a human.
 
-Labels are computed when tokenising and stored with the tokens, so packing and any
-collator keep them.
+Labels are stored with the tokens, so packing and any collator keep them.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from helpers.data.formats import Messages
 from helpers.data.preparation import store
 from helpers.errors import DataError, TemplateError
-from helpers.masking.spans import (
-    NO_LOSS,
-    LossOn,
-    Span,
-    find_spans,
-    label_tokens,
-    learnt_spans,
-)
+from helpers.masking.spans import NO_LOSS, LossOn, Span, find_spans, label_tokens
 from helpers.masking.templates import answer_marks, stop_token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 BATCH = 512  # conversations in memory at a time
-NAMED = 20  # rows in a message
-TOO_LONG = "no answer begins within max_length"
-NOTHING = "there is no answer to learn"
 Example = dict[str, list[int]]
+Text = tuple[str, list[Span]]  # a rendered conversation, and what to learn of it
 
 
 @dataclass
 class Masked:
-    """Tokenised rows, what was left out, and what was cut."""
+    """Tokenised rows, and what was left out."""
 
-    rows: Dataset = None  # type: ignore[assignment]
-    """`input_ids` and `labels` each, both (seq,); -100 = no loss."""
-    dropped: dict[int, str] = field(default_factory=dict)  # position and reason
-    truncated: int = 0  # rows that were cut at `max_length`
-    supervised_fraction: float = 0.0  # share of the tokens that carry loss, 0 to 1
-    ends: list[int] = field(default_factory=list)
-    """Tokens of each conversation up to its last supervised one, uncut."""
+    rows: Dataset  # `input_ids` and `labels` each, both (seq,); -100 = no loss
+    dropped: dict[int, str]  # position and reason
+    ends: list[int]  # tokens of each conversation up to its last learnt one, uncut
+    counts: dict[str, Any]  # the figures of labels.json
 
     def describe_dropped(self) -> str:
-        """Returns how many conversations were dropped, why, and which, from 1."""
-        rows: dict[str, list[str]] = {}
-        for position, reason in self.dropped.items():
-            rows.setdefault(reason, []).append(str(position + 1))
-        reasons = [
-            f"{reason} (rows {', '.join(n[:NAMED] + ['...'] * (len(n) > NAMED))})"
-            for reason, n in rows.items()
-        ]
-        count = f"{len(self.dropped)} of {len(self.ends)} conversations"
-        return f"{count} are left out: {'; '.join(reasons)}"
-
-    def counts(self) -> dict[str, Any]:
-        """Returns the figures of `labels.json`."""
-        return {
-            "rows": len(self.rows),
-            "dropped": len(self.dropped),
-            "dropped_rows": [n + 1 for n in [*self.dropped][:NAMED]],
-            "truncated": self.truncated,
-            "supervised_fraction": self.supervised_fraction,
-        }
+        """Returns how many conversations were dropped, which ones, from 1, and why."""
+        rows = ", ".join(map(str, self.counts["dropped_rows"]))
+        reasons = Counter(self.dropped.values()).most_common(3)
+        return (
+            f"{len(self.dropped)} of {len(self.ends)} conversations are left out (rows "
+            f"{rows}{', ...' if len(self.dropped) > 20 else ''}): "
+            + "; ".join(f"{reason} ({count})" for reason, count in reasons)
+        )
 
 
 def mask_conversation(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     messages: Messages,
     loss_on: LossOn = "assistant",
     max_length: int | None = None,
@@ -89,63 +66,40 @@ def mask_conversation(
         max_length: tokens past it are cut off.
 
     Raises:
-        TemplateError: see `spans.find_spans`.
+        TemplateError: the template refuses it, or would have it teach another text.
     """
-    (row,) = tokenise(tokenizer, [find_spans(tokenizer, messages, loss_on)])
+    text = find_spans(tokenizer, messages, loss_on, answer_marks(tokenizer))
+    *_, (row,) = tokenise(tokenizer, [text])
     return {name: values[:max_length] for name, values in row.items()}
 
 
-def tokenise(
-    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, list[Span]]]
-) -> list[Example]:
-    """Returns the rows of rendered texts, each with the spans to learn."""
+def tokenise(tokenizer: Tokenizer, texts: Iterable[Text]) -> Iterator[list[Example]]:
+    """Yields the rows of texts, a batch at a time."""
     encoder = tokenizer.backend_tokenizer
     encoder.no_truncation()  # an earlier call may have left them on
     encoder.no_padding()
-    batch = encoder.encode_batch([text for text, _ in texts], add_special_tokens=False)
-    return [
-        {"input_ids": row.ids, "labels": label_tokens(row.ids, row.offsets, *text)}
-        for row, text in zip(batch, texts, strict=True)
-    ]
 
+    def encode(batch: list[Text]) -> list[Example]:
+        plain = [text for text, _ in batch]
+        rows = encoder.encode_batch(plain, add_special_tokens=False)
+        return [
+            {"input_ids": row.ids, "labels": label_tokens(row.ids, row.offsets, *text)}
+            for row, text in zip(rows, batch, strict=True)
+        ]
 
-def mask_batches(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Iterable[Messages],
-    loss_on: LossOn = "assistant",
-    drop: bool = False,
-) -> Iterator[list[Example | str]]:
-    """Yields the rows of `mask_conversation`, many at a time.
-
-    With `drop` a reason stands in for each conversation that a template refuses.
-    """
-    closing = answer_marks(tokenizer)[1] if loss_on != "all" else ""
-    numbered = enumerate(conversations, 1)
-    # a batch is tokenised while the next one is rendered
+    texts = iter(texts)
     with ThreadPoolExecutor(1) as pool:
-        pending: tuple[list[str | None], Future[list[Example]]] | None = None
-        while True:
-            texts: list[tuple[str, list[Span]]] = []
-            reasons: list[str | None] = []
-            for number, messages in islice(numbered, BATCH):
-                try:
-                    texts.append(find_spans(tokenizer, messages, loss_on, closing))
-                    reasons.append(None)
-                except TemplateError as error:
-                    if not drop:
-                        raise TemplateError(f"row {number}: {error}") from error
-                    reasons.append(str(error))
-            following = reasons, pool.submit(tokenise, tokenizer, texts)
-            if pending:
-                rows = iter(pending[1].result())
-                yield [reason or next(rows) for reason in pending[0]]
+        pending = pool.submit(encode, [])
+        # a batch is encoded while the next one is rendered
+        while batch := list(islice(texts, BATCH)):
+            following = pool.submit(encode, batch)
+            yield pending.result()
             pending = following
-            if not reasons:
-                return
+        yield pending.result()
 
 
 def mask_conversations(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     conversations: Iterable[Messages],
     loss_on: LossOn = "assistant",
     max_length: int | None = None,
@@ -160,143 +114,119 @@ def mask_conversations(
         loss_on: see `mask_conversation`.
         max_length: tokens past it are cut off.
         file: a new Arrow file for the rows; without it they are kept in memory.
-        drop: leave out conversations that `spans.find_spans` refuses.
+        drop: leave out conversations that `mask_conversation` refuses.
 
     Raises:
-        DataError: no row has a supervised token, or the labels break a guard; the
-            message shows one row.
-        TemplateError: see `mask_batches`.
+        DataError: no row has a supervised token, or the labels of one break a guard.
+        TemplateError: see `mask_conversation`.
     """
     import pyarrow as pa
 
-    eos = tokenizer.eos_token_id
-    if eos is not None and tokenizer.pad_token_id == eos:
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise DataError(
             f"pad and EOS are the same token ({tokenizer.eos_token}): stopping would "
-            "not be learnt; templates.prepare_tokenizer chooses another pad token"
+            "not be learnt; masking.prepare_tokenizer chooses another pad token"
         )
-    masked = Masked()
-    dropped, ends = masked.dropped, masked.ends
-    first: list[int] = []
-    tokens = learnt = 0
+    marks = answer_marks(tokenizer)
+    # where a question comes last, the answer before it may end in another token
+    closing = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
+    if loss_on == "all":
+        closing = set()
+    dropped: dict[int, str] = {}
+    ends: list[int] = []
+    counts = Counter[str]()
 
-    def cut() -> Iterator[list[Example]]:
-        nonlocal first, tokens, learnt
-        for batch in mask_batches(tokenizer, conversations, loss_on, drop):
-            before = len(ends)
-            ends.extend(check_rows(tokenizer, batch, loss_on, before))
-            rows = []
-            for number, row in enumerate(batch, before):
-                if isinstance(row, str):
-                    dropped[number] = row
-                    continue
-                first = first or row["input_ids"][:60]
-                labels = row["labels"][:max_length]
-                count = len(labels) - labels.count(NO_LOSS)
-                if not count:
-                    dropped[number] = TOO_LONG if ends[number] else NOTHING
-                    continue
-                ids = row["input_ids"][:max_length]
-                rows.append({"input_ids": ids, "labels": labels})
-                masked.truncated += len(labels) < len(row["labels"])
-                tokens, learnt = tokens + len(labels), learnt + count
-            yield rows
+    def render_all() -> Iterator[Text]:
+        for number, messages in enumerate(conversations):
+            try:
+                yield find_spans(tokenizer, messages, loss_on, marks)
+            except TemplateError as error:
+                if not drop:
+                    raise TemplateError(f"row {number + 1}: {error}") from error
+                dropped[number] = str(error)
+                yield "", []
+
+    def cut(row: Example) -> Example | None:
+        ends.append(check_row(tokenizer, row, len(ends) + 1, closing))
+        labels = row["labels"][:max_length]
+        learnt = len(labels) - labels.count(NO_LOSS)
+        if not learnt:
+            late = "no answer begins within max_length"
+            why = late if ends[-1] else "there is no answer to learn"
+            dropped.setdefault(len(ends) - 1, why)
+            return None
+        counts["truncated"] += len(labels) < len(row["labels"])
+        counts.update(tokens=len(labels), learnt=learnt)
+        return {"input_ids": row["input_ids"][:max_length], "labels": labels}
 
     kind = pa.list_(pa.int32())
     schema = pa.schema({"input_ids": kind, "labels": kind})
-    masked.rows = store(cut(), schema, file)
-    if not ends:
-        raise DataError("no conversations to tokenise; the data is empty")
-    if len(dropped) == len(ends):
-        cause = f"{dropped[0]}."
-        if TOO_LONG in dropped.values():
-            cause = "The prompts alone fill max_length: raise it."
-        elif NOTHING in dropped.values():
-            cause = "They have no answer to learn: check the roles of the turns."
+    batches = tokenise(tokenizer, render_all())
+    rows = store(([x for x in map(cut, batch) if x] for batch in batches), schema, file)
+    fraction = counts["learnt"] / max(1, counts["tokens"])
+    dropped = dict(sorted(dropped.items()))  # rendering runs ahead
+    figures: dict[str, Any] = {"rows": len(rows), "dropped": len(dropped)}
+    figures["dropped_rows"] = [number + 1 for number in [*dropped][:20]]
+    figures |= {"truncated": counts["truncated"], "supervised_fraction": fraction}
+    masked = Masked(rows, dropped, ends, figures)
+    if not len(rows):
         raise DataError(
-            f"none of {len(ends)} conversations has a token to learn from within "
-            f"{max_length=}; the first one starts {tokenizer.decode(first)!r}. {cause}"
+            f"no token to learn from within {max_length=}: {masked.describe_dropped()};"
+            " raise max_length, or check the roles of the turns"
         )
-    masked.supervised_fraction = learnt / tokens
-    if loss_on != "all" and not 0.01 <= masked.supervised_fraction <= 0.99:
-        text = supervised_text(tokenizer, masked.rows[0])[:200]
+    if loss_on != "all" and not 0.01 <= fraction <= 0.99:
+        text = tokenizer.decode([x for x in rows[0]["labels"] if x != NO_LOSS])
         raise DataError(
-            f"{masked.supervised_fraction:.1%} of the tokens carry loss; 1 % to 99 % "
-            f"is plausible. Row 1 learns {text!r}"
+            f"{fraction:.1%} of the tokens carry loss; 1 % to 99 % is plausible. "
+            f"Row 1 learns {text[:200]!r}"
         )
     return masked
 
 
-def check_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Example | str],
-    loss_on: LossOn,
-    before: int = 0,
-) -> list[int]:
-    """Returns the number of tokens up to the last learnt one of each row.
-
-    Refuses a doubled BOS, and (but with `all`) learnt turns that do not end in a stop
-    token. `before` is the number of rows in earlier batches.
-    """
-    stops = stop_token_ids(tokenizer)
-    # where a question comes last, the answer before it may end in another token
-    closing = {*stops, *tokenizer.added_tokens_decoder}
-    spans = [[] if isinstance(x, str) else learnt_spans(x["labels"]) for x in rows]
-    doubled, unclosed = list[int](), list[tuple[int, list[int]]]()
-    for number, row in enumerate(rows):
-        ids = [] if isinstance(row, str) else row["input_ids"]
-        if ids[:2] == [tokenizer.bos_token_id] * 2:
-            doubled.append(before + number + 1)
-        for _, end in spans[number] if loss_on != "all" else ():
-            if ids[end - 1] not in closing:
-                unclosed.append((before + number + 1, ids[max(0, end - 21) : end]))
-    if doubled:
+def check_row(
+    tokenizer: Tokenizer, row: Example, number: int, closing: set[int]
+) -> int:
+    """Returns the number of tokens up to the last learnt one; refuses silent faults."""
+    ids, labels = row["input_ids"], row["labels"]
+    if ids[:2] == [tokenizer.bos_token_id] * 2:
         raise DataError(
-            f"{len(doubled)} rows start with {tokenizer.bos_token} twice, the first is "
-            f"row {doubled[0]}; the template writes it, so it must not be added again"
+            f"row {number} starts with {tokenizer.bos_token} twice: the template "
+            "writes it, so it must not be added again"
         )
-    if unclosed:
-        number, ids = unclosed[0]
-        names = ", ".join(tokenizer.convert_ids_to_tokens(stops))
-        raise DataError(
-            f"{len(unclosed)} of {sum(map(len, spans))} answers do not end in a stop "
-            f"token ({names}), so the model would not learn to stop; the first, in row "
-            f"{number}, ends in {tokenizer.decode(ids)!r}; use a template that ends "
-            "turns with EOS"
-        )
-    return [row[-1][1] if row else 0 for row in spans]
+    learnt = bytes(map(NO_LOSS.__ne__, labels))
+    ends = [run.end() for run in re.finditer(b"\1+", learnt)]
+    for end in ends if closing else []:
+        if ids[end - 1] not in closing:
+            stops = tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))
+            raise DataError(
+                f"row {number}: an answer does not end in a stop token ({stops}) but "
+                f"in {tokenizer.decode(ids[:end])[-60:]!r}, so the model would not "
+                "learn to stop; use a template that ends turns with EOS"
+            )
+    return ends[-1] if ends else 0
 
 
-def supervised_text(tokenizer: PreTrainedTokenizerBase, row: Example) -> str:
-    """Returns the text that a row's loss is taken on, special tokens shown."""
-    return tokenizer.decode([label for label in row["labels"] if label != NO_LOSS])
+class Shown(str):
+    """A row with its mask: brackets where it is printed, colours in a notebook."""
 
-
-class Shown(NamedTuple):
-    """A row with its mask, coloured in a notebook, bracketed in a terminal."""
-
-    pieces: list[tuple[str, bool]]
-    """Text, and whether it is learnt."""
-    fraction: float
-
-    def __repr__(self) -> str:
-        marked = "".join(f"[[{t}]]" if learnt else t for t, learnt in self.pieces)
-        return f"{marked}\n[[...]] = learnt, {self.fraction:.0%} of the tokens"
+    page = ""
 
     def _repr_html_(self) -> str:
-        style = "background:#2e7d3255;border-bottom:2px solid #2e7d32"
-        tags = {True: (f'<span style="{style}">', "</span>"), False: ("", "")}
-        body = "".join(html.escape(t).join(tags[learnt]) for t, learnt in self.pieces)
-        legend = f"underlined = learnt, {self.fraction:.0%} of the tokens"
-        return f'<pre style="white-space:pre-wrap">{body}</pre><small>{legend}</small>'
+        return self.page
 
 
-def show(tokenizer: PreTrainedTokenizerBase, row: Example) -> Shown:
+def show(tokenizer: Tokenizer, row: Example) -> Shown:
     """Returns a view of a row in which the learnt tokens stand out."""
-    pairs = list(zip(row["input_ids"], row["labels"], strict=True))
-    pieces = [
-        (tokenizer.decode([token for token, _ in run]), learnt)
-        for learnt, run in groupby(pairs, lambda pair: pair[1] != NO_LOSS)
-    ]
-    fraction = sum(label != NO_LOSS for _, label in pairs) / max(1, len(pairs))
-    return Shown(pieces, fraction)
+    text = page = ""
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    for learnt, run in groupby(pairs, lambda pair: pair[1] != NO_LOSS):
+        piece = tokenizer.decode([token for token, _ in run])
+        text += f"[[{piece}]]" if learnt else piece
+        tag = '<u style="background:#2e7d3255">{}</u>' if learnt else "{}"
+        page += tag.format(html.escape(piece))
+    share = 1 - row["labels"].count(NO_LOSS) / max(1, len(row["labels"]))
+    legend = f"learnt, {share:.0%} of the tokens"
+    page = f'<pre style="white-space:pre-wrap">{page}</pre>'
+    view = Shown(f"{text}\n[[...]] = {legend}")
+    view.page = f"{page}<small>underlined = {legend}</small>"
+    return view

@@ -88,7 +88,7 @@ def label_rows(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Datase
         if masked.dropped:
             log.info(f"{part}: {masked.describe_dropped()}")
         if part == "train":
-            write_json(folder / "labels.json", masked.counts())
+            write_json(folder / "labels.json", masked.counts)
             if cut := checks.check_lengths(masked.ends, config.max_length):
                 log.info(checks.report([cut]))
     return rows
