@@ -1,4 +1,4 @@
-"""Trackers: left out with a word where they cannot work, never asked for a login."""
+"""Trackers: W&B never asks for a login, and all log under the run's name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import wandb
 
 from helpers import stages
 from helpers.runs import Run
-from helpers.training.inputs import choose_trackers
+from helpers.training.inputs import keep_wandb_offline
 
 OFFLINE = "nobody is logged in"
 
@@ -34,21 +34,10 @@ def logged_out(
     wandb.teardown()  # it keeps the settings of earlier tests
 
 
-def test_none_is_no_tracker(caplog: pytest.LogCaptureFixture) -> None:
-    assert choose_trackers("none") == [] and caplog.text == ""
-
-
-def test_a_tracker_that_is_not_installed_says_how_to_install_it(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    assert choose_trackers(["mlflow", "tensorboard"]) == ["tensorboard"]
-    assert "mlflow is left out; run `pip install mlflow`" in caplog.text
-
-
 def test_wandb_without_a_login_stays_offline_with_a_word(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert choose_trackers("wandb") == ["wandb"]
+    keep_wandb_offline()
     assert os.environ["WANDB_MODE"] == "offline" and OFFLINE in caplog.text
 
 
@@ -67,7 +56,7 @@ def test_wandb_is_left_alone_with_a_login_or_a_mode(
         (tmp_path / ".netrc").write_text(login)
     else:
         monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert choose_trackers(["wandb"]) == ["wandb"]
+    keep_wandb_offline()
     assert os.environ.get("WANDB_MODE") == mode and OFFLINE not in caplog.text
 
 
