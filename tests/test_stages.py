@@ -14,7 +14,7 @@ from helpers import stages
 from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
-from helpers.runs import Run, content_hash, write_json
+from helpers.runs import Run, write_json
 from helpers.training import inputs
 from helpers.training import trainer as train
 
@@ -92,38 +92,27 @@ def test_a_changed_input_is_named_and_the_former_result_set_aside(
     assert (run.path / "sft.before-1").is_dir()
 
 
-def test_an_adapter_or_a_model_is_known_by_its_content(
-    tiny_model_folder: Path, tmp_path: Path
+def test_a_model_and_a_template_are_known_by_their_content(
+    fingerprint: Callable[..., str],
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    tokenizer: Any,
 ) -> None:
-    copy = shutil.copytree(tiny_model_folder, tmp_path / "copy")
-    assert content_hash(copy) == content_hash(tiny_model_folder)
-    config = copy / "config.json"
-    config.write_text(config.read_text().replace("silu", "gelu"))
-    assert content_hash(copy) != content_hash(tiny_model_folder)
-    assert content_hash("owner/name") == "owner/name"
-
-
-def test_a_template_file_is_known_by_its_content(
-    fingerprint: Callable[..., str], tmp_path: Path, tokenizer: Any
-) -> None:
-    file = tmp_path / "mine.jinja"
-    file.write_text(tokenizer.chat_template)
-    before = fingerprint("sft", template=str(file))
-    file.write_text(tokenizer.chat_template + "{# another #}")
-    assert fingerprint("sft", template=str(file)) != before
-
-
-# what cannot train is refused before anything is loaded
+    model = shutil.copytree(tiny_model_folder, tmp_path / "copy")
+    template = tmp_path / "mine.jinja"
+    template.write_text(tokenizer.chat_template)
+    values = {"model": str(model), "template": str(template)}
+    before = fingerprint("sft", **values)
+    assert fingerprint("sft", template=str(template)) == before  # as its copy
+    for file, end in ((model / "config.json", " "), (template, "{# another #}")):
+        text = file.read_text()
+        file.write_text(text + end)
+        assert fingerprint("sft", **values) != before
+        file.write_text(text)
 
 
 @pytest.mark.parametrize(
-    "call",
-    [
-        train.load_for_training,
-        inputs.open_stage,
-        stages.ensure_adapter,
-        stages.train_stage,
-    ],
+    "call", [train.load_for_training, inputs.open_stage, stages.ensure_adapter]
 )
 def test_a_stage_that_the_run_lacks_names_recipe_stages_and_notebook(
     run_factory: Callable[..., Run], call: Callable[..., Any]
@@ -136,29 +125,20 @@ def test_a_stage_that_the_run_lacks_names_recipe_stages_and_notebook(
         call(run_factory(stages=["sft"]), "grpo")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sft": {"learning_rat": 1e-4}}, "did you mean 'learning_rate'"),
-        (
-            {
-                "data__eval": None,
-                "data__eval_share": 0.2,
-                "grpo__per_device_train_batch_size": 64,
-                "grpo__gradient_accumulation_steps": 512,
-                "grpo__num_generations": 8,
-            },
-            "would take no step: .* a step takes 4096",
-        ),
-    ],
-)
 def test_a_run_that_cannot_train_is_refused_before_its_first_stage(
-    run_factory: Callable[..., Run], change: dict[str, Any], message: str
+    run_factory: Callable[..., Run],
 ) -> None:
-    run = run_factory(**change)
-    with pytest.raises(ConfigError, match=message):
-        stages.ensure_ready(run, "sft")
-    assert not (run.path / "sft").exists()
+    batch = {"per_device_train_batch_size": 64, "num_generations": 8}
+    steps = {f"grpo__{name}": value for name, value in batch.items()}
+    steps |= {"grpo__gradient_accumulation_steps": 512, "data__eval_share": 0.2}
+    for change, message in (
+        ({"sft": {"learning_rat": 1e-4}}, "did you mean 'learning_rate'"),
+        (steps | {"data__eval": None}, "would take no step: .* a step takes 4096"),
+    ):
+        run = run_factory(**change)
+        with pytest.raises(ConfigError, match=message):
+            stages.ensure_ready(run, "sft")
+        assert not (run.path / "sft").exists()
 
 
 def test_what_is_questionable_is_logged(
@@ -166,9 +146,6 @@ def test_what_is_questionable_is_logged(
 ) -> None:
     stages.ensure_ready(run_factory(sft__warmup_steps=9, sft__max_steps=4), "sft")
     assert "warning: sft.warmup_steps: 9 in a run of 4 steps" in caplog.text
-
-
-# what is missing is trained
 
 
 def test_a_run_without_sft_trains_grpo_from_fresh_lora(

@@ -17,8 +17,6 @@ from helpers import stages
 from helpers.runs import Run
 from helpers.training.inputs import keep_wandb_offline
 
-OFFLINE = "nobody is logged in"
-
 
 @pytest.fixture(autouse=True)
 def logged_out(
@@ -34,30 +32,24 @@ def logged_out(
     wandb.teardown()  # it keeps the settings of earlier tests
 
 
-def test_wandb_without_a_login_stays_offline_with_a_word(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    keep_wandb_offline()
-    assert os.environ["WANDB_MODE"] == "offline" and OFFLINE in caplog.text
-
-
-@pytest.mark.parametrize("how", ["key", "mode", "netrc"])
-def test_wandb_is_left_alone_with_a_login_or_a_mode(
+@pytest.mark.parametrize("login", [None, "key", "netrc", "mode"])
+def test_wandb_stays_offline_with_a_word_where_nobody_is_logged_in(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    how: str,
+    login: str | None,
 ) -> None:
-    mode = "disabled" if how == "mode" else None
-    if how == "key":
+    if login == "key":
         monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    elif how == "netrc":
-        login = f"machine api.wandb.ai login user password {'x' * 40}\n"
-        (tmp_path / ".netrc").write_text(login)
-    else:
+    elif login == "netrc":
+        entry = f"machine api.wandb.ai login user password {'x' * 40}\n"
+        (tmp_path / ".netrc").write_text(entry)
+    elif login == "mode":
         monkeypatch.setenv("WANDB_MODE", "disabled")
     keep_wandb_offline()
-    assert os.environ.get("WANDB_MODE") == mode and OFFLINE not in caplog.text
+    modes = {None: "offline", "mode": "disabled"}
+    assert os.environ.get("WANDB_MODE") == modes.get(login)
+    assert ("nobody is logged in" in caplog.text) == (login is None)
 
 
 def test_the_real_trackers_log_losses_under_the_runs_name(

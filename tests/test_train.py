@@ -117,32 +117,22 @@ def test_a_killed_sft_goes_on_and_ends_where_it_would_have(
 
 
 def test_a_run_killed_after_its_last_step_is_only_reported(prepared: Run) -> None:
-    part = stages.train_stage(prepared, "sft")
-    note = prepared.path / "sft" / inputs.NOTE
-    note.write_text(note.read_text().replace("true", "false"))
-    before = adapter(prepared, "sft")
-    again = stages.train_stage(prepared, "sft")
+    part, before = stages.train_stage(prepared, "sft"), adapter(prepared, "sft")
+    inputs.write_note(prepared, "sft", finished=False)
+    again, after = stages.train_stage(prepared, "sft"), adapter(prepared, "sft")
     for name in ("steps", "loss_last", "eval_loss_best", "best_step"):
         assert again[name] == part[name]
-    after = adapter(prepared, "sft")
     assert all(bool((before[name] == after[name]).all()) for name in before)
 
 
-def test_nothing_is_loaded_for_a_finished_stage(
-    prepared: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_finished_stage_is_reported_and_a_trainer_of_another_run_refused(
+    prepared: Run, run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = stages.train_stage(prepared, "sft")
     trainer = sft.build_sft(prepared, *train.load_for_training(prepared))
     assert train.fit(trainer, prepared) == part
-    monkeypatch.setattr(stages, "load_for_training", None)
+    monkeypatch.setattr(stages, "load_for_training", None)  # nothing is loaded
     assert stages.train_stage(prepared, "sft") == part
-    assert caplog.text.count("is finished") == 2
-
-
-def test_a_trainer_of_another_run_is_refused(
-    prepared: Run, run_factory: Callable[..., Run]
-) -> None:
-    trainer = sft.build_sft(prepared, *train.load_for_training(prepared))
     with pytest.raises(ConfigError, match="build it with the arguments of run 'other'"):
         train.fit(trainer, run_factory(name="other"))
 
@@ -229,19 +219,6 @@ def test_a_run_without_evaluations_reports_the_loss_it_went_by_if_any(
     assert (run.path / "sft" / "adapter").is_dir()
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_activations_are_recomputed_on_a_gpu_if_the_config_says_so(
-    run: Run, monkeypatch: pytest.MonkeyPatch, asked: bool
-) -> None:
-    config = changed(run.config, sft__gradient_checkpointing=asked)
-    t4 = runtime.Machine("local", "cuda", "Tesla T4", 14.7, (7, 5))
-    cpu = runtime.Machine("local", "cpu", "two cores", 8.0, None)
-    for machine, expected in ((t4, asked), (cpu, False)):
-        monkeypatch.setattr(runtime, "find_machine", lambda machine=machine: machine)
-        values = inputs.training_arguments(Run(run.path, config), "sft", run.path)
-        assert values["gradient_checkpointing"] == expected
-
-
 @pytest.mark.parametrize(("stage", "name"), [("sft", "SFT"), ("grpo", "GRPO")])
 def test_what_a_config_leaves_open_is_trls_default_whoever_patched_trl(
     run_factory: Callable[..., Run],
@@ -285,23 +262,29 @@ def test_lora_that_a_config_leaves_open_is_pefts_default_in_either_engine(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "capability", "flags"),
+    ("dtype", "capability", "expected"),
     [
-        ("auto", (7, 5), (True, False)),
-        ("bfloat16", (7, 5), (True, False)),
-        ("auto", (8, 0), (False, True)),
-        ("float16", (8, 0), (True, False)),
+        ("auto", (7, 5), ["fp16", "gradient_checkpointing"]),
+        ("bfloat16", (7, 5), ["fp16", "gradient_checkpointing"]),
+        ("auto", (8, 0), ["bf16", "gradient_checkpointing"]),
+        ("float16", (8, 0), ["fp16", "gradient_checkpointing"]),
+        ("auto", None, ["use_cpu"]),
     ],
 )
-def test_the_trainer_computes_in_the_dtype_that_the_model_has(
+def test_the_trainer_computes_as_model_and_machine_do(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
     dtype: str,
-    capability: tuple[int, int],
-    flags: tuple[bool, bool],
+    capability: tuple[int, int] | None,
+    expected: list[str],
 ) -> None:
-    gpu = runtime.Machine("local", "cuda", "a GPU", 14.7, capability)
-    monkeypatch.setattr(runtime, "find_machine", lambda: gpu)
-    config = changed(run.config, dtype=dtype)
-    values = inputs.training_arguments(Run(run.path, config), "sft", run.path)
-    assert (values["fp16"], values["bf16"]) == flags
+    device = "cuda" if capability else "cpu"
+    machine = runtime.Machine("local", device, "a machine", 14.7, capability)
+    monkeypatch.setattr(runtime, "find_machine", lambda: machine)
+    names = ("fp16", "bf16", "use_cpu", "gradient_checkpointing")
+    for recompute in (True, False):
+        changes = {"dtype": dtype, "sft__gradient_checkpointing": recompute}
+        changed_run = Run(run.path, changed(run.config, **changes))
+        values = inputs.training_arguments(changed_run, "sft", run.path)
+        flags = [name for name in names if values[name]]
+        assert flags == expected[: None if recompute or not capability else -1]
