@@ -21,8 +21,7 @@ import pytest
 from helpers.data.preparation import read_rows
 from helpers.errors import DataError, JudgeError
 from helpers.llm_judge import mt_bench
-from helpers.llm_judge.judge import Judge, read_rating
-from helpers.llm_judge.mt_bench import FastChat
+from helpers.llm_judge.judge import FastChat, Judge, read_rating
 from helpers.runs import Run
 from tests.judge_server import JudgeServer
 

@@ -127,8 +127,10 @@ class LiveSamples(TrainerCallback):
             return
         # a generator of its own: drawing a sample must not change the order of rows
         prompt = random.Random(args.seed + state.global_step).choice(PROMPTS)
-        options = {"system_prompt": self.system_prompt, "max_new_tokens": 96}
-        answer = reply(more["model"], self.tokenizer, prompt, **options)
+        system, model = self.system_prompt, more["model"]
+        answer = reply(
+            model, self.tokenizer, prompt, system_prompt=system, max_new_tokens=96
+        )
         log.info(f"step {state.global_step} | {prompt}\n    -> {answer}")
         sample = {"step": state.global_step, "prompt": prompt, "answer": answer}
         with self.path.open("a", encoding="utf-8") as file:
