@@ -1,8 +1,4 @@
-"""A stage's folder: its training arguments, what its result was made from, its curves.
-
-The note `made_from.json` there holds the stage's inputs, and whether the stage was
-trained to its end with them.
-"""
+"""A stage's folder: its training arguments, what it was made from, its curves."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
-NOTE = "made_from.json"
+NOTE = "made_from.json"  # the inputs, and whether the stage was trained to its end
 NOTEBOOKS: dict[Stage, str] = {"sft": "02_sft_qlora", "grpo": "03_grpo_gsm8k"}
 # these decide no result; what is logged may decide which adapter is the best
 REPORTING = """report_to run_name project trackio_space_id logging_dir disable_tqdm

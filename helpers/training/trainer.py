@@ -77,14 +77,14 @@ def load_for_training(
     """
     from peft import LoraConfig
 
-    config = run.config
-    inputs.require_stage(config, stage)
-    model, tokenizer = models.load_model(config.model, **models.options(config))
+    inputs.require_stage(run.config, stage)
+    options = models.options(run.config)
+    model, tokenizer = models.load_model(run.config.model, **options)
     if adapter is None:
         lora = LoraConfig(**lora_arguments(run))
         return attach_lora(run, model, lora, stage), tokenizer
-    options = lora_options(run, stage)
-    tuned = models.load_adapter(model, adapter, trainable=True, **options)
+    common = lora_options(run, stage)
+    tuned = models.load_adapter(model, adapter, trainable=True, **common)
     return tuned, tokenizer
 
 
