@@ -24,11 +24,8 @@ log = logging.getLogger(__name__)
 def ensure_ready(run: Run, stage: Stage) -> None:
     """Prepares a run's data where they are missing, and refuses what cannot train.
 
-    What is questionable in the config is logged, see `checks`.
-
     Raises:
-        ConfigError: the run has no such stage, its config cannot be trained, or its
-            problems do not fill one step of GRPO.
+        ConfigError: the run has no such stage, or cannot take a step of it.
         DataError: see `data.prepare` and `evaluator.check_labels`.
     """
     require_stage(run.config, stage)
@@ -45,11 +42,8 @@ def ensure_ready(run: Run, stage: Stage) -> None:
 def ensure_adapter(run: Run, stage: Stage) -> Path | str | None:
     """Returns a stage's adapter, trained first where it is missing.
 
-    So each notebook can be opened alone. `sft_adapter` in the config takes the place of
-    SFT. None for `sft` in a run without that stage: GRPO then starts with fresh LoRA.
-
-    Raises:
-        ConfigError: the run has no grpo stage.
+    For SFT it is the config's `sft_adapter` where one is named, and None in a run
+    without that stage: GRPO then starts with fresh LoRA.
     """
     if stage == "sft" and run.config.sft_adapter:
         return run.config.sft_adapter
@@ -58,22 +52,13 @@ def ensure_adapter(run: Run, stage: Stage) -> Path | str | None:
     require_stage(run.config, stage)
     path = run.path / stage / "adapter"
     if not is_finished(run, stage):
-        maker = NOTEBOOKS[stage]
-        log.info(f"no finished {path} (notebook {maker} makes it): training it now")
+        log.info(f"no finished {path} ({NOTEBOOKS[stage]} makes it): training it now")
         train_stage(run, stage)
     return path
 
 
-def adapters(run: Run) -> dict[str, Path | str | None]:
-    """Returns the adapter of each model of a run: none for `base`, then its stages'."""
-    return {"base": None, **{s: ensure_adapter(run, s) for s in run.config.stages}}
-
-
 def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
-    """Trains a stage, and what it needs before, and returns its report.
-
-    For a finished stage nothing is loaded.
-    """
+    """Trains a stage, and what it needs before; returns its report."""
     ensure_ready(run, stage)
     if is_finished(run, stage):
         log.info(f"{stage} is finished; to train again, move {run.path / stage} away")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,17 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the variables that steer a run out of the way."""
     for name in ("RUN", "RECIPE", "DRIVE"):
         monkeypatch.delenv(f"TUNEBOOK_{name}", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def plain_logger(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Takes back what `runtime.start()` does to the logger: caplog would be blind."""
+    library = logging.getLogger("helpers")
+    monkeypatch.setattr(library, "handlers", [])
+    monkeypatch.setattr(library, "propagate", True)
+    level = library.level
+    yield
+    library.setLevel(level)
 
 
 @pytest.fixture(scope="session")

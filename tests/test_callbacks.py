@@ -1,4 +1,4 @@
-"""The callbacks, on trainer states as the trainer hands them over."""
+"""Callbacks on states as the trainer has them, and the curves of its log."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import TrainerControl, TrainerState
 from helpers.models import adapters
 from helpers.models import load as models
 from helpers.training import callbacks
+from helpers.training.inputs import draw_diagnostics
 
 
 @pytest.fixture
@@ -51,48 +52,46 @@ def test_the_adapter_of_the_best_value_is_kept_and_remembered(
 
 
 def test_a_sample_is_logged_and_kept_at_each_epochs_end(
-    lora_model: Any,
-    tokenizer: Any,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    lora_model: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "helpers")
     path = tmp_path / "samples.jsonl"
-    live = callbacks.LiveSamples(tokenizer, ["Why?"], path, max_new_tokens=4)
+    live = callbacks.LiveSamples(tokenizer, path)
     lora_model.train()
     for step in (5, 10):
         state = TrainerState(global_step=step)
         live.on_epoch_end(SimpleNamespace(seed=0), state, None, model=lora_model)
     samples = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(s["step"], s["prompt"]) for s in samples] == [(5, "Why?"), (10, "Why?")]
-    assert "step 10 | Why?" in caplog.text
-    assert lora_model.training
+    assert [sample["step"] for sample in samples] == [5, 10]
+    assert {sample["prompt"] for sample in samples} <= set(callbacks.PROMPTS)
+    assert "step 10 | " in caplog.text and lora_model.training
 
 
-def test_a_save_is_due_once_the_minutes_have_passed(
+def test_a_save_is_due_once_the_minutes_have_passed_since_the_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
-    timed = callbacks.TimedSaves(minutes=10)
-    timed.on_train_begin()
-    now += 599
-    assert not timed.on_step_end(None, None, TrainerControl()).should_save
-    now += 1
-    assert timed.on_step_end(None, None, TrainerControl()).should_save
-    timed.on_save()
-    assert not timed.on_step_end(None, None, TrainerControl()).should_save
+    watch, state = callbacks.Stopwatch(save_minutes=10), TrainerState()
+    due = []
+    for event in (watch.on_train_begin, watch.on_save):
+        event(None, state, None)
+        for seconds in (599, 1):
+            now += seconds
+            control = TrainerControl()
+            watch.on_step_end(None, state, control)
+            due.append(control.should_save)
+    assert due == [False, True] * 2
 
 
 def test_training_stops_with_a_reason_when_fp16_skips_every_step() -> None:
-    watcher = callbacks.SkippedSteps(patience=3)
-    control = TrainerControl()
-    for step, skipped in enumerate([True, True, False, True, True, True], start=1):
+    watcher, control = callbacks.SkippedSteps(), TrainerControl()
+    for step, skipped in enumerate([True, False, *[True] * 10], start=1):
         optimizer = SimpleNamespace(step_was_skipped=skipped)
         state = TrainerState(global_step=step)
         watcher.on_step_end(None, state, control, optimizer=optimizer)
-        assert control.should_training_stop == (step == 6)
-    assert watcher.report([]) == {"skipped_steps": 5}
+        assert control.should_training_stop == (step == 12)
+    assert watcher.report([]) == {"skipped_steps": 11}
     assert "overflow in fp16" in watcher.reason
 
 
@@ -102,3 +101,24 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
         if state:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert callbacks.last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_losses_are_drawn_though_steps_log_them_in_entries_of_their_own(
+    tmp_path: Path,
+) -> None:
+    steps = [{"step": n, "loss": 2.0 / n} for n in (1, 2)]
+    history = [*steps, {"step": 2, "eval_loss": 1.5}]
+    (axes,) = draw_diagnostics(history, tmp_path / "curves.png").axes
+    assert (tmp_path / "curves.png").stat().st_size > 0
+    assert [line.get_label() for line in axes.lines] == ["loss", "eval_loss"]
+    assert axes.lines[0].get_xydata().tolist() == [[1, 2], [2, 1]]
+    assert axes.lines[1].get_ydata()[-1] == 1.5
+
+
+def test_the_diagnostics_have_a_curve_for_each_reward_with_its_spread() -> None:
+    names = [f"rewards/{name}" for name in ("correctness", "style")]
+    values = {f"{name}/{kind}": 0.1 for name in names for kind in ("mean", "std")}
+    logged = {"reward": 0.1, "entropy": 1.0, "loss": 0.0, **values}
+    first, nats = draw_diagnostics([{"step": n, **logged} for n in (1, 2)]).axes
+    assert [line.get_label() for line in first.lines] == [f"{n}/mean" for n in names]
+    assert len(first.collections) == 2 and nats.get_title() == "nats a token"

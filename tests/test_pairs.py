@@ -15,8 +15,7 @@ from helpers.config import changed
 from helpers.data.preparation import read_rows, write_rows
 from helpers.errors import DataError, JudgeError, MissingInput
 from helpers.llm_judge import pairwise
-from helpers.llm_judge.judge import Judge
-from helpers.llm_judge.mt_bench import FastChat
+from helpers.llm_judge.judge import FastChat, Judge
 from helpers.runs import Run
 from tests.judge_server import JudgeServer
 

@@ -1,4 +1,4 @@
-"""Trackers: left out with a word where they cannot work, never asked for a login."""
+"""Trackers: W&B never asks for a login, and all log under the run's name."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ import wandb
 
 from helpers import stages
 from helpers.runs import Run
-from helpers.training.inputs import choose_trackers
-
-OFFLINE = "nobody is logged in"
+from helpers.training.inputs import keep_wandb_offline
 
 
 @pytest.fixture(autouse=True)
@@ -34,41 +32,24 @@ def logged_out(
     wandb.teardown()  # it keeps the settings of earlier tests
 
 
-def test_none_is_no_tracker(caplog: pytest.LogCaptureFixture) -> None:
-    assert choose_trackers("none") == [] and caplog.text == ""
-
-
-def test_a_tracker_that_is_not_installed_says_how_to_install_it(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    assert choose_trackers(["mlflow", "tensorboard"]) == ["tensorboard"]
-    assert "mlflow is left out; run `pip install mlflow`" in caplog.text
-
-
-def test_wandb_without_a_login_stays_offline_with_a_word(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    assert choose_trackers("wandb") == ["wandb"]
-    assert os.environ["WANDB_MODE"] == "offline" and OFFLINE in caplog.text
-
-
-@pytest.mark.parametrize("how", ["key", "mode", "netrc"])
-def test_wandb_is_left_alone_with_a_login_or_a_mode(
+@pytest.mark.parametrize("login", [None, "key", "netrc", "mode"])
+def test_wandb_stays_offline_with_a_word_where_nobody_is_logged_in(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    how: str,
+    login: str | None,
 ) -> None:
-    mode = "disabled" if how == "mode" else None
-    if how == "key":
+    if login == "key":
         monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    elif how == "netrc":
-        login = f"machine api.wandb.ai login user password {'x' * 40}\n"
-        (tmp_path / ".netrc").write_text(login)
-    else:
+    elif login == "netrc":
+        entry = f"machine api.wandb.ai login user password {'x' * 40}\n"
+        (tmp_path / ".netrc").write_text(entry)
+    elif login == "mode":
         monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert choose_trackers(["wandb"]) == ["wandb"]
-    assert os.environ.get("WANDB_MODE") == mode and OFFLINE not in caplog.text
+    keep_wandb_offline()
+    modes = {None: "offline", "mode": "disabled"}
+    assert os.environ.get("WANDB_MODE") == modes.get(login)
+    assert ("nobody is logged in" in caplog.text) == (login is None)
 
 
 def test_the_real_trackers_log_losses_under_the_runs_name(

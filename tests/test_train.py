@@ -16,7 +16,7 @@ import pytest
 from helpers import runtime, stages
 from helpers.config import changed
 from helpers.data import preparation as data
-from helpers.errors import ConfigError, MissingInput
+from helpers.errors import ConfigError
 from helpers.grpo import rewards
 from helpers.models import adapters
 from helpers.runs import Run
@@ -35,12 +35,12 @@ from tests.test_train import length
 
 rewards.REWARDS["length"] = length
 
-class Kill(callbacks.TimedSaves):
+class Kill(callbacks.Stopwatch):
     def on_step_end(self, args, state, control, **_):
         if state.global_step == {step}:
             os.kill(os.getpid(), signal.SIGKILL)
 
-callbacks.TimedSaves = Kill
+callbacks.Stopwatch = Kill
 stages.train_stage(runs.open_run("test"), {stage!r})
 """
 
@@ -101,7 +101,6 @@ def test_a_killed_sft_goes_on_and_ends_where_it_would_have(
     assert 0.1 < part["supervised_fraction"] < 0.9
     for name in ("log_history.json", "curves.png", "samples.jsonl", "best.json"):
         assert (prepared.path / "sft" / name).stat().st_size > 0
-    assert any(bool((t != 0).any()) for t in adapter(prepared, "sft").values())
     assert prepared.report()["sft"] == part
 
     (prepared.path / "sft").rename(prepared.path / "whole")
@@ -118,44 +117,24 @@ def test_a_killed_sft_goes_on_and_ends_where_it_would_have(
 
 
 def test_a_run_killed_after_its_last_step_is_only_reported(prepared: Run) -> None:
-    part = stages.train_stage(prepared, "sft")
-    note = prepared.path / "sft" / inputs.NOTE
-    note.write_text(note.read_text().replace("true", "false"))
-    before = adapter(prepared, "sft")
-    again = stages.train_stage(prepared, "sft")
+    part, before = stages.train_stage(prepared, "sft"), adapter(prepared, "sft")
+    inputs.write_note(prepared, "sft", finished=False)
+    again, after = stages.train_stage(prepared, "sft"), adapter(prepared, "sft")
     for name in ("steps", "loss_last", "eval_loss_best", "best_step"):
         assert again[name] == part[name]
-    after = adapter(prepared, "sft")
     assert all(bool((before[name] == after[name]).all()) for name in before)
 
 
-def test_nothing_is_loaded_for_a_finished_stage(
-    prepared: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_finished_stage_is_reported_and_a_trainer_of_another_run_refused(
+    prepared: Run, run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = stages.train_stage(prepared, "sft")
     trainer = sft.build_sft(prepared, *train.load_for_training(prepared))
     assert train.fit(trainer, prepared) == part
-    monkeypatch.setattr(stages, "load_for_training", None)
+    monkeypatch.setattr(stages, "load_for_training", None)  # nothing is loaded
     assert stages.train_stage(prepared, "sft") == part
-    assert caplog.text.count("is finished") == 2
-
-
-def test_a_trainer_of_another_run_is_refused(
-    prepared: Run, run_factory: Callable[..., Run]
-) -> None:
-    trainer = sft.build_sft(prepared, *train.load_for_training(prepared))
     with pytest.raises(ConfigError, match="build it with the arguments of run 'other'"):
         train.fit(trainer, run_factory(name="other"))
-
-
-def test_a_stage_without_a_step_is_not_finished(
-    prepared: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = sft.build_sft(prepared, *train.load_for_training(prepared))
-    monkeypatch.setattr(trainer, "train", lambda **_: None)
-    with pytest.raises(ConfigError, match="sft took no optimiser step, .* 4?.*rows"):
-        train.fit(trainer, prepared)
-    assert "sft" not in prepared.report() and not inputs.is_finished(prepared, "sft")
 
 
 def test_a_killed_grpo_goes_on_with_the_rewards_and_weights_it_would_have_had(
@@ -176,13 +155,6 @@ def test_a_killed_grpo_goes_on_with_the_rewards_and_weights_it_would_have_had(
     resumed = adapter(prepared, "grpo")
     for name in whole:
         assert resumed[name] == pytest.approx(whole[name], abs=1e-6)
-
-
-def test_training_without_data_names_the_notebook_to_run(
-    run: Run, tokenizer: Any
-) -> None:
-    with pytest.raises(MissingInput, match="run notebook 01_data_prep"):
-        sft.label_rows(run, tokenizer)
 
 
 def test_a_length_that_cuts_answers_is_logged_with_one_that_does_not(
@@ -222,51 +194,29 @@ def test_a_packed_batch_has_the_loss_of_its_documents_apart(
     assert together == pytest.approx(response_loss(model, masked), abs=1e-5)
 
 
-# runs without all stages
-
-
-def test_a_run_without_eval_rows_reports_the_loss_it_went_by(
-    run_factory: Callable[..., Run],
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        (
+            {
+                "best_by": "loss",
+                "data__train": ["data_samples/sharegpt.jsonl"],
+                "data__eval": None,
+            },
+            "loss_best",
+        ),
+        ({"sft__eval_strategy": "no"}, None),
+    ],
+)
+def test_a_run_without_evaluations_reports_the_loss_it_went_by_if_any(
+    run_factory: Callable[..., Run], changes: dict[str, Any], name: str | None
 ) -> None:
-    run = run_factory(
-        stages=["sft"],
-        best_by="loss",
-        data__train=["data_samples/sharegpt.jsonl"],
-        data__eval=None,
-        data__problems=None,
-        data__test=None,
-        data__test_new=None,
-        sft={"max_steps": 2},
-    )
+    run = run_factory(stages=["sft"], sft__max_steps=1, **changes)
     part = stages.train_stage(run, "sft")
+    best = {key: value for key, value in part.items() if key.endswith("_best")}
     lowest = min(value for _, value in losses(run, "sft"))
-    assert part["loss_best"] == round(lowest, 4)
-    assert "eval_loss_best" not in part
-
-
-def test_a_loss_that_was_never_logged_is_not_reported_as_the_best(
-    run_factory: Callable[..., Run],
-) -> None:
-    run = run_factory(sft__max_steps=1, sft__eval_strategy="no", sft__warmup_steps=0)
-    part = stages.train_stage(run, "sft")
-    assert "eval_loss_best" not in part and "best_step" not in part
+    assert best == ({name: round(lowest, 4)} if name else {})
     assert (run.path / "sft" / "adapter").is_dir()
-
-
-# what the machine and the config decide together
-
-
-@pytest.mark.parametrize("asked", [True, False])
-def test_activations_are_recomputed_on_a_gpu_if_the_config_says_so(
-    run: Run, monkeypatch: pytest.MonkeyPatch, asked: bool
-) -> None:
-    config = changed(run.config, sft__gradient_checkpointing=asked)
-    t4 = runtime.Machine("local", "cuda", "Tesla T4", 14.7, (7, 5))
-    cpu = runtime.Machine("local", "cpu", "two cores", 8.0, None)
-    for machine, expected in ((t4, asked), (cpu, False)):
-        monkeypatch.setattr(runtime, "find_machine", lambda machine=machine: machine)
-        values = inputs.training_arguments(Run(run.path, config), "sft", run.path)
-        assert values["gradient_checkpointing"] == expected
 
 
 @pytest.mark.parametrize(("stage", "name"), [("sft", "SFT"), ("grpo", "GRPO")])
@@ -295,6 +245,7 @@ def test_what_a_config_leaves_open_is_trls_default_whoever_patched_trl(
     for open_ in ("gradient_accumulation_steps", "weight_decay", "warmup_steps"):
         assert values[open_] == plain.__dataclass_fields__[open_].default
     assert values["optim"] == "adamw_torch"  # TRL's, but not the fused one
+    assert values["per_device_eval_batch_size"] == values["per_device_train_batch_size"]
 
 
 def test_lora_that_a_config_leaves_open_is_pefts_default_in_either_engine(
@@ -310,32 +261,30 @@ def test_lora_that_a_config_leaves_open_is_pefts_default_in_either_engine(
     assert passed == {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none"}
 
 
-def test_an_evaluation_takes_the_batches_that_training_takes(
-    run_factory: Callable[..., Run],
-) -> None:
-    for name, rows in (("train", 2), ("eval", 4)):
-        run = run_factory(sft={f"per_device_{name}_batch_size": rows})
-        values = inputs.training_arguments(run, "sft", run.path)
-        assert values["per_device_eval_batch_size"] == rows
-
-
 @pytest.mark.parametrize(
-    ("dtype", "capability", "flags"),
+    ("dtype", "capability", "expected"),
     [
-        ("auto", (7, 5), (True, False)),
-        ("bfloat16", (7, 5), (True, False)),
-        ("auto", (8, 0), (False, True)),
-        ("float16", (8, 0), (True, False)),
+        ("auto", (7, 5), ["fp16", "gradient_checkpointing"]),
+        ("bfloat16", (7, 5), ["fp16", "gradient_checkpointing"]),
+        ("auto", (8, 0), ["bf16", "gradient_checkpointing"]),
+        ("float16", (8, 0), ["fp16", "gradient_checkpointing"]),
+        ("auto", None, ["use_cpu"]),
     ],
 )
-def test_the_trainer_computes_in_the_dtype_that_the_model_has(
+def test_the_trainer_computes_as_model_and_machine_do(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
     dtype: str,
-    capability: tuple[int, int],
-    flags: tuple[bool, bool],
+    capability: tuple[int, int] | None,
+    expected: list[str],
 ) -> None:
-    gpu = runtime.Machine("local", "cuda", "a GPU", 14.7, capability)
-    monkeypatch.setattr(runtime, "find_machine", lambda: gpu)
-    values = inputs.machine_arguments(changed(run.config, dtype=dtype), "sft")
-    assert (values["fp16"], values["bf16"]) == flags
+    device = "cuda" if capability else "cpu"
+    machine = runtime.Machine("local", device, "a machine", 14.7, capability)
+    monkeypatch.setattr(runtime, "find_machine", lambda: machine)
+    names = ("fp16", "bf16", "use_cpu", "gradient_checkpointing")
+    for recompute in (True, False):
+        changes = {"dtype": dtype, "sft__gradient_checkpointing": recompute}
+        changed_run = Run(run.path, changed(run.config, **changes))
+        values = inputs.training_arguments(changed_run, "sft", run.path)
+        flags = [name for name in names if values[name]]
+        assert flags == expected[: None if recompute or not capability else -1]

@@ -16,8 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from helpers.config import complete
 from helpers.grpo import diagnostics
 from helpers.runs import Run, write_json
-from helpers.training.inputs import read_note
-from helpers.training.plots import draw_diagnostics
+from helpers.training.inputs import draw_diagnostics, read_note
 
 if TYPE_CHECKING:
     from pandas import DataFrame

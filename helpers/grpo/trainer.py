@@ -148,8 +148,6 @@ def build_grpo(
         callbacks=[
             monitor.LivePanel(run),
             callbacks.BestAdapter(folder / "adapter", "eval_reward"),
-            callbacks.TimedSaves(config.save_minutes),
-            callbacks.SkippedSteps(),
             monitor.Clock(folder, config.grpo_minutes),
         ],
     )

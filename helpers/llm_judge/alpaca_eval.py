@@ -22,8 +22,7 @@ from helpers.data.formats import Row
 from helpers.errors import DataError, JudgeError
 from helpers.inference.generation import Answer, Prompt, generate_batches
 from helpers.inference.items import answer_rows, find_adapters, model_print
-from helpers.llm_judge.judge import UNJUDGED, Judge
-from helpers.llm_judge.mt_bench import add_result, subsample
+from helpers.llm_judge.judge import UNJUDGED, Judge, add_result, subsample
 from helpers.models import load as models
 from helpers.runs import Run, fingerprint, write_json
 

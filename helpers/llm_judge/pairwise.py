@@ -18,8 +18,15 @@ from helpers.data.preparation import read_rows, write_rows
 from helpers.errors import DataError, JudgeError
 from helpers.evaluation.stats import proportion
 from helpers.evaluation.tables import percent
-from helpers.llm_judge.judge import UNJUDGED, Judge, no_verdict, read_winner
-from helpers.llm_judge.mt_bench import add_result, fill, read_fastchat
+from helpers.llm_judge.judge import (
+    UNJUDGED,
+    Judge,
+    add_result,
+    fill,
+    no_verdict,
+    read_fastchat,
+    read_winner,
+)
 from helpers.runs import Run
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""SFT: trainer arguments, resume, callbacks, plots."""
+"""Training: arguments, labelled rows, callbacks, and a `fit` that survives a kill."""
 
 import lazy_loader
 
@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "trainer": ["attach_lora", "fit", "load_for_training", "lora_arguments"],
-        "sft": ["PROMPTS", "label_rows", "sft_arguments"],
-        "callbacks": ["BestAdapter", "LiveSamples", "SkippedSteps", "TimedSaves"],
+        "sft": ["label_rows", "sft_arguments"],
+        "callbacks": ["BestAdapter", "LiveSamples"],
     },
 )

@@ -1,7 +1,6 @@
-"""Trainer callbacks: best adapter, live samples, timed saves, skipped fp16 steps.
+"""Callbacks for any `Trainer`: best adapter, live samples, clock, skipped fp16 steps.
 
-They work with any `Trainer`. Two members of a callback go into a stage's report:
-`reason`, why it stopped the training, and `report(history)`, more values.
+A stage's report takes in `reason`, why one stopped the training, and its `report()`.
 """
 
 from __future__ import annotations
@@ -11,28 +10,27 @@ import logging
 import math
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from helpers.inference.generation import reply
 from helpers.models.adapters import Witness, save_adapter
 from helpers.runs import write_json
 
 log = logging.getLogger(__name__)
-Entry = dict[str, Any]
-"""An entry of TRL's log history."""
+Entry = dict[str, Any]  # of TRL's log history
+PATIENCE = 10  # skipped steps in a row
+FILE = Path(__file__).with_name("eval_prompts.jsonl")
+PROMPTS = [json.loads(row)["prompt"] for row in FILE.read_text("utf-8").splitlines()]
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Returns the newest complete checkpoint in a folder, None when there is none.
-
-    `trainer_state.json` is written last: a kill leaves none, or half of it.
-    """
-    complete = []
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+    """Returns the newest complete checkpoint in a folder, None when there is none."""
+    complete = []  # a kill leaves no state, or half of it: it is written last
+    for path in folder.glob("checkpoint-*"):
         try:
             state = json.loads((path / "trainer_state.json").read_text())
         except (OSError, json.JSONDecodeError):
@@ -42,35 +40,42 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 class Stopwatch(TrainerCallback):
-    """Adds `seconds` to the log history: training time up to an entry, all sessions."""
+    """Logs `seconds`, trained in all sessions, and saves a checkpoint by the clock."""
 
-    started = 0.0
+    def __init__(self, save_minutes: float) -> None:
+        self.save_s, self.started, self.saved = 60 * save_minutes, 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         before = max((e.get("seconds", 0.0) for e in state.log_history), default=0.0)
-        self.started = time.monotonic() - before
+        self.saved = time.monotonic()
+        self.started = self.saved - before
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.log_history[-1]["seconds"] = round(time.monotonic() - self.started, 2)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.saved = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if time.monotonic() - self.saved >= self.save_s:
+            control.should_save = True
 
 
 class BestAdapter(TrainerCallback):
     """Keeps the adapter of the lowest loss, or of the highest reward, in a folder.
 
-    Only a complete adapter replaces the folder. `best.json` beside it holds the value,
-    from which a resumed run goes on.
+    `best.json` beside it holds the value, from which a resumed run goes on.
 
     Args:
         folder: where the adapter goes.
         by: a logged value, like `eval_loss`; one that ends in `reward` is better when
             it is greater, and of equals the later one is kept.
-        witness: see `save_adapter`; `trainer.fit` sets it.
     """
 
-    def __init__(
-        self, folder: Path, by: str = "eval_loss", witness: Witness | None = None
-    ) -> None:
-        self.folder, self.by, self.witness = folder, by, witness
+    witness: Witness | None = None  # see `save_adapter`; `fit` sets it
+
+    def __init__(self, folder: Path, by: str = "eval_loss") -> None:
+        self.folder, self.by = folder, by
         self.note = folder.with_name("best.json")
         self.rewarded = by.endswith("reward")
         self.best, self.step = -math.inf if self.rewarded else math.inf, 0
@@ -99,93 +104,60 @@ class BestAdapter(TrainerCallback):
         if not self.rewarded:
             return {f"{self.by}_best": round(self.best, 4), "best_step": self.step}
         first = next(entry[self.by] for entry in history if self.by in entry)
-        values = {"held_out_first": first, "held_out_best": self.best}
-        return values | {"best_step": self.step}
+        part = {"held_out_first": first, "held_out_best": self.best}
+        return part | {"best_step": self.step}
 
 
+@dataclass(eq=False)
 class LiveSamples(TrainerCallback):
-    """Shows and keeps the answer to a random prompt of a list at each epoch's end.
+    """Logs and keeps the answer to one of a few prompts, drawn at each epoch's end.
 
     Args:
         tokenizer: of the model in training.
-        prompts: the list.
         path: a JSON-lines file that collects step, prompt and answer.
         system_prompt: the system turn that the model is trained with.
-        max_new_tokens: answers are cut here.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: list[str],
-        path: Path,
-        *,
-        system_prompt: str = "",
-        max_new_tokens: int = 96,
-    ) -> None:
-        self.tokenizer, self.prompts, self.path = tokenizer, prompts, path
-        self.options: dict[str, Any] = {"system_prompt": system_prompt}
-        self.options["max_new_tokens"] = max_new_tokens
+    tokenizer: PreTrainedTokenizerBase
+    path: Path
+    system_prompt: str = ""
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if not state.is_world_process_zero:
             return
         # a generator of its own: drawing a sample must not change the order of rows
-        prompt = random.Random(args.seed + state.global_step).choice(self.prompts)
-        answer = reply(more["model"], self.tokenizer, prompt, **self.options)
+        prompt = random.Random(args.seed + state.global_step).choice(PROMPTS)
+        system, model = self.system_prompt, more["model"]
+        answer = reply(
+            model, self.tokenizer, prompt, system_prompt=system, max_new_tokens=96
+        )
         log.info(f"step {state.global_step} | {prompt}\n    -> {answer}")
         sample = {"step": state.global_step, "prompt": prompt, "answer": answer}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
 
-class TimedSaves(TrainerCallback):
-    """Saves a checkpoint whenever this many minutes have passed since the last."""
-
-    def __init__(self, minutes: float) -> None:
-        self.minutes, self.last = minutes, time.monotonic()
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.last = time.monotonic()
-
-    on_save = on_train_begin
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if time.monotonic() - self.last >= 60 * self.minutes:
-            control.should_save = True
-        return control
-
-
 class SkippedSteps(TrainerCallback):
-    """Counts optimiser steps that fp16's loss scaler skipped, and stops on too many.
+    """Counts the steps that fp16's loss scaler skipped; stops after ten in a row.
 
-    The first one to three are normal while the scale is sought; a run that goes on
-    skipping learns nothing.
-
-    Args:
-        patience: this many skipped steps in a row stop the training.
+    The first one to three are normal while the scale is sought.
     """
 
-    def __init__(self, patience: int = 10) -> None:
-        self.patience, self.count, self.in_a_row = patience, 0, 0
-        self.reason = ""
+    count = in_a_row = 0
+    reason = ""
 
-    def on_step_end(
-        self, args: Any, state: Any, control: TrainerControl, **more: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         skipped = bool(getattr(more.get("optimizer"), "step_was_skipped", False))
         self.count += skipped
         self.in_a_row = self.in_a_row + 1 if skipped else 0
-        if self.in_a_row >= self.patience:
+        if self.in_a_row >= PATIENCE:
             self.reason = (
-                f"stopped at step {state.global_step}: {self.in_a_row} optimiser steps "
-                "in a row were skipped because gradients overflow in fp16; lower the "
-                "learning rate, or train in 16bit weights or on a GPU with bf16"
+                f"stopped at step {state.global_step}: {PATIENCE} steps in a row were "
+                "skipped because gradients overflow in fp16; lower the learning rate, "
+                "or train in 16bit weights or on a GPU with bf16"
             )
             log.warning(self.reason)
             control.should_training_stop = True
-        return control
 
     def report(self, history: list[Entry]) -> dict[str, Any]:
         """Returns the number of skipped steps."""

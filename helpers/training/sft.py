@@ -1,14 +1,9 @@
-"""SFT: its arguments, its labelled rows, and the trainer of the command line.
-
-Notebook 02 constructs the same objects in its cells.
-"""
+"""SFT: its arguments, its labelled rows, and its trainer, as notebook 02 builds it."""
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 log = logging.getLogger(__name__)
-FILE = Path(__file__).with_name("eval_prompts.jsonl")
-PROMPTS = [json.loads(row)["prompt"] for row in FILE.read_text("utf-8").splitlines()]
-"""One of these is answered at each epoch's end."""
+# tokenised rows go when this process ends
+SCRATCH = tempfile.TemporaryDirectory(prefix="tunebook-")
 
 
 def sft_arguments(run: Run) -> dict[str, Any]:
@@ -40,18 +34,9 @@ def sft_arguments(run: Run) -> dict[str, Any]:
 
 
 def is_not_about_packing(record: logging.LogRecord) -> bool:
-    """Returns False for TRL's warning that packed rows may attend to each other.
-
-    It looks for FlashAttention. Since 5.x transformers keeps packed documents apart
-    with SDPA too, by the position ids; `tests/test_train.py` holds it to that.
-    """
+    """Returns False for TRL's warning that packed rows may attend to each other."""
+    # transformers keeps them apart by position ids, see `tests/test_train.py`
     return "supported Flash Attention variant" not in record.getMessage()
-
-
-@cache
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    """Returns a folder for tokenised rows that goes when this process ends."""
-    return tempfile.TemporaryDirectory(prefix="tunebook-")
 
 
 def label_rows(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
@@ -70,10 +55,9 @@ def label_rows(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Datase
     """
     config, folder = run.config, open_stage(run, "sft")
     rows: dict[str, Dataset] = {}
-    for part in ("train", "eval"):
-        if part not in data.parts_of(config.data):
-            continue
-        file = Path(scratch().name) / f"{config.name}-{part}.arrow"
+    parts = data.parts_of(config.data)
+    for part in [name for name in ("train", "eval") if name in parts]:
+        file = Path(SCRATCH.name) / f"{config.name}-{part}.arrow"
         file.unlink(missing_ok=True)  # an earlier trainer may still read it
         conversations = data.stream_rows(run.require(f"data/{part}.jsonl"))
         masked = mask_conversations(
@@ -97,20 +81,12 @@ def label_rows(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Datase
 def build_sft(
     run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Trainer:
-    """Returns the SFT trainer of a run, as notebook 02 constructs it.
-
-    Args:
-        run: with `data/` prepared.
-        model: with LoRA attached, from `load_for_training`.
-        tokenizer: of the model.
-
-    Raises:
-        MissingInput, ConfigError, DataError: see `label_rows`.
-    """
+    """Returns the SFT trainer of a run, for a model from `load_for_training`."""
     from trl import SFTConfig, SFTTrainer
 
     config, folder = run.config, run.path / "sft"
     rows = label_rows(run, tokenizer)
+    samples = folder / "samples.jsonl"
     return SFTTrainer(
         model=model,
         args=SFTConfig(**sft_arguments(run)),
@@ -119,13 +95,6 @@ def build_sft(
         processing_class=tokenizer,
         callbacks=[
             callbacks.BestAdapter(folder / "adapter", config.best_by),
-            callbacks.TimedSaves(config.save_minutes),
-            callbacks.SkippedSteps(),
-            callbacks.LiveSamples(
-                tokenizer,
-                PROMPTS,
-                folder / "samples.jsonl",
-                system_prompt=config.system_prompt,
-            ),
+            callbacks.LiveSamples(tokenizer, samples, config.system_prompt),
         ],
     )

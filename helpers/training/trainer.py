@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import runtime
-from helpers.config import Stage
-from helpers.data import preparation as data
+from helpers.config import Stage, complete
 from helpers.errors import ConfigError
 from helpers.masking.templates import render
 from helpers.models import adapters
 from helpers.models import load as models
 from helpers.runs import Run, write_json
 from helpers.training import callbacks, inputs
-from helpers.training.plots import draw_diagnostics
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -44,6 +41,9 @@ def attach_lora(
     """Returns the model with fresh LoRA matrices to train, the base frozen.
 
     Unsloth or PEFT attaches them here, so that the trainer needs no `peft_config`.
+
+    Raises:
+        ModelError: the model or a saved adapter cannot follow a setting.
     """
     plain = type(lora)(task_type=lora.task_type)
     values = {
@@ -57,9 +57,9 @@ def attach_lora(
 
 def lora_options(run: Run, stage: Stage) -> dict[str, Any]:
     """Returns what attaching and loading LoRA have in common."""
-    recompute = inputs.machine_arguments(run.config, stage)["gradient_checkpointing"]
+    checkpointing = complete(run.config, stage)["gradient_checkpointing"]
     names = run.config.model_dump(include={"engine", "seed"})
-    return names | {"checkpointing": recompute}
+    return names | {"checkpointing": checkpointing}
 
 
 def load_for_training(
@@ -77,20 +77,15 @@ def load_for_training(
     """
     from peft import LoraConfig
 
-    config = run.config
-    inputs.require_stage(config, stage)
-    model, tokenizer = models.load_model(config.model, **models.options(config))
+    inputs.require_stage(run.config, stage)
+    options = models.options(run.config)
+    model, tokenizer = models.load_model(run.config.model, **options)
     if adapter is None:
         lora = LoraConfig(**lora_arguments(run))
         return attach_lora(run, model, lora, stage), tokenizer
-    options = lora_options(run, stage)
-    tuned = models.load_adapter(model, adapter, trainable=True, **options)
+    common = lora_options(run, stage)
+    tuned = models.load_adapter(model, adapter, trainable=True, **common)
     return tuned, tokenizer
-
-
-def open_wandb() -> Any:
-    """Returns the W&B run of this process, None without one."""
-    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 def keep_lora_fp32(model: PreTrainedModel) -> None:
@@ -103,15 +98,16 @@ def keep_lora_fp32(model: PreTrainedModel) -> None:
 def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     """Trains a stage, from its last checkpoint if it has one; returns its report.
 
-    Writes `adapter/` (the best one), `log_history.json` and `curves.png` to the stage's
-    folder. A finished stage is not trained again: its report is returned.
+    Saves a checkpoint each `save_minutes`; stops where fp16 skips every step. Writes
+    `adapter/` (the best), `log_history.json` and `curves.png` to the stage's folder. A
+    finished stage is not trained again: its report is returned.
 
     Args:
-        trainer: with arguments from `inputs.training_arguments`.
+        trainer: with the run's arguments, `sft_arguments` say.
         run: the run that it is for.
 
     Raises:
-        ConfigError: the trainer is of another run, or took no optimiser step.
+        ConfigError: the trainer is of another run.
         ModelError: the saved adapter does not compute what was trained.
     """
     folder = Path(trainer.args.output_dir).parent
@@ -126,8 +122,9 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
         return run.report()[stage]
     inputs.open_stage(run, stage)
     keep_lora_fp32(trainer.model)
-    trainer.add_callback(callbacks.Stopwatch())
-    witness = find_witness(run, trainer.processing_class)
+    trainer.add_callback(callbacks.Stopwatch(run.config.save_minutes))
+    trainer.add_callback(callbacks.SkippedSteps())
+    witness = find_witness(trainer.processing_class, run)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, callbacks.BestAdapter):
             callback.witness = witness
@@ -135,23 +132,14 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     if checkpoint is not None:
         log.info(f"{stage}: going on from {checkpoint.name}")
     if checkpoint is None or not restore_finished(trainer, checkpoint):
-        users_wandb = open_wandb()
         try:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        finally:  # else it would take in the next stage's curves
-            if users_wandb is None and open_wandb() is not None:
-                open_wandb().finish()
-    if trainer.state.global_step == 0:
-        raise ConfigError(
-            f"{stage} took no optimiser step, so nothing is learnt and nothing saved: "
-            f"{len(trainer.train_dataset)} rows, max_steps={trainer.args.max_steps}, "
-            f"{trainer.args.num_train_epochs:g} epochs; give more rows, or a smaller "
-            "batch"
-        )
+        finally:
+            end_wandb(trainer.args.run_name)
     if not (folder / "adapter").exists():  # no evaluation has chosen one
         adapters.save_adapter(trainer.model, folder / "adapter", witness)
     write_json(folder / "log_history.json", trainer.state.log_history)
-    draw_diagnostics(trainer.state.log_history, folder / "curves.png")
+    inputs.draw_diagnostics(trainer.state.log_history, folder / "curves.png")
     part = stage_report(trainer, folder)
     part["reloaded"] = compare_reloaded(run, folder / "adapter")
     run.write_part(stage, part)
@@ -161,11 +149,17 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     return part
 
 
+def end_wandb(name: str) -> None:
+    """Ends the W&B run of a stage, which would take in the next stage's curves."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None and wandb.run.name == name:
+        wandb.run.finish()
+
+
 def restore_finished(trainer: Trainer, checkpoint: Path) -> bool:
     """Returns whether a checkpoint is of the last step; restores it if it is.
 
-    A run killed between its last step and its report has nothing left to train, but
-    the trainer would take one step more on resuming.
+    The trainer would take one step more on resuming.
     """
     from transformers import TrainerState
 
@@ -198,33 +192,28 @@ def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
     if labels := inputs.read_note(folder / "labels.json"):
         part["supervised_fraction"] = round(labels["supervised_fraction"], 4)
         part |= {f"rows_{name}": labels[name] for name in ("dropped", "truncated")}
-    reasons = []
     for callback in trainer.callback_handler.callbacks:
-        part |= callback.report(history) if hasattr(callback, "report") else {}
-        reasons += [callback.reason] if getattr(callback, "reason", "") else []
-    return part | ({"stopped": "; ".join(reasons)} if reasons else {})
+        if hasattr(callback, "report"):
+            part |= callback.report(history)
+        if reason := getattr(callback, "reason", ""):
+            part["stopped"] = reason
+    return part
 
 
-def find_witness(run: Run, tokenizer: PreTrainedTokenizerBase) -> adapters.Witness:
-    """Returns the starts of the first few training rows, cut to the same length."""
+def find_witness(tokenizer: PreTrainedTokenizerBase, run: Run) -> adapters.Witness:
+    """Returns the ends of a few prompts, cut to the same length."""
     import torch
 
-    names = [n for n in ("train", "problems") if n in data.parts_of(run.config.data)]
-    rows = islice(data.stream_rows(run.require(f"data/{names[0]}.jsonl")), WITNESSES)
-    system = run.config.system_prompt
-    turns = [r.get("messages") or data.ask(r["question"], system) for r in rows]
-    texts = [render(tokenizer, messages) for messages in turns]
+    asked = [[{"role": "user", "content": p}] for p in callbacks.PROMPTS[:WITNESSES]]
+    texts = [render(tokenizer, turns, for_generation=True) for turns in asked]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     length = min(WITNESS_TOKENS, *map(len, ids))
-    starts = torch.tensor([row[:length] for row in ids])
-    return adapters.Witness(starts, models.half_of(run.config))
+    ends = torch.tensor([row[-length:] for row in ids])
+    return adapters.Witness(ends, models.half_of(run.config))
 
 
 def compare_reloaded(run: Run, adapter: Path) -> dict[str, float] | None:
-    """Returns how a saved adapter, loaded again, differs from the trained model.
-
-    None where the machine does not hold a second model, or no logits were kept.
-    """
+    """Returns how a saved adapter differs when loaded, None without memory for it."""
     import torch
 
     config, options = run.config, models.options(run.config)
