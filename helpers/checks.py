@@ -71,7 +71,7 @@ SILENT: list[tuple[str, Callable[[Any], bool], str]] = [
     ("task_type", lambda x: x in (None, "CAUSAL_LM"), "CAUSAL_LM, the only task here"),
 ]
 # in a trial nothing is written, and nothing of this machine is judged
-TRAINING = {"output_dir": "unused", "report_to": "none", "use_cpu": True}
+TRAINING = {"output_dir": "unused", "report_to": "none"}
 TRAINING |= {"fp16": False, "bf16": False}
 TRIAL: dict[str, dict[str, Any]] = {
     "sft": TRAINING,
@@ -198,8 +198,14 @@ def trial_fault(group: str, values: dict[str, Any]) -> dict[str, str]:
     # of several processes each would start their group before a model is loaded
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return {}
+    import torch
+
+    trial = values | TRIAL[group]
+    if group in ("sft", "grpo"):
+        # accelerate keeps the last device for the whole process: this machine's
+        trial["use_cpu"] = not torch.cuda.is_available()
     try:
-        library_class(group)(**values | TRIAL[group])
+        library_class(group)(**trial)
     except (ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
         text = " ".join(str(error).split())[:300]
         owner = {v: n for n, v in values.items() if isinstance(v, str)}

@@ -79,6 +79,7 @@ def require_prompts(run: Run) -> None:
 
     TRL drops an incomplete batch, so that such a run would end without a step.
     """
+    import torch
     from trl import GRPOConfig
 
     if not (run.path / "data" / "problems.jsonl").exists():
@@ -87,7 +88,9 @@ def require_prompts(run: Run) -> None:
     names = ["per_device_train_batch_size", "gradient_accumulation_steps"]
     names += ["num_generations", "steps_per_generation", "generation_batch_size"]
     sizes = {name: values[name] for name in names}
-    settings = GRPOConfig(use_cpu=True, bf16=False, report_to="none", **sizes)
+    # on this machine's device: accelerate keeps the last one for the whole process
+    cpu = not torch.cuda.is_available()
+    settings = GRPOConfig(use_cpu=cpu, bf16=False, report_to="none", **sizes)
     needed = settings.generation_batch_size // settings.num_generations
     if count < needed:
         raise ConfigError(
