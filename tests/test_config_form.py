@@ -156,7 +156,7 @@ def test_an_error_without_a_field_stands_in_the_list(form, line) -> None:
         ("sft", "sft.max_steps", "4.5", "found 4.5; expected"),
         ("sft", "sft.learning_rate", "<b>1</b>", "found '<b>1</b>'"),
         ("sft", "lora.target_modules", '["q_prj"]', "did you mean 'q_proj'"),
-        ("sft", "template", "no/such.jinja", "the path of a Jinja file"),
+        ("sft", "template", "no/such.jinja", "nor a file"),
         ("grpo", "grpo.num_generations", "3", "divisible by num_generations"),
     ],
 )
