@@ -123,7 +123,7 @@ class EvaluationConfig(BaseModel):
         """Refuses labels that are none, or no names of different classes."""
         names = {label.strip() for label in value or []} - {""}
         if value is not None and len(names) < max(1, len(value)):
-            raise ValueError("different labels expected, none empty; or null")
+            raise ValueError("one or more different labels expected, or null")
         return value
 
 

@@ -104,7 +104,7 @@ def test_a_value_typed_into_the_page_is_what_the_next_cell_and_the_file_have(
     expect(steps).to_have_value("4")
     steps.fill("4.5")
     steps.press("Tab")
-    expect(form.get_by_text("found 4.5; expected int")).to_be_visible()
+    expect(form.get_by_text("found 4.5; expected a valid integer")).to_be_visible()
     save = form.get_by_role("button", name="Save")
     expect(save).to_be_disabled()
     steps.fill("7")
