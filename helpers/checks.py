@@ -71,7 +71,7 @@ SILENT: list[tuple[str, Callable[[Any], bool], str]] = [
     ("task_type", lambda x: x in (None, "CAUSAL_LM"), "CAUSAL_LM, the only task here"),
 ]
 # in a trial nothing is written, and nothing of this machine is judged
-TRAINING = {"output_dir": "unused", "report_to": "none"}
+TRAINING: dict[str, Any] = {"output_dir": "unused", "report_to": "none"}
 TRAINING |= {"fp16": False, "bf16": False}
 TRIAL: dict[str, dict[str, Any]] = {
     "sft": TRAINING,
