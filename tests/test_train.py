@@ -202,16 +202,17 @@ def test_a_packed_batch_has_the_loss_of_its_documents_apart(
                 "best_by": "loss",
                 "data__train": ["data_samples/sharegpt.jsonl"],
                 "data__eval": None,
+                "sft": {"max_steps": 1},
             },
             "loss_best",
         ),
-        ({"sft__eval_strategy": "no"}, None),
+        ({"sft__max_steps": 1, "sft__eval_strategy": "no"}, None),
     ],
 )
 def test_a_run_without_evaluations_reports_the_loss_it_went_by_if_any(
     run_factory: Callable[..., Run], changes: dict[str, Any], name: str | None
 ) -> None:
-    run = run_factory(stages=["sft"], sft__max_steps=1, **changes)
+    run = run_factory(stages=["sft"], **changes)
     part = stages.train_stage(run, "sft")
     best = {key: value for key, value in part.items() if key.endswith("_best")}
     lowest = min(value for _, value in losses(run, "sft"))
