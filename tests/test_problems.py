@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from helpers.config import SYSTEM_PROMPT
+from helpers.data import load_rows
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
 from helpers.grpo import answers, problems
@@ -84,7 +85,7 @@ def test_held_out_problems_are_eval_rows_and_all_problems_are_trained_on(
     data.prepare(run)
     left, held_out = problems.split_problems(run)
     assert (len(left), len(held_out)) == (2400, 4)
-    rows = data.load_rows(run.config.data.eval or "")
+    rows = load_rows(run.config.data.eval or "")
     asked = [problem["prompt"][-1]["content"] for problem in held_out]
     assert asked == [row["question"] for row in rows[:4]]
     assert held_out[0]["gold"] == rows[0]["answer"].split("#### ")[1]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from helpers import recipes
 from helpers.data import preparation as data
+from helpers.data.reading import to_problems
 from helpers.grpo import rewards
 from helpers.grpo.answers import is_correct
 
@@ -222,7 +223,7 @@ def test_every_answer_of_a_data_set_earns_all_there_is(path):
     if not path.exists():
         pytest.skip("GSM8K not found: set TUNEBOOK_GSM8K to its train.jsonl")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    problems = data.to_problems(rows, str(path))
+    problems = to_problems(rows, str(path))
     columns = {
         "completions": [p["answer"] for p in problems],
         "gold": [p["gold"] for p in problems],
