@@ -73,7 +73,8 @@ def count_steps(config: RunConfig, stage: Stage, rows: int | None = None) -> int
         return values["max_steps"]
     if rows is None or values.get("packing"):
         return None
-    rows *= values.get("num_generations", 1)  # GRPO: answers of a problem
+    if stage == "grpo":  # answers of a problem
+        rows *= values["num_generations"]
     an_epoch = math.ceil(rows / step_rows(config, stage))
     return math.ceil(values["num_train_epochs"] * an_epoch)
 

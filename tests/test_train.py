@@ -47,7 +47,7 @@ stages.train_stage(runs.open_run("test"), {stage!r})
 
 def length(completions: list[Any], **_: Any) -> list[float | None]:
     """A reward of one's own that random text spreads: its length, modulo seven."""
-    return [float(len(rewards.text_of(c)) % 7) for c in completions]
+    return [float(len(text) % 7) for text in rewards.own_texts(completions, None)]
 
 
 @pytest.fixture(autouse=True)

@@ -84,9 +84,9 @@ class Clock(TrainerCallback):
         measures, minutes = args.eval_strategy != "no", f"{self.total_s / 60:g} minutes"
         every_s = max(self.total_s / EVALUATIONS, self.evaluation_s / EVALUATION_SHARE)
         if len(self.step_s) == 2:
-            steps = (1 - self.evaluation_s / every_s) * left_s / next_s
-            steps = state.global_step + max(0, int(steps))
-            log.info(f"{next_s:.1f} s a step: about {steps} steps fit into {minutes}")
+            steps = state.global_step + max(0, int(left_s / next_s))
+            text = f"{next_s:.1f} s a step: about {steps} steps fit into {minutes}"
+            log.info(f"{text}, less what evaluations take")
         is_due = measures and self.used_s - self.evaluated_s >= every_s
         is_over = left_s <= self.evaluation_s * measures + next_s / 2
         # each process has its own clock: the main one's counts
