@@ -289,3 +289,19 @@ def test_the_trainer_computes_as_model_and_machine_do(
         values = inputs.training_arguments(changed_run, "sft", run.path)
         flags = [name for name in names if values[name]]
         assert flags == expected[: None if recompute or not capability else -1]
+
+
+def test_a_run_without_an_optimiser_step_is_an_error(
+    run_factory: Callable[..., Run],
+) -> None:
+    run = run_factory(
+        stages=["sft"],
+        data__train_rows=4,
+        sft__dataloader_drop_last=True,
+        sft__packing=False,
+        sft__per_device_train_batch_size=64,
+        sft__max_steps=2,
+    )
+    with pytest.raises(ConfigError, match="sft took no optimiser step"):
+        stages.train_stage(run, "sft")
+    assert not (run.path / "sft" / "adapter").exists()

@@ -136,6 +136,11 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         finally:
             end_wandb(trainer.args.run_name)
+    if trainer.state.global_step == 0:
+        raise ConfigError(
+            f"{stage} took no optimiser step, so nothing is learnt and nothing saved: "
+            f"{len(trainer.train_dataset)} rows; give more rows, or a smaller batch"
+        )
     if not (folder / "adapter").exists():  # no evaluation has chosen one
         adapters.save_adapter(trainer.model, folder / "adapter", witness)
     write_json(folder / "log_history.json", trainer.state.log_history)
