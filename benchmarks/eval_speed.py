@@ -62,11 +62,11 @@ def measure(
     import torch
 
     from helpers.config import SYSTEM_PROMPT
-    from helpers.data import preparation as data
+    from helpers.data.formats import ask
     from helpers.evaluation import gsm8k
     from helpers.inference.generation import fitting_rows, generate, inference
 
-    prompts = [data.ask(p["question"], SYSTEM_PROMPT) for p in problems]
+    prompts = [ask(p["question"], SYSTEM_PROMPT) for p in problems]
 
     def ours(count: int) -> list[str]:
         found = generate(
@@ -144,7 +144,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     from helpers.data.sources import load_rows
     from helpers.models import load as models
 
-    engine = models.resolve_engine(given.engine)
+    engine = runtime.resolve_engine(given.engine)
     runtime.start(engine)
     model, tokenizer = models.load_model(
         given.model, engine=engine, weights=given.weights, adapter=given.adapter

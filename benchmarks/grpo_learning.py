@@ -157,7 +157,7 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
     from helpers import recipes, runs, stages
     from helpers.config import changed
     from helpers.data import preparation as data
-    from helpers.training import inputs, sft
+    from helpers.training import sft
     from helpers.training import trainer as train
 
     origin, _, setting = name.partition("-")
@@ -208,8 +208,8 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
     return {
         "after": evaluate(run, stage, run.path / stage / "adapter"),
         "trained": part,
-        "best": inputs.read_note(run.path / stage / "best.json"),
-        "prompts": inputs.read_note(run.path / stage / "prompts.json"),
+        "best": runs.read_json(run.path / stage / "best.json"),
+        "prompts": runs.read_json(run.path / stage / "prompts.json"),
         "config": config.grpo if stage == "grpo" else config.sft,
         "history": [
             {k: v for k, v in e.items() if k in kept}
@@ -225,6 +225,7 @@ def solved_at_times(run: Any, count: int) -> str:
     from helpers import rollout
     from helpers.config import complete
     from helpers.data import preparation as data
+    from helpers.data.formats import ask
     from helpers.grpo.rewards import correctness
     from helpers.training import trainer as train
 
@@ -236,7 +237,7 @@ def solved_at_times(run: Any, count: int) -> str:
     drawn = {n: values[n] for n in ("temperature", "top_p", "top_k", "min_p")}
     drawn["max_new_tokens"] = values["max_completion_length"]
     system = run.config.system_prompt
-    prompts = [data.ask(row["question"], system) for row in rows for _ in range(8)]
+    prompts = [ask(row["question"], system) for row in rows for _ in range(8)]
     answers = rollout.Sampler(model).generate(
         tokenizer, prompts, batch_size=64, sampling=drawn
     )
@@ -252,13 +253,12 @@ def solved_at_times(run: Any, count: int) -> str:
 
 def job(name: str, given: argparse.Namespace) -> None:
     """Does one job in this process; its result goes to the runs and to OUT."""
-    from helpers import runs
-    from helpers.models import load as models
+    from helpers import runs, runtime
 
     started = time.perf_counter()
     os.environ["TUNEBOOK_RUNS"] = str(Path(given.runs).resolve())
     result = go_on(name, given) if "-" in name else start(name, given)
-    engine = models.resolve_engine(runs.open_run(name).config.engine)
+    engine = runtime.resolve_engine(runs.open_run(name).config.engine)
     result |= {"name": name, "engine": engine, "minutes": given.minutes}
     result["seconds"] = round(time.perf_counter() - started, 1)
     runs.write_json(result_file(name, given), result)

@@ -126,13 +126,13 @@ def real_outputs(
     """Returns answers of a model, greedy ones and drawn ones."""
     from helpers import runtime
     from helpers.config import SYSTEM_PROMPT
-    from helpers.data import preparation as data
+    from helpers.data.formats import ask
     from helpers.inference.generation import generate
 
     found = []
     for sampling in (None, {"temperature": 1.0}):
         runtime.seed_everything(0)
-        prompts = [data.ask(p["question"], SYSTEM_PROMPT) for p in problems]
+        prompts = [ask(p["question"], SYSTEM_PROMPT) for p in problems]
         answers = generate(
             model, tokenizer, prompts, max_new_tokens=64, sampling=sampling
         )

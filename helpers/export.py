@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from helpers import runtime
 from helpers.config import HELD_OUT, RunConfig, Stage
 from helpers.data import preparation as data
-from helpers.data.formats import Messages
+from helpers.data.formats import Messages, ask
 from helpers.errors import ModelError
 from helpers.grpo.answers import is_correct
 from helpers.inference.generation import generate
@@ -73,15 +73,15 @@ def export(run: Run, stage: Stage | None = None, prompts: int = 16) -> dict[str,
     del model
     runtime.free_memory()
 
-    part: dict[str, Any] = compare(trained, expected, expected, gold)
+    part: dict[str, Any] = compare_answers(trained, expected, expected, gold)
     part = {"trained": {"prompts": len(questions), **part}}
     # the adapter was trained on the weights as they were loaded
     dtype, _ = runtime.choose_dtype(runtime.find_machine(), config.dtype)
     quantised = load.quantization(weights, dtype, config.double_quant)
     own = str(dtype).removeprefix("torch."), quantised
     for name, loading in (("adapter", own), ("merged", ("auto", None))):
-        texts = ask(folder / name, *loading, questions, length)
-        values = compare(folder / name, texts, expected, gold)
+        texts = ask_plainly(folder / name, *loading, questions, length)
+        values = compare_answers(folder / name, texts, expected, gold)
         places = {"path": str(folder / name), "reloaded": reloaded[name]}
         part[name] = places | values
     part["peak_memory_gb"] = round(runtime.peak_memory_gb(), 3)
@@ -97,7 +97,7 @@ def held_out_prompts(run: Run, count: int) -> tuple[list[Messages], list[str]]:
     if "gold" not in rows[0]:
         return [data.first_question(row["messages"]) for row in rows], []
     system = run.config.system_prompt
-    return [data.ask(r["question"], system) for r in rows], [r["gold"] for r in rows]
+    return [ask(r["question"], system) for r in rows], [r["gold"] for r in rows]
 
 
 def merge(config: RunConfig, adapter: Path | str, folder: Path) -> None:
@@ -175,7 +175,7 @@ def answer_plainly(
     return answers
 
 
-def ask(folder: Path, *arguments: Any) -> Answers:
+def ask_plainly(folder: Path, *arguments: Any) -> Answers:
     """Returns what `answer_plainly` does, run in a process without this project."""
     source = inspect.getsource(answer_plainly)
     script = f"from __future__ import annotations\nimport json, sys\n{source}\n"
@@ -189,7 +189,7 @@ def ask(folder: Path, *arguments: Any) -> Answers:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(
+def compare_answers(
     folder: Path, answers: Answers, expected: Answers, gold: list[str]
 ) -> dict[str, float]:
     """Returns shares of answers; ModelError where they run on, unlike the expected."""

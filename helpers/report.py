@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,6 @@ class Report(BaseModel, extra="forbid"):
     blind: dict[str, dict[str, Any]] = {}
     export: dict[str, Any] = {}
     notebooks: dict[str, dict[str, float]] = {}
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Returns the parts of a report file, empty where there is no file."""
-    return check(json.loads(path.read_text("utf-8")) if path.exists() else {}, path)
 
 
 def check(values: dict[str, Any], path: Path) -> dict[str, Any]:

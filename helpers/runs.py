@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from helpers import recipes, report
 from helpers.config import RunConfig, read_config
@@ -51,20 +53,37 @@ class Run:
 
     def report(self) -> dict[str, Any]:
         """Returns `report.json` as it stands, empty before the first stage."""
-        return report.read(self.path / "report.json")
+        path = self.path / "report.json"
+        return report.check(read_json(path), path)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """Yields a file that replaces `path` once written: nobody meets half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            yield file
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a kill, never meets half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    """Writes a text file, whole or not at all."""
+    with new_file(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Writes JSON atomically, indented."""
+    """Writes JSON, indented, whole or not at all."""
     write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the content of a JSON file, empty when there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def fingerprint(*values: Any) -> str:

@@ -14,7 +14,7 @@ from helpers.evaluation import evaluator
 from helpers.grpo import trainer as grpo
 from helpers.grpo.problems import require_prompts
 from helpers.runs import Run, save_run
-from helpers.training.inputs import NOTEBOOKS, is_finished, require_stage
+from helpers.training import inputs
 from helpers.training.sft import build_sft
 from helpers.training.trainer import fit, load_for_training
 
@@ -28,7 +28,7 @@ def ensure_ready(run: Run, stage: Stage) -> None:
         ConfigError: the run has no such stage, or cannot take a step of it.
         DataError: see `data.prepare` and `evaluator.check_labels`.
     """
-    require_stage(run.config, stage)
+    inputs.require_stage(run.config, stage)
     checks.require(checks.advise(run.config))
     data.ensure_data(run)
     evaluator.check_labels(run)
@@ -49,10 +49,11 @@ def ensure_adapter(run: Run, stage: Stage) -> Path | str | None:
         return run.config.sft_adapter
     if stage == "sft" and "sft" not in run.config.stages:
         return None
-    require_stage(run.config, stage)
+    inputs.require_stage(run.config, stage)
     path = run.path / stage / "adapter"
-    if not is_finished(run, stage):
-        log.info(f"no finished {path} ({NOTEBOOKS[stage]} makes it): training it now")
+    if not inputs.is_finished(run, stage):
+        notebook = inputs.NOTEBOOKS[stage]
+        log.info(f"no finished {path} ({notebook} makes it): training it now")
         train_stage(run, stage)
     return path
 
@@ -60,9 +61,8 @@ def ensure_adapter(run: Run, stage: Stage) -> Path | str | None:
 def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
     """Trains a stage, and what it needs before; returns its report."""
     ensure_ready(run, stage)
-    if is_finished(run, stage):
-        log.info(f"{stage} is finished; to train again, move {run.path / stage} away")
-        return run.report()[stage]
+    if part := inputs.finished_part(run, stage):
+        return part
     start = ensure_adapter(run, "sft") if stage == "grpo" else None
     model, tokenizer = load_for_training(run, stage, start)
     build = build_sft if stage == "sft" else grpo.build_grpo

@@ -13,6 +13,7 @@ from rows import turns, write
 
 from helpers import evaluation, stages
 from helpers.data import preparation as data
+from helpers.data.formats import ask
 from helpers.errors import ConfigError, DataError, MissingInput
 from helpers.evaluation import evaluator, gsm8k, stats
 from helpers.evaluation import text_metrics as metrics
@@ -112,7 +113,7 @@ def test_an_item_says_all_that_decided_its_verdicts(prepared: Prepare) -> None:
     problem = data.read_rows(run.path / "data" / "test.jsonl")[0]
     items = read_items(run, "base", "test")
     item = items[0]
-    assert item["prompt"] == data.ask(problem["question"], run.config.system_prompt)
+    assert item["prompt"] == ask(problem["question"], run.config.system_prompt)
     assert (item["id"], item["gold"]) == (problem["id"], problem["gold"])
     assert {"output", "extracted", "tokens", "stopped", *gsm8k.VERDICTS} <= set(item)
     assert item["seconds"] > 0

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers.data.formats import LEARNT, Fields, detect_format
-from helpers.data.preparation import ask
+from helpers.data.formats import LEARNT, Fields, ask, detect_format
 from helpers.data.reading import Reader, to_conversations
 from helpers.data.sources import load_rows
 from helpers.errors import DataError

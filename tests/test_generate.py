@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from helpers import runtime
 from helpers.data import preparation as data
+from helpers.data.formats import ask
 from helpers.errors import DataError
 from helpers.inference import chat, generation
 from helpers.models import load as models
@@ -156,7 +157,7 @@ def test_a_file_of_prompts_is_answered_as_each_would_be_alone(
         chat.generate_command("test", file=file, out=out)
     items = data.read_rows(out)
     assert [item["id"] for item in items] == [1, "two", 3]
-    assert items[1]["prompt"] == data.ask("Say two.", system)
+    assert items[1]["prompt"] == ask("Say two.", system)
     options = {"system_prompt": system, "max_new_tokens": 4}
     assert items[1]["output"] == generation.reply(*tiny, "Say two.", **options)
     assert f"3 answers in {out}" in caplog.text
@@ -176,9 +177,9 @@ def test_a_chat_remembers_what_was_said_until_a_new_one(
     chat.chat(*tiny, "Be brief.", SAMPLED)
     printed = capsys.readouterr().out
     runtime.seed_everything(0)
-    start = data.ask("Hello", "Be brief.")
+    start = ask("Hello", "Be brief.")
     first = generation.reply(*tiny, start, sampling=SAMPLED)
-    second_turn = [{"role": "assistant", "content": first}, *data.ask("And now?", "")]
+    second_turn = [{"role": "assistant", "content": first}, *ask("And now?", "")]
     second = generation.reply(*tiny, [*start, *second_turn], sampling=SAMPLED)
     third = generation.reply(*tiny, start, sampling=SAMPLED)
     assert len({first, second, third, ""}) == 4
@@ -199,7 +200,7 @@ def test_prompts_are_read_as_training_rows_are(
 ) -> None:
     (tmp_path / name).write_bytes(content.encode("utf-16"))
     prompts = [r["prompt"] for r in chat.read_prompts(tmp_path / name, "Be brief.")]
-    assert prompts == [data.ask(q, "Be brief.") for q in ("2 + 2? é", "A fruit.")]
+    assert prompts == [ask(q, "Be brief.") for q in ("2 + 2? é", "A fruit.")]
 
 
 def test_a_row_that_is_not_a_prompt_is_named_with_the_reason(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from helpers import report
-from helpers.runs import Run, write_json
+from helpers.runs import Run, read_json, write_json
 
 PUBLISHED = sorted((Path(__file__).parent.parent / "results").glob("demo_*.json"))
 
@@ -18,8 +18,9 @@ PUBLISHED = sorted((Path(__file__).parent.parent / "results").glob("demo_*.json"
 def test_published_reports_of_earlier_versions_fit(path: Path, tmp_path: Path) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     parts = {k: v for k, v in values.items() if k not in ("command", "conditions")}
-    write_json(tmp_path / "report.json", parts)
-    assert report.read(tmp_path / "report.json") == parts
+    file = tmp_path / "report.json"
+    write_json(file, parts)
+    assert report.check(read_json(file), file) == parts
 
 
 @pytest.mark.parametrize(

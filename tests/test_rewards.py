@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from helpers import recipes
-from helpers.data import preparation as data
+from helpers.data.formats import ask
 from helpers.data.reading import to_problems
 from helpers.grpo import rewards
 from helpers.grpo.answers import is_correct
@@ -109,7 +109,7 @@ def test_importing_the_rewards_loads_nothing_heavy(heavy_modules):
 # right, wrong, right number in the wrong format, tricks
 
 QUESTION = "Ann has 12 nuts and eats 5 of them.\nHow many nuts are left of her 12?"
-PROMPT = data.ask(QUESTION, "Solve step by step. End with a line like this: #### 42")
+PROMPT = ask(QUESTION, "Solve step by step. End with a line like this: #### 42")
 ALL = {"correctness": 1.0, "closeness": 0.2, "strict_format": 0.2, "soft_format": 0.1}
 ALL |= {"number_present": 0.1, "overlong": 0.2}
 RIGHT = "Ann has 12 - 5 = 7 nuts left.\n#### 7"
@@ -227,7 +227,7 @@ def test_every_answer_of_a_data_set_earns_all_there_is(path):
     columns = {
         "completions": [p["answer"] for p in problems],
         "gold": [p["gold"] for p in problems],
-        "prompts": [data.ask(p["question"], "Solve.") for p in problems],
+        "prompts": [ask(p["question"], "Solve.") for p in problems],
     }
     assert len(problems) == len(rows)
     for reward in rewards.REWARDS.values():

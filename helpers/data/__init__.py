@@ -5,9 +5,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "formats": ["detect_format"],
+        "formats": ["ask", "detect_format"],
         "sources": ["load_rows"],
         "reading": ["to_conversations"],
-        "preparation": ["ask", "ensure_data", "prepare", "read_rows"],
+        "preparation": ["ensure_data", "prepare", "read_rows"],
     },
 )

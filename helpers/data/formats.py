@@ -136,6 +136,17 @@ def is_solved(answer: str) -> bool:
     return "\n" not in final and parse_gold(answer) is not None
 
 
+def ask(question: str, system_prompt: str) -> Messages:
+    """Returns the prompt for a problem: the same in training, GRPO and evaluation.
+
+    Args:
+        question: the problem.
+        system_prompt: the first turn, none if empty.
+    """
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, {"role": "user", "content": question}]
+
+
 # values
 
 

@@ -8,39 +8,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import random
 import tempfile
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from helpers.config import HELD_OUT, DataConfig, Source
 from helpers.data.formats import Fields, Messages, Row
 from helpers.data.reading import SHOWN, Reader
 from helpers.data.sources import content_of, open_rows
 from helpers.errors import DataError
-from helpers.runs import Run, fingerprint
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from helpers.runs import Run, fingerprint, new_file
 
 log = logging.getLogger(__name__)
 PARTS = ["train", "problems", *HELD_OUT]  # the files of a run's `data/`
 SETS = ("eval", "problems", "test", "test_new")  # those with sources of their own
-
-
-def ask(question: str, system_prompt: str) -> Messages:
-    """Returns the prompt for a problem: the same in training, GRPO and evaluation.
-
-    Args:
-        question: the problem.
-        system_prompt: the first turn, none if empty.
-    """
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [*system, {"role": "user", "content": question}]
 
 
 def questions_of(messages: Messages) -> list[str]:
@@ -193,20 +178,6 @@ def open_reader(run: Run, source: str | Source, **options: Any) -> Reader:
     )
 
 
-def store(batches: Iterable[list[Row]], schema: Any, file: Path | None) -> Dataset:
-    """Returns batches of rows as a dataset in an Arrow file; in memory without one."""
-    import pyarrow as pa
-    from datasets import Dataset
-
-    sink = pa.OSFile(str(file), "wb") if file else pa.BufferOutputStream()
-    with sink, pa.ipc.new_stream(sink, schema) as writer:
-        for batch in batches:
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-    return (
-        Dataset.from_file(str(file)) if file else Dataset.from_buffer(sink.getvalue())
-    )
-
-
 class Mixed(NamedTuple):
     """A conversation that is stored in a file."""
 
@@ -340,19 +311,13 @@ def with_ids(chats: Iterable[Messages]) -> Iterator[Row]:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> tuple[int, str]:
     """Writes rows as JSON lines, whole or not at all; returns number, fingerprint."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     digest, count = hashlib.sha256(), 0
-    try:
-        with scratch.open("wb") as file:
-            for row in rows:
-                line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-                file.write(line)
-                digest.update(line)
-                count += 1
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with new_file(path) as file:
+        for row in rows:
+            line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+            file.write(line)
+            digest.update(line)
+            count += 1
     return count, digest.hexdigest()[:12]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from helpers import runtime
 from helpers.config import HELD_OUT, RunConfig
 from helpers.data import preparation as data
-from helpers.data.formats import Row
+from helpers.data.formats import Row, ask
 from helpers.errors import DataError
 from helpers.evaluation import gsm8k, stats, text_metrics
 from helpers.evaluation.tables import ACCURACIES, results_table
@@ -38,7 +38,7 @@ def to_prompts(config: RunConfig, rows: list[Row]) -> list[Row]:
     """Returns problems with their `prompt`, or the first turns of conversations."""
     if "question" in rows[0]:
         system = config.system_prompt
-        return [{**row, "prompt": data.ask(row["question"], system)} for row in rows]
+        return [{**row, "prompt": ask(row["question"], system)} for row in rows]
     prompts = []
     for row in rows[: config.evaluation.text_rows]:
         prompt = data.first_question(row["messages"])

@@ -15,8 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from helpers.config import complete
 from helpers.grpo import diagnostics
-from helpers.runs import Run, write_json
-from helpers.training.inputs import draw_diagnostics, read_note
+from helpers.runs import Run, read_json, write_json
+from helpers.training.inputs import draw_diagnostics
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -43,7 +43,7 @@ class Clock(TrainerCallback):
     def __init__(self, folder: Path, minutes: float | None) -> None:
         self.path, self.reason = folder / "clock.json", ""
         self.total_s = 60 * (minutes or 0)
-        self.before: float = read_note(self.path).get("used_s", 0.0)
+        self.before: float = read_json(self.path).get("used_s", 0.0)
         self.started = self.last = time.monotonic()
         self.step_s: list[float] = []
         self.evaluation_s, self.evaluated_s = 0.0, self.before
@@ -109,8 +109,8 @@ class Clock(TrainerCallback):
 class LivePanel(TrainerCallback):
     """Shows the diagnostics while training, and stops a run that collapses.
 
-    In a notebook in place, else as text. Counts the steps that fp16 skipped among what
-    is logged, so it comes before what tracks the logs.
+    In a notebook in place, else as text. Counts the steps that fp16 skipped in the
+    trainer's log history.
 
     Args:
         run: in training.
@@ -162,8 +162,8 @@ class LivePanel(TrainerCallback):
             "reward_first": round(sum(rewards[:ends]) / ends, 4),
             "reward_last": round(sum(rewards[-ends:]) / ends, 4),
             "reward_averaged_over_steps": ends,
-            "prompts_left_out": read_note(folder / "prompts.json")["left_out"],
-            "sampler": read_note(folder / "sampler.json")["name"],
+            "prompts_left_out": read_json(folder / "prompts.json")["left_out"],
+            "sampler": read_json(folder / "sampler.json")["name"],
         }
 
     def show(self, args: Any, state: TrainerState, last: bool = False) -> None:

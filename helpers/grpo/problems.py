@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from helpers.config import complete
 from helpers.data import preparation as data
+from helpers.data.formats import ask
 from helpers.errors import ConfigError
 from helpers.grpo.answers import parse_gold
 from helpers.masking.templates import render
@@ -40,7 +41,7 @@ def split_problems(run: Run) -> tuple[list[data.Row], list[data.Row]]:
         cut = max(1, len(questions) - config.grpo_held_out)
         questions, held_out = questions[:cut], questions[cut:]
     problems = [
-        {"prompt": data.ask(question, config.system_prompt), "gold": gold}
+        {"prompt": ask(question, config.system_prompt), "gold": gold}
         for question, gold in questions + held_out[: config.grpo_held_out]
     ]
     return problems[: len(questions)], problems[len(questions) :]

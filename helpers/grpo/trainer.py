@@ -20,7 +20,7 @@ else:
     Base = object  # TRL's class is put after this one once Unsloth has replaced it
 
 OPEN = ("num_generations", "max_completion_length", "temperature")  # TRL's default
-EVALUATIONS = 4  # of a run whose config names neither eval_steps nor grpo_minutes
+DEFAULT_EVALUATIONS = 4  # where neither eval_steps nor grpo_minutes is given
 
 
 class GreedyEvaluation(Base):
@@ -110,7 +110,7 @@ def grpo_arguments(run: Run) -> dict[str, Any]:
     if run.config.grpo_minutes:  # the clock evaluates, and ends the run
         return values | dict.fromkeys(["max_steps", "eval_steps"], monitor.ENDLESS)
     steps = values.get("max_steps") or -1
-    share = -(-steps // EVALUATIONS) if steps > 0 else 1 / EVALUATIONS
+    share = -(-steps // DEFAULT_EVALUATIONS) if steps > 0 else 1 / DEFAULT_EVALUATIONS
     return {"eval_steps": share} | values
 
 

@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from helpers.data.formats import Fields, Messages, Row, read_prompt
-from helpers.data.preparation import ask
+from helpers.data.formats import Fields, Messages, Row, ask, read_prompt
 from helpers.data.sources import open_rows
 from helpers.errors import DataError
 from helpers.inference.generation import generate_batches, reply

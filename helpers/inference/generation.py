@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from helpers.data.formats import Messages
+from helpers.data.formats import Messages, ask
 from helpers.masking.templates import render, stop_token_ids
 
 if TYPE_CHECKING:
@@ -167,6 +167,5 @@ def reply(
     if stream:
         options["streamer"] = TextStreamer(tokenizer, True, skip_special_tokens=True)
     if isinstance(prompt, str):
-        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        prompt = [*system, {"role": "user", "content": prompt}]
+        prompt = ask(prompt, system_prompt)
     return generate(model, tokenizer, [prompt], **options)[0].text

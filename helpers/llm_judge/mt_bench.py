@@ -144,7 +144,7 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     return summary | {"by_category": {str(name): means(part) for name, part in groups}}
 
 
-def scores_table(parts: dict[str, dict[str, Any]]) -> pd.DataFrame:
+def ratings_table(parts: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """Returns mean ratings, a row per category and a column per model."""
     columns = {}
     for label, part in parts.items():
@@ -196,7 +196,7 @@ def run_mt_bench(
         add_result(run, label, "mt_bench", parts[label])
     if not parts:
         return UNJUDGED
-    table, figure = scores_table(parts), Figure(layout="constrained")
+    table, figure = ratings_table(parts), Figure(layout="constrained")
     means, title = table.drop(index="not rated"), "MT-Bench, mean rating of 1 to 10"
     means.plot.barh(ax=figure.add_subplot(), xlim=(0, 10), title=title)
     figure.savefig(run.path / "eval" / "mt_bench.png", dpi=120)

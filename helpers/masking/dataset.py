@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.data.formats import Messages
-from helpers.data.preparation import store
 from helpers.errors import DataError, TemplateError
 from helpers.masking.spans import NO_LOSS, LossOn, Span, find_spans, label_tokens
 from helpers.masking.templates import answer_marks, stop_token_ids
@@ -181,6 +180,20 @@ def mask_conversations(
             f"Row 1 learns {text[:200]!r}"
         )
     return masked
+
+
+def store(batches: Iterable[list[Example]], schema: Any, file: Path | None) -> Dataset:
+    """Returns batches of rows as a dataset in an Arrow file; in memory without one."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    sink = pa.OSFile(str(file), "wb") if file else pa.BufferOutputStream()
+    with sink, pa.ipc.new_stream(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+    return (
+        Dataset.from_file(str(file)) if file else Dataset.from_buffer(sink.getvalue())
+    )
 
 
 def check_row(

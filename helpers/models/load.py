@@ -12,7 +12,6 @@ from helpers import runtime
 from helpers.errors import ModelError
 from helpers.masking.templates import prepare_tokenizer
 from helpers.models.hub import find_model, unknown_model
-from helpers.runtime import resolve_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,7 +88,7 @@ def load_model(
     Raises:
         ModelError: there is no such model, or the adapter does not fit it.
     """
-    engine, weights = resolve_engine(engine), resolve_weights(weights)
+    engine, weights = runtime.resolve_engine(engine), resolve_weights(weights)
     if engine == "unsloth":
         from unsloth import FastLanguageModel
     import torch
@@ -181,7 +180,7 @@ def load_adapter(
     from peft import PeftModel
 
     recompute = trainable and torch.cuda.is_available() and checkpointing is not False
-    unsloth = resolve_engine(engine) == "unsloth"
+    unsloth = runtime.resolve_engine(engine) == "unsloth"
     if not unsloth:
         model = prepare_quantised(model, recompute)
     torch.manual_seed(seed)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from helpers.inference.generation import reply
 from helpers.models.adapters import Witness, save_adapter
-from helpers.runs import write_json
+from helpers.runs import read_json, write_json
 
 log = logging.getLogger(__name__)
 Entry = dict[str, Any]  # of TRL's log history
@@ -81,8 +81,8 @@ class BestAdapter(TrainerCallback):
         self.best, self.step = -math.inf if self.rewarded else math.inf, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.note.exists() and self.folder.exists():
-            note = json.loads(self.note.read_text())
+        note = read_json(self.note)
+        if note and self.folder.exists():
             if note["step"] <= state.global_step and note["by"] == self.by:
                 self.best, self.step = note["value"], note["step"]
 

@@ -12,7 +12,7 @@ from helpers import runtime
 from helpers.config import RunConfig, Stage, complete, defaults
 from helpers.errors import ConfigError
 from helpers.masking.templates import template_text
-from helpers.runs import Run, content_hash, fingerprint, write_json
+from helpers.runs import Run, content_hash, fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,10 +85,10 @@ def open_stage(run: Run, stage: Stage) -> Path:
     """Returns a stage's folder, after renaming one that was made from other inputs."""
     require_stage(run.config, stage)
     folder = run.path / stage
-    note = read_note(folder / NOTE)
-    if note and note["fingerprint"] != made_from(run, stage):
-        old = note["inputs"]
-        new = json.loads(json.dumps(inputs_of(run, stage)))  # as the note was written
+    note = read_json(folder / NOTE)
+    inputs = inputs_of(run, stage)
+    if note and note["fingerprint"] != fingerprint(inputs):
+        old, new = note["inputs"], json.loads(json.dumps(inputs))  # as it was written
         names = sorted(k for k in old | new if old.get(k) != new.get(k))
         number = 1 + len(list(run.path.glob(f"{stage}.before-*")))
         aside = folder.rename(run.path / f"{stage}.before-{number}")
@@ -103,19 +103,24 @@ def open_stage(run: Run, stage: Stage) -> Path:
 
 def write_note(run: Run, stage: Stage, *, finished: bool) -> None:
     """Writes a stage's inputs, and whether it was trained to its end with them."""
-    note = {"fingerprint": made_from(run, stage), "finished": finished}
-    write_json(run.path / stage / NOTE, note | {"inputs": inputs_of(run, stage)})
+    inputs = inputs_of(run, stage)
+    note = {"fingerprint": fingerprint(inputs), "finished": finished}
+    write_json(run.path / stage / NOTE, note | {"inputs": inputs})
 
 
 def is_finished(run: Run, stage: Stage) -> bool:
     """Returns whether a stage was trained to its end from its present inputs."""
-    note = read_note(run.path / stage / NOTE)
+    note = read_json(run.path / stage / NOTE)
     return note.get("finished", False) and note["fingerprint"] == made_from(run, stage)
 
 
-def read_note(path: Path) -> dict[str, Any]:
-    """Returns the content of a stage's JSON file, empty when there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def finished_part(run: Run, stage: Stage) -> dict[str, Any] | None:
+    """Returns the report of a finished stage, with a note; None while there is none."""
+    if not is_finished(run, stage):
+        return None
+    folder = run.path / stage
+    log.info(f"{stage} is finished; to train again, move {folder} away")
+    return run.report()[stage]
 
 
 def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:

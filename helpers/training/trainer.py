@@ -13,7 +13,7 @@ from helpers.errors import ConfigError
 from helpers.masking.templates import render
 from helpers.models import adapters
 from helpers.models import load as models
-from helpers.runs import Run, write_json
+from helpers.runs import Run, read_json, write_json
 from helpers.training import callbacks, inputs
 
 if TYPE_CHECKING:
@@ -117,9 +117,8 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
             f"the trainer writes to {folder}, not into {run.path}: build it with the "
             f"arguments of run {run.config.name!r}"
         )
-    if inputs.is_finished(run, stage):
-        log.info(f"{stage} is finished; to train again, move {folder} away")
-        return run.report()[stage]
+    if part := inputs.finished_part(run, stage):
+        return part
     inputs.open_stage(run, stage)
     keep_lora_fp32(trainer.model)
     trainer.add_callback(callbacks.Stopwatch(run.config.save_minutes))
@@ -194,7 +193,7 @@ def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
         part |= {"loss_first": round(losses[0], 4), "loss_last": round(losses[-1], 4)}
         tokens = state.num_input_tokens_seen
         part["tokens_per_second"] = round(tokens / max(seconds, 0.01), 1)
-    if labels := inputs.read_note(folder / "labels.json"):
+    if labels := read_json(folder / "labels.json"):
         part["supervised_fraction"] = round(labels["supervised_fraction"], 4)
         part |= {f"rows_{name}": labels[name] for name in ("dropped", "truncated")}
     for callback in trainer.callback_handler.callbacks:
