@@ -155,7 +155,7 @@ def run_ours(path: Path) -> tuple[Any, Meter]:
     """Returns our packed rows."""
     from trl import pack_dataset
 
-    from helpers.data.preparation import stream_rows
+    from helpers.files import stream_rows
     from helpers.masking.dataset import mask_conversations
 
     tokenizer = load_tokenizer()
@@ -258,7 +258,7 @@ def one(path: str, file: Path) -> None:
 
 def call(path: str, count: int, folder: Path) -> dict[str, Any]:
     """Returns what a path took in a process of its own."""
-    from helpers.data.preparation import write_rows
+    from helpers.files import write_rows
 
     file = folder / f"{count}.jsonl"
     if not file.exists():
@@ -273,7 +273,7 @@ def call(path: str, count: int, folder: Path) -> dict[str, Any]:
 
 def main(count: int, rounds: int, out: Path) -> None:
     """Measures all paths, in turns, and writes the medians."""
-    from helpers.runs import write_json
+    from helpers.files import write_json
 
     seen: dict[str, list[dict[str, Any]]] = {path: [] for path in PATHS}
     with tempfile.TemporaryDirectory() as scratch:

@@ -63,7 +63,7 @@ def measure(
 
     from helpers.config import SYSTEM_PROMPT
     from helpers.data.formats import ask
-    from helpers.evaluation import gsm8k
+    from helpers.evaluation import metrics as gsm8k
     from helpers.inference.generation import fitting_rows, generate, inference
 
     prompts = [ask(p["question"], SYSTEM_PROMPT) for p in problems]
@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--out", default=ROOT / "results" / "eval_speed.json")
     given = parser.parse_args(arguments)
 
-    from helpers import runs, runtime
+    from helpers import files, runtime
     from helpers.data.reading import to_problems
     from helpers.data.sources import load_rows
     from helpers.models import load as models
@@ -170,7 +170,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     }
     if given.machine:
         found["conditions"]["machine"] = given.machine
-    runs.write_json(Path(given.out), found)
+    files.write_json(Path(given.out), found)
     print(json.dumps(found, indent=1))
     return found
 

@@ -122,14 +122,14 @@ def gsm8k_config(given: argparse.Namespace) -> Any:
 
 def evaluate(run: Any, label: str, adapter: Path | str | None) -> dict[str, Any]:
     """Returns right answers and items of each test set, with each item's verdict."""
-    from helpers.data import preparation as data
+    from helpers import files
     from helpers.evaluation import evaluator as evaluation
 
     part = evaluation.evaluate(run, label, adapter)
     found: dict[str, Any] = {"eval_loss": part.get("eval_loss")}
     for name, key in (("test", "accuracy"), ("test_new", "accuracy_new")):
         if key in part:
-            items = data.read_rows(run.path / "eval" / label / f"{name}.jsonl")
+            items = files.read_rows(run.path / "eval" / label / f"{name}.jsonl")
             found[name] = part[key]
             found[f"{name}_right"] = [item["correct"] for item in items]
     return found
@@ -154,10 +154,10 @@ def start(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Trains on from a start, by GRPO or by more SFT, and evaluates the result."""
-    from helpers import recipes, runs, stages
+    from helpers import files, recipes, runs, stages
     from helpers.config import changed
     from helpers.data import preparation as data
-    from helpers.training import sft
+    from helpers.training import trainer as sft
     from helpers.training import trainer as train
 
     origin, _, setting = name.partition("-")
@@ -208,8 +208,8 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
     return {
         "after": evaluate(run, stage, run.path / stage / "adapter"),
         "trained": part,
-        "best": runs.read_json(run.path / stage / "best.json"),
-        "prompts": runs.read_json(run.path / stage / "prompts.json"),
+        "best": files.read_json(run.path / stage / "best.json"),
+        "prompts": files.read_json(run.path / stage / "prompts.json"),
         "config": config.grpo if stage == "grpo" else config.sft,
         "history": [
             {k: v for k, v in e.items() if k in kept}
@@ -222,7 +222,7 @@ def solved_at_times(run: Any, count: int) -> str:
     """Returns a file of those of some problems that some of eight answers solve."""
     import random
 
-    from helpers import rollout
+    from helpers import files, rollout
     from helpers.config import complete
     from helpers.data import preparation as data
     from helpers.data.formats import ask
@@ -230,7 +230,7 @@ def solved_at_times(run: Any, count: int) -> str:
     from helpers.training import trainer as train
 
     data.ensure_data(run)
-    rows = data.read_rows(run.path / "data" / "problems.jsonl")
+    rows = files.read_rows(run.path / "data" / "problems.jsonl")
     rows = random.Random(run.config.seed).sample(rows, min(count, len(rows)))
     model, tokenizer = train.load_for_training(run, "grpo", run.config.sft_adapter)
     values = complete(run.config, "grpo")
@@ -247,13 +247,13 @@ def solved_at_times(run: Any, count: int) -> str:
     solved = [scores[8 * n : 8 * n + 8].count(1.0) for n in range(len(rows))]
     kept = [row for row, right in zip(rows, solved, strict=True) if 0 < right < 8]
     path = run.path / "solved_at_times.jsonl"
-    data.write_rows(path, [{k: r[k] for k in ("question", "answer")} for r in kept])
+    files.write_rows(path, [{k: r[k] for k in ("question", "answer")} for r in kept])
     return str(path)
 
 
 def job(name: str, given: argparse.Namespace) -> None:
     """Does one job in this process; its result goes to the runs and to OUT."""
-    from helpers import runs, runtime
+    from helpers import files, runs, runtime
 
     started = time.perf_counter()
     os.environ["TUNEBOOK_RUNS"] = str(Path(given.runs).resolve())
@@ -261,7 +261,7 @@ def job(name: str, given: argparse.Namespace) -> None:
     engine = runtime.resolve_engine(runs.open_run(name).config.engine)
     result |= {"name": name, "engine": engine, "minutes": given.minutes}
     result["seconds"] = round(time.perf_counter() - started, 1)
-    runs.write_json(result_file(name, given), result)
+    files.write_json(result_file(name, given), result)
     shutil.copy(result_file(name, given), Path(given.out) / f"{name}.json")
 
 
@@ -344,7 +344,7 @@ def run_all(given: argparse.Namespace) -> None:
 
 def write_table(given: argparse.Namespace) -> None:
     """Joins the results of OUT folders into results/grpo_learning.json."""
-    from helpers.runs import write_json
+    from helpers.files import write_json
 
     found: dict[str, dict[str, Any]] = {}
     for folder in given.out:
@@ -376,7 +376,7 @@ def write_table(given: argparse.Namespace) -> None:
 
 def row(found: dict[str, Any], origin: str, setting: str) -> dict[str, Any]:
     """Returns accuracies after SFT, GRPO and the control, with the paired p values."""
-    from helpers.evaluation.stats import paired_difference
+    from helpers.evaluation.metrics import paired_difference
 
     sft, grpo = found[origin]["sft"], found[f"{origin}-{setting}"]
     control = found.get(f"{origin}-control")

@@ -321,7 +321,7 @@ def run(machine: str, names: list[str], tiny: bool) -> None:
                 print(log.read_text()[-3000:], flush=True)
     result = {name: r["steps_an_hour"] for name, r in records.items() if name in WAYS}
     print(result, flush=True)
-    from helpers.runs import write_json
+    from helpers.files import write_json
 
     if tiny or not {"ours", "unsloth", "trl"} <= set(result):
         return

@@ -230,7 +230,7 @@ def judge_theirs(name: str, outputs: list[tuple[str, str]]) -> list[dict[str, bo
 
 def judge_ours(task: str, outputs: list[tuple[str, str]]) -> list[dict[str, bool]]:
     """Returns our verdicts by the rules of a task."""
-    from helpers.evaluation import gsm8k
+    from helpers.evaluation import metrics as gsm8k
 
     return [
         {name: getattr(gsm8k, name)(text, answer, task) for name in VERDICTS.values()}
@@ -325,7 +325,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--out", default=ROOT / "results" / "gsm8k_agreement.json")
     given = parser.parse_args(arguments)
 
-    from helpers import runs
+    from helpers import files
     from helpers.data.reading import to_problems
     from helpers.data.sources import load_rows
     from helpers.models import load as models
@@ -346,7 +346,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
         "problems": Path(given.problems).name if given.problems else "small sums",
         "versions": {name: version(name) for name in names},
     }
-    runs.write_json(Path(given.out), found)  # the rest takes minutes
+    files.write_json(Path(given.out), found)  # the rest takes minutes
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         asked = given.problems or write_sums(home / "test.jsonl", given.end_to_end, 1)
@@ -357,7 +357,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
             name: end_to_end(name, model, tokenizer, part, shots, given.tokens)
             for name, part in zip(TASKS, (rows, rows[::4]), strict=True)
         }
-    runs.write_json(Path(given.out), found)
+    files.write_json(Path(given.out), found)
     print(json.dumps(found, indent=1))
     return found
 

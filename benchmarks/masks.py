@@ -228,8 +228,8 @@ def table(path: Path = RESULTS) -> list[str]:
 def main(out: Path) -> None:
     # unsloth before the libraries that it patches
     templates = [*unsloth_templates(), *trl_templates()]
+    from helpers.files import write_json
     from helpers.models.load import load_tokenizer
-    from helpers.runs import write_json
 
     base = load_tokenizer("smollm2-135m-offline")
     packages = ("unsloth", "unsloth_zoo", "trl", "transformers", "tokenizers")

@@ -186,7 +186,7 @@ def measure_case(case: dict[str, Any], model: str) -> None:
     from helpers import runs
     from helpers.data import preparation as data
     from helpers.grpo import trainer as grpo
-    from helpers.training import sft
+    from helpers.training import trainer as sft
     from helpers.training import trainer as train
 
     with tempfile.TemporaryDirectory() as folder:

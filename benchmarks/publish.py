@@ -24,7 +24,7 @@ from benchmarks import adapters, masks, memory  # noqa: E402
 from helpers import recipes  # noqa: E402
 from helpers.estimate import estimate_memory  # noqa: E402
 from helpers.evaluation.tables import percent, results_table  # noqa: E402
-from helpers.runs import write_json, write_text  # noqa: E402
+from helpers.files import write_json, write_text  # noqa: E402
 
 RESULTS = ROOT / "results"
 USUAL = [("gradient_accumulation_steps", 1), ("gradient_accumulation_steps", 2)]

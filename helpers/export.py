@@ -15,6 +15,7 @@ from helpers.config import HELD_OUT, RunConfig, Stage
 from helpers.data import preparation as data
 from helpers.data.formats import Messages, ask
 from helpers.errors import ModelError
+from helpers.files import read_rows
 from helpers.grpo.answers import is_correct
 from helpers.inference.generation import generate
 from helpers.masking.templates import answer_marks, render, stop_token_ids
@@ -93,7 +94,7 @@ def held_out_prompts(run: Run, count: int) -> tuple[list[Messages], list[str]]:
     """Returns prompts to compare answers to, and their gold answers where known."""
     parts = data.parts_of(run.config.data)
     name = next(name for name in (*HELD_OUT, *parts) if name in parts)
-    rows = data.read_rows(run.require(f"data/{name}.jsonl"))[:count]
+    rows = read_rows(run.require(f"data/{name}.jsonl"))[:count]
     if "gold" not in rows[0]:
         return [data.first_question(row["messages"]) for row in rows], []
     system = run.config.system_prompt

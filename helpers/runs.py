@@ -5,22 +5,18 @@ Nothing here trains or measures anything.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from helpers import recipes, report
+from pydantic import BaseModel, ValidationError
+
+from helpers import recipes
 from helpers.config import RunConfig, read_config
-from helpers.errors import MissingInput
+from helpers.errors import MissingInput, TunebookError, nearest
+from helpers.files import read_json, write_json, write_text
 from helpers.runtime import current_run, runs_folder
 
-CONTENT = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 MADE_BY = {
     "config.json": "00_setup",
     "data": "01_data_prep",
@@ -29,6 +25,51 @@ MADE_BY = {
     "eval": "04_evaluation",
     "export": "05_export",
 }
+
+
+class Part(BaseModel, extra="allow"):
+    """A part, with the types of the fields that are read again; others are allowed."""
+
+    device: str = ""
+    fingerprints: dict[str, str] = {}
+    made_from: str = ""
+    inputs: dict[str, str] = {}
+    steps: int = 0
+    seconds: float = 0.0
+    peak_memory_gb: float = 0.0
+    model_print: str = ""
+    accuracy: dict[str, float] | None = None
+    accuracy_new: dict[str, float] | None = None
+    eval_loss: float | None = None
+
+
+class Report(BaseModel, extra="forbid"):
+    """The whole file."""
+
+    run: dict[str, str] = {}
+    environment: Part = Part()
+    data: Part = Part()
+    sft: Part = Part()
+    grpo: Part = Part()
+    eval: dict[str, Part] = {}
+    comparisons: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    blind: dict[str, dict[str, Any]] = {}
+    export: dict[str, Any] = {}
+    notebooks: dict[str, dict[str, float]] = {}
+
+
+def check_report(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Returns the parts of a report, unchanged; refuses those of another schema."""
+    try:
+        Report.model_validate(values, strict=True)
+    except ValidationError as error:
+        lines = [f"{path} does not fit the schema of helpers/runs.py:"]
+        for fault in error.errors():
+            field = ".".join(map(str, fault["loc"]))
+            hint = nearest(field, Report.model_fields)
+            lines.append(f"{field}: {fault['msg']}, found {fault['input']!r:.80}{hint}")
+        raise TunebookError("\n".join(lines)) from None
+    return values
 
 
 @dataclass(frozen=True)
@@ -49,68 +90,12 @@ class Run:
     def write_part(self, part: str, values: dict[str, Any]) -> None:
         """Writes one stage's part of `report.json`, leaving the other parts alone."""
         path = self.path / "report.json"
-        write_json(path, report.check(self.report() | {part: values}, path))
+        write_json(path, check_report(self.report() | {part: values}, path))
 
     def report(self) -> dict[str, Any]:
         """Returns `report.json` as it stands, empty before the first stage."""
         path = self.path / "report.json"
-        return report.check(read_json(path), path)
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yields a file that replaces `path` once written: nobody meets half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("wb") as file:
-            yield file
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    with new_file(path) as file:
-        file.write(text.encode())
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes JSON, indented, whole or not at all."""
-    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the content of a JSON file, empty when there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def fingerprint(*values: Any) -> str:
-    """Returns twelve hex digits that change whenever one of the values does."""
-    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def content_hash(path: Path | str | None) -> str:
-    """Returns the hash of a local model's or adapter's files; a hub id stands as is."""
-    folder = Path(str(path))
-    if path is None or not folder.is_dir():
-        return str(path)
-    files = sorted(f for f in folder.iterdir() if f.suffix in CONTENT and f.is_file())
-    stats = [(f, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return hash_files(tuple(stats))
-
-
-@cache
-def hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Returns the hash of files' names and contents; a new size or time asks anew."""
-    digest = hashlib.sha256()
-    for path, size, _ in files:
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:32]
+        return check_report(read_json(path), path)
 
 
 def save_run(config: RunConfig) -> Run:

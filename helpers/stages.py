@@ -12,11 +12,10 @@ from helpers.config import RunConfig, Stage
 from helpers.data import preparation as data
 from helpers.evaluation import evaluator
 from helpers.grpo import trainer as grpo
-from helpers.grpo.problems import require_prompts
+from helpers.grpo.trainer import require_prompts
 from helpers.runs import Run, save_run
 from helpers.training import inputs
-from helpers.training.sft import build_sft
-from helpers.training.trainer import fit, load_for_training
+from helpers.training.trainer import build_sft, fit, load_for_training
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from benchmarks.chats import fit_tokenizer, trl_templates
+from helpers import files
 from helpers.data import preparation as data
 from helpers.inference import generation
 from helpers.masking import dataset as masking
 from helpers.masking.templates import stop_token_ids
 from helpers.models.load import load_tokenizer
 from helpers.runs import Run
-from helpers.training import sft
+from helpers.training import trainer as sft
 from helpers.training import trainer as train
 from tests.tiny import save_tiny_model
 
@@ -51,7 +52,7 @@ def test_another_family_is_masked_trained_and_answers(
     )
     data.prepare(run)
     model, tokenizer = train.load_for_training(run)
-    rows = data.read_rows(run.path / "data" / "train.jsonl")
+    rows = files.read_rows(run.path / "data" / "train.jsonl")
     row = masking.mask_conversation(tokenizer, rows[0]["messages"])
     answer = rows[0]["messages"][-1]["content"]
     learnt = tokenizer.decode([x for x in row["labels"] if x != masking.NO_LOSS])

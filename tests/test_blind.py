@@ -8,7 +8,7 @@ import pytest
 
 from helpers import recipes, runs
 from helpers.config import changed
-from helpers.data.preparation import read_rows, write_rows
+from helpers.files import read_rows, write_rows
 from helpers.widgets import BlindForm, blind_results
 
 MODELS = ("base", "sft")

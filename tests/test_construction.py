@@ -9,7 +9,7 @@ from typing import Any
 
 from helpers.data import preparation as data
 from helpers.runs import Run
-from helpers.training import sft
+from helpers.training import trainer as sft
 from helpers.training import trainer as train
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from helpers import files
 from helpers.data import preparation as data
 from helpers.data.preparation import assert_disjoint, place_of, split
 from helpers.data.reading import Reader, to_conversations, to_problems
@@ -26,12 +27,12 @@ CHATS_ONLY |= {f"data__{name}": None for name in NO_SETS}
 
 def read_all(run: Run) -> dict[str, list[dict[str, Any]]]:
     paths = sorted((run.path / "data").glob("*"))
-    return {path.stem: data.read_rows(path) for path in paths}
+    return {path.stem: files.read_rows(path) for path in paths}
 
 
 def questions(run: Run, part: str = "train") -> list[str]:
     """Returns the first questions of a part."""
-    rows = data.read_rows(run.path / "data" / f"{part}.jsonl")
+    rows = files.read_rows(run.path / "data" / f"{part}.jsonl")
     return [data.questions_of(row["messages"])[0] for row in rows]
 
 
@@ -439,10 +440,10 @@ def test_the_memory_of_preparing_does_not_grow_with_the_data(
 def test_rows_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"id": "1", "messages": turns("Zoë\u2028?", "a\nb 🎉")}, {"id": "2"}]
-    count, fingerprint = data.write_rows(path, iter(rows))
-    assert (data.read_rows(path), count) == (rows, 2)
-    assert data.write_rows(path, rows)[1] == fingerprint
+    count, fingerprint = files.write_rows(path, iter(rows))
+    assert (files.read_rows(path), count) == (rows, 2)
+    assert files.write_rows(path, rows)[1] == fingerprint
     with pytest.raises(TypeError):
-        data.write_rows(path, [{"id": "2"}, {"id": object()}])
-    assert data.read_rows(path) == rows
+        files.write_rows(path, [{"id": "2"}, {"id": object()}])
+    assert files.read_rows(path) == rows
     assert list(tmp_path.iterdir()) == [path]

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 from rows import turns, write
 
-from helpers import evaluation, stages
+from helpers import evaluation, files, stages
 from helpers.data import preparation as data
 from helpers.data.formats import ask
 from helpers.errors import ConfigError, DataError, MissingInput
-from helpers.evaluation import evaluator, gsm8k, stats
-from helpers.evaluation import text_metrics as metrics
+from helpers.evaluation import evaluator, metrics
 from helpers.evaluation.evaluator import evaluate
 from helpers.inference.generation import Answer
 from helpers.masking.dataset import mask_conversations
@@ -61,7 +60,7 @@ def prepared(run_factory: Prepare) -> Prepare:
 
 
 def read_items(run: Run, label: str, name: str) -> list[dict[str, Any]]:
-    return data.read_rows(run.path / "eval" / label / f"{name}.jsonl")
+    return files.read_rows(run.path / "eval" / label / f"{name}.jsonl")
 
 
 def test_held_out_conversations_get_losses_and_text_metrics(prepared: Prepare) -> None:
@@ -71,11 +70,11 @@ def test_held_out_conversations_get_losses_and_text_metrics(prepared: Prepare) -
     assert part["perplexity"] == pytest.approx(math.exp(part["eval_loss"]), rel=1e-3)
     assert test["perplexity"] == pytest.approx(math.exp(test["loss"]), rel=1e-3)
     assert "accuracy" not in part and "eval_text" not in part
-    held_out = data.read_rows(run.path / "data" / "test_chat.jsonl")
+    held_out = files.read_rows(run.path / "data" / "test_chat.jsonl")
     questions = [row["messages"][0]["content"] for row in held_out]
     assert [item["question"] for item in items] == questions
     assert test["answers"] == len(items)
-    assert test["rougeL"] == stats.mean([item["rougeL"] for item in items])
+    assert test["rougeL"] == metrics.mean([item["rougeL"] for item in items])
     assert {*metrics.OF_ITEMS, "bleu", "chrf", "stop_rate"} <= set(test)
     assert run.report()["eval"]["base"] == part
 
@@ -110,14 +109,14 @@ def test_an_item_says_all_that_decided_its_verdicts(prepared: Prepare) -> None:
     run = prepared(PROBLEMS)
     run.write_part("eval", {"base": {"mt_bench": {"score": 5.0}}})
     part = evaluate(run, "base")
-    problem = data.read_rows(run.path / "data" / "test.jsonl")[0]
+    problem = files.read_rows(run.path / "data" / "test.jsonl")[0]
     items = read_items(run, "base", "test")
     item = items[0]
     assert item["prompt"] == ask(problem["question"], run.config.system_prompt)
     assert (item["id"], item["gold"]) == (problem["id"], problem["gold"])
-    assert {"output", "extracted", "tokens", "stopped", *gsm8k.VERDICTS} <= set(item)
+    assert {"output", "extracted", "tokens", "stopped", *metrics.VERDICTS} <= set(item)
     assert item["seconds"] > 0
-    assert part["accuracy"] == stats.proportion(sum(i["correct"] for i in items), 2)
+    assert part["accuracy"] == metrics.proportion(sum(i["correct"] for i in items), 2)
     assert part["test"]["truncated"] == sum(not i["stopped"] for i in items)
     assert part["test"]["tokens"] == sum(i["tokens"] for i in items)
     # a judgment stays until the model changes
@@ -193,7 +192,7 @@ def test_labels_that_the_config_names_are_counted_as_they_are(
     right = [item["reference"] == "C" for item in items]
     assert [item["correct"] for item in items] == right
     assert 0 < sum(right) < len(right)
-    assert part["correct"] == stats.proportion(sum(right), len(right))
+    assert part["correct"] == metrics.proportion(sum(right), len(right))
     assert part["loss"] > 0 and "rougeL" not in part
     evaluate(run, "mine")
     compared = evaluation.compare(run, "base", "mine")["test_chat"]
@@ -230,12 +229,12 @@ def test_labels_that_name_no_classes_are_refused(
 def write_items(run: Run, label: str, name: str, rows: list[dict[str, Any]]) -> None:
     """Writes the items of an evaluated model, with ids and questions."""
     items = [{"id": n, "question": f"{n}?", **row} for n, row in enumerate(rows)]
-    data.write_rows(run.path / "eval" / label / f"{name}.jsonl", items)
+    files.write_rows(run.path / "eval" / label / f"{name}.jsonl", items)
 
 
 def test_two_models_are_compared_on_the_same_items(run: Run) -> None:
     for label, verdicts in (("base", (0, 0, 1, 0)), ("sft", (1, 1, 1, 0))):
-        items = [dict.fromkeys(gsm8k.VERDICTS, bool(verdict)) for verdict in verdicts]
+        items = [dict.fromkeys(metrics.VERDICTS, bool(verdict)) for verdict in verdicts]
         write_items(run, label, "test", items)
     for label, value in (("base", 0.2), ("sft", 0.5)):
         scores = [dict.fromkeys(metrics.OF_ITEMS, value)] * 3

@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from helpers import runtime
-from helpers.data import preparation as data
+from helpers import files, runtime
 from helpers.data.formats import ask
 from helpers.errors import DataError
 from helpers.inference import chat, generation
@@ -155,7 +154,7 @@ def test_a_file_of_prompts_is_answered_as_each_would_be_alone(
     out = tmp_path / "answers.jsonl"
     with caplog.at_level(logging.INFO, "helpers"):
         chat.generate_command("test", file=file, out=out)
-    items = data.read_rows(out)
+    items = files.read_rows(out)
     assert [item["id"] for item in items] == [1, "two", 3]
     assert items[1]["prompt"] == ask("Say two.", system)
     options = {"system_prompt": system, "max_new_tokens": 4}

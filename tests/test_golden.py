@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helpers import config, recipes, runs, stages
 from helpers.data import preparation as data
 from helpers.evaluation import evaluator as evaluation
-from helpers.evaluation import gsm8k as verdicts
+from helpers.evaluation import metrics as verdicts
 from helpers.grpo import rewards
 from helpers.masking import dataset as masking
 from helpers.masking import templates

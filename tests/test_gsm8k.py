@@ -11,7 +11,7 @@ import pytest
 
 from helpers.data.reading import to_problems
 from helpers.data.sources import load_rows
-from helpers.evaluation import gsm8k
+from helpers.evaluation import metrics as gsm8k
 from helpers.models import load as models
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))

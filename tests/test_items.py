@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from helpers import files
 from helpers.data import preparation as data
 from helpers.evaluation.evaluator import evaluate
 from helpers.inference.generation import Answer
@@ -58,7 +59,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_items_stand_in_the_rows_order_and_verdicts_are_given_anew(path: Path) -> None:
-    items = data.read_rows(path)
+    items = files.read_rows(path)
     assert [item["id"] for item in items] == [row["id"] for row in ROWS]
     assert all(item["correct"] for item in items)
     assert list(path.parent.iterdir()) == [path]
@@ -123,7 +124,7 @@ def test_a_killed_evaluation_redoes_no_item(run_factory: Callable[..., Run]) -> 
     before = read_items(path)
     assert 5 <= len(before) < 60
     evaluate(run, "base")
-    after = {i["id"]: i for i in data.read_rows(run.path / "eval/base/test.jsonl")}
+    after = {i["id"]: i for i in files.read_rows(run.path / "eval/base/test.jsonl")}
     assert len(after) == 60
     for item in before.values():  # the seconds would differ, had it been redone
         same = {name: after[item["id"]][name] for name in item}

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from helpers.data.preparation import read_rows
 from helpers.errors import DataError, JudgeError
+from helpers.files import read_rows
 from helpers.llm_judge import judge, mt_bench
 from helpers.llm_judge.judge import FastChat, Judge, read_rating
 from helpers.runs import Run

@@ -12,8 +12,8 @@ import pytest
 
 from helpers import recipes, runs
 from helpers.config import changed
-from helpers.data.preparation import read_rows, write_rows
 from helpers.errors import DataError, JudgeError, MissingInput
+from helpers.files import read_rows, write_rows
 from helpers.llm_judge import pairwise
 from helpers.llm_judge.judge import FastChat, Judge
 from helpers.runs import Run

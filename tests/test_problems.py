@@ -13,7 +13,8 @@ from helpers.config import SYSTEM_PROMPT
 from helpers.data import load_rows
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
-from helpers.grpo import answers, problems
+from helpers.grpo import answers
+from helpers.grpo import trainer as problems
 from helpers.runs import Run
 
 # in the format of GSM8K's files

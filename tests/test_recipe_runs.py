@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from helpers import recipes, runs, stages
+from helpers import files, recipes, runs, stages
 from helpers.config import RunConfig, changed
 from helpers.data import preparation as data
 from helpers.data.sources import load_rows
@@ -22,7 +22,7 @@ from helpers.evaluation.tables import results_table
 from helpers.grpo import trainer as grpo
 from helpers.masking.dataset import NO_LOSS
 from helpers.runs import Run
-from helpers.training import sft
+from helpers.training import trainer as sft
 from helpers.training import trainer as train
 
 NAMES = [name for name in recipes.NAMES if name != "smoke"]  # the demo, smaller
@@ -126,7 +126,7 @@ def test_the_loss_covers_what_the_recipe_says_and_padding_never(
     trained: Trained,
 ) -> None:
     tokenizer, trainer = trained.tokenizer, trained.trainers["sft"]
-    rows = data.read_rows(trained.run.path / "data" / "train.jsonl")
+    rows = files.read_rows(trained.run.path / "data" / "train.jsonl")
     answers = [
         message["content"] + tokenizer.eos_token
         for row in rows

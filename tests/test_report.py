@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from helpers import report
-from helpers.runs import Run, read_json, write_json
+from helpers import runs
+from helpers.files import read_json, write_json
+from helpers.runs import Run
 
 PUBLISHED = sorted((Path(__file__).parent.parent / "results").glob("demo_*.json"))
 
@@ -20,7 +21,7 @@ def test_published_reports_of_earlier_versions_fit(path: Path, tmp_path: Path) -
     parts = {k: v for k, v in values.items() if k not in ("command", "conditions")}
     file = tmp_path / "report.json"
     write_json(file, parts)
-    assert report.check(read_json(file), file) == parts
+    assert runs.check_report(read_json(file), file) == parts
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import recipes, runs, runtime
+from helpers import files, recipes, runs, runtime
 from helpers.config import changed
 from helpers.errors import ConfigError, MissingInput
 from helpers.runs import Run
@@ -54,17 +54,17 @@ def test_write_part_leaves_the_other_parts_alone(run: Run) -> None:
 
 def test_a_value_that_is_no_json_leaves_the_old_file_whole(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    runs.write_json(path, {"kept": "Zoë 🎉"})
+    files.write_json(path, {"kept": "Zoë 🎉"})
     with pytest.raises(TypeError, match="not JSON serializable"):
-        runs.write_json(path, {"bad": object()})
+        files.write_json(path, {"bad": object()})
     assert "Zoë 🎉" in path.read_text(encoding="utf-8")
     assert files_below(tmp_path) == ["report.json"]
 
 
 @pytest.mark.parametrize("other", [("ab",), ("a", ["b"]), ("b", "a"), ("a", "b", None)])
 def test_a_fingerprint_differs_for_other_values(other: tuple[object, ...]) -> None:
-    assert runs.fingerprint("a", "b") != runs.fingerprint(*other)
-    assert runs.fingerprint({"a": 1, "b": 2}) == runs.fingerprint({"b": 2, "a": 1})
+    assert files.fingerprint("a", "b") != files.fingerprint(*other)
+    assert files.fingerprint({"a": 1, "b": 2}) == files.fingerprint({"b": 2, "a": 1})
 
 
 def test_a_saved_run_opens_as_it_was_saved(run: Run) -> None:
@@ -119,9 +119,9 @@ def test_a_run_that_is_not_there_is_refused_by_its_path(run: Run) -> None:
 def test_a_content_hash_changes_with_the_weights_alone(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"1")
-    before = runs.content_hash(tmp_path)
+    before = files.content_hash(tmp_path)
     (tmp_path / "notes.md").write_text("nothing")
-    assert runs.content_hash(tmp_path) == before
+    assert files.content_hash(tmp_path) == before
     weights.write_bytes(b"2")
-    assert runs.content_hash(tmp_path) != before
-    assert runs.content_hash("owner/name") == "owner/name"
+    assert files.content_hash(tmp_path) != before
+    assert files.content_hash("owner/name") == "owner/name"

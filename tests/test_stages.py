@@ -14,7 +14,8 @@ from helpers import stages
 from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
-from helpers.runs import Run, write_json
+from helpers.files import write_json
+from helpers.runs import Run
 from helpers.training import inputs
 from helpers.training import trainer as train
 

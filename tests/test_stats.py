@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from helpers.evaluation import stats
+from helpers.evaluation import metrics as stats
 
 Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 

@@ -15,12 +15,12 @@ import structure  # noqa: E402
 
 # The aim is 6,500 lines in 45 modules on 8 levels: lower these with every deletion.
 BOUNDS = {
-    "lines": 9_060,
+    "lines": 9_040,
     "lines of masking": 600,
-    "modules": 49,
+    "modules": 45,
     "packages": 10,
     "modules in circles": 0,
-    "import levels": 9,
+    "import levels": 8,
     "imports hidden in functions": 10,
     "prints": 5,
     "public names": 55,
@@ -28,7 +28,7 @@ BOUNDS = {
 
 # A package may import from those left of it, never from those right of it. Names with
 # a dot are modules that stand elsewhere than their package.
-ORDER = """errors report runtime config recipes runs grpo.answers data
+ORDER = """errors files runtime config recipes runs grpo.answers data
     masking estimate inference.generation models inference grpo.rewards
     rollout checks evaluation training grpo llm_judge export stages widgets
     __main__""".split()

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from helpers import recipes, runs
+from helpers import files, recipes, runs
 from helpers.config import changed
 from helpers.errors import DataError
-from helpers.evaluation import stats, tables
-from helpers.evaluation import text_metrics as metrics
+from helpers.evaluation import metrics, tables
+from helpers.evaluation import metrics as stats
 
 Report = dict[str, Any]
 
@@ -159,7 +159,7 @@ def test_every_stage_of_every_trained_run_has_a_row(
     make_run("a", eval=None)
     make_run("c", sft=None)
     assert caplog.messages == []
-    runs.write_json(make_run("d").path / "config.json", {"name": 5})
+    files.write_json(make_run("d").path / "config.json", {"name": 5})
     table = tables.runs_table()
     right = "45/100 = 45.0 % [35.6, 54.8]"
     assert {index: list(row) for index, row in table.iterrows()} == {

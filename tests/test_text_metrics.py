@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from helpers.evaluation import text_metrics as metrics
+from helpers.evaluation import metrics
 from helpers.evaluation.evaluator import judge
-from helpers.evaluation.stats import proportion
+from helpers.evaluation.metrics import proportion
 
 
 def summary(*pairs: tuple[str, str]) -> dict[str, Any]:

@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 
-from helpers import runtime, stages
+from helpers import files, runtime, stages
 from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
 from helpers.grpo import rewards
 from helpers.models import adapters
 from helpers.runs import Run
-from helpers.training import inputs, sft
+from helpers.training import inputs
+from helpers.training import trainer as sft
 from helpers.training import trainer as train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,7 +182,7 @@ def test_a_packed_batch_has_the_loss_of_its_documents_apart(
     from helpers.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(str(tiny_model_folder))
-    rows = data.read_rows(prepared.path / "data" / "train.jsonl")[:12]
+    rows = files.read_rows(prepared.path / "data" / "train.jsonl")[:12]
     masked = list(mask_conversations(tokenizer, [r["messages"] for r in rows]).rows)
     packed = pack_dataset(Dataset.from_list(masked), 256, "bfd")
     assert len(packed) < len(masked)

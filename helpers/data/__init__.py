@@ -8,6 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "formats": ["ask", "detect_format"],
         "sources": ["load_rows"],
         "reading": ["to_conversations"],
-        "preparation": ["ensure_data", "prepare", "read_rows"],
+        "preparation": ["ensure_data", "prepare"],
     },
 )

@@ -21,7 +21,8 @@ from helpers.data.formats import Fields, Messages, Row
 from helpers.data.reading import SHOWN, Reader
 from helpers.data.sources import content_of, open_rows
 from helpers.errors import DataError
-from helpers.runs import Run, fingerprint, new_file
+from helpers.files import fingerprint, write_rows
+from helpers.runs import Run
 
 log = logging.getLogger(__name__)
 PARTS = ["train", "problems", *HELD_OUT]  # the files of a run's `data/`
@@ -301,32 +302,6 @@ def ensure_data(run: Run) -> Path:
     return folder
 
 
-# files
-
-
 def with_ids(chats: Iterable[Messages]) -> Iterator[Row]:
     """Yields `{"id", "messages"}` rows, the id being a hash of the content."""
     return ({"id": fingerprint(messages), "messages": messages} for messages in chats)
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> tuple[int, str]:
-    """Writes rows as JSON lines, whole or not at all; returns number, fingerprint."""
-    digest, count = hashlib.sha256(), 0
-    with new_file(path) as file:
-        for row in rows:
-            line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-            file.write(line)
-            digest.update(line)
-            count += 1
-    return count, digest.hexdigest()[:12]
-
-
-def stream_rows(path: Path) -> Iterator[Row]:
-    """Yields the rows of a JSON-lines file of ours, one at a time."""
-    with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Returns the rows of a JSON-lines file of ours."""
-    return list(stream_rows(path))

@@ -19,7 +19,7 @@ from helpers.data.formats import (
     read_row,
 )
 from helpers.errors import DataError
-from helpers.runs import fingerprint
+from helpers.files import fingerprint
 
 PEEK = 20  # rows that the format is detected from
 SHOWN = 3  # examples of what was left out, for each reason

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "evaluator": ["compare", "evaluate_run"],
-        "gsm8k": ["check_answer"],
+        "metrics": ["check_answer"],
         "tables": [
             "differences_table",
             "plot_results",

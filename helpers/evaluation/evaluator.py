@@ -16,13 +16,14 @@ from helpers.config import HELD_OUT, RunConfig
 from helpers.data import preparation as data
 from helpers.data.formats import Row, ask
 from helpers.errors import DataError
-from helpers.evaluation import gsm8k, stats, text_metrics
+from helpers.evaluation import metrics
 from helpers.evaluation.tables import ACCURACIES, results_table
+from helpers.files import fingerprint, read_rows
 from helpers.inference.generation import generate_batches, inference
 from helpers.inference.items import answer_rows, find_adapters, model_print
 from helpers.masking.dataset import NO_LOSS, Example, mask_conversations
 from helpers.models import load as models
-from helpers.runs import Run, fingerprint
+from helpers.runs import Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,23 +52,23 @@ def to_prompts(config: RunConfig, rows: list[Row]) -> list[Row]:
 def judge(text: str, row: Row, labels: list[str] | None) -> Row:
     """Returns the verdicts on an answer to a problem, or its text metrics."""
     if "gold" in row:
-        return {"question": row["question"], **gsm8k.check_answer(text, row)}
+        return {"question": row["question"], **metrics.check_answer(text, row)}
     texts = {name: row[name] for name in ("question", "reference")}
     if labels:
         return {**texts, "correct": text.strip() == row["reference"].strip()}
-    return {**texts, **text_metrics.score(text, row["reference"])}
+    return {**texts, **metrics.score(text, row["reference"])}
 
 
 def summarise(items: list[Row], labels: list[str] | None) -> dict[str, Any]:
     """Returns the rates or text metrics of a set, and how many answers were cut off."""
     n = len(items)
     if "gold" in items[0]:
-        hits = {name: sum(i[name] for i in items) for name in gsm8k.VERDICTS}
-        rates = {name: stats.proportion(k, n) for name, k in hits.items()}
+        hits = {name: sum(i[name] for i in items) for name in metrics.VERDICTS}
+        rates = {name: metrics.proportion(k, n) for name, k in hits.items()}
     elif labels:
-        rates = text_metrics.summarise_labels(items, labels)
+        rates = metrics.summarise_labels(items, labels)
     else:
-        rates = text_metrics.summarise_texts(items)
+        rates = metrics.summarise_texts(items)
     stopped = sum(item["stopped"] for item in items)
     ends = {"answers": n, "stop_rate": round(stopped / n, 4), "truncated": n - stopped}
     return {**rates, **ends, "tokens": sum(item["tokens"] for item in items)}
@@ -78,7 +79,7 @@ def check_labels(run: Run) -> None:
     labels = [label.strip() for label in run.config.evaluation.labels or []]
     names = [n for n in data.answered(held_out(run.config)) if n not in ACCURACIES]
     files = [run.require(f"data/{name}.jsonl") for name in names if labels]
-    rows = [row for file in files for row in data.read_rows(file)]
+    rows = [row for file in files for row in read_rows(file)]
     answers = [data.first_answer(row["messages"])["content"].strip() for row in rows]
     unknown = [answer for answer in answers if answer not in labels]
     if labels and (unknown or not answers):
@@ -116,7 +117,7 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
 
     config, labels = run.config, run.config.evaluation.labels
     files = [run.require(f"data/{name}.jsonl") for name in held_out(config)]
-    sets = {file.stem: data.read_rows(file) for file in files}
+    sets = {file.stem: read_rows(file) for file in files}
     if not sets:
         raise DataError(
             f"run {config.name!r} has no held-out rows: set data.eval_share or "
@@ -186,7 +187,7 @@ def evaluate_run(run: Run, labels: list[str] | None = None) -> pd.DataFrame:
 def compare(run: Run, first: str, second: str) -> dict[str, Any]:
     """Returns how two evaluated models differ on the same items, set by set.
 
-    See `stats.paired_difference` and `gsm8k.split_gain`. The result goes to the
+    See `metrics.paired_difference` and `metrics.split_gain`. The result goes to the
     report's part `comparisons` too.
 
     Args:
@@ -203,18 +204,18 @@ def compare(run: Run, first: str, second: str) -> dict[str, Any]:
         files = [folder / f"{name}.jsonl" for folder in folders]
         if not all(file.exists() for file in files):
             continue
-        a, b = (data.read_rows(file) for file in files)
-        measures = [k for k in (*gsm8k.VERDICTS, *text_metrics.OF_ITEMS) if k in a[0]]
+        a, b = (read_rows(file) for file in files)
+        measures = [k for k in (*metrics.VERDICTS, *metrics.OF_ITEMS) if k in a[0]]
         same = [item["question"] for item in a] == [item["question"] for item in b]
         if not same or any(key not in b[0] for key in measures):
             raise DataError(
                 f"{first} and {second} answered {name} with other data or other "
                 "evaluation.labels: evaluate both again"
             )
-        sets[name] = gsm8k.split_gain(a, b) if "strict_match" in a[0] else {}
+        sets[name] = metrics.split_gain(a, b) if "strict_match" in a[0] else {}
         for key in measures:
             values = [[item[key] for item in items] for items in (a, b)]
-            sets[name][key] = stats.paired_difference(*values)
+            sets[name][key] = metrics.paired_difference(*values)
     parts = run.report().get("comparisons", {})
     run.write_part("comparisons", {**parts, f"{first} -> {second}": sets})
     return sets

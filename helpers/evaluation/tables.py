@@ -11,7 +11,7 @@ import pandas as pd
 from helpers import recipes
 from helpers.config import HELD_OUT
 from helpers.errors import DataError, TunebookError
-from helpers.evaluation import gsm8k, text_metrics
+from helpers.evaluation import metrics
 from helpers.runs import open_run, runs_folder
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 STAGES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
 ACCURACIES = {"test": "accuracy", "test_new": "accuracy_new"}
-MEASURES = [*gsm8k.VERDICTS, "macro_f1", "no_label", *text_metrics.OF_ITEMS]
+MEASURES = [*metrics.VERDICTS, "macro_f1", "no_label", *metrics.OF_ITEMS]
 MEASURES += ["bleu", "chrf", "stop_rate"]
 COSTS = ["steps", "loss_first", "loss_last", "loss_best", "eval_loss_best"]
 COSTS += ["reward_first", "reward_last", "seconds", "peak_memory_gb"]

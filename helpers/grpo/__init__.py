@@ -7,7 +7,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "answers": ["extract_answer"],
         "monitor": ["Clock", "LivePanel", "read_group"],
-        "problems": ["split_problems", "training_prompts"],
-        "trainer": ["GreedyEvaluation", "build_grpo", "grpo_arguments"],
+        "trainer": [
+            "GreedyEvaluation",
+            "build_grpo",
+            "grpo_arguments",
+            "split_problems",
+            "training_prompts",
+        ],
     },
 )

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from helpers.config import complete
+from helpers.files import read_json, write_json
 from helpers.grpo import diagnostics
-from helpers.runs import Run, read_json, write_json
+from helpers.runs import Run
 from helpers.training.inputs import draw_diagnostics
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ from typing import Any
 from helpers.data.formats import Fields, Messages, Row, ask, read_prompt
 from helpers.data.sources import open_rows
 from helpers.errors import DataError
+from helpers.files import content_hash, fingerprint
 from helpers.inference.generation import generate_batches, reply
 from helpers.inference.items import answer_rows
 from helpers.models.load import load_model, options
-from helpers.runs import content_hash, fingerprint, open_run, runs_folder
+from helpers.runs import open_run, runs_folder
 
 log = logging.getLogger(__name__)
 

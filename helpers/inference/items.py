@@ -14,11 +14,11 @@ from pathlib import Path
 from helpers import runtime
 from helpers.config import RunConfig
 from helpers.data.formats import Row
-from helpers.data.preparation import write_rows
+from helpers.files import content_hash, fingerprint, write_rows
 from helpers.inference.generation import Answer, Prompt
 from helpers.masking.templates import template_text
 from helpers.models import load as models
-from helpers.runs import Run, content_hash, fingerprint
+from helpers.runs import Run
 
 # the fields of an item besides its verdicts
 FIELDS = ("id", "prompt", "output", "tokens", "stopped", "seconds", "made_from")

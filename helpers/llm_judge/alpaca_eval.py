@@ -20,11 +20,12 @@ import pandas as pd
 from helpers import runtime
 from helpers.data.formats import Row
 from helpers.errors import DataError, JudgeError
+from helpers.files import fingerprint, write_json
 from helpers.inference.generation import Answer, Prompt, generate_batches
 from helpers.inference.items import answer_rows, find_adapters, model_print
 from helpers.llm_judge.judge import UNJUDGED, Judge, add_result, subsample
 from helpers.models import load as models
-from helpers.runs import Run, fingerprint, write_json
+from helpers.runs import Run
 
 HUB = "tatsu-lab/alpaca_eval"
 # the baseline's answers, which AlpacaEval 2 compares with; they hold the instructions

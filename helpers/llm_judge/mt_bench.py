@@ -16,9 +16,9 @@ import pandas as pd
 
 from helpers import runtime
 from helpers.data.formats import Messages, Row
-from helpers.data.preparation import read_rows, write_rows
 from helpers.errors import DataError
-from helpers.evaluation import stats
+from helpers.evaluation import metrics
+from helpers.files import fingerprint, read_rows, write_rows
 from helpers.inference.generation import generate
 from helpers.inference.items import find_adapters, model_print
 from helpers.llm_judge.judge import (
@@ -33,7 +33,7 @@ from helpers.llm_judge.judge import (
     subsample,
 )
 from helpers.models import load as models
-from helpers.runs import Run, fingerprint
+from helpers.runs import Run
 
 # `temperature_config` and `NEED_REF_CATS` of fastchat/llm_judge/common.py
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -137,7 +137,7 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     rated = frame.dropna(subset="score")
     summary: dict[str, Any] = dict(means(frame))
     if len(rated):
-        interval = stats.mean(rated.groupby("question_id")["score"].mean().to_list())
+        interval = metrics.mean(rated.groupby("question_id")["score"].mean().to_list())
         summary |= {"low": interval["low"], "high": interval["high"]}
     summary |= {"judged": len(rated), "missing": len(frame) - len(rated)}
     groups = frame.groupby("category", sort=False)

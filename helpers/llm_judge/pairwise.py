@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from helpers.config import HELD_OUT
-from helpers.data.preparation import read_rows, write_rows
 from helpers.errors import DataError, JudgeError
-from helpers.evaluation.stats import proportion
+from helpers.evaluation.metrics import proportion
 from helpers.evaluation.tables import percent
+from helpers.files import read_rows, write_rows
 from helpers.llm_judge.judge import (
     UNJUDGED,
     Judge,

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from helpers import runtime
 from helpers.config import RunConfig, complete, defaults
 from helpers.errors import ConfigError
+from helpers.files import write_json
 from helpers.inference.generation import Answer, Prompt, cut_answer, encode
 from helpers.masking.templates import stop_token_ids
 from helpers.rollout.decoder import Completion, Decoder, Settings
-from helpers.runs import Run, write_json
+from helpers.runs import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -5,8 +5,14 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "trainer": ["attach_lora", "fit", "load_for_training", "lora_arguments"],
-        "sft": ["label_rows", "sft_arguments"],
+        "trainer": [
+            "attach_lora",
+            "fit",
+            "load_for_training",
+            "lora_arguments",
+            "label_rows",
+            "sft_arguments",
+        ],
         "callbacks": ["BestAdapter", "LiveSamples"],
     },
 )

@@ -16,9 +16,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from helpers.files import read_json, write_json
 from helpers.inference.generation import reply
 from helpers.models.adapters import Witness, save_adapter
-from helpers.runs import read_json, write_json
 
 log = logging.getLogger(__name__)
 Entry = dict[str, Any]  # of TRL's log history

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from helpers import runtime
 from helpers.config import RunConfig, Stage, complete, defaults
 from helpers.errors import ConfigError
+from helpers.files import content_hash, fingerprint, read_json, write_json
 from helpers.masking.templates import template_text
-from helpers.runs import Run, content_hash, fingerprint, read_json, write_json
+from helpers.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

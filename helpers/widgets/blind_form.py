@@ -11,11 +11,11 @@ import ipywidgets as widgets
 import pandas as pd
 
 from helpers.data.formats import Row
-from helpers.data.preparation import read_rows
-from helpers.evaluation.stats import proportion
+from helpers.evaluation.metrics import proportion
 from helpers.evaluation.tables import percent
+from helpers.files import fingerprint, read_rows
 from helpers.llm_judge.pairwise import CELL, count_wins, read_pairs
-from helpers.runs import Run, fingerprint
+from helpers.runs import Run
 
 ORDER = ("first", "second")  # of the models
 MARKS = ("coherent", "relevant", "creative", "biased")
