@@ -146,6 +146,12 @@ def home() -> Path:
     return Path.cwd() if INSTALLED else ROOT
 
 
+def find_local(path: str) -> Path | None:
+    """Returns what a relative path names: here, or beside `runs/`; None if nothing."""
+    places = (folder / path for folder in (Path.cwd(), home()))
+    return next((place for place in places if place.exists()), None)
+
+
 def runs_folder() -> Path:
     """Returns the folder of all runs: `TUNEBOOK_RUNS`, else `runs/` at `home()`."""
     return Path(os.environ.get("TUNEBOOK_RUNS") or home() / "runs")

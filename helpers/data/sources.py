@@ -89,15 +89,13 @@ def load_rows(
 
 def find_path(path: str) -> Path | None:
     """Returns the file or folder that a path names, None for a name of the hub."""
-    folders = dict.fromkeys([Path.cwd(), runtime.home()])
-    for local in [folder / path for folder in folders]:
-        if local.is_file() or local.is_dir():
-            return local
+    if local := runtime.find_local(path):
+        return local
     if HUB_NAME.fullmatch(path) and not path.lower().endswith(SUFFIXES):
         return None
     hint = "; data_samples/ is in the repository alone, pip leaves it out"
     raise MissingInput(
-        f"no file {path} (looked in {' and '.join(map(str, folders))}); give a path to "
+        f"no file {path} (looked in {Path.cwd()} and {runtime.home()}); give a path to "
         f"{KNOWN}, or a hub name like owner/name, owner/name/config or owner/name:split"
         '; options are fields: {"path": "mine.jsonl", "rows": 5}'
         + (hint if runtime.INSTALLED else "")

@@ -51,13 +51,12 @@ def template_text(template: str) -> str | None:
     """
     if template == "own" or template in TEMPLATES:
         return TEMPLATES.get(template)
-    folders = dict.fromkeys([Path.cwd(), runtime.home()])
-    for folder in folders:
-        if (folder / template).is_file():
-            return (folder / template).read_text(encoding="utf-8-sig")
+    file = runtime.find_local(template)
+    if file and file.is_file():
+        return file.read_text(encoding="utf-8-sig")
     raise TemplateError(
         f"template={template!r} is neither {', '.join(['own', *TEMPLATES])} nor a "
-        f"file (looked in {' and '.join(map(str, folders))})"
+        f"file (looked in {Path.cwd()} and {runtime.home()})"
     )
 
 
