@@ -17,10 +17,9 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import to_json
 
-from helpers import runtime
-from helpers.config import RunConfig, Stage, complete, library_class, library_fields
+from helpers import estimate, runtime
+from helpers.config import RunConfig, complete, library_class, library_fields
 from helpers.errors import ConfigError, UnknownArchitecture, nearest
-from helpers.estimate import count_steps, skeleton, step_rows
 from helpers.grpo.rewards import choose, margin
 from helpers.masking.templates import template_text
 from helpers.models.adapters import check_attached, check_lora
@@ -32,8 +31,6 @@ USUAL_RATES = {
     "sft": (1e-5, 5e-4, "QLoRA, arXiv:2305.14314, takes 1e-4 and 2e-4"),
     "grpo": (1e-6, 5e-5, "TRL's default is 1e-6, Unsloth's notebooks take 5e-6"),
 }
-# what chat models end an answer with
-ENDS = "eos </s> <eos> <|im_end|> <|eot_id|> <|end_of_text|> <end_of_turn> <|end|>"
 MAX_CUT_SHARE = 0.01  # of the answers
 
 # fields of our config, and the library fields that they replace without a word
@@ -53,38 +50,23 @@ ELSEWHERE = {
 }
 OWNER = {path: own for own, paths in ELSEWHERE.items() for path in paths.split()}
 
-
-def is_positive(value: Any) -> bool:
-    """Returns whether a value is a finite number above zero."""
-    return isinstance(value, int | float) and 0 < value < math.inf
-
-
 # values that a class takes, and training makes nothing of: fields, what is sound
 POSITIVE = "learning_rate num_train_epochs max_completion_length temperature "
 POSITIVE += "per_device_train_batch_size gradient_accumulation_steps"
 SILENT: list[tuple[str, Callable[[Any], bool], str]] = [
-    (POSITIVE, is_positive, "more than 0"),
+    (POSITIVE, lambda x: type(x) in (int, float) and 0 < x < math.inf, "more than 0"),
     ("max_steps", bool, "more than 0, or -1 to go by num_train_epochs"),
     ("lora_dropout", lambda x: 0 <= x < 1, "0 to less than 1"),
     ("lora_alpha", bool, "other than 0: nothing would be learnt"),
     ("inference_mode", lambda x: not x, "false: no parameter would be trained"),
     ("task_type", lambda x: x in (None, "CAUSAL_LM"), "CAUSAL_LM, the only task here"),
 ]
-# in a trial nothing is written, and nothing of this machine is judged
-TRAINING: dict[str, Any] = {"output_dir": "unused", "report_to": "none"}
-TRAINING |= {"fp16": False, "bf16": False}
-TRIAL: dict[str, dict[str, Any]] = {
-    "sft": TRAINING,
-    "grpo": TRAINING | {"num_generations_eval": 1},  # ours needs no whole groups
-    "lora": {},
-    "inference": {"do_sample": True},
-}
 # fields that take more than their type says
 WIDER: dict[str, Any] = {"scale_rewards": bool | str, "init_lora_weights": bool | str}
 
 
 class Advice(NamedTuple):
-    """One fault of a config, and its remedy."""
+    """A fault of a config, with its remedy."""
 
     level: Literal["error", "warning"]  # with a warning it runs, and may disappoint
     field: str  # dotted path into the config, `sft.warmup_steps`
@@ -108,14 +90,12 @@ def advise(
     warnings = [*disappointments(config, machine or runtime.find_machine())]
     if not errors:  # else values cannot be compared
         errors += model_faults(config)
-        for stage in config.stages:
-            warnings += schedule(config, stage, rows if stage == "sft" else None)
+        warnings += schedule(config, rows)
     advice = [Advice("error", *fault) for fault in errors]
     return sorted(advice + [Advice("warning", *fault) for fault in warnings])
 
 
 def report(advice: list[Advice]) -> str:
-    """Returns one line a fault, for a terminal or a notebook."""
     return "\n".join(": ".join(a) for a in advice) or "The config is sound."
 
 
@@ -136,9 +116,8 @@ def check_lengths(ends: list[int], max_length: int) -> Advice | None:
     if cut <= allowed:
         return None
     enough = 64 * math.ceil(sorted(ends)[-1 - allowed] / 64)
-    text = f"{max_length} tokens cut {cut} of {len(ends)} answers "
-    text += f"({100 * cut / len(ends):.1f} %): their ends are not learnt. Set it to "
-    text += f"{enough}, which cuts at most 1 %, or leave the long rows out."
+    text = f"{max_length} tokens cut {cut} of {len(ends)} answers, whose ends are not "
+    text += f"learnt. Set it to {enough}, which cuts at most 1 %."
     return Advice("warning", "max_length", text)
 
 
@@ -149,9 +128,9 @@ def library_faults(config: RunConfig) -> Iterator[Fault]:
         values = getattr(config, group).items()
         values = {n: v for n, v in values if not n.startswith("unsloth_")}
         faults = field_faults(group, values)
-        if isinstance(drawn := values.get("generation_kwargs"), dict):
-            for text in field_faults("inference", drawn).values():
-                faults["generation_kwargs"] = text
+        drawn = field_faults("inference", values.get("generation_kwargs") or {})
+        if drawn:
+            faults["generation_kwargs"] = "; ".join(drawn.values())
         for name, text in (faults or trial_fault(group, values)).items():
             yield f"{group}.{name}".removesuffix("."), text
 
@@ -172,10 +151,11 @@ def schema(group: str) -> type[BaseModel]:
 
 def field_faults(group: str, values: dict[str, Any]) -> dict[str, str]:
     """Returns what is wrong with single values of a group, by name."""
-    faults, model = {}, schema(group)
-    for name in values:
-        if own := OWNER.get(f"{group}.{name}"):
-            faults[name] = f"the config's own {own} decides it. Remove it."
+    owners = {n: OWNER[f"{group}.{n}"] for n in values if f"{group}.{n}" in OWNER}
+    texts = {
+        n: f"the config's own {o} decides it. Remove it." for n, o in owners.items()
+    }
+    model = schema(group)
     try:  # as JSON, which has no tuples, sets or enums of its own
         model.model_validate_json(to_json(values, inf_nan_mode="constants"))
     except ValidationError as error:
@@ -185,12 +165,12 @@ def field_faults(group: str, values: dict[str, Any]) -> dict[str, str]:
             if fault["type"] == "extra_forbidden":
                 hint = nearest(name, model.model_fields, sure=0.8) or "; remove it"
                 text = f"{model.__name__} has no such field{hint}"
-            faults.setdefault(name, f"found {values[name]!r}; {text}")
+            texts.setdefault(name, f"found {values[name]!r}; {text}")
     for names, is_sound, expected in SILENT:
-        for name in values.keys() & set(names.split()) - faults.keys():
+        for name in values.keys() & set(names.split()) - texts.keys():
             if not is_sound(values[name]):
-                faults[name] = f"found {values[name]!r}; expected {expected}"
-    return faults
+                texts[name] = f"found {values[name]!r}; expected {expected}"
+    return texts
 
 
 def trial_fault(group: str, values: dict[str, Any]) -> dict[str, str]:
@@ -200,33 +180,42 @@ def trial_fault(group: str, values: dict[str, Any]) -> dict[str, str]:
         return {}
     import torch
 
-    trial = values | TRIAL[group]
-    if group in ("sft", "grpo"):
+    trial = dict(values)
+    if group == "inference":
+        trial["do_sample"] = True
+    elif group != "lora":
         # accelerate keeps the last device for the whole process: this machine's
-        trial["use_cpu"] = not torch.cuda.is_available()
+        trial |= {"use_cpu": not torch.cuda.is_available(), "fp16": False}
+        trial |= {"bf16": False, "output_dir": "unused", "report_to": "none"}
+    if group == "grpo":
+        trial["num_generations_eval"] = 1  # our evaluation needs no whole groups
     try:
         library_class(group)(**trial)
     except (ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
-        text = " ".join(str(error).split())[:300]
         owner = {v: n for n, v in values.items() if isinstance(v, str)}
-        owner |= {name: name for name in values}
-        names = [owner[word] for word in re.findall(r"\w+", text) if word in owner]
-        return {names[0] if names else "": f"{schema(group).__name__}: {text}"}
+        name, text = name_fault(error, owner | {name: name for name in values})
+        return {name: f"{schema(group).__name__}: {text}"}
     return {}
+
+
+def name_fault(error: Exception, owner: dict[str, str]) -> Fault:
+    """Returns the field that an error's words belong to, if any, and the error."""
+    text = " ".join(str(error).split())[:300]
+    names = [owner[word] for word in re.findall(r"\w+", text) if word in owner]
+    return names[0] if names else "", text
 
 
 def model_faults(config: RunConfig) -> Iterator[Fault]:
     """Finds LoRA and lengths that do not go with the base model, where it is known."""
     try:
-        base = skeleton(config.model)
+        base = estimate.skeleton(config.model)
     except UnknownArchitecture:
         return  # nothing is known of the model until it is loaded
     try:
         check_lora(base, config.lora)
-        check_attached(skeleton(config.model, config.lora), config.lora)
+        check_attached(estimate.skeleton(config.model, config.lora), config.lora)
     except (ValueError, TypeError, IndexError, AttributeError) as error:
-        text = " ".join(str(error).split())[:300]
-        name = next((w for w in re.findall(r"\w+", text) if w in config.lora), "")
+        name, text = name_fault(error, {name: name for name in config.lora})
         yield f"lora.{name}".removesuffix("."), text
         return
     numbers = base.config.get_text_config()
@@ -251,9 +240,8 @@ def disappointments(config: RunConfig, machine: runtime.Machine) -> Iterator[Fau
     if "unsloth" in sys.modules and config.engine == "transformers":
         text = "Unsloth has patched transformers in this process: restart the kernel"
         yield "engine", text
-    if config.pad_token in ENDS.split():
-        text = f"{config.pad_token!r} ends answers, and no loss is taken on padding: "
-        yield "pad_token", text + "the model would never learn to stop. Leave it null."
+    if config.pad_token == "eos":
+        yield "pad_token", "EOS would never be learnt, so another token pads"
     dtype, reason = runtime.choose_dtype(machine, config.dtype)
     if config.dtype == "bfloat16" and str(dtype) != "torch.bfloat16":
         yield "dtype", f"{dtype} is used on {machine.name}: {reason}. Set it to auto."
@@ -262,26 +250,19 @@ def disappointments(config: RunConfig, machine: runtime.Machine) -> Iterator[Fau
         yield "rewards", text + "raise the weight of correctness"
 
 
-def schedule(config: RunConfig, stage: Stage, rows: int | None) -> Iterator[Fault]:
-    """Finds a rate, a warm-up or a number of steps that defeats the training."""
-    values = complete(config, stage)
-    low, high, source = USUAL_RATES[stage]
-    rate = values["learning_rate"]
-    if round(rate / low, 6) < 0.1 or round(rate / high, 6) > 10:
-        text = f"{rate:g} is more than ten times outside the {low:g} to {high:g} usual "
-        yield f"{stage}.learning_rate", f"{text}for LoRA ({source})"
-
-    steps, warmup = count_steps(config, stage, rows), values["warmup_steps"]
-    # below 1 it is a share of the run, as in transformers' get_warmup_steps
-    length = int(warmup) if warmup >= 1 else math.ceil((steps or 0) * warmup)
-    if steps and length >= steps and values["lr_scheduler_type"] != "constant":
-        text = f"{warmup} in a run of {steps} steps: the rate never reaches its peak. "
-        text += f"Set it to {steps // 10}, or raise the number of steps."
-        yield f"{stage}.warmup_steps", text
-
-    a_step = step_rows(config, stage)
-    seen = values["max_steps"] * a_step
-    if rows and 0 < seen < rows and not values.get("packing"):
-        text = f"{steps} steps of {a_step} rows see {seen} of {rows}. One epoch needs "
-        text += f"{math.ceil(rows / a_step)}; or take fewer rows by data.train_rows."
-        yield f"{stage}.max_steps", text
+def schedule(config: RunConfig, rows: int | None) -> Iterator[Fault]:
+    """Finds a rate or a warm-up that defeats the training."""
+    for stage in config.stages:
+        values = complete(config, stage)
+        low, high, source = USUAL_RATES[stage]
+        rate, warmup = values["learning_rate"], values["warmup_steps"]
+        if round(rate / low, 6) < 0.1 or round(rate / high, 6) > 10:
+            text = f"{rate:g} is more than ten times outside the {low:g} to {high:g} "
+            yield f"{stage}.learning_rate", f"{text}usual for LoRA ({source})"
+        steps = estimate.count_steps(config, stage, rows if stage == "sft" else None)
+        # below 1 it is a share of the run, as in transformers' get_warmup_steps
+        length = int(warmup) if warmup >= 1 else math.ceil((steps or 0) * warmup)
+        if steps and length >= steps and values["lr_scheduler_type"] != "constant":
+            text = f"{warmup} in a run of {steps} steps: the rate never reaches its "
+            text += f"peak. Set it to {steps // 10}, or raise the number of steps."
+            yield f"{stage}.warmup_steps", text
