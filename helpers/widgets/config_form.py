@@ -66,7 +66,6 @@ class ConfigForm(widgets.VBox):
         super().__init__([self.recipe, *rows, self.button, self.message])
 
     def choose(self, recipe: str) -> None:
-        """Fills the fields with a recipe, or with the saved run; writes nothing."""
         config = self.run.config if recipe == SAVED else recipes.load(recipe)
         self.base = flatten(config.model_dump(exclude_defaults=True))
         lines = [
@@ -164,7 +163,6 @@ def describe(name: str) -> tuple[Any, Any, str]:
 
 
 def make_field(name: str) -> widgets.Widget:
-    """Returns the empty widget of a field."""
     kind, default, _ = describe(name)
     options: dict[str, Any] = {"description": name, "layout": {"width": "520px"}}
     options["style"] = {"description_width": "240px"}
@@ -191,7 +189,6 @@ def show(value: Any, name: str) -> str | bool:
 
 
 def parse(text: str | bool, name: str) -> Any:
-    """Returns the value that a field's text means, None where it is empty."""
     kind = describe(name)[0]
     if isinstance(text, bool):
         return text
@@ -206,19 +203,16 @@ def parse(text: str | bool, name: str) -> Any:
 
 
 def flatten(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns values by dotted name: `sft.max_steps`."""
     groups = {group: values.pop(group, {}) for group in GROUPS}
     pairs = {f"{g}.{k}": v for g, inner in groups.items() for k, v in inner.items()}
     return values | pairs
 
 
 def remark(level: str, text: str) -> str:
-    """Returns a text as HTML in the colour of its level."""
     return f'<div style="color:{COLORS[level]}">{html.escape(text)}</div>'
 
 
 def summarize(config: RunConfig, rows: dict[str, Any]) -> str:
-    """Returns as HTML the parameters, steps, minutes and memory that a config takes."""
     gpu = estimate.this_gpu()
     card, place = gpu or estimate.T4, gpu or estimate.CPU
     try:
