@@ -131,7 +131,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"messages": None}, "messages is not a list of turns: None"),
     ({"messages": 5}, "messages is not a list of turns: 5"),
     ({"messages": "What is it?"}, "messages is text that is not JSON: What is it"),
-    ({"messages": {"role": ["user"], "content": ["a"]}}, "messages is not a list of tu"),
+    ({"messages": {"role": ["user"], "content": ["a"]}}, "messages is not a list of t"),
     ({"messages": ["Hi"]}, "a row or turn is not an object: 'Hi'"),
     (asked(None), ONE_EACH),
     ({"messages": [{"content": "a"}]}, ONE_EACH),

@@ -20,7 +20,6 @@ TURNS_AS_TEXT = re.compile(
     rf"""\s*\[\s*\{{\s*["'](role|from)["']\s*:\s*["']({"|".join(ROLES)})["']"""
 )
 PART = r"(?:(?!\[/?INST\]|<</?SYS>>).)*?"  # of a Llama 2 turn: text without a marker
-# the whole turns of ready-made text
 READY_MADE = {
     "llama-2": re.compile(
         rf"(?s)(?:<s>)?\s*\[INST\]\s*(?:<<SYS>>\s*(?P<system>{PART})\s*<</SYS>>)?\s*"
@@ -31,8 +30,7 @@ READY_MADE = {
         r"(?P<content>(?:(?!<\|im_start\|>).)*?)<\|im_end\|>"
     ),
 }
-# names and columns: first the question (or all turns), last the answer; the first that
-# fits is taken
+# the first that fits is taken; its columns: first the question or chat, last the answer
 FORMATS = {"openai": ["messages"], "sharegpt": ["conversations"]}
 FORMATS |= dict.fromkeys(["gsm8k", "question-answer"], ["question", "answer"])
 FORMATS |= {"alpaca": ["instruction", "input", "output"]}

@@ -53,10 +53,7 @@ def place_of(question: str) -> float:
 
 
 def split(places: Iterable[float], shares: dict[str, float]) -> list[str]:
-    """Returns the split of each conversation: a name of `shares`, or `train`.
-
-    A split that would be empty takes the conversations at the lowest place.
-    """
+    """Returns the split at each place; one that would be empty takes the lowest."""
     places, names = list(places), [*shares, "train"]
     ends = list(accumulate(shares.values()))
     splits = [names[bisect_right(ends, place)] for place in places]
@@ -66,10 +63,7 @@ def split(places: Iterable[float], shares: dict[str, float]) -> list[str]:
             lowest = min((p for p, part in pairs if part == "train"), default=None)
             splits = [name if p == lowest else part for p, part in pairs]
     if "train" not in splits:
-        raise DataError(
-            f"{' and '.join(shares)} take all {len(set(places))} different questions: "
-            "give more rows to train on"
-        )
+        raise DataError(f"{len(set(places))} questions: none is left to train on")
     return splits
 
 
@@ -77,10 +71,8 @@ def assert_disjoint(trained: set[float], name: str, questions: Iterable[str]) ->
     """Raises DataError when a held-out question is at a place that is trained on."""
     leaks = [question for question in questions if place_of(question) in trained]
     if leaks:
-        raise DataError(
-            f"{len(leaks)} questions of {name} are in the training rows too: "
-            f"{leaks[0][:80]!r}; remove them from one side"
-        )
+        text = f"{len(leaks)} questions of {name} are in the training rows too, like "
+        raise DataError(f"{text}{leaks[0][:80]!r}: remove them from one side")
 
 
 def by_weight(counts: list[int], weights: list[float | None]) -> list[int]:
@@ -158,8 +150,9 @@ def read_sources(run: Run, file: Path, report: Row) -> pd.DataFrame:
         for number, (part, source) in enumerate(sources, start=1):
             form = source.format if isinstance(source, Source) else None
             reader = Reader(str(source), form, run.config.system_prompt)
-            reader.drop_unusable, reader.ignore = config.drop_unusable, config.ignore
-            seed, limit = None, getattr(config, f"{part}_rows", None)
+            reader.drop_unusable = config.drop_unusable
+            reader.ignore = [name.rpartition(".")[2] for name in config.ignore]
+            limit, seed = getattr(config, f"{part}_rows", None), None
             if part == "train":
                 reader.max_chars, reader.seen = config.max_chars, seen
                 seed = run.config.seed
@@ -172,9 +165,10 @@ def read_sources(run: Run, file: Path, report: Row) -> pd.DataFrame:
             label = str(source) if part == "train" else part
             if label in report["sources"]:  # another part of it, or in another format
                 label += f" ({number})"
-            for row in reader.read(numbered, problems=part in SETS[1:]):
-                row = row if "id" in row else {"id": fingerprint(row), "messages": row}
-                places = [place_of(question) for question in questions_of(row)]
+            chats = part in ("train", "eval")
+            for row in reader.read(numbered, problems=not chats):
+                row = {"id": fingerprint(row), "messages": row} if chats else row
+                places = list(map(place_of, questions_of(row)))
                 table.append((part, label, stream.tell(), places))
                 stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             report["sources"][label] = reader.report()
@@ -202,8 +196,7 @@ def mix(run: Run, rows: pd.DataFrame, file: Path, report: Row) -> pd.DataFrame:
     rows = rows[rows.groupby("source").cumcount() < rows["source"].map(quotas)]
     firsts = rows["places"].str[0]
     shares = {"test_chat": config.test_share, "eval": config.eval_share}
-    splits = split(firsts, {name: share for name, share in shares.items() if share})
-    rows = rows.assign(part=splits)
+    rows = rows.assign(part=split(firsts, {n: s for n, s in shares.items() if s}))
     held = set(firsts[rows["part"] != "train"])
     leaks = (rows["part"] == "train") & ~rows["places"].map(held.isdisjoint)
     if leaks.any():

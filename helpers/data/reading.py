@@ -30,7 +30,6 @@ SYSTEM = ("system", "system_prompt", "system_message")
 CHATS = ("messages", "conversations")
 # what is put before them: the `instruction` template has Dolly's three blocks
 CONTEXTS = {"input": "", "context": "### Context:\n"}
-# never a reason to refuse all rows
 FILTERS = ("empty answer", "no answer is learnt", "over-long", "duplicate")
 
 
@@ -165,7 +164,6 @@ class Reader:
         return [{"role": m["role"], "content": m["content"]} for m in turns]
 
     def strip(self, fields: Any) -> Row:
-        """Returns the fields of a row or turn that are not to be ignored."""
         if not isinstance(fields, dict):
             error = DataError(f"a row or turn is not an object: {fields!r:.40}")
             raise fields if isinstance(fields, DataError) else error

@@ -82,8 +82,8 @@ def find_path(path: str) -> Path | None:
     hint = "; data_samples/ is in the repository alone" if runtime.INSTALLED else ""
     places = " and ".join(dict.fromkeys(map(str, (Path.cwd(), runtime.home()))))
     raise MissingInput(
-        f"no file {path} (looked in {places}); give a path, a name on the hub like "
-        f'owner/name[/config][:split], or {{"path": "mine.jsonl", "rows": 5}}{hint}'
+        f"no file {path} (looked in {places}); give a path, or a name on the hub like "
+        f"owner/name[/config][:split]{hint}"
     )
 
 
@@ -120,8 +120,7 @@ def read_dataset(source: Source, path: Path | None) -> Any:
             path /= "train"
         return datasets.load_from_disk(str(path))
     except Exception as error:  # `datasets` raises many kinds
-        hint = "" if path else " (is the hub reachable from here?)"
-        raise DataError(f"{source} could not be read: {error!s:.300}{hint}") from error
+        raise DataError(f"{source} could not be read: {error!s:.300}") from error
 
 
 def read_file(path: Path) -> Iterator[Any]:
