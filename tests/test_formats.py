@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from helpers.data.formats import ask, detect_format
 from helpers.data.reading import LEARNT, Reader, to_conversations
-from helpers.data.sources import load_rows
 from helpers.errors import DataError
-from helpers.masking.templates import INSTRUCTION_TEMPLATE, render
 from tests.rows import ROWS, messages_row, pair, problem, turns
 
 HI = turns("Hi", "Hi.")
@@ -43,8 +39,6 @@ def chatml(*pairs: tuple[str, str]) -> str:
     return "".join(f"<|im_start|>{who}\n{says}<|im_end|>\n" for who, says in pairs)
 
 
-# what rows become
-
 LLAMA2 = "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hi. </s>"
 DOLLY = {"instruction": "Hi", "response": "Hi."}
 ALPACA = {"instruction": "Hi", "input": "", "output": "Hi."}
@@ -53,10 +47,8 @@ FORMER = [*BRIEF[:2], BRIEF[2] | {"weight": 0}, *turns("Hi", "Ho.")]
 MANAGER = '[{"role": "manager"}]'
 READ: list[tuple[Any, Any]] = [
     (pair("Hi", "Hi."), HI),
-    (DOLLY | {"context": ""}, HI),
     (DOLLY | {"context": "At ten."}, turns("Hi\n\n### Context:\nAt ten.", "Hi.")),
     (ALPACA, HI),
-    (ALPACA | {"input": None}, HI),
     (ALPACA | {"input": "there"}, turns("Hi\n\nthere", "Hi.")),
     ({"instruction": "Hi", "output": "Hi."}, HI),
     ({"question": "Hi", "answer": "Hi."}, HI),
@@ -74,7 +66,6 @@ READ: list[tuple[Any, Any]] = [
     ({"prompt": [*BRIEF, *HI[:1]], "completion": "Ho."}, FORMER),
     (pair("Who?", MANAGER), turns("Who?", MANAGER)),
     ({"prompt": "Hi", "completion": True}, turns("Hi", "true")),
-    ({"prompt": "Hi", "completion": 0}, turns("Hi", "0")),
     ({"prompt": "Hi", "completion": 10**30}, turns("Hi", "1" + 30 * "0")),
 ]  # fmt: skip
 
@@ -110,26 +101,19 @@ def test_an_answer_before_the_first_question_is_dropped_and_counted() -> None:
     assert reader.adjusted == {"answer before the first question dropped": 1}
 
 
-# what is refused
-
 CALL = [{"type": "function", "name": "look"}]
 NO_TEXT = "the user turn is not text"
 NO_MARK = "a mark that is neither 0 nor 1: .*'weight'"
 ONE_EACH = "a turn needs one role and one content: "
 REFUSED: list[tuple[Any, str]] = [
     (messages_row("assistant", "user"), "no assistant turn"),
-    (messages_row(), "no assistant turn"),
-    (messages_row("user", "assistant", "assistant"),
-     "turns do not alternate from user to assistant: user assi"),
+    (messages_row("user", "assistant", "assistant"), "turns do not .*: user assistant"),
     (messages_row("user", "system", "assistant"), "turns do not alternate"),
     (messages_row("user", "tool", "assistant"), "role 'tool' is not system, user or"),
-    ({"text": chatml(("user", "a"), ("tool", "5"), ("assistant", "b"))},
-     "role 'tool' is"),
     *[(asked(x), NO_TEXT) for x in ({"a": "b"}, float("nan"), [], ["a", "b"])],
     *[(asked([{"type": kind, "text": "a"}]), NO_TEXT) for kind in ("image", "thought")],
     (messages_row("user", "user", "assistant"), "turns do not alternate"),
     ({"messages": None}, "messages is not a list of turns: None"),
-    ({"messages": 5}, "messages is not a list of turns: 5"),
     ({"messages": "What is it?"}, "messages is text that is not JSON: What is it"),
     ({"messages": {"role": ["user"], "content": ["a"]}}, "messages is not a list of t"),
     ({"messages": ["Hi"]}, "a row or turn is not an object: 'Hi'"),
@@ -139,7 +123,6 @@ REFUSED: list[tuple[Any, str]] = [
     ({"messages": [HI[0] | {"value": "b"}]}, ONE_EACH),
     *[(said(weight=value), NO_MARK) for value in (0.5, 2, "no", [1])],
     ({"messages": BRIEF, "system": "Be kind."}, "turns do not .*: system system user"),
-    (pair("Hi") | {"system": "a", "system_prompt": "b"}, "turns do not .*: system sys"),
     *[(pair("Hi") | {"history": value}, "history is ")
       for value in ("a?", {"a": "b"}, [["a?"]], ["a?", "b"])],
     ({"prompt": str(HI[:1]), "completion": "Yes."}, "prompt is text that is not JSON"),
@@ -151,13 +134,11 @@ REFUSED: list[tuple[Any, str]] = [
     *[({"text": text}, "broken markers: .* is no whole turn of llama-2") for text in (
         "<s>[INST] a [INST] b [/INST] c </s>",
         "<s>[INST] <<SYS>> a [/INST] b </s>",
-        "<s>[INST] a </s>",
         "[INST] a [/INST] b [INST] c [/INST] d </s>",
         "<s>[INST] a [/INST] b </s> and more",
     )],
     *[({"text": text}, "broken markers: .* is no whole turn of chatml") for text in (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb",
-        "<|im_start|>user a<|im_end|>",
         "<|im_start|>user\na\n<|im_start|>assistant\nb<|im_end|>",
         "Hello " + chatml(("user", "a")),
         chatml(("user", "a"), ("assistant", "b")) + "and more",
@@ -195,16 +176,11 @@ def test_fields_are_ignored_by_choice_and_counted_where_they_are_not_used() -> N
     assert reader.unused == {"name": 1, "score": 1}
 
 
-# detection
-
 LISTED = {"question": "Where?", "answer": "Here.\n#### 1. A list\nof places"}
 DETECTED: list[tuple[dict[str, Any], str, str]] = [
     (messages_row("user"), "openai", "messages"),
-    ({"conversations": []}, "sharegpt", "conversations"),
     (ALPACA, "alpaca", "input, instruction, output"),
-    ({"instruction": "a", "output": "b"}, "wizardlm", "instruction, output"),
     (DOLLY | {"category": "c"}, "dolly", "instruction, response"),
-    (ROWS[0], "prompt-completion", "completion, prompt"),
     (problem("How many?"), "gsm8k", "answer, question with #### <number>"),
     (LISTED, "question-answer", "answer, question"),
     ({"text": "[INST] a [/INST] b"}, "llama-2", "text with [INST]"),
@@ -247,9 +223,6 @@ def test_a_format_that_is_asked_for_is_taken_or_refused() -> None:
         to_conversations(ROWS, form="alpacca")
 
 
-# the system prompt of problems
-
-
 def test_problems_are_asked_in_training_as_in_evaluation() -> None:
     reader = Reader(system_prompt="Solve it.")
     rows = [problem("a"), {"question": "b", "answer": "Many.\n#### 8:30"}]
@@ -258,50 +231,3 @@ def test_problems_are_asked_in_training_as_in_evaluation() -> None:
     assert first[:-1] == ask("a", "Solve it.")
     assert (second[0], third[0]["content"]) == (*ask("b", ""), "S")
     assert reader.adjusted == {"no #### number, so no system prompt": 1}
-
-
-# samples and templates
-
-
-@pytest.mark.parametrize(
-    ("file", "name", "number", "start"),
-    [
-        ("openai_messages", "openai", 1, "You answer questions about astronomy"),
-        ("sharegpt", "sharegpt", 2, "What is a palindrome?"),
-        ("alpaca", "alpaca", 1, "Rewrite the sentence in a polite tone.\n\nSend me"),
-        ("dolly", "dolly", 0, "How many legs does a spider have?"),
-        ("llama2_text", "llama-2", 0, "How can I peel garlic quickly?"),
-        ("chatml_text", "chatml", 3, "You are a gardener. Answer in at most two"),
-        ("word_problems/train", "gsm8k", 0, "Bao has read 33 pages of a book with"),
-    ],
-)
-def test_every_row_of_a_sample_file_is_read(
-    file: str, name: str, number: int, start: str
-) -> None:
-    rows = load_rows(f"data_samples/{file}.jsonl")
-    chats, left_out = to_conversations(rows)
-    assert detect_format(rows)[0] == name
-    assert (len(chats), left_out) == (len(rows), {})
-    assert chats[number][0]["content"].startswith(start)
-
-
-def test_chatml_and_dolly_rows_come_out_of_their_templates_as_they_went_in(
-    tokenizer: Any, make_tokenizer: Callable[..., Any]
-) -> None:
-    # this tokenizer's template adds a system turn where there is none
-    rows = load_rows("data_samples/chatml_text.jsonl")
-    rows = [row for row in rows if "im_start|>system" in row["text"]]
-    rows += [{"text": chatml(("system", ""), ("user", " a "), ("assistant", "b\n"))}]
-    texts = [render(tokenizer, messages) for messages in to_conversations(rows)[0]]
-    assert texts == [row["text"] for row in rows]
-    special = {"bos_token": "<s>", "eos_token": "</s>"}
-    special["chat_template"] = INSTRUCTION_TEMPLATE
-    instruct = make_tokenizer(("<s>", "</s>"), **special)
-    blocks = r"### Instruction:\n(.*?)\n\n(?:### Context:\n(.*?)\n\n)?"
-    blocks += r"### Response:\n(.*)</s>"
-    rows = load_rows("data_samples/dolly.jsonl")
-    for row, messages in zip(rows, to_conversations(rows)[0], strict=True):
-        parts = re.fullmatch(blocks, render(instruct, messages), re.DOTALL)
-        assert parts is not None
-        columns = ("instruction", "context", "response")
-        assert [part or "" for part in parts.groups()] == [row[n] for n in columns]
