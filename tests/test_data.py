@@ -342,10 +342,12 @@ def test_a_conversation_that_asks_later_what_is_held_out_is_not_trained_on(
 
 
 def test_missing_or_other_data_are_prepared_with_a_note_and_good_ones_left(
-    run_factory: MakeRun, own_files: dict[str, Any], messages: Any
+    run_factory: MakeRun, own_files: dict[str, Any], messages: Any, monkeypatch: Any
 ) -> None:
-    run = run_factory(**own_files)
+    run, hashed = run_factory(**own_files), list[str]()
+    monkeypatch.setattr(data, "content_of", lambda source: hashed.append(source))
     assert data.ensure_data(run) == run.require("data/test_new.jsonl").parent
+    assert len(hashed) == len(set(hashed)) > 3  # once each
     assert "a part is missing (notebook 01_data_prep makes it)" in messages.text
     messages.clear()
     data.ensure_data(run_factory(**own_files, sft__max_steps=3, max_length=300))
