@@ -50,8 +50,8 @@ from benchmarks.chats import (  # noqa: E402
     unsloth_templates,
 )
 from benchmarks.differences import Row, Theirs, describe  # noqa: E402
-from helpers.data.formats import check_messages  # noqa: E402
-from helpers.errors import TemplateError  # noqa: E402
+from helpers.data.formats import arrange  # noqa: E402
+from helpers.errors import DataError, TemplateError  # noqa: E402
 from helpers.masking.dataset import NO_LOSS, check_row, mask_conversation  # noqa: E402
 from helpers.masking.templates import FIXED_DATE, FIXED_DAY  # noqa: E402
 
@@ -235,9 +235,14 @@ def main(out: Path) -> None:
     packages = ("unsloth", "unsloth_zoo", "trl", "transformers", "tokenizers")
     tool = [*turns("2 + 2?", "add(2, 2)"), {"role": "tool", "content": "4"}]
     rows = [compare(base, template, {"unsloth", "trl"}) for template in templates]
+    try:
+        arrange(tool)
+        tool_turns = "read"
+    except DataError as error:
+        tool_turns = f"refused: {error}"
     found = {
         "versions": {name: version(name) for name in packages},
-        "tool_turns": f"refused: {check_messages(tool)}",
+        "tool_turns": tool_turns,
         "templates": rows,
     }
     write_json(out, found)

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from helpers.data.formats import Fields, Messages, Row, ask, read_prompt
+from helpers.data.formats import Messages, Row, ask
+from helpers.data.reading import Reader
 from helpers.data.sources import open_rows
 from helpers.errors import DataError
 from helpers.files import content_hash, fingerprint
@@ -63,12 +64,10 @@ def generate_command(
 
 def read_prompts(path: Path, system_prompt: str) -> list[Row]:
     """Returns `{"id", "prompt"}` rows, the prompt being a conversation."""
-    rows, fields = [], Fields()
+    rows, reader = [], Reader(str(path), system_prompt=system_prompt)
     for number, row in open_rows(str(path)):
         try:
-            if isinstance(row, DataError):
-                raise row
-            prompt = read_prompt(row, system_prompt, fields)
+            prompt = reader.to_prompt(row)
         except DataError as error:
             raise DataError(
                 f"{path}, row {number} is not a prompt: {error}; expected a text, or "
@@ -76,7 +75,7 @@ def read_prompts(path: Path, system_prompt: str) -> list[Row]:
             ) from None
         key = row.get("id", number) if isinstance(row, dict) else number
         rows.append({"id": key, "prompt": prompt})
-    fields.report(str(path))
+    reader.report()
     return rows
 
 
