@@ -1,7 +1,4 @@
-"""Rewards by the answer parser, text -> float functions with TRL's contract.
-
-None: the gold answer cannot be graded. What a completion copies earns nothing.
-"""
+"""Rewards with TRL's contract; None: the gold answer is no number to grade by."""
 
 from __future__ import annotations
 
@@ -40,8 +37,8 @@ def correctness(
     """Returns 1.0 for a right answer, 0.0 for a wrong one, None without a gold."""
     scores: Scores = []
     for text, g in zip(own_texts(completions, prompts), gold, strict=True):
-        readable = parse_number(g) is not None or answers.parse_expression(g)
-        scores.append(float(answers.is_correct(text, g)) if readable else None)
+        is_gold = parse_number(g) is not None
+        scores.append(float(answers.is_correct(text, g)) if is_gold else None)
     if log_metric is not None and prompts:
         pairs = itertools.groupby(zip(prompts, scores, strict=True), lambda p: p[0])
         groups = [[score or 0.0 for _, score in group] for _, group in pairs]
