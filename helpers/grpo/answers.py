@@ -10,12 +10,11 @@ from itertools import pairwise
 # Numbers. Unicode categories and signs, and what the patterns below read them as
 KINDS = {"Sc": "$", "Pd": "-", "Pi": "'", "Pf": "'", "Zs": " ", "Zl": "\n", "Zp": "\n"}
 KINDS |= {"So": "'"} | dict.fromkeys(["Cf", "Mn", "Me", "No"], "")
-SIGNS = {"°": "°", "\u2212": "-", "\u066b": ".", "\u066c": ","}
-SIGNS |= dict.fromkeys("\u2044\u2215", "/")
+SIGNS = {"°": "°", "\u2212": "-", "\u066b": ".", "\u066c": ",", "\u2044": "/"}
 # Latin, Greek and Cyrillic letters: scripts that part words, so that x2 is a name
 LETTER = r"[A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u052f\u1e00-\u1fff]"
-LATEX = {"times": "×", "cdot": "×", "approx": "≈", "circ": "°", "degree": "°"}
-LATEX |= dict.fromkeys(["sqrt", "pi", "pm"], "√")  # makes a number unreadable
+# √ makes a number unreadable
+LATEX = {"times": "×", "cdot": "×", "circ": "°", "sqrt": "√", "pi": "√", "pm": "√"}
 CLEANING = [
     ("<sup>", "^"),
     (r"<[/|]*[^\W\d][^<>\s]{0,40}>", " "),  # tags and end tokens
@@ -60,7 +59,6 @@ POINT = re.compile(
     r"(?:\d+|[1-9]\d{0,2}([ ,'_])\d{3}(?:\1\d{3})*|[1-9]\d?(?:,\d\d)+,\d{3})?(?:\.\d+)?"
 )
 COMMA = re.compile(r"0,\d+|[1-9]\d{0,2}(?:(?:[ .'_]\d{3})+,\d+|(?:\.\d{3}){2,})")
-SHORT_COMMA = re.compile(r"\d+,\d\d?")
 # a mixed number, a fraction, a power, and times a power of ten
 SHAPE = re.compile(
     r"(?i)(?:(\d+) (?:and )?(?=\d\d?/))?([\d.,' _]*\d)(?:/([\d.,' _]*\d))?"
@@ -79,7 +77,6 @@ BROKEN = re.compile(
     r"| ?(?i:lakhs?|crores?|लाख|करोड|тыс[а-я]*|милли[оа]\w*|млн|млрд|tausend"
     rf"|milli?[aeoó]\w*|mil|mio|mln|mrd)(?!{LETTER})"
 )
-SHORT_SCALE = re.compile(rf" ?[mb](?!{LETTER})")  # $5m
 UNIT = re.compile(r" ?(?:[^\W\d_]|[%$°])")
 OR = r"(?:\b(?:and|or|to|bis|und|oder|et|ou|y|o|e|и|или)\b|[和或と]|または)"
 # what begins a remark after an answer
@@ -87,7 +84,6 @@ REMARK = re.compile(rf"(?:[,;.:(!?。]| -) *(?!(?i:{OR}))[^\W\d_]")
 
 # Answers
 MARKER = "####"
-COPIED_WORDS = 6
 REASONING = re.compile(r"\A.*</(?:think|reasoning)>|<(?:think|reasoning)>.*", re.DOTALL)
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 TAGGED = re.compile(r"(?is)<(?:answer|solution)>(.*?)(?=</?(?:answer|solution)>|\Z)")
@@ -103,7 +99,6 @@ JOINED = re.compile(
     rf"[^\S\n]*|\W*(?:[^\W\d_]+\W*?)?{OR}\W*|{LETTER}{{1,3}} "
     r"|[^-\w\s]*(?:~|\.\.+)[^\w\s]*|[^-\w=]*-[^-\w=]*"
 )
-LISTED = re.compile(r"%?[\s,;|、]+")
 
 
 def fold(char: str) -> str:
@@ -111,8 +106,6 @@ def fold(char: str) -> str:
     kind, plain = unicodedata.category(char), unicodedata.normalize("NFKC", char)
     if kind == "Nd":
         return str(unicodedata.decimal(char))
-    if kind == "So" and plain != char:  # ℃, ㎡
-        return plain
     if kind == "No" and "\u2044" in plain:  # ½
         return " " + plain.replace("\u2044", "/")
     return SIGNS.get(char, KINDS.get(kind, plain))
@@ -130,7 +123,6 @@ def clean(text: str) -> str:
 
 
 def tokens(text: str, start: int = 0) -> list[re.Match[str]]:
-    """Returns the numbers of a cleaned text, readable or not."""
     return [token for token in TOKENS.finditer(text, start) if token["number"]]
 
 
@@ -138,7 +130,7 @@ def amount(digits: str, short_comma: bool) -> Fraction:
     """Returns the value of digits with their separators, ValueError without a rule."""
     if POINT.fullmatch(digits):
         return Fraction(re.sub("[ ,'_]", "", digits))
-    if COMMA.fullmatch(digits) or (short_comma and SHORT_COMMA.fullmatch(digits)):
+    if COMMA.fullmatch(digits) or (short_comma and re.fullmatch(r"\d+,\d\d?", digits)):
         return Fraction(re.sub("[ .'_]", "", digits).replace(",", "."))
     raise ValueError(f"{digits!r} is no number")
 
@@ -157,7 +149,7 @@ def value_of(token: re.Match[str]) -> Fraction | None:
     while scale := SCALE.match(text, end):
         exponent += SCALES[scale[0].strip().lower().rstrip("s")]
         end = scale.end()
-    is_short = token["money"] and SHORT_SCALE.match(text, end)
+    is_short = token["money"] and re.match(r" ?[mb]\b", text[end : end + 3])  # $5m
     if is_short or BROKEN.match(text, end) or exponent > LONGEST:
         return None
     try:
@@ -178,9 +170,9 @@ def parse_number(text: str) -> Fraction | None:
     if first is None:
         return None
     value, others = value_of(first), tokens(first.string, first.end())
-    if others and not REMARK.search(first.string, first.end(), others[0].start()):
-        return value if all(value_of(other) == value for other in others) else None
-    return value
+    if not others or REMARK.search(first.string, first.end(), others[0].start()):
+        return value
+    return value if all(value_of(other) == value for other in others) else None
 
 
 def parse_gold(answer: str) -> Fraction | None:
@@ -200,7 +192,7 @@ def last_number(text: str) -> Fraction | None:
         text[left.end() : right.start("number")].replace("$", "")
         for left, right in pairwise(numbers)
     ]
-    is_list = len(gaps) == 2 and all(map(LISTED.fullmatch, gaps))
+    is_list = len(gaps) == 2 and all(re.fullmatch(r"%?[\s,;|、]+", g) for g in gaps)
     if is_list or (gaps and JOINED.fullmatch(gaps[-1])):
         return None
     return value_of(numbers[-1])
@@ -241,7 +233,7 @@ def own_words(text: str, prompt: str) -> str:
     known, own = " ".join(prompt.split()), []
     for line in text.splitlines():
         words = line.split()
-        if len(words) < COPIED_WORDS or " ".join(words) not in known:
+        if len(words) < 6 or " ".join(words) not in known:
             own.append(line)
     return "\n".join(own)
 

@@ -37,10 +37,7 @@ def rewarded(history: list[Entry]) -> pandas.DataFrame:
 
 
 def explain(history: list[Entry], max_length: int) -> list[str]:
-    """Returns what a run's state means and what to do, most urgent first.
-
-    Before its first step nothing is said; `max_length` is in tokens, of a completion.
-    """
+    """Returns what a run's state means and what to do, most urgent first."""
     steps = rewarded(history)
     if steps.empty:
         return []
@@ -76,9 +73,8 @@ def explain(history: list[Entry], max_length: int) -> list[str]:
         "step, or a higher rate.": abs(change) <= noise,
         f"The reward rises: {ends}.": change > noise,
         f"The reward falls: {ends}. Lower the learning rate.": change < -noise,
-        f"Held-out reward {start:.3f} -> {best:.3f}, best at step {at}.": best > start,
-        f"The held-out reward has not passed its start ({start:.3f}, best since "
-        f"{best:.3f}).": best <= start,
+        f"Held-out reward {start:.3f} at first, best since {best:.3f} at step "
+        f"{at}.": not math.isnan(best),
         "The loss is near zero by construction (a group's advantages add up to "
         "nothing): look at the reward.": True,
         "No KL term (beta 0): only the held-out reward tells of drift.": math.isnan(kl),

@@ -49,19 +49,15 @@ class Clock(TrainerCallback):
 
     @property
     def used_s(self) -> float:
-        """Seconds used so far, in all sessions."""
         return self.before + time.monotonic() - self.started
 
     def on_train_begin(self, args: Any, *_: Any, **more: Any) -> None:
         self.started = self.last = time.monotonic()
         scheduler: Any = more.get("lr_scheduler")
         scheduler = getattr(scheduler, "scheduler", scheduler)  # in accelerate's
-        if self.total_s and hasattr(scheduler, "lr_lambdas"):
-            rates = scheduler.lr_lambdas
-            timed = [
-                partial(self.timed_rate, rate, args.warmup_steps) for rate in rates
-            ]
-            scheduler.lr_lambdas = timed
+        rates = getattr(scheduler, "lr_lambdas", []) if self.total_s else []
+        for index, rate in enumerate(rates):
+            rates[index] = partial(self.timed_rate, rate, args.warmup_steps)
 
     def timed_rate(self, rate: Any, warmup: float, step: int) -> float:
         passed = min(1.0, self.used_s / self.total_s) * ENDLESS
@@ -130,7 +126,6 @@ class LivePanel(TrainerCallback):
             self.show(args, state, last=True)
 
     def report(self, history: list[diagnostics.Entry]) -> dict[str, Any]:
-        """Returns the stage's own values of `report.json`."""
         rewards = [entry["reward"] for entry in history if "reward" in entry]
         ends = diagnostics.width_of_ends(len(rewards))
         return {
@@ -171,10 +166,9 @@ def read_group(run: Run, step: int | None = None) -> pandas.DataFrame:
         step: of training, or the next that was logged; by default the last. Of its
             groups, the one with the largest spread of rewards is returned.
     """
-    folder = run.path / "grpo" / "checkpoints" / "completions"
-    files = sorted(folder.glob("completions_*.parquet"))  # with five digits
+    files = sorted((run.path / "grpo/checkpoints/completions").glob("*.parquet"))
     later = [f for f in files if step is not None and int(f.stem[-5:]) >= step]
-    frames = [pandas.read_parquet(file) for file in (later[:1] or files[-1:])]
+    frames = [pandas.read_parquet(file) for file in later[:1] or files[-1:]]
     if not frames or frames[0].empty:
         return pandas.DataFrame()
     frame, weights = frames[0], run.config.rewards

@@ -8,7 +8,6 @@ from typing import Any
 
 from helpers.errors import ConfigError
 from helpers.grpo import answers
-from helpers.grpo.answers import extract_answer, parse_number
 
 Texts = list[str] | list[list[dict[str, str]]]  # plain, or conversational
 Prompts = Texts | None
@@ -37,7 +36,7 @@ def correctness(
     """Returns 1.0 for a right answer, 0.0 for a wrong one, None without a gold."""
     scores: Scores = []
     for text, g in zip(own_texts(completions, prompts), gold, strict=True):
-        is_gold = parse_number(g) is not None
+        is_gold = answers.parse_number(g) is not None
         scores.append(float(answers.is_correct(text, g)) if is_gold else None)
     if log_metric is not None and prompts:
         pairs = itertools.groupby(zip(prompts, scores, strict=True), lambda p: p[0])
@@ -53,7 +52,7 @@ def closeness(
     """Returns 1.0 for a right number, 0.5 within 10 %, 0.25 within 20 %, else 0.0."""
     scores: Scores = []
     for text, g in zip(own_texts(completions, prompts), gold, strict=True):
-        value, answer = parse_number(g), extract_answer(text)
+        value, answer = answers.parse_number(g), answers.extract_answer(text)
         if value is None or answer is None:
             scores.append(None if value is None else 0.0)
             continue
@@ -78,7 +77,8 @@ def soft_format(completions: Texts, prompts: Prompts = None, **_: Any) -> Scores
 def number_present(completions: Texts, prompts: Prompts = None, **_: Any) -> Scores:
     """Returns 1.0 where the text gives one answer that is a number, marked or not."""
     texts = own_texts(completions, prompts)
-    return [float(extract_answer(t) is not None and t.count("####") < 2) for t in texts]
+    singles = [t if t.count(answers.MARKER) < 2 else "" for t in texts]
+    return [float(answers.extract_answer(t) is not None) for t in singles]
 
 
 def punish_overlong(max_completion_length: int) -> Reward:
