@@ -81,8 +81,6 @@ UNIT = re.compile(r" ?(?:[^\W\d_]|[%$°])")
 OR = r"(?:\b(?:and|or|to|bis|und|oder|et|ou|y|o|e|и|или)\b|[和或と]|または)"
 # what begins a remark after an answer
 REMARK = re.compile(rf"(?:[,;.:(!?。]| -) *(?!(?i:{OR}))[^\W\d_]")
-
-# Answers
 MARKER = "####"
 REASONING = re.compile(r"\A.*</(?:think|reasoning)>|<(?:think|reasoning)>.*", re.DOTALL)
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
@@ -93,7 +91,6 @@ ANNOUNCED = re.compile(
     rf"(?i)(?:{MARKER}[^\n\d#]*?|answer|antwort|respuesta|réponse|resposta|ответ|答案|答え)"
     r"[*_ ]*(?:\b(?:is|ist|es|est|é)\b|[:=：是は])([^\n#]*)"
 )
-FINAL = re.compile(rf"{MARKER} ?{TOKEN} ?[%$]?\.?")
 # what stands between two numbers that are both offered, or that are one quantity
 JOINED = re.compile(
     rf"[^\S\n]*|\W*(?:[^\W\d_]+\W*?)?{OR}\W*|{LETTER}{{1,3}} "
@@ -247,7 +244,7 @@ def is_correct(text: str, gold: str, prompt: str = "") -> bool:
 def has_strict_format(text: str) -> bool:
     """Returns whether the text is some working, then one final line `#### <number>`."""
     working, _, line = text.rstrip().rpartition("\n")
-    is_final = FINAL.fullmatch("".join(map(fold, line)))
+    is_final = re.fullmatch(rf"{MARKER} ?{TOKEN} ?[%$]?\.?", "".join(map(fold, line)))
     return bool(re.search(r"\w", working) and is_final) and has_soft_format(text)
 
 

@@ -11,13 +11,10 @@ from helpers.grpo.rewards import ALL_RIGHT, ALL_WRONG
 
 Entry = dict[str, Any]
 WINDOW = 10  # logged steps that are averaged before they are judged
-SKIPS, NORMAL_SKIPS = "skipped_steps", 3  # while fp16's loss scale is found
+SKIPS = "skipped_steps"  # up to three are normal, while fp16's loss scale is found
 LENGTH, CLIPPED = "completions/mean_length", "completions/clipped_ratio"
 COLUMNS = ["reward", "frac_reward_zero_std", ALL_WRONG, ALL_RIGHT, CLIPPED, LENGTH]
 COLUMNS += ["entropy", "kl", SKIPS]
-# a collapse: a share of the first length, of the best reward (beyond so many standard
-# errors), and of the answers cut off
-SHORT, LOST, SURE, CUT = 0.25, 0.3, 3, 0.9
 
 
 def width_of_ends(steps: int) -> int:
@@ -36,7 +33,7 @@ def rewarded(history: list[Entry]) -> pandas.DataFrame:
     return pandas.DataFrame(entries, columns=COLUMNS, dtype=float)
 
 
-def explain(history: list[Entry], max_length: int) -> list[str]:
+def explain(history: list[Entry]) -> list[str]:
     """Returns what a run's state means and what to do, most urgent first."""
     steps = rewarded(history)
     if steps.empty:
@@ -48,35 +45,29 @@ def explain(history: list[Entry], max_length: int) -> list[str]:
     change, noise = reward - first["reward"], 2 * noise_of_means(steps["reward"], width)
     ends = f"{first['reward']:.2f} -> {reward:.2f}, noise ±{noise:.2f}"
     held = [(e["eval_reward"], e["step"]) for e in history if "eval_reward" in e]
-    start = held[0][0] if held else math.nan
-    best, at = max(held[1:], default=(math.nan, 0))
+    (start, _), (best, at) = (held or [(0.0, 0)])[0], max(held[1:], default=(0.0, 0))
     sentences = {  # of a value that is NaN none applies
-        f"{wrong:.0%} of the groups are all wrong: they give no gradient. Train SFT "
-        "further, or take easier problems.": wrong > 0.5,
-        f"{right:.0%} of the groups are all right: they give no gradient. Take harder "
-        "problems.": right > 0.5,
-        f"{zero:.0%} of the groups have equal rewards: they give no gradient. Sample "
-        "more answers a problem.": zero > 0.5 and not max(wrong, right) > 0.5,
-        f"{clipped:.0%} of the answers are cut at {max_length} tokens: raise "
-        "max_completion_length, or reward shorter ones.": clipped > 0.2,
+        f"{wrong:.0%} of the groups are all wrong: take easier problems.": wrong > 0.5,
+        f"{right:.0%} of the groups are all right: take harder problems.": right > 0.5,
+        f"{zero:.0%} of the groups have equal rewards, hence no gradient: sample more "
+        "answers a problem.": zero > 0.5 and not max(wrong, right) > 0.5,
+        f"{clipped:.0%} of the answers are cut: raise max_completion_length, or reward "
+        "shorter ones.": clipped > 0.2,
         f"Answers have shrunk from {length_0:.0f} to {length:.0f} tokens: see whether "
         "they still show their working.": 0 < length < 0.5 * length_0,
-        f"Entropy fell from {entropy_0:.2f} to {entropy:.2f}: answers become alike. "
-        "Raise temperature or lower the rate.": entropy < 0.3 * entropy_0,
-        f"Entropy rose from {entropy_0:.2f} to {entropy:.2f}: the text gets random. "
-        "Lower the learning rate.": entropy > 2 * entropy_0 > 0,
-        f"{skips:.0f} steps were skipped because gradients overflow in fp16, where 1 "
-        f"to {NORMAL_SKIPS} are normal: lower the rate.": skips > NORMAL_SKIPS,
-        f"KL {kl:.2f} nats a token from the start: the model has left what SFT taught. "
-        "Raise beta or lower the learning rate.": kl > 1,
+        f"Entropy fell from {entropy_0:.2f} to {entropy:.2f}, answers become alike: "
+        "lower the rate, or raise temperature.": entropy < 0.3 * entropy_0,
+        f"Entropy rose from {entropy_0:.2f} to {entropy:.2f}, the text gets random: "
+        "lower the rate.": entropy > 2 * entropy_0 > 0,
+        f"fp16 skipped {skips:.0f} steps, gradients overflow: lower the rate.": skips
+        > 3,
+        f"KL {kl:.2f} from the start: raise beta, or lower the rate.": kl > 1,
         f"The reward is flat within its noise ({ends}): more steps, more answers a "
         "step, or a higher rate.": abs(change) <= noise,
         f"The reward rises: {ends}.": change > noise,
-        f"The reward falls: {ends}. Lower the learning rate.": change < -noise,
-        f"Held-out reward {start:.3f} at first, best since {best:.3f} at step "
-        f"{at}.": not math.isnan(best),
-        "The loss is near zero by construction (a group's advantages add up to "
-        "nothing): look at the reward.": True,
+        f"The reward falls: {ends}. Lower the rate.": change < -noise,
+        f"Held-out reward {start:.3f} at first, {best:.3f} at best, step {at}.": at > 0,
+        "The loss is near zero by construction: look at the reward.": True,
         "No KL term (beta 0): only the held-out reward tells of drift.": math.isnan(kl),
     }
     return [sentence for sentence, applies in sentences.items() if applies]
@@ -91,16 +82,16 @@ def collapse(history: list[Entry]) -> str:
     _, length_0, clipped_0 = means.iloc[WINDOW - 1]
     reward, length, clipped = means.iloc[-1]
     best = means["reward"].max()
-    is_noise = best - reward <= SURE * noise_of_means(steps["reward"], WINDOW)
+    is_noise = best - reward <= 3 * noise_of_means(steps["reward"], WINDOW)
     # problems differ from step to step, those held out do not
     held = [e["eval_reward"] for e in history if "eval_reward" in e] or [0.0]
-    is_held = held[-1] > LOST * max(held)
+    is_held = held[-1] > 0.3 * max(held)
     faults = {
         f"answers collapsed from {length_0:.0f} to {length:.0f} tokens; lower the "
-        "rate, or do not reward short ones": 0 < length < SHORT * length_0,
+        "rate, or do not reward short ones": 0 < length < 0.25 * length_0,
         f"the reward collapsed from {best:.2f} to {reward:.2f}; lower the rate, or set "
-        "beta": reward < LOST * best and not is_noise and not is_held,
+        "beta": reward < 0.3 * best and not is_noise and not is_held,
         f"{clipped:.0%} of the answers run on to their limit, {clipped_0:.0%} did at "
-        "first; lower the learning rate": clipped > CUT >= clipped_0,
+        "first; lower the learning rate": clipped > 0.9 >= clipped_0,
     }
     return next((fault for fault, applies in faults.items() if applies), "")

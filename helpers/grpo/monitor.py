@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import logging
 import time
 from functools import partial
@@ -22,10 +21,7 @@ from helpers.training.inputs import draw_diagnostics
 
 log = logging.getLogger(__name__)
 
-SHOW_S = 10.0  # between two drawings of the panel
 ENDLESS = 100_000  # steps, for a run that ends by the clock
-EVALUATIONS = 8  # of a run that ends by the clock, besides the first
-EVALUATION_SHARE = 0.2  # of the time, at most
 
 
 class Clock(TrainerCallback):
@@ -42,17 +38,12 @@ class Clock(TrainerCallback):
     def __init__(self, folder: Path, minutes: float | None) -> None:
         self.path, self.reason = folder / "clock.json", ""
         self.total_s = 60 * (minutes or 0)
-        self.before: float = read_json(self.path).get("used_s", 0.0)
-        self.started = self.last = time.monotonic()
+        self.used_s: float = read_json(self.path).get("used_s", 0.0)  # in all sessions
+        self.evaluated_s, self.evaluation_s, self.last = self.used_s, 0.0, 0.0
         self.step_s: list[float] = []
-        self.evaluation_s, self.evaluated_s = 0.0, self.before
-
-    @property
-    def used_s(self) -> float:
-        return self.before + time.monotonic() - self.started
 
     def on_train_begin(self, args: Any, *_: Any, **more: Any) -> None:
-        self.started = self.last = time.monotonic()
+        self.last = time.monotonic()
         scheduler: Any = more.get("lr_scheduler")
         scheduler = getattr(scheduler, "scheduler", scheduler)  # in accelerate's
         rates = getattr(scheduler, "lr_lambdas", []) if self.total_s else []
@@ -63,13 +54,17 @@ class Clock(TrainerCallback):
         passed = min(1.0, self.used_s / self.total_s) * ENDLESS
         return rate(step if 1 <= warmup >= step else max(warmup, passed))
 
+    def lap(self) -> float:
+        began, self.last = self.last, time.monotonic()
+        self.used_s += self.last - began
+        return self.last - began
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         from accelerate.utils import broadcast_object_list
 
         if not self.total_s:
             return
-        began, self.last = self.last, time.monotonic()
-        self.step_s.append(self.last - began)
+        self.step_s.append(self.lap())
         next_s = mean(self.step_s[1:][-5:] or self.step_s)  # the first step compiles
         left_s, minutes = self.total_s - self.used_s, f"{self.total_s / 60:g} minutes"
         if len(self.step_s) == 2:
@@ -77,7 +72,8 @@ class Clock(TrainerCallback):
             text = f"{next_s:.1f} s a step: about {steps} steps fit into {minutes}"
             log.info(f"{text}, less what evaluations take")
         measures = args.eval_strategy != "no"
-        every_s = max(self.total_s / EVALUATIONS, self.evaluation_s / EVALUATION_SHARE)
+        # eight evaluations, besides the first, in a fifth of the time at most
+        every_s = max(self.total_s / 8, self.evaluation_s * 5)
         is_due = measures and self.used_s - self.evaluated_s >= every_s
         is_over = left_s <= self.evaluation_s * measures + next_s / 2
         # each process has its own clock: the main one's counts
@@ -87,30 +83,26 @@ class Clock(TrainerCallback):
         if is_over:
             control.should_training_stop = control.should_save = True
             state.max_steps = state.global_step  # after a kill there is nothing to redo
-            self.reason = f"the {minutes} of grpo_minutes are used"
+            end = f"ended at step {state.global_step}"
+            self.reason = f"{end}: the {minutes} of grpo_minutes are used"
             log.info(self.reason)
         if state.is_world_process_zero:
             write_json(self.path, {"used_s": round(self.used_s, 2)})
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
-        began, self.last = self.last, time.monotonic()
-        self.evaluation_s = self.last - began
+        self.evaluation_s = self.lap()
 
 
 class LivePanel(TrainerCallback):
-    """Shows the diagnostics while a run trains, and stops it where it collapses."""
+    """Shows the diagnostics while training, and stops a run that collapses.
+
+    Args:
+        run: in training. In a notebook the panel is drawn in place, else as text.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run, self.folder, self.reason = run, run.path / "grpo", ""
-        self.shown = float("-inf")
-        self.handle: Any = None  # of the cell's output, in a notebook
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        from IPython import get_ipython
-        from IPython.display import HTML, display
-
-        if hasattr(get_ipython(), "kernel"):
-            self.handle = display(HTML("waiting for the first step"), display_id=True)
+        self.shown = 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         fault = diagnostics.collapse(state.log_history)
@@ -118,12 +110,12 @@ class LivePanel(TrainerCallback):
             self.reason = f"stopped at step {state.global_step}: {fault}"
             log.info(self.reason)
             control.should_training_stop = True
-        if state.is_world_process_zero and time.monotonic() - self.shown >= SHOW_S:
-            self.show(args, state)
+        if state.is_world_process_zero and time.monotonic() - self.shown >= 10:
+            self.show(state)
 
     def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         if state.is_world_process_zero and state.log_history:
-            self.show(args, state, last=True)
+            self.show(state, last=True)
 
     def report(self, history: list[diagnostics.Entry]) -> dict[str, Any]:
         rewards = [entry["reward"] for entry in history if "reward" in entry]
@@ -136,42 +128,49 @@ class LivePanel(TrainerCallback):
             "sampler": read_json(self.folder / "sampler.json")["name"],
         }
 
-    def show(self, args: Any, state: Any, last: bool = False) -> None:
+    def show(self, state: Any, last: bool = False) -> None:
         """Draws the panel in its place; as text the most urgent, and all at the end."""
-        self.shown, path = time.monotonic(), self.folder / "diagnostics.png"
+        from IPython import get_ipython
+        from IPython.display import HTML, display
+
+        is_notebook, path = (
+            hasattr(get_ipython(), "kernel"),
+            self.folder / "diagnostics.png",
+        )
         end = f" of {state.max_steps}" if state.max_steps < ENDLESS else ""
         lines = [f"step {state.global_step}{end}"]
-        lines += diagnostics.explain(state.log_history, args.max_completion_length)
-        if self.handle is None:
+        lines += diagnostics.explain(state.log_history)
+        if not is_notebook:
             log.info("\n".join(lines if last else lines[:2]))
-        if self.handle is not None or last:
+        if is_notebook or last:
             draw_diagnostics(state.log_history, path)
-        if self.handle is not None:
-            from IPython.display import HTML
-
+        if is_notebook:
             picture = base64.b64encode(path.read_bytes()).decode()
-            page = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+            page = "".join(f"<li>{line}</li>" for line in lines)
             page += f'<img src="data:image/png;base64,{picture}">'
-            self.handle.update(HTML(page + read_group(self.run).to_html(index=False)))
+            page += read_group(self.run).to_html(index=False)
+            display(HTML(page), display_id=str(id(self)), update=self.shown > 0)
+        self.shown = time.monotonic()
 
 
 def read_group(run: Run, step: int | None = None) -> pandas.DataFrame:
     """Returns a group of sampled answers, best first, from what TRL logged.
 
     Columns: `prompt`, `completion`, each reward, `advantage`, and `reward`, the
-    weighted sum. Empty before the first logged step.
+    weighted sum. Empty where nothing is logged yet, or not of that step.
 
     Args:
         run: in training, or trained.
-        step: of training, or the next that was logged; by default the last. Of its
-            groups, the one with the largest spread of rewards is returned.
+        step: of training, by default the last that was logged. Of its groups, the one
+            with the largest spread of rewards is returned.
     """
-    files = sorted((run.path / "grpo/checkpoints/completions").glob("*.parquet"))
-    later = [f for f in files if step is not None and int(f.stem[-5:]) >= step]
-    frames = [pandas.read_parquet(file) for file in later[:1] or files[-1:]]
-    if not frames or frames[0].empty:
-        return pandas.DataFrame()
-    frame, weights = frames[0], run.config.rewards
+    name = "*" if step is None else f"*_{step:05d}"
+    folder = run.path / "grpo" / "checkpoints" / "completions"
+    files = sorted(folder.glob(f"{name}.parquet"))
+    frame = pandas.read_parquet(files[-1]) if files else pandas.DataFrame()
+    if frame.empty:
+        return frame
+    weights = run.config.rewards
     frame["reward"] = sum(frame[n].fillna(0) * w for n, w in weights.items()).round(4)
     groups = frame.index // complete(run.config, "grpo")["num_generations"]
     rewards = frame["reward"].groupby(groups)

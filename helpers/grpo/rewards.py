@@ -10,7 +10,6 @@ from helpers.errors import ConfigError
 from helpers.grpo import answers
 
 Texts = list[str] | list[list[dict[str, str]]]  # plain, or conversational
-Prompts = Texts | None
 Scores = list[float | None]
 Reward = Callable[..., Scores]
 ALL_WRONG, ALL_RIGHT = "groups/all_wrong", "groups/all_right"  # logged shares
@@ -20,7 +19,7 @@ def plain(text: Any) -> str:
     return text if isinstance(text, str) else "\n".join(m["content"] for m in text)
 
 
-def own_texts(completions: Texts, prompts: Prompts) -> list[str]:
+def own_texts(completions: Texts, prompts: Texts | None = None, **_: Any) -> list[str]:
     """Returns the text of each completion, without what it copies from its prompt."""
     pairs = zip(completions, prompts or [""] * len(completions), strict=True)
     return [answers.own_words(plain(text), plain(prompt)) for text, prompt in pairs]
@@ -29,7 +28,7 @@ def own_texts(completions: Texts, prompts: Prompts) -> list[str]:
 def correctness(
     completions: Texts,
     gold: list[str],
-    prompts: Prompts = None,
+    prompts: Texts | None = None,
     log_metric: Callable[[str, float], None] | None = None,
     **_: Any,
 ) -> Scores:
@@ -46,12 +45,10 @@ def correctness(
     return scores
 
 
-def closeness(
-    completions: Texts, gold: list[str], prompts: Prompts = None, **_: Any
-) -> Scores:
+def closeness(completions: Texts, gold: list[str], **more: Any) -> Scores:
     """Returns 1.0 for a right number, 0.5 within 10 %, 0.25 within 20 %, else 0.0."""
     scores: Scores = []
-    for text, g in zip(own_texts(completions, prompts), gold, strict=True):
+    for text, g in zip(own_texts(completions, **more), gold, strict=True):
         value, answer = answers.parse_number(g), answers.extract_answer(text)
         if value is None or answer is None:
             scores.append(None if value is None else 0.0)
@@ -62,23 +59,22 @@ def closeness(
     return scores
 
 
-def strict_format(completions: Texts, prompts: Prompts = None, **_: Any) -> Scores:
+def strict_format(completions: Texts, **more: Any) -> Scores:
     """Returns 1.0 where the text is working and one final `#### <number>` line."""
-    return [
-        float(answers.has_strict_format(t)) for t in own_texts(completions, prompts)
-    ]
+    return [float(answers.has_strict_format(t)) for t in own_texts(completions, **more)]
 
 
-def soft_format(completions: Texts, prompts: Prompts = None, **_: Any) -> Scores:
+def soft_format(completions: Texts, **more: Any) -> Scores:
     """Returns 1.0 where `####` and a number stand once, wherever that is."""
-    return [float(answers.has_soft_format(t)) for t in own_texts(completions, prompts)]
+    return [float(answers.has_soft_format(t)) for t in own_texts(completions, **more)]
 
 
-def number_present(completions: Texts, prompts: Prompts = None, **_: Any) -> Scores:
+def number_present(completions: Texts, **more: Any) -> Scores:
     """Returns 1.0 where the text gives one answer that is a number, marked or not."""
-    texts = own_texts(completions, prompts)
-    singles = [t if t.count(answers.MARKER) < 2 else "" for t in texts]
-    return [float(answers.extract_answer(t) is not None) for t in singles]
+    return [
+        float(answers.extract_answer(text) is not None and text.count("####") <= 1)
+        for text in own_texts(completions, **more)
+    ]
 
 
 def punish_overlong(max_completion_length: int) -> Reward:

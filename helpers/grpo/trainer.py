@@ -36,23 +36,18 @@ def split_problems(run: Run) -> tuple[list[data.Row], list[data.Row]]:
     Raises:
         MissingInput: notebook 01 has not prepared the data.
     """
-    config = run.config
-    rows = read_rows(run.require("data/problems.jsonl"))
-    problems = [(row["question"], row["gold"]) for row in rows]
-    held_out = []
+    config, held_out = run.config, []
+    rows, system = read_rows(run.require("data/problems.jsonl")), config.system_prompt
+    problems = [{"prompt": ask(r["question"], system), "gold": r["gold"]} for r in rows]
     if "eval" in data.parts_of(config.data):
         for row in read_rows(run.require("data/eval.jsonl")):
             question, answer = (turn["content"] for turn in row["messages"][-2:])
             if (gold := parse_gold(answer)) is not None:
-                held_out.append((question, str(gold)))
+                held_out.append({"prompt": ask(question, system), "gold": str(gold)})
     if not held_out:
         cut = max(1, len(problems) - config.grpo_held_out)
         problems, held_out = problems[:cut], problems[cut:]
-    train, rest = (
-        [{"prompt": ask(q, config.system_prompt), "gold": gold} for q, gold in part]
-        for part in (problems, held_out[: config.grpo_held_out])
-    )
-    return train, rest
+    return problems, held_out[: config.grpo_held_out]
 
 
 def training_prompts(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[data.Row]:
@@ -70,10 +65,8 @@ def training_prompts(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[data.
     pairs = zip(problems, lengths, strict=True)
     rows = [row for row, length in pairs if not limit or length <= limit]
     if not rows:
-        raise ConfigError(
-            f"max_prompt_length={limit} leaves none of {len(problems)} problems: the "
-            f"shortest prompt has {min(lengths)} tokens"
-        )
+        text = f"no prompt fits into max_prompt_length={limit}: the shortest has"
+        raise ConfigError(f"{text} {min(lengths)} tokens")
     counts = {"prompts": len(rows), "left_out": len(problems) - len(rows)}
     write_json(run.path / "grpo" / "prompts.json", counts)
     return rows
@@ -87,27 +80,23 @@ def require_prompts(run: Run) -> None:
     size = batches * values["per_device_train_batch_size"]
     answers, group = values["generation_batch_size"] or size, values["num_generations"]
     if count < answers // group:
-        raise ConfigError(
-            f"GRPO would take no step: {count} problems are left to train on, and a "
-            f"step takes {answers // group} ({answers} answers, {group} to each); give "
-            "more problems, or lower grpo_held_out or the batch"
-        )
+        text = f"GRPO would take no step: {count} problems are left to train on, and a "
+        text += f"step takes {answers // group} ({answers} answers, {group} to each); "
+        raise ConfigError(text + "give more, or lower grpo_held_out or the batch")
 
 
 class GreedyEvaluation(Base):
     """Goes before TRL's class, `class Trainer(GreedyEvaluation, GRPOTrainer)`.
 
     `evaluate` pays greedy answers to the held-out problems: TRL's own samples, which
-    adds noise, and computes a loss, which is zero in GRPO. The table of these losses
-    is hidden, as the panel shows more.
+    adds noise, and computes a loss, which is zero in GRPO. The loss table is hidden.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         for callback in list(self.callback_handler.callbacks):
-            if type(callback).__name__.endswith(
-                ("ProgressCallback", "PrinterCallback")
-            ):
+            name = type(callback).__name__
+            if name.endswith(("ProgressCallback", "PrinterCallback")):
                 self.remove_callback(callback)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
