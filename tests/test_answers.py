@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -59,29 +58,8 @@ def test_what_is_copied_from_the_prompt_is_no_answer(text, gold, prompt, right):
     assert answers.is_correct(text, gold, prompt) is right
 
 
-@pytest.mark.parametrize("gold", ["x+1", "about 12", "$", "$$", "a $5 b"])
-def test_words_and_bare_letters_are_no_gold_answer(gold):
-    assert answers.parse_number(gold) is None
-    assert answers.parse_expression(gold) is None
-
-
-def test_an_expression_is_refused_outside_the_main_thread():
-    with ThreadPoolExecutor() as pool:
-        grading = pool.submit(answers.is_correct, r"\boxed{x}", "$x$")
-    with pytest.raises(ValueError, match="doesn't support threaded environment"):
-        grading.result()
-
-
-def test_numbers_are_graded_in_any_thread_without_a_library(heavy_modules):
-    program = """
-import sys, threading
-from helpers.grpo import answers
-def grade():
-    assert answers.is_correct(r"So \\boxed{\\frac{3}{4}}", "0.75")
-thread = threading.Thread(target=grade)
-thread.start(); thread.join()
-assert not {"math_verify", "sympy"} & set(sys.modules)
-"""
+def test_the_parser_needs_no_library(heavy_modules):
+    program = "from helpers.grpo import answers; assert answers.is_correct('3', '3')"
     assert heavy_modules(program) == []
 
 

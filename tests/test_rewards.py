@@ -78,11 +78,10 @@ def test_correctness_logs_the_shares_of_groups_that_teach_nothing():
     }
 
 
-def test_an_expression_is_graded_and_an_unreadable_one_is_not():
-    scores = rewards.correctness(
-        [r"\boxed{x+x}", r"\boxed{x}", "#### 5"], gold=["$2x$", "$2x$", r"$\frac$"]
-    )
-    assert scores == [1.0, 0.0, None]
+def test_a_gold_answer_that_is_no_number_is_not_graded():
+    texts, gold = [r"\boxed{x}", "#### 5"], ["$x$", "5"]
+    assert rewards.correctness(texts, gold=gold) == [None, 1.0]
+    assert rewards.closeness(texts, gold=gold) == [None, 1.0]
 
 
 def test_choose_refuses_an_unknown_reward_and_names_the_known_ones():
