@@ -40,8 +40,7 @@ NUMBER = (
 SIGN = r"(?:[-+√±∓] {0,3}){0,3}"
 TOKEN = rf"(?P<sign>{SIGN})(?P<money>\$ ?(?P<inner>[-+√±∓])?)?(?P<number>{NUMBER})"
 # names and powers such as x2 and ^2 are passed over
-NAME = rf"(?:{LETTER}|[_^])\d(?:[.,:/'_]?\d)*"
-TOKENS = re.compile(rf"{NAME}|(?P<outer>)(?P<unit>){TOKEN}")
+TOKENS = re.compile(rf"(?:{LETTER}|[_^])\d(?:[.,:/'_]?\d)*|(?P<lead>)(?P<unit>){TOKEN}")
 SUM = r"(?:(?: *[^\W\d_] *|(?:(?![=≈→])[\W\d_xX])*+)[=≈→])*+"  # `5 + 7 = `, `x = `
 # US, Rs., kr, EUR, 元, but neither `about` nor `Step` nor 第
 CURRENCY = (
@@ -50,10 +49,9 @@ CURRENCY = (
 )
 CODE = re.compile(r"[A-Z]{2,3}\b|(?:[Kk]r|Rs|Fr|z\u0142)\b")
 OPENING = re.compile(
-    rf"{SUM}[\s~>:|\"'(\[*_`$]*?(?P<outer>{SIGN})(?P<unit>{CURRENCY}){TOKEN}"
+    rf"{SUM}[\s~>:|\"'(\[*_`$]*?(?P<lead>{SIGN})(?P<unit>{CURRENCY}){TOKEN}"
 )
-# a minus after an operand: an operator, a dash or a sign
-UNCLEAR = re.compile(r"[\w)%\]$°](?:-| *- +)\Z")
+UNCLEAR = re.compile(r"[\w)%\]$°](?:-| *- +)\Z")  # a minus after an operand
 # plain digits or groups of thousands, by what parts them and by the decimal sign
 POINT = re.compile(
     r"(?:\d+|[1-9]\d{0,2}([ ,'_])\d{3}(?:\1\d{3})*|[1-9]\d?(?:,\d\d)+,\d{3})?(?:\.\d+)?"
@@ -69,8 +67,7 @@ SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "bn": 9}
 SCALES |= {"trillion": 12, "万": 4, "萬": 4, "亿": 8, "億": 8}
 SCALE = re.compile(rf"(?: ?(?:k|(?i:{'|'.join(SCALES)})s?)|[KMB])(?!{LETTER})")
 SCALES |= {"k": 3, "m": 6, "b": 9}
-# what makes the number before it a part of another, or scales it: 2√3, 2π, 3x, 2 and a
-# half, 3 lakh
+# what makes the number before it a part of another: 2√3, 2π, 3x, 2 and a half, 3 lakh
 BROKEN = re.compile(
     rf" ?[√π∞^]| ?[+*×÷·] ?[^\W\d_(]|[xyz](?!{LETTER})| ?[百만억천兆]"
     r"| ?千(?![克米瓦卡])| and (?:[^\W\d_]+[ -])?(?:half|thirds?|quarters?)\b"
@@ -133,10 +130,9 @@ def amount(digits: str, short_comma: bool) -> Fraction:
 
 
 def value_of(token: re.Match[str]) -> Fraction | None:
-    """Returns the exact value of a number in its text, None when it has none."""
     text, start, end, number = token.string, token.start(), token.end(), token["number"]
     shape = SHAPE.fullmatch(number) if len(number) <= LONGEST else None
-    sign = (token["outer"] + token["sign"] + (token["inner"] or "")).replace(" ", "")
+    sign = (token["lead"] + token["sign"] + (token["inner"] or "")).replace(" ", "")
     before = text[max(0, start - 9) : start] + token["sign"]
     if shape is None or sign not in ("", "-", "+") or UNCLEAR.search(before):
         return None
@@ -198,8 +194,7 @@ def last_number(text: str) -> Fraction | None:
 def extract_answer(text: str) -> Fraction | None:
     r"""Returns the number a completion gives as its answer, None when it gives none.
 
-    1. Reasoning does not count: what stands up to the last `</think>` or
-       `</reasoning>`, or after a `<think>` or `<reasoning>` that is never closed.
+    1. What stands up to the last `</think>`, or after an open `<think>`, is reasoning.
     2. What is marked is the answer: in `\boxed{...}`, in `<answer>` (`<SOLUTION>`)
        tags, or after `####` in its line. It must hold one number, with any unit, after
        a sum (`5 + 7 = 12`) or before a remark. Two marked values are no answer.

@@ -11,10 +11,9 @@ from helpers.grpo.rewards import ALL_RIGHT, ALL_WRONG
 
 Entry = dict[str, Any]
 WINDOW = 10  # logged steps that are averaged before they are judged
-SKIPS = "skipped_steps"  # up to three are normal, while fp16's loss scale is found
 LENGTH, CLIPPED = "completions/mean_length", "completions/clipped_ratio"
 COLUMNS = ["reward", "frac_reward_zero_std", ALL_WRONG, ALL_RIGHT, CLIPPED, LENGTH]
-COLUMNS += ["entropy", "kl", SKIPS]
+COLUMNS += ["entropy", "kl", "skipped_steps"]
 
 
 def width_of_ends(steps: int) -> int:
@@ -40,13 +39,13 @@ def explain(history: list[Entry]) -> list[str]:
         return []
     width = width_of_ends(len(steps))
     first, last = steps.head(width).mean(), steps.tail(width).mean()
-    reward, zero, wrong, right, clipped, length, entropy, kl = last[:-1]
-    length_0, entropy_0, skips = first[LENGTH], first["entropy"], steps[SKIPS].max()
+    reward, zero, wrong, right, clipped, length, entropy, kl, skips = last
+    length_0, entropy_0 = first[LENGTH], first["entropy"]
     change, noise = reward - first["reward"], 2 * noise_of_means(steps["reward"], width)
     ends = f"{first['reward']:.2f} -> {reward:.2f}, noise ±{noise:.2f}"
     held = [(e["eval_reward"], e["step"]) for e in history if "eval_reward" in e]
     (start, _), (best, at) = (held or [(0.0, 0)])[0], max(held[1:], default=(0.0, 0))
-    sentences = {  # of a value that is NaN none applies
+    sentences = {  # none applies to NaN; fp16 skips up to three steps at its start
         f"{wrong:.0%} of the groups are all wrong: take easier problems.": wrong > 0.5,
         f"{right:.0%} of the groups are all right: take harder problems.": right > 0.5,
         f"{zero:.0%} of the groups have equal rewards, hence no gradient: sample more "

@@ -20,7 +20,6 @@ from helpers.runs import Run
 from helpers.training.inputs import draw_diagnostics
 
 log = logging.getLogger(__name__)
-
 ENDLESS = 100_000  # steps, for a run that ends by the clock
 
 
@@ -83,8 +82,9 @@ class Clock(TrainerCallback):
         if is_over:
             control.should_training_stop = control.should_save = True
             state.max_steps = state.global_step  # after a kill there is nothing to redo
-            end = f"ended at step {state.global_step}"
-            self.reason = f"{end}: the {minutes} of grpo_minutes are used"
+            self.reason = (
+                f"step {state.global_step}: {minutes} of grpo_minutes are used"
+            )
             log.info(self.reason)
         if state.is_world_process_zero:
             write_json(self.path, {"used_s": round(self.used_s, 2)})
@@ -133,10 +133,8 @@ class LivePanel(TrainerCallback):
         from IPython import get_ipython
         from IPython.display import HTML, display
 
-        is_notebook, path = (
-            hasattr(get_ipython(), "kernel"),
-            self.folder / "diagnostics.png",
-        )
+        is_notebook = hasattr(get_ipython(), "kernel")
+        path = self.folder / "diagnostics.png"
         end = f" of {state.max_steps}" if state.max_steps < ENDLESS else ""
         lines = [f"step {state.global_step}{end}"]
         lines += diagnostics.explain(state.log_history)
@@ -165,14 +163,12 @@ def read_group(run: Run, step: int | None = None) -> pandas.DataFrame:
             with the largest spread of rewards is returned.
     """
     name = "*" if step is None else f"*_{step:05d}"
-    folder = run.path / "grpo" / "checkpoints" / "completions"
-    files = sorted(folder.glob(f"{name}.parquet"))
+    files = sorted((run.path / "grpo/checkpoints/completions").glob(f"{name}.parquet"))
     frame = pandas.read_parquet(files[-1]) if files else pandas.DataFrame()
     if frame.empty:
         return frame
     weights = run.config.rewards
     frame["reward"] = sum(frame[n].fillna(0) * w for n, w in weights.items()).round(4)
     groups = frame.index // complete(run.config, "grpo")["num_generations"]
-    rewards = frame["reward"].groupby(groups)
-    widest = (rewards.max() - rewards.min()).idxmax()
+    widest = frame["reward"].groupby(groups).agg(lambda r: r.max() - r.min()).idxmax()
     return frame[groups == widest].sort_values("reward", ascending=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from helpers.errors import ConfigError
 from helpers.grpo import answers
+from helpers.grpo.answers import extract_answer, parse_number
 
 Texts = list[str] | list[list[dict[str, str]]]  # plain, or conversational
 Scores = list[float | None]
@@ -35,7 +36,7 @@ def correctness(
     """Returns 1.0 for a right answer, 0.0 for a wrong one, None without a gold."""
     scores: Scores = []
     for text, g in zip(own_texts(completions, prompts), gold, strict=True):
-        is_gold = answers.parse_number(g) is not None
+        is_gold = parse_number(g) is not None
         scores.append(float(answers.is_correct(text, g)) if is_gold else None)
     if log_metric is not None and prompts:
         pairs = itertools.groupby(zip(prompts, scores, strict=True), lambda p: p[0])
@@ -49,7 +50,7 @@ def closeness(completions: Texts, gold: list[str], **more: Any) -> Scores:
     """Returns 1.0 for a right number, 0.5 within 10 %, 0.25 within 20 %, else 0.0."""
     scores: Scores = []
     for text, g in zip(own_texts(completions, **more), gold, strict=True):
-        value, answer = answers.parse_number(g), answers.extract_answer(text)
+        value, answer = parse_number(g), extract_answer(text)
         if value is None or answer is None:
             scores.append(None if value is None else 0.0)
             continue
@@ -71,10 +72,8 @@ def soft_format(completions: Texts, **more: Any) -> Scores:
 
 def number_present(completions: Texts, **more: Any) -> Scores:
     """Returns 1.0 where the text gives one answer that is a number, marked or not."""
-    return [
-        float(answers.extract_answer(text) is not None and text.count("####") <= 1)
-        for text in own_texts(completions, **more)
-    ]
+    texts = own_texts(completions, **more)
+    return [float(extract_answer(t) is not None and t.count("####") < 2) for t in texts]
 
 
 def punish_overlong(max_completion_length: int) -> Reward:
@@ -105,7 +104,6 @@ def choose(
 ) -> tuple[list[Reward], list[float]]:
     """Returns reward functions and their weights, as `GRPOTrainer` takes them."""
     known = REWARDS | {"overlong": punish_overlong(max_completion_length)}
-    for name in weights:
-        if name not in known:
-            raise ConfigError(f"no reward {name!r}; known: {', '.join(known)}")
+    if unknown := [name for name in weights if name not in known]:
+        raise ConfigError(f"no reward {unknown[0]!r}; known: {', '.join(known)}")
     return [known[name] for name in weights], list(weights.values())

@@ -10,13 +10,11 @@ from helpers.data import preparation as data
 from helpers.data.formats import ask
 from helpers.errors import ConfigError
 from helpers.files import read_rows, write_json
-from helpers.grpo import monitor, rewards
-from helpers.grpo.answers import parse_gold
+from helpers.grpo import answers, monitor, rewards
 from helpers.inference.generation import encode, generate, inference
 from helpers.rollout.sampler import Sampler, choose_sampler
 from helpers.runs import Run
-from helpers.training import callbacks
-from helpers.training.inputs import open_stage, training_arguments
+from helpers.training import callbacks, inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -42,7 +40,7 @@ def split_problems(run: Run) -> tuple[list[data.Row], list[data.Row]]:
     if "eval" in data.parts_of(config.data):
         for row in read_rows(run.require("data/eval.jsonl")):
             question, answer = (turn["content"] for turn in row["messages"][-2:])
-            if (gold := parse_gold(answer)) is not None:
+            if (gold := answers.parse_gold(answer)) is not None:
                 held_out.append({"prompt": ask(question, system), "gold": str(gold)})
     if not held_out:
         cut = max(1, len(problems) - config.grpo_held_out)
@@ -77,12 +75,12 @@ def require_prompts(run: Run) -> None:
     values, count = complete(run.config, "grpo"), len(split_problems(run)[0])
     # GRPOConfig would tell, but accelerate keeps its device (use_cpu) for the process
     batches = values["steps_per_generation"] or values["gradient_accumulation_steps"]
-    size = batches * values["per_device_train_batch_size"]
-    answers, group = values["generation_batch_size"] or size, values["num_generations"]
-    if count < answers // group:
+    rows = batches * values["per_device_train_batch_size"]
+    rows, group = values["generation_batch_size"] or rows, values["num_generations"]
+    if count < rows // group:
         text = f"GRPO would take no step: {count} problems are left to train on, and a "
-        text += f"step takes {answers // group} ({answers} answers, {group} to each); "
-        raise ConfigError(text + "give more, or lower grpo_held_out or the batch")
+        text += f"step takes {rows // group} ({rows} answers, {group} to each); give "
+        raise ConfigError(text + "more, or lower grpo_held_out or the batch")
 
 
 class GreedyEvaluation(Base):
@@ -136,7 +134,7 @@ def grpo_arguments(run: Run) -> dict[str, Any]:
     Raises:
         ConfigError: the run has no grpo stage.
     """
-    folder, default = open_stage(run, "grpo"), defaults("grpo")
+    folder, default = inputs.open_stage(run, "grpo"), defaults("grpo")
     is_new = callbacks.last_checkpoint(folder / "checkpoints") is None
     values: dict[str, Any] = {
         "reward_weights": list(run.config.rewards.values()),
@@ -150,7 +148,7 @@ def grpo_arguments(run: Run) -> dict[str, Any]:
     }
     for name in ("num_generations", "max_completion_length", "temperature"):
         values[name] = default[name]  # TRL's: Unsloth has others
-    values |= training_arguments(run, "grpo", folder)
+    values |= inputs.training_arguments(run, "grpo", folder)
     if values["loss_type"] == "dapo":  # for which Unsloth has another than TRL
         values.setdefault("epsilon_high", values.get("epsilon", default["epsilon"]))
     if run.config.grpo_minutes:  # the clock evaluates, and ends the run
