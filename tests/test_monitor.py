@@ -15,7 +15,6 @@ from transformers import TrainerControl, TrainerState, get_scheduler
 from helpers.grpo import monitor
 from helpers.runs import Run
 
-ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = SimpleNamespace(eval_strategy="steps", warmup_steps=2)
 
 
@@ -108,13 +107,6 @@ def test_the_time_before_a_kill_counts(
     assert again.used_s == pytest.approx(120, abs=2.5)
 
 
-def test_without_minutes_the_clock_does_nothing(tmp_path: Path) -> None:
-    clock, control = monitor.Clock(tmp_path, None), TrainerControl()
-    clock.on_train_begin(ARGUMENTS)
-    clock.on_step_end(ARGUMENTS, TrainerState(global_step=1, max_steps=4), control)
-    assert not control.should_training_stop and not list(tmp_path.iterdir())
-
-
 # the panel
 
 
@@ -162,37 +154,6 @@ def test_outside_a_notebook_the_most_urgent_is_logged_and_all_at_the_end(
     assert "50% of the answers" in caplog.text
     assert "near zero by construction" in caplog.text
     assert (grpo_run.path / "grpo/diagnostics.png").stat().st_size > 5_000
-
-
-CELL = """
-import sys
-
-sys.path.insert(0, {root!r})
-from transformers import TrainerState
-
-from helpers import runs
-from helpers.grpo.monitor import LivePanel
-
-panel, state = LivePanel(runs.open_run({name!r})), TrainerState(max_steps=3)
-for state.global_step in (1, 2, 3):
-    panel.shown = min(panel.shown, 1)  # as if time had passed
-    logs = {{"step": state.global_step, "reward": 0.1, "entropy": 1.0}}
-    state.log_history.append(logs)
-    panel.on_log(None, state, None)
-panel.on_train_end(None, state, None)
-"""
-
-
-def test_in_a_notebook_the_panel_is_one_output_that_is_updated(grpo_run: Run) -> None:
-    from nbclient import NotebookClient
-    from nbformat.v4 import new_code_cell, new_notebook
-
-    cell = new_code_cell(CELL.format(root=str(ROOT), name=grpo_run.config.name))
-    NotebookClient(new_notebook(cells=[cell]), kernel_name="python3").execute()
-    pages = [o["data"]["text/html"] for o in cell["outputs"] if "data" in o]
-    assert len(pages) == 1
-    for text in ("step 3 of 3", "<img src=", "look at the reward", "completion"):
-        assert text in pages[0]
 
 
 def test_a_run_whose_reward_collapses_is_stopped_with_the_reason(
