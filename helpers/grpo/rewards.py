@@ -95,7 +95,8 @@ LEADS = {"correctness": 1.0, "closeness": 0.5}  # of a right answer, over any wr
 def margin(weights: dict[str, float]) -> float:
     """Returns by how much the worst right answer outscores the best wrong one."""
     # a wrong answer may get all that another reward pays, and a right one nothing
-    leads = [w * LEADS[n] if n in LEADS else -abs(w) for n, w in weights.items()]
+    known = weights.keys() & {*REWARDS, "overlong"}
+    leads = [weights[n] * LEADS[n] if n in LEADS else -abs(weights[n]) for n in known]
     return round(sum(leads), 6)
 
 

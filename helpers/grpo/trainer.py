@@ -98,7 +98,6 @@ class GreedyEvaluation(Base):
                 self.remove_callback(callback)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Returns the held-out reward, logged as `eval_reward` and by component."""
         args, tokenizer = self.args, self.processing_class
         answer: Any = partial(generate, self.model)
         if isinstance(self.rollout_func, Sampler):
