@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,11 +32,6 @@ def test_a_text_is_read_as_in_the_table(function, text, values):
     assert getattr(answers, function)(text, *gold) == expected
 
 
-def test_a_number_too_long_for_python_has_no_value():
-    assert answers.parse_number("9" * 5000) is None
-    assert answers.parse_number("1/" + "9" * 5000) is None
-
-
 QUESTION = "Ann has 12 nuts and eats 5 of them.\nHow many nuts are left of her 12?"
 INSTRUCTION = "Solve step by step. End with a line like this: #### 42"
 
@@ -51,38 +45,11 @@ INSTRUCTION = "Solve step by step. End with a line like this: #### 42"
         (f"{QUESTION}\n12 - 5 = 7\n#### 7", "7", QUESTION, True),
         (INSTRUCTION, "42", INSTRUCTION, False),
         ("42", "42", INSTRUCTION, True),  # short, though the prompt holds it
-        ("#### 42", "42", INSTRUCTION, True),
         ("It is #### 42", "42", f"{INSTRUCTION}\nIt is #### 42", True),
     ],
 )
 def test_what_is_copied_from_the_prompt_is_no_answer(text, gold, prompt, right):
     assert answers.is_correct(text, gold, prompt) is right
-
-
-@pytest.mark.parametrize("gold", ["x+1", "about 12", "$", "$$", "a $5 b"])
-def test_words_and_bare_letters_are_no_gold_answer(gold):
-    assert answers.parse_number(gold) is None
-    assert answers.parse_expression(gold) is None
-
-
-def test_an_expression_is_refused_outside_the_main_thread():
-    with ThreadPoolExecutor() as pool:
-        grading = pool.submit(answers.is_correct, r"\boxed{x}", "$x$")
-    with pytest.raises(ValueError, match="doesn't support threaded environment"):
-        grading.result()
-
-
-def test_numbers_are_graded_in_any_thread_without_a_library(heavy_modules):
-    program = """
-import sys, threading
-from helpers.grpo import answers
-def grade():
-    assert answers.is_correct(r"So \\boxed{\\frac{3}{4}}", "0.75")
-thread = threading.Thread(target=grade)
-thread.start(); thread.join()
-assert not {"math_verify", "sympy"} & set(sys.modules)
-"""
-    assert heavy_modules(program) == []
 
 
 REPEATED = ["#### ", "1 ", "1, ", "1 or ", r"\boxed{", " ", "(", "=", "a\n", "100 "]
@@ -141,13 +108,8 @@ MARKS = [
     "**Answer:** {}\n\n---",
     "The answer is {}.\nThat took 3 steps.",
 ]
-LINES = [
-    "It is {}.",
-    "{}",
-    "2 + 3\nSo we have {} in all",
-    "\u7b54\u6848\u662f{}\u3002",
-    "= {}</s>",
-]
+LINES = ["It is {}.", "{}", "2 + 3\nSo we have {} in all", "= {}</s>"]
+LINES += ["\u7b54\u6848\u662f{}\u3002"]
 
 
 @st.composite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -20,7 +21,7 @@ HEALTHY = {
     LENGTH: [50.0] * 10 + [48.0] * 10,
     CLIPPED: [0.02] * 20,
     "entropy": [0.4] * 10 + [0.3] * 10,
-    diagnostics.SKIPPED: [2.0] * 20,
+    "skipped_steps": [2.0] * 20,
 }
 HELD_OUT = [0.29, 0.35, 0.34]
 
@@ -38,57 +39,41 @@ def explain(held: list[float] = HELD_OUT, **changes: Any) -> list[str]:
         columns[name] = [*columns.get(name, [0.0] * 10)[:10], *[value] * 10]
     logged = entries(**columns)
     logged += [{"step": 10 * n, "eval_reward": v} for n, v in enumerate(held)]
-    return diagnostics.explain(logged, 64)
+    return diagnostics.explain(logged)
 
 
 def test_of_a_healthy_training_trend_held_out_reward_loss_and_kl_are_told() -> None:
     assert explain() == [
-        "The reward rises: 0.25 -> 0.45 (noise ±0.03).",
-        "Held-out reward 0.290 -> 0.350, best at step 10.",
-        "The loss is near zero by construction (a group's advantages add up to "
-        "nothing): look at the reward.",
-        "No KL term (beta 0): only the held-out reward tells if the model drifts.",
+        "The reward rises: 0.25 -> 0.45, noise ±0.03.",
+        "Held-out reward 0.290 at first, 0.350 at best, step 10.",
+        "The loss is near zero by construction: look at the reward.",
+        "No KL term (beta 0): only the held-out reward tells of drift.",
     ]
-    assert diagnostics.explain([{"step": 0, "eval_reward": 0.1}], 64) == []
+    assert len(explain(held=[0.29])) == 3 and len(explain(kl=0.02)) == 3
+    assert diagnostics.explain([{"step": 0, "eval_reward": 0.1}]) == []
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({ALL_WRONG: 0.72}, "72% of the groups are all wrong: they give no gradient."),
-        ({ALL_RIGHT: 0.6}, "60% of the groups are all right: they give no gradient."),
+        ({ALL_WRONG: 0.72}, "72% of the groups are all wrong"),
+        ({ALL_RIGHT: 0.6}, "60% of the groups are all right"),
         ({"frac_reward_zero_std": 0.8}, "80% of the groups have equal rewards"),
-        ({CLIPPED: 0.34}, "34% of the answers are cut at 64 tokens"),
+        ({CLIPPED: 0.34}, "34% of the answers are cut"),
         ({LENGTH: 20.0}, "Answers have shrunk from 50 to 20 tokens"),
         ({"entropy": 0.05}, "Entropy fell from 0.40 to 0.05"),
         ({"entropy": 0.9}, "Entropy rose from 0.40 to 0.90"),
-        ({diagnostics.SKIPPED: 9}, "9 steps were skipped because gradients overflow"),
-        ({"kl": 1.5}, "KL 1.50 nats a token from the start"),
+        ({"skipped_steps": 9}, "fp16 skipped 9 steps, gradients overflow"),
+        ({"kl": 1.5}, "KL 1.50 from the start"),
+        ({ALL_WRONG: math.nan, "frac_reward_zero_std": 0.8}, "80% of the groups have"),
+        ({"reward": 0.25}, "The reward is flat within its noise (0.25 -> 0.25, noise"),
+        ({"reward": 0.10}, "The reward falls: 0.25 -> 0.10, noise"),
     ],
 )
 def test_a_state_that_needs_action_is_said_first(
     changes: dict[str, Any], expected: str
 ) -> None:
     assert explain(**changes)[0].startswith(expected)
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"reward": 0.25}, "flat within its noise (0.25 -> 0.25, noise ±0.00)"),
-        ({"reward": 0.10}, "The reward falls: 0.25 -> 0.10."),
-        ({"held": [0.29, 0.29, 0.2]}, "not passed its start (0.290, best since 0.290)"),
-    ],
-)
-def test_the_trend_is_told_with_its_noise(
-    changes: dict[str, Any], expected: str
-) -> None:
-    assert expected in "\n".join(explain(**changes))
-
-
-def test_what_was_not_measured_is_not_told() -> None:
-    assert "eld-out reward 0.290" not in "\n".join(explain(held=[0.29]))
-    assert "No KL term" not in "\n".join(explain(kl=0.02))
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,21 @@
-"""GRPO trains: the adapter that is kept, the clock, the log of completions."""
+"""GRPO: its problems, the adapter that is kept, the clock, the completions logged."""
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from helpers import stages
-from helpers.config import changed
+from helpers.config import SYSTEM_PROMPT, changed
+from helpers.data import load_rows
 from helpers.data import preparation as data
-from helpers.grpo import monitor, rewards
+from helpers.errors import ConfigError
+from helpers.grpo import answers, monitor, rewards
 from helpers.grpo import trainer as grpo
 from helpers.inference.generation import generate
 from helpers.runs import Run
@@ -112,11 +114,8 @@ def test_clipping_is_as_far_to_both_sides_unless_told_otherwise(
 
 
 def test_a_run_with_minutes_ends_by_the_clock_with_its_adapter_saved(
-    make: Callable[..., Run],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.INFO)
     clock = SimpleNamespace(now=0.0)
 
     def slow(completions: list[Any], **_: Any) -> list[float | None]:
@@ -130,10 +129,82 @@ def test_a_run_with_minutes_ends_by_the_clock_with_its_adapter_saved(
     part = stages.train_stage(run, "grpo")
     assert clock.now == pytest.approx(60, abs=6)
     assert part["steps"] + len(history(run, "eval_reward")) == clock.now // 5
-    assert "5.0 s a step: about" in caplog.text
-    planned = int(caplog.text.split("s a step: about ")[1].split()[0])
-    assert planned == pytest.approx(part["steps"], abs=2)
     assert "1 minutes of grpo_minutes are used" in part["stopped"]
     rates = [rate for _, rate in history(run, "learning_rate")]
     assert rates[0] > 2 * rates[-1] >= 0
     assert (run.path / "grpo" / "adapter" / "adapter_config.json").exists()
+
+
+# the problems, in the format of GSM8K's files
+ROWS = [
+    {"question": f"Ann has {n} nuts and gets {n} more. How many has she?"}
+    | {"answer": f"Ann has {n}+{n}=<<{n}+{n}={2 * n}>>{2 * n} nuts.\n#### {2 * n:,}"}
+    for n in range(1, 1000, 90)
+]
+
+
+@pytest.fixture
+def problem_run(run_factory: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
+    """Makes a prepared GRPO run over the problems above, from a local file."""
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+
+    def make(**changes: Any) -> Run:
+        local = {"stages": ["grpo"], "data__train": [], "data__eval": None}
+        local |= {"data__problems": str(path), "grpo_held_out": 2}
+        run = run_factory(**{**local, **changes})
+        data.prepare(run)
+        return run
+
+    return make
+
+
+def test_a_prompt_is_the_question_under_the_system_prompt_with_a_plain_gold(
+    problem_run: Callable[..., Run], tokenizer: Any
+) -> None:
+    rows = grpo.training_prompts(problem_run(max_prompt_length=500), tokenizer)
+    assert len(rows) == len(ROWS) - 2
+    system = {"role": "system", "content": SYSTEM_PROMPT}
+    question = {"role": "user", "content": ROWS[-3]["question"]}
+    assert rows[-1] == {"prompt": [system, question], "gold": "1622"}
+    line = SYSTEM_PROMPT.partition(": ")[2]  # the format that is paid for
+    assert answers.has_strict_format(f"6 * 7 = 42\n{line}")
+
+
+def test_prompts_over_the_limit_are_left_out_and_counted(
+    problem_run: Callable[..., Run], tokenizer: Any
+) -> None:
+    rows = grpo.training_prompts(problem_run(), tokenizer)
+    prompts = [row["prompt"] for row in rows]
+    ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True)
+    shortest, *_, longest = sorted(map(len, ids["input_ids"]))
+    run = problem_run(max_prompt_length=longest - 1)
+    left = grpo.training_prompts(run, tokenizer)
+    counts = {"prompts": len(left), "left_out": len(rows) - len(left)}
+    assert 0 < len(left) < len(rows)
+    assert json.loads((run.path / "grpo/prompts.json").read_text()) == counts
+    with pytest.raises(ConfigError, match=f"the shortest has {shortest} tokens"):
+        grpo.training_prompts(problem_run(max_prompt_length=5), tokenizer)
+
+
+def test_held_out_problems_are_eval_rows_and_all_problems_are_trained_on(
+    run_factory: Callable[..., Run],
+) -> None:
+    run = run_factory(stages=["grpo"], grpo_held_out=4)
+    data.prepare(run)
+    left, held_out = grpo.split_problems(run)
+    assert (len(left), len(held_out)) == (2400, 4)
+    rows = load_rows(run.config.data.eval or "")
+    asked = [problem["prompt"][-1]["content"] for problem in held_out]
+    assert asked == [row["question"] for row in rows[:4]]
+    assert held_out[0]["gold"] == rows[0]["answer"].split("#### ")[1]
+
+
+@pytest.mark.parametrize("rows", [None, "data_samples/alpaca.jsonl"])
+def test_without_eval_rows_with_gold_answers_the_last_problems_are_held_out(
+    problem_run: Callable[..., Run], rows: str | None
+) -> None:
+    parts = grpo.split_problems(problem_run(data__eval=rows))
+    asked = [[row["prompt"][-1]["content"] for row in part] for part in parts]
+    questions = [row["question"] for row in ROWS]
+    assert asked == [questions[:-2], questions[-2:]]

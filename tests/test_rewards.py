@@ -32,16 +32,6 @@ def pay(text: str, gold: str, weights: dict[str, float], prompt: Any = "") -> fl
     return sum(w * p for w, p in zip(numbers, paid, strict=True) if p is not None)
 
 
-def test_every_reward_scores_conversational_completions_like_plain_ones():
-    texts = ["1 + 1 = 2\n#### 2", "#### 3", "no idea", "#### 1 #### 2"]
-    turns = [[{"role": "assistant", "content": text}] for text in texts]
-    gold = ["2"] * len(texts)
-    for reward in rewards.REWARDS.values():
-        assert reward(completions=turns, gold=gold) == reward(
-            completions=texts, gold=gold
-        )
-
-
 @pytest.mark.parametrize(
     ("answer", "gold", "paid"),
     [
@@ -78,27 +68,10 @@ def test_correctness_logs_the_shares_of_groups_that_teach_nothing():
     }
 
 
-def test_an_expression_is_graded_and_an_unreadable_one_is_not():
-    scores = rewards.correctness(
-        [r"\boxed{x+x}", r"\boxed{x}", "#### 5"], gold=["$2x$", "$2x$", r"$\frac$"]
-    )
-    assert scores == [1.0, 0.0, None]
-
-
-def test_choose_refuses_an_unknown_reward_and_names_the_known_ones():
-    with pytest.raises(
-        ValueError, match=r"no reward 'speed'; known: .*strict_format.*overlong"
-    ):
-        rewards.choose({"correctness": 1.0, "speed": 1.0}, CUT)
-
-
-def test_the_margin_is_what_lies_between_the_worst_right_and_the_best_wrong_answer():
-    weights = {"correctness": 1.0, "closeness": 0.2, "strict_format": 0.3}
-    right, wrong = pay("#### 100", "100", weights), pay("So\n#### 99", "100", weights)
-    assert rewards.margin(weights) == pytest.approx(right - wrong) == 0.8
-    weights = {"correctness": 1.0, "strict_format": 1.5}
-    assert rewards.margin(weights) < 0
-    assert pay("So\n#### 99", "100", weights) > pay("100", "100", weights)
+def test_a_gold_answer_that_is_no_number_is_not_graded():
+    texts, gold = [r"\boxed{x}", "#### 5"], ["$x$", "5"]
+    assert rewards.correctness(texts, gold=gold) == [None, 1.0]
+    assert rewards.closeness(texts, gold=gold) == [None, 1.0]
 
 
 def test_importing_the_rewards_loads_nothing_heavy(heavy_modules):
@@ -142,13 +115,6 @@ def test_a_probe_earns_what_it_should(name, text, paid):
     assert pay(text, "7", ALL, PROMPT) == pytest.approx(paid)
 
 
-@pytest.mark.parametrize("gold", ["12", "42", "5"])
-def test_copying_the_prompt_earns_nothing_though_it_holds_the_answer(gold):
-    parts = [m["content"] for m in PROMPT]
-    for text in [*parts, "\n".join(parts), QUESTION.splitlines()[1]]:
-        assert pay(text, gold, ALL, PROMPT) == 0
-
-
 # a busy machine is no failure
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
@@ -182,16 +148,14 @@ def test_no_wrong_answer_outscores_a_right_one(right, wrong, weights):
 # after `</think>` another answer begins, which is then the one that counts
 JUNK = TEXTS.filter(lambda text: "think>" not in text)
 MARKED = ["working\n#### 12", "working\n#### 13", "It is #### 12 nuts."]
-MARKED += ["It is #### 13 nuts.", "#### 13", "#### 12 or 13", "#### 12\n#### 13"]
-BOXED = [r"So \boxed{13}.", r"So \boxed{12}.", r"\boxed{12} or \boxed{13}"]
-
-
-@given(st.sampled_from(MARKED + BOXED), JUNK)
-def test_nothing_that_is_added_makes_a_marked_answer_right(text, junk):
-    added = rewards.correctness([f"{text}\n{junk}"], gold=[GOLD], prompts=[QUESTION])
-    assert added <= rewards.correctness([text], gold=[GOLD])
-
-
+MARKED += [
+    r"So \boxed{13}.",
+    r"So \boxed{12}.",
+    "It is #### 13 nuts.",
+    "#### 13",
+    "#### 12 or 13",
+    "#### 12\n#### 13",
+]
 BARE = ["It is 12.", "It is 13.", "12", "no idea", "", "It is 12 or 13.", "10 11 12"]
 WORDS = st.text(alphabet="ab#$%.,\n -/=\\{}<>", max_size=40)
 ADDED = [

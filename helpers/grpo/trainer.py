@@ -10,23 +10,16 @@ from helpers.data import preparation as data
 from helpers.data.formats import ask
 from helpers.errors import ConfigError
 from helpers.files import read_rows, write_json
-from helpers.grpo import monitor, rewards
-from helpers.grpo.answers import parse_gold
-from helpers.inference.generation import Answering, generate, inference
-from helpers.masking.templates import render
+from helpers.grpo import answers, monitor, rewards
+from helpers.inference.generation import encode, generate, inference
 from helpers.rollout.sampler import Sampler, choose_sampler
 from helpers.runs import Run
-from helpers.training import callbacks
-from helpers.training.inputs import open_stage, training_arguments
+from helpers.training import callbacks, inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-    from trl import GRPOTrainer as Base
-else:
-    Base = object  # TRL's class is put after this one once Unsloth has replaced it
 
-OPEN = ("num_generations", "max_completion_length", "temperature")  # TRL's default
-DEFAULT_EVALUATIONS = 4  # where neither eval_steps nor grpo_minutes is given
+Base: Any = object  # TRL's class is put after this one once Unsloth has replaced it
 
 
 def split_problems(run: Run) -> tuple[list[data.Row], list[data.Row]]:
@@ -42,130 +35,90 @@ def split_problems(run: Run) -> tuple[list[data.Row], list[data.Row]]:
         MissingInput: notebook 01 has not prepared the data.
     """
     config, held_out = run.config, []
-    rows = read_rows(run.require("data/problems.jsonl"))
-    questions = [(row["question"], row["gold"]) for row in rows]
+    rows, system = read_rows(run.require("data/problems.jsonl")), config.system_prompt
+    problems = [{"prompt": ask(r["question"], system), "gold": r["gold"]} for r in rows]
     if "eval" in data.parts_of(config.data):
         for row in read_rows(run.require("data/eval.jsonl")):
-            question, answer = row["messages"][-2:]
-            gold = parse_gold(answer["content"])
-            if gold is not None:
-                held_out.append((question["content"], str(gold)))
+            question, answer = (turn["content"] for turn in row["messages"][-2:])
+            if (gold := answers.parse_gold(answer)) is not None:
+                held_out.append({"prompt": ask(question, system), "gold": str(gold)})
     if not held_out:
-        cut = max(1, len(questions) - config.grpo_held_out)
-        questions, held_out = questions[:cut], questions[cut:]
-    problems = [
-        {"prompt": ask(question, config.system_prompt), "gold": gold}
-        for question, gold in questions + held_out[: config.grpo_held_out]
-    ]
-    return problems[: len(questions)], problems[len(questions) :]
+        cut = max(1, len(problems) - config.grpo_held_out)
+        problems, held_out = problems[:cut], problems[cut:]
+    return problems, held_out[: config.grpo_held_out]
 
 
 def training_prompts(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[data.Row]:
-    """Returns the problems to train on, those with overlong prompts left out.
-
-    These are counted in `grpo/prompts.json`.
+    """Returns the problems to train on, without overlong prompts, which are counted.
 
     Args:
-        run: with `data/` prepared, and a `max_prompt_length` in tokens.
+        run: with `data/` prepared; the counts go to its `grpo/prompts.json`.
         tokenizer: of the model.
 
     Raises:
-        ConfigError: every prompt is longer.
+        ConfigError: every prompt is longer than `max_prompt_length`, in tokens.
     """
-    problems, _ = split_problems(run)
-    rows, limit = problems, run.config.max_prompt_length
-    if limit:
-        texts = [render(tokenizer, row["prompt"], for_generation=True) for row in rows]
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        rows = [row for row, i in zip(rows, ids, strict=True) if len(i) <= limit]
-        if not rows:
-            raise ConfigError(
-                f"max_prompt_length={limit} leaves none of {len(problems)} problems: "
-                f"the shortest prompt has {min(map(len, ids))} tokens; raise it"
-            )
+    problems, limit = split_problems(run)[0], run.config.max_prompt_length
+    lengths = [len(encode(tokenizer, row["prompt"])) for row in problems]
+    pairs = zip(problems, lengths, strict=True)
+    rows = [row for row, length in pairs if not limit or length <= limit]
+    if not rows:
+        text = f"no prompt fits into max_prompt_length={limit}: the shortest has"
+        raise ConfigError(f"{text} {min(lengths)} tokens")
     counts = {"prompts": len(rows), "left_out": len(problems) - len(rows)}
     write_json(run.path / "grpo" / "prompts.json", counts)
     return rows
 
 
 def require_prompts(run: Run) -> None:
-    """Raises ConfigError when problems do not fill one optimiser step of GRPO.
-
-    TRL drops an incomplete batch, so that such a run would end without a step.
-    """
-    import torch
-    from trl import GRPOConfig
-
-    if not (run.path / "data" / "problems.jsonl").exists():
-        return
+    """Raises ConfigError when problems do not fill a step: TRL drops a part of one."""
     values, count = complete(run.config, "grpo"), len(split_problems(run)[0])
-    names = ["per_device_train_batch_size", "gradient_accumulation_steps"]
-    names += ["num_generations", "steps_per_generation", "generation_batch_size"]
-    sizes = {name: values[name] for name in names}
-    # on this machine's device: accelerate keeps the last one for the whole process
-    cpu = not torch.cuda.is_available()
-    settings = GRPOConfig(use_cpu=cpu, bf16=False, report_to="none", **sizes)
-    needed = settings.generation_batch_size // settings.num_generations
-    if count < needed:
-        raise ConfigError(
-            f"GRPO would take no step: {count} problems are left to train on, and a "
-            f"step takes {needed} ({settings.generation_batch_size} answers, "
-            f"{settings.num_generations} to each); give more problems, or lower "
-            "grpo_held_out, grpo.per_device_train_batch_size or "
-            "grpo.gradient_accumulation_steps"
-        )
+    # GRPOConfig would tell, but accelerate keeps its device (use_cpu) for the process
+    batches = values["steps_per_generation"] or values["gradient_accumulation_steps"]
+    rows = batches * values["per_device_train_batch_size"]
+    rows, group = values["generation_batch_size"] or rows, values["num_generations"]
+    if count < rows // group:
+        text = f"GRPO would take no step: {count} problems are left to train on, and a "
+        text += f"step takes {rows // group} ({rows} answers, {group} to each); give "
+        raise ConfigError(text + "more, or lower grpo_held_out or the batch")
 
 
 class GreedyEvaluation(Base):
     """Goes before TRL's class, `class Trainer(GreedyEvaluation, GRPOTrainer)`.
 
     `evaluate` pays greedy answers to the held-out problems: TRL's own samples, which
-    adds noise, and computes a loss, which is zero in GRPO. The table of these losses
-    is hidden, as the panel shows more.
+    adds noise, and computes a loss, which is zero in GRPO. The loss table is hidden.
     """
 
-    control: Any
-
     def __init__(self, *args: Any, **options: Any) -> None:
-        from transformers import PrinterCallback, ProgressCallback
-        from transformers.utils.notebook import NotebookProgressCallback
-
         super().__init__(*args, **options)
-        for kind in (NotebookProgressCallback, ProgressCallback, PrinterCallback):
-            self.remove_callback(kind)
+        for callback in list(self.callback_handler.callbacks):
+            name = type(callback).__name__
+            if name.endswith(("ProgressCallback", "PrinterCallback")):
+                self.remove_callback(callback)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Returns the held-out reward, logged as `eval_reward` and by component."""
         args, tokenizer = self.args, self.processing_class
-        columns = self.eval_dataset.to_dict()
-        options: dict[str, Any] = {"max_new_tokens": args.max_completion_length}
-        if self.model.device.type != "cpu" or self.rollout_func:  # as many as in a step
-            size = args.per_device_train_batch_size * args.steps_per_generation
-            options["batch_size"] = size
-        answer: Answering = partial(generate, self.model)
+        answer: Any = partial(generate, self.model)
         if isinstance(self.rollout_func, Sampler):
             answer = self.rollout_func.generate
-        texts = [a.text for a in answer(tokenizer, columns["prompt"], **options)]
-        values = {
-            "prompts": columns["prompt"],
-            "completions": [[{"role": "assistant", "content": t}] for t in texts],
-            "completion_ids": tokenizer(texts)["input_ids"],
-            "gold": columns["gold"],
-        }
+        size = args.per_device_train_batch_size * args.steps_per_generation
+        limits = {"max_new_tokens": args.max_completion_length, "batch_size": size}
+        columns = self.eval_dataset.to_dict()
+        columns["prompts"] = columns.pop("prompt")
+        texts = [a.text for a in answer(tokenizer, columns["prompts"], **limits)]
+        columns["completions"] = [[{"role": "assistant", "content": t}] for t in texts]
+        columns["completion_ids"] = tokenizer(texts)["input_ids"]
         metrics = {"eval_reward": 0.0}
-        for function, weight in zip(
-            self.reward_funcs, args.reward_weights, strict=True
-        ):
-            scores = [s for s in function(**values) if s is not None]
+        for reward, weight in zip(self.reward_funcs, args.reward_weights, strict=True):
+            scores = [score for score in reward(**columns) if score is not None]
             mean = sum(scores) / max(1, len(scores))
-            metrics[f"eval_rewards/{function.__name__}"] = round(mean, 4)
+            metrics[f"eval_rewards/{reward.__name__}"] = round(mean, 4)
             metrics["eval_reward"] += weight * mean
         metrics["eval_reward"] = round(metrics["eval_reward"], 4)
         with inference(self.model):  # keeps TRL's training metrics out of this entry
             self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            args, self.state, self.control, metrics
-        )
+        self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 
 
@@ -179,32 +132,27 @@ def grpo_arguments(run: Run) -> dict[str, Any]:
 
     Raises:
         ConfigError: the run has no grpo stage.
-        MissingInput: notebook 01 has not prepared the data.
     """
-    from trl import GRPOConfig
-
-    folder = open_stage(run, "grpo")
-    run.require("data/problems.jsonl")
-    ours: dict[str, Any] = {
+    folder, default = inputs.open_stage(run, "grpo"), defaults("grpo")
+    is_new = callbacks.last_checkpoint(folder / "checkpoints") is None
+    values: dict[str, Any] = {
         "reward_weights": list(run.config.rewards.values()),
         "num_generations_eval": 1,  # TRL would sample more to each; `evaluate` is ours
         "eval_strategy": "steps",
+        "eval_steps": 0.25,  # of all steps
+        # an adapter worse than the start must never take its place
+        "eval_on_start": is_new and run.config.grpo.get("eval_strategy") != "no",
         "log_completions": True,  # to parquet files
         "num_completions_to_print": -1,  # 0 would print an empty table
     }
-    ours |= {name: defaults("grpo")[name] for name in OPEN}
-    values = ours | training_arguments(run, "grpo", folder)
-    # an adapter worse than the start must never take its place
-    values.setdefault("eval_on_start", values["eval_strategy"] != "no")
-    if callbacks.last_checkpoint(folder / "checkpoints") is not None:
-        values["eval_on_start"] = False  # it is in the history
+    for name in ("num_generations", "max_completion_length", "temperature"):
+        values[name] = default[name]  # TRL's: Unsloth has others
+    values |= inputs.training_arguments(run, "grpo", folder)
     if values["loss_type"] == "dapo":  # for which Unsloth has another than TRL
-        values.setdefault("epsilon_high", values.get("epsilon", GRPOConfig.epsilon))
+        values.setdefault("epsilon_high", values.get("epsilon", default["epsilon"]))
     if run.config.grpo_minutes:  # the clock evaluates, and ends the run
-        return values | dict.fromkeys(["max_steps", "eval_steps"], monitor.ENDLESS)
-    steps = values.get("max_steps") or -1
-    share = -(-steps // DEFAULT_EVALUATIONS) if steps > 0 else 1 / DEFAULT_EVALUATIONS
-    return {"eval_steps": share} | values
+        values |= dict.fromkeys(["max_steps", "eval_steps"], monitor.ENDLESS)
+    return values
 
 
 def build_grpo(
