@@ -109,7 +109,7 @@ def plot_results(report: Row, path: Path) -> Figure:
     losses = results_table(report).filter(like=" loss").replace("-", None)
     bars = losses.T.astype(float)
     options: dict[str, Any] = {"ylabel": "loss in nats (lower is better)"}
-    if len(rates):
+    if rates.size:
         bars = 100 * rates.map(lambda rate: rate["k"] / rate["n"])
         low, high = (100 * rates.map(itemgetter(end)) for end in ("low", "high"))
         errors = [[bars[m] - low[m], high[m] - bars[m]] for m in bars]
