@@ -11,10 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from helpers.data.reading import to_problems
-from helpers.data.sources import load_rows
 from helpers.evaluation import metrics
-from helpers.models import load as models
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -37,20 +34,6 @@ def test_our_verdicts_are_those_of_lm_eval_on_changed_and_random_outputs() -> No
     assert counts["strict_agree"] == counts["flexible_agree"] == counts["n"]
     for right in counts["judged_right"].values():  # or it would say little
         assert all(10 < count < counts["n"] - 10 for count in right.values())
-
-
-@pytest.mark.parametrize("task", ["gsm8k", "gsm8k_cot_llama"])
-def test_lm_eval_itself_has_the_same_prompts_outputs_and_accuracy(
-    task: str, tiny_model_folder: Path
-) -> None:
-    pytest.importorskip("lm_eval")
-    import gsm8k_agreement
-
-    model, tokenizer = models.load_model(str(tiny_model_folder))
-    problems = to_problems(load_rows("data_samples/word_problems/test.jsonl", 3))
-    shots = "data_samples/word_problems/train.jsonl"
-    counts = gsm8k_agreement.end_to_end(task, model, tokenizer, problems, shots, 8)
-    assert counts["same_prompts"] == counts["same_outputs"] == counts["n"] == 3
 
 
 QUESTION = "How many hens are there in all, if Ann counts 1080?"
@@ -216,18 +199,11 @@ def test_a_label_is_compared_as_it_is(output: str, label: str) -> None:
 
 # intervals
 
-Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 
-
-@pytest.mark.parametrize(("k", "n"), [(0, 1), (50, 50), (45, 100), (1, 7), (180, 400)])
-def test_a_proportion_has_the_wilson_interval(k: int, n: int) -> None:
-    p = k / n  # the closed formula, without scipy
-    centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-    ends = (max(0.0, centre - half), min(1.0, centre + half))
-    interval = metrics.proportion(k, n)
-    assert (interval["k"], interval["n"]) == (k, n)
-    assert (interval["low"], interval["high"]) == pytest.approx(ends, abs=6e-5)
+def test_a_proportion_has_the_published_wilson_interval() -> None:
+    # Newcombe, Statistics in Medicine 17 (1998), 857-872, table I, score method
+    interval = metrics.proportion(81, 263)
+    assert interval == {"k": 81, "n": 263, "low": 0.2553, "high": 0.3662}
 
 
 def test_a_paired_difference_has_mcnemars_test_and_an_interval() -> None:
@@ -243,7 +219,7 @@ def test_a_paired_difference_has_mcnemars_test_and_an_interval() -> None:
     tail = sum(math.comb(160, k) for k in range(61)) / 2**160
     assert test["p"] == pytest.approx(2 * tail, rel=1e-2)
     assert (test["only_first"], test["only_second"], test["n"]) == (60, 100, 400)
-    half = Z * math.sqrt((160 - 40**2 / 400) / 400**2)
+    half = 1.96 * math.sqrt((160 - 40**2 / 400) / 400**2)
     ends = (test["low"], test["high"])
     assert test["difference"] == 0.1
     assert ends == pytest.approx((0.1 - half, 0.1 + half), abs=6e-3)

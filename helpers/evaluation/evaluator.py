@@ -62,10 +62,9 @@ def response_loss(model: Any, rows: list[Example]) -> float:
 
 
 def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[str, Any]:
-    """Evaluates a model on the run's held-out sets and returns its part of the report.
+    """Returns a model's part of the report, after it answered the run's held-out sets.
 
-    Conversations give a loss; the sets of `data.answered` are answered too, into
-    `eval/<label>/<set>.jsonl`: after a kill the same call goes on.
+    Items go to `eval/<label>/<set>.jsonl`: after a kill the same call goes on.
     """
     import torch
 
@@ -75,8 +74,8 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     prompts = {name: to_prompts(config, sets[name]) for name in data.answered(sets)}
     if not prompts or (labels and prompts.keys() <= ACCURACIES.keys()):
         raise DataError(
-            f"run {config.name!r} holds no rows out, or no conversations for its labels: "
-            "set data.eval_share, data.test_share, data.eval or data.test"
+            f"{config.name!r} holds no rows out, or no conversations for its labels: set "
+            "data.eval_share, data.test_share, data.eval or data.test"
         )
     started = time.perf_counter()
     if torch.cuda.is_available():
@@ -135,9 +134,7 @@ def evaluate_run(run: Run, labels: list[str] | None = None) -> pd.DataFrame:
 
 
 def compare(run: Run, first: str, second: str) -> dict[str, Any]:
-    """Returns how two models differ on the same items, set by set and by measure.
-
-    The result goes to the report's part `comparisons` too.
+    """Returns how two models differ on the same items; in the report, `comparisons`.
 
     Args:
         run: with both models evaluated.

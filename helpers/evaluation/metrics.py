@@ -58,10 +58,8 @@ def check_answer(text: str, problem: Row, task: str = "gsm8k") -> Row:
 
 
 def split_gain(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, dict[str, int]]:
-    """Returns the counts of items that one model alone gets by strict match.
-
-    They differ *by format* if the other model had the right number too, written another
-    way, and *by reasoning* otherwise.
+    """Returns the counts of items that one model alone gets by strict match: by format
+    if the other had the right number too, written another way, else by reasoning.
     """
     counts: dict[str, dict[str, int]] = {"by format": {}, "by reasoning": {}}
     pairs = {"only_first": (first, second), "only_second": (second, first)}

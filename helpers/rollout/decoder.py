@@ -1,7 +1,5 @@
-"""Fast batched sampling from a plain transformers model: static cache, CUDA graph.
-
-One graph is a whole token: the model, the drawing, the bookkeeping. On a CPU the same
-code runs without a graph.
+"""Fast batched sampling from a transformers model: a static cache, and one CUDA graph
+for a whole token, its drawing and bookkeeping. A CPU runs the code without a graph.
 """
 
 from __future__ import annotations

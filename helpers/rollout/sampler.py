@@ -65,12 +65,11 @@ class Sampler:
         ids = [encode(tokenizer, prompt) for prompt in prompts]
         stops = stop_token_ids(tokenizer)
         self.refresh()
-        answers = []
+        rows: list[list[int]] = []
         for start in range(0, len(ids), batch_size):
             batch = ids[start : start + batch_size]
-            rows, _ = self.decoder.generate(batch, max_new_tokens, stops, None)
-            answers += [cut_answer(tokenizer, row, stops) for row in rows]
-        return answers
+            rows += self.decoder.generate(batch, max_new_tokens, stops, None)[0]
+        return [cut_answer(tokenizer, row, stops) for row in rows]
 
 
 def choose_sampler(run: Run, model: nn.Module) -> Sampler | None:
@@ -90,18 +89,15 @@ def choose_sampler(run: Run, model: nn.Module) -> Sampler | None:
         raise ConfigError(f"sampler='copy' does not work: {reason}; choose 'model'")
     note = {"name": "model" if reason else "copy", "reason": reason}
     write_json(run.path / "grpo" / "sampler.json", note)
-    if reason:
-        return None
     minutes = config.grpo_minutes or COMPILE_MINUTES
-    return Sampler(model, compiled=minutes >= COMPILE_MINUTES)
+    return None if reason else Sampler(model, compiled=minutes >= COMPILE_MINUTES)
 
 
 def reason_against(config: RunConfig, model: nn.Module) -> str:
     """Returns why a run is not sampled from a copy, or an empty string."""
-    is_automatic = config.sampler == "auto"
     if config.sampler == "model":
         return "the config asks for it"
-    if is_automatic and model.device.type != "cuda":
+    if config.sampler == "auto" and model.device.type != "cuda":
         return "a copy is faster only on a GPU"
     unknown = {"generation_kwargs", "repetition_penalty", "use_vllm"}
     unknown.add("use_transformers_continuous_batching")
@@ -119,7 +115,7 @@ def reason_against(config: RunConfig, model: nn.Module) -> str:
         is_lora = re.search(r"\.lora_[AB]\.\w+\.weight$", name)
         if parameter.requires_grad and not is_lora:
             return f"{name} is trained besides LoRA matrices"
-    if not is_automatic:
+    if config.sampler == "copy":
         return ""
     layers = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
     need_gb = sum(2 * m.in_features * m.out_features for m in layers) / 2**30
