@@ -233,7 +233,7 @@ def judge_ours(task: str, outputs: list[tuple[str, str]]) -> list[dict[str, bool
     from helpers.evaluation import metrics as gsm8k
 
     return [
-        gsm8k.check_answer(text, {"gold": "0", "answer": answer}, task)
+        {name: getattr(gsm8k, name)(text, answer, task) for name in VERDICTS.values()}
         for text, answer in outputs
     ]
 

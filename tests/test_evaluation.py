@@ -96,14 +96,6 @@ def test_the_response_loss_is_over_all_supervised_tokens(
     assert evaluator.response_loss(model, rows) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_run_that_holds_nothing_out_says_which_fields_to_set(
-    prepared: Prepare,
-) -> None:
-    nothing = {"data__eval_share": None, "data__test_share": None, "best_by": "loss"}
-    with pytest.raises(DataError, match="holds no rows out.*: set data.eval_share"):
-        evaluate(prepared(CHATS, **nothing, sft__eval_strategy="no"), "base")
-
-
 def test_an_item_says_all_that_decided_its_verdicts(prepared: Prepare) -> None:
     run = prepared(PROBLEMS)
     run.write_part("eval", {"base": {"mt_bench": {"score": 5.0}}})
@@ -155,14 +147,13 @@ def test_the_models_of_a_run_are_evaluated_in_order(
     monkeypatch.setattr(evaluator, "evaluate", lambda *call: calls.append(call[1:]))
     with pytest.raises(MissingInput, match="02_sft_qlora"):
         evaluation.evaluate_run(run)
+    assert calls == []
     adapters = {stage: run.path / stage / "adapter" for stage in ("sft", "grpo")}
     for adapter in adapters.values():
         adapter.mkdir(parents=True)
-    calls.clear()
     assert len(evaluation.evaluate_run(run)) == 0  # nothing was measured here
-    assert calls == [("base", None), *adapters.items()]
     evaluation.evaluate_run(run, ["grpo"])
-    assert calls[3:] == [("grpo", adapters["grpo"])]
+    assert calls == [("base", None), *adapters.items(), ("grpo", adapters["grpo"])]
 
 
 @pytest.fixture
@@ -203,7 +194,7 @@ def test_labels_that_the_config_names_are_counted_as_they_are(
         evaluation.compare(other, "base", "mine")
 
 
-def test_labels_that_do_not_fit_are_refused_before_the_model_is_loaded(
+def test_what_cannot_be_evaluated_is_refused_before_the_model_is_loaded(
     labelled: Callable[..., Run], prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "load_model", None)
@@ -212,8 +203,11 @@ def test_labels_that_do_not_fit_are_refused_before_the_model_is_loaded(
     losses_only = {k: v for k, v in PROBLEMS.items() if k != "data__eval"}
     for changes in (PROBLEMS, losses_only):
         run = prepared(changes, evaluation__labels=["a", "b"])
-        with pytest.raises(DataError, match="no conversations for its labels: set"):
+        with pytest.raises(DataError, match="or none for evaluation.labels: set"):
             evaluate(run, "base")
+    nothing = {"data__test_share": None, "best_by": "loss", "sft__eval_strategy": "no"}
+    with pytest.raises(DataError, match="no held-out rows.*: set data.eval_share"):
+        evaluate(prepared(CHATS, data__eval_share=None, **nothing), "base")
 
 
 def write_items(run: Run, label: str, name: str, rows: list[dict[str, Any]]) -> None:

@@ -73,6 +73,16 @@ def greedy_of(model: Any, prompt: list[int], tokens: int, stop: int) -> list[int
     return output[0, len(prompt) :].tolist()
 
 
+def log_probabilities(
+    model: Any, prompt: list[int], ids: list[int], temperature: float = 1.0
+) -> list[float]:
+    """Returns those of the trained model itself."""
+    whole = torch.tensor([prompt + ids])
+    with torch.no_grad():
+        scores = model(input_ids=whole).logits[0, len(prompt) - 1 : -1] / temperature
+    return scores.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0].tolist()
+
+
 @pytest.mark.parametrize("weights", ["16bit", "4bit"])
 def test_samples_and_their_log_probabilities_are_the_trained_models(
     load: Load, weights: str
@@ -84,11 +94,8 @@ def test_samples_and_their_log_probabilities_are_the_trained_models(
     rows = zip(PROMPTS, *sampler.decoder.generate(PROMPTS, 12, [2], DRAWN), strict=True)
     for number, (prompt, ids, logps) in enumerate(rows):
         assert likeliest[number] == greedy_of(model, prompt, 12, stop=2)
-        whole = torch.tensor([prompt + ids])
-        with torch.no_grad():
-            scores = model(input_ids=whole).logits[0, len(prompt) - 1 : -1]
-        expected = scores.log_softmax(-1).gather(-1, whole[0, len(prompt) :, None])
-        assert logps == pytest.approx(expected[:, 0].tolist(), abs=2e-4)
+        expected = log_probabilities(model, prompt, ids)
+        assert logps == pytest.approx(expected, abs=2e-4)
 
 
 def test_a_refresh_follows_the_adapter_and_keeps_weights_in_place(load: Load) -> None:
@@ -152,41 +159,23 @@ def test_a_patched_class_does_not_change_the_copy(
     assert greedy(copied(model), 1)[0][:4] == expected
 
 
-def test_training_samples_from_the_copy_as_it_is_after_each_step(
-    load: Load, tiny_model_folder: Any, tmp_path: Any
+def test_a_rollout_is_of_the_model_as_it_is_now_at_the_trainers_temperature(
+    load: Load, tiny_model_folder: Any
 ) -> None:
-    from datasets import Dataset
     from transformers import AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
 
-    model = load(r=8)
+    model = load()
     sampler = sampling.Sampler(model)
-    differences: list[float] = []
-
-    def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        output = sampler(prompts, trainer)
-        prompt, ids = output["prompt_ids"][0], output["completion_ids"][0]
-        whole = torch.tensor([prompt + ids])
-        scores = trainer.model(input_ids=whole).logits[0, len(prompt) - 1 : -1] / 0.7
-        logps = scores.log_softmax(-1).gather(-1, whole[0, len(prompt) :, None])[:, 0]
-        sampled = torch.tensor(output["logprobs"][0])
-        differences.append((logps - sampled).abs().max().item())
-        return output
-
-    rows = [{"prompt": [{"role": "user", "content": f"{n}?"}]} for n in range(8)]
-    settings: dict[str, Any] = {"per_device_train_batch_size": 4, "num_generations": 4}
-    settings |= {"max_completion_length": 6, "max_steps": 4, "learning_rate": 5e-2}
-    settings |= {"temperature": 0.7, "save_strategy": "no", "report_to": "none"}
-    settings |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
-    GRPOTrainer(
-        model=model,
-        args=GRPOConfig(output_dir=str(tmp_path), **settings),
-        reward_funcs=[lambda completion_ids, **_: [sum(i) % 7 for i in completion_ids]],
-        train_dataset=Dataset.from_list(rows),
+    shake(model, 0.3)
+    trainer = SimpleNamespace(
         processing_class=AutoTokenizer.from_pretrained(tiny_model_folder),
-        rollout_func=rollout,
-    ).train()
-    assert differences == pytest.approx([0.0] * 4, abs=1e-3)
+        **{"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": None},
+        **{"max_completion_length": 6, "eos_token_ids": [2]},
+    )
+    output = sampler([[{"role": "user", "content": "1 + 1?"}], "A text"], trainer)
+    for prompt, ids, logps in zip(*output.values(), strict=True):
+        expected = log_probabilities(model, prompt, ids, 0.7)
+        assert logps == pytest.approx(expected, abs=2e-4)
 
 
 def test_the_copy_answers_as_the_model_does_whatever_it_drew_before(

@@ -15,8 +15,7 @@ from helpers.config import HELD_OUT, RunConfig
 from helpers.data import preparation as data
 from helpers.data.formats import Row, ask
 from helpers.errors import DataError
-from helpers.evaluation import metrics
-from helpers.evaluation.tables import ACCURACIES, results_table
+from helpers.evaluation import metrics, tables
 from helpers.files import fingerprint, read_rows
 from helpers.inference.generation import generate_batches, inference
 from helpers.inference.items import answer_rows, find_adapters, model_print
@@ -72,10 +71,10 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     files = [run.require(f"data/{name}.jsonl") for name in held_out(config)]
     sets = {file.stem: read_rows(file) for file in files}
     prompts = {name: to_prompts(config, sets[name]) for name in data.answered(sets)}
-    if not prompts or (labels and prompts.keys() <= ACCURACIES.keys()):
+    if not prompts or (labels and prompts.keys() <= tables.ACCURACIES.keys()):
         raise DataError(
-            f"{config.name!r} holds no rows out, or no conversations for its labels: set "
-            "data.eval_share, data.test_share, data.eval or data.test"
+            f"run {config.name!r} has no held-out rows, or none for evaluation.labels: "
+            "set data.eval_share, data.test_share, data.eval or data.test"
         )
     started = time.perf_counter()
     if torch.cuda.is_available():
@@ -84,7 +83,7 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     model, tokenizer = models.load_model(config.model, adapter=adapter, **options)
     part: dict[str, Any] = {"model_print": model_print(config, adapter)}
     limits, drop = (config.loss_on, config.max_length), config.data.drop_unusable
-    for name in [name for name in sets if name not in ACCURACIES]:
+    for name in [name for name in sets if name not in tables.ACCURACIES]:
         chats = [row["messages"] for row in sets[name]]
         masked = mask_conversations(tokenizer, chats, *limits, drop=drop)
         loss = response_loss(model, masked.rows)
@@ -101,8 +100,8 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
         items = answer_rows(path, rows, settings, answer, judge)
         seconds += sum(item["seconds"] for item in items)  # those of former calls too
         summary = metrics.summarise(items, labels)
-        if name in ACCURACIES:
-            part[ACCURACIES[name]] = summary["correct"]
+        if name in tables.ACCURACIES:
+            part[tables.ACCURACIES[name]] = summary["correct"]
         key = "eval_text" if name == "eval" else name
         part[key] = summary | part.get(key, {})
     del model, answer
@@ -130,7 +129,7 @@ def evaluate_run(run: Run, labels: list[str] | None = None) -> pd.DataFrame:
     """
     for label, adapter in find_adapters(run, labels).items():
         evaluate(run, label, adapter)
-    return results_table(run.report())
+    return tables.results_table(run.report())
 
 
 def compare(run: Run, first: str, second: str) -> dict[str, Any]:

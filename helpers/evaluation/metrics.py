@@ -31,30 +31,39 @@ UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}
 WORD = regex.compile(rf"(?V1){UNSPACED}|[[\p{{L}}\p{{M}}\p{{N}}]--{UNSPACED}]+")
 
 
-def check_answer(text: str, problem: Row, task: str = "gsm8k") -> Row:
+def check_answer(text: str, problem: Row) -> Row:
     """Returns the number extracted from an answer, and the verdicts on it.
 
     Args:
         text: the model's answer.
         problem: `gold`, `answer` with the line `#### <number>`, and optionally the
             `prompt`: a number copied from there is not *correct*.
-        task: lm-evaluation-harness's, whose strict match is meant.
     """
     prompt = "\n".join(message["content"] for message in problem.get("prompt", []))
     extracted = answers.extract_answer(answers.own_words(text, prompt))
-    (pattern, place), solution = STRICT[task], problem["answer"]
-    if task == "gsm8k_cot_llama":
-        solution = solution.split(answers.MARKER)[-1].strip()
-    right = IGNORED.sub("", solution).rpartition(f"{answers.MARKER} ")[2]
-    strict, numbers = re.findall(pattern, text), re.findall(NUMBER, text)
     return {
         "extracted": None if extracted is None else str(extracted),
         "gold": problem["gold"],
         "correct": answers.is_correct(text, problem["gold"], prompt),
-        "strict_match": bool(strict) and IGNORED.sub("", strict[place]) == right,
-        "flexible_extract": bool(numbers) and IGNORED.sub("", numbers[-1]) == right,
+        "strict_match": strict_match(text, problem["answer"]),
+        "flexible_extract": flexible_extract(text, problem["answer"]),
         "strict_format": answers.has_strict_format(text),
     }
+
+
+def strict_match(text: str, answer: str, task: str = "gsm8k") -> bool:
+    return compare_strings(text, answer, *STRICT[task])
+
+
+def flexible_extract(text: str, answer: str, task: str = "gsm8k") -> bool:
+    return compare_strings(text, answer, NUMBER, -1)
+
+
+def compare_strings(text: str, answer: str, pattern: str, place: int) -> bool:
+    """Returns lm-evaluation-harness's verdict by a pattern, and which match counts."""
+    numbers = re.findall(pattern, text)
+    right = IGNORED.sub("", answer.rpartition(answers.MARKER)[2].strip())
+    return bool(numbers) and IGNORED.sub("", numbers[place]) == right
 
 
 def split_gain(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, dict[str, int]]:

@@ -104,8 +104,7 @@ def plot_results(report: Row, path: Path) -> Figure:
     Accuracies with their intervals; losses where no problems are held out.
     """
     parts = pd.DataFrame(report.get("eval", {})).rename(columns=STAGES)
-    rates = parts.reindex(ACCURACIES.values()).set_axis([*ACCURACIES])
-    rates = rates.dropna(axis=1, how="all").dropna()
+    rates = parts.reindex(ACCURACIES.values()).dropna(axis=1, how="all").dropna()
     losses = results_table(report).filter(like=" loss").replace("-", None)
     bars = losses.T.astype(float)
     options: dict[str, Any] = {"ylabel": "loss in nats (lower is better)"}

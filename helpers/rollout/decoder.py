@@ -45,21 +45,20 @@ class Decoder:
             size = (count, -(-length // 64) * 64, len(stops))
             self.allocate(size, settings or self.settings)
             rows = prompts + prompts[-1:] * (self.size[0] - count)
-            padded = torch.tensor([[-1] * (widest - len(r)) + r for r in rows])
-            padded = padded.to(device)
+            ids = torch.tensor([[-1] * (widest - len(r)) + r for r in rows]).to(device)
             ends = stops + stops[-1:] * (self.size[2] - len(stops))
             self.stops.copy_(torch.tensor(ends))
             self.greedy.fill_(settings is None)
-            self.start(padded.clamp(min=0), padded >= 0)
+            self.start(ids.clamp(min=0), ids >= 0)
             for number in range(1, limit):
                 if number % LOOK == 0 and bool(self.ended.all()):
                     break
                 self.token() if self.graph is None else self.graph.replay()
         completions = self.tokens[:count, widest:length].tolist()
         logps = self.logps[:count, widest:length].tolist()
-        for ids, values in zip(completions, logps, strict=True):
-            end = next((n for n, i in enumerate(ids, 1) if i in stops), len(ids))
-            del ids[end:], values[end:]
+        for row, values in zip(completions, logps, strict=True):
+            end = next((n for n, i in enumerate(row, 1) if i in stops), len(row))
+            del row[end:], values[end:]
         return completions, logps
 
     def allocate(self, need: tuple[int, ...], settings: Settings) -> None:
@@ -76,11 +75,10 @@ class Decoder:
         runtime.free_memory()
         device = self.net.device
         self.cache = StaticCache(self.net.config, max_cache_len=length)
-        flags = {"dtype": torch.bool, "device": device}
         numbers = {"dtype": torch.long, "device": device}
-        self.mask = torch.zeros(rows, 1, 1, length, **flags)
-        self.ended = torch.zeros(rows, 1, **flags)
-        self.greedy = torch.zeros(1, **flags)
+        self.mask = torch.zeros(rows, 1, 1, length, dtype=torch.bool, device=device)
+        self.ended = torch.zeros(rows, 1, dtype=torch.bool, device=device)
+        self.greedy = torch.zeros(1, dtype=torch.bool, device=device)
         self.stops = torch.zeros(stops, **numbers)
         self.last = torch.zeros(rows, 1, **numbers)
         self.position = torch.zeros(rows, 1, **numbers)

@@ -127,10 +127,7 @@ def reason_against(config: RunConfig, model: nn.Module) -> str:
 
 
 def copy_model(model: nn.Module) -> tuple[nn.Module, list[Any]]:
-    """Returns a plain copy of a PEFT model, and the merged layers with their weights.
-
-    These are empty until `refresh` and stay in place; other weights are shared.
-    """
+    """Returns a plain copy of a PEFT model, and its merged layers with the weights."""
     from accelerate import init_empty_weights
     from peft.utils.integrations import dequantize_module_weight
     from transformers import AttentionInterface
@@ -154,6 +151,7 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, list[Any]]:
         owner, _, leaf = name.rpartition(".")
         source = base.get_submodule(owner)
         if leaf == "weight" and hasattr(source, "get_delta_weight"):
+            # until `refresh`, and never moved, for CUDA graphs; others are shared
             value = torch.empty(parameter.shape, dtype=dtype, device=model.device)
             merged.append((source, value))
         else:
@@ -165,8 +163,8 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, list[Any]]:
         setattr(net.get_submodule(owner), leaf, fixed)
     net.tie_weights()
     for name, norm in list(net.named_modules()):
-        if hasattr(norm, "variance_epsilon"):  # not Gemma's RMS norm, which differs
-            # one kernel instead of seven
+        # an RMS norm of seven kernels; torch's is one, but not Gemma's, which differs
+        if hasattr(norm, "variance_epsilon"):
             fused = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon)
             fused.weight = norm.weight
             net.set_submodule(name, fused)
