@@ -52,18 +52,20 @@ def check_answer(text: str, problem: Row) -> Row:
 
 
 def strict_match(text: str, answer: str, task: str = "gsm8k") -> bool:
-    return compare_strings(text, answer, *STRICT[task])
+    return compare_strings(text, answer, task, *STRICT[task])
 
 
 def flexible_extract(text: str, answer: str, task: str = "gsm8k") -> bool:
-    return compare_strings(text, answer, NUMBER, -1)
+    return compare_strings(text, answer, task, NUMBER, -1)
 
 
-def compare_strings(text: str, answer: str, pattern: str, place: int) -> bool:
+def compare_strings(text: str, answer: str, task: str, pattern: str, n: int) -> bool:
     """Returns lm-evaluation-harness's verdict by a pattern, and which match counts."""
+    if task == "gsm8k_cot_llama":
+        answer = answer.split(answers.MARKER)[-1].strip()
+    right = IGNORED.sub("", answer).rpartition(f"{answers.MARKER} ")[2].lower()
     numbers = re.findall(pattern, text)
-    right = IGNORED.sub("", answer.rpartition(answers.MARKER)[2].strip())
-    return bool(numbers) and IGNORED.sub("", numbers[place]) == right
+    return bool(numbers) and IGNORED.sub("", numbers[n]) == right
 
 
 def split_gain(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, dict[str, int]]:

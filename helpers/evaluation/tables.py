@@ -99,10 +99,7 @@ def differences_table(report: Row) -> pd.DataFrame:
 
 
 def plot_results(report: Row, path: Path) -> Figure:
-    """Returns bars of all models for each held-out set, and saves them as a picture.
-
-    Accuracies with their intervals; losses where no problems are held out.
-    """
+    """Returns bars of accuracies with intervals, else of losses; saves the picture."""
     parts = pd.DataFrame(report.get("eval", {})).rename(columns=STAGES)
     rates = parts.reindex(ACCURACIES.values()).dropna(axis=1, how="all").dropna()
     losses = results_table(report).filter(like=" loss").replace("-", None)
