@@ -46,7 +46,6 @@ QUESTION = "How many hens are there in all, if Ann counts 1080?"
         ("It is $1,080.", (True, False, True, False)),
         # ours compares numbers, lm-eval strings
         ("So 1080.\n#### 1080.00", (True, False, False, True)),
-        ("no idea", (False, False, False, False)),
         # the number of the problem itself, copied
         (QUESTION, (False, False, True, False)),
     ],
@@ -86,9 +85,6 @@ def summary(labels: list[str] | None, *pairs: tuple[str, str]) -> dict[str, Any]
 @pytest.mark.parametrize(
     ("output", "reference", "match", "f1"),
     [
-        ("The cat.", "a CAT", 1.0, 1.0),
-        ("cat cat", "cat", 0.0, 2 / 3),
-        ("dog", "cat", 0.0, 0.0),
         ("", "cat", 0.0, 0.0),
         ("the", "An", 0.0, 0.0),
         ("!", "?", 0.0, 0.0),
