@@ -222,11 +222,12 @@ def solved_at_times(run: Any, count: int) -> str:
     """Returns a file of those of some problems that some of eight answers solve."""
     import random
 
-    from helpers import files, rollout
+    from helpers import files
     from helpers.config import complete
     from helpers.data import preparation as data
     from helpers.data.formats import ask
     from helpers.grpo.rewards import correctness
+    from helpers.inference.generation import generate
     from helpers.training import trainer as train
 
     data.ensure_data(run)
@@ -235,11 +236,11 @@ def solved_at_times(run: Any, count: int) -> str:
     model, tokenizer = train.load_for_training(run, "grpo", run.config.sft_adapter)
     values = complete(run.config, "grpo")
     drawn = {n: values[n] for n in ("temperature", "top_p", "top_k", "min_p")}
-    drawn["max_new_tokens"] = values["max_completion_length"]
     system = run.config.system_prompt
     prompts = [ask(row["question"], system) for row in rows for _ in range(8)]
-    answers = rollout.Sampler(model).generate(
-        tokenizer, prompts, batch_size=64, sampling=drawn
+    length = values["max_completion_length"]
+    answers = generate(
+        model, tokenizer, prompts, max_new_tokens=length, batch_size=64, sampling=drawn
     )
     texts = [answer.text for answer in answers]
     gold = [row["gold"] for row in rows for _ in range(8)]

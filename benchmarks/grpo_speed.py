@@ -205,8 +205,6 @@ def one(name: str, model: str, out: Path, tokens: int) -> None:
         "load_s": round(built - started, 1),
         "parts_s": {k: round(v / PROFILED, 4) for k, v in parts.items()},
         "completion_tokens": mean(history, "completions/mean_length"),
-        "importance_ratio": mean(history, "sampling/importance_sampling_ratio/mean"),
-        "logp_difference": mean(history, "sampling/sampling_logp_difference/mean"),
         "grad_norm": mean(history, "grad_norm"),
         "loss": mean(history, "loss"),
     }
@@ -243,14 +241,35 @@ def measure_sampler(trainer: Any, sampler: Any, tokens: int) -> dict[str, float]
             function()
         found[name] = round((synchronize() - start) / times, 5)
 
-    clock("fold_s", sampler.copy.refresh)
+    clock("fold_s", sampler.refresh)
     stops, drawn = trainer.eos_token_ids, sampler.decoder.settings
     clock("one_token_s", lambda: sampler.decoder.generate(ids, 1, stops, drawn))
     clock("all_tokens_s", lambda: sampler.decoder.generate(ids, tokens, stops, drawn))
     found["ms_a_token"] = round(
         (found["all_tokens_s"] - found["one_token_s"]) / max(1, tokens - 1) * 1000, 3
     )
+    (drawn_ids,), (sampled,) = sampler.decoder.generate(ids[:1], tokens, stops, drawn)
+    found |= agreement(trainer, ids[0], drawn_ids, sampled)
     return found
+
+
+def agreement(
+    trainer: Any, prompt: list[int], ids: list[int], logps: list[float]
+) -> dict[str, float]:
+    """Returns how far sampled log-probabilities are from the trained model's."""
+    import torch
+
+    device = trainer.accelerator.device
+    whole = torch.tensor([prompt + ids], device=device)
+    with torch.no_grad():
+        trained = trainer._get_per_token_logps_and_entropies(
+            trainer.model, whole, torch.ones_like(whole), len(ids)
+        )[0]
+    difference = trained[0, -len(ids) :].float() - torch.tensor(logps, device=device)
+    return {
+        "importance_ratio": round(difference.exp().mean().item(), 6),
+        "logp_difference": round(difference.abs().mean().item(), 6),
+    }
 
 
 def show_profile(trainer: Any) -> None:

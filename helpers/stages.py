@@ -25,12 +25,11 @@ def ensure_ready(run: Run, stage: Stage) -> None:
 
     Raises:
         ConfigError: the run has no such stage, or cannot take a step of it.
-        DataError: see `data.prepare` and `evaluator.check_labels`.
+        DataError: see `data.prepare`.
     """
     inputs.require_stage(run.config, stage)
     checks.require(checks.advise(run.config))
     data.ensure_data(run)
-    evaluator.check_labels(run)
     rows = run.report()["data"].get("train")
     if advice := checks.advise(run.config, rows=rows):
         log.info(checks.report(advice))

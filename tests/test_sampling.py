@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -21,10 +20,8 @@ from helpers.rollout import sampler as sampling
 from helpers.runs import Run
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [20]]
-DRAWN = decoding.Settings()
+DRAWN = (1.0, 0, 1.0, None)  # temperature, top-k, top-p, min-p
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
-
-
 Load = Callable[..., Any]
 
 
@@ -50,8 +47,12 @@ def load(tiny_model_folder: Any) -> Load:
 def copied(model: Any) -> sampling.Sampler:
     """Returns the sampler of a model, its adapter merged."""
     sampler = sampling.Sampler(model)
-    sampler.copy.refresh()
+    sampler.refresh()
     return sampler
+
+
+def greedy(sampler: sampling.Sampler) -> list[list[int]]:
+    return sampler.decoder.generate(PROMPTS, 12, [2], None)[0]
 
 
 def shake(model: Any, size: float) -> None:
@@ -71,82 +72,73 @@ def greedy_of(model: Any, prompt: list[int], tokens: int, stop: int) -> list[int
     return output[0, len(prompt) :].tolist()
 
 
+def log_probabilities(
+    model: Any, prompt: list[int], ids: list[int], temperature: float = 1.0
+) -> list[float]:
+    """Returns those of the trained model itself."""
+    whole = torch.tensor([prompt + ids])
+    with torch.no_grad():
+        scores = model(input_ids=whole).logits[0, len(prompt) - 1 : -1] / temperature
+    return scores.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0].tolist()
+
+
 @pytest.mark.parametrize("weights", ["16bit", "4bit"])
 def test_samples_and_their_log_probabilities_are_the_trained_models(
     load: Load, weights: str
 ) -> None:
     model = load(weights)
     sampler = copied(model)
-    greedy = sampler.decoder.generate(PROMPTS, 12, [2], None)
-    drawn = sampler.decoder.generate(PROMPTS, 12, [2], DRAWN)
-    for prompt, likeliest, completion in zip(PROMPTS, greedy, drawn, strict=True):
-        assert likeliest.ids == greedy_of(model, prompt, 12, stop=2)
-        whole = torch.tensor([prompt + completion.ids])
-        with torch.no_grad():
-            logps = (
-                model(input_ids=whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            )
-        expected = logps.gather(-1, whole[0, len(prompt) :, None])[:, 0].tolist()
-        assert completion.logps == pytest.approx(expected, abs=2e-4)
-    assert len({tuple(completion.ids) for completion in greedy}) > 1
+    likeliest = greedy(sampler)
+    assert len({tuple(ids) for ids in likeliest}) > 1
+    rows = zip(PROMPTS, *sampler.decoder.generate(PROMPTS, 12, [2], DRAWN), strict=True)
+    for number, (prompt, ids, logps) in enumerate(rows):
+        assert likeliest[number] == greedy_of(model, prompt, 12, stop=2)
+        expected = log_probabilities(model, prompt, ids)
+        assert logps == pytest.approx(expected, abs=2e-4)
 
 
 def test_a_refresh_follows_the_adapter_and_keeps_weights_in_place(load: Load) -> None:
     model = load()
     sampler = copied(model)
-    places = [p.data_ptr() for p in sampler.copy.net.parameters()]
-    before = sampler.decoder.generate(PROMPTS, 12, [2], None)
+    net = sampler.decoder.net
+    places = [p.data_ptr() for p in net.parameters()]
+    before = greedy(sampler)
     for _ in range(3):  # nothing of a former adapter may stay behind
         shake(model, 0.3)
-        sampler.copy.refresh()
-    after = sampler.decoder.generate(PROMPTS, 12, [2], None)
-    assert after != before
-    assert after[0].ids == greedy_of(model, PROMPTS[0], 12, stop=2)
-    assert [p.data_ptr() for p in sampler.copy.net.parameters()] == places
+        sampler.refresh()
+    assert greedy(sampler) != before
+    assert greedy(sampler)[0] == greedy_of(model, PROMPTS[0], 12, stop=2)
+    assert [p.data_ptr() for p in net.parameters()] == places
     embedding = model.get_base_model().get_input_embeddings().weight  # not trained
-    shared = sampler.copy.net.get_input_embeddings().weight
-    assert shared.data_ptr() == embedding.data_ptr()
+    assert net.get_input_embeddings().weight.data_ptr() == embedding.data_ptr()
 
 
 def test_a_completion_ends_with_its_stop_token_and_sampling_with_the_last(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampler = copied(load())
-    whole = sampler.decoder.generate(PROMPTS, 12, [2], None)[1].ids
-    stop = whole[4]
-    cut = sampler.decoder.generate(PROMPTS, 12, [stop], None)[1]
-    assert cut.ids == whole[: whole.index(stop) + 1]
-    assert len(cut.logps) == len(cut.ids)
-    drawn: list[int] = []
+    whole = greedy(sampler)[1]
+    rows, logps = sampler.decoder.generate(PROMPTS, 12, [whole[4]], None)
+    assert rows[1] == whole[: whole.index(whole[4]) + 1]
+    assert len(logps[1]) == len(rows[1])
+    calls: list[int] = []
     token = sampler.decoder.token
-    monkeypatch.setattr(sampler.decoder, "token", lambda: (drawn.append(1), token()))
-    everything = list(range(sampler.copy.net.config.vocab_size))
-    rows = sampler.decoder.generate(PROMPTS, 200, everything, DRAWN)
-    assert [len(row.ids) for row in rows] == [1, 1, 1]
-    assert len(drawn) < decoding.LOOK
-
-
-def test_smaller_batches_reuse_what_was_allocated(load: Load) -> None:
-    sampler = copied(load())
-    first = sampler.decoder.generate(PROMPTS, 12, [2, 3], None)
-    cache = sampler.decoder.cache
-    sampler.decoder.generate(PROMPTS[:2], 12, [5], DRAWN)  # drawn: by the same graph
-    again = sampler.decoder.generate(PROMPTS[:2], 12, [2, 3], None)
-    assert sampler.decoder.cache is cache
-    assert again == first[:2]
+    monkeypatch.setattr(sampler.decoder, "token", lambda: (calls.append(1), token()))
+    everything = list(range(sampler.decoder.net.config.vocab_size))
+    rows, _ = sampler.decoder.generate(PROMPTS, 200, everything, DRAWN)
+    assert [len(row) for row in rows] == [1, 1, 1]
+    assert len(calls) < decoding.LOOK
 
 
 def test_sampled_tokens_follow_the_models_probabilities(load: Load) -> None:
     torch.manual_seed(0)
     model = load()
     sampler = copied(model)
-    settings = decoding.Settings(top_k=3)
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1]
-    best = logits.topk(3)
-    rows = sampler.decoder.generate([PROMPTS[0]] * 2000, 1, [2], settings)
-    drawn = torch.tensor([row.ids for row in rows])
-    shares = (drawn == best.indices).float().mean(0)
+        best = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].topk(3)
+    settings = (1.0, 3, 1.0, None)
+    rows, _ = sampler.decoder.generate([PROMPTS[0]] * 2000, 1, [2], settings)
+    shares = (torch.tensor(rows) == best.indices).float().mean(0)
     assert shares.sum() == 1
     assert shares.tolist() == pytest.approx(best.values.softmax(0).tolist(), abs=0.04)
 
@@ -163,37 +155,26 @@ def test_a_patched_class_does_not_change_the_copy(
     expected = greedy_of(model, PROMPTS[0], 4, stop=2)
     for name in ("LlamaAttention", "LlamaModel", "LlamaForCausalLM"):
         monkeypatch.setattr(getattr(modeling_llama, name), "forward", broken)
-    sampler = copied(model)
-    assert sampler.decoder.generate(PROMPTS[:1], 4, [2], None)[0].ids == expected
+    assert greedy(copied(model))[0][:4] == expected
 
 
-def test_training_samples_from_the_copy_as_it_is_after_each_step(
-    load: Load, tiny_model_folder: Any, tmp_path: Any
+def test_a_rollout_is_of_the_model_as_it_is_now_at_the_trainers_temperature(
+    load: Load, tiny_model_folder: Any
 ) -> None:
-    from datasets import Dataset
     from transformers import AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
 
-    model = load(r=8)
+    model = load()
     sampler = sampling.Sampler(model)
-    rows = [{"prompt": [{"role": "user", "content": f"{n}?"}]} for n in range(8)]
-    settings: dict[str, Any] = {"per_device_train_batch_size": 4, "num_generations": 4}
-    settings |= {"max_completion_length": 6, "max_steps": 11, "learning_rate": 5e-2}
-    settings |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none"}
-    settings |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
-    trainer = GRPOTrainer(
-        model=model,
-        args=GRPOConfig(output_dir=str(tmp_path), **settings),
-        reward_funcs=[lambda completion_ids, **_: [sum(i) % 7 for i in completion_ids]],
-        train_dataset=Dataset.from_list(rows),
+    shake(model, 0.3)
+    trainer = SimpleNamespace(
         processing_class=AutoTokenizer.from_pretrained(tiny_model_folder),
-        rollout_func=sampler,
+        **{"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": None},
+        **{"max_completion_length": 6, "eos_token_ids": [2]},
     )
-    trainer.train()
-    name = "sampling/importance_sampling_ratio/mean"
-    ratios = [e[name] for e in trainer.state.log_history if name in e]
-    # of the first step, and of the eleventh: ten large updates lie between
-    assert ratios == pytest.approx([1.0, 1.0], abs=1e-3)
+    output = sampler([[{"role": "user", "content": "1 + 1?"}], "A text"], trainer)
+    for prompt, ids, logps in zip(*output.values(), strict=True):
+        expected = log_probabilities(model, prompt, ids, 0.7)
+        assert logps == pytest.approx(expected, abs=2e-4)
 
 
 def test_the_copy_answers_as_the_model_does_whatever_it_drew_before(
@@ -203,34 +184,24 @@ def test_the_copy_answers_as_the_model_does_whatever_it_drew_before(
 
     model = load()
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    sampler = sampling.Sampler(model)
+    sampler = copied(model)
     questions = [f"{'What is ' * n}{n} + {n}?" for n in (9, 1, 4, 2, 7)]
-    drawn = {"temperature": 2.0, "top_k": None, "max_new_tokens": 12}
-    options: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 12}
-    sampled = sampler.generate(tokenizer, questions, batch_size=2, sampling=drawn)
+    sampler.decoder.generate(PROMPTS, 12, [2], (2.0, 0, 1.0, None))
     for _ in range(2):
-        completions = sampler.generate(tokenizer, questions, **options)
-        assert completions == generate(model, tokenizer, questions, **options)
-        assert completions != sampled
+        answers = sampler.generate(tokenizer, questions, 2, 12)
+        options: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 12}
+        assert answers == generate(model, tokenizer, questions, **options)
         shake(model, 0.3)  # the copy follows
-    assert sampler.decoder.settings.temperature == 2.0  # of the graph, which stayed
-
-
-# which sampler
 
 
 def choose(run: Run, model: Any, **changes: Any) -> sampling.Sampler | None:
     return sampling.choose_sampler(Run(run.path, changed(run.config, **changes)), model)
 
 
-def test_on_a_cpu_the_trained_model_samples(
-    load: Load, run: Run, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
+def test_on_a_cpu_the_trained_model_samples(load: Load, run: Run) -> None:
     assert choose(run, load()) is None
-    assert "the trained model: a copy is faster only on a GPU" in caplog.text
     note = json.loads((run.path / "grpo" / "sampler.json").read_text())
-    assert note["name"] == "model"
+    assert note == {"name": "model", "reason": "a copy is faster only on a GPU"}
     assert isinstance(choose(run, load(), sampler="copy"), sampling.Sampler)
 
 
@@ -238,7 +209,6 @@ def test_on_a_cpu_the_trained_model_samples(
     ("changes", "lora", "text"),
     [
         ({"grpo__repetition_penalty": 1.2}, {}, "grpo.repetition_penalty; choose"),
-        ({"grpo__use_vllm": True}, {}, "it does not know grpo.use_vllm"),
         ({}, {"use_dora": True}, "lora_magnitude_vector.* is trained besides LoRA"),
     ],
 )
@@ -249,19 +219,24 @@ def test_what_a_copy_cannot_do_is_refused(
         choose(run, load(**lora), sampler="copy", **changes)
 
 
-def test_a_model_that_cannot_be_copied_is_told(run: Run) -> None:
-    numbers = SimpleNamespace(layer_types=["full_attention", "sliding_attention"])
-    model: Any = SimpleNamespace(
-        config=SimpleNamespace(get_text_config=lambda: numbers)
-    )
-    assert "sliding_attention" in sampling.unsupported(run.config, model)
-    numbers.layer_types, numbers.rope_parameters = None, {"rope_type": "longrope"}
-    assert "changes with the length" in sampling.unsupported(run.config, model)
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+    ],
+)
+def test_a_model_that_cannot_be_copied_is_refused(
+    run: Run, values: dict[str, Any], text: str
+) -> None:
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**values))
+    with pytest.raises(ConfigError, match=f"does not know the model's {text}"):
+        choose(run, SimpleNamespace(config=config), sampler="copy")
 
 
 @pytest.mark.parametrize(("free", "fits"), [(2.1, True), (1.9, False)])
 def test_a_copy_takes_half_of_the_free_memory_at_most(
-    load: Load, monkeypatch: pytest.MonkeyPatch, free: float, fits: bool
+    load: Load, run: Run, monkeypatch: pytest.MonkeyPatch, free: float, fits: bool
 ) -> None:
     model = load()
     layers = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
@@ -269,17 +244,8 @@ def test_a_copy_takes_half_of_the_free_memory_at_most(
     for name in ("memory_reserved", "memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * weights), 0))
-    assert (sampling.no_room(model) == "") is fits
-
-
-# private API of the libraries, by name
-
-
-def test_trl_and_transformers_still_have_what_is_private_of_them() -> None:
-    from transformers import PreTrainedModel
-    from trl import GRPOTrainer
-
-    assert callable(GRPOTrainer._get_per_token_logps_and_entropies)
-    assert callable(GRPOTrainer._log_metric)
-    assert "TRL_EXPERIMENTAL_SILENCE" in inspect.getsource(GRPOTrainer.__init__)
-    assert "attn_implementation" in inspect.getsource(PreTrainedModel._from_config)
+    names = ("config", "modules", "named_parameters")
+    on_gpu = SimpleNamespace(**{name: getattr(model, name) for name in names})
+    on_gpu.device = torch.device("cuda")
+    monkeypatch.setattr(sampling, "Sampler", lambda *_, **__: "copy")
+    assert choose(run, on_gpu) == ("copy" if fits else None)

@@ -1,29 +1,34 @@
-"""Verdicts and text metrics of answers; intervals of counts, means and differences.
-
-*Correct* compares numbers. lm-evaluation-harness compares strings, by the patterns of
-its task files (`lm_eval/tasks/gsm8k`, version 0.4.13). ROUGE is rouge-score's, BLEU
-and chrF are sacrebleu's. rouge-score reads ASCII alone: other texts are split by
-sacrebleu's tokenizer for the script of their reference.
-"""
+"""Verdicts and text metrics of answers; intervals of counts, means and differences."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import regex
+from scipy.stats import binomtest, bootstrap
 
 from helpers.data.formats import Row
 from helpers.grpo import answers
 
+# lm-evaluation-harness compares strings, by patterns of its tasks (version 0.4.13)
 NUMBER = r"-?[$0-9.,]{2,}|-?[0-9]+"
+IGNORED = re.compile(r"[,$]|\.(?=[,$]*$)")
 # strict match by task: the pattern, and the index of the match that counts
 STRICT = {
     "gsm8k": (r"#### (-?[0-9.,]+)", 0),
     "gsm8k_cot_llama": (rf"The final answer is ({NUMBER})", -1),
 }
 VERDICTS = ("correct", "strict_match", "flexible_extract", "strict_format")
+ROUGE = ("rouge1", "rouge2", "rougeL")
+OF_ITEMS = (*ROUGE, "exact_match", "token_f1")
+# Each character of the scripts without spaces is a word.
+UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+WORD = regex.compile(rf"(?V1){UNSPACED}|[[\p{{L}}\p{{M}}\p{{N}}]--{UNSPACED}]+")
 
 
 def check_answer(text: str, problem: Row) -> Row:
@@ -35,187 +40,133 @@ def check_answer(text: str, problem: Row) -> Row:
             `prompt`: a number copied from there is not *correct*.
     """
     prompt = "\n".join(message["content"] for message in problem.get("prompt", []))
-    gold, answer = problem["gold"], problem["answer"]
     extracted = answers.extract_answer(answers.own_words(text, prompt))
     return {
         "extracted": None if extracted is None else str(extracted),
-        "gold": gold,
-        "correct": answers.is_correct(text, gold, prompt),
-        "strict_match": strict_match(text, answer),
-        "flexible_extract": flexible_extract(text, answer),
+        "gold": problem["gold"],
+        "correct": answers.is_correct(text, problem["gold"], prompt),
+        "strict_match": strict_match(text, problem["answer"]),
+        "flexible_extract": flexible_extract(text, problem["answer"]),
         "strict_format": answers.has_strict_format(text),
     }
 
 
 def strict_match(text: str, answer: str, task: str = "gsm8k") -> bool:
-    """Returns lm-evaluation-harness's strict match of a text with an answer."""
-    pattern, place = STRICT[task]
-    numbers = re.findall(pattern, text)
-    return bool(numbers) and strip(numbers[place]) == reference(answer, task)
+    return compare_strings(text, answer, task, *STRICT[task])
 
 
 def flexible_extract(text: str, answer: str, task: str = "gsm8k") -> bool:
-    """Returns its flexible extract: whether the last number is the reference's."""
-    numbers = re.findall(NUMBER, text)
-    return bool(numbers) and strip(numbers[-1]) == reference(answer, task)
+    return compare_strings(text, answer, task, NUMBER, -1)
 
 
-def strip(text: str) -> str:
-    return re.sub(r"\.$", "", re.sub(r"[,$]", "", text))
-
-
-def reference(answer: str, task: str) -> str:
+def compare_strings(text: str, answer: str, task: str, pattern: str, n: int) -> bool:
+    """Returns lm-evaluation-harness's verdict by a pattern, and which match counts."""
     if task == "gsm8k_cot_llama":
         answer = answer.split(answers.MARKER)[-1].strip()
-    return strip(answer).rpartition(f"{answers.MARKER} ")[2].lower()
+    right = IGNORED.sub("", answer).rpartition(f"{answers.MARKER} ")[2].lower()
+    numbers = re.findall(pattern, text)
+    return bool(numbers) and IGNORED.sub("", numbers[n]) == right
 
 
-def split_gain(first: list[Row], second: list[Row]) -> dict[str, dict[str, int]]:
-    """Returns the items of two models that differ by strict match, in two kinds.
-
-    An item that one model alone gets is a difference *by format* if the other one had
-    the right number too, written another way, and *by reasoning* otherwise.
+def split_gain(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """Returns the counts of items that one model alone gets by strict match: by format
+    if the other had the right number too, written another way, else by reasoning.
     """
-    kinds = ("by format", "by reasoning")
-    counts = {kind: {"only_first": 0, "only_second": 0} for kind in kinds}
-    for a, b in zip(first, second, strict=True):
-        if a["strict_match"] != b["strict_match"]:
-            side, other = ("only_second", a) if b["strict_match"] else ("only_first", b)
-            counts["by format" if other["correct"] else "by reasoning"][side] += 1
+    counts: dict[str, dict[str, int]] = {"by format": {}, "by reasoning": {}}
+    pairs = {"only_first": (first, second), "only_second": (second, first)}
+    for side, (own, other) in pairs.items():
+        alone = other["correct"][own["strict_match"] & ~other["strict_match"]]
+        counts["by format"][side] = int(alone.sum())
+        counts["by reasoning"][side] = int((~alone).sum())
     return counts
 
 
-# texts
-
-ROUGE = ("rouge1", "rouge2", "rougeL")
-OF_ITEMS = (*ROUGE, "exact_match", "token_f1")
-# scripts without spaces between words
-UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-
-
-def script_tokenizer(text: str) -> str:
-    """Returns the name of sacrebleu's tokenizer that reads a text's script."""
-    letters = regex.findall(UNSPACED, text)
-    if len(letters) < max(1, 0.1 * len(regex.findall(r"\p{L}", text))):
-        return "13a"
-    return "zh" if regex.fullmatch(r"\p{Han}+", "".join(letters)) else "char"
-
-
-class Words:
-    """A tokenizer for rouge-score: sacrebleu's for the script of a text."""
-
-    def __init__(self, text: str) -> None:
-        from sacrebleu.metrics import BLEU
-
-        self.split = BLEU(tokenize=script_tokenizer(text)).tokenizer
-
-    def tokenize(self, text: str) -> list[str]:
-        """Returns the words of a text in lower case, without its punctuation."""
-        words = self.split(text.lower()).split()
-        return [word for word in words if regex.search(r"[\p{L}\p{M}\p{N}]", word)]
-
-
 def score(output: str, reference: str) -> dict[str, float]:
-    """Returns the metrics of one answer, each from 0 to 1; ROUGE is the F measure.
-
-    Exact match and F1 are SQuAD's (Rajpurkar et al., arXiv:1606.05250).
-    """
+    """Returns ROUGE's F measures, and SQuAD's exact match and F1 (arXiv:1606.05250)."""
     from rouge_score.rouge_scorer import RougeScorer
-    from transformers.data.metrics.squad_metrics import compute_f1, normalize_answer
+    from transformers.data.metrics.squad_metrics import normalize_answer
 
-    same = output.strip() == reference.strip()
-    if same and not reference.isascii():  # one word has no ROUGE-2, an emoji no word
+    if output.strip() == reference.strip():  # one word has no ROUGE-2, an emoji no word
         return dict.fromkeys(OF_ITEMS, 1.0)
-    words, english = Words(reference), (output + reference).isascii()
-    scorer = RougeScorer(ROUGE, use_stemmer=True, tokenizer=None if english else words)
-    rouge = scorer.score(reference, output)
-    plain, right = (normalize_answer(text) for text in (output, reference))
-    texts = [" ".join(words.tokenize(text)) for text in (right, plain)]
-    match, f1 = plain == right, compute_f1(*texts)
-    if not texts[0]:  # no words: SQuAD's metrics would take any two texts for equal
-        match = f1 = same
+    words = SimpleNamespace(tokenize=WORD.findall)  # its own are of ASCII letters alone
+    scorer = RougeScorer(ROUGE, tokenizer=words)
+    rouge = scorer.score(reference.lower(), output.lower())
     values = {name: rouge[name].fmeasure for name in ROUGE}
-    values |= {"exact_match": match, "token_f1": f1}
-    return {name: round(float(value), 4) for name, value in values.items()}
+    right, plain = normalize_answer(reference), normalize_answer(output)
+    values["exact_match"] = float(bool(right) and right == plain)
+    values["token_f1"] = scorer.score(right, plain)["rouge1"].fmeasure
+    return {name: round(value, 4) for name, value in values.items()}
 
 
-def summarise_texts(items: Sequence[Row]) -> dict[str, Any]:
-    """Returns the text metrics of a set: means with intervals, BLEU and chrF of all."""
+def judge(text: str, row: Row, labels: Sequence[str] | None) -> Row:
+    """Returns the verdicts on an answer to a problem, or its text metrics."""
+    values = {name: row[name] for name in ("question", "reference") if name in row}
+    if "gold" in row:
+        return values | check_answer(text, row)
+    if labels:
+        return values | {"correct": text.strip() == row["reference"].strip()}
+    return values | score(text, row["reference"])
+
+
+def summarise(items: list[Row], labels: Sequence[str] | None) -> dict[str, Any]:
+    """Returns rates and means of a set's items, and metrics of the whole set."""
+    columns, n = {name: [item[name] for item in items] for name in items[0]}, len(items)
+    rates = [name for name in VERDICTS if name in columns]
+    values: dict[str, Any] = {k: proportion(sum(columns[k]), n) for k in rates}
+    values |= {name: mean(columns[name]) for name in OF_ITEMS if name in columns}
+    stopped, tokens = sum(columns["stopped"]), sum(columns["tokens"])
+    values |= {"answers": n, "stop_rate": round(stopped / n, 4), "tokens": tokens}
+    values["truncated"] = n - stopped
+    if "gold" in columns:
+        return values
+    outputs, right = ([t.strip() for t in columns[k]] for k in ("output", "reference"))
+    if labels:
+        from sklearn.metrics import f1_score
+
+        names = [label.strip() for label in labels]
+        classes = [name for name in names if name in {*outputs, *right}]
+        options = {"labels": classes, "average": None, "zero_division": 0.0}
+        f1 = f1_score(right, outputs, **options).round(4).tolist()
+        values["macro_f1"] = round(sum(f1) / len(f1), 4)
+        values["no_label"] = sum(output not in names for output in outputs)
+        return values | {"f1": dict(zip(classes, f1, strict=True))}
     from sacrebleu.metrics import BLEU, CHRF
 
-    outputs = [item["output"] for item in items]
-    references = [item["reference"] for item in items]
-    values: dict[str, Any] = {n: mean([item[n] for item in items]) for n in OF_ITEMS}
-    name = script_tokenizer("".join(references))
+    text, tokenizer = "".join(right), "13a"
+    letters = regex.findall(UNSPACED, text)
+    if 10 * len(letters) > len(regex.findall(r"\p{L}", text)):
+        tokenizer = "zh" if regex.fullmatch(r"\p{Han}+", "".join(letters)) else "char"
     # an answer in another script may be shorter than the four words that BLEU counts
-    short = not all(text.isascii() for text in references)
-    bleu = BLEU(tokenize=name, effective_order=short)
+    bleu = BLEU(tokenize=tokenizer, effective_order=not text.isascii())
     for key, metric in (("bleu", bleu), ("chrf", CHRF())):
-        result = round(metric.corpus_score(outputs, [references]).score, 2)
+        result = round(metric.corpus_score(outputs, [right]).score, 2)
         values[key] = {"score": result, "signature": str(metric.get_signature())}
     return values
 
 
-def summarise_labels(items: Sequence[Row], labels: Sequence[str]) -> dict[str, Any]:
-    """Returns the right answers, and F1 of the classes that occur and their mean.
-
-    An answer that is not a label counts as wrong, and for no class.
-    """
-    from sklearn.metrics import f1_score
-
-    answers = [item["output"].strip() for item in items]
-    right = [item["reference"].strip() for item in items]
-    names = [label.strip() for label in labels]
-    classes = [name for name in names if name in {*right, *answers}]
-    f1 = f1_score(right, answers, labels=classes, average=None, zero_division=0.0)
-    hits = sum(a == b for a, b in zip(right, answers, strict=True))
-    return {
-        "correct": proportion(hits, len(right)),
-        "macro_f1": round(float(f1.mean()), 4),
-        "no_label": sum(answer not in names for answer in answers),
-        "f1": dict(zip(classes, f1.round(4).tolist(), strict=True)),
-    }
-
-
-# intervals
-
-
 def proportion(k: int, n: int) -> dict[str, float]:
     """Returns `{"k", "n", "low", "high"}`: a count and its 95 % Wilson interval."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(k, n).proportion_ci(confidence_level=0.95, method="wilson")
-    low, high = round(float(interval.low), 4), round(float(interval.high), 4)
-    return {"k": k, "n": n, "low": low, "high": high}
+    low, high = binomtest(k, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return {"k": k, "n": n, "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
-def mean(values: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Returns `{"mean", "n", "low", "high"}` with a 95 % bootstrap interval.
-
-    The percentile interval (Efron and Tibshirani, An Introduction to the Bootstrap,
-    1993, section 13.3), by resampling the values.
-    """
-    import numpy as np
-    from scipy.stats import bootstrap
-
+def mean(values: Sequence[float]) -> dict[str, float]:
+    """Returns `{"mean", "n", "low", "high"}` with a 95 % bootstrap interval."""
     low, high = min(values), max(values)
     if low != high:
-        options = {"method": "percentile", "rng": np.random.default_rng(seed)}
+        options = {"method": "percentile", "rng": np.random.default_rng(0)}
         draws = bootstrap((np.asarray(values),), np.mean, batch=500, **options)
         low, high = draws.confidence_interval
-    ends = {"low": round(float(low), 4), "high": round(float(high), 4)}
-    return {"mean": round(float(np.mean(values)), 4), "n": len(values), **ends}
+    average, low, high = (round(float(x), 4) for x in (np.mean(values), low, high))
+    return {"mean": average, "n": len(values), "low": low, "high": high}
 
 
 def paired_difference(first: Sequence[Any], second: Sequence[Any]) -> dict[str, float]:
-    """Returns how two models' verdicts or metrics on the same items differ.
+    """Returns the mean of second minus first on the same items, with its interval.
 
-    `difference` is the mean of second minus first, with a 95 % bootstrap interval. For
-    verdicts, `p` is McNemar's exact two-sided test, the binomial test of the items that
-    one model alone got right (Fagerland et al., BMC Med. Res. Methodology 13:91, 2013).
+    For verdicts, `p` is McNemar's exact two-sided test, the binomial test of the items
+    that only one got (Fagerland et al., BMC Med. Res. Methodology 13:91, 2013).
     """
-    from scipy.stats import binomtest
-
     gains = [b - a for a, b in zip(first, second, strict=True)]
     values = mean(gains)
     values = {"difference": values.pop("mean"), **values}
