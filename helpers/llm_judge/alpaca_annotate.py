@@ -44,9 +44,9 @@ def measure(outputs: str, reference: str, *settings: Any) -> dict[str, Any]:
     ours, theirs = pd.read_json(outputs), pd.read_json(reference)
     config = write_config(Path(outputs).parent, *settings)
     rows = PairwiseAnnotator(annotators_config=config).annotate_head2head(theirs, ours)
-    result = get_winrate(rows)
-    if not result["n_total"]:
+    if all(pd.isna(row["preference"]) for row in rows):
         sys.exit(f"no readable verdict in any of {len(rows)} judgments")
+    result = get_winrate(rows)
     result["avg_length"] = int(ours["output"].str.len().mean())
     result["missing"] = len(ours) - int(result["n_total"])
     if len(ours) < 805:

@@ -37,6 +37,7 @@ def annotate(
         "OPENAI_CLIENT_CONFIG_PATH": "",  # could name another judge
         "OPENAI_MAX_CONCURRENCY": str(judge.workers),
         "PYTHONPATH": "",
+        "TQDM_DISABLE": "1",  # its bars end after the error
         "PYTHONSAFEPATH": "1",  # else this file would pass for the package
     }
     script = str(Path(__file__).with_name("alpaca_annotate.py"))

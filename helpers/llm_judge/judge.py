@@ -91,9 +91,8 @@ class Judge:
             text, status = " ".join(str(error).split()), error.status_code
             if status in (400, 422) and "temperature" in text and options:
                 return self.request(client, messages)  # OpenAI's newer models have one
-            if status >= 500 or (
-                status in (408, 409, 429) and not NO_CREDIT.search(text)
-            ):
+            broke = NO_CREDIT.search(str(error.body))
+            if status >= 500 or (status in (408, 409, 429) and not broke):
                 return None, text  # after the client's retries
             message = f"refuses {self.model!r} ({text[:300]}): check key, credit, model"
         except openai.APIConnectionError as error:

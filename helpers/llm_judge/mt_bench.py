@@ -54,7 +54,7 @@ def answer_questions(
 ) -> list[Row]:
     """Returns the answers of the model `name` in FastChat's format."""
     rows = []
-    for temperature in (0.7, 0.1, 0.0):
+    for temperature in (0.7, 0.0, 0.1):
         group = [q for q in questions if TEMPERATURES[q["category"]] == temperature]
         sampling: Row = {"max_new_tokens": tokens}
         sampling |= {"temperature": temperature} if temperature else {}
