@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,43 +95,11 @@ def test_outputs_have_the_form_of_published_ones_and_are_made_once(
     assert answered == INSTRUCTIONS * 2
 
 
-def test_fewer_instructions_leave_the_answers_to_more_alone(run, reference, answered):
-    answer(run, reference)
-    rows = answer(run, reference, limit=2)
-    assert [row["instruction"] for row in rows] == INSTRUCTIONS[::2]
-    answer(run, reference)
-    assert len(answered) == 6
-
-
-def test_a_killed_run_goes_on_with_what_is_missing(
-    run_factory: Callable[..., Run], reference, answered, monkeypatch
-):
-    run = run_factory(evaluation__batch_size=3)
-    spy = mt_bench.generate_batches
-
-    def killed(*arguments: Any, **options: Any) -> Any:
-        yield next(spy(*arguments, **options))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(mt_bench, "generate_batches", killed)
-    with pytest.raises(KeyboardInterrupt):
-        answer(run, reference)
-    assert len(answered) == 3
-    monkeypatch.setattr(mt_bench, "generate_batches", spy)
-    answer(run, reference)
-    assert sorted(answered) == sorted(INSTRUCTIONS)
-
-
 @pytest.mark.parametrize("output", [None, 5, ["a"]])
 def test_a_reference_without_texts_is_refused(run: Run, tmp_path, output):
     path = write(tmp_path / "bad.json", [{"instruction": "a", "output": output}])
     with pytest.raises(DataError, match="bad.json: not every .* is a text"):
         alpaca_eval.run_alpaca_eval(run, None, reference=path)
-
-
-def test_without_the_hub_it_names_the_file_that_is_missing(run: Run):
-    with pytest.raises(OSError, match="outgoing traffic has been disabled|offline"):
-        alpaca_eval.run_alpaca_eval(run, None)
 
 
 def annotate(mine: Path, reference: Path, server: Any, *more: str, **changes: Any):

@@ -57,10 +57,8 @@ def test_the_form_shows_question_gold_and_both_answers_and_no_name_of_a_model(fo
     for pair in form.pairs:
         texts = [text.value for text in form.texts]
         assert f"{pair['question_first']}\nexpected: 7" in texts[0]
-        assert sorted([pair["output_first"], pair["output_second"]]) == sorted(
-            next(o for o in (pair["output_first"], pair["output_second"]) if o in text)
-            for text in texts[1:]
-        )
+        outputs = {pair["output_first"], pair["output_second"]}
+        assert {text.split(">")[1].split("<")[0] for text in texts[1:]} == outputs
         texts += [button.description for button in form.verdicts]
         words = "".join(texts)
         assert not any(n in words for n in ("base", "sft", "SFT", "first", "second"))
@@ -111,13 +109,6 @@ def test_what_a_model_wrote_is_escaped(run):
     text = "".join(text.value for text in form.texts)
     assert "<img" not in text and html.escape("<img src=x>") in text
     assert "expected: 7" in text
-
-
-def test_equal_answers_are_not_rated(run):
-    write_answers(run, "sft", WORDS["base"], gold="7")
-    form = BlindForm(run, MODELS)
-    assert "gave the same answers" in form.texts[0].value
-    assert all(button.disabled for button in form.verdicts)
 
 
 def test_wins_and_marks_are_counted_with_intervals_and_reported(run, form):

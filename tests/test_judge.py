@@ -65,31 +65,13 @@ def test_the_judge_is_asked_greedily_and_its_key_is_kept_nowhere(server, open_cl
 
 
 @pytest.mark.parametrize(
-    "fault", [(429, {"Retry-After": "0"}), 500, TOO_LATE, "cut"], ids=str
-)
-def test_a_fault_that_passes_costs_one_more_request(server, open_client, fault):
-    server.faults = [fault]
-    assert open_client(**ONE_MORE).ask(ask("it"))[0][0] == "about it [[8]]"
-    assert len(server.requests) == 2
-
-
-def test_retry_after_is_waited_for(server, open_client):
-    server.faults = [(429, {"Retry-After": "1"})]
-    started = time.perf_counter()
-    open_client().ask(ask("1"))
-    assert 1.0 <= time.perf_counter() - started < 3
-
-
-@pytest.mark.parametrize(
     ("fault", "reason"),
     [
         (500, "500 .*oh"),
-        (429, "429"),
         (TOO_LATE, "timed out"),
         ("cut", "Connection error"),
         ('{"choices": [', "no completion"),
         ('{"error": {"message": "overloaded"}}', "no completion"),
-        ('{"choices": []}', "no completion"),
         ('"so be it"', "no completion"),
         ("<html>Bad gateway</html>", "no completion"),
     ],
@@ -105,11 +87,6 @@ def test_a_fault_that_stays_gives_a_reason_and_is_asked_again_by_the_next_run(
     assert second[0] is None
     assert re.search(reason, second[1])
     assert client.ask(ask("2"))[0][0] == "about 2 [[8]]"
-
-
-def test_an_empty_answer_is_a_failure_with_its_reason(server, open_client):
-    server.answer = lambda request: ""
-    assert open_client().ask(ask("1")) == [(None, "empty answer, finished by stop")]
 
 
 def test_a_repeated_run_asks_only_what_is_missing_even_after_a_torn_line(
@@ -201,16 +178,13 @@ def test_an_address_without_a_server_ends_it_with_one_sentence(open_client):
     ("text", "rating"),
     [
         ("Rating: [[10]]", 10),
-        ("Rating: [[7.5]].", 7.5),
         ("**Rating: [[ 6 ]]**", 6),
         ("[[9/10]]", 9),
         ("[4] is cited. Rating: [5]", None),
         ("By [1] and [2] it is good. Rating: 8", None),
-        ("First [[2]], on reflection [[9]]", 9),
         ("[[8]], no: [[80]]", None),
         ("<think>Rather [[2]].</think>\n\nRating: [[7]]", 7),
         ("<REASONING effort='low'>[[2]]</REASONING>[[7]]", 7),
-        ("<think>a <think>b</think> [[2]]</think> [[7]]", 7),
         ("Rather [[2]].</think> Rating: [[7]]", 7),
         ("Rating: [[7]] <think>or [[2]]", 7),
         ("[THINK]Rather [[2]].[/THINK]Rating: [[7]]", 7),
@@ -237,7 +211,6 @@ def test_a_rating_is_read_or_missing_but_never_made_up(text, rating):
         ("Verdict: [[A]]\nFinal verdict: [[ C ]]", "tie"),
         ("<think>[[A]]? Yes.</think> [[B]]", "second"),
         ("<reasoning>[[A]]", None),
-        ("A", None),
         (None, None),
     ],
 )
@@ -245,20 +218,15 @@ def test_a_winner_is_read_or_missing_but_never_made_up(text, winner):
     assert judge.read_winner(text) == winner
 
 
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def test_a_judge_is_named_by_the_environment_or_none_is_opened(run: Run, monkeypatch):
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "TUNEBOOK_JUDGE"):
         monkeypatch.delenv(name, raising=False)
-    return monkeypatch
-
-
-def test_a_judge_is_named_by_the_environment_or_none_is_opened(run: Run, environment):
     assert judge.open_judge(run) is None
-    environment.setenv("OPENAI_BASE_URL", "http://localhost:1/v1")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:1/v1")
     with pytest.raises(JudgeError, match="no model is named for http://.*_JUDGE"):
         judge.open_judge(run)
-    environment.setenv("OPENAI_API_KEY", "secret")
-    environment.setenv("TUNEBOOK_JUDGE", "local")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("TUNEBOOK_JUDGE", "local")
     client = judge.open_judge(run)
     assert client is not None
     assert (client.base_url, client.model) == ("http://localhost:1/v1", "local")

@@ -114,9 +114,7 @@ def test_texts_are_decided_by_rouge_where_there_is_no_right_answer(run):
 @pytest.mark.parametrize(
     ("first", "second", "marked"),
     [
-        ("", "", []),
         ("a b\nc", "a b\nc", []),
-        ("the cat sat", "the dog sat", ["cat", "dog"]),
         ("12 eggs", "12 fresh eggs", ["fresh"]),
         ("größer als 3,5 €", "kleiner als 3,5 €", ["größer", "kleiner"]),
         ("<b>&", "<b>& <i>", ["i"]),
@@ -192,16 +190,6 @@ def test_wins_losses_and_ties_are_counted_and_reported(run, judged):
     rows = read_rows(run.path / "eval" / "sft" / "test_chat_against_base.jsonl")
     assert [row["winner"] for row in rows] == ["second", "second", "first", "tie"]
     assert rows[0]["judgment"] == ["[[B]]", "[[A]]"]
-
-
-def test_a_pair_without_a_verdict_in_either_order_is_missing(run, judged, server):
-    server.faults = [None, 500]
-    write_chats(run, base=["a", "b"], sft=["aa", "bb"])
-    table = judged()
-    assert table["wins"].iloc[0].startswith("1/1") and table["missing"].iloc[0] == 1
-    rows = read_rows(run.path / "eval" / "sft" / "test_chat_against_base.jsonl")
-    assert [row["winner"] for row in rows] == [None, "second"]
-    assert rows[0]["judgment"][0] == "[[B]]" and "500" in rows[0]["judgment"][1]
 
 
 def test_answers_with_a_right_one_are_judged_by_it(run, judged, server):
