@@ -31,15 +31,8 @@ def write(path: Path, values: Any) -> Path:
 
 def outputs(path: Path, generator: str) -> Path:
     """Writes outputs as the package publishes them."""
-    rows = [
-        {
-            "instruction": text,
-            "output": f"{generator} on {text}",
-            "generator": generator,
-        }
-        for text in INSTRUCTIONS
-    ]
-    return write(path, [{"dataset": "ours", **row} for row in rows])
+    rows = [{"instruction": t, "output": f"{generator} on {t}"} for t in INSTRUCTIONS]
+    return write(path, [{**row, "generator": generator} for row in rows])
 
 
 @pytest.fixture
@@ -126,7 +119,7 @@ def test_the_package_reads_the_outputs_and_counts_the_wins(mine, reference, serv
         return "M" if peer_is_first else "m"  # whoever is not the peer
 
     server.answer = judge
-    server.faults = [(429, {"Retry-After": "0"}), 500]
+    server.faults = [429, 500]
     values = annotate(mine, reference, server)
     assert (values["win_rate"], values["n_total"], values["missing"]) == (100.0, 3, 1)
     assert values["not_length_controlled"] == "needs all of the 805 instructions"

