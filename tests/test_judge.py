@@ -171,6 +171,7 @@ def test_an_address_without_a_server_ends_it_with_one_sentence(open_client):
     [
         ("Rating: [[10]]", 10),
         ("[[9/10]]", 9),
+        ("[[2]], no: [[80]]", None),
         ("[4] is cited. Rating: [5]", None),
         ("By [1] and [2] it is good. Rating: 8", None),
         ("<think>Rather [[2]].</think>\n\nRating: [[7]]", 7),
