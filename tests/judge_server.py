@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -32,9 +33,8 @@ class JudgeServer:
     """Answers `/v1/chat/completions`; a context manager.
 
     The answer to a request is a text, or `(status, error)`, an error as OpenAI's
-    protocol has it. Faults are worked off first, one a request: a status,
-    `(status, headers)`, a body, `cut` (the connection, amid the body), or seconds to
-    wait before the answer.
+    protocol has it. Faults are worked off first, one a request: a status, a body, `cut`
+    (the connection, amid the body), or seconds to wait before the answer.
     """
 
     def __init__(self, answer: Callable[[Request], Any]) -> None:
@@ -71,47 +71,36 @@ class JudgeServer:
             self.requests.append(request)
             self.keys.append(handler.headers.get("Authorization"))
             fault = self.faults.pop(0) if self.faults else None
-        status, headers = fault if isinstance(fault, tuple) else (fault, {})
-        if handler.path != "/v1/chat/completions":
-            return self.send(handler, 404, b'{"error": {"message": "no such page"}}')
         if fault == "cut":
             return self.cut(handler)
-        if isinstance(status, str):
-            return self.send(handler, 200, status.encode())
-        if isinstance(status, int):
-            return self.send(handler, status, b'{"error": {"message": "oh"}}', headers)
-        if isinstance(fault, float):
-            time.sleep(fault)
+        if isinstance(fault, str):
+            return self.send(handler, 200, fault)
+        if isinstance(fault, int):
+            return self.send(handler, fault, '{"error": {"message": "oh"}}')
+        time.sleep(fault or 0)
         answer = self.answer(request)
         if isinstance(answer, tuple):
             status, error = answer
-            page = isinstance(error, str) and error.startswith("<")
-            body = error if page else json.dumps({"error": error})
-            return self.send(handler, status, body.encode())
-        return self.send(handler, 200, json.dumps(completion(answer)).encode())
+            is_page = isinstance(error, str)
+            return self.send(handler, status, error if is_page else {"error": error})
+        return self.send(handler, 200, completion(answer))
 
     @staticmethod
     def send(
-        handler: BaseHTTPRequestHandler,
-        status: int,
-        body: bytes,
-        headers: dict[str, str] | None = None,
+        handler: BaseHTTPRequestHandler, status: int, content: Any, size: int = 0
     ) -> None:
-        kind = "text/html" if body.startswith(b"<") else "application/json"
-        size = {"Content-Type": kind, "Content-Length": str(len(body))}
-        try:
+        body = content if isinstance(content, str) else json.dumps(content)
+        kind = "text/html" if body.startswith("<") else "application/json"
+        with suppress(ConnectionError):  # the client has given up waiting
             handler.send_response(status)
-            for name, value in {**size, **(headers or {})}.items():
-                handler.send_header(name, value)
+            handler.send_header("Content-Type", kind)
+            handler.send_header("Content-Length", str(size or len(body.encode())))
             handler.end_headers()
-            handler.wfile.write(body)
-        except ConnectionError:
-            pass  # the client has given up waiting
+            handler.wfile.write(body.encode())
 
     @staticmethod
     def cut(handler: BaseHTTPRequestHandler) -> None:
-        size = {"Content-Length": "4096"}
-        JudgeServer.send(handler, 200, b'{"id": "1", "choices": [', size)
+        JudgeServer.send(handler, 200, '{"id": "1", "choices": [', 4096)
         handler.wfile.flush()
         linger = struct.pack("ii", 1, 0)  # reset, not closed
         handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)

@@ -50,63 +50,43 @@ def test_replies_come_in_the_order_of_the_questions(server, open_client):
         time.sleep(0.05 * int(request["messages"][0]["content"])) or echo(request)
     )
     replies = open_client(workers=4).ask(ask("1", "4", "3", "2", "0"))
-    assert [r.text for r in replies] == [f"about {n} [[8]]" for n in (1, 4, 3, 2, 0)]
+    assert [text for text, _ in replies] == [
+        f"about {n} [[8]]" for n in (1, 4, 3, 2, 0)
+    ]
 
 
 def test_the_judge_is_asked_greedily_and_its_key_is_kept_nowhere(server, open_client):
     client = open_client(api_key="secret")
     client.ask(ask("1"))
     assert server.keys == ["Bearer secret"]
-    request = {"model": "local", "temperature": 0, "max_tokens": 2048}
+    request = {"model": "local", "temperature": 0}
     assert server.requests == [{**request, "messages": ask("1")[0]}]
     assert "secret" not in repr(client) + client.cache.read_text()
-
-
-PASSING = [(429, {"Retry-After": "0"}), 500, TOO_LATE, "cut", '{"choices": [']
-PASSING += ["<html>Bad gateway</html>", '{"choices": []}', '"so be it"']
-
-
-@pytest.mark.parametrize("fault", [*PASSING, '{"error": "overloaded"}'], ids=str)
-def test_a_fault_that_passes_costs_one_more_request(server, open_client, fault):
-    server.faults = [fault]
-    assert open_client(**ONE_MORE).ask(ask("it")) == [("about it [[8]]", "")]
-    assert len(server.requests) == 2
-
-
-def test_retry_after_is_waited_for(server, open_client):
-    server.faults = [(429, {"Retry-After": "1"})]
-    started = time.perf_counter()
-    open_client().ask(ask("1"))
-    assert 1.0 <= time.perf_counter() - started < 3
 
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (500, r"status 500 \(oh\)"),
-        (429, "status 429"),
+        (500, "500 .*oh"),
         (TOO_LATE, "timed out"),
         ("cut", "Connection error"),
-        ('{"choices": [', r'status 502 \(\{"choices": \['),
-        ('{"error": {"message": "overloaded"}}', r"status 502 \(overloaded\)"),
+        ('{"choices": [', "no completion"),
+        ('{"error": {"message": "overloaded"}}', "no completion"),
+        ('"so be it"', "no completion"),
+        ("<html>Bad gateway</html>", "no completion"),
     ],
     ids=str,
 )
 def test_a_fault_that_stays_gives_a_reason_and_is_asked_again_by_the_next_run(
     server, open_client, fault, reason
 ):
-    server.faults = [None, fault, fault]
+    server.faults = [None, fault, *([] if "no" in reason else [fault])]
     client = open_client(**ONE_MORE, workers=1)
     first, second, third = client.ask(ask("1", "2", "3"))
-    assert (first.text, third.text) == ("about 1 [[8]]", "about 3 [[8]]")
-    assert second.text is None
-    assert re.search(reason, second.error)
-    assert client.ask(ask("2"))[0].text == "about 2 [[8]]"
-
-
-def test_an_empty_answer_is_a_failure_with_its_reason(server, open_client):
-    server.answer = lambda request: ""
-    assert open_client().ask(ask("1")) == [(None, "empty answer, finished by stop")]
+    assert (first[0], third[0]) == ("about 1 [[8]]", "about 3 [[8]]")
+    assert second[0] is None
+    assert re.search(reason, second[1])
+    assert client.ask(ask("2"))[0][0] == "about 2 [[8]]"
 
 
 def test_a_repeated_run_asks_only_what_is_missing_even_after_a_torn_line(
@@ -117,7 +97,7 @@ def test_a_repeated_run_asks_only_what_is_missing_even_after_a_torn_line(
         file.write('\n{"request": "tor')
     for _ in range(2):
         replies = open_client().ask(ask("3", "2", "1"))
-        assert [r.text for r in replies] == [f"about {n} [[8]]" for n in (3, 2, 1)]
+        assert [text for text, _ in replies] == [f"about {n} [[8]]" for n in (3, 2, 1)]
     assert [r["messages"][0]["content"] for r in server.requests[2:]] == ["3"]
 
 
@@ -127,7 +107,7 @@ def test_answers_received_before_an_error_are_kept(server, open_client):
         open_client(workers=1).ask(ask("1", "2"))
     open_client().ask(ask("1", "2"))
     contents = [request["messages"][0]["content"] for request in server.requests]
-    assert contents == ["1", "2", "2"]
+    assert (contents.count("1"), contents.count("2")) == (1, 2)
 
 
 @pytest.mark.parametrize(("change", "count"), [("model", 2), ("api_key", 1)])
@@ -141,67 +121,48 @@ def test_an_answer_serves_again_for_the_same_judge_only(
 
 
 REFUSALS = [
-    (400, {"message": "This context is too long."}, "check OPENAI_API_KEY"),
-    (401, {"message": "Incorrect API key."}, "check OPENAI_API_KEY"),
-    (402, {"message": "Insufficient Balance", "type": "unknown_error"}, "add credit"),
-    (404, {"message": "No model 'local'."}, "check .* model"),
-    (405, "<html><h1>Not\nallowed</h1></html>", "check"),
-    (413, "too large", "check OPENAI_API_KEY"),
-    (429, {"message": "No quota.", "code": "insufficient_quota"}, "add credit"),
+    (400, {"message": "Use 'max_completion_tokens' instead."}, "max_completion_tokens"),
+    (401, {"message": "Incorrect API key."}, "Incorrect API key.*check key"),
+    (
+        402,
+        {"message": "Insufficient Balance", "type": "unknown"},
+        "Insufficient.*credit",
+    ),
+    (405, "<html><h1>Not\nallowed</h1></html>", "405.*address"),
+    (429, {"message": "No quota.", "code": "insufficient_quota"}, "No quota.*credit"),
 ]
 
 
-@pytest.mark.parametrize(("status", "error", "remedy"), REFUSALS, ids=str)
+@pytest.mark.parametrize(("status", "error", "words"), REFUSALS, ids=str)
 @pytest.mark.parametrize("later", [False, True], ids=["first", "later"])
 def test_a_refusal_ends_it_with_one_sentence_at_every_question(
-    server, open_client, status, error, remedy, later
+    server, open_client, status, error, words, later
 ):
     server.answer = lambda request: (
         echo(request) if later and "one" in str(request) else (status, error)
     )
-    sentence = f"refuses model 'local' with status {status} \\(.+\\): .*{remedy}"
-    with pytest.raises(JudgeError, match=sentence) as caught:
-        open_client(workers=1, retries=9).ask(ask("one", *map(str, range(50))))
-    assert not re.search(r"[\n<>]", str(caught.value))
-    message = error["message"] if isinstance(error, dict) else error
-    for word in re.sub("<.*?>", " ", message).rstrip(".").split():
-        assert word in str(caught.value)
-    assert len(server.requests) == 1 + later
+    with pytest.raises(JudgeError, match=f"refuses 'local' .*{words}") as caught:
+        open_client(workers=1, retries=0).ask(ask("one", *map(str, range(50))))
+    assert "\n" not in str(caught.value)
+    assert len(server.requests) < 10  # not all fifty
 
 
-def test_a_rate_limit_is_waited_out_though_it_speaks_of_a_quota(server, open_client):
-    limit = {"message": "You exceeded your current quota, check plan and billing."}
-    answers: list[Any] = [(429, limit), "[[8]]"]
-    server.answer = lambda request: answers.pop(0)
-    assert open_client().ask(ask("1"))[0].text == "[[8]]"
-
-
-UNSUPPORTED = {"message": "Use 'max_completion_tokens' instead.", "param": "max_tokens"}
-ONE_TEMPERATURE = {"message": "'temperature' does not support 0 with this model."}
-
-
-def test_options_that_a_server_refuses_are_sent_as_it_wants_them(server, open_client):
-    def newer(request: dict[str, Any]) -> Any:
-        if "max_tokens" in request:
-            return 400, UNSUPPORTED
-        return (400, ONE_TEMPERATURE) if "temperature" in request else echo(request)
-
-    server.answer = newer
-    replies = open_client(workers=1).ask(ask("1", "2"))
-    assert [r.text for r in replies] == ["about 1 [[8]]", "about 2 [[8]]"]
-    assert len(server.requests) == 4
-    for request in server.requests[2:]:
-        options = {k: v for k, v in request.items() if k not in ("model", "messages")}
-        assert options == {"max_completion_tokens": 2048}
-    open_client().ask(ask("1", "2"))
-    assert len(server.requests) == 4
+def test_a_model_of_one_temperature_is_asked_without_one(server, open_client):
+    message = "'temperature' does not support 0 with this model."
+    server.answer = lambda request: (
+        (400, {"message": message}) if "temperature" in request else echo(request)
+    )
+    for _ in range(2):
+        replies = open_client(workers=1).ask(ask("1", "2"))
+        assert [text for text, _ in replies] == ["about 1 [[8]]", "about 2 [[8]]"]
+        assert len(server.requests) == 4
 
 
 def test_an_address_without_a_server_ends_it_with_one_sentence(open_client):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(JudgeError, match=f"no judge at {url}.*start it"):
+    with pytest.raises(JudgeError, match=f"judge at {url}.* is not there.*start it"):
         open_client(retries=0, base_url=url).ask(ask("1", "2"))
 
 
@@ -209,34 +170,16 @@ def test_an_address_without_a_server_ends_it_with_one_sentence(open_client):
     ("text", "rating"),
     [
         ("Rating: [[10]]", 10),
-        ("Rating: [[7.5]].", 7.5),
-        ("**Rating: [[ 6 ]]**", 6),
         ("[[9/10]]", 9),
-        ("[4] is cited. Rating: [[3]]", 3),
-        ("Rating: [5]", 5),
-        ("**Rating**: [5], then [1] is cited", 5),
+        ("[[2]], no: [[80]]", None),
+        ("[4] is cited. Rating: [5]", None),
         ("By [1] and [2] it is good. Rating: 8", None),
-        ("First [[2]], on reflection [[9]]", 9),
-        ("[[8]], no: [[80]]", None),
         ("<think>Rather [[2]].</think>\n\nRating: [[7]]", 7),
-        ("<thinking>\n[[2]]\n</thinking> [[7]]", 7),
-        ("<REASONING effort='low'>[[2]]</REASONING>[[7]]", 7),
-        ("<think>a <think>b</think> [[2]]</think> [[7]]", 7),
-        ("Rather [[2]].</think> Rating: [[7]]", 7),
-        ("Rating: [[7]] <think>or [[2]]</think>", 7),
         ("Rating: [[7]] <think>or [[2]]", 7),
         ("[THINK]Rather [[2]].[/THINK]Rating: [[7]]", 7),
-        ("[Think] it is good: [[7]]", 7),
         ("<seed:think>[[2]]</seed:think>[[7]]", 7),
         ("<|channel|>analysis<|message|>[[2]]<|channel|>final<|message|>[[7]]", 7),
         ("<think>Rather [[2]]", None),
-        ("<think>[[2]]</think> I cannot rate this.", None),
-        ("I think so, <b>indeed</b>: [[7]]", 7),
-        ("Rating: 8", None),
-        ("[[rating]]", None),
-        ("[[0]]", None),
-        ("[[80]]", None),
-        ("[[-3]]", None),
         (None, None),
     ],
 )
@@ -248,17 +191,10 @@ def test_a_rating_is_read_or_missing_but_never_made_up(text, rating):
     ("text", "winner"),
     [
         ("[[A]]", "first"),
-        ("Both are fine. [[C]]", "tie"),
-        ("[[A]] ... so again: [[A]]", "first"),
         ("[[A]] or [[B]]?", None),
         ("[[A]] if A is better, [[B]] if B is, and [[C]] for a tie", None),
         ("At first [[A]]. Then B convinced me: [[B]]", "second"),
-        ("Verdict: [[A]]\nFinal verdict: [[ C ]]", "tie"),
         ("<think>[[A]]? Yes.</think> [[B]]", "second"),
-        ("[[A]], no</think>[[B]]", "second"),
-        ("<reasoning>[[A]]", None),
-        ("[[D]]", None),
-        ("A", None),
         (None, None),
     ],
 )
@@ -266,28 +202,16 @@ def test_a_winner_is_read_or_missing_but_never_made_up(text, winner):
     assert judge.read_winner(text) == winner
 
 
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def test_a_judge_is_named_by_the_environment_or_none_is_opened(run: Run, monkeypatch):
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "TUNEBOOK_JUDGE"):
         monkeypatch.delenv(name, raising=False)
-    return monkeypatch
-
-
-def test_a_judge_is_named_by_the_environment_or_none_is_opened(run: Run, environment):
     assert judge.open_judge(run) is None
-    environment.setenv("OPENAI_BASE_URL", "http://localhost:1/v1")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:1/v1")
     with pytest.raises(JudgeError, match="no model is named for http://.*_JUDGE"):
         judge.open_judge(run)
-    environment.setenv("OPENAI_API_KEY", "secret")
-    environment.setenv("TUNEBOOK_JUDGE", "local")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("TUNEBOOK_JUDGE", "local")
     client = judge.open_judge(run)
     assert client is not None
     assert (client.base_url, client.model) == ("http://localhost:1/v1", "local")
     assert client.api_key == "secret"
-
-
-@pytest.mark.parametrize("key", ["sk-schlüssel", "two\nlines"])
-def test_a_key_that_cannot_be_sent_is_refused(run: Run, environment, key):
-    environment.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(JudgeError, match="OPENAI_API_KEY has characters"):
-        judge.open_judge(run, "http://x/v1", "local")

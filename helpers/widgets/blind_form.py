@@ -19,22 +19,19 @@ from helpers.runs import Run
 
 ORDER = ("first", "second")  # of the models
 MARKS = ("coherent", "relevant", "creative", "biased")
-VERDICTS = {"A": "A is better", "B": "B is better", "tie": "about the same"}
+VERDICTS = ("A is better", "B is better", "about the same")
 
 
 def open_pairs(run: Run, models: tuple[str, str]) -> tuple[Path, list[Row]]:
-    """Returns the file of two models' ratings, and the pairs with their fingerprint."""
-    pairs = read_pairs(run, models)[1].to_dict("records")
+    """Returns the file of ratings, and all pairs with the last `rating` of each."""
+    path = run.path / "blind" / f"{'_'.join(models)}.jsonl"
+    ratings = {r["answers"]: r for r in (read_rows(path) if path.exists() else [])}
+    pairs = read_pairs(run, models).to_dict("records")
     for pair in pairs:
         outputs = pair["output_first"], pair["output_second"]
-        pair["answers"] = fingerprint(pair["question"], *outputs)
-    return run.path / "blind" / f"{'_'.join(models)}.jsonl", pairs
-
-
-def read_ratings(path: Path) -> dict[str, Row]:
-    """Returns the last rating of each pair, by the fingerprint of its answers."""
-    rows = read_rows(path) if path.exists() else []
-    return {row["answers"]: row for row in rows}
+        pair["answers"] = fingerprint(pair["question_first"], *outputs)
+        pair["rating"] = ratings.get(pair["answers"])
+    return path, pairs
 
 
 class BlindForm(widgets.VBox):
@@ -54,64 +51,46 @@ class BlindForm(widgets.VBox):
     def __init__(self, run: Run, models: tuple[str, str], count: int = 20) -> None:
         self.path, pairs = open_pairs(run, models)
         pairs = [p for p in pairs if p["output_first"] != p["output_second"]]
-        self.seed, self.place = run.config.seed, 0
-        random.Random(self.seed).shuffle(pairs)
-        self.pairs = pairs[:count]
-        self.question = widgets.HTML()
-        self.texts = {side: widgets.HTML() for side in "AB"}
-        self.marks: dict[str, dict[str, widgets.Checkbox]] = {}
-        self.verdicts = {v: widgets.Button(description=VERDICTS[v]) for v in VERDICTS}
-        for verdict, button in self.verdicts.items():
-            button.on_click(lambda _, verdict=verdict: self.rate(verdict))
-        columns = []
-        for side, text in self.texts.items():
-            boxes = [widgets.Checkbox(description=m, indent=False) for m in MARKS]
-            self.marks[side] = dict(zip(MARKS, boxes, strict=True))
-            columns.append(widgets.VBox([text, *boxes], layout={"flex": "1 1 280px"}))
-        answers = widgets.HBox(columns, layout={"flex_flow": "row wrap"})
-        buttons = widgets.HBox([*self.verdicts.values()])
-        super().__init__([self.question, answers, buttons])
+        draw = random.Random(run.config.seed)
+        draw.shuffle(pairs)
+        self.pairs = [p | {"sides": draw.sample(ORDER, 2)} for p in pairs][:count]
+        self.texts = [widgets.HTML() for _ in range(3)]  # of the question, A and B
+        self.marks = [[widgets.Checkbox(description=m) for m in MARKS] for _ in "AB"]
+        self.verdicts = [widgets.Button(description=text) for text in VERDICTS]
+        for button in self.verdicts:
+            button.on_click(self.rate)
+        columns = zip(self.texts[1:], self.marks, self.verdicts, strict=False)
+        sides = [widgets.VBox([text, *boxes, end]) for text, boxes, end in columns]
+        super().__init__([self.texts[0], widgets.HBox(sides), self.verdicts[2]])
         self.show_next()
 
     def show_next(self) -> None:
         """Shows the first pair without a rating."""
-        ratings = read_ratings(self.path)
-        rated = [pair["answers"] in ratings for pair in self.pairs]
-        over = all(rated)
-        self.place = len(rated) if over else rated.index(False)
-        for box in [*self.marks["A"].values(), *self.marks["B"].values()]:
+        rest = [pair for pair in self.pairs if not pair["rating"]]
+        texts = ["Every pair is rated, or both models gave the same answers.", "", ""]
+        if rest:
+            outputs = [rest[0][f"output_{model}"] for model in rest[0]["sides"]]
+            texts = [rest[0]["title"], *outputs]
+        rated = f"{len(self.pairs) - len(rest)} of {len(self.pairs)} rated\n\n"
+        for field, text in zip(self.texts, [rated + texts[0], *texts[1:]], strict=True):
+            field.value = CELL.format(html.escape(text))
+        for box in self.marks[0] + self.marks[1]:
             box.value = False
-        for button in self.verdicts.values():
-            button.disabled = over
-        text, texts = "Every pair is rated, or both models gave the same answers.", {}
-        if not over:
-            pair = self.pairs[self.place]
-            text = pair["question"]
-            text += f"\nexpected: {pair['gold']}" if pair["gold"] else ""
-            texts = {s: pair[f"output_{model}"] for s, model in self.sides().items()}
-        text = f"{sum(rated)} of {len(rated)} rated\n\n{text}"
-        self.question.value = CELL.format(html.escape(text))
-        for side, field in self.texts.items():
-            answer = CELL.format(html.escape(texts.get(side, "")))
-            field.value = f"<b>{side}</b>{answer}"
+        for button in self.verdicts:
+            button.disabled = not rest
 
-    def sides(self) -> dict[str, str]:
-        """Returns the model on each side of the shown pair: `first` or `second`."""
-        draw = random.Random(f"{self.seed} {self.pairs[self.place]['id']}")
-        return dict(zip("AB", draw.sample(ORDER, 2), strict=True))
-
-    def rate(self, verdict: str) -> None:
+    def rate(self, button: widgets.Button) -> None:
         """Saves a verdict on the shown pair, with its marks, and shows the next."""
-        pair, sides = self.pairs[self.place], self.sides()
-        rating = {"id": pair["id"], "answers": pair["answers"], "verdict": verdict}
-        rating["winner"] = sides.get(verdict, "tie")
-        rating["marks"] = {
-            model: [mark for mark, box in self.marks[side].items() if box.value]
-            for side, model in sides.items()
-        }
+        pair = next(pair for pair in self.pairs if not pair["rating"])
+        winner = dict(zip(VERDICTS, pair["sides"], strict=False))  # else a tie
+        rating: Row = {"id": pair["id"], "answers": pair["answers"], "marks": {}}
+        rating["winner"] = winner.get(button.description, "tie")
+        for model, boxes in zip(pair["sides"], self.marks, strict=True):
+            rating["marks"][model] = [box.description for box in boxes if box.value]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rating) + "\n")
+        pair["rating"] = rating
         self.show_next()
 
 
@@ -124,21 +103,18 @@ def blind_results(run: Run, models: tuple[str, str]) -> pd.DataFrame:
         DataError, MissingInput: see `pairwise.read_pairs`.
     """
     path, pairs = open_pairs(run, models)
-    current = read_ratings(path)
-    ratings = [current[p["answers"]] for p in pairs if p["answers"] in current]
+    ratings = [pair["rating"] for pair in pairs if pair["rating"]]
     if not ratings:
         return pd.DataFrame(columns=models)
     counts = count_wins(row["winner"] for row in ratings)
-    rows, wins = {}, counts["wins"]
-    if wins:
-        lost = f"{counts['losses']}/{wins['n']}"
-        rows["wins (ties excluded)"] = [lost, percent(wins)]
-    marks = {}
+    counts |= {"models": models, "rated": len(ratings), "marks": {}}
+    rows = {}
+    if wins := counts["wins"]:
+        rows["wins (ties excluded)"] = [str(wins["n"] - wins["k"]), percent(wins)]
     for mark in MARKS:
         marked = [sum(mark in row["marks"][m] for row in ratings) for m in ORDER]
-        marks[mark] = [proportion(k, len(ratings)) for k in marked]
-        rows[mark] = [percent(share) for share in marks[mark]]
+        counts["marks"][mark] = [proportion(k, len(ratings)) for k in marked]
+        rows[mark] = [percent(share) for share in counts["marks"][mark]]
     rows |= {"rated pairs": [str(len(ratings))] * 2, "ties": [str(counts["ties"])] * 2}
-    counts |= {"models": models, "rated": len(ratings), "marks": marks}
     run.write_part("blind", {**run.report().get("blind", {}), path.stem: counts})
     return pd.DataFrame.from_dict(rows, orient="index", columns=models)
