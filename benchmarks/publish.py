@@ -154,7 +154,7 @@ def page() -> str:
 def list_recipes() -> str:
     """Returns docs/recipes.md's table: what recipes reproduce and what they need."""
     rows = []
-    for name in recipes.read_file():
+    for name in recipes.RECIPES:
         config, notes = recipes.load(name), recipes.describe(name)
         row = {"recipe": f"`{name}`", "reproduces": notes["source"]}
         row["stages"] = " + ".join(config.stages).upper()

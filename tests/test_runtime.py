@@ -24,9 +24,9 @@ from helpers.errors import ModelError, TunebookError
 from helpers.runs import Run
 from helpers.runtime import Machine
 
-T4 = Machine("colab", "cuda", "Tesla T4", 14.7, (7, 5))
-A100 = Machine("local", "cuda", "NVIDIA A100", 39.4, (8, 0))
-LAPTOP = Machine("local", "cpu", "x86_64, 2 cores", 8.0, None)
+T4 = Machine("cuda", "Tesla T4", 14.7, (7, 5))
+A100 = Machine("cuda", "NVIDIA A100", 39.4, (8, 0))
+LAPTOP = Machine("cpu", "x86_64, 2 cores", 8.0, None)
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 

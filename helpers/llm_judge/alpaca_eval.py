@@ -79,10 +79,12 @@ def answer_instructions(
 
     def generate(prompts: list[Prompt]) -> Iterator[dict[int, Answer]]:
         if prompts:
+            from transformers import set_seed
+
             options = models.options(config)
             options["max_length"] = max(config.max_length, 2 * max_new_tokens)
             loaded = models.load_model(config.model, adapter=adapter, **options)
-            runtime.seed_everything(config.seed + count - len(prompts))
+            set_seed(config.seed + count - len(prompts))
             size = config.evaluation.batch_size
             yield from generate_batches(
                 *loaded, prompts, batch_size=size, sampling=sampling

@@ -65,11 +65,13 @@ def answer_questions(
             # 0.7 for categories that are not MT-Bench's, as FastChat
             groups[TEMPERATURES.get(question["category"], 0.7)].append(question)
     if groups:
+        from transformers import set_seed
+
         options = models.options(config)
         options["max_length"] = max(config.max_length, 4 * max_new_tokens)
         loaded = models.load_model(config.model, adapter=adapter, **options)
     for temperature, group in groups.items():
-        runtime.seed_everything(config.seed)
+        set_seed(config.seed)
         sampling = {"temperature": temperature} if temperature else None
         dialogues: list[Messages] = [[] for _ in group]
         for turn in (0, 1):
