@@ -85,8 +85,8 @@ def show(result: Any) -> None:
     if isinstance(result, runs.Run):
         from helpers.evaluation.tables import results_table
 
-        path, report = result.path, result.report()
-        result = results_table(report) if "eval" in report else f"the run is in {path}"
+        report = result.report()
+        result = results_table(report) if "eval" in report else str(result.path)
     if isinstance(result, dict):
         result = json.dumps(result, indent=1)
     if result is not None:
@@ -99,11 +99,10 @@ def execute(command: str, values: dict[str, Any]) -> Any:
         values[name] = runs.open_run(values[name])
     config = values["run"].config if "run" in values else None
     if "config" in values:
-        name = values["config"]
+        name, is_small = values["config"], values.pop("small")
         is_file = name.endswith(".json")
         config = read_config(Path(name)) if is_file else recipes.load(name)
-        config = recipes.small(config) if values.pop("small") else config
-        values["config"] = config
+        values["config"] = config = recipes.small(config) if is_small else config
     elif "model" in values:
         folder = runs.runs_folder() / values["model"]
         if folder.parent == runs.runs_folder() and folder.exists():

@@ -3,8 +3,8 @@ unchanged to the libraries' classes, which know their fields and defaults.
 """
 
 import importlib
+import json
 from dataclasses import MISSING
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,7 +12,6 @@ import pydantic
 from pydantic import BaseModel, Field
 
 from helpers.errors import ConfigError, nearest
-from helpers.files import read_json
 
 Stage = Literal["sft", "grpo"]
 # held-out sets in the order of their tables: problems, then conversations
@@ -123,10 +122,7 @@ class RunConfig(BaseModel, extra="forbid", validate_assignment=True):
 
 
 def check_config(values: dict[str, Any]) -> RunConfig:
-    """Returns the config of a dictionary.
-
-    ConfigError has a line for each fault: the field, what is expected and was found.
-    """
+    """Returns the config of a dictionary; ConfigError has a line for each fault."""
     try:
         return RunConfig.model_validate(values)
     except pydantic.ValidationError as error:
@@ -147,16 +143,16 @@ def check_config(values: dict[str, Any]) -> RunConfig:
 
 def read_config(path: Path) -> RunConfig:
     """Returns the config that a JSON file holds; ConfigError where it holds none."""
-    if not path.exists():
-        raise ConfigError(f"no config at {path}; run notebook 00_setup")
-    return check_config(read_json(path))
+    try:
+        return check_config(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(f"no config at {path}; run notebook 00_setup") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
 
 
 def changed(config: RunConfig, **changes: Any) -> RunConfig:
-    """Returns a copy with fields changed; `sft__max_steps=5` reaches into a group.
-
-    ConfigError where the copy would not be valid.
-    """
+    """Returns a copy with fields changed; `sft__max_steps=5` reaches into a group."""
     values = config.model_dump()
     for key, value in changes.items():
         *groups, leaf = key.split("__")
@@ -167,7 +163,6 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
     return check_config(values)
 
 
-@cache
 def library_class(group: str) -> Any:
     package, name = CLASSES[group]
     kind = getattr(importlib.import_module(package), name)
@@ -176,11 +171,9 @@ def library_class(group: str) -> Any:
 
 
 def library_fields(group: str) -> dict[str, Any]:
-    # GenerationConfig is no dataclass
     return getattr(library_class(group), "__dataclass_fields__", {})
 
 
-@cache
 def defaults(group: str) -> dict[str, Any]:
     """Returns the defaults of a group's class, which takes ten seconds to import."""
     fields = library_fields(group).values()
@@ -190,5 +183,4 @@ def defaults(group: str) -> dict[str, Any]:
 
 
 def complete(config: RunConfig, stage: Stage) -> dict[str, Any]:
-    """Returns a stage's values, with TRL's defaults where the config is silent."""
     return {**defaults(stage), **getattr(config, stage)}

@@ -5,8 +5,6 @@ from difflib import get_close_matches
 
 
 class TunebookError(ValueError):
-    """Base of our errors: the message says what was found and what to change."""
-
     def _render_traceback_(self) -> list[str]:
         # IPython's hook: a notebook shows the sentence, not the frames above it
         return [f"{type(self).__name__}: {self}"]

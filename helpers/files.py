@@ -8,8 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import TunebookError
-
 CONTENT = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 
 
@@ -31,10 +29,7 @@ def write_json(path: Path, values: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the content of a JSON file, empty when there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise TunebookError(f"{path} is not JSON: {error}") from None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def fingerprint(*values: Any) -> str:

@@ -1,9 +1,8 @@
 """The run folder `runs/<name>/`: the only thing that notebooks hand to each other."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -27,8 +26,7 @@ class Report(BaseModel, extra="forbid"):
     notebooks: dict[str, dict[str, float]] = {}
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A run folder and its config."""
 
     path: Path

@@ -17,6 +17,7 @@ from helpers.install import ROOT, installed_version
 
 log = logging.getLogger(__name__)
 INSTALLED = not (ROOT / "pyproject.toml").exists()  # by pip, without the project
+HOME = Path.cwd() if INSTALLED else ROOT  # of runs/ and data_samples/
 ON_DRIVE = "/content/drive/MyDrive/tunebook/runs"
 PACKAGES = "torch transformers trl peft bitsandbytes datasets accelerate unsloth"
 
@@ -55,16 +56,13 @@ def choose_dtype(machine: Machine, wanted: str = "auto") -> tuple[Any, str]:
     """Returns the dtype of arithmetic on a machine, and the reason for it.
 
     `torch.cuda.is_bf16_supported()` says True on a T4, which only emulates bf16: the
-    compute capability decides instead. `TUNEBOOK_DTYPE` overrides it all; ConfigError
-    if it names no dtype.
+    compute capability decides, or `TUNEBOOK_DTYPE` (ConfigError if it names none).
     """
     import torch
 
     if name := os.environ.get("TUNEBOOK_DTYPE"):
         if name not in ("float16", "bfloat16", "float32"):
-            raise ConfigError(
-                f"TUNEBOOK_DTYPE={name}: not float16, bfloat16 or float32"
-            )
+            raise ConfigError(f"TUNEBOOK_DTYPE={name}: not float16, bfloat16, float32")
         return getattr(torch, name), f"TUNEBOOK_DTYPE={name} asks for it"
     if machine.capability is None:
         return torch.float32, "CPUs without 16-bit units are 6 to 60 times slower in it"
@@ -108,17 +106,13 @@ def environment(engine: str, dtype: str = "auto") -> dict[str, Any]:
     }
 
 
-def home() -> Path:
-    return Path.cwd() if INSTALLED else ROOT
-
-
 def find_local(path: str) -> Path | None:
-    places = (folder / path for folder in (Path.cwd(), home()))
+    places = (folder / path for folder in (Path.cwd(), HOME))
     return next((place for place in places if place.exists()), None)
 
 
 def runs_folder() -> Path:
-    return Path(os.environ.get("TUNEBOOK_RUNS") or home() / "runs")
+    return Path(os.environ.get("TUNEBOOK_RUNS") or HOME / "runs")
 
 
 def current_run() -> str:
@@ -157,9 +151,10 @@ def start(engine: str | None = None) -> None:
     library.propagate = False  # Colab's root logger would show it a second time
     if not engine:
         path = runs_folder() / (current_run() or "none") / "config.json"
-        engine = read_json(path).get("engine", "auto")
+        with suppress(ValueError):  # no JSON: whoever opens the run says so
+            engine = read_json(path).get("engine")
     with suppress(ModelError):  # not installed: whoever loads a model says so
-        if resolve_engine(engine) == "unsloth":
+        if resolve_engine(engine or "auto") == "unsloth":
             import unsloth  # noqa: F401
     machine = find_machine()
     dtype, reason = choose_dtype(machine)
@@ -181,10 +176,7 @@ def hub_reachable(timeout_s: float = 3.0) -> bool:
 
 
 def open_drive(wanted: bool) -> None:
-    """Keeps a Colab notebook's runs on Google Drive, which outlives the machine.
-
-    The folder goes into `TUNEBOOK_RUNS`; TunebookError if Drive does not open.
-    """
+    """Keeps a Colab notebook's runs on Drive; TunebookError if that does not open."""
     if os.environ.get("TUNEBOOK_RUNS") == ON_DRIVE:  # the cell was run before
         del os.environ["TUNEBOOK_RUNS"]
     if not wanted or "TUNEBOOK_RUNS" in os.environ or "google.colab" not in sys.modules:

@@ -192,14 +192,6 @@ def test_scaled_changes_what_it_is_asked_to_and_leaves_the_rest() -> None:
     assert other.model_dump(exclude={"model"}) == config.model_dump(exclude={"model"})
 
 
-def test_the_default_recipe_is_the_variables_or_without_a_hub_the_demo(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert recipes.default_name() == "demo"
-    monkeypatch.setenv("TUNEBOOK_RECIPE", "smoke")
-    assert recipes.default_name() == "smoke"
-
-
 def test_the_docs_list_every_recipe_with_what_is_estimated_today() -> None:
     text = (runtime.ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     between = text.split("<!-- recipes -->")[1].split("<!-- end of recipes -->")[0]

@@ -95,7 +95,7 @@ def find_path(path: str) -> Path | None:
         return None
     hint = "; data_samples/ is in the repository alone, pip leaves it out"
     raise MissingInput(
-        f"no file {path} (looked in {Path.cwd()} and {runtime.home()}); give a path to "
+        f"no file {path} (looked in {Path.cwd()} and {runtime.HOME}); give a path to "
         f"{KNOWN}, or a hub name like owner/name, owner/name/config or owner/name:split"
         '; options are fields: {"path": "mine.jsonl", "rows": 5}'
         + (hint if runtime.INSTALLED else "")
