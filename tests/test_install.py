@@ -16,7 +16,6 @@ from helpers import install
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(ROOT.glob("requirements*.txt"))
-DEV = ROOT / "requirements-dev.txt"
 ABSENT = "tunebook-test-no-such-package"
 
 # What Colab has and what may move there: Colab's datasets is excluded by Unsloth, and
@@ -86,31 +85,29 @@ def test_a_failed_installation_shows_the_words_of_pip_and_a_remedy():
         install.pip("--no-index", ABSENT)
 
 
-def test_a_machine_without_a_gpu_gets_the_cpu_torch_and_what_is_there_stays(
+def test_the_cpus_torch_is_installed_where_there_is_none_and_colabs_is_kept(
     monkeypatch,
 ):
-    commands = []
+    calls, versions = [], {"numpy": "2.1"}
 
     def pip(*arguments):
-        commands.append([*arguments, Path(arguments[-1]).exists()])
-        if "-c" in arguments and "torch" not in arguments:
-            commands.append(Path(arguments[-1]).read_text().split())
+        last = Path(arguments[-1])
+        constraints = last.read_text().split() if last.name == "kept.txt" else []
+        calls.append((arguments, constraints))
 
-    versions = {"numpy": "2.1"}
     monkeypatch.setattr(install, "pip", pip)
     monkeypatch.setattr(install, "installed_version", versions.get)
     monkeypatch.setattr(install.shutil, "which", lambda name: None)
     install.install("requirements-dev.txt")
-    first, stack, kept, unsloth = commands
-    assert first[:2] == ["--no-deps", "torch"] and install.CPU_TORCH in first
-    assert stack[:2] == [f"-r{path}" for path in (install.STACK, DEV)]
+    (torch, _), (stack, kept), (unsloth, _) = calls
+    assert torch[:2] == ("--no-deps", "torch") and install.CPU_TORCH in torch
+    assert stack[:2] == (f"-r{install.STACK}", f"-r{ROOT / 'requirements-dev.txt'}")
+    assert unsloth == ("--no-deps", f"-r{install.UNSLOTH}")
     assert kept == ["numpy==2.1"]
-    assert unsloth[:2] == ["--no-deps", f"-r{install.UNSLOTH}"]
-    commands.clear()
-    versions["torch"] = "2.11.0+cu128"  # Colab's is never replaced
+    calls.clear()
+    versions["torch"] = "2.11.0+cu128"
     install.install()
-    assert commands[0][0] == f"-r{install.STACK}" and len(commands) == 3
-    assert commands[1] == ["torch==2.11.0+cu128", "numpy==2.1"]
+    assert len(calls) == 2 and calls[0][1] == ["torch==2.11.0+cu128", "numpy==2.1"]
 
 
 @pytest.fixture(scope="module")

@@ -92,13 +92,6 @@ def test_the_bootstrap_is_the_same_and_asks_before_installing():
 
 
 @every_notebook
-def test_a_promise_to_go_on_after_a_kill_says_where_the_run_lies_on_colab(path):
-    promises = [t for t in sources(path, "markdown") if "Killed half-way?" in t]
-    assert all("Google Drive" in text for text in promises)
-    assert promises or path.stem not in ("02_sft_qlora", "03_grpo_gsm8k")
-
-
-@every_notebook
 def test_the_badge_opens_this_notebook_of_the_repository(path):
     owner = repository().removeprefix("https://github.com/")
     links = re.findall(rf"\(({COLAB}[^)]*)\)", sources(path, "markdown")[0])

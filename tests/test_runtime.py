@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,7 +140,6 @@ print(before, os.environ.get("PYTORCH_ALLOC_CONF"))
     [
         ("unsloth", {}, "expandable_segments:True"),
         ("transformers", {}, "expandable_segments:True"),
-        ("transformers", {"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
         ("transformers", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "None"),
     ],
 )
@@ -199,12 +198,10 @@ def mounted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             raise calls[0]
         calls.append(folder)
 
-    colab = ModuleType("google.colab")
-    colab.drive = SimpleNamespace(mount=mount)  # type: ignore[attr-defined]
-    colab.errors = SimpleNamespace(Error=ColabError)  # type: ignore[attr-defined]
-    google = ModuleType("google")
-    google.colab = colab  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "google", google)
+    colab = SimpleNamespace(
+        drive=SimpleNamespace(mount=mount), errors=SimpleNamespace(Error=ColabError)
+    )
+    monkeypatch.setitem(sys.modules, "google", SimpleNamespace(colab=colab))
     monkeypatch.setitem(sys.modules, "google.colab", colab)
     monkeypatch.setenv("TUNEBOOK_RUNS", "")  # to be put back afterwards
     monkeypatch.delenv("TUNEBOOK_RUNS")
