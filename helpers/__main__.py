@@ -59,7 +59,7 @@ def demo(recipe: str) -> runs.Run:
     import nbformat
 
     run, seconds = runs.save_run(recipes.load(recipe)), {}
-    idle = tuple(f"_{s}_" for s in ("sft", "grpo") if s not in run.config.stages)
+    idle = [f"_{s}_" for s in ("sft", "grpo") if s not in run.config.stages]
     # a folder that is named keeps the notebooks from asking for Google Drive
     os.environ["TUNEBOOK_RUNS"] = str(run.path.parent.resolve())
     os.environ["TUNEBOOK_RUN"] = run.config.name

@@ -1,6 +1,4 @@
-"""The configuration of one run: `sft`, `grpo`, `lora` and `inference` are handed
-unchanged to the libraries' classes, which know their fields and defaults.
-"""
+"""The configuration of one run; the libraries' classes know what they take."""
 
 import importlib
 import json
@@ -94,6 +92,7 @@ class RunConfig(BaseModel, extra="forbid", validate_assignment=True):
     sft_adapter: str | None = Field(None, description="to use instead of training SFT")
     data: DataConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    # handed unchanged to the libraries' classes
     inference: dict[str, Any] = {}  # for chats
     lora: dict[str, Any] = {}
     sft: dict[str, Any] = {}

@@ -70,8 +70,8 @@ def ensure() -> None:
     before = {name: installed_version(name) for name in REPLACED if name in sys.modules}
     install()
     if stale := [n for n, old in before.items() if installed_version(n) != old]:
-        remedy = "choose Runtime > Restart session, then Run all again"
-        raise RuntimeError(f"{', '.join(stale)} was loaded and now replaced: {remedy}")
+        text = "was replaced after this kernel had loaded it: restart it, then run all"
+        raise RuntimeError(f"{', '.join(stale)} {text}")
 
 
 if __name__ == "__main__":

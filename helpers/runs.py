@@ -47,9 +47,7 @@ class Run(NamedTuple):
         try:
             Report.model_validate(values, strict=True)
         except ValidationError as error:
-            raise TunebookError(
-                f"{path} does not fit helpers/runs.py: {error}"
-            ) from None
+            raise TunebookError(f"{path} does not fit its schema: {error}") from None
         return values
 
     def write_part(self, part: str, values: dict[str, Any]) -> None:
@@ -60,7 +58,7 @@ class Run(NamedTuple):
 def save_run(config: RunConfig) -> Run:
     """Returns the run of a config: written to its folder, and now the current one."""
     run = Run(runs_folder() / config.name, config)
-    write_json(run.path / "config.json", config.model_dump())
+    write_json(run.path / "config.json", config.model_dump(mode="json"))
     (runs_folder() / "current").write_text(config.name, encoding="utf-8")
     run.write_part("run", config.model_dump(include={"name", "recipe", "model"}))
     return run

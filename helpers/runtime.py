@@ -17,7 +17,7 @@ from helpers.install import ROOT, installed_version
 
 log = logging.getLogger(__name__)
 INSTALLED = not (ROOT / "pyproject.toml").exists()  # by pip, without the project
-HOME = Path.cwd() if INSTALLED else ROOT  # of runs/ and data_samples/
+HOME = Path.cwd() if INSTALLED else ROOT  # where runs/ and data_samples/ are
 ON_DRIVE = "/content/drive/MyDrive/tunebook/runs"
 PACKAGES = "torch transformers trl peft bitsandbytes datasets accelerate unsloth"
 
@@ -116,9 +116,8 @@ def runs_folder() -> Path:
 
 
 def current_run() -> str:
-    file = runs_folder() / "current"
-    saved = file.read_text(encoding="utf-8").strip() if file.exists() else ""
-    return os.environ.get("TUNEBOOK_RUN") or saved
+    name, file = os.environ.get("TUNEBOOK_RUN"), runs_folder() / "current"
+    return name or (file.read_text("utf-8").strip() if file.exists() else "")
 
 
 def resolve_engine(engine: str) -> str:
