@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
@@ -75,14 +74,6 @@ def test_a_notebook_is_valid_nbformat_4_5(path):
     assert notebook == load(path), "validation had something to repair"
 
 
-def test_cell_ids_occur_once_and_begin_with_the_number_of_the_notebook():
-    ids = Counter(cell["id"] for path in PATHS for cell in load(path)["cells"])
-    assert [name for name, count in ids.items() if count > 1] == []
-    for path in PATHS:
-        name = re.compile(rf"{path.stem.split('_')[0]}-[a-z0-9-]+")
-        assert all(name.fullmatch(cell["id"]) for cell in load(path)["cells"]), path
-
-
 def test_the_bootstrap_is_the_same_and_asks_before_installing():
     (code,) = {sources(path, "code")[0] for path in PATHS}
     assert len(re.findall(r"^KEEP_ON_DRIVE = True  # on Colab: ", code, re.M)) == 1
@@ -96,15 +87,6 @@ def test_the_badge_opens_this_notebook_of_the_repository(path):
     owner = repository().removeprefix("https://github.com/")
     links = re.findall(rf"\(({COLAB}[^)]*)\)", sources(path, "markdown")[0])
     assert links == [f"{COLAB}{owner}/blob/main/notebooks/{path.name}"]
-
-
-def test_the_readme_links_only_to_the_repository_that_pyproject_names():
-    text = README.read_text(encoding="utf-8")
-    owner = repository().removeprefix("https://github.com/")
-    badges = re.findall(rf"{COLAB}([\w.-]+/[\w.-]+)/", text)
-    clones = re.findall(r"git clone (?:-\S+ )*(\S+)", text)
-    assert set(badges) <= {owner}
-    assert {url.removesuffix(".git") for url in clones} <= {repository()}
 
 
 @every_notebook

@@ -198,18 +198,6 @@ def test_optimiser_schedule_and_batch_are_the_recipes(trained: Trained) -> None:
         assert (trained.run.path / stage / "adapter").is_dir()
 
 
-@with_sft
-def test_rows_are_drawn_logged_and_saved_as_the_recipe_says(trained: Trained) -> None:
-    trainer, config = trained.trainers["sft"], trained.config
-    kind = type(trainer._get_train_sampler()).__name__
-    grouped = "train_sampling_strategy" in config.sft
-    assert kind == ("LengthGroupedSampler" if grouped else "RandomSampler")
-    callbacks = {type(c).__name__: c for c in trainer.callback_handler.callbacks}
-    assert callbacks["BestAdapter"].by == config.best_by
-    # the tests run with WANDB_MODE=disabled, which asks nobody
-    assert ("WandbCallback" in callbacks) == (config.sft.get("report_to") == "wandb")
-
-
 def test_what_the_recipe_holds_out_is_measured(trained: Trained) -> None:
     run, stage = trained.run, trained.config.stages[-1]
     names, adapter = evaluator.held_out(trained.config), run.path / stage / "adapter"

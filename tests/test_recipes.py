@@ -83,12 +83,6 @@ SCHEDULES = {
 }
 
 
-def test_every_system_that_we_reproduce_is_in_the_tables() -> None:
-    ours = {"demo", "demo-gpu", "smoke"}
-    for table in (TRAINED, SCHEDULES):
-        assert {*table} | ours == {*recipes.NAMES}
-
-
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_recipe_has_the_published_values(name: str) -> None:
     config = recipes.load(name)
@@ -105,15 +99,6 @@ def test_a_recipe_has_the_published_values(name: str) -> None:
         *(length, part["learning_rate"], part["warmup_steps"]),
         *(part.get("weight_decay"), part["optim"]),
     )
-
-
-def test_the_demos_need_no_hub_and_share_their_sft() -> None:
-    one, other = recipes.load("demo"), recipes.load("demo-gpu")
-    assert (one.sft, one.lora, one.seed) == (other.sft, other.lora, other.seed)
-    assert one.data.train == other.data.train
-    for config in (one, other):
-        assert config.model == "smollm2-135m-offline"
-        assert all((runtime.ROOT / s).is_file() for s in sources_of(config))
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)
