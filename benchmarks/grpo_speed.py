@@ -65,15 +65,17 @@ def build_trainer(
     way: Way, model_folder: str, out: Path, tokens: int
 ) -> tuple[Any, Any]:
     """Returns the trainer of a way, and our sampler where it has one."""
+    from transformers import set_seed
+
     from helpers import runtime
     from helpers.models import adapters
     from helpers.models import load as models
 
-    runtime.prepare_device()
+    runtime.find_machine()
     model, tokenizer = models.load_model(
         model_folder, engine=way.engine, weights="4bit", max_length=1024
     )
-    runtime.seed_everything(0)
+    set_seed(0)
     lora = {"r": 16, "lora_alpha": 16}
     lora["target_modules"] = [  # type: ignore[assignment]
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

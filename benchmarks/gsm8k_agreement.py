@@ -124,14 +124,15 @@ def real_outputs(
     model: Any, tokenizer: Any, problems: list[dict[str, Any]]
 ) -> list[tuple[str, str]]:
     """Returns answers of a model, greedy ones and drawn ones."""
-    from helpers import runtime
+    from transformers import set_seed
+
     from helpers.config import SYSTEM_PROMPT
     from helpers.data.formats import ask
     from helpers.inference.generation import generate
 
     found = []
     for sampling in (None, {"temperature": 1.0}):
-        runtime.seed_everything(0)
+        set_seed(0)
         prompts = [ask(p["question"], SYSTEM_PROMPT) for p in problems]
         answers = generate(
             model, tokenizer, prompts, max_new_tokens=64, sampling=sampling

@@ -24,7 +24,7 @@ from benchmarks import adapters, masks, memory  # noqa: E402
 from helpers import recipes  # noqa: E402
 from helpers.estimate import estimate_memory  # noqa: E402
 from helpers.evaluation.tables import percent, results_table  # noqa: E402
-from helpers.files import write_json, write_text  # noqa: E402
+from helpers.files import write_json, write_lines  # noqa: E402
 
 RESULTS = ROOT / "results"
 USUAL = [("gradient_accumulation_steps", 1), ("gradient_accumulation_steps", 2)]
@@ -154,7 +154,7 @@ def page() -> str:
 def list_recipes() -> str:
     """Returns docs/recipes.md's table: what recipes reproduce and what they need."""
     rows = []
-    for name in recipes.read_file():
+    for name in recipes.RECIPES:
         config, notes = recipes.load(name), recipes.describe(name)
         row = {"recipe": f"`{name}`", "reproduces": notes["source"]}
         row["stages"] = " + ".join(config.stages).upper()
@@ -171,7 +171,7 @@ def replace(path: Path, mark: str, table: str) -> None:
     text, count = re.subn(pattern, rf"\1\n\n{table}\n\n\2", text, flags=re.DOTALL)
     if not count:
         sys.exit(f"{path} lacks the marks {pattern}")
-    write_text(path, text)
+    write_lines(path, [text])
 
 
 def main(folder: Path, name: str, command: str, conditions: str) -> None:
@@ -187,7 +187,7 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     if len(sys.argv) == 5:
         main(Path(sys.argv[1]), *sys.argv[2:])
-    write_text(RESULTS / "README.md", page())
+    write_lines(RESULTS / "README.md", [page()])
     replace(ROOT / "docs" / "recipes.md", "recipes", list_recipes())
     demo_table = results_table(read(RESULTS / "demo_cpu.json")).reset_index()
     mark = "table of results/demo_cpu.json"

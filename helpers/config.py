@@ -1,28 +1,13 @@
-"""The configuration of one run.
+"""The configuration of one run; the libraries' classes know what they take."""
 
-`sft`, `grpo`, `lora` and `inference` are handed unchanged to the libraries' classes:
-their fields and defaults are asked of these classes, never listed here.
-"""
-
-from __future__ import annotations
-
-import dataclasses
 import importlib
 import json
-from functools import cache
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+import pydantic
+from pydantic import BaseModel, Field
 
 from helpers.errors import ConfigError, nearest
 
@@ -36,30 +21,13 @@ CLASSES = {  # take the values of a group
     "lora": ("peft", "LoraConfig"),
     "inference": ("transformers", "GenerationConfig"),
 }
-
-# Fields of earlier versions, by dotted name: the values that changed nothing (None:
-# any value), and what replaced the field. Saved configs still name them.
-RETIRED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
-    "few_shot": ((0,), "prompts hold no solved examples"),
-    "probe_samples": ((0,), "all problems are trained on"),
-    "probe_problems": (None, "all problems are trained on"),
-    "evaluation.protocol": (("ours",), "notebook 04 runs lm-evaluation-harness itself"),
-    "evaluation.samples": ((0,), "pass@k and maj@k are no longer measured"),
-    "evaluation.temperature": (None, "held-out rows are answered greedily"),
-    "evaluation.minutes": (None, "nothing read it"),
-}
-
-
-STRICT = ConfigDict(extra="forbid", validate_assignment=True)
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Source(BaseModel):
-    """Rows of a file or of a hub dataset, where a path alone does not say it all."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Source(BaseModel, extra="forbid", frozen=True):
+    """Rows of a file or of a hub dataset, with options."""
 
     path: str = Field(min_length=1)  # or owner/name[/config][:split] on the hub
     rows: Count | None = None  # at most
@@ -71,18 +39,10 @@ class Source(BaseModel):
         return self.path
 
 
-TAGS = ("<path>", "<source>")  # in pydantic's errors; `check_config` leaves them out
-Rows = Annotated[
-    Annotated[str, Tag(TAGS[0])] | Annotated[Source, Tag(TAGS[1])],
-    Discriminator(lambda value: TAGS[not isinstance(value, str)]),
-]
+Rows = str | Source
 
 
-class DataConfig(BaseModel):
-    """Where the rows come from: a path, to the letter, or a `Source` with options."""
-
-    model_config = STRICT
-
+class DataConfig(BaseModel, extra="forbid", validate_assignment=True):
     train: list[Rows] = Field([], description="SFT rows, one path (or {...}) a line")
     eval: Rows | None = Field(None, description="rows for the eval loss alone")
     eval_share: Share | None = Field(None, description="of train, instead of eval")
@@ -98,39 +58,16 @@ class DataConfig(BaseModel):
     test_rows: Count | None = None
     test_new_rows: Count | None = None
 
-    @field_validator("eval", "problems", "test", "test_new")
-    @classmethod
-    def is_not_mixed(cls, value: str | Source | None) -> str | Source | None:
-        """Refuses a weight where nothing is mixed."""
-        if isinstance(value, Source) and value.weight is not None:
-            raise ValueError("a weight is of data.train alone, which is mixed")
-        return value
 
-
-class EvaluationConfig(BaseModel):
-    """How held-out problems and conversations are answered: greedy, in batches."""
-
-    model_config = STRICT
-
+class EvaluationConfig(BaseModel, extra="forbid", validate_assignment=True):
     batch_size: Count | None = Field(None, description="null = by machine and model")
     max_new_tokens: Count = Field(256, description="answers are cut here")
     text_rows: Count = Field(100, description="held-out conversations to answer")
-    labels: list[str] | None = Field(None, description="classes of held-out answers")
-
-    @field_validator("labels")
-    @classmethod
-    def labels_differ(cls, value: list[str] | None) -> list[str] | None:
-        """Refuses labels that are none, or no names of different classes."""
-        names = {label.strip() for label in value or []} - {""}
-        if value is not None and len(names) < max(1, len(value)):
-            raise ValueError("one or more different labels expected, or null")
-        return value
+    labels: list[str] | None = Field(None, min_length=1)  # classes of the answers
 
 
-class RunConfig(BaseModel):
+class RunConfig(BaseModel, extra="forbid", validate_assignment=True):
     """One run: model, data, and how both are put together."""
-
-    model_config = STRICT
 
     name: str = Field(pattern=r"^\w[\w.-]*$", description="the folder below runs/")
     recipe: str = Field("", description="the recipe it started from")
@@ -155,68 +92,51 @@ class RunConfig(BaseModel):
     sft_adapter: str | None = Field(None, description="to use instead of training SFT")
     data: DataConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    # handed unchanged to the libraries' classes
     inference: dict[str, Any] = {}  # for chats
     lora: dict[str, Any] = {}
     sft: dict[str, Any] = {}
     grpo: dict[str, Any] = {}
     rewards: dict[str, float] = {"correctness": 1.0}  # name -> weight
 
-    @model_validator(mode="before")
-    @classmethod
-    def drop_retired(cls, values: Any) -> Any:
-        """Leaves out retired fields that changed nothing, and refuses the others."""
-        for name, (inert, replacement) in RETIRED.items():
-            group, _, leaf = name.rpartition(".")
-            holder = values.get(group) if group and type(values) is dict else values
-            if type(holder) is not dict or leaf not in holder:
-                continue
-            if inert is not None and holder[leaf] not in inert:
-                found = f"{name}={holder[leaf]!r}"
-                raise ValueError(f"{found} no longer exists: {replacement}")
-            holder = {key: value for key, value in holder.items() if key != leaf}
-            values = values | {group: holder} if group else holder
-        return values
-
-    @model_validator(mode="after")
-    def stages_have_data(self) -> RunConfig:
-        """Refuses a stage without rows, and an eval loss without eval rows."""
-        data, has_sft = self.data, "sft" in self.stages
+    @pydantic.model_validator(mode="after")
+    def fits_together(self) -> Self:
+        data, labels = self.data, self.evaluation.labels
+        has_sft, has_eval = "sft" in self.stages, bool(data.eval or data.eval_share)
         if has_sft and not data.train and not self.sft_adapter:
             raise ValueError("the sft stage needs data.train")
         if "grpo" in self.stages and not data.problems:
             raise ValueError("the grpo stage needs data.problems")
         if data.eval and data.eval_share:
             raise ValueError("give data.eval or data.eval_share, not both")
-        by_eval = self.best_by == "eval_loss" and not (data.eval or data.eval_share)
-        if has_sft and by_eval:
-            text = "best_by='eval_loss' needs data.eval or data.eval_share; or use "
-            raise ValueError(text + "best_by='loss'")
+        if has_sft and self.best_by == "eval_loss" and not has_eval:
+            needs = "best_by='eval_loss' needs data.eval or data.eval_share"
+            raise ValueError(f"{needs}; or use best_by='loss'")
+        for name in ("eval", "problems", "test", "test_new"):
+            if getattr(getattr(data, name), "weight", None) is not None:
+                raise ValueError(f"data.{name}: a weight is of data.train alone")
+        if labels is not None and len({x.strip() for x in labels} - {""}) < len(labels):
+            raise ValueError("evaluation.labels: different labels expected, or null")
         return self
 
 
 def check_config(values: dict[str, Any]) -> RunConfig:
-    """Returns the config of a dictionary.
-
-    Raises:
-        ConfigError: one line a fault: the field, what is expected, what was found.
-    """
+    """Returns the config of a dictionary; ConfigError has a line for each fault."""
     try:
         return RunConfig.model_validate(values)
-    except ValidationError as error:
-        faults = error.errors()
-    kinds = (RunConfig, DataConfig, EvaluationConfig, Source)
+    except pydantic.ValidationError as error:
+        # a path that is no string may still be a Source: that fault says more
+        faults = [fault for fault in error.errors() if "str" not in fault["loc"]]
+    lines, kinds = [], (RunConfig, DataConfig, EvaluationConfig, Source)
     known = [name for kind in kinds for name in kind.model_fields]
-    lines = []
     for fault in faults:
-        field = ".".join(str(part) for part in fault["loc"] if part not in TAGS)
-        text = fault["msg"].removeprefix("Value error, ")
+        path = [str(part) for part in fault["loc"] if part != "Source"]
+        field, text = ".".join(path), fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            hint = nearest(field.rpartition(".")[2], known)
-            lines.append(f"{field} is not a field of the config{hint}")
+            text = f"{field} is not a field of the config{nearest(path[-1], known)}"
         elif field:
-            lines.append(f"{field}: {text} (found {repr(fault['input'])[:80]})")
-        else:
-            lines.append(text)
+            text = f"{field}: {text} (found {repr(fault['input'])[:80]})"
+        lines.append(text)
     raise ConfigError("\n".join(lines))
 
 
@@ -231,11 +151,7 @@ def read_config(path: Path) -> RunConfig:
 
 
 def changed(config: RunConfig, **changes: Any) -> RunConfig:
-    """Returns a copy with fields changed; `sft__max_steps=5` reaches into a group.
-
-    Raises:
-        ConfigError: the copy would not be valid.
-    """
+    """Returns a copy with fields changed; `sft__max_steps=5` reaches into a group."""
     values = config.model_dump()
     for key, value in changes.items():
         *groups, leaf = key.split("__")
@@ -246,34 +162,24 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
     return check_config(values)
 
 
-@cache
 def library_class(group: str) -> Any:
-    """Returns the class that takes a group's values.
-
-    Unsloth puts subclasses with other defaults in the place of TRL's own.
-    """
     package, name = CLASSES[group]
     kind = getattr(importlib.import_module(package), name)
+    # Unsloth puts subclasses with other defaults in the place of TRL's own
     return next(k for k in kind.__mro__ if k.__module__.startswith(f"{package}."))
 
 
 def library_fields(group: str) -> dict[str, Any]:
-    """Returns the dataclass fields of a group's class; GenerationConfig has none."""
     return getattr(library_class(group), "__dataclass_fields__", {})
 
 
-@cache
 def defaults(group: str) -> dict[str, Any]:
-    """Returns the defaults of a group's class; GenerationConfig names none.
-
-    But AdamW is not TRL's fused one, which hides from accelerate the steps that fp16
-    skips. The first question imports the library, which takes ten seconds.
-    """
+    """Returns the defaults of a group's class, which takes ten seconds to import."""
     fields = library_fields(group).values()
-    values = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    values = {f.name: f.default for f in fields if f.default is not MISSING}
+    # TRL's fused AdamW hides from accelerate the steps that fp16 skips
     return values | ({"optim": "adamw_torch"} if "optim" in values else {})
 
 
 def complete(config: RunConfig, stage: Stage) -> dict[str, Any]:
-    """Returns a stage's values, with TRL's defaults where the config is silent."""
     return {**defaults(stage), **getattr(config, stage)}

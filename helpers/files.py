@@ -1,41 +1,30 @@
 """Files written whole or not at all, JSON and JSON lines, and hashes of contents."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 CONTENT = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 
 
-@contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yields a file that replaces `path` once written: nobody meets half of it."""
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes a file whole or not at all: nobody meets half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with scratch.open("wb") as file:
-            yield file
+        with scratch.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(lines)
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    with new_file(path) as file:
-        file.write(text.encode())
-
-
 def write_json(path: Path, values: Any) -> None:
-    """Writes JSON, indented, whole or not at all."""
-    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    write_lines(path, [json.dumps(values, indent=1, ensure_ascii=False), "\n"])
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -56,38 +45,28 @@ def content_hash(path: Path | str | None) -> str:
         return str(path)
     files = sorted(f for f in folder.iterdir() if f.suffix in CONTENT and f.is_file())
     stats = [(f, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return hash_files(tuple(stats))
+    return fingerprint([(path.name, hash_file(path, *stat)) for path, *stat in stats])
 
 
 @cache
-def hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Returns the hash of files' names and contents; a new size or time asks anew."""
-    digest = hashlib.sha256()
-    for path, size, _ in files:
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:32]
+def hash_file(path: Path, size: int, modified_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> tuple[int, str]:
     """Writes rows as JSON lines, whole or not at all; returns number, fingerprint."""
-    digest, count = hashlib.sha256(), 0
-    with new_file(path) as file:
-        for row in rows:
-            line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-            file.write(line)
-            digest.update(line)
-            count += 1
-    return count, digest.hexdigest()[:12]
+    write_lines(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        file.seek(0)
+        return sum(1 for _ in file), digest.hexdigest()[:12]
 
 
 def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a JSON-lines file of ours, one at a time."""
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a JSON-lines file of ours."""
     return list(stream_rows(path))

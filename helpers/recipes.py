@@ -1,21 +1,14 @@
 """The named configurations of `recipes.toml`; `load("demo")` is one word from a run."""
 
-from __future__ import annotations
-
 import copy
 import json
-import os
 import re
 import tomllib
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from helpers import runtime
 from helpers.config import RunConfig, changed, check_config
 from helpers.errors import ConfigError, nearest
-
-NOTES = ("source", "needs", "published")  # about a recipe, no part of its config
 
 # our samples in the row format of hub datasets, by the dataset's name
 SAMPLES = {
@@ -26,31 +19,20 @@ SAMPLES = {
     "openai/gsm8k/main:train": "data_samples/word_problems/train.jsonl",
     "openai/gsm8k/main:test": "data_samples/word_problems/test.jsonl",
 }
-
-
-@cache
-def read_file() -> dict[str, dict[str, Any]]:
-    """Returns the contents of `recipes.toml`: values by recipe."""
-    text = Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
-
-
-NAMES = (*read_file(), "smoke")
+RECIPES = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text("utf-8"))
+NOTES = ("source", "needs", "published")  # about a recipe, no part of its config
+NAMES = (*RECIPES, "smoke")
 
 
 def load(name: str) -> RunConfig:
-    """Returns the validated config of a recipe; `smoke` is the demo, cut down.
-
-    Raises:
-        ConfigError: there is no such recipe; the nearest name is given.
-    """
+    """Returns the config of a recipe, ConfigError with the nearest name without one."""
     if name == "smoke":
         config = scaled(load("demo"), steps=4, rows=16)
         return changed(config, recipe=name, name=name, evaluation__max_new_tokens=24)
     if name not in NAMES:
         known = ", ".join(NAMES)
         raise ConfigError(f"no recipe {name!r}{nearest(name, NAMES)} (known: {known})")
-    values = {k: v for k, v in read_file()[name].items() if k not in NOTES}
+    values = {k: v for k, v in RECIPES[name].items() if k not in NOTES}
     # a copy: what somebody changes in a config must not reach the next one
     return check_config({"name": name, "recipe": name, **copy.deepcopy(values)})
 
@@ -66,8 +48,7 @@ def scaled(
     """Returns the small version of a config, everything else as it was.
 
     Args:
-        config: to start from.
-        model: another base model.
+        config, model: to start from, and another base model.
         steps: of SFT; GRPO takes half as many. A warm-up in steps shrinks with them.
         rows: to score; eight times as many to train on, a quarter to choose by.
         samples: replace hub datasets by our samples in the same row format.
@@ -80,28 +61,26 @@ def scaled(
             text = re.sub(rf'"{name}(:\w+)?"', f'"{sample}"', text)
         values["data"] = json.loads(text)
     if steps is not None:
-        values["grpo_minutes"] = None
-        for stage, count in (("sft", steps), ("grpo", max(2, steps // 2))):
-            part, every = values[stage], max(1, steps // 2)
+        values["grpo_minutes"], half = None, max(1, steps // 2)
+        for part, count in ((values["sft"], steps), (values["grpo"], max(2, half))):
             warmup, before = part.get("warmup_steps") or 0, part.get("max_steps") or 0
             if warmup >= 1 and before > 0:  # below 1 it is a share of the run
                 part["warmup_steps"] = round(warmup * count / before)
             if part:
-                part |= {"max_steps": count, "save_steps": every}
+                part |= {"max_steps": count, "save_steps": half}
             if "eval_steps" in part:
-                part["eval_steps"] = every
+                part["eval_steps"] = half
     if rows is not None:
         values["grpo_held_out"] = max(1, rows // 4)
-        sizes = dict.fromkeys(("eval_rows", "test_rows", "test_new_rows"), rows)
-        values["data"] |= {"train_rows": 8 * rows, **sizes}
+        values["data"] |= {"train_rows": 8 * rows, "eval_rows": rows}
+        values["data"] |= {"test_rows": rows, "test_new_rows": rows}
     return check_config(values)
 
 
 def small(config: RunConfig) -> RunConfig:
     """Returns a config on the offline model and our samples: minutes on two cores."""
-    model = "smollm2-135m-offline"
-    config = scaled(config, model=model, steps=10, rows=8, samples=True)
-    changes: dict[str, Any] = {"name": f"{config.name}-small"}
+    config = scaled(config, steps=10, rows=8, samples=True)
+    changes: dict[str, Any] = {"model": "smollm2-135m-offline"}
     # 4-bit weights save memory, which is not short here, and cost time on a CPU
     changes |= {"weights": "auto", "evaluation__max_new_tokens": 64}
     if "sft" in config.stages:  # one micro-batch a step
@@ -110,19 +89,8 @@ def small(config: RunConfig) -> RunConfig:
         changes["grpo__max_completion_length"] = 64
         changes["grpo__per_device_train_batch_size"] = config.grpo["num_generations"]
         changes["grpo__gradient_accumulation_steps"] = 1
-    return changed(config, **changes)
+    return changed(config, name=f"{config.name}-small", **changes)
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Returns a recipe's `source`, its `needs`, and figures `published` of its SFT."""
-    values = read_file().get(name, {})
-    return {note: values[note] for note in NOTES if note in values}
-
-
-def default_name() -> str:
-    """Returns the recipe to start with: `TUNEBOOK_RECIPE`, or what this machine can."""
-    import torch
-
-    online = torch.cuda.is_available() and runtime.hub_reachable()
-    default = "finetome-llama32-1b" if online else "demo"
-    return os.environ.get("TUNEBOOK_RECIPE") or default
+    return {k: v for k, v in RECIPES.get(name, {}).items() if k in NOTES}

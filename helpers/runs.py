@@ -1,108 +1,65 @@
-"""The run folder `runs/<name>/`: the only thing that notebooks hand to each other.
+"""The run folder `runs/<name>/`: the only thing that notebooks hand to each other."""
 
-Nothing here trains or measures anything.
-"""
-
-from __future__ import annotations
-
-from dataclasses import dataclass
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
 from helpers import recipes
 from helpers.config import RunConfig, read_config
-from helpers.errors import MissingInput, TunebookError, nearest
-from helpers.files import read_json, write_json, write_text
-from helpers.runtime import current_run, runs_folder
-
-MADE_BY = {
-    "config.json": "00_setup",
-    "data": "01_data_prep",
-    "sft": "02_sft_qlora",
-    "grpo": "03_grpo_gsm8k",
-    "eval": "04_evaluation",
-    "export": "05_export",
-}
-
-
-class Part(BaseModel, extra="allow"):
-    """A part, with the types of the fields that are read again; others are allowed."""
-
-    device: str = ""
-    fingerprints: dict[str, str] = {}
-    made_from: str = ""
-    inputs: dict[str, str] = {}
-    steps: int = 0
-    seconds: float = 0.0
-    peak_memory_gb: float = 0.0
-    model_print: str = ""
-    accuracy: dict[str, float] | None = None
-    accuracy_new: dict[str, float] | None = None
-    eval_loss: float | None = None
+from helpers.errors import MissingInput, TunebookError
+from helpers.files import read_json, write_json
+from helpers.runtime import current_run, hub_reachable, runs_folder
 
 
 class Report(BaseModel, extra="forbid"):
-    """The whole file."""
-
     run: dict[str, str] = {}
-    environment: Part = Part()
-    data: Part = Part()
-    sft: Part = Part()
-    grpo: Part = Part()
-    eval: dict[str, Part] = {}
+    environment: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    sft: dict[str, Any] = {}
+    grpo: dict[str, Any] = {}
+    eval: dict[str, dict[str, Any]] = {}
     comparisons: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     blind: dict[str, dict[str, Any]] = {}
     export: dict[str, Any] = {}
     notebooks: dict[str, dict[str, float]] = {}
 
 
-def check_report(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Returns the parts of a report, unchanged; refuses those of another schema."""
-    try:
-        Report.model_validate(values, strict=True)
-    except ValidationError as error:
-        lines = [f"{path} does not fit the schema of helpers/runs.py:"]
-        for fault in error.errors():
-            field = ".".join(map(str, fault["loc"]))
-            hint = nearest(field, Report.model_fields)
-            lines.append(f"{field}: {fault['msg']}, found {fault['input']!r:.80}{hint}")
-        raise TunebookError("\n".join(lines)) from None
-    return values
-
-
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A run folder and its config."""
 
     path: Path
     config: RunConfig
 
     def require(self, relative: str) -> Path:
-        """Returns the path of something in the folder; MissingInput names its maker."""
+        """Returns the path of something in the folder, MissingInput without it."""
         path = self.path / relative
-        if path.exists():
-            return path
-        maker = MADE_BY.get(relative.split("/")[0], "00_setup")
-        raise MissingInput(f"{path} is missing: run notebook {maker} with this run")
+        if not path.exists():
+            notebook = path.relative_to(self.path).parts[0]
+            raise MissingInput(f"{path} is missing: run the {notebook} notebook first")
+        return path
+
+    def report(self, **changes: Any) -> dict[str, Any]:
+        """Returns `report.json` with parts changed, empty before the first stage."""
+        path = self.path / "report.json"
+        values = read_json(path) | changes
+        try:
+            Report.model_validate(values, strict=True)
+        except ValidationError as error:
+            raise TunebookError(f"{path} does not fit its schema: {error}") from None
+        return values
 
     def write_part(self, part: str, values: dict[str, Any]) -> None:
-        """Writes one stage's part of `report.json`, leaving the other parts alone."""
-        path = self.path / "report.json"
-        write_json(path, check_report(self.report() | {part: values}, path))
-
-    def report(self) -> dict[str, Any]:
-        """Returns `report.json` as it stands, empty before the first stage."""
-        path = self.path / "report.json"
-        return check_report(read_json(path), path)
+        """Writes one part of `report.json`, leaving the others alone."""
+        write_json(self.path / "report.json", self.report(**{part: values}))
 
 
 def save_run(config: RunConfig) -> Run:
     """Returns the run of a config: written to its folder, and now the current one."""
     run = Run(runs_folder() / config.name, config)
-    write_text(run.path / "config.json", config.model_dump_json(indent=1) + "\n")
-    write_text(runs_folder() / "current", config.name + "\n")
+    write_json(run.path / "config.json", config.model_dump(mode="json"))
+    (runs_folder() / "current").write_text(config.name, encoding="utf-8")
     run.write_part("run", config.model_dump(include={"name", "recipe", "model"}))
     return run
 
@@ -110,10 +67,14 @@ def save_run(config: RunConfig) -> Run:
 def open_run(name: str | None = None) -> Run:
     """Returns a run, by default the current one; a recipe's name makes its run.
 
-    Raises:
-        ConfigError: the run's config is missing or not valid.
+    Without any it is `TUNEBOOK_RECIPE`'s. ConfigError where there is no valid config.
     """
-    name = name or current_run() or recipes.default_name()
+    name = name or current_run() or os.environ.get("TUNEBOOK_RECIPE")
+    if not name:
+        import torch
+
+        online = torch.cuda.is_available() and hub_reachable()
+        name = "finetome-llama32-1b" if online else "demo"
     folder = runs_folder() / name
     if name in recipes.NAMES and not folder.exists():
         return save_run(recipes.load(name))

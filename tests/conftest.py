@@ -36,7 +36,7 @@ for _name in ("HF_DATASETS_CACHE", "TRACKIO_DIR"):
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the variables that steer a run out of the way."""
-    for name in ("RUN", "RECIPE", "DRIVE"):
+    for name in ("RUN", "RECIPE", "DTYPE", "GPU_GB"):
         monkeypatch.delenv(f"TUNEBOOK_{name}", raising=False)
 
 

@@ -16,9 +16,9 @@ from helpers.config import RunConfig, changed, library_fields
 from helpers.errors import ConfigError
 from helpers.runtime import Machine
 
-T4 = Machine("local", "cuda", "Tesla T4", 14.7, (7, 5))
-A100 = Machine("local", "cuda", "NVIDIA A100", 39.4, (8, 0))
-LAPTOP = Machine("local", "cpu", "x86_64, 2 cores", 8.0, None)
+T4 = Machine("cuda", "Tesla T4", 14.7, (7, 5))
+A100 = Machine("cuda", "NVIDIA A100", 39.4, (8, 0))
+LAPTOP = Machine("cpu", "x86_64, 2 cores", 8.0, None)
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ def demo() -> RunConfig:
         ({"sftt__max_steps": 5}, r"^sftt is not a field .* mean 'sft'\?$"),
         *(
             ({"name": name}, "^name: ")
-            for name in ["..", ".", "../other", "a/b", "", "a b", ".hidden"]
+            for name in ["..", "../other", "a/b", "", "a b", ".hidden"]
         ),
         # what a run needs of its data
         ({"data__train": []}, "the sft stage needs data.train"),
@@ -43,6 +43,12 @@ def demo() -> RunConfig:
         ({"data__eval_share": 0.1}, "data.eval or data.eval_share, not both"),
         ({"data__eval": None}, "best_by='eval_loss' needs .*best_by='loss'"),
         ({"data__test": {"path": "a.csv", "weight": 2}}, "^data.test: a weight is of"),
+        (
+            {"data__test": {"path": "a.csv", "rows": 0}},
+            r"^data.test.rows: .*found 0\)$",
+        ),
+        ({"data__train": [5]}, r"^data.train.0: .* instance of Source \(found 5\)$"),
+        ({"few_shot": 0}, "^few_shot is not a field of the config$"),  # no longer
         ({"evaluation__labels": ["yes", "yes "]}, "different labels expected"),
     ],
     ids=str,
@@ -61,9 +67,6 @@ def test_every_fault_has_its_own_line(demo: RunConfig) -> None:
     assert sorted(line[:4] for line in lines) == ["max_", "modl", "seed"]
     with pytest.raises(ConfigError, match="^model: Field required"):
         check_config(demo.model_dump(exclude={"model"}))
-
-
-# files
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)
@@ -93,9 +96,6 @@ def test_a_file_that_holds_no_config_says_why(
         read_config(path)
 
 
-# changes
-
-
 def test_changed_reaches_into_a_group_and_leaves_the_rest_and_the_original(
     demo: RunConfig,
 ) -> None:
@@ -106,22 +106,6 @@ def test_changed_reaches_into_a_group_and_leaves_the_rest_and_the_original(
     expected["sft"] |= {"max_steps": 5, "weight_decay": 0.1}
     expected["data"]["test_rows"] = 7
     assert copy.model_dump() == expected
-
-
-# fields of earlier versions
-
-
-def test_a_retired_field_is_dropped_where_it_changed_nothing_else_refused(
-    demo: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, values in {"few": (0,), "evaluation.secs": None}.items():
-        monkeypatch.setitem(config.RETIRED, name, (values, "write it in your notebook"))
-    assert changed(demo, few=0, evaluation__secs=7) == demo
-    with pytest.raises(ConfigError, match="^few=4 no longer exists: write it in your"):
-        changed(demo, few=4)
-
-
-# the libraries
 
 
 def test_a_stage_is_completed_with_trls_own_defaults(demo: RunConfig) -> None:

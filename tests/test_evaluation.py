@@ -142,7 +142,7 @@ def test_the_models_of_a_run_are_evaluated_in_order(
 ) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(evaluator, "evaluate", lambda *call: calls.append(call[1:]))
-    with pytest.raises(MissingInput, match="02_sft_qlora"):
+    with pytest.raises(MissingInput, match="run the sft notebook first"):
         evaluation.evaluate_run(run)
     assert calls == []
     adapters = {stage: run.path / stage / "adapter" for stage in ("sft", "grpo")}

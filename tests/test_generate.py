@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, set_seed
 
-from helpers import files, runtime
+from helpers import files
 from helpers.data.formats import ask
 from helpers.errors import DataError
 from helpers.inference import chat, generation
@@ -172,10 +172,10 @@ def test_a_chat_remembers_what_was_said_until_a_new_one(
 ) -> None:
     lines = iter(["Hello", "And now?", "/new", "Hello", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    runtime.seed_everything(0)
+    set_seed(0)
     chat.chat(*tiny, "Be brief.", SAMPLED)
     printed = capsys.readouterr().out
-    runtime.seed_everything(0)
+    set_seed(0)
     start = ask("Hello", "Be brief.")
     first = generation.reply(*tiny, start, sampling=SAMPLED)
     second_turn = [{"role": "assistant", "content": first}, *ask("And now?", "")]

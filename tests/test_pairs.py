@@ -65,7 +65,7 @@ def test_models_without_a_question_in_common_are_refused(run):
     write_items(run, "new", item(1, "y"), part="test_chat")
     with pytest.raises(DataError, match="base and new have no set in common"):
         pairwise.read_pairs(run, ("base", "new"))
-    with pytest.raises(MissingInput, match="eval/grpo is missing.*04_evaluation"):
+    with pytest.raises(MissingInput, match="eval/grpo is missing: run the eval noteb"):
         pairwise.read_pairs(run, ("base", "grpo"))
     for item_ in ({**item(1, "y", True), "question": "Another?"}, item(9, "y", True)):
         write_items(run, "sft", item_)

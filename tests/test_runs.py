@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from helpers import files, recipes, runs, runtime
 from helpers.config import changed
-from helpers.errors import ConfigError, MissingInput
+from helpers.errors import ConfigError, MissingInput, TunebookError
 from helpers.runs import Run
+
+PUBLISHED = sorted((runtime.ROOT / "results").glob("demo_*.json"))
 
 
 def files_below(folder: Path) -> list[str]:
@@ -19,28 +24,39 @@ def files_below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in paths)
 
 
+@pytest.mark.parametrize("part", ["data", "sft", "grpo", "eval", "export"])
+def test_require_names_the_notebook_that_makes_what_is_missing(
+    run: Run, part: str
+) -> None:
+    message = f"{run.path}/{part}/a is missing: run the {part} notebook first"
+    with pytest.raises(MissingInput, match=message):
+        run.require(f"{part}/a")
+    assert len([*(runtime.ROOT / "notebooks").glob(f"0*_{part}*.ipynb")]) == 1
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_reports_fit_the_schema(run: Run, path: Path) -> None:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    parts = {k: v for k, v in values.items() if k not in ("command", "conditions")}
+    files.write_json(run.path / "report.json", parts)
+    assert run.report() == parts
+
+
 @pytest.mark.parametrize(
-    ("relative", "notebook"),
+    ("part", "values", "fault"),
     [
-        ("data/train.jsonl", "01_data_prep"),
-        ("sft/adapter", "02_sft_qlora"),
-        ("grpo/adapter", "03_grpo_gsm8k"),
-        ("eval/base/test.jsonl", "04_evaluation"),
-        ("export/merged", "05_export"),
+        ("evals", {}, "evals\n  Extra inputs are not permitted"),
+        ("eval", {"base": 0.5}, "eval.base\n .*0.5"),
+        ("environment", "cpu", "environment\n .*'cpu'"),
     ],
 )
-def test_require_names_the_notebook_that_makes_what_is_missing(
-    run: Run, relative: str, notebook: str
+def test_a_misspelt_part_or_a_wrong_type_is_refused_and_nothing_written(
+    run: Run, part: str, values: Any, fault: str
 ) -> None:
-    with pytest.raises(
-        MissingInput, match=f"{run.path}.* is missing: run notebook {notebook} "
-    ):
-        run.require(relative)
-
-
-def test_every_notebook_that_require_names_exists() -> None:
-    folder = runtime.ROOT / "notebooks"
-    assert {*runs.MADE_BY.values()} <= {path.stem for path in folder.glob("*.ipynb")}
+    before = run.report()
+    with pytest.raises(TunebookError, match=f"(?s)report.json does not fit.*{fault}"):
+        run.write_part(part, values)
+    assert run.report() == before
 
 
 def test_write_part_leaves_the_other_parts_alone(run: Run) -> None:
@@ -67,13 +83,9 @@ def test_a_fingerprint_differs_for_other_values(other: tuple[object, ...]) -> No
     assert files.fingerprint({"a": 1, "b": 2}) == files.fingerprint({"b": 2, "a": 1})
 
 
-def test_a_saved_run_opens_as_it_was_saved(run: Run) -> None:
-    assert runs.open_run("test") == run
-
-
-def test_saving_keeps_the_report_of_what_is_already_done(run: Run) -> None:
+def test_a_saved_run_opens_as_it_was_saved_with_what_is_already_done(run: Run) -> None:
     run.write_part("sft", {"loss": 1.5})
-    runs.save_run(run.config)
+    assert runs.save_run(run.config) == runs.open_run("test") == run
     assert run.report()["sft"] == {"loss": 1.5}
 
 
@@ -87,9 +99,12 @@ def test_a_name_goes_before_the_variable_and_that_before_the_current_run(
     assert runs.open_run("a") == first
 
 
-def test_the_first_use_makes_the_default_recipes_run(
+def test_the_first_use_makes_the_run_of_the_variable_or_without_a_gpu_of_the_demo(
     runs_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runs.open_run().config == recipes.load("demo")
+    shutil.rmtree(runs_home)
     monkeypatch.setenv("TUNEBOOK_RECIPE", "smoke")
     run = runs.open_run()
     assert run == Run(runs_home / "smoke", recipes.load("smoke"))

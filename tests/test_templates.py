@@ -80,7 +80,7 @@ def test_a_config_may_name_a_known_template_or_a_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(templates.runtime, "home", lambda: tmp_path)
+    monkeypatch.setattr(templates.runtime, "HOME", tmp_path)
     (tmp_path / "mein [1] täglich.jinja").write_text("\ufeff{{ 1 }}", encoding="utf-8")
     config = recipes.load("demo").model_dump() | {"template": name}
     assert check_config(config).template == name

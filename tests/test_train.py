@@ -281,7 +281,7 @@ def test_the_trainer_computes_as_model_and_machine_do(
     expected: list[str],
 ) -> None:
     device = "cuda" if capability else "cpu"
-    machine = runtime.Machine("local", device, "a machine", 14.7, capability)
+    machine = runtime.Machine(device, "a machine", 14.7, capability)
     monkeypatch.setattr(runtime, "find_machine", lambda: machine)
     names = ("fp16", "bf16", "use_cpu", "gradient_checkpointing")
     for recompute in (True, False):

@@ -80,7 +80,7 @@ def find_path(path: str) -> Path | None:
     if local or (HUB_NAME.fullmatch(path) and not path.lower().endswith(SUFFIXES)):
         return local
     hint = "; data_samples/ is in the repository alone" if runtime.INSTALLED else ""
-    places = " and ".join(dict.fromkeys(map(str, (Path.cwd(), runtime.home()))))
+    places = " and ".join(dict.fromkeys(map(str, (Path.cwd(), runtime.HOME))))
     raise MissingInput(
         f"no file {path} (looked in {places}); give a path, or a name on the hub like "
         f"owner/name[/config][:split]{hint}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from transformers import set_seed
 
 from helpers import runtime
 from helpers.data.formats import Messages, Row, ask
@@ -37,7 +38,7 @@ def load_answering(run: Run, adapter: Path | str | None, max_length: int) -> Ans
     size = config.evaluation.batch_size
 
     def answer(path: Path, prompts: list[Messages], sampling: Row) -> list[str]:
-        runtime.seed_everything(config.seed)
+        set_seed(config.seed)
         settings = fingerprint(model_print(config, adapter), sampling)
         generate = partial(
             generate_batches, *loaded, batch_size=size, sampling=sampling

@@ -56,7 +56,7 @@ def template_text(template: str) -> str | None:
         return file.read_text(encoding="utf-8-sig")
     raise TemplateError(
         f"template={template!r} is neither {', '.join(['own', *TEMPLATES])} nor a "
-        f"file (looked in {Path.cwd()} and {runtime.home()})"
+        f"file (looked in {Path.cwd()} and {runtime.HOME})"
     )
 
 

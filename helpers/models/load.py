@@ -94,7 +94,7 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    arithmetic, _ = runtime.choose_dtype(runtime.prepare_device(), dtype)
+    arithmetic, _ = runtime.choose_dtype(runtime.find_machine(), dtype)
     arguments: dict[str, Any] = {"dtype": arithmetic}
     if fields := quantization(weights, arithmetic, double_quant):
         arguments["quantization_config"] = BitsAndBytesConfig(**fields)
