@@ -26,10 +26,10 @@ MODEL = "model --adapter --system --max-new-tokens --temperature"
 COMMANDS = {
     "train": ("stages:train", "config --small"),
     "generate": (
-        "inference.chat:generate_command",
+        "inference.items:generate_command",
         f"{MODEL} --file --out --batch-size",
     ),
-    "chat": ("inference.chat:generate_command", MODEL),
+    "chat": ("inference.items:generate_command", MODEL),
     "evaluate": ("evaluation.evaluator:evaluate_run", "run --models"),
     "mt-bench": ("llm_judge.mt_bench:run_mt_bench", f"{BENCH} --data"),
     "alpaca-eval": (

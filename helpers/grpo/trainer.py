@@ -12,7 +12,7 @@ from helpers.errors import ConfigError
 from helpers.files import read_rows, write_json
 from helpers.grpo import monitor, rewards
 from helpers.grpo.answers import parse_gold
-from helpers.inference.generation import Answering, generate, inference
+from helpers.inference.generation import generate, inference
 from helpers.masking.templates import render
 from helpers.rollout.sampler import Sampler, choose_sampler
 from helpers.runs import Run
@@ -142,7 +142,7 @@ class GreedyEvaluation(Base):
         if self.model.device.type != "cpu" or self.rollout_func:  # as many as in a step
             size = args.per_device_train_batch_size * args.steps_per_generation
             options["batch_size"] = size
-        answer: Answering = partial(generate, self.model)
+        answer: Any = partial(generate, self.model)
         if isinstance(self.rollout_func, Sampler):
             answer = self.rollout_func.generate
         texts = [a.text for a in answer(tokenizer, columns["prompt"], **options)]
