@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from helpers.data.formats import Messages, ask
-from helpers.masking.templates import render, stop_token_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel as Model
-    from transformers import PreTrainedTokenizerBase as Tokenizer
+from helpers.masking.templates import Tokenizer, render, stop_token_ids
 
 Prompt = Messages | str
 CPU_ROWS, MOST_ROWS = 32, 256  # long batches wait for their longest answer
@@ -25,7 +21,7 @@ class Answer(NamedTuple):
 
 
 @contextmanager
-def inference(model: Model) -> Iterator[None]:
+def inference(model: Any) -> Iterator[None]:
     """Puts a model into inference mode, and back into training if it was there."""
     import torch
 
@@ -40,7 +36,7 @@ def inference(model: Model) -> Iterator[None]:
 
 
 def generate(
-    model: Model, tokenizer: Tokenizer, prompts: Sequence[Prompt], **options: Any
+    model: Any, tokenizer: Tokenizer, prompts: Sequence[Prompt], **options: Any
 ) -> list[Answer]:
     """Returns one answer a prompt, in the prompts' order.
 
@@ -50,14 +46,13 @@ def generate(
         options: `max_new_tokens`; `batch_size`, by default what fits; `sampling`,
             fields of transformers' `GenerationConfig`, greedy without them.
     """
-    answers: dict[int, Answer] = {}
-    for batch in generate_batches(model, tokenizer, prompts, **options):
-        answers |= batch
+    batches = generate_batches(model, tokenizer, prompts, **options)
+    answers = {index: answer for batch in batches for index, answer in batch.items()}
     return [answers[index] for index in range(len(prompts))]
 
 
 def generate_batches(
-    model: Model,
+    model: Any,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,
@@ -66,31 +61,23 @@ def generate_batches(
     sampling: dict[str, Any] | None = None,
     streamer: Any = None,
 ) -> Iterator[dict[int, Answer]]:
-    """Yields the answers of one batch after another, by their prompts' indices.
-
-    The longest prompts come first; a batch too large for the GPU's memory is halved.
-    """
+    """Yields each batch's answers by their prompts' indices, longest prompts first."""
     import torch
 
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     stops, drawing = stop_token_ids(tokenizer), dict(sampling or {})
     max_new_tokens = drawing.pop("max_new_tokens", max_new_tokens)
-    options: dict[str, Any] = {"do_sample": True, **drawing}
-    if not drawing:  # greedy, whatever the model's own settings are
-        options = {
-            "do_sample": False,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
-        }
+    # greedy, whatever the model's own settings are
+    greedy = {"do_sample": False} | dict.fromkeys(["temperature", "top_p", "top_k"])
+    options: dict[str, Any] = {"do_sample": True, **drawing} if drawing else greedy
     options |= {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
     options |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
     while order:
         longest = len(encoded[order[0]]) + max_new_tokens
         size = batch_size or fitting_rows(model.config, longest, model.device.type)
         batch = order[:size]
-        rows = [{"input_ids": encoded[i]} for i in batch]
+        rows = {"input_ids": [encoded[i] for i in batch]}
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
         try:
             with inference(model):
@@ -99,12 +86,11 @@ def generate_batches(
             if len(batch) == 1:
                 raise
             batch_size = len(batch) // 2
-            torch.cuda.empty_cache()
             continue
         order = order[size:]
-        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-        cut = [cut_answer(tokenizer, ids, stops) for ids in answers]
-        yield dict(zip(batch, cut, strict=True))
+        outputs = output[:, inputs["input_ids"].shape[1] :].tolist()
+        answers = [cut_answer(tokenizer, ids, stops) for ids in outputs]
+        yield dict(zip(batch, answers, strict=True))
 
 
 def fitting_rows(config: Any, tokens: int, device: str) -> int:
@@ -121,12 +107,11 @@ def fitting_rows(config: Any, tokens: int, device: str) -> int:
 
 def encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Returns the ids of a conversation as its template prints it, or of a text."""
-    special = False
-    if isinstance(prompt, str):
-        special = not (tokenizer.bos_token and prompt.startswith(tokenizer.bos_token))
-    else:
-        prompt = render(tokenizer, prompt, for_generation=True)
-    return tokenizer(prompt, add_special_tokens=special)["input_ids"]
+    if not isinstance(prompt, str):
+        text = render(tokenizer, prompt, for_generation=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    begun = prompt.startswith(tokenizer.bos_token or "\0")
+    return tokenizer(prompt, add_special_tokens=not begun)["input_ids"]
 
 
 def cut_answer(tokenizer: Tokenizer, ids: list[int], stops: list[int]) -> Answer:
@@ -137,7 +122,7 @@ def cut_answer(tokenizer: Tokenizer, ids: list[int], stops: list[int]) -> Answer
 
 
 def reply(
-    model: Model,
+    model: Any,
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
@@ -153,9 +138,9 @@ def reply(
         system_prompt: a system turn before a message.
         stream: print the words as they come.
     """
-    from transformers import TextStreamer
-
     if stream:
+        from transformers import TextStreamer
+
         options["streamer"] = TextStreamer(tokenizer, True, skip_special_tokens=True)
     if isinstance(prompt, str):
         prompt = ask(prompt, system_prompt)

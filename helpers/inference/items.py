@@ -1,6 +1,4 @@
-"""Answers of a run's models or any other: to rows of a set, to a file of prompts, in a
-chat. Rows are answered again only if what decides their answers has changed.
-"""
+"""Answers of a run's models or any other: to rows of a set or file, or in a chat."""
 
 from __future__ import annotations
 
@@ -25,7 +23,9 @@ from helpers.models import load as models
 from helpers.runs import Run, open_run, runs_folder
 
 log = logging.getLogger(__name__)
-# the fields of an item besides its verdicts
+Generate = Callable[[list[Prompt]], Iterator[dict[int, Answer]]]
+Judge = Callable[[str, Row], Row]
+# of an item, besides its verdicts
 FIELDS = ("id", "prompt", "output", "tokens", "stopped", "seconds", "made_from")
 
 
@@ -52,21 +52,15 @@ def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | 
 
 
 def answer_rows(
-    path: Path,
-    rows: list[Row],
-    settings: str,
-    generate: Callable[[list[Prompt]], Iterator[dict[int, Answer]]],
-    judge: Callable[[str, Row], Row],
+    path: Path, rows: list[Row], settings: str, generate: Generate, judge: Judge
 ) -> list[Row]:
-    """Returns one item a row, in the order of the rows, and writes them to a file.
+    """Returns one item a row, and writes them; till all are, to `<name>.part.jsonl`.
 
-    Until all are answered the file is `<name>.part.jsonl`, rewritten with every batch.
-    `settings` is a fingerprint of all but the prompt that decides an answer; verdicts
-    are always computed anew.
+    `settings` is a fingerprint of all but the prompt that decides an answer: only what
+    has changed is answered again. Verdicts are always computed anew.
     """
     part = path.with_suffix(".part.jsonl")
-    files = [file for file in (path, part) if file.exists()]
-    texts = [file.read_text("utf-8", errors="replace") for file in files]
+    texts = [f.read_text("utf-8", errors="replace") for f in (path, part) if f.exists()]
     former: dict[str, Row] = {}
     for line in "\n".join(texts).split("\n"):
         with suppress(json.JSONDecodeError, KeyError, TypeError):  # torn, or no item
@@ -115,55 +109,39 @@ def generate_command(
         adapter = adapter or labels[-1]
         if adapter in ("sft", "grpo"):
             adapter = str(find_adapters(run, [adapter])[adapter])
-        model, loading, sampling = (
-            config.model,
-            models.options(config),
-            config.inference,
-        )
+        model, loading = config.model, models.options(config)
+        sampling = config.inference
         system = config.system_prompt if system is None else system
     loading["adapter"] = None if adapter == "none" else adapter
     changes = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     sampling = sampling | {k: v for k, v in changes.items() if v is not None}
     if temperature == 0:  # greedy
         sampling = {k: v for k, v in sampling.items() if k == "max_new_tokens"}
-    # read before minutes of loading
-    rows = read_prompts(file, system or "") if file else []
-    loaded = models.load_model(model, **loading)
-    if out is None:
-        return chat(*loaded, system or "", sampling)
-    hashes = [content_hash(model), content_hash(adapter)]
-    settings = fingerprint(hashes, loading, sampling)
-    limits: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size}
-    generate = partial(generate_batches, *loaded, **limits)
-    answer_rows(out, rows, settings, generate, lambda text, row: {})
-    return log.info("%d answers in %s", len(rows), out)
-
-
-def read_prompts(path: Path, system_prompt: str) -> list[Row]:
-    """Returns `{"id", "prompt"}` rows, the prompt being a conversation."""
-    rows, fields = [], Fields()
-    for number, row in open_rows(str(path)):
+    rows, fields = [], Fields()  # read before minutes of loading
+    for number, row in open_rows(str(file)) if file else []:
         try:
-            if isinstance(row, DataError):
-                raise row
-            prompt = read_prompt(row, system_prompt, fields)
+            prompt = read_prompt(row, system or "", fields)
         except DataError as error:
-            raise DataError(f"{path}, row {number} is not a prompt: {error}") from None
+            raise DataError(f"{file}, row {number} is not a prompt: {error}") from None
         key = row.get("id", number) if isinstance(row, dict) else number
         rows.append({"id": key, "prompt": prompt})
-    fields.report(str(path))
-    return rows
-
-
-def chat(model: Any, tokenizer: Any, system: str, sampling: dict[str, Any]) -> None:
-    """Answers what is typed, printing words as they come, until /quit or the end."""
-    print("/new starts a new conversation, /quit ends.")  # noqa: T201
-    turns: Messages = []
-    with suppress(EOFError):
-        while (message := input("> ").strip()) != "/quit":
-            if message == "/new":
-                turns = []
-            elif message:
-                turns = [*turns, *ask(message, "" if turns else system)]
-                text = reply(model, tokenizer, turns, stream=True, sampling=sampling)
-                turns.append({"role": "assistant", "content": text})
+    fields.report(str(file))
+    loaded = models.load_model(model, **loading)
+    if out is None:
+        print("/new starts a new conversation, /quit ends.")  # noqa: T201
+        turns: Messages = []
+        with suppress(EOFError):
+            while (message := input("> ").strip()) != "/quit":
+                if message == "/new":
+                    turns = []
+                elif message:
+                    turns = [*turns, *ask(message, "" if turns else system or "")]
+                    text = reply(*loaded, turns, stream=True, sampling=sampling)
+                    turns.append({"role": "assistant", "content": text})
+        return
+    hashes = [content_hash(model), content_hash(adapter)]
+    settings = fingerprint(hashes, loading, sampling)
+    options: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size}
+    generate = partial(generate_batches, *loaded, **options)
+    answer_rows(out, rows, settings, generate, lambda text, row: {})
+    log.info("%d answers in %s", len(rows), out)

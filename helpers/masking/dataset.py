@@ -1,12 +1,8 @@
-"""Token ids and labels of conversations, guarded row by row, and shown to a human.
-
-Labels are stored with the tokens, so packing and any collator keep them.
-"""
+"""Token ids and labels of conversations, guarded row by row, and shown to a human."""
 
 from __future__ import annotations
 
 import html
-import logging
 import re
 from bisect import bisect_left
 from collections import Counter
@@ -14,26 +10,20 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from helpers.data.formats import Messages
 from helpers.errors import DataError, TemplateError
-from helpers.masking.templates import LossOn, Text, answer_marks, find_spans
+from helpers.masking.templates import LossOn, Text, Tokenizer, answer_marks, find_spans
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase as Tokenizer
-
-log = logging.getLogger(__name__)
 NO_LOSS = -100
 BATCH = 512  # conversations in memory at a time
 Example = dict[str, list[int]]
 
 
 class Masked(NamedTuple):
-    """Tokenised rows, and what was left out."""
-
-    rows: Dataset  # `input_ids` and `labels` each, both (seq,); -100 = no loss
+    rows: Any  # a Dataset of `input_ids` and `labels`, both (seq,); -100 = no loss
+    dropped: str  # how many conversations, and why; empty if none
     ends: list[int]  # tokens of each conversation up to its last learnt one, uncut
     counts: dict[str, Any]  # the figures of labels.json
 
@@ -48,9 +38,8 @@ def mask_conversation(
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
-        messages: the turns; those of `"weight": 0` are not learnt.
-        loss_on: `assistant` supervises every answer and its end-of-turn token, `last`
-            only the last answer, `all` every token.
+        messages: the turns; answers of `"weight": 0` are not learnt.
+        loss_on: `assistant` (answers and their end-of-turn tokens), `last`, or `all`.
         max_length: tokens past it are cut off.
 
     Raises:
@@ -93,7 +82,7 @@ def mask_conversations(
     file: Path | None = None,
     drop: bool = False,
 ) -> Masked:
-    """Returns the tokenised rows; logs how many conversations were dropped, and why.
+    """Returns the tokenised rows, with what was dropped and cut.
 
     Args:
         tokenizer, loss_on, max_length: see `mask_conversation`.
@@ -102,8 +91,7 @@ def mask_conversations(
         drop: leave out conversations that `mask_conversation` refuses.
 
     Raises:
-        DataError: no row has a supervised token, or the labels of one break a guard.
-        TemplateError: see `mask_conversation`.
+        DataError, TemplateError: no row has an answer, or one breaks a guard.
     """
     import pyarrow as pa
     from datasets import Dataset
@@ -113,11 +101,9 @@ def mask_conversations(
     closing = answer_marks(tokenizer)[1]
     # where a question comes last, the answer before it may end in another token
     stops = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
-    if loss_on == "all":
-        stops.clear()
-    dropped: dict[int, str] = {}
+    stops = set() if loss_on == "all" else stops
+    dropped, counts = dict[int, str](), Counter[str]()
     ends: list[int] = []
-    counts = Counter[str]()
 
     def render_all() -> Iterator[Text]:
         for number, messages in enumerate(conversations, 1):
@@ -140,8 +126,7 @@ def mask_conversations(
             examples = []
             for row in encoding.result():
                 number = len(ends) + 1
-                end = check_row(tokenizer, row, number, stops)
-                ends.append(end)
+                ends.append(check_row(tokenizer, row, number, stops))
                 cut = {name: values[:max_length] for name, values in row.items()}
                 size = len(cut["labels"])
                 if learnt := size - cut["labels"].count(NO_LOSS):
@@ -149,27 +134,20 @@ def mask_conversations(
                     counts.update(tokens=size, learnt=learnt)
                     counts["truncated"] += size < len(row["labels"])
                 else:
-                    why = "no answer within max_length" if end else "no answer to learn"
-                    dropped.setdefault(number, why)
+                    where = "within max_length" if ends[-1] else "to learn"
+                    dropped.setdefault(number, f"no answer {where}")
             writer.write_batch(pa.RecordBatch.from_pylist(examples, schema))
-    if file:
-        rows = Dataset.from_file(str(file))
-    else:
-        rows = Dataset.from_buffer(sink.getvalue())
+    buffer = None if file else sink.getvalue()
+    rows = Dataset.from_file(str(file)) if file else Dataset.from_buffer(buffer)
     numbers = sorted(dropped)
-    summary = f"{len(dropped)} of {len(ends)} conversations are left out"
-    for number in numbers[:3]:
-        summary += f"; row {number}: {dropped[number]}"
+    reasons = "; ".join(f"row {n}: {dropped[n]}" for n in numbers[:3])
+    summary = f"{len(numbers)} of {len(ends)} conversations are left out: {reasons}"
     if not len(rows):
         raise DataError(f"no token to learn from within {max_length=}: {summary}")
-    if dropped:
-        log.info(summary)
     share = counts["learnt"] / counts["tokens"]
-    if loss_on != "all" and not 0.01 <= share <= 0.99:
-        raise DataError(f"{share:.1%} of the tokens carry loss, not 1 % to 99 %")
-    figures = {"rows": len(rows), "dropped": len(dropped), "dropped_rows": numbers[:20]}
+    figures = {"rows": len(rows), "dropped": len(numbers), "dropped_rows": numbers[:20]}
     figures |= {"truncated": counts["truncated"], "supervised_fraction": share}
-    return Masked(rows, ends, figures)
+    return Masked(rows, summary if dropped else "", ends, figures)
 
 
 def check_row(tokenizer: Tokenizer, row: Example, number: int, stops: set[int]) -> int:
@@ -190,14 +168,13 @@ class Shown(str):
     """A row with its learnt tokens in brackets, which a notebook underlines."""
 
     def _repr_html_(self) -> str:
-        page = html.escape(self).replace("⟦", '<u style="background:#2e7d3255">')
-        return f'<pre style="white-space:pre-wrap">{page.replace("⟧", "</u>")}</pre>'
+        page = html.escape(self).replace("⟦", "<u>").replace("⟧", "</u>")
+        return f'<pre style="white-space:pre-wrap">{page}</pre>'
 
 
 def show(tokenizer: Tokenizer, row: Example) -> Shown:
     """Returns a view of a row in which the learnt tokens stand out."""
-    text = ""
-    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    text, pairs = "", zip(row["input_ids"], row["labels"], strict=True)
     for learnt, run in groupby(pairs, lambda pair: pair[1] != NO_LOSS):
         piece = tokenizer.decode([token for token, _ in run])
         text += f"⟦{piece}⟧" if learnt else piece

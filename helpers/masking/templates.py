@@ -1,6 +1,4 @@
-"""Chat templates: a conversation's text, and its answers in it, found without markers:
-an answer begins where the prompt ends that inference renders for the turns before it.
-"""
+"""Chat templates: a conversation's text, and where its answers are, without markers."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ import logging
 import os.path
 import re
 from datetime import date
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from helpers import runtime
 from helpers.data.formats import Messages
@@ -17,23 +15,25 @@ from helpers.errors import TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = Any  # transformers takes seconds to import
 
 log = logging.getLogger(__name__)
 LossOn = Literal["all", "assistant", "last"]
 Text = tuple[str, list[tuple[int, int]]]  # of a conversation, and the spans to learn
-LOST = "the template moves or leaves out text of this answer"
-REMEDY = "train on the last turn (loss_on='last') or choose another template"
+LAST = "choose another template, or loss_on='last'"
+LOST = f"the template moves or leaves out text of this answer; {LAST}"
+OTHER = f"inference renders is not how the text begins; {LAST}"
 # Llama-3.x templates print today's date; a fixed one keeps tokens the same tomorrow.
-FIXED_DATE, FIXED_DAY = "26 Jul 2024", date(2024, 7, 26)
+FIXED = {"date_string": "26 Jul 2024", "strftime_now": date(2024, 7, 26).strftime}
 # from a plane for private use: neither data nor templates have it
 MARK = "\U000f0000"
 
 TEMPLATES = {
     "instruction": (  # for base models that ship none
         "{% for m in messages %}"
-        "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
-        "{% elif m['role'] == 'user' %}"
-        "{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
+        "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}{% elif m['role'] == "
+        "'user' %}{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
         "{% else %}{{ '### Response:\n' + m['content'] + eos_token }}"
         "{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
@@ -42,11 +42,9 @@ TEMPLATES = {
         "{% set ns = namespace(system='') %}{% for m in messages %}"
         "{% if m['role'] == 'system' %}"
         "{% set ns.system = '<<SYS>>\n' + m['content'] | trim + '\n<</SYS>>\n\n' %}"
-        "{% elif m['role'] == 'user' %}{{ bos_token }}"
-        "{{ '[INST] ' + ns.system + m['content'] | trim + ' [/INST]' }}"
-        "{% set ns.system = '' %}"
-        "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}"
-        "{% endfor %}"
+        "{% elif m['role'] == 'user' %}{{ bos_token }}{{ '[INST] ' + ns.system + "
+        "m['content'] | trim + ' [/INST]' }}{% set ns.system = '' %}{% else %}"
+        "{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
     ),
 }
 
@@ -57,8 +55,7 @@ def template_text(template: str) -> str | None:
         return TEMPLATES.get(template)
     file = runtime.find_local(template)
     if file is None or not file.is_file():
-        names = ", ".join(["own", *TEMPLATES])
-        raise TemplateError(f"{template=} is neither {names} nor a file")
+        raise TemplateError(f"{template=} is not own, {', '.join(TEMPLATES)} or a file")
     return file.read_text(encoding="utf-8-sig")
 
 
@@ -73,16 +70,12 @@ def render(
         for_generation: end with the header of the assistant's next turn.
 
     Raises:
-        TemplateError: the template refuses the conversation.
+        TemplateError: the template refuses it.
     """
+    plain = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
+    options = {"tokenize": False, "add_generation_prompt": for_generation, **FIXED}
     try:
-        text = tokenizer.apply_chat_template(
-            [{k: v for k, v in m.items() if k != "weight"} for m in messages],
-            tokenize=False,
-            add_generation_prompt=for_generation,
-            date_string=FIXED_DATE,
-            strftime_now=FIXED_DAY.strftime,
-        )
+        text = tokenizer.apply_chat_template(plain, **options)
     except Exception as error:  # whatever Python raises on the template's expressions
         roles = " ".join(m["role"] for m in messages)
         raise TemplateError(f"the template refuses {roles}: {error}") from error
@@ -118,13 +111,12 @@ def prepare_tokenizer(
     elif pad_token is not None:
         raise TemplateError(f"{pad_token=} is not in the vocabulary; null will do")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        texts = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template)
-        written, unk = " ".join(map(str, texts)), tokenizer.unk_token
+        written = f"{tokenizer.bos_token}{tokenizer.eos_token}{tokenizer.chat_template}"
         added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
         unused = [token for token in added if token not in written]
         if not unused:
             raise TemplateError("no special token but EOS can pad: add one")
-        names = ("pad", str(unk), "reserved", "")
+        names = ("pad", str(tokenizer.unk_token), "reserved", "")
         tokenizer.pad_token = next(t for n in names for t in unused if n in t)
 
 
@@ -148,28 +140,20 @@ def stop_token_ids(tokenizer: Tokenizer) -> list[int]:
 def find_spans(
     tokenizer: Tokenizer, messages: Messages, loss_on: LossOn, closing: str
 ) -> Text:
-    """Returns the training text of a conversation and the character spans to learn.
-
-    Up to each learnt answer the text is the prompt that inference renders. Where the
-    whole conversation is rendered otherwise, the text is that prompt and the last
-    answer; an earlier answer is refused. `closing`: see `answer_marks`.
-    """
-    text, spans = render(tokenizer, messages), []
-    answers = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
-    learnt = [n for n in answers if messages[n].get("weight") != 0]
-    if loss_on == "all" and any(m.get("weight") == 0 for m in messages):
+    """Returns the training text of a conversation and the character spans to learn."""
+    text = render(tokenizer, messages)
+    spans: list[tuple[int, int]] = []
+    turns = [(m["role"], m.get("weight") != 0) for m in messages]
+    learnt = [n for n, turn in enumerate(turns) if turn == ("assistant", True)]
+    if loss_on == "all" and not all(weight for _, weight in turns):
         raise TemplateError("loss_on='all' would learn a turn of weight 0")
     for number in learnt[-1:] if loss_on == "last" else learnt:
-        if number == 0:
-            raise TemplateError("turn 1 is an answer: there is no prompt before it")
         prompt = render(tokenizer, messages[:number], for_generation=True)
         if not text.startswith(prompt):
             earlier = text[: spans[-1][1]] if spans else ""
             follows = loss_on == "all" and messages[number + 1 :]
             if number != learnt[-1] or follows or not prompt.startswith(earlier):
-                at = len(os.path.commonprefix([prompt, text]))
-                other = f"{prompt[at:][:40]!r}, not {text[at:][:40]!r}"
-                raise TemplateError(f"turn {number + 1} follows {other}; {REMEDY}")
+                raise TemplateError(f"turn {number + 1}: the prompt that {OTHER}")
             messages = messages[: number + 1]
             text = put_behind(tokenizer, messages, prompt)
         content, start = messages[number]["content"], len(prompt)
@@ -178,17 +162,9 @@ def find_spans(
         if not (closing and text.startswith(plain, start)):
             end = find_end(tokenizer, messages, number, text, closing)
         if not holds(text[start:end], content):
-            raise TemplateError(f"turn {number + 1}: {LOST}; {REMEDY}")
+            raise TemplateError(f"turn {number + 1}: {LOST}")
         spans.append((start, end))
     return text, [(0, len(text))] if loss_on == "all" else spans
-
-
-def around(tokenizer: Tokenizer, messages: Messages, number: int) -> tuple[str, str]:
-    """Returns what a template writes before and after the content of a turn."""
-    turn = {**messages[number], "content": MARK}
-    text = render(tokenizer, [*messages[:number], turn, *messages[number + 1 :]])
-    before, _, after = text.partition(MARK)
-    return before, after
 
 
 def put_behind(tokenizer: Tokenizer, messages: Messages, prompt: str) -> str:
@@ -196,10 +172,10 @@ def put_behind(tokenizer: Tokenizer, messages: Messages, prompt: str) -> str:
     text = render(tokenizer, messages)
     if text.startswith(prompt):
         return text
-    before, after = around(tokenizer, messages, len(messages) - 1)
+    before, _, after = mark(tokenizer, messages, len(messages) - 1).partition(MARK)
     body = text[len(before) : len(text) - len(after)]
     if before + body + after != text or not holds(body, messages[-1]["content"]):
-        raise TemplateError(f"turn {len(messages)}: {LOST}; choose another template")
+        raise TemplateError(f"turn {len(messages)}: {LOST}")
     at = len(os.path.commonprefix([prompt, before]))
     header = before[at:]
     if more := prompt[at:].strip():
@@ -215,26 +191,27 @@ def find_end(
     """Returns the end of a turn in a text, after the tokens that end it."""
     if number + 1 == len(messages):
         return len(text.rstrip())
-    _, after = around(tokenizer, messages, number)
+    after = mark(tokenizer, messages, number).partition(MARK)[2]
     if not text.endswith(after):
-        raise TemplateError(f"turn {number + 1}: its end cannot be found; {REMEDY}")
-    rest = after.lstrip()
+        raise TemplateError(f"turn {number + 1}: {LOST}")
     # an earlier answer may be ended otherwise than the last one
     tokens = [closing, *map(str, tokenizer.added_tokens_decoder.values())]
-    longest = max((len(t) for t in tokens if rest.startswith(t)), default=0)
-    return len(text) - (len(rest) - longest if closing and longest else len(after))
+    ends = [t for t in tokens if closing and after.lstrip().startswith(t)]
+    rest = after.lstrip().removeprefix(max(ends, key=len)) if ends else after
+    return len(text) - len(rest)
+
+
+def mark(tokenizer: Tokenizer, messages: Messages, number: int) -> str:
+    """Returns the text of a conversation with MARK as the content of a turn."""
+    turn = {**messages[number], "content": MARK}
+    return render(tokenizer, [*messages[:number], turn, *messages[number + 1 :]])
 
 
 def holds(text: str, content: str) -> bool:
-    """Returns whether a text has all of a content but white space, in its order.
-
-    Templates write the tags of thoughts otherwise, and some a content as JSON.
-    """
+    """Returns whether a text has all of a content but white space and tags."""
     if content.strip() in text:
         return True
-    flat = "".join(text.split())
-    for form in (content, json.dumps(content, ensure_ascii=False)[1:-1]):
-        pieces = ("".join(piece.split()) for piece in re.split(r"<[^<>\s]+>", form))
-        if re.search(".*?".join(map(re.escape, pieces)), flat):
-            return True
-    return False
+    as_json = json.dumps(content, ensure_ascii=False)[1:-1]
+    pieces = re.split(r"<[^<>\s]+>", as_json if as_json in text else content)
+    pattern = ".*?".join(re.escape("".join(piece.split())) for piece in pieces)
+    return re.search(pattern, "".join(text.split())) is not None
