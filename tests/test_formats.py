@@ -13,7 +13,7 @@ from helpers.data.formats import LEARNT, Fields, ask, detect_format
 from helpers.data.reading import Reader, to_conversations
 from helpers.data.sources import load_rows
 from helpers.errors import DataError
-from helpers.masking.templates import INSTRUCTION_TEMPLATE, render
+from helpers.masking.templates import TEMPLATES, render
 from tests.rows import ROWS, messages_row, pair, problem, turns
 
 HI = turns("Hi", "Hi.")
@@ -300,7 +300,7 @@ def test_chatml_and_dolly_rows_come_out_of_their_templates_as_they_went_in(
     texts = [render(tokenizer, messages) for messages in to_conversations(rows)[0]]
     assert texts == [row["text"] for row in rows]
     special = {"bos_token": "<s>", "eos_token": "</s>"}
-    special["chat_template"] = INSTRUCTION_TEMPLATE
+    special["chat_template"] = TEMPLATES["instruction"]
     instruct = make_tokenizer(("<s>", "</s>"), **special)
     blocks = r"### Instruction:\n(.*?)\n\n(?:### Context:\n(.*?)\n\n)?"
     blocks += r"### Response:\n(.*)</s>"

@@ -18,7 +18,7 @@ from helpers import files
 from helpers.data import preparation as data
 from helpers.evaluation.evaluator import evaluate
 from helpers.inference.generation import Answer
-from helpers.inference.items import answer_rows, read_items
+from helpers.inference.items import answer_rows
 from helpers.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers.masking.dataset import mask_conversations
-from helpers.masking.spans import NO_LOSS
+from helpers.masking.dataset import NO_LOSS, mask_conversations
 from tests.rows import turns
 
 LENGTH = 160

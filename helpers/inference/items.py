@@ -25,7 +25,6 @@ from helpers.runs import Run, open_run, runs_folder
 log = logging.getLogger(__name__)
 Generate = Callable[[list[Prompt]], Iterator[dict[int, Answer]]]
 Judge = Callable[[str, Row], Row]
-# of an item, besides its verdicts
 FIELDS = ("id", "prompt", "output", "tokens", "stopped", "seconds", "made_from")
 
 
@@ -66,9 +65,8 @@ def answer_rows(
         with suppress(json.JSONDecodeError, KeyError, TypeError):  # torn, or no item
             item = json.loads(line)
             former[item["made_from"]] = item
-    keys = [fingerprint(settings, row["id"], row["prompt"]) for row in rows]
-    items = {key: former[key] for key in keys if key in former}
-    pairs = list(zip(keys, rows, strict=True))
+    pairs = [(fingerprint(settings, r["id"], r["prompt"]), r) for r in rows]
+    items = {key: former[key] for key, _ in pairs if key in former}
     missing = [(key, row) for key, row in pairs if key not in items]
     started = time.perf_counter()
     for batch in generate([row["prompt"] for _, row in missing]):
@@ -139,8 +137,7 @@ def generate_command(
                     text = reply(*loaded, turns, stream=True, sampling=sampling)
                     turns.append({"role": "assistant", "content": text})
         return
-    hashes = [content_hash(model), content_hash(adapter)]
-    settings = fingerprint(hashes, loading, sampling)
+    settings = fingerprint(*map(content_hash, (model, adapter)), loading, sampling)
     options: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size}
     generate = partial(generate_batches, *loaded, **options)
     answer_rows(out, rows, settings, generate, lambda text, row: {})

@@ -77,7 +77,7 @@ def render(
     try:
         text = tokenizer.apply_chat_template(plain, **options)
     except Exception as error:  # whatever Python raises on the template's expressions
-        roles = " ".join(m["role"] for m in messages)
+        roles = " ".join(["a conversation of", *(m["role"] for m in messages)])
         raise TemplateError(f"the template refuses {roles}: {error}") from error
     bos = tokenizer.bos_token or ""
     if text.startswith(bos) or tokenizer("").input_ids[:1] != [tokenizer.bos_token_id]:
@@ -181,7 +181,9 @@ def put_behind(tokenizer: Tokenizer, messages: Messages, prompt: str) -> str:
     if more := prompt[at:].strip():
         if not header.strip() and body.lstrip().startswith(more):
             body = body.lstrip()[len(more) :].lstrip()  # the prompt has it already
-        header = ""
+        opening = answer_marks(tokenizer)[0]
+        known = header.strip() and opening.strip() and prompt.endswith(opening)
+        header = before.rpartition(opening)[2] if known and opening in before else ""
     return prompt + header + body + after
 
 
