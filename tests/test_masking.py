@@ -160,7 +160,11 @@ def test_conversations_put_together_at_random_are_masked_like_the_oracle(
         (NO_THOUGHT, turns("Hi", "<think>\n\n</think>Yo."), "Yo.<|im_end|>"),
         (IN_LAST_QUESTION, turns("Hi", "Yo.", system="S"), " Yo.<|im_end|>"),
         (FLAGGED, turns("Hi", "A.", system="S /quiet"), "A.<|im_end|>"),
-        (TEMPLATES["llama-2"], turns("Hi", "A ", "T", "B"), " A <|im_end|> B <|im_end|>"),
+        (
+            TEMPLATES["llama-2"],
+            turns("Hi", "A ", "T", "B"),
+            " A <|im_end|> B <|im_end|>",
+        ),
     ],
 )
 def test_the_learnt_text_follows_the_prompt_that_inference_renders(

@@ -71,9 +71,7 @@ def test_a_conversation_that_a_template_refuses_is_named_with_the_reason(
         render(tokenizer, BRIEF)
 
 
-@pytest.mark.parametrize(
-    "name", ["own", *TEMPLATES, "mein [1] täglich.jinja"]
-)
+@pytest.mark.parametrize("name", ["own", *TEMPLATES, "mein [1] täglich.jinja"])
 def test_a_config_may_name_a_known_template_or_a_file(
     make_tokenizer: MakeTokenizer,
     name: str,
