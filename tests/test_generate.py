@@ -62,14 +62,6 @@ def test_rows_answered_at_once_go_by_their_cache(tokens: int, rows: int) -> None
     assert generation.fitting_rows(config, tokens, "cuda") == rows
 
 
-def test_streaming_gives_the_text_that_it_prints(
-    tiny: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = generation.reply(*tiny, "Hello", stream=True, max_new_tokens=5)
-    assert text.strip() == capsys.readouterr().out.strip()
-    assert text == generation.reply(*tiny, "Hello", max_new_tokens=5)
-
-
 def test_only_inference_settings_that_sample_sample(tiny: Any) -> None:
     greedy = generation.generate(*tiny, PROMPTS, max_new_tokens=3)
     for settings in ({}, {"max_new_tokens": 3}):
@@ -196,23 +188,6 @@ def test_a_chat_remembers_what_was_said_until_a_new_one(
     third = generation.reply(*tiny, start, sampling=SAMPLED)
     assert len({first, second, third, ""}) == 4
     assert all(text in printed for text in (first, second, third))
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.json", '[{"prompt": "2 + 2? é"}, {"question": "A fruit."}]'),
-        ("b.csv", "question;answer\n2 + 2? é;4\nA fruit.;Fig\n"),
-    ],
-)
-def test_prompts_are_read_as_training_rows_are(
-    tmp_path: Path, calls: Any, name: str, content: str
-) -> None:
-    (tmp_path / name).write_bytes(content.encode("utf-16"))
-    paths = {"file": tmp_path / name, "out": tmp_path / "out.jsonl"}
-    items.generate_command("m", system="Be brief.", max_new_tokens=1, **paths)
-    prompts = [row["prompt"] for row in files.read_rows(paths["out"])]
-    assert prompts == [ask(q, "Be brief.") for q in ("2 + 2? é", "A fruit.")]
 
 
 def test_a_row_that_is_not_a_prompt_is_named_with_the_reason(tmp_path: Path) -> None:

@@ -45,14 +45,6 @@ IN_LAST_QUESTION = (
     "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}"
     "{% endfor %}"
 )
-FLAGGED = (
-    "{% set quiet = '/quiet' in messages[0].content %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{{ 'QUIET\n' if quiet and m.role == 'assistant' else '' }}"
-    "{{ m.content.replace('/quiet', '').rstrip() + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{{ 'QUIET\n' if quiet else '' }}{% endif %}"
-)
 JSON = PLAIN.replace("m.content", "(m.content | tojson)")
 OTHER_END = PLAIN.replace(
     "{{ '<|im_end|>\n' }}",
@@ -61,7 +53,6 @@ OTHER_END = PLAIN.replace(
 FINAL = PLAIN.replace(
     "m.content", "('[final] ' if m.role == 'assistant' else '') + m.content"
 )
-UNASKED = PLAIN.partition("{% if add")[0]
 SHARED = "{% for m in messages %}{{ m.content }}{% endfor %}"
 BOTH = turns("Hi", "Yes.", "So?", "No.")
 
@@ -154,12 +145,10 @@ def test_conversations_put_together_at_random_are_masked_like_the_oracle(
         (SHARED, turns("Say:", " yes Hel", "lo", "!"), " yes!"),
         # what only the template writes before an answer is learnt
         (FINAL, turns("Hi", "Hello."), "[final] Hello.<|im_end|>"),
-        (UNASKED, turns("Hi", "Hello."), "<|im_start|>assistant\nHello.<|im_end|>"),
         (OTHER_END, BOTH, "Yes.<|im_end|>No.<|return|>"),
         (JSON, turns("Hi", '"é"\n', "T", "A"), '"\\"é\\"\\n"<|im_end|>"A"<|im_end|>'),
         (NO_THOUGHT, turns("Hi", "<think>\n\n</think>Yo."), "Yo.<|im_end|>"),
         (IN_LAST_QUESTION, turns("Hi", "Yo.", system="S"), " Yo.<|im_end|>"),
-        (FLAGGED, turns("Hi", "A.", system="S /quiet"), "A.<|im_end|>"),
         (
             TEMPLATES["llama-2"],
             turns("Hi", "A ", "T", "B"),

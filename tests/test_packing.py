@@ -72,17 +72,6 @@ def losses(model: Any, tokenizer: Any) -> list[tuple[float, float]]:
     return pairs
 
 
-def test_packing_keeps_documents_whole_and_apart(tokenizer: Any) -> None:
-    rows, packed, batches = pack(tokenizer)
-    assert len(packed) < len(rows)
-    pieces = [document for row in packed for document in documents(row)]
-    assert sorted(pieces, key=str) == sorted(rows, key=str)
-    for row, batch in zip(packed, batches, strict=True):
-        expected = [place for size in row["seq_lengths"] for place in range(size)]
-        assert batch["position_ids"].tolist() == [expected]
-        assert "attention_mask" not in batch  # the positions keep documents apart
-
-
 def test_a_packed_row_has_the_loss_of_its_documents_as_positions_restart(
     tokenizer: Any, tiny_model_folder: Path, run_python: Any
 ) -> None:

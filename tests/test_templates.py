@@ -53,20 +53,12 @@ def test_a_text_has_bos_once_where_there_is_one_and_a_fixed_date(
     assert ids.count(tokenizer.bos_token_id) == text.count("<s>") <= 1
 
 
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{{ raise_exception('no system role') }}", "no system role"),
-        ("{{ tools | length }}", "has no len"),
-        ("{{ 1 / 0 }}", "division by zero"),
-        ("{% for m in messages %}{{ m.content }", "unexpected"),
-    ],
-)
+@pytest.mark.parametrize("text", ["{{ raise_exception('no system') }}", "{{ 1 / 0 }}"])
 def test_a_conversation_that_a_template_refuses_is_named_with_the_reason(
-    make_tokenizer: MakeTokenizer, template: str, reason: str
+    make_tokenizer: MakeTokenizer, text: str
 ) -> None:
-    tokenizer = make_tokenizer(**ONE_BOS, chat_template=template)
-    reason = f"refuses a conversation of system user assistant: .*{reason}"
+    tokenizer = make_tokenizer(**ONE_BOS, chat_template=text)
+    reason = "refuses a conversation of system user assistant: (no system|division)"
     with pytest.raises(TemplateError, match=reason):
         render(tokenizer, BRIEF)
 
@@ -148,16 +140,15 @@ def test_a_tokenizer_that_cannot_be_trained_with_is_refused_with_the_way_out(
     with pytest.raises(TemplateError, match="no EOS token; set tokenizer.eos_token"):
         prepare_tokenizer(make_tokenizer(chat_template=PLAIN))
     tokenizer = make_tokenizer(**ONE_BOS, unk_token="<s>", pad_token="</s>")
-    # a special token that no template writes would do
-    written = " ".join(map(str, tokenizer.added_tokens_decoder.values()))
-    tokenizer.chat_template = f"{PLAIN}{{# {written} #}}"
-    with pytest.raises(TemplateError, match="no special token but EOS can pad"):
-        prepare_tokenizer(tokenizer)
-    tokenizer.chat_template = PLAIN
     with pytest.raises(TemplateError, match="'<pad>' is not in the vocabulary"):
         prepare_tokenizer(tokenizer, pad_token="<pad>")
     prepare_tokenizer(tokenizer)  # any special token that the template does not write
     assert tokenizer.pad_token not in ("<s>", "</s>", None)
+    # none is left
+    written = " ".join(map(str, tokenizer.added_tokens_decoder.values()))
+    tokenizer.pad_token, tokenizer.chat_template = "</s>", f"{PLAIN}{{# {written} #}}"
+    with pytest.raises(TemplateError, match="no special token but EOS can pad"):
+        prepare_tokenizer(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -177,11 +168,3 @@ def test_the_stop_tokens_are_eos_and_what_ends_an_answer(
     )
     stops = templates.stop_token_ids(tokenizer)
     assert stops == tokenizer.convert_tokens_to_ids(names)
-
-
-def test_a_template_that_is_made_for_lists_of_parts_is_named(
-    make_tokenizer: MakeTokenizer,
-) -> None:
-    template = "{% for m in messages %}{{ m.content[0].text }}</s>{% endfor %}"
-    with pytest.raises(TemplateError, match="not print contents that are text"):
-        templates.answer_marks(make_tokenizer(**ONE_BOS, chat_template=template))
