@@ -53,7 +53,7 @@ from benchmarks.differences import Row, Theirs, describe  # noqa: E402
 from helpers.data.formats import arrange  # noqa: E402
 from helpers.errors import DataError, TemplateError  # noqa: E402
 from helpers.masking.dataset import NO_LOSS, check_row, mask_conversation  # noqa: E402
-from helpers.masking.templates import FIXED_DATE, FIXED_DAY  # noqa: E402
+from helpers.masking.templates import FIXED  # noqa: E402
 
 RESULTS = ROOT / "results" / "masks.json"
 
@@ -154,8 +154,7 @@ def compare_trl(tokenizer: Any, rows: list[Row]) -> str:
             row.messages,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            date_string=FIXED_DATE,
-            strftime_now=FIXED_DAY.strftime,
+            **FIXED,
         )
         if row.ids != found["input_ids"]:
             ways.append({"trains on another prompt than inference renders"})

@@ -19,8 +19,8 @@ MODEL = "model --adapter --system --max-new-tokens --temperature"
 # command: function, and the parameters that it takes from the command line
 COMMANDS = {
     "train": "stages:train config --small",
-    "generate": f"inference.chat:generate_command {MODEL} --file --out --batch-size",
-    "chat": f"inference.chat:generate_command {MODEL}",
+    "generate": f"inference.items:generate_command {MODEL} --file --out --batch-size",
+    "chat": f"inference.items:generate_command {MODEL}",
     "evaluate": "evaluation.evaluator:evaluate_run run --models",
     "mt-bench": f"llm_judge.mt_bench:run_mt_bench {BENCH} --data",
     "alpaca-eval": f"llm_judge.alpaca_eval:run_alpaca_eval {BENCH} --reference "

@@ -67,12 +67,3 @@ def test_another_family_is_masked_trained_and_answers(
     asked = [rows[0]["messages"][:-1]]
     (answered,) = generation.generate(model, tokenizer, asked, max_new_tokens=6)
     assert 0 < answered.tokens <= 6
-
-    def end(_: Any, __: Any, logits: Any) -> Any:
-        logits[..., stops[-1]] = 1e4
-        return logits
-
-    hook = model.get_output_embeddings().register_forward_hook(end)
-    (ended,) = generation.generate(model, tokenizer, asked, max_new_tokens=6)
-    hook.remove()
-    assert ended.stopped and (ended.tokens, ended.text) == (1, "")

@@ -46,7 +46,7 @@ def test_options_go_to_the_parameters_of_their_name_and_the_rest_keeps_its_defau
     assert name == "helpers.evaluation.evaluator.evaluate_run"
     assert values == {"run": run, "labels": ["base", "sft"]}
     name, values = call("generate", "test", "--file", "a.csv", "--out", "b.jsonl")
-    assert name == "helpers.inference.chat.generate_command"
+    assert name == "helpers.inference.items.generate_command"
     assert values == {"model": "test", "file": Path("a.csv"), "out": Path("b.jsonl")}
     assert call("chat", "o/m", "--temperature", "0")[1]["temperature"] == 0
     assert call("export", "test", "--stage", "sft")[1] == {"run": run, "stage": "sft"}

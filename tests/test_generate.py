@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from transformers import LlamaConfig, set_seed
 
 from helpers import files
-from helpers.data.formats import ask
+from helpers.data.formats import Messages, ask
 from helpers.errors import DataError
-from helpers.inference import chat, generation
+from helpers.inference import generation, items
 from helpers.models import load as models
 from helpers.runs import Run
 from tests.rows import turns, write
@@ -61,14 +62,6 @@ def test_rows_answered_at_once_go_by_their_cache(tokens: int, rows: int) -> None
     assert generation.fitting_rows(config, tokens, "cuda") == rows
 
 
-def test_streaming_gives_the_text_that_it_prints(
-    tiny: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = generation.reply(*tiny, "Hello", stream=True, max_new_tokens=5)
-    assert text.strip() == capsys.readouterr().out.strip()
-    assert text == generation.reply(*tiny, "Hello", max_new_tokens=5)
-
-
 def test_only_inference_settings_that_sample_sample(tiny: Any) -> None:
     greedy = generation.generate(*tiny, PROMPTS, max_new_tokens=3)
     for settings in ({}, {"max_new_tokens": 3}):
@@ -97,51 +90,67 @@ def test_a_text_gets_bos_once(make_tokenizer: Callable[..., Any]) -> None:
 
 
 @pytest.fixture
-def loaded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What the command loads and chats with, instead of loading and chatting."""
+def calls(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the command loads, and answers in a chat of one question."""
     calls: list[dict[str, Any]] = []
+    lines = itertools.cycle(["Hi", "/quit"])
 
     def load(name: str, **options: Any) -> Any:
         calls.append({"name": name, **options})
         return tiny
 
-    def note(_: Any, __: Any, system: str, sampling: dict[str, Any]) -> None:
-        calls[-1] |= {"system": system, "sampling": sampling}
+    def note(_: Any, __: Any, prompt: Messages, *, stream: bool, sampling: Any) -> str:
+        calls[-1] |= {"prompt": list(prompt), "sampling": sampling}
+        return "Yes."
 
-    monkeypatch.setattr(chat, "load_model", load)
-    monkeypatch.setattr(chat, "chat", note)
+    monkeypatch.setattr(items.models, "load_model", load)
+    monkeypatch.setattr(items, "reply", note)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
     return calls
 
 
-def test_a_run_brings_its_model_prompt_and_last_adapter(run: Run, loaded: Any) -> None:
+def test_a_run_brings_its_model_prompt_and_last_adapter(run: Run, calls: Any) -> None:
     for stage in ("sft", "grpo"):
         (run.path / stage / "adapter").mkdir(parents=True)
     for adapter in (None, "sft", "none", "some/adapter"):
-        chat.generate_command("test", adapter=adapter)
+        items.generate_command("test", adapter=adapter)
     folders = [str(run.path / stage / "adapter") for stage in ("grpo", "sft")]
-    assert [c["adapter"] for c in loaded] == [*folders, None, "some/adapter"]
-    assert all(call["name"] == run.config.model for call in loaded)
-    assert loaded[0]["system"] == run.config.system_prompt
-    assert loaded[0]["max_length"] == run.config.max_length
+    assert [c["adapter"] for c in calls] == [*folders, None, "some/adapter"]
+    assert all(call["name"] == run.config.model for call in calls)
+    assert calls[0]["prompt"] == ask("Hi", run.config.system_prompt)
+    assert calls[0]["max_length"] == run.config.max_length
+
+
+@pytest.mark.parametrize("stages", [["grpo"], ["sft", "grpo"]])
+def test_a_runs_own_sft_adapter_is_what_sft_means(
+    run_factory: Callable[..., Run], calls: Any, stages: list[str]
+) -> None:
+    run = run_factory(stages=stages, sft_adapter="their/adapter")
+    for adapter in (None, "sft"):
+        items.generate_command("test", adapter=adapter)
+    assert [call["adapter"] for call in calls] == ["their/adapter"] * 2
+    with pytest.raises(FileNotFoundError, match="03_grpo"):
+        items.generate_command("test", adapter="grpo")
+    assert not (run.path / "grpo").exists()
 
 
 def test_a_models_folder_is_not_taken_for_a_run(
-    runs_home: Path, tiny_model_folder: Path, loaded: Any
+    runs_home: Path, tiny_model_folder: Path, calls: Any
 ) -> None:
-    chat.generate_command(str(tiny_model_folder), adapter="some/adapter")
+    items.generate_command(str(tiny_model_folder), adapter="some/adapter")
     expected = {"name": str(tiny_model_folder), "adapter": "some/adapter"}
-    assert loaded == [{**expected, "system": "", "sampling": {}}]
+    assert calls == [{**expected, "prompt": ask("Hi", ""), "sampling": {}}]
 
 
 def test_temperature_zero_is_greedy_whatever_the_run_says(
-    run_factory: Callable[..., Run], loaded: Any
+    run_factory: Callable[..., Run], calls: Any
 ) -> None:
     run_factory(inference={"temperature": 1.5, "min_p": 0.1, "max_new_tokens": 9})
-    chat.generate_command("test", temperature=0)
-    chat.generate_command("test", temperature=0.5, max_new_tokens=3)
-    assert loaded[0]["sampling"] == {"max_new_tokens": 9}
-    assert loaded[1]["sampling"]["temperature"] == 0.5
-    assert loaded[1]["sampling"]["max_new_tokens"] == 3
+    items.generate_command("test", temperature=0)
+    items.generate_command("test", temperature=0.5, max_new_tokens=3)
+    assert calls[0]["sampling"] == {"max_new_tokens": 9}
+    assert calls[1]["sampling"]["temperature"] == 0.5
+    assert calls[1]["sampling"]["max_new_tokens"] == 3
 
 
 def test_a_file_of_prompts_is_answered_as_each_would_be_alone(
@@ -153,18 +162,13 @@ def test_a_file_of_prompts_is_answered_as_each_would_be_alone(
     file = Path(write(tmp_path / "prompts.jsonl", rows))
     out = tmp_path / "answers.jsonl"
     with caplog.at_level(logging.INFO, "helpers"):
-        chat.generate_command("test", file=file, out=out)
-    items = files.read_rows(out)
-    assert [item["id"] for item in items] == [1, "two", 3]
-    assert items[1]["prompt"] == ask("Say two.", system)
+        items.generate_command("test", file=file, out=out)
+    answers = files.read_rows(out)
+    assert [item["id"] for item in answers] == [1, "two", 3]
+    assert answers[1]["prompt"] == ask("Say two.", system)
     options = {"system_prompt": system, "max_new_tokens": 4}
-    assert items[1]["output"] == generation.reply(*tiny, "Say two.", **options)
+    assert answers[1]["output"] == generation.reply(*tiny, "Say two.", **options)
     assert f"3 answers in {out}" in caplog.text
-
-
-def test_a_missing_file_is_named_before_loading(runs_home: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no file nowhere.jsonl .*; give a pa"):
-        chat.generate_command("m", file=Path("nowhere.jsonl"), out=Path("a.jsonl"))
 
 
 def test_a_chat_remembers_what_was_said_until_a_new_one(
@@ -172,8 +176,9 @@ def test_a_chat_remembers_what_was_said_until_a_new_one(
 ) -> None:
     lines = iter(["Hello", "And now?", "/new", "Hello", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(items.models, "load_model", lambda *_, **__: tiny)
     set_seed(0)
-    chat.chat(*tiny, "Be brief.", SAMPLED)
+    items.generate_command("m", system="Be brief.", **SAMPLED)
     printed = capsys.readouterr().out
     set_seed(0)
     start = ask("Hello", "Be brief.")
@@ -185,24 +190,7 @@ def test_a_chat_remembers_what_was_said_until_a_new_one(
     assert all(text in printed for text in (first, second, third))
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.json", '[{"prompt": "2 + 2? é"}, {"question": "A fruit."}]'),
-        ("b.jsonl", '"2 + 2? é"\n\n{"instruction": "A fruit."}'),
-        ("c.txt", "2 + 2? é\nA fruit."),
-        ("d.csv", "question;answer\n2 + 2? é;4\nA fruit.;Fig\n"),
-    ],
-)
-def test_prompts_are_read_as_training_rows_are(
-    tmp_path: Path, name: str, content: str
-) -> None:
-    (tmp_path / name).write_bytes(content.encode("utf-16"))
-    prompts = [r["prompt"] for r in chat.read_prompts(tmp_path / name, "Be brief.")]
-    assert prompts == [ask(q, "Be brief.") for q in ("2 + 2? é", "A fruit.")]
-
-
 def test_a_row_that_is_not_a_prompt_is_named_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('"Hello"\nnot json\n')
-    with pytest.raises(DataError, match="row 2 is not a prompt: broken JSON.*; expect"):
-        chat.read_prompts(tmp_path / "prompts.jsonl", "")
+    with pytest.raises(DataError, match="row 2 is not a prompt: .*broken JSON"):
+        items.generate_command("m", file=tmp_path / "prompts.jsonl")

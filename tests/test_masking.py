@@ -16,9 +16,13 @@ import pytest
 from helpers import masking
 from helpers.data.formats import Messages
 from helpers.errors import DataError, TemplateError
-from helpers.masking.dataset import Example, mask_conversation, mask_conversations
-from helpers.masking.spans import NO_LOSS
-from helpers.masking.templates import INSTRUCTION_TEMPLATE, LLAMA2_TEMPLATE, render
+from helpers.masking.dataset import (
+    NO_LOSS,
+    Example,
+    mask_conversation,
+    mask_conversations,
+)
+from helpers.masking.templates import TEMPLATES, render
 from tests.rows import CHATML, turns
 
 MakeTokenizer = Callable[..., Any]
@@ -41,14 +45,6 @@ IN_LAST_QUESTION = (
     "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}"
     "{% endfor %}"
 )
-FLAGGED = (
-    "{% set quiet = '/quiet' in messages[0].content %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{{ 'QUIET\n' if quiet and m.role == 'assistant' else '' }}"
-    "{{ m.content.replace('/quiet', '').rstrip() + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{{ 'QUIET\n' if quiet else '' }}{% endif %}"
-)
 JSON = PLAIN.replace("m.content", "(m.content | tojson)")
 OTHER_END = PLAIN.replace(
     "{{ '<|im_end|>\n' }}",
@@ -57,7 +53,6 @@ OTHER_END = PLAIN.replace(
 FINAL = PLAIN.replace(
     "m.content", "('[final] ' if m.role == 'assistant' else '') + m.content"
 )
-UNASKED = PLAIN.partition("{% if add")[0]
 SHARED = "{% for m in messages %}{{ m.content }}{% endfor %}"
 BOTH = turns("Hi", "Yes.", "So?", "No.")
 
@@ -150,13 +145,15 @@ def test_conversations_put_together_at_random_are_masked_like_the_oracle(
         (SHARED, turns("Say:", " yes Hel", "lo", "!"), " yes!"),
         # what only the template writes before an answer is learnt
         (FINAL, turns("Hi", "Hello."), "[final] Hello.<|im_end|>"),
-        (UNASKED, turns("Hi", "Hello."), "<|im_start|>assistant\nHello.<|im_end|>"),
         (OTHER_END, BOTH, "Yes.<|im_end|>No.<|return|>"),
         (JSON, turns("Hi", '"é"\n', "T", "A"), '"\\"é\\"\\n"<|im_end|>"A"<|im_end|>'),
         (NO_THOUGHT, turns("Hi", "<think>\n\n</think>Yo."), "Yo.<|im_end|>"),
         (IN_LAST_QUESTION, turns("Hi", "Yo.", system="S"), " Yo.<|im_end|>"),
-        (FLAGGED, turns("Hi", "A.", system="S /quiet"), "A.<|im_end|>"),
-        (LLAMA2_TEMPLATE, turns("Hi", "A ", "T", "B"), " A <|im_end|> B <|im_end|>"),
+        (
+            TEMPLATES["llama-2"],
+            turns("Hi", "A ", "T", "B"),
+            " A <|im_end|> B <|im_end|>",
+        ),
     ],
 )
 def test_the_learnt_text_follows_the_prompt_that_inference_renders(
@@ -197,22 +194,20 @@ def test_white_space_around_tokens_is_not_missed(
     assert supervised(greedy, row) == "Yes.<|end|>No.<|end|>"
 
 
-@pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
-def test_turns_of_weight_0_are_read_and_not_learnt(
+@pytest.mark.parametrize("loss_on", ["assistant", "last"])
+def test_answers_of_weight_0_are_read_and_not_learnt(
     tokenizer: Any, loss_on: Any
 ) -> None:
     messages = turns("A", "B", "C", "D", system="S")
     messages[4]["weight"] = 0
     row = mask_conversation(tokenizer, messages, loss_on)
-    text = supervised(tokenizer, row)
-    assert "D" not in text and "B<|im_end|>" in text
-    assert ("S<|im_end|>" in text) is (loss_on == "all")
+    assert supervised(tokenizer, row) == "B<|im_end|>"
     plain = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
     assert row["input_ids"] == mask_conversation(tokenizer, plain)["input_ids"]
-    nothing = turns("Hi", "Hello.")
-    nothing[1]["weight"] = 0
-    masked = mask_conversations(tokenizer, [turns("Hi", "Yes."), nothing], loss_on)
-    assert masked.dropped == {1: "there is no answer to learn"}
+    masked = mask_conversations(tokenizer, [turns("Hi", "Yes."), messages[3:]], loss_on)
+    assert masked.dropped.endswith("row 2: no answer to learn")
+    with pytest.raises(TemplateError, match="'all' would learn a turn of weight 0"):
+        mask_conversation(tokenizer, messages, "all")
 
 
 REFUSAL = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
@@ -229,7 +224,7 @@ PROMPT = "^row 2: turn 3: the prompt that .*loss_on='last'"
         (IN_LAST_QUESTION, "all", PROMPT),
         (NO_THOUGHT, "all", PROMPT),
         (REFUSAL + "{% endif %}" + PLAIN, "all", "^row 2: .*refuses .*no system"),
-        (UPPER, "last", "^row 2: turn 5: the template changes"),
+        (UPPER, "last", "^row 2: turn 5: the template moves or"),
     ],
 )
 def test_a_row_that_would_teach_another_text_is_refused_or_dropped(
@@ -240,17 +235,9 @@ def test_a_row_that_would_teach_another_text_is_refused_or_dropped(
     with pytest.raises(TemplateError, match=reason):
         mask_conversations(tokenizer, rows, loss_on)
     masked = mask_conversations(tokenizer, rows, loss_on, drop=True)
-    assert (len(masked.rows), list(masked.dropped)) == (1, [1])
+    assert (len(masked.rows), masked.counts["dropped_rows"]) == (1, [2])
     with pytest.raises(DataError, match="no token to learn .* 1 of 1 conversations"):
         mask_conversations(tokenizer, [CHAT], loss_on, drop=True)
-
-
-def test_an_answer_that_nothing_asks_for_is_refused(tokenizer: Any) -> None:
-    messages = [{"role": "assistant", "content": "Hello."}, *turns("Hi", "Yes.")]
-    with pytest.raises(TemplateError, match="turn 1 is an answer: .* no prompt"):
-        mask_conversation(tokenizer, messages)
-    row = mask_conversation(tokenizer, messages, "last")
-    assert supervised(tokenizer, row) == "Yes.<|im_end|>"
 
 
 UNENDED = (
@@ -258,16 +245,13 @@ UNENDED = (
     "{{ '<|im_end|>' if loop.last and m.role != 'user' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-ENDED = "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
-TWICE = "{{ bos_token + bos_token }}" + INSTRUCTION_TEMPLATE
+TWICE = "{{ bos_token + bos_token }}" + TEMPLATES["instruction"]
 
 
 @pytest.mark.parametrize(
     ("template", "chats", "reason"),
     [
-        (PLAIN, [turns("very " * 900, "Yes")], "0.2% of the .*'Yes<|im"),
-        (ENDED, [turns("Hi", "yes " * 900)], "99.[0-9]% of the tokens carry loss"),
-        (UNENDED, [BOTH[:2], BOTH], "^row 2: an answer does not end .*im_end.*Yes."),
+        (UNENDED, [BOTH[:2], BOTH], "^row 2: an answer ends in no stop token.*Yes."),
         (TWICE, [BOTH], "^row 1 starts with <s> twice"),
         (PLAIN, [turns("Hi")], "1 of 1 conversations .*no answer to learn"),
         (PLAIN, [], "0 of 0 conversations"),
@@ -290,10 +274,9 @@ def test_rows_are_cut_dropped_and_counted(tokenizer: Any) -> None:
     far = turns("very " * 100, "Yes.")
     chats = [short, far, long, far, short]
     masked = mask_conversations(tokenizer, chats, max_length=40)
-    assert masked.describe_dropped() == (
-        "2 of 5 conversations are left out (rows 2, 4): no answer begins within "
-        "max_length (2)"
-    )
+    late = "no answer within max_length"
+    dropped = f"2 of 5 conversations are left out: row 2: {late}; row 4: {late}"
+    assert masked.dropped == dropped
     whole = [mask_conversation(tokenizer, chat) for chat in chats]
     # a line break is not learnt
     assert masked.ends == [len(row["labels"]) - 1 for row in whole]
@@ -325,11 +308,9 @@ def test_a_shown_row_brackets_or_underlines_exactly_what_is_learnt(
     share = sum(x != NO_LOSS for x in row["labels"]) / len(row["labels"])
     assert str(view) == (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<b>Hi<|im_end|>\n"
-        "<|im_start|>assistant\n[[<i> & 'x'<|im_end|>]]\n\n"
-        f"[[...]] = learnt, {share:.0%} of the tokens"
+        "<|im_start|>assistant\n⟦<i> & 'x'<|im_end|>⟧\n\n"
+        f"⟦...⟧ = learnt, {share:.0%} of the tokens"
     )
-    before, span, rest = view._repr_html_().partition("<u ")
-    assert "&lt;b&gt;Hi&lt;|im_end|&gt;" in before and "<b>" not in before
-    text = rest.partition(">")[2].partition("</u>")[0]
-    assert text == "&lt;i&gt; &amp; &#x27;x&#x27;&lt;|im_end|&gt;"
-    assert span and "<u" not in rest
+    page = view._repr_html_()
+    assert "&lt;b&gt;Hi&lt;|im_end|&gt;" in page and "<b>" not in page
+    assert "<u>&lt;i&gt; &amp; &#x27;x&#x27;&lt;|im_end|&gt;</u>" in page

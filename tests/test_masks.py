@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import chats, differences, masks, oracle
+from benchmarks import chats, masks
 from helpers.models.load import load_tokenizer
 
 COMMITTED = json.loads(masks.RESULTS.read_text(encoding="utf-8"))
@@ -37,11 +37,6 @@ def test_nine_of_ten_templates_equal_the_oracle_and_the_others_have_a_reason() -
             assert kind == "equal" or (kind in known and reason), name
     equal = sum(row["oracle"] == "equal" for row in ROWS.values())
     assert equal >= 0.9 * len(ROWS)
-    counts = f"- oracle: equal {equal}, unsupported {len(ROWS) - equal} of {len(ROWS)}"
-    lines = masks.table()
-    assert counts in lines
-    for name in ROWS:
-        assert sum(line.startswith(f"| {name} | ") for line in lines) == 1
 
 
 def test_the_committed_table_is_what_the_program_finds_today(
@@ -59,47 +54,3 @@ def test_the_same_is_found_where_unsloth_has_patched_nothing(
     template = next(t for t in chats.trl_templates() if t.names[0] == f"trl/{name}")
     row = masks.compare(base, template, {"trl"})
     assert row == {column: ROWS[row["name"]][column] for column in row}
-
-
-# the oracle itself
-
-
-@pytest.fixture(scope="module")
-def row(base: Any) -> differences.Row:
-    """A conversation of two answers under trl's Llama-3 template."""
-    found = next(t for t in chats.trl_templates() if t.names[0] == "trl/llama3")
-    rows, skipped, faults = masks.ask(chats.fit_tokenizer(base, found))
-    assert (len(rows), skipped, faults) == (18, {}, {})
-    return next(
-        r for r in rows if r.messages == chats.turns("Yes.", "Yes.", *["No."] * 2)
-    )
-
-
-@pytest.mark.parametrize(
-    ("word", "learn", "why"),
-    [
-        ("\n", True, "learns '.*' in question, unexplained"),
-        ("<|eot_id|>", False, "does not learn '<|eot_id|>' in end, unexplained"),
-        ("Yes", False, "does not learn 'Yes' in answer, unexplained"),
-    ],
-)
-def test_a_wrong_label_is_noticed_and_without_a_cause_an_error(
-    row: differences.Row, word: str, learn: bool, why: str
-) -> None:
-    right = oracle.labels(row.ids, row.spans, row.answers)
-    pairs = zip(row.spans, right, strict=True)
-    learnt = [row.text[a:b] for (a, b), x in pairs if x != oracle.NO_LOSS]
-    assert "".join(learnt) == "Yes.<|eot_id|>No.<|eot_id|>"
-    wrong = [
-        label if row.text[a:b] != word else token if learn else oracle.NO_LOSS
-        for token, (a, b), label in zip(row.ids, row.spans, right, strict=True)
-    ]
-    with pytest.raises(ValueError, match=why.replace("|", "[|]")):
-        differences.describe(row, right, wrong, differences.Theirs())
-
-
-def test_a_tokens_characters_are_found_from_its_bytes(base: Any) -> None:
-    text = "é 🎉<|im_end|>\n  x"
-    ids = base(text, add_special_tokens=False).input_ids
-    pieces = [text[a:b] for a, b in oracle.character_spans(base, ids, text)]
-    assert pieces == ["é", " 🎉", "🎉", "🎉", "<|im_end|>", "\n ", " x"]

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers.masking.dataset import mask_conversations
-from helpers.masking.spans import NO_LOSS
+from helpers.masking.dataset import NO_LOSS, mask_conversations
 from tests.rows import turns
 
 LENGTH = 160
@@ -71,17 +70,6 @@ def losses(model: Any, tokenizer: Any) -> list[tuple[float, float]]:
             total, count = total + loss(**part) * tokens, count + tokens
         pairs.append((loss(**batch), total / count))
     return pairs
-
-
-def test_packing_keeps_documents_whole_and_apart(tokenizer: Any) -> None:
-    rows, packed, batches = pack(tokenizer)
-    assert len(packed) < len(rows)
-    pieces = [document for row in packed for document in documents(row)]
-    assert sorted(pieces, key=str) == sorted(rows, key=str)
-    for row, batch in zip(packed, batches, strict=True):
-        expected = [place for size in row["seq_lengths"] for place in range(size)]
-        assert batch["position_ids"].tolist() == [expected]
-        assert "attention_mask" not in batch  # the positions keep documents apart
 
 
 def test_a_packed_row_has_the_loss_of_its_documents_as_positions_restart(

@@ -12,7 +12,7 @@ from helpers import recipes
 from helpers.config import check_config
 from helpers.errors import TemplateError
 from helpers.masking import templates
-from helpers.masking.templates import FIXED_DATE, prepare_tokenizer, render
+from helpers.masking.templates import TEMPLATES, prepare_tokenizer, render
 from tests.rows import turns
 
 MakeTokenizer = Callable[..., Any]
@@ -33,9 +33,9 @@ KEYS = "{% for m in messages %}{{ m.keys() | list | string }}{% endfor %}"
         (PLAIN, False, EXCHANGE, PLAIN_TEXT),
         (PLAIN, True, EXCHANGE, "<s>" + PLAIN_TEXT),
         ("{{ bos_token }}" + PLAIN, True, EXCHANGE, "<s>" + PLAIN_TEXT),
-        (templates.INSTRUCTION_TEMPLATE, False, BRIEF, "Be brief.\n\n" + INSTRUCTED),
-        (templates.LLAMA2_TEMPLATE, True, BRIEF, LLAMA2),
-        ("{{ date_string }}" + PLAIN, False, EXCHANGE, FIXED_DATE + PLAIN_TEXT),
+        (TEMPLATES["instruction"], False, BRIEF, "Be brief.\n\n" + INSTRUCTED),
+        (TEMPLATES["llama-2"], True, BRIEF, LLAMA2),
+        ("{{ date_string }}" + PLAIN, False, EXCHANGE, "26 Jul 2024" + PLAIN_TEXT),
         ("{{ strftime_now('%Y-%m-%d') }}", False, EXCHANGE, "2024-07-26"),
         (KEYS, False, [EXCHANGE[0] | {"weight": 0}], "['role', 'content']"),
     ],
@@ -53,27 +53,17 @@ def test_a_text_has_bos_once_where_there_is_one_and_a_fixed_date(
     assert ids.count(tokenizer.bos_token_id) == text.count("<s>") <= 1
 
 
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{{ raise_exception('no system role') }}", "no system role"),
-        ("{{ tools | length }}", "has no len"),
-        ("{{ 1 / 0 }}", "division by zero"),
-        ("{% for m in messages %}{{ m.content }", "unexpected"),
-    ],
-)
+@pytest.mark.parametrize("text", ["{{ raise_exception('no system') }}", "{{ 1 / 0 }}"])
 def test_a_conversation_that_a_template_refuses_is_named_with_the_reason(
-    make_tokenizer: MakeTokenizer, template: str, reason: str
+    make_tokenizer: MakeTokenizer, text: str
 ) -> None:
-    tokenizer = make_tokenizer(**ONE_BOS, chat_template=template)
-    reason = f"refuses a conversation of system user assistant: .*{reason}"
+    tokenizer = make_tokenizer(**ONE_BOS, chat_template=text)
+    reason = "refuses a conversation of system user assistant: (no system|division)"
     with pytest.raises(TemplateError, match=reason):
         render(tokenizer, BRIEF)
 
 
-@pytest.mark.parametrize(
-    "name", ["own", *templates.TEMPLATES, "mein [1] täglich.jinja"]
-)
+@pytest.mark.parametrize("name", ["own", *TEMPLATES, "mein [1] täglich.jinja"])
 def test_a_config_may_name_a_known_template_or_a_file(
     make_tokenizer: MakeTokenizer,
     name: str,
@@ -86,13 +76,13 @@ def test_a_config_may_name_a_known_template_or_a_file(
     assert check_config(config).template == name
     tokenizer = make_tokenizer(**ONE_BOS, chat_template=PLAIN)
     prepare_tokenizer(tokenizer, name)
-    texts = {"own": PLAIN, **templates.TEMPLATES}
+    texts = {"own": PLAIN, **TEMPLATES}
     assert tokenizer.chat_template == texts.get(name, "{{ 1 }}")
 
 
 @pytest.mark.parametrize("name", ["lama-2", "missing.jinja", "", "."])
 def test_a_template_that_is_neither_known_nor_a_file_is_refused(name: str) -> None:
-    with pytest.raises(TemplateError, match="neither own, instruction, llama-2 nor a"):
+    with pytest.raises(TemplateError, match="is not own, instruction, llama-2 or a"):
         templates.template_text(name)
 
 
@@ -136,12 +126,12 @@ def test_a_pad_token_that_is_not_eos_is_kept_or_chosen(
 
 @pytest.mark.parametrize("wanted", ["eos", "</s>"])
 def test_eos_pads_not_even_where_it_is_asked_for(
-    make_tokenizer: MakeTokenizer, wanted: str
+    make_tokenizer: MakeTokenizer, wanted: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = make_tokenizer(**ONE_BOS, unk_token=END, chat_template=PLAIN)
-    with pytest.warns(UserWarning, match="EOS would never .*endoftext.* pads"):
-        prepare_tokenizer(tokenizer, pad_token=wanted)
+    prepare_tokenizer(tokenizer, pad_token=wanted)
     assert tokenizer.pad_token == END
+    assert "would not end: another token pads" in caplog.text
 
 
 def test_a_tokenizer_that_cannot_be_trained_with_is_refused_with_the_way_out(
@@ -150,23 +140,22 @@ def test_a_tokenizer_that_cannot_be_trained_with_is_refused_with_the_way_out(
     with pytest.raises(TemplateError, match="no EOS token; set tokenizer.eos_token"):
         prepare_tokenizer(make_tokenizer(chat_template=PLAIN))
     tokenizer = make_tokenizer(**ONE_BOS, unk_token="<s>", pad_token="</s>")
-    # a special token that no template writes would do
-    written = " ".join(map(str, tokenizer.added_tokens_decoder.values()))
-    tokenizer.chat_template = f"{PLAIN}{{# {written} #}}"
-    with pytest.raises(TemplateError, match="no special token but EOS .*add one"):
-        prepare_tokenizer(tokenizer)
-    tokenizer.chat_template = PLAIN
     with pytest.raises(TemplateError, match="'<pad>' is not in the vocabulary"):
         prepare_tokenizer(tokenizer, pad_token="<pad>")
     prepare_tokenizer(tokenizer)  # any special token that the template does not write
     assert tokenizer.pad_token not in ("<s>", "</s>", None)
+    # none is left
+    written = " ".join(map(str, tokenizer.added_tokens_decoder.values()))
+    tokenizer.pad_token, tokenizer.chat_template = "</s>", f"{PLAIN}{{# {written} #}}"
+    with pytest.raises(TemplateError, match="no special token but EOS can pad"):
+        prepare_tokenizer(tokenizer)
 
 
 @pytest.mark.parametrize(
     ("template", "names"),
     [
         (PLAIN.replace("eos_token", "'<|end|>\\n' + eos_token"), ["</s>", "<|end|>"]),
-        (templates.INSTRUCTION_TEMPLATE, ["</s>"]),
+        (TEMPLATES["instruction"], ["</s>"]),
         # a header token is none
         ("{% for m in messages %}<|end|>{{ m.content }}{% endfor %}", ["</s>"]),
     ],
@@ -179,11 +168,3 @@ def test_the_stop_tokens_are_eos_and_what_ends_an_answer(
     )
     stops = templates.stop_token_ids(tokenizer)
     assert stops == tokenizer.convert_tokens_to_ids(names)
-
-
-def test_a_template_that_is_made_for_lists_of_parts_is_named(
-    make_tokenizer: MakeTokenizer,
-) -> None:
-    template = "{% for m in messages %}{{ m.content[0].text }}</s>{% endfor %}"
-    with pytest.raises(TemplateError, match="not print contents that are text"):
-        templates.answer_marks(make_tokenizer(**ONE_BOS, chat_template=template))

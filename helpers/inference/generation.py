@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from helpers.data.formats import Messages, ask
-from helpers.masking.templates import render, stop_token_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from helpers.masking.templates import Tokenizer, render, stop_token_ids
 
 Prompt = Messages | str
 CPU_ROWS, MOST_ROWS = 32, 256  # long batches wait for their longest answer
@@ -18,18 +15,13 @@ CACHE_GB = 2.0  # of keys and values, beside the weights
 
 
 class Answer(NamedTuple):
-    """One completion; its `tokens` count the stop token, if it `stopped` by one."""
-
     text: str
-    tokens: int
-    stopped: bool
-
-
-Answering = Callable[..., list[Answer]]  # `generate` of some model and tokenizer
+    tokens: int  # with the stop token
+    stopped: bool  # by such a token
 
 
 @contextmanager
-def inference(model: PreTrainedModel) -> Iterator[None]:
+def inference(model: Any) -> Iterator[None]:
     """Puts a model into inference mode, and back into training if it was there."""
     import torch
 
@@ -44,10 +36,7 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
 
 
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    **options: Any,
+    model: Any, tokenizer: Tokenizer, prompts: Sequence[Prompt], **options: Any
 ) -> list[Answer]:
     """Returns one answer a prompt, in the prompts' order.
 
@@ -57,15 +46,14 @@ def generate(
         options: `max_new_tokens`; `batch_size`, by default what fits; `sampling`,
             fields of transformers' `GenerationConfig`, greedy without them.
     """
-    answers: dict[int, Answer] = {}
-    for batch in generate_batches(model, tokenizer, prompts, **options):
-        answers |= batch
+    batches = generate_batches(model, tokenizer, prompts, **options)
+    answers = {index: answer for batch in batches for index, answer in batch.items()}
     return [answers[index] for index in range(len(prompts))]
 
 
 def generate_batches(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 256,
@@ -73,45 +61,36 @@ def generate_batches(
     sampling: dict[str, Any] | None = None,
     streamer: Any = None,
 ) -> Iterator[dict[int, Answer]]:
-    """Yields the answers of one batch after another, by their prompts' indices.
-
-    The longest prompts come first; a batch too large for the GPU's memory is halved.
-    """
+    """Yields each batch's answers by their prompts' indices, longest prompts first."""
     import torch
 
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
-    stops = stop_token_ids(tokenizer)
-    drawing = dict(sampling or {})
+    stops, drawing = stop_token_ids(tokenizer), dict(sampling or {})
     max_new_tokens = drawing.pop("max_new_tokens", max_new_tokens)
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    arguments: dict[str, Any] = {"do_sample": True, **drawing} if drawing else greedy
+    # greedy, whatever the model's own settings are
+    greedy = {"do_sample": False} | dict.fromkeys(["temperature", "top_p", "top_k"])
+    options: dict[str, Any] = {"do_sample": True, **drawing} if drawing else greedy
+    options |= {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
+    options |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
     while order:
         longest = len(encoded[order[0]]) + max_new_tokens
         size = batch_size or fitting_rows(model.config, longest, model.device.type)
         batch = order[:size]
-        rows = [{"input_ids": encoded[i]} for i in batch]
+        rows = {"input_ids": [encoded[i] for i in batch]}
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
         try:
             with inference(model):
-                output = model.generate(
-                    **inputs.to(model.device),
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=stops,
-                    pad_token_id=tokenizer.pad_token_id,
-                    streamer=streamer,
-                    **arguments,
-                )
+                output = model.generate(**inputs.to(model.device), **options)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             batch_size = len(batch) // 2
-            torch.cuda.empty_cache()
             continue
         order = order[size:]
-        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-        cut = [cut_answer(tokenizer, ids, stops) for ids in answers]
-        yield dict(zip(batch, cut, strict=True))
+        outputs = output[:, inputs["input_ids"].shape[1] :].tolist()
+        answers = [cut_answer(tokenizer, ids, stops) for ids in outputs]
+        yield dict(zip(batch, answers, strict=True))
 
 
 def fitting_rows(config: Any, tokens: int, device: str) -> int:
@@ -121,24 +100,21 @@ def fitting_rows(config: Any, tokens: int, device: str) -> int:
     numbers = config.get_text_config()
     heads = numbers.num_attention_heads
     width = getattr(numbers, "head_dim", None) or numbers.hidden_size // heads
-    cached = getattr(numbers, "num_key_value_heads", None) or heads
-    row_bytes = 2 * 2 * numbers.num_hidden_layers * cached * width * tokens
+    width *= getattr(numbers, "num_key_value_heads", None) or heads
+    row_bytes = 2 * 2 * numbers.num_hidden_layers * width * tokens
     return max(1, min(MOST_ROWS, int(CACHE_GB * 2**30 / row_bytes)))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Returns the ids of a conversation as its template prints it, or of a text."""
-    if isinstance(prompt, str):
-        text, bos = prompt, tokenizer.bos_token
-        special = not (bos and prompt.startswith(bos))
-    else:
-        text, special = render(tokenizer, prompt, for_generation=True), False
-    return tokenizer(text, add_special_tokens=special)["input_ids"]
+    if not isinstance(prompt, str):
+        text = render(tokenizer, prompt, for_generation=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    begun = prompt.startswith(tokenizer.bos_token or "\0")
+    return tokenizer(prompt, add_special_tokens=not begun)["input_ids"]
 
 
-def cut_answer(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]
-) -> Answer:
+def cut_answer(tokenizer: Tokenizer, ids: list[int], stops: list[int]) -> Answer:
     """Returns the answer in generated ids, which are padded after their stop."""
     end = next((n for n, token in enumerate(ids) if token in stops), None)
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
@@ -146,9 +122,9 @@ def cut_answer(
 
 
 def reply(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Messages,
+    model: Any,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
     *,
     system_prompt: str = "",
     stream: bool = False,
@@ -157,14 +133,14 @@ def reply(
     """Returns the model's answer to one prompt, greedy unless `sampling` is given.
 
     Args:
-        model, tokenizer: as for `generate`, and so `options`.
+        model, tokenizer, options: as for `generate`.
         prompt: a user's message, or a conversation that ends with one.
         system_prompt: a system turn before a message.
         stream: print the words as they come.
     """
-    from transformers import TextStreamer
-
     if stream:
+        from transformers import TextStreamer
+
         options["streamer"] = TextStreamer(tokenizer, True, skip_special_tokens=True)
     if isinstance(prompt, str):
         prompt = ask(prompt, system_prompt)

@@ -1,101 +1,88 @@
-"""Chat templates: render a conversation, and check what would go silently wrong."""
+"""Chat templates: a conversation's text, and where its answers are, without markers."""
 
 from __future__ import annotations
 
+import json
 import logging
-import warnings
-from collections.abc import Mapping, Sequence
+import os.path
+import re
 from datetime import date
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from helpers import runtime
+from helpers.data.formats import Messages
 from helpers.errors import TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = Any  # transformers takes seconds to import
 
 log = logging.getLogger(__name__)
+LossOn = Literal["all", "assistant", "last"]
+Text = tuple[str, list[tuple[int, int]]]  # of a conversation, and the spans to learn
+LAST = "choose another template, or loss_on='last'"
+LOST = f"the template moves or leaves out text of this answer; {LAST}"
+OTHER = f"inference renders is not how the text begins; {LAST}"
 # Llama-3.x templates print today's date; a fixed one keeps tokens the same tomorrow.
-FIXED_DATE = "26 Jul 2024"
-FIXED_DAY = date(2024, 7, 26)
+FIXED = {"date_string": "26 Jul 2024", "strftime_now": date(2024, 7, 26).strftime}
 # from a plane for private use: neither data nor templates have it
 MARK = "\U000f0000"
 
-# for base models that ship none
-INSTRUCTION_TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
-    "{% elif m['role'] == 'user' %}{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
-    "{% else %}{{ '### Response:\n' + m['content'] + eos_token }}"
-    "{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-)
-# Llama-2's chat format: each pair of turns is a text of its own, BOS to EOS.
-LLAMA2_TEMPLATE = (
-    "{% set ns = namespace(system='') %}{% for m in messages %}"
-    "{% if m['role'] == 'system' %}"
-    "{% set ns.system = '<<SYS>>\n' + m['content'] | trim + '\n<</SYS>>\n\n' %}"
-    "{% elif m['role'] == 'user' %}{{ bos_token }}"
-    "{{ '[INST] ' + ns.system + m['content'] | trim + ' [/INST]' }}"
-    "{% set ns.system = '' %}"
-    "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-TEMPLATES = {"instruction": INSTRUCTION_TEMPLATE, "llama-2": LLAMA2_TEMPLATE}
+TEMPLATES = {
+    "instruction": (  # for base models that ship none
+        "{% for m in messages %}"
+        "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}{% elif m['role'] == "
+        "'user' %}{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
+        "{% else %}{{ '### Response:\n' + m['content'] + eos_token }}"
+        "{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+    ),
+    "llama-2": (  # each pair of turns is a text of its own, BOS to EOS
+        "{% set ns = namespace(system='') %}{% for m in messages %}"
+        "{% if m['role'] == 'system' %}"
+        "{% set ns.system = '<<SYS>>\n' + m['content'] | trim + '\n<</SYS>>\n\n' %}"
+        "{% elif m['role'] == 'user' %}{{ bos_token }}{{ '[INST] ' + ns.system + "
+        "m['content'] | trim + ' [/INST]' }}{% set ns.system = '' %}{% else %}"
+        "{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+    ),
+}
 
 
 def template_text(template: str) -> str | None:
-    """Returns the text of a config's template, None for the tokenizer's own.
-
-    A file is looked for here and in the folder of `runs/`.
-    """
+    """Returns the text of a config's template, None for the tokenizer's own."""
     if template == "own" or template in TEMPLATES:
         return TEMPLATES.get(template)
     file = runtime.find_local(template)
-    if file and file.is_file():
-        return file.read_text(encoding="utf-8-sig")
-    raise TemplateError(
-        f"template={template!r} is neither {', '.join(['own', *TEMPLATES])} nor a "
-        f"file (looked in {Path.cwd()} and {runtime.HOME})"
-    )
+    if file is None or not file.is_file():
+        raise TemplateError(f"{template=} is not own, {', '.join(TEMPLATES)} or a file")
+    return file.read_text(encoding="utf-8-sig")
 
 
 def render(
-    tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    for_generation: bool = False,
+    tokenizer: Tokenizer, messages: Messages, *, for_generation: bool = False
 ) -> str:
     """Returns the text of a conversation, with exactly one BOS where there is one.
 
-    Tokenise it with `add_special_tokens=False`: every special token is in the text.
-
     Args:
-        tokenizer: it carries the template.
+        tokenizer: use it on the text with `add_special_tokens=False`: all are in it.
         messages: the turns; `weight` is not shown to the template.
         for_generation: end with the header of the assistant's next turn.
 
     Raises:
-        TemplateError: the template refuses the conversation.
+        TemplateError: the template refuses it.
     """
+    plain = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
+    options = {"tokenize": False, "add_generation_prompt": for_generation, **FIXED}
     try:
-        text = tokenizer.apply_chat_template(
-            [{k: v for k, v in m.items() if k != "weight"} for m in messages],
-            tokenize=False,
-            add_generation_prompt=for_generation,
-            date_string=FIXED_DATE,
-            strftime_now=FIXED_DAY.strftime,
-        )
+        text = tokenizer.apply_chat_template(plain, **options)
     except Exception as error:  # whatever Python raises on the template's expressions
-        roles = " ".join(m["role"] for m in messages)
-        raise TemplateError(
-            f"the template refuses a conversation of {roles}: {error}"
-        ) from error
-    bos = tokenizer.bos_token
-    if not bos or text.startswith(bos):
+        roles = " ".join(["a conversation of", *(m["role"] for m in messages)])
+        raise TemplateError(f"the template refuses {roles}: {error}") from error
+    bos = tokenizer.bos_token or ""
+    if text.startswith(bos) or tokenizer("").input_ids[:1] != [tokenizer.bos_token_id]:
         return text
-    adds_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    return bos + text if adds_bos else text
+    return bos + text
 
 
 def prepare_tokenizer(
@@ -103,13 +90,10 @@ def prepare_tokenizer(
 ) -> None:
     """Makes a tokenizer fit to train with: a chat template, and a pad token of its own.
 
-    No loss is taken on padding, so a model whose pad token is EOS never learns to stop.
-
     Args:
         tokenizer: it is changed in place.
-        template: `own`, a name of `TEMPLATES`, or the path of a Jinja file. A tokenizer
-            without one gets the `### Instruction` template.
-        pad_token: a token of the vocabulary, or None to choose one; EOS is replaced.
+        template: `own` (if it has none, `instruction`), `llama-2`, or a Jinja file.
+        pad_token: of the vocabulary, None to choose one; EOS would never be learnt.
 
     Raises:
         TemplateError: there is no such template or pad token, or no EOS token.
@@ -119,46 +103,31 @@ def prepare_tokenizer(
     text = template_text(template) or tokenizer.chat_template
     if not text:
         log.info("no chat template: '### Instruction / ### Response' is used")
-    tokenizer.chat_template = text or INSTRUCTION_TEMPLATE
-    as_eos = pad_token in ("eos", tokenizer.eos_token)
-    if pad_token is not None and not as_eos:
-        if pad_token not in tokenizer.get_vocab():
-            raise TemplateError(f"{pad_token=} is not in the vocabulary; null will do")
+    tokenizer.chat_template = text or TEMPLATES["instruction"]
+    if pad_token in ("eos", tokenizer.eos_token):
+        log.warning("answers padded with EOS would not end: another token pads")
+    elif pad_token in tokenizer.get_vocab():
         tokenizer.pad_token = pad_token
+    elif pad_token is not None:
+        raise TemplateError(f"{pad_token=} is not in the vocabulary; null will do")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = find_pad_token(tokenizer)
-    if as_eos:
-        warnings.warn(
-            f"padding with EOS ({tokenizer.eos_token}): EOS would never be learnt and "
-            f"answers would not end, so {tokenizer.pad_token} pads instead",
-            stacklevel=2,
-        )
-
-
-def find_pad_token(tokenizer: Tokenizer) -> str:
-    """Returns a special token to pad with that is neither EOS nor BOS."""
-    added = {str(t): t.special for t in tokenizer.added_tokens_decoder.values()}
-    tokens = [token for token in added if "pad" in token.lower()]
-    tokens += [str(tokenizer.unk_token), *(t for t in added if "reserved" in t)]
-    template = str(tokenizer.chat_template)
-    tokens += [t for t, special in added.items() if special and t not in template]
-    for token in tokens:
-        if token not in (tokenizer.eos_token, tokenizer.bos_token, "None"):
-            return token
-    raise TemplateError("no special token but EOS can pad; add one, resize the model")
+        written = f"{tokenizer.bos_token}{tokenizer.eos_token}{tokenizer.chat_template}"
+        added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+        unused = [token for token in added if token not in written]
+        if not unused:
+            raise TemplateError("no special token but EOS can pad: add one")
+        names = ("pad", str(tokenizer.unk_token), "reserved", "")
+        tokenizer.pad_token = next(t for n in names for t in unused if n in t)
 
 
 def answer_marks(tokenizer: Tokenizer) -> tuple[str, str]:
     """Returns what a template writes before an answer and after the last one."""
-    question, answer = MARK, "\U000f0001"
-    messages = [{"role": "user", "content": question}]
+    messages = [{"role": "user", "content": MARK}]
     prompt = render(tokenizer, messages, for_generation=True)
-    text = render(tokenizer, [*messages, {"role": "assistant", "content": answer}])
-    if question not in prompt or answer not in text:
-        raise TemplateError(
-            "the template does not print contents that are text; choose one that does"
-        )
-    return prompt.partition(question)[2], text.partition(answer)[2].strip()
+    text = render(tokenizer, [*messages, {"role": "assistant", "content": MARK * 2}])
+    if MARK not in prompt or MARK * 2 not in text:
+        raise TemplateError("the template does not print contents that are text")
+    return prompt.partition(MARK)[2], text.rpartition(MARK * 2)[2].strip()
 
 
 def stop_token_ids(tokenizer: Tokenizer) -> list[int]:
@@ -166,3 +135,85 @@ def stop_token_ids(tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer(answer_marks(tokenizer)[1], add_special_tokens=False).input_ids
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return sorted({tokenizer.eos_token_id, *special.intersection(ids)})
+
+
+def find_spans(
+    tokenizer: Tokenizer, messages: Messages, loss_on: LossOn, closing: str
+) -> Text:
+    """Returns the training text of a conversation and the character spans to learn."""
+    text = render(tokenizer, messages)
+    spans: list[tuple[int, int]] = []
+    turns = [(m["role"], m.get("weight") != 0) for m in messages]
+    learnt = [n for n, turn in enumerate(turns) if turn == ("assistant", True)]
+    if loss_on == "all" and not all(weight for _, weight in turns):
+        raise TemplateError("loss_on='all' would learn a turn of weight 0")
+    for number in learnt[-1:] if loss_on == "last" else learnt:
+        prompt = render(tokenizer, messages[:number], for_generation=True)
+        if not text.startswith(prompt):
+            earlier = text[: spans[-1][1]] if spans else ""
+            follows = loss_on == "all" and messages[number + 1 :]
+            if number != learnt[-1] or follows or not prompt.startswith(earlier):
+                raise TemplateError(f"turn {number + 1}: the prompt that {OTHER}")
+            messages = messages[: number + 1]
+            text = put_behind(tokenizer, messages, prompt)
+        content, start = messages[number]["content"], len(prompt)
+        plain = content.strip() + closing
+        end = start + len(plain)
+        if not (closing and text.startswith(plain, start)):
+            end = find_end(tokenizer, messages, number, text, closing)
+        if not holds(text[start:end], content):
+            raise TemplateError(f"turn {number + 1}: {LOST}")
+        spans.append((start, end))
+    return text, [(0, len(text))] if loss_on == "all" else spans
+
+
+def put_behind(tokenizer: Tokenizer, messages: Messages, prompt: str) -> str:
+    """Returns inference's prompt, and the last answer with its end as rendered."""
+    text = render(tokenizer, messages)
+    if text.startswith(prompt):
+        return text
+    before, _, after = mark(tokenizer, messages, len(messages) - 1).partition(MARK)
+    body = text[len(before) : len(text) - len(after)]
+    if before + body + after != text or not holds(body, messages[-1]["content"]):
+        raise TemplateError(f"turn {len(messages)}: {LOST}")
+    at = len(os.path.commonprefix([prompt, before]))
+    header = before[at:]
+    if more := prompt[at:].strip():
+        if not header.strip() and body.lstrip().startswith(more):
+            body = body.lstrip()[len(more) :].lstrip()  # the prompt has it already
+        opening = answer_marks(tokenizer)[0]
+        known = header.strip() and opening.strip() and prompt.endswith(opening)
+        header = before.rpartition(opening)[2] if known and opening in before else ""
+    return prompt + header + body + after
+
+
+def find_end(
+    tokenizer: Tokenizer, messages: Messages, number: int, text: str, closing: str
+) -> int:
+    """Returns the end of a turn in a text, after the tokens that end it."""
+    if number + 1 == len(messages):
+        return len(text.rstrip())
+    after = mark(tokenizer, messages, number).partition(MARK)[2]
+    if not text.endswith(after):
+        raise TemplateError(f"turn {number + 1}: {LOST}")
+    # an earlier answer may be ended otherwise than the last one
+    tokens = [closing, *map(str, tokenizer.added_tokens_decoder.values())]
+    ends = [t for t in tokens if closing and after.lstrip().startswith(t)]
+    rest = after.lstrip().removeprefix(max(ends, key=len)) if ends else after
+    return len(text) - len(rest)
+
+
+def mark(tokenizer: Tokenizer, messages: Messages, number: int) -> str:
+    """Returns the text of a conversation with MARK as the content of a turn."""
+    turn = {**messages[number], "content": MARK}
+    return render(tokenizer, [*messages[:number], turn, *messages[number + 1 :]])
+
+
+def holds(text: str, content: str) -> bool:
+    """Returns whether a text has all of a content but white space and tags."""
+    if content.strip() in text:
+        return True
+    as_json = json.dumps(content, ensure_ascii=False)[1:-1]
+    pieces = re.split(r"<[^<>\s]+>", as_json if as_json in text else content)
+    pattern = ".*?".join(re.escape("".join(piece.split())) for piece in pieces)
+    return re.search(pattern, "".join(text.split())) is not None

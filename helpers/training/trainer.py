@@ -286,7 +286,7 @@ def label_rows(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Datase
         )
         rows[part] = masked.rows
         if masked.dropped:
-            log.info(f"{part}: {masked.describe_dropped()}")
+            log.info(f"{part}: {masked.dropped}")
         if part == "train":
             write_json(folder / "labels.json", masked.counts)
             if cut := checks.check_lengths(masked.ends, config.max_length):
