@@ -104,11 +104,9 @@ def write_stops(tokenizer: Any, settings: Any) -> None:
     ids = tokenizer(answer_marks(tokenizer)[1], add_special_tokens=False).input_ids
     ends = [i for i in ids if i in stops]
     # some stop at the tokenizer's EOS alone, which its template may print elsewhere
-    if (
-        tokenizer.eos_token_id not in ends
-        and "eos_token" not in tokenizer.chat_template
-    ):
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends)[0]
+    elsewhere = "eos_token" in tokenizer.chat_template
+    if ends and tokenizer.eos_token_id not in ends and not elsewhere:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
 
 
 def answer_plainly(folder: str, loading: dict, prompts: list, length: int) -> list:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -115,14 +113,3 @@ def test_files_that_cannot_be_loaded_elsewhere_fail_the_export(tmp_path: Path) -
     prompts = [[{"role": "user", "content": "Hi"}]]
     with pytest.raises(ModelError, match="fails in plain transformers"):
         export.ask_plainly(tmp_path, {}, prompts, 4)
-
-
-def test_the_other_process_is_given_nothing_of_ours() -> None:
-    tree = ast.parse(inspect.getsource(export.answer_plainly))
-    (function,) = tree.body
-    assert isinstance(function, ast.FunctionDef)
-    nodes = [node for line in function.body for node in ast.walk(line)]
-    names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    stored = (n for n in nodes if isinstance(n, ast.Name))
-    own = {n.id for n in stored if isinstance(n.ctx, ast.Store)}
-    assert not (names - own) & set(vars(export))
