@@ -66,9 +66,9 @@ def check_lora(model: PreTrainedModel, lora: dict[str, Any]) -> None:
     for n in [layers] if isinstance(layers, int) else layers:
         if not 0 <= n <= last:
             raise ModelError(f"layers_to_transform={n}: the layers are 0 to {last}")
-    start = lora.get("init_lora_weights", True)
+    start = str(lora.get("init_lora_weights")).lower()
     exact = "" if getattr(model, "is_quantized", False) else "|olora|pissa.*"
-    if not re.fullmatch(f"true|false|gaussian|orthogonal{exact}", str(start).lower()):
+    if not re.fullmatch(f"none|true|false|gaussian|orthogonal{exact}", start):
         raise ModelError(
             f"init_lora_weights={start!r} needs data or changes the base, and a saved "
             "adapter would not fit; use true, gaussian, or in 16bit olora or pissa"
