@@ -85,6 +85,7 @@ def test_what_rewrites_the_base_is_refused_where_it_would_be_rounded(
         ({"rank_pattern": {"x_proj": 3}}, "rank_pattern x_proj do not exist"),
         ({"alpha_pattern": {"k_proj": 3}}, "alpha_pattern k_proj do not exist"),
         ({"layers_to_transform": [0, 2]}, "layers_to_transform=2: the layers are 0"),
+        ({"lora_alpha": 0}, "nothing is learnt with lora_alpha=0"),
     ],
 )
 def test_a_setting_that_nothing_follows_is_refused_in_words(

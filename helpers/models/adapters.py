@@ -66,6 +66,8 @@ def check_lora(model: PreTrainedModel, lora: dict[str, Any]) -> None:
     for n in [layers] if isinstance(layers, int) else layers:
         if not 0 <= n <= last:
             raise ModelError(f"layers_to_transform={n}: the layers are 0 to {last}")
+    if lora.get("lora_alpha") == 0 or lora.get("lora_dropout") == 1:
+        raise ModelError("nothing is learnt with lora_alpha=0 or lora_dropout=1")
     start = str(lora.get("init_lora_weights")).lower()
     exact = "" if getattr(model, "is_quantized", False) else "|olora|pissa.*"
     if not re.fullmatch(f"none|true|false|gaussian|orthogonal{exact}", start):
