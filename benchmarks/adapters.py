@@ -129,7 +129,6 @@ def measure(
     probe = torch.arange(40, 104).reshape(2, 32)
     options = {"engine": engine, "weights": weights}
     config = changed(recipes.load("demo"), model=base, **options)
-    half = models.half_of(config)
 
     def reload(adapter: Path) -> Any:
         return models.load_model(base, adapter=adapter, **options)[0]
@@ -137,10 +136,10 @@ def measure(
     def plain(path: Path) -> Any:
         dtype = half or torch.float32
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return model.to("cuda" if gpu else "cpu").eval()
 
     def far(model: Any) -> float:
-        found = (adapters.last_logits(model, probe, half) - trained).abs().max().item()
+        found = (adapters.last_logits(model, probe) - trained).abs().max().item()
         return float(f"{found:.2g}")
 
     model, _ = models.load_model(base, **options)
@@ -148,10 +147,11 @@ def measure(
         model = adapters.add_lora(model, PLAIN | SETTINGS[setting], engine=engine)
     except ModelError as error:
         return row | {"refused": str(error)}
-    trained = adapters.last_logits(model, probe, half)
-    row["moved"] = 0.0
+    gpu = torch.cuda.is_available()
+    half = model.config.dtype if gpu else None
+    trained = adapters.last_logits(model, probe)
     train(model, half)
-    row["moved"], trained = far(model), adapters.last_logits(model, probe, half)
+    row["moved"], trained = far(model), adapters.last_logits(model, probe)
     row["logits"] = float(f"{trained.abs().max().item():.3g}")
     adapters.save_adapter(model, folder / "ours")
     model.save_pretrained(folder / "foreign")
@@ -186,7 +186,7 @@ def is_wrong(row: dict[str, Any]) -> bool:
 
     if row["refused"]:
         return False
-    limit = LIMIT if row["weights"] == "16bit" else TOLERANCE["half"] * row["logits"]
+    limit = LIMIT if row["weights"] == "16bit" else TOLERANCE["cuda"] * row["logits"]
     return not max(row[name] for name in FIGURES[:3]) <= limit
 
 

@@ -90,9 +90,9 @@ def heavy_modules(
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """The offline model's tokenizer; do not change it, `make_tokenizer` copies it."""
-    from helpers.models.hub import build_tokenizer, find_gguf
+    from helpers.models import load_tokenizer
 
-    return build_tokenizer(find_gguf())
+    return load_tokenizer("smollm2-135m-offline")
 
 
 @pytest.fixture(scope="session")

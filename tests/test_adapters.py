@@ -78,12 +78,12 @@ def test_what_rewrites_the_base_is_refused_where_it_would_be_rounded(
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ({"target_modules": ["query"]}, "target_modules query do not exist.*q_proj"),
-        ({"target_modules": "no.*such"}, "no.*such do not exist.* regular expression"),
+        ({"target_modules": ["query"]}, "target_modules query do not exist"),
+        ({"target_modules": "no.*such"}, "no.*such do not exist in this model"),
         ({"target_modules": "*_proj"}, "is no pattern: nothing to repeat"),
         ({"modules_to_save": ["lm_haed"]}, "lm_haed do not .* did you mean 'lm_head'"),
         ({"rank_pattern": {"x_proj": 3}}, "rank_pattern x_proj do not exist"),
-        ({"alpha_pattern": {"k_proj": 3}}, "k_proj do not exist.*it has q_proj, v_pro"),
+        ({"alpha_pattern": {"k_proj": 3}}, "alpha_pattern k_proj do not exist"),
         ({"layers_to_transform": [0, 2]}, "layers_to_transform=2: the layers are 0"),
         ({"lora_alpha": 0}, "nothing is learnt with lora_alpha=0"),
     ],
@@ -93,28 +93,6 @@ def test_a_setting_that_nothing_follows_is_refused_in_words(
 ) -> None:
     with pytest.raises(ModelError, match=sentence):
         adapters.add_lora(base, LORA | setting)
-
-
-def test_a_bias_is_refused_where_only_some_of_the_layers_have_one(
-    tokenizer: Any, tmp_path: Path
-) -> None:
-    folder = save_tiny_model("Qwen2", tokenizer, tmp_path / "qwen2")
-    model, _ = models.load_model(str(folder))
-    lora = {**LORA, "lora_bias": True}  # queries have a bias, the output has none
-    with pytest.raises(ModelError, match="lora_bias=True cannot be merged"):
-        adapters.add_lora(model, lora | {"target_modules": ["q_proj", "o_proj"]})
-
-
-def test_a_target_may_be_named_by_its_path_and_nothing_else_is_trained(
-    base: Any,
-) -> None:
-    named = {**LORA, "target_modules": ["self_attn.q_proj", "layers.1.mlp.up_proj"]}
-    tuned = adapters.add_lora(base, named)
-    assert len(tuned.base_model.targeted_module_names) == 3
-    trained = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
-    assert all("lora_" in name for name in trained)
-    # rank 4 x (in + out) of two queries, 64 + 64, and an up projection, 64 + 128
-    assert sum(p.numel() for p in trained.values()) == 4 * (2 * 128 + 192)
 
 
 @pytest.mark.parametrize("fault", ["all zero", "of another base"])

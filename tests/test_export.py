@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -107,22 +105,11 @@ def test_what_a_base_like_model_becomes_stops_by_itself_in_plain_transformers(
 
 def test_files_that_do_not_stop_elsewhere_fail_the_export() -> None:
     expected, plain = [("4", True)] * 5, [("4 and on", False)] * 5
-    with pytest.raises(ModelError, match="5 of 5 answers end by themselves in the tr"):
-        export.compare_answers(Path("merged"), plain, expected, [])
+    with pytest.raises(ModelError, match="merged: 5 of 5 answers no longer end"):
+        export.compare_answers("merged", plain, expected, [])
 
 
 def test_files_that_cannot_be_loaded_elsewhere_fail_the_export(tmp_path: Path) -> None:
     prompts = [[{"role": "user", "content": "Hi"}]]
-    with pytest.raises(ModelError, match="cannot be used in plain transformers"):
-        export.ask_plainly(tmp_path, "auto", None, prompts, 4)
-
-
-def test_the_other_process_is_given_nothing_of_ours() -> None:
-    tree = ast.parse(inspect.getsource(export.answer_plainly))
-    (function,) = tree.body
-    assert isinstance(function, ast.FunctionDef)
-    nodes = [node for line in function.body for node in ast.walk(line)]
-    names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    stored = (n for n in nodes if isinstance(n, ast.Name))
-    own = {n.id for n in stored if isinstance(n.ctx, ast.Store)}
-    assert not (names - own) & set(vars(export))
+    with pytest.raises(ModelError, match="fails in plain transformers"):
+        export.ask_plainly(tmp_path, {}, prompts, 4)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from helpers import runtime
+from helpers.config import RunConfig
 from helpers.errors import ModelError
 from helpers.masking.templates import prepare_tokenizer
 from helpers.models.hub import find_model, unknown_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from helpers.config import RunConfig
-
-ADDED = ("lora_", ".modules_to_save.", "trainable_tokens_delta")  # by an adapter
 
 
 def resolve_weights(weights: str) -> str:
@@ -31,13 +26,6 @@ def options(config: RunConfig) -> dict[str, Any]:
     """Returns the arguments of `load_model` that a config decides."""
     names = {"engine", "weights", "double_quant", "dtype", "max_length"}
     return config.model_dump(include=names | {"template", "pad_token"})
-
-
-def half_of(config: RunConfig) -> Any:
-    """Returns the dtype that a run's training autocasts to, None on a CPU."""
-    machine = runtime.find_machine()
-    dtype, _ = runtime.choose_dtype(machine, config.dtype)
-    return dtype if machine.device == "cuda" else None
 
 
 def load_tokenizer(
@@ -90,80 +78,50 @@ def load_model(
     """
     engine, weights = runtime.resolve_engine(engine), resolve_weights(weights)
     if engine == "unsloth":
-        from unsloth import FastLanguageModel
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    arithmetic, _ = runtime.choose_dtype(runtime.find_machine(), dtype)
-    arguments: dict[str, Any] = {"dtype": arithmetic}
-    if fields := quantization(weights, arithmetic, double_quant):
-        arguments["quantization_config"] = BitsAndBytesConfig(**fields)
-    if engine == "transformers":
-        load = AutoModelForCausalLM.from_pretrained
-        arguments["device_map"] = {"": 0} if torch.cuda.is_available() else None
+        from unsloth import FastLanguageModel as Loader
     else:
-        load = FastLanguageModel.from_pretrained
-        bits = {f"load_in_{w}": w == weights for w in ("4bit", "8bit", "16bit")}
-        # else a hub name stands for Unsloth's copy, made with double_quant
-        exact = {"use_exact_model_name": not double_quant}
-        arguments |= {"max_seq_length": max_length, **bits, **exact}
-    try:
-        model = load(find_model(name), **arguments)
-    except torch.OutOfMemoryError:  # a RuntimeError, which says enough
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise unknown_model(name, error) from error
-    if engine == "unsloth":
-        model, _ = model
-    if weights != "16bit" and not getattr(model, f"is_loaded_in_{weights}", False):
-        raise ModelError(
-            f"weights={weights!r} cannot be loaded here: Unsloth without a GPU loads "
-            "16bit instead; choose engine='transformers' or other weights"
-        )
+        from transformers import AutoModelForCausalLM as Loader
+    from transformers import BitsAndBytesConfig
+
+    runtime.free_memory()  # of models that are no longer in use
+    machine = runtime.find_machine()
+    arithmetic, _ = runtime.choose_dtype(machine, dtype)
+    arguments: dict[str, Any] = {"dtype": arithmetic}
+    bits = {f"load_in_{weights}": True} if weights != "16bit" else {}
     if weights == "4bit":
-        scales = model.config.to_dict()["quantization_config"]
-        if scales.get("bnb_4bit_use_double_quant", double_quant) != double_quant:
-            warnings.warn(f"{double_quant=} is not followed by {engine}", stacklevel=2)
+        bits["bnb_4bit_use_double_quant"] = double_quant
+    if bits:
+        four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": arithmetic}
+        arguments["quantization_config"] = BitsAndBytesConfig(**bits, **four)
+    if engine == "transformers":
+        arguments["device_map"] = {"": 0} if machine.device == "cuda" else None
+    else:
+        arguments |= {f"load_in_{w}": w == weights for w in ("4bit", "8bit", "16bit")}
+        # else a hub name stands for Unsloth's copy, made with double_quant
+        arguments["use_exact_model_name"] = not double_quant
+        arguments["max_seq_length"] = max_length
+    try:
+        model = Loader.from_pretrained(find_model(name), **arguments)
+    except (OSError, ValueError) as error:
+        raise unknown_model(name, error) from error
+    model = model[0] if engine == "unsloth" else model
+    loaded = model.config.to_dict().get("quantization_config", {})
+    if not bits.items() <= loaded.items():
+        raise ModelError(f"{engine} cannot load {weights=} with {double_quant=} here")
     tokenizer = load_tokenizer(name, template=template, pad_token=pad_token)
     rows = model.get_input_embeddings().weight.shape[0]
-    if (highest := max(tokenizer.get_vocab().values())) >= rows:
-        raise ModelError(
-            f"the tokenizer of {name} gives ids up to {highest}, but the model's "
-            f"embedding has {rows} rows; take the model's own tokenizer"
-        )
+    if max(tokenizer.get_vocab().values()) >= rows:
+        raise ModelError(f"{name} has more tokens than rows of its embedding, {rows}")
     for module in model.modules():
-        # bitsandbytes would repack 4-bit weights for CPUs with AVX512-BF16 at the
-        # first inference; gradients through repacked weights are wrong
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+        # else bitsandbytes repacks 4-bit weights at inference: gradients are wrong then
+        module.support_avx512bf16_for_cpu = False
+    for settings in (model.config, model.generation_config):
+        settings.pad_token_id = tokenizer.pad_token_id
     model.generation_config.max_length = None  # callers give max_new_tokens
     model.requires_grad_(False)
     if adapter is not None:
         model = load_adapter(model, adapter, engine=engine)
     return model, tokenizer
-
-
-def quantization(weights: str, dtype: Any, double_quant: bool) -> dict[str, Any] | None:
-    """Returns the fields of `BitsAndBytesConfig`, None for `16bit`."""
-    if weights == "4bit":
-        return {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": double_quant,
-            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-        }
-    return {"load_in_8bit": True} if weights == "8bit" else None
-
-
-def prepare_quantised(model: PreTrainedModel, recompute: bool) -> PreTrainedModel:
-    """Returns a 4- or 8-bit model ready to train LoRA on; others as they are."""
-    from peft import prepare_model_for_kbit_training
-
-    if not getattr(model, "is_quantized", False):
-        return model
-    return prepare_model_for_kbit_training(model, recompute, {"use_reentrant": False})
 
 
 def load_adapter(
@@ -173,25 +131,23 @@ def load_adapter(
     engine: str = "auto",
     trainable: bool = False,
     seed: int = 3407,
-    checkpointing: bool | None = None,
+    checkpointing: bool = True,
 ) -> PreTrainedModel:
     """Returns the base with an adapter of whatever kind, as PEFT itself loads it."""
-    import torch
-    from peft import PeftModel
+    from peft import PeftModel, prepare_model_for_kbit_training
+    from transformers import set_seed
 
-    recompute = trainable and torch.cuda.is_available() and checkpointing is not False
     unsloth = runtime.resolve_engine(engine) == "unsloth"
-    if not unsloth:
-        model = prepare_quantised(model, recompute)
-    torch.manual_seed(seed)
+    if not unsloth and getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, False)
+    set_seed(seed)
     tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     set_adapter_weights(tuned, adapter)
-    if unsloth:
+    if unsloth and runtime.find_machine().device == "cuda":
         from unsloth import FastLanguageModel
 
-        if hasattr(FastLanguageModel, "patch_peft_model"):  # not on a CPU
-            mode = "unsloth" if recompute else False
-            tuned = FastLanguageModel.patch_peft_model(tuned, mode)
+        mode = "unsloth" if trainable and checkpointing else False
+        tuned = FastLanguageModel.patch_peft_model(tuned, mode)
     return tuned
 
 
@@ -201,12 +157,12 @@ def set_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
 
     state = load_peft_weights(str(adapter), device="cpu")
     result = set_peft_model_state_dict(model, state)
-    own = dict(model.named_parameters())  # a shared one by its first name only
-    added = [name for name in own if any(part in name for part in ADDED)]
-    empty = set(result.missing_keys).intersection(added)
-    if result.unexpected_keys or empty or not any(t.any() for t in state.values()):
+    added = re.compile(r"lora_|\.modules_to_save\.|trainable_tokens_delta")
+    extra, own = result.unexpected_keys, dict(model.named_parameters())
+    # among the own, shared ones are by their first name only
+    missing = [n for n in result.missing_keys if n in own and added.search(n)]
+    if extra or missing or not any(tensor.any() for tensor in state.values()):
         raise ModelError(
-            f"the adapter at {adapter} does not fit this model: "
-            f"{len(result.unexpected_keys)} matrices have no place, {len(empty)} "
-            "places got none; load the base model named in its adapter_config.json"
+            f"the adapter at {adapter} does not fit this model: {len(missing)} of its "
+            f"matrices are missing, {len(extra)} are too many, or all are zero"
         )

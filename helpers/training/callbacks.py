@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from helpers.files import read_json, write_json
 from helpers.inference.generation import reply
-from helpers.models.adapters import Witness, save_adapter
+from helpers.models.adapters import save_adapter
 
 log = logging.getLogger(__name__)
 Entry = dict[str, Any]  # of TRL's log history
@@ -72,7 +72,7 @@ class BestAdapter(TrainerCallback):
             it is greater, and of equals the later one is kept.
     """
 
-    witness: Witness | None = None  # see `save_adapter`; `fit` sets it
+    witness: Any = None  # see `save_adapter`; `fit` sets it
 
     def __init__(self, folder: Path, by: str = "eval_loss") -> None:
         self.folder, self.by = folder, by

@@ -59,7 +59,7 @@ def attach_lora(
         if name in PEFT_OPEN or value != getattr(plain, name)
     }
     options = lora_options(run, stage)
-    return adapters.add_lora(model, values, max_length=run.config.max_length, **options)
+    return adapters.add_lora(model, values, **options)
 
 
 def lora_options(run: Run, stage: Stage) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     keep_lora_fp32(trainer.model)
     trainer.add_callback(callbacks.Stopwatch(run.config.save_minutes))
     trainer.add_callback(callbacks.SkippedSteps())
-    witness = find_witness(trainer.processing_class, run)
+    witness = find_witness(trainer.processing_class)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, callbacks.BestAdapter):
             callback.witness = witness
@@ -211,7 +211,7 @@ def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
     return part
 
 
-def find_witness(tokenizer: PreTrainedTokenizerBase, run: Run) -> adapters.Witness:
+def find_witness(tokenizer: PreTrainedTokenizerBase) -> Any:
     """Returns the ends of a few prompts, cut to the same length."""
     import torch
 
@@ -219,8 +219,7 @@ def find_witness(tokenizer: PreTrainedTokenizerBase, run: Run) -> adapters.Witne
     texts = [render(tokenizer, turns, for_generation=True) for turns in asked]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     length = min(WITNESS_TOKENS, *map(len, ids))
-    ends = torch.tensor([row[-length:] for row in ids])
-    return adapters.Witness(ends, models.half_of(run.config))
+    return torch.tensor([row[-length:] for row in ids])
 
 
 def compare_reloaded(run: Run, adapter: Path) -> dict[str, float] | None:
@@ -230,8 +229,7 @@ def compare_reloaded(run: Run, adapter: Path) -> dict[str, float] | None:
     config, options = run.config, models.options(run.config)
     try:
         model, _ = models.load_model(config.model, adapter=adapter, **options)
-        bits = models.resolve_weights(config.weights)
-        return adapters.compare_saved(model, adapter, models.half_of(config), bits)
+        return adapters.compare_saved(model, adapter)
     except (MemoryError, torch.OutOfMemoryError):
         return None
     finally:
