@@ -17,19 +17,14 @@ log = logging.getLogger(__name__)
 
 
 def ensure_ready(run: Run, stage: Stage) -> None:
-    """Prepares a run's data where they are missing, and refuses what cannot train.
-
-    Raises:
-        ConfigError: the run has no such stage, or cannot take a step of it.
-        DataError: see `data.prepare` and `evaluator.check_labels`.
-    """
+    """Prepares missing data; ConfigError or DataError for what cannot be trained."""
     inputs.require_stage(run.config, stage)
     data.ensure_data(run)
-    evaluator.check_labels(run)
     rows = run.report()["data"].get("train")
     if advice := checks.advise(run.config, rows=rows):
         checks.require(advice)
         log.info(checks.report(advice))
+    evaluator.check_labels(run)
     if "grpo" in run.config.stages:
         grpo.require_prompts(run)
 
@@ -37,8 +32,7 @@ def ensure_ready(run: Run, stage: Stage) -> None:
 def ensure_adapter(run: Run, stage: Stage) -> Path | str | None:
     """Returns a stage's adapter, trained first where it is missing.
 
-    For SFT it is the config's `sft_adapter` where one is named, and None in a run
-    without that stage: GRPO then starts with fresh LoRA.
+    For SFT it is `sft_adapter` where the config names one, and None without that stage.
     """
     config, path = run.config, run.path / stage / "adapter"
     if stage == "sft" and (config.sft_adapter or "sft" not in config.stages):
@@ -55,10 +49,9 @@ def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
     if part := inputs.finished_part(run, stage):
         return part
     start = ensure_adapter(run, "sft") if stage == "grpo" else None
-    model, tokenizer = trainer.load_for_training(run, stage, start)
     build = trainer.build_sft if stage == "sft" else grpo.build_grpo
-    part = trainer.fit(build(run, model, tokenizer), run)
-    del model
+    # nothing here keeps the model, so that its memory can be freed
+    part = trainer.fit(build(run, *trainer.load_for_training(run, stage, start)), run)
     runtime.free_memory()
     return part
 

@@ -14,7 +14,7 @@ from helpers.errors import ConfigError
 from helpers.files import content_hash, fingerprint, read_json, write_json
 from helpers.masking.templates import template_text
 from helpers.models.load import half_of
-from helpers.runs import MADE_BY, Run
+from helpers.runs import Run
 
 log = logging.getLogger(__name__)
 NOTE = "made_from.json"  # the inputs, and whether the stage was trained to its end
@@ -39,8 +39,7 @@ PANELS = {  # titles, and regular expressions of what is logged
 def require_stage(config: RunConfig, stage: Stage) -> None:
     if stage not in config.stages:
         raise ConfigError(
-            f"run {config.name!r} has no {stage} stage: open notebook "
-            f"{MADE_BY[config.stages[0]]}, or choose another recipe in 00_setup"
+            f"run {config.name!r} has no {stage} stage: choose another recipe"
         )
 
 
@@ -49,12 +48,11 @@ def inputs_of(run: Run, stage: Stage) -> dict[str, Any]:
     config = run.config
     require_stage(config, stage)
     names = {"engine", "weights", "double_quant", "dtype", "pad_token", "seed"}
-    if stage == "sft":
-        names |= {"max_length", "loss_on", "best_by"}
-    else:
-        names |= {"grpo_minutes", "grpo_held_out", "sampler", "rewards"}
-        names |= {"max_prompt_length", "system_prompt"}
-    inputs = config.model_dump(include=names)
+    own = {"max_length", "loss_on", "best_by"}
+    if stage == "grpo":
+        own = {"grpo_minutes", "grpo_held_out", "sampler", "rewards"}
+        own |= {"max_prompt_length", "system_prompt"}
+    inputs = config.model_dump(include=names | own)
     inputs["model"] = content_hash(config.model)
     inputs["template"] = fingerprint(template_text(config.template))
     rows = run.report().get("data", {}).get("fingerprints", {})
@@ -116,7 +114,6 @@ def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
         "fp16": str(half) == "torch.float16",
         "bf16": str(half) == "torch.bfloat16",
         "use_cpu": half is None,
-        # what fits while training fits while evaluating
         "per_device_eval_batch_size": values["per_device_train_batch_size"],
         **values,
         "gradient_checkpointing": half is not None and values["gradient_checkpointing"],

@@ -25,8 +25,7 @@ from helpers.training import callbacks, inputs
 log = logging.getLogger(__name__)
 # what a config leaves open is PEFT's own default: Unsloth has others
 PEFT_OPEN = ("r", "lora_alpha", "lora_dropout", "bias")
-# tokenised rows go when this process ends
-SCRATCH = tempfile.TemporaryDirectory(prefix="tunebook-")
+SCRATCH = tempfile.TemporaryDirectory(prefix="tunebook-")  # of tokenised rows
 
 
 def lora_arguments(run: Run) -> dict[str, Any]:
@@ -40,8 +39,6 @@ def attach_lora(
     run: Run, model: PreTrainedModel, lora: LoraConfig, stage: Stage = "sft"
 ) -> PreTrainedModel:
     """Returns the model with fresh LoRA matrices to train, the base frozen.
-
-    Unsloth or PEFT attaches them here, so that the trainer needs no `peft_config`.
 
     Raises:
         ModelError: the model or a saved adapter cannot follow a setting.
@@ -98,7 +95,8 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     turns = [{"role": "user", "content": callbacks.PROMPTS[0]["prompt"]}]
     text = templates.render(tokenizer, turns, for_generation=True)
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-    model.witness = adapters.Witness(ids, load.half_of(config))
+    half, bits = load.half_of(config), load.resolve_weights(config.weights)
+    model.witness = adapters.Witness(ids, half)
     watch = callbacks.Watch(config.save_minutes)
     trainer.callback_handler.callbacks.insert(0, watch)  # the others see its count
     if checkpoint := callbacks.last_checkpoint(folder / "checkpoints"):
@@ -117,10 +115,8 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     write_json(folder / "log_history.json", history)
     inputs.draw_diagnostics(history, folder / "curves.png")
     part = stage_report(trainer, folder)
-    options, bits = load.options(config), load.resolve_weights(config.weights)
     try:
-        copy, _ = load.load_model(config.model, adapter=adapter, **options)
-        half = model.witness.half
+        copy, _ = load.load_model(config.model, adapter=adapter, **load.options(config))
         part["reloaded"] = adapters.compare_saved(copy, adapter, half, bits)
     except (MemoryError, torch.OutOfMemoryError):
         part["reloaded"] = None
