@@ -9,7 +9,6 @@ from typing import Any
 
 from helpers.data import preparation as data
 from helpers.runs import Run
-from helpers.training import trainer as sft
 from helpers.training import trainer as train
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -46,7 +45,7 @@ def test_notebook_02_constructs_the_sft_trainer_of_the_command_line(
     )
     data.prepare(run)
     model, tokenizer = train.load_for_training(run)
-    built = sft.build_sft(run, model, tokenizer)
+    built = train.build_sft(run, model, tokenizer)
 
     cells = ["02-lora-config", "02-06-code", "02-labels-look", "02-args-config"]
     names = execute(

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 
-from helpers import stages
+from helpers import files, stages
 from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
-from helpers.files import write_json
 from helpers.runs import Run
 from helpers.training import inputs
-from helpers.training import trainer as train
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +27,9 @@ def logged(caplog: pytest.LogCaptureFixture) -> None:
 def fingerprint(run_factory: Callable[..., Run]) -> Callable[..., str]:
     """Makes the fingerprint of a stage in a run with prepared data and changes."""
     data.prepare(run_factory())
-    return lambda stage, **changes: inputs.made_from(run_factory(**changes), stage)
+    return lambda stage, **changes: files.fingerprint(
+        inputs.inputs_of(run_factory(**changes), stage)
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,17 +79,18 @@ def test_a_changed_input_is_named_and_the_former_result_set_aside(
 ) -> None:
     run = run_factory()
     data.prepare(run)
-    inputs.open_stage(run, "sft")
-    inputs.write_note(run, "sft", finished=True)
-    assert inputs.is_finished(run, "sft")
+    assert inputs.finished_part(run, "sft") is None
+    note = run.path / "sft" / inputs.NOTE
+    files.write_json(note, files.read_json(note) | {"finished": True})
+    run.write_part("sft", {"steps": 3})
+    assert inputs.finished_part(run, "sft") == {"steps": 3}
     edited = run_factory(**change)
     if not change:
         report = run.report()
         report["data"]["fingerprints"]["train"] = "others"
-        write_json(run.path / "report.json", report)
-    assert not inputs.is_finished(edited, "sft")
-    inputs.open_stage(edited, "sft")
-    assert f"sft: {name} changed since it was trained" in caplog.text
+        files.write_json(run.path / "report.json", report)
+    assert inputs.finished_part(edited, "sft") is None
+    assert f"sft: {name} changed" in caplog.text
     assert (run.path / "sft.before-1").is_dir()
 
 
@@ -113,16 +114,12 @@ def test_a_model_and_a_template_are_known_by_their_content(
 
 
 @pytest.mark.parametrize(
-    "call", [train.load_for_training, inputs.open_stage, stages.ensure_adapter]
+    "call", [stages.ensure_ready, inputs.open_stage, stages.ensure_adapter]
 )
-def test_a_stage_that_the_run_lacks_names_recipe_stages_and_notebook(
+def test_a_stage_that_the_run_lacks_is_refused(
     run_factory: Callable[..., Run], call: Callable[..., Any]
 ) -> None:
-    with pytest.raises(
-        ConfigError,
-        match="run 'test' .recipe 'smoke'. has no grpo stage, only sft: open notebook "
-        "02_sft_qlora, or choose another recipe in 00_setup",
-    ):
+    with pytest.raises(ConfigError, match="run 'test' has no grpo stage"):
         call(run_factory(stages=["sft"]), "grpo")
 
 

@@ -15,7 +15,7 @@ import wandb
 
 from helpers import stages
 from helpers.runs import Run
-from helpers.training.inputs import keep_wandb_offline
+from helpers.training.inputs import training_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,7 @@ def test_wandb_stays_offline_with_a_word_where_nobody_is_logged_in(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     login: str | None,
+    run_factory: Callable[..., Run],
 ) -> None:
     if login == "key":
         monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
@@ -46,9 +47,9 @@ def test_wandb_stays_offline_with_a_word_where_nobody_is_logged_in(
         (tmp_path / ".netrc").write_text(entry)
     elif login == "mode":
         monkeypatch.setenv("WANDB_MODE", "disabled")
-    keep_wandb_offline()
+    training_arguments(run_factory(sft__report_to="wandb"), "sft", tmp_path)
     modes = {None: "offline", "mode": "disabled"}
-    assert os.environ.get("WANDB_MODE") == modes.get(login)
+    assert wandb.setup().settings.mode == modes.get(login, "online")
     assert ("nobody is logged in" in caplog.text) == (login is None)
 
 

@@ -87,7 +87,8 @@ class BestAdapter(TrainerCallback):
             return
         self.best, self.step = value, state.global_step
         if state.is_world_process_zero:
-            save_adapter(more["model"], self.folder, more["model"].witness)
+            witness = getattr(more["model"], "witness", None)  # of `fit`
+            save_adapter(more["model"], self.folder, witness)
             write_json(self.note, {"by": self.by, "value": value, "step": self.step})
 
     def report(self, history: list[dict[str, Any]]) -> dict[str, Any]:
