@@ -38,9 +38,7 @@ PANELS = {  # titles, and regular expressions of what is logged
 
 def require_stage(config: RunConfig, stage: Stage) -> None:
     if stage not in config.stages:
-        raise ConfigError(
-            f"run {config.name!r} has no {stage} stage: choose another recipe"
-        )
+        raise ConfigError(f"run {config.name!r} has no {stage} stage: see its stages")
 
 
 def inputs_of(run: Run, stage: Stage) -> dict[str, Any]:
@@ -76,9 +74,7 @@ def open_stage(run: Run, stage: Stage) -> Path:
         names = sorted(k for k in old | new if old.get(k) != new.get(k))
         number = 1 + len(list(run.path.glob(f"{stage}.before-*")))
         aside = folder.rename(run.path / f"{stage}.before-{number}")
-        log.info(
-            f"{stage}: {', '.join(names)} changed; the former result is in {aside}"
-        )
+        log.info(f"{stage}: {', '.join(names)} changed; former result: {aside}")
     if not (folder / NOTE).exists():
         note = {"fingerprint": fingerprint(inputs), "finished": False, "inputs": inputs}
         write_json(folder / NOTE, note)
