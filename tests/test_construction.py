@@ -9,7 +9,6 @@ from typing import Any
 
 from helpers.data import preparation as data
 from helpers.runs import Run
-from helpers.training import trainer as sft
 from helpers.training import trainer as train
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -38,26 +37,16 @@ def test_notebook_02_constructs_the_sft_trainer_of_the_command_line(
 ) -> None:
     from helpers import masking, models, training
 
-    run = run_factory(
-        lora={"target_modules": ["q_proj", "v_proj"], "r": 4, "use_rslora": True},
-        sft__packing=True,
-        sft__weight_decay=0.1,
-        sft__logging_steps=7,
-    )
+    lora = {"target_modules": ["q_proj", "v_proj"], "r": 4, "use_rslora": True}
+    run = run_factory(lora=lora, sft__packing=True, sft__weight_decay=0.1)
     data.prepare(run)
     model, tokenizer = train.load_for_training(run)
-    built = sft.build_sft(run, model, tokenizer)
+    built = train.build_sft(run, model, tokenizer)
 
     cells = ["02-lora-config", "02-06-code", "02-labels-look", "02-args-config"]
-    names = execute(
-        "02_sft_qlora",
-        [*cells, "02-08-code"],
-        run=run,
-        config=run.config,
-        masking=masking,
-        models=models,
-        training=training,
-    )
+    packages = {"masking": masking, "models": models, "training": training}
+    bound = {"run": run, "config": run.config, **packages}
+    names = execute("02_sft_qlora", [*cells, "02-08-code"], **bound)
     shown = names["trainer"]
     assert shown.args.to_dict() == built.args.to_dict()
     assert names["lora"].r == 4 and names["lora"].use_rslora

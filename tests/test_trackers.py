@@ -9,13 +9,14 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb
 
 from helpers import stages
 from helpers.runs import Run
-from helpers.training.inputs import keep_wandb_offline
+from helpers.training.inputs import training_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +35,7 @@ def logged_out(
 
 @pytest.mark.parametrize("login", [None, "key", "netrc", "mode"])
 def test_wandb_stays_offline_with_a_word_where_nobody_is_logged_in(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    login: str | None,
+    monkeypatch: Any, tmp_path: Path, caplog: Any, login: Any, run_factory: Any
 ) -> None:
     if login == "key":
         monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
@@ -46,9 +44,9 @@ def test_wandb_stays_offline_with_a_word_where_nobody_is_logged_in(
         (tmp_path / ".netrc").write_text(entry)
     elif login == "mode":
         monkeypatch.setenv("WANDB_MODE", "disabled")
-    keep_wandb_offline()
+    training_arguments(run_factory(sft__report_to="wandb"), "sft", tmp_path)
     modes = {None: "offline", "mode": "disabled"}
-    assert os.environ.get("WANDB_MODE") == modes.get(login)
+    assert wandb.setup().settings.mode == modes.get(login, "online")
     assert ("nobody is logged in" in caplog.text) == (login is None)
 
 
@@ -81,13 +79,3 @@ def test_the_real_trackers_log_losses_under_the_runs_name(
     (offline,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     records = offline.read_bytes()
     assert [x for x in [*logged, "test-sft"] if x.encode() not in records] == []
-
-
-def test_a_wandb_run_that_was_open_before_a_training_stays_open(
-    run_factory: Callable[..., Run],
-) -> None:
-    mine = wandb.init(mode="disabled")
-    run = run_factory(stages=["sft"], sft__max_steps=1, sft__report_to=["wandb"])
-    stages.train_stage(run, "sft")
-    assert wandb.run is mine
-    mine.finish()

@@ -1,116 +1,109 @@
-"""Callbacks for any `Trainer`: best adapter, live samples, clock, skipped fp16 steps.
-
-A stage's report takes in `reason`, why one stopped the training, and its `report()`.
-"""
-
-from __future__ import annotations
+"""Callbacks for any `Trainer`; a stage's report takes in `reason` and `report()`."""
 
 import json
 import logging
 import math
-import random
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from helpers.files import read_json, write_json
+from helpers.files import read_json, read_rows, write_json
 from helpers.inference.generation import reply
 from helpers.models.adapters import save_adapter
 
 log = logging.getLogger(__name__)
-Entry = dict[str, Any]  # of TRL's log history
-PATIENCE = 10  # skipped steps in a row
-FILE = Path(__file__).with_name("eval_prompts.jsonl")
-PROMPTS = [json.loads(row)["prompt"] for row in FILE.read_text("utf-8").splitlines()]
+PROMPTS = read_rows(Path(__file__).with_name("eval_prompts.jsonl"))
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Returns the newest complete checkpoint in a folder, None when there is none."""
-    complete = []  # a kill leaves no state, or half of it: it is written last
-    for path in folder.glob("checkpoint-*"):
-        try:
-            state = json.loads((path / "trainer_state.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            continue
-        complete.append((state["global_step"], path))
-    return max(complete)[1] if complete else None
+def last_checkpoint(folder: Path) -> str | None:
+    """Returns the newest complete checkpoint from which a step is left."""
+    complete = {}
+    for file in folder.glob("checkpoint-*/trainer_state.json"):  # it is written last
+        with suppress(json.JSONDecodeError):
+            state = read_json(file)
+            if state["global_step"] < state["max_steps"]:
+                complete[state["global_step"]] = str(file.parent)
+    return complete[max(complete)] if complete else None
 
 
-class Stopwatch(TrainerCallback):
-    """Logs `seconds`, trained in all sessions, and saves a checkpoint by the clock."""
+class Watch(TrainerCallback):
+    """Logs `seconds` and `skipped_steps` of all sessions; saves by the clock."""
+
+    in_a_row, reason = 0, ""
 
     def __init__(self, save_minutes: float) -> None:
-        self.save_s, self.started, self.saved = 60 * save_minutes, 0.0, 0.0
+        self.save_s = 60 * save_minutes
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        before = max((e.get("seconds", 0.0) for e in state.log_history), default=0.0)
+        before = state.log_history[-1] if state.log_history else {}
+        self.skipped = before.get("skipped_steps", 0)
         self.saved = time.monotonic()
-        self.started = self.saved - before
+        self.started = self.saved - before.get("seconds", 0.0)
 
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        state.log_history[-1]["seconds"] = round(time.monotonic() - self.started, 2)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.saved = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if time.monotonic() - self.saved >= self.save_s:
-            control.should_save = True
+            control.should_save, self.saved = True, time.monotonic()
+        skipped = bool(getattr(more.get("optimizer"), "step_was_skipped", False))
+        self.skipped += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if self.in_a_row >= 10:  # one to three are normal while the scale is sought
+            text = "fp16 gradients overflow in ten steps in a row; lower the rate"
+            self.reason = f"stopped at step {state.global_step}: {text}"
+            log.warning(self.reason)
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        more["logs"]["skipped_steps"] = self.skipped  # for trackers and the panel
+        seconds = round(time.monotonic() - self.started, 2)
+        state.log_history[-1] |= {"skipped_steps": self.skipped, "seconds": seconds}
 
 
 class BestAdapter(TrainerCallback):
     """Keeps the adapter of the lowest loss, or of the highest reward, in a folder.
 
-    `best.json` beside it holds the value, from which a resumed run goes on.
-
     Args:
-        folder: where the adapter goes.
+        folder: where the adapter goes; `best.json` beside it serves a resumed run.
         by: a logged value, like `eval_loss`; one that ends in `reward` is better when
             it is greater, and of equals the later one is kept.
     """
 
-    witness: Any = None  # see `save_adapter`; `fit` sets it
-
     def __init__(self, folder: Path, by: str = "eval_loss") -> None:
-        self.folder, self.by = folder, by
-        self.note = folder.with_name("best.json")
+        self.folder, self.by, self.note = folder, by, folder.with_name("best.json")
         self.rewarded = by.endswith("reward")
         self.best, self.step = -math.inf if self.rewarded else math.inf, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        note = read_json(self.note)
-        if note and self.folder.exists():
-            if note["step"] <= state.global_step and note["by"] == self.by:
-                self.best, self.step = note["value"], note["step"]
+        note = read_json(self.note) if self.folder.exists() else {}
+        if note and note["step"] <= state.global_step and note["by"] == self.by:
+            self.best, self.step = note["value"], note["step"]
 
     def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        value = more["logs"].get(self.by)
-        if value is None:
-            return
+        value = more["logs"].get(self.by, math.nan)
         if not (value >= self.best if self.rewarded else value < self.best):
             return
         self.best, self.step = value, state.global_step
         if state.is_world_process_zero:
-            save_adapter(more["model"], self.folder, self.witness)
+            witness = getattr(more["model"], "witness", None)  # of `fit`
+            save_adapter(more["model"], self.folder, witness)
             write_json(self.note, {"by": self.by, "value": value, "step": self.step})
 
-    def report(self, history: list[Entry]) -> dict[str, Any]:
-        """Returns the best value and its step, empty when none was logged."""
+    def report(self, history: list[dict[str, Any]]) -> dict[str, Any]:
         if not math.isfinite(self.best):
             return {}
-        if not self.rewarded:
-            return {f"{self.by}_best": round(self.best, 4), "best_step": self.step}
-        first = next(entry[self.by] for entry in history if self.by in entry)
-        part = {"held_out_first": first, "held_out_best": self.best}
-        return part | {"best_step": self.step}
+        values = {f"{self.by}_best": round(self.best, 4)}
+        if self.rewarded:
+            first = next(entry[self.by] for entry in history if self.by in entry)
+            values = {"held_out_first": first, "held_out_best": self.best}
+        return values | {"best_step": self.step}
 
 
 @dataclass(eq=False)
 class LiveSamples(TrainerCallback):
-    """Logs and keeps the answer to one of a few prompts, drawn at each epoch's end.
+    """Logs and keeps the answer to one of a few prompts at each epoch's end.
 
     Args:
         tokenizer: of the model in training.
@@ -125,40 +118,10 @@ class LiveSamples(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if not state.is_world_process_zero:
             return
-        # a generator of its own: drawing a sample must not change the order of rows
-        prompt = random.Random(args.seed + state.global_step).choice(PROMPTS)
-        system, model = self.system_prompt, more["model"]
-        answer = reply(
-            model, self.tokenizer, prompt, system_prompt=system, max_new_tokens=96
-        )
+        prompt = PROMPTS[round(state.epoch) % len(PROMPTS)]["prompt"]
+        options: Any = {"system_prompt": self.system_prompt, "max_new_tokens": 96}
+        answer = reply(more["model"], self.tokenizer, prompt, **options)
         log.info(f"step {state.global_step} | {prompt}\n    -> {answer}")
         sample = {"step": state.global_step, "prompt": prompt, "answer": answer}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-
-
-class SkippedSteps(TrainerCallback):
-    """Counts the steps that fp16's loss scaler skipped; stops after ten in a row.
-
-    The first one to three are normal while the scale is sought.
-    """
-
-    count = in_a_row = 0
-    reason = ""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        skipped = bool(getattr(more.get("optimizer"), "step_was_skipped", False))
-        self.count += skipped
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-        if self.in_a_row >= PATIENCE:
-            self.reason = (
-                f"stopped at step {state.global_step}: {PATIENCE} steps in a row were "
-                "skipped because gradients overflow in fp16; lower the learning rate, "
-                "or train in 16bit weights or on a GPU with bf16"
-            )
-            log.warning(self.reason)
-            control.should_training_stop = True
-
-    def report(self, history: list[Entry]) -> dict[str, Any]:
-        """Returns the number of skipped steps."""
-        return {"skipped_steps": self.count}
