@@ -91,9 +91,12 @@ def test_the_cpus_torch_is_installed_where_there_is_none_and_colabs_is_kept(
     monkeypatch.setattr(install, "pip", pip)
     monkeypatch.setattr(install, "installed_version", versions.get)
     monkeypatch.setattr(install.shutil, "which", lambda name: None)
+    commands = []
+    monkeypatch.setattr(install.subprocess, "run", lambda c, **_: commands.append(c))
     install.install("requirements-dev.txt")
-    (torch, _), (stack, kept), (unsloth, _) = calls
-    assert torch[:2] == ("--no-deps", "torch") and install.XX
+    (uv, _), (stack, kept), (unsloth, _) = calls
+    assert uv == ("uv",) and commands[0][-2:] == ["--torch-backend", "cpu"]
+    assert "torch" in commands[0] and str(install.STACK) in commands[0]
     assert stack[:2] == (f"-r{install.STACK}", f"-r{ROOT / 'requirements-dev.txt'}")
     assert unsloth == ("--no-deps", f"-r{install.UNSLOTH}")
     assert kept == ["numpy==2.1"]

@@ -94,9 +94,6 @@ def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
     config, default, machine = run.config, defaults(stage), runtime.find_machine()
     dtype, _ = runtime.choose_dtype(machine, config.dtype)
     on_gpu = machine.device == "cuda"
-        runtime.choose_dtype(machine, config.dtype)[0],
-        machine.device != "cpu",
-    )
     values = {n: default[n] for n in TRL_OPEN if default.get(n) is not None}
     values = {"report_to": "none", **values, **getattr(config, stage)}
     if "wandb" in values["report_to"] or "all" in values["report_to"]:
