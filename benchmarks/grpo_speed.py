@@ -84,7 +84,6 @@ def build_trainer(
         model,
         lora,
         engine=way.engine,
-        max_length=1024,
         checkpointing=way.checkpointing,
     )
     from datasets import Dataset

@@ -107,7 +107,7 @@ def test_other_settings_are_added_changed_and_removed_as_toml(runs_home) -> None
         ("sft", "sft.max_steps", "4.5", "found 4.5; expected"),
         ("sft", "sft.learning_rate", "<b>1</b>", "found '<b>1</b>'"),
         ("sft", "lora.target_modules", '["q_prj"]', "did you mean 'q_proj'"),
-        ("sft", "template", "no/such.jinja", "nor a file"),
+        ("sft", "template", "no/such.jinja", "or a file"),
         ("sft", MORE, "sft.eval_steps", "cannot be read: Expected '='"),
         ("sft", MORE, "sft = 3", "cannot be read"),
         ("sft", MORE, "sft.learning_rat = 1", "sft.learning_rat.*did you mean"),

@@ -129,7 +129,7 @@ def test_a_runs_own_sft_adapter_is_what_sft_means(
     for adapter in (None, "sft"):
         items.generate_command("test", adapter=adapter)
     assert [call["adapter"] for call in calls] == ["their/adapter"] * 2
-    with pytest.raises(FileNotFoundError, match="03_grpo"):
+    with pytest.raises(FileNotFoundError, match="run the grpo notebook"):
         items.generate_command("test", adapter="grpo")
     assert not (run.path / "grpo").exists()
 

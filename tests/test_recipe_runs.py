@@ -202,7 +202,7 @@ def test_what_the_recipe_holds_out_is_measured(trained: Trained) -> None:
     run, stage = trained.run, trained.config.stages[-1]
     names, adapter = evaluator.held_out(trained.config), run.path / stage / "adapter"
     if not names:
-        with pytest.raises(data.DataError, match="set data.eval_share or data.test_"):
+        with pytest.raises(data.DataError, match="set data.eval_share, data.test_"):
             evaluator.evaluate(run, stage, adapter)
         return
     part = evaluator.evaluate(run, stage, adapter)

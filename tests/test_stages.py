@@ -126,7 +126,7 @@ def test_a_run_without_sft_trains_grpo_from_fresh_lora(
     run = run_factory(stages=["grpo"], data__train=[], data__eval=None, grpo=grpo)
     assert stages.ensure_adapter(run, "sft") is None
     assert stages.ensure_adapter(run, "grpo") == run.path / "grpo" / "adapter"
-    assert "(03_grpo_gsm8k makes it): training it now" in caplog.text
+    assert "grpo/adapter: training it now" in caplog.text
     part = run.report()["grpo"]
     assert (part["steps"], part["prompts_left_out"]) == (1, 0)
     assert not (run.path / "sft").exists()
