@@ -1,7 +1,5 @@
 """Token ids and labels of conversations, guarded row by row, and shown to a human."""
 
-from __future__ import annotations
-
 import html
 import re
 from bisect import bisect_left
@@ -145,6 +143,8 @@ def mask_conversations(
     if not len(rows):
         raise DataError(f"no token to learn from within {max_length=}: {summary}")
     share = counts["learnt"] / counts["tokens"]
+    if share == 1 and loss_on != "all":
+        raise DataError("every token would be learnt: no row has a prompt")
     figures = {"rows": len(rows), "dropped": len(numbers), "dropped_rows": numbers[:20]}
     figures |= {"truncated": counts["truncated"], "supervised_fraction": share}
     return Masked(rows, summary if dropped else "", ends, figures)
