@@ -104,7 +104,6 @@ def has_turns(value: Any) -> bool:
 
 
 def cut_turns(form: str, text: str) -> Messages:
-    """Returns the turns of text with the markers of Llama 2 or ChatML."""
     parts = [turn.groupdict() for turn in READY_MADE[form].finditer(text)]
     if rest := READY_MADE[form].sub("", text).strip():
         raise DataError(f"broken markers: {rest[:40]!r} is no whole turn of {form}")

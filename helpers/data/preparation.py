@@ -95,7 +95,7 @@ def answered(parts: Container[str]) -> list[str]:
 
 
 def prepare(run: Run, origin: Row | None = None) -> Row:
-    """Writes the run's `data/` and returns its part of the report.
+    """Writes the run's `data/`; returns counts, fingerprints, and what was left out.
 
     Rows are `id`, `messages`, or of problems and tests `id`, `question`, `answer`,
     `gold`. Where a count is capped, training rows are drawn by the run's seed; of the
@@ -104,9 +104,6 @@ def prepare(run: Run, origin: Row | None = None) -> Row:
     Args:
         run: with its config; what `data/` held before is replaced.
         origin: `origin_of(run)`, where it is known.
-
-    Returns:
-        Rows and fingerprint of each part; what was read of each source and left out.
 
     Raises:
         DataError: rows are unusable, or a held-out question would be trained on.
@@ -122,10 +119,9 @@ def prepare(run: Run, origin: Row | None = None) -> Row:
         parts = {name: rows[rows["part"] == name] for name in parts_of(config)}
         learnt = rows["part"].isin(["train", "problems"])
         trained = set(rows[learnt]["places"].explode())
-        for name in ("eval", "test", "test_new"):
-            if getattr(config, name):
-                firsts = (questions_of(row)[0] for row in load(file, parts[name]))
-                assert_disjoint(trained, name, firsts)
+        for name in [n for n in ("eval", "test", "test_new") if getattr(config, n)]:
+            firsts = (questions_of(row)[0] for row in load(file, parts[name]))
+            assert_disjoint(trained, name, firsts)
         paths = {name: run.path / "data" / f"{name}.jsonl" for name in PARTS}
         for path in paths.values():  # first all, so that a kill leaves no old part
             path.unlink(missing_ok=True)

@@ -94,16 +94,14 @@ class Reader:
 
     def to_messages(self, row: Row) -> Messages:
         form = self.form or ""
-        columns = formats.FORMATS[form]
         # `loss` may be a column of measurements; a false label is an unwanted answer
         marks = [MARKS.get(str(row.get(name)).lower()) for name in ("weight", "train")]
         unwanted = form == "prompt-completion" and row.get("label") is False
         if unwanted or False in marks:
             raise DataError("no answer is learnt: the row is marked so")
         if form in formats.READY_MADE and "text" in row:
-            row["messages"] = formats.cut_turns(form, text_of(row.pop("text"), "text"))
-            columns = ["messages"]
-        messages = self.read_columns(row, columns)
+            row["text"] = formats.cut_turns(form, text_of(row["text"], "text"))
+        messages = self.read_columns(row, formats.FORMATS[form])
         answers = [turn for turn in messages if turn["role"] == "assistant"]
         if not answers:
             raise DataError("no assistant turn")
@@ -190,12 +188,13 @@ class Reader:
             if row.get(name) not in (None, ""):
                 text = text_of(row[name], name)
                 prompt = f"{text_of(prompt, question)}\n\n{heading}{text}"
-        for turn in self.read_side(prompt, "user", question):
-            # a prompt's former answers are not learnt
-            former = turn["role"] == "assistant" and question not in CHATS
-            turns.append(turn | {"weight": 0} if former else turn)
-        if answer != question:
-            turns += self.read_side(row[answer], "assistant", answer)
+        asked = self.read_side(prompt, "user", question)
+        if answer != question:  # a prompt's former answers are not learnt
+            asked = [
+                t | {"weight": 0} if t["role"] == "assistant" else t for t in asked
+            ]
+            asked += self.read_side(row[answer], "assistant", answer)
+        turns += asked
         messages = formats.arrange(turns)
         if len(messages) < len(turns):
             self.adjusted["answer before the first question dropped"] += 1

@@ -100,8 +100,7 @@ def mask_conversations(
     # where a question comes last, the answer before it may end in another token
     stops = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
     stops = set() if loss_on == "all" else stops
-    dropped, counts = dict[int, str](), Counter[str]()
-    ends: list[int] = []
+    dropped, counts, ends = dict[int, str](), Counter[str](), list[int]()
 
     def render_all() -> Iterator[Text]:
         for number, messages in enumerate(conversations, 1):
@@ -114,9 +113,9 @@ def mask_conversations(
                 yield "", []
 
     schema = pa.schema(dict.fromkeys(["input_ids", "labels"], pa.list_(pa.int32())))
-    sink = pa.OSFile(str(file), "wb") if file else pa.BufferOutputStream()
+    out = pa.OSFile(str(file), "wb") if file else pa.BufferOutputStream()
     texts = render_all()
-    with sink, pa.ipc.new_stream(sink, schema) as writer, ThreadPoolExecutor(1) as pool:
+    with out, pa.ipc.new_stream(out, schema) as writer, ThreadPoolExecutor(1) as pool:
         batch = list(islice(texts, BATCH))
         while batch:
             encoding = pool.submit(tokenise, tokenizer, batch)
@@ -135,8 +134,7 @@ def mask_conversations(
                     where = "within max_length" if ends[-1] else "to learn"
                     dropped.setdefault(number, f"no answer {where}")
             writer.write_batch(pa.RecordBatch.from_pylist(examples, schema))
-    buffer = None if file else sink.getvalue()
-    rows = Dataset.from_file(str(file)) if file else Dataset.from_buffer(buffer)
+    rows = Dataset.from_file(str(file)) if file else Dataset.from_buffer(out.getvalue())
     numbers = sorted(dropped)
     reasons = "; ".join(f"row {n}: {dropped[n]}" for n in numbers[:3])
     summary = f"{len(numbers)} of {len(ends)} conversations are left out: {reasons}"
