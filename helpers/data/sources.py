@@ -30,10 +30,7 @@ JSON_BEGINS = re.compile(r'\s*(?:\[\s*(?:$|[\["{])|\{\s*(?:$|"))')
 def open_rows(
     source: str | Source, limit: int | None = None, seed: int | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """Returns the first rows, or some drawn with a seed, with their numbers from 1.
-
-    They are read as they are needed; one that is broken is a `DataError`.
-    """
+    """Returns numbers from 1 and rows, read as needed; a broken one is a DataError."""
     source = Source(path=source) if isinstance(source, str) else source
     limit = min((n for n in (limit, source.rows) if n), default=None)
     path: Any = find_path(source.path)
