@@ -188,13 +188,11 @@ class Reader:
             if row.get(name) not in (None, ""):
                 text = text_of(row[name], name)
                 prompt = f"{text_of(prompt, question)}\n\n{heading}{text}"
-        asked = self.read_side(prompt, "user", question)
+        chat = self.read_side(prompt, "user", question)
         if answer != question:  # a prompt's former answers are not learnt
-            asked = [
-                t | {"weight": 0} if t["role"] == "assistant" else t for t in asked
-            ]
-            asked += self.read_side(row[answer], "assistant", answer)
-        turns += asked
+            chat = [t | {"weight": 0} if t["role"] == "assistant" else t for t in chat]
+            chat += self.read_side(row[answer], "assistant", answer)
+        turns += chat
         messages = formats.arrange(turns)
         if len(messages) < len(turns):
             self.adjusted["answer before the first question dropped"] += 1
