@@ -246,6 +246,7 @@ UNENDED = (
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 TWICE = "{{ bos_token + bos_token }}" + TEMPLATES["instruction"]
+SILENT = "{% for m in messages if m.content %}{{ m.content + eos_token }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
@@ -255,6 +256,7 @@ TWICE = "{{ bos_token + bos_token }}" + TEMPLATES["instruction"]
         (TWICE, [BOTH], "^row 1 starts with <s> twice"),
         (PLAIN, [turns("Hi")], "1 of 1 conversations .*no answer to learn"),
         (PLAIN, [], "0 of 0 conversations"),
+        (SILENT, [turns("", "Yes."), turns("", "No.")], "every token would be learnt"),
     ],
 )
 def test_labels_that_would_go_silently_wrong_are_refused(

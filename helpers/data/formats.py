@@ -1,7 +1,5 @@
 """Tells the formats that rows come in apart; a `DataError` has its reason first."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any
@@ -74,12 +72,7 @@ def is_solved(answer: str) -> bool:
 
 
 def ask(question: str, system_prompt: str) -> Messages:
-    """Returns the prompt for a problem: the same in training, GRPO and evaluation.
-
-    Args:
-        question: the problem.
-        system_prompt: the first turn, none if empty.
-    """
+    """Returns the prompt for a problem: the same in training, GRPO and evaluation."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     return [*system, {"role": "user", "content": question}]
 
@@ -111,7 +104,6 @@ def has_turns(value: Any) -> bool:
 
 
 def cut_turns(form: str, text: str) -> Messages:
-    """Returns the turns of text with the markers of Llama 2 or ChatML."""
     parts = [turn.groupdict() for turn in READY_MADE[form].finditer(text)]
     if rest := READY_MADE[form].sub("", text).strip():
         raise DataError(f"broken markers: {rest[:40]!r} is no whole turn of {form}")

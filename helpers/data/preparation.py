@@ -1,7 +1,5 @@
 """Mixes and splits the rows of a run's sources, through a file, into its `data/`."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -11,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Container, Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 
@@ -56,15 +54,13 @@ def split(places: Iterable[float], shares: dict[str, float]) -> list[str]:
     """Returns the split at each place; one that would be empty takes the lowest."""
     places, names = list(places), [*shares, "train"]
     ends = list(accumulate(shares.values()))
-    splits = [names[bisect_right(ends, place)] for place in places]
+    splits = {place: names[bisect_right(ends, place)] for place in places}
     for name in shares:
-        if name not in splits:
-            pairs = list(zip(places, splits, strict=True))
-            lowest = min((p for p, part in pairs if part == "train"), default=None)
-            splits = [name if p == lowest else part for p, part in pairs]
-    if "train" not in splits:
-        raise DataError(f"{len(set(places))} questions: none is left to train on")
-    return splits
+        if name not in splits.values() and "train" in splits.values():
+            splits[min(p for p in splits if splits[p] == "train")] = name
+    if "train" not in splits.values():
+        raise DataError(f"{len(splits)} questions: none is left to train on")
+    return [splits[place] for place in places]
 
 
 def assert_disjoint(trained: set[float], name: str, questions: Iterable[str]) -> None:
@@ -99,7 +95,7 @@ def answered(parts: Container[str]) -> list[str]:
 
 
 def prepare(run: Run, origin: Row | None = None) -> Row:
-    """Writes the run's `data/` and returns its part of the report.
+    """Writes the run's `data/`; returns counts, fingerprints, and what was left out.
 
     Rows are `id`, `messages`, or of problems and tests `id`, `question`, `answer`,
     `gold`. Where a count is capped, training rows are drawn by the run's seed; of the
@@ -109,17 +105,13 @@ def prepare(run: Run, origin: Row | None = None) -> Row:
         run: with its config; what `data/` held before is replaced.
         origin: `origin_of(run)`, where it is known.
 
-    Returns:
-        Rows and fingerprint of each part; what was read of each source and left out.
-
     Raises:
         DataError: rows are unusable, or a held-out question would be trained on.
     """
     config = run.config.data
     report: Row = {"sources": {}, "left_out": {}, "fingerprints": {}}
     report |= origin or origin_of(run)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
+    with tempfile.TemporaryFile() as file:
         rows = read_sources(run, file, report)
         if config.train:
             train = rows["part"] == "train"
@@ -127,10 +119,9 @@ def prepare(run: Run, origin: Row | None = None) -> Row:
         parts = {name: rows[rows["part"] == name] for name in parts_of(config)}
         learnt = rows["part"].isin(["train", "problems"])
         trained = set(rows[learnt]["places"].explode())
-        for name in ("eval", "test", "test_new"):
-            if getattr(config, name):
-                firsts = (questions_of(row)[0] for row in load(file, parts[name]))
-                assert_disjoint(trained, name, firsts)
+        for name in [n for n in ("eval", "test", "test_new") if getattr(config, n)]:
+            firsts = (questions_of(row)[0] for row in load(file, parts[name]))
+            assert_disjoint(trained, name, firsts)
         paths = {name: run.path / "data" / f"{name}.jsonl" for name in PARTS}
         for path in paths.values():  # first all, so that a kill leaves no old part
             path.unlink(missing_ok=True)
@@ -141,49 +132,47 @@ def prepare(run: Run, origin: Row | None = None) -> Row:
     return report
 
 
-def read_sources(run: Run, file: Path, report: Row) -> pd.DataFrame:
+def read_sources(run: Run, file: IO[bytes], report: Row) -> pd.DataFrame:
     """Returns each row's part, source, offset in the file, and places of questions."""
     config, table, seen = run.config.data, list[tuple[Any, ...]](), set[int]()
     sources = [("train", source) for source in config.train]
     sources += [(name, getattr(config, name)) for name in SETS if getattr(config, name)]
-    with file.open("wb") as stream:
-        for number, (part, source) in enumerate(sources, start=1):
-            form = source.format if isinstance(source, Source) else None
-            reader = Reader(str(source), form, run.config.system_prompt)
-            reader.drop_unusable = config.drop_unusable
-            reader.ignore = [name.rpartition(".")[2] for name in config.ignore]
-            limit, seed = getattr(config, f"{part}_rows", None), None
-            if part == "train":
-                reader.max_chars, reader.seen = config.max_chars, seen
-                seed = run.config.seed
-            shared = part in ("eval", "problems") and config.eval == config.problems
-            numbered = open_rows(source, None if shared else limit, seed)
-            if shared:  # the last rows are eval's
-                every = list(numbered)
-                count = config.eval_rows or max(1, len(every) // 10)
-                numbered = iter(every[-count:] if part == "eval" else every[:-count])
-            label = str(source) if part == "train" else part
-            if label in report["sources"]:  # another part of it, or in another format
-                label += f" ({number})"
-            chats = part in ("train", "eval")
-            for row in reader.read(numbered, problems=not chats):
-                row = {"id": fingerprint(row), "messages": row} if chats else row
-                places = list(map(place_of, questions_of(row)))
-                table.append((part, label, stream.tell(), places))
-                stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            report["sources"][label] = reader.report()
-            report["left_out"][label] = reader.left_out
+    for number, (part, source) in enumerate(sources, start=1):
+        form = source.format if isinstance(source, Source) else None
+        reader = Reader(str(source), form, run.config.system_prompt)
+        reader.drop_unusable = config.drop_unusable
+        reader.ignore = [name.rpartition(".")[2] for name in config.ignore]
+        limit, seed = getattr(config, f"{part}_rows", None), None
+        if part == "train":
+            reader.max_chars, reader.seen = config.max_chars, seen
+            seed = run.config.seed
+        shared = part in ("eval", "problems") and config.eval == config.problems
+        numbered = open_rows(source, None if shared else limit, seed)
+        if shared:  # the last rows are eval's
+            every = list(numbered)
+            count = config.eval_rows or max(1, len(every) // 10)
+            numbered = iter(every[-count:] if part == "eval" else every[:-count])
+        label = str(source) if part == "train" else part
+        if label in report["sources"]:  # another part of it, or in another format
+            label += f" ({number})"
+        chats = part in ("train", "eval")
+        for row in reader.read(numbered, problems=not chats):
+            row = {"id": fingerprint(row), "messages": row} if chats else row
+            places = list(map(place_of, questions_of(row)))
+            table.append((part, label, file.tell(), places))
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        report["sources"][label] = reader.report()
+        report["left_out"][label] = reader.left_out
     return pd.DataFrame(table, columns=["part", "source", "offset", "places"])
 
 
-def load(file: Path, rows: pd.DataFrame) -> Iterator[Row]:
-    with file.open("rb") as stream:
-        for offset in rows["offset"]:
-            stream.seek(offset)
-            yield json.loads(stream.readline())
+def load(file: IO[bytes], rows: pd.DataFrame) -> Iterator[Row]:
+    for offset in rows["offset"]:
+        file.seek(offset)
+        yield json.loads(file.readline())
 
 
-def mix(run: Run, rows: pd.DataFrame, file: Path, report: Row) -> pd.DataFrame:
+def mix(run: Run, rows: pd.DataFrame, file: IO[bytes], report: Row) -> pd.DataFrame:
     """Returns the rows for training, drawn by weight, shuffled, and put into parts."""
     config, counts = run.config.data, rows["source"].value_counts(sort=False)
     weights = [getattr(source, "weight", None) for source in config.train]
@@ -219,23 +208,15 @@ def origin_of(run: Run) -> Row:
 
 
 def ensure_data(run: Run) -> Path:
-    """Returns the run's `data/`, prepared if parts, settings or sources have changed.
-
-    Args:
-        run: with its config.
-
-    Raises:
-        DataError: see `prepare`.
-    """
+    """Returns the run's `data/`, by `prepare` if parts, settings or sources changed."""
     folder, origin = run.path / "data", origin_of(run)
-    paths = [folder / f"{name}.jsonl" for name in parts_of(run.config.data)]
     known = origin | run.report().get("data", {})
     old, new = known["inputs"], origin["inputs"]
     changed = [path for path in new if old.get(path, new[path]) != new[path]]
-    if not all(path.exists() for path in paths):
-        changed = ["a part is missing (notebook 01_data_prep makes it)"]
-    elif known["made_from"] != origin["made_from"]:
+    if known["made_from"] != origin["made_from"]:
         changed = ["its settings"]
+    if not all((folder / f"{n}.jsonl").exists() for n in parts_of(run.config.data)):
+        changed = ["a part is missing (notebook 01_data_prep makes it)"]
     if changed:
         log.info("%s is prepared now; changed: %s", folder, ", ".join(changed))
         prepare(run, origin)

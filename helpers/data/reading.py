@@ -1,13 +1,10 @@
 """Reads the numbered rows of a source into conversations, problems or prompts."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from fractions import Fraction
 from itertools import chain, islice
 from typing import Any
 
@@ -44,14 +41,13 @@ class Reader:
     drop_unusable: bool = False  # leave them out and count them, do not refuse all
     ignore: Collection[str] = ()  # fields of rows and turns that are not read
     seen: set[int] = field(default_factory=set)  # hashes of other sources' rows, too
-
     why: str = "asked for"  # how the format was found
     rows: int = 0
     used: int = 0
     left_out: dict[str, Row] = field(default_factory=dict)  # rows, examples by reason
     unused: Counter[str] = field(default_factory=Counter)  # fields
     adjusted: Counter[str] = field(default_factory=Counter)  # changes of rows
-    golds: dict[str, Fraction] = field(default_factory=dict)  # by question
+    golds: dict[str, Any] = field(default_factory=dict)  # by question
     ids: dict[str, str] = field(default_factory=dict)  # the questions of problems
 
     def report(self) -> Row:
@@ -98,16 +94,14 @@ class Reader:
 
     def to_messages(self, row: Row) -> Messages:
         form = self.form or ""
-        columns = formats.FORMATS[form]
         # `loss` may be a column of measurements; a false label is an unwanted answer
         marks = [MARKS.get(str(row.get(name)).lower()) for name in ("weight", "train")]
         unwanted = form == "prompt-completion" and row.get("label") is False
         if unwanted or False in marks:
             raise DataError("no answer is learnt: the row is marked so")
         if form in formats.READY_MADE and "text" in row:
-            row["messages"] = formats.cut_turns(form, text_of(row.pop("text"), "text"))
-            columns = ["messages"]
-        messages = self.read_columns(row, columns)
+            row["text"] = formats.cut_turns(form, text_of(row["text"], "text"))
+        messages = self.read_columns(row, formats.FORMATS[form])
         answers = [turn for turn in messages if turn["role"] == "assistant"]
         if not answers:
             raise DataError("no assistant turn")
@@ -152,9 +146,7 @@ class Reader:
         """Returns a prompt, of a row of any format or a text with the system prompt."""
         row = self.strip({"prompt": row} if isinstance(row, str) else row)
         columns = ("prompt", "question", "instruction", *CHATS)
-        column = next((name for name in columns if row.get(name) is not None), None)
-        if column is None:
-            raise DataError(f"no column of a prompt: it has {', '.join(row)}")
+        column = next((n for n in columns if row.get(n) is not None), "prompt")
         turns = self.read_columns(row, [column])
         if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
             raise DataError("it does not end with a question")
@@ -196,12 +188,11 @@ class Reader:
             if row.get(name) not in (None, ""):
                 text = text_of(row[name], name)
                 prompt = f"{text_of(prompt, question)}\n\n{heading}{text}"
-        for turn in self.read_side(prompt, "user", question):
-            # a prompt's former answers are not learnt
-            former = turn["role"] == "assistant" and question not in CHATS
-            turns.append(turn | {"weight": 0} if former else turn)
-        if answer != question:
-            turns += self.read_side(row[answer], "assistant", answer)
+        chat = self.read_side(prompt, "user", question)
+        if answer != question:  # a prompt's former answers are not learnt
+            chat = [t | {"weight": 0} if t["role"] == "assistant" else t for t in chat]
+            chat += self.read_side(row[answer], "assistant", answer)
+        turns += chat
         messages = formats.arrange(turns)
         if len(messages) < len(turns):
             self.adjusted["answer before the first question dropped"] += 1
@@ -236,24 +227,21 @@ class Reader:
 
 
 def to_conversations(
-    rows: Iterable[Any],
-    system_prompt: str = "",
-    source: str = "the rows",
-    **options: Any,
+    rows: Iterable[Any], system_prompt: str = "", **options: Any
 ) -> tuple[list[Messages], dict[str, Row]]:
     """Returns the rows as conversations, and what was left out, by reason.
 
     Args:
         rows: of any format, numbered from 1 in messages.
         system_prompt: put before problems that end in `#### <number>`.
-        source: what the rows are called in messages.
-        options: `form`, the name of their format; `max_chars`, past which they are
-            over-long; `drop_unusable`, to leave out what cannot be read.
+        options: `source`, what the rows are called in messages; `form`, the name of
+            their format; `max_chars`, past which they are over-long; `drop_unusable`,
+            to leave out what cannot be read.
 
     Raises:
         DataError: rows cannot be read and are not to be dropped, or none is left.
     """
-    reader = Reader(source, system_prompt=system_prompt, **options)
+    reader = Reader(system_prompt=system_prompt, **options)
     return list(reader.read(enumerate(rows, start=1))), reader.left_out
 
 

@@ -1,7 +1,5 @@
 """Reads rows from files, to the letter and without a cache, and from hub datasets."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import hashlib
@@ -10,11 +8,14 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
+
+import pyarrow.parquet
+from huggingface_hub import HfApi
 
 from helpers import runtime
 from helpers.config import Source
@@ -29,18 +30,12 @@ JSON_BEGINS = re.compile(r'\s*(?:\[\s*(?:$|[\["{])|\{\s*(?:$|"))')
 def open_rows(
     source: str | Source, limit: int | None = None, seed: int | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """Returns the first rows, or some drawn with a seed, with their numbers from 1.
-
-    They are read as they are needed; one that is broken is a `DataError`.
-    """
+    """Returns numbers from 1 and rows, read as needed; a broken one is a DataError."""
     source = Source(path=source) if isinstance(source, str) else source
     limit = min((n for n in (limit, source.rows) if n), default=None)
-    path = find_path(source.path)
-    read: Callable[[], Iterator[Any]]
-    if path is not None and path.is_file():
-        read = partial(read_file, path)
-    else:
-        read = read_dataset(source, path).__iter__
+    path: Any = find_path(source.path)
+    is_file = path is not None and path.is_file()
+    read = partial(read_file, path) if is_file else read_dataset(source, path).__iter__
     rows = read()
     first = list(islice(rows, 1))
     if not first:
@@ -60,8 +55,7 @@ def load_rows(
     Args:
         source: a path (from the working folder or the project's), a folder that
             `save_to_disk` wrote, or a hub name `owner/name[/config][:split]`.
-        limit: at most this many rows.
-        seed: draw them at random with it; without it the first ones are taken.
+        limit, seed: at most so many rows, drawn with the seed or else the first ones.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -79,12 +73,9 @@ def find_path(path: str) -> Path | None:
     local = runtime.find_local(path)
     if local or (HUB_NAME.fullmatch(path) and not path.lower().endswith(SUFFIXES)):
         return local
-    hint = "; data_samples/ is in the repository alone" if runtime.INSTALLED else ""
     places = " and ".join(dict.fromkeys(map(str, (Path.cwd(), runtime.HOME))))
-    raise MissingInput(
-        f"no file {path} (looked in {places}); give a path, or a name on the hub like "
-        f"owner/name[/config][:split]{hint}"
-    )
+    advice = "give a path, or a name on the hub like owner/name[/config][:split]"
+    raise MissingInput(f"no file {path} (looked in {places}); {advice}")
 
 
 def content_of(source: str | Source) -> str | None:
@@ -92,8 +83,6 @@ def content_of(source: str | Source) -> str | None:
     try:
         path = find_path(str(source))
         if path is None:
-            from huggingface_hub import HfApi
-
             name = HUB_NAME.fullmatch(str(source))[1]  # type: ignore[index]
             return HfApi().dataset_info(name, timeout=10).sha
     except Exception:  # of many kinds; reading the source gives the reason
@@ -125,8 +114,6 @@ def read_dataset(source: Source, path: Path | None) -> Any:
 
 def read_file(path: Path) -> Iterator[Any]:
     """Yields the rows of a file: JSON values, cells of a table, or lines of a text."""
-    import pyarrow.parquet
-
     try:
         with path.open("rb") as packed:
             zipped = packed.peek(2)[:2] == b"\x1f\x8b"  # whatever its name says

@@ -1,7 +1,5 @@
 """Token ids and labels of conversations, guarded row by row, and shown to a human."""
 
-from __future__ import annotations
-
 import html
 import re
 from bisect import bisect_left
@@ -102,8 +100,7 @@ def mask_conversations(
     # where a question comes last, the answer before it may end in another token
     stops = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
     stops = set() if loss_on == "all" else stops
-    dropped, counts = dict[int, str](), Counter[str]()
-    ends: list[int] = []
+    dropped, counts, ends = dict[int, str](), Counter[str](), list[int]()
 
     def render_all() -> Iterator[Text]:
         for number, messages in enumerate(conversations, 1):
@@ -116,9 +113,9 @@ def mask_conversations(
                 yield "", []
 
     schema = pa.schema(dict.fromkeys(["input_ids", "labels"], pa.list_(pa.int32())))
-    sink = pa.OSFile(str(file), "wb") if file else pa.BufferOutputStream()
+    out = pa.OSFile(str(file), "wb") if file else pa.BufferOutputStream()
     texts = render_all()
-    with sink, pa.ipc.new_stream(sink, schema) as writer, ThreadPoolExecutor(1) as pool:
+    with out, pa.ipc.new_stream(out, schema) as writer, ThreadPoolExecutor(1) as pool:
         batch = list(islice(texts, BATCH))
         while batch:
             encoding = pool.submit(tokenise, tokenizer, batch)
@@ -137,14 +134,15 @@ def mask_conversations(
                     where = "within max_length" if ends[-1] else "to learn"
                     dropped.setdefault(number, f"no answer {where}")
             writer.write_batch(pa.RecordBatch.from_pylist(examples, schema))
-    buffer = None if file else sink.getvalue()
-    rows = Dataset.from_file(str(file)) if file else Dataset.from_buffer(buffer)
+    rows = Dataset.from_file(str(file)) if file else Dataset.from_buffer(out.getvalue())
     numbers = sorted(dropped)
     reasons = "; ".join(f"row {n}: {dropped[n]}" for n in numbers[:3])
     summary = f"{len(numbers)} of {len(ends)} conversations are left out: {reasons}"
     if not len(rows):
         raise DataError(f"no token to learn from within {max_length=}: {summary}")
     share = counts["learnt"] / counts["tokens"]
+    if share == 1 and loss_on != "all":
+        raise DataError("every token would be learnt: no row has a prompt")
     figures = {"rows": len(rows), "dropped": len(numbers), "dropped_rows": numbers[:20]}
     figures |= {"truncated": counts["truncated"], "supervised_fraction": share}
     return Masked(rows, summary if dropped else "", ends, figures)

@@ -1,29 +1,22 @@
 """Chat templates: a conversation's text, and where its answers are, without markers."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os.path
 import re
 from datetime import date
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from helpers import runtime
 from helpers.data.formats import Messages
 from helpers.errors import TemplateError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
-else:
-    Tokenizer = Any  # transformers takes seconds to import
-
 log = logging.getLogger(__name__)
+Tokenizer = Any  # one of transformers, which takes seconds to import
 LossOn = Literal["all", "assistant", "last"]
 Text = tuple[str, list[tuple[int, int]]]  # of a conversation, and the spans to learn
 LAST = "choose another template, or loss_on='last'"
 LOST = f"the template moves or leaves out text of this answer; {LAST}"
-OTHER = f"inference renders is not how the text begins; {LAST}"
 # Llama-3.x templates print today's date; a fixed one keeps tokens the same tomorrow.
 FIXED = {"date_string": "26 Jul 2024", "strftime_now": date(2024, 7, 26).strftime}
 # from a plane for private use: neither data nor templates have it
@@ -31,10 +24,9 @@ MARK = "\U000f0000"
 
 TEMPLATES = {
     "instruction": (  # for base models that ship none
-        "{% for m in messages %}"
-        "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}{% elif m['role'] == "
-        "'user' %}{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
-        "{% else %}{{ '### Response:\n' + m['content'] + eos_token }}"
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\n\n' }}"
+        "{% elif m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n\n' }}"
+        "{% else %}{{ '### Response:\n' + m.content + eos_token }}"
         "{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
     ),
@@ -153,7 +145,8 @@ def find_spans(
             earlier = text[: spans[-1][1]] if spans else ""
             follows = loss_on == "all" and messages[number + 1 :]
             if number != learnt[-1] or follows or not prompt.startswith(earlier):
-                raise TemplateError(f"turn {number + 1}: the prompt that {OTHER}")
+                reason = "the prompt that inference renders is not how the text begins"
+                raise TemplateError(f"turn {number + 1}: {reason}; {LAST}")
             messages = messages[: number + 1]
             text = put_behind(tokenizer, messages, prompt)
         content, start = messages[number]["content"], len(prompt)
