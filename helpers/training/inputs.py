@@ -133,7 +133,7 @@ def draw_diagnostics(history: list[dict[str, Any]], path: Path | None = None) ->
         axes = figure.add_subplot(2, columns, number, xlabel="optimiser step")
         table.plot(ax=axes, title=title, grid=True, marker=".")
         for name in table.filter(regex="^rewards/"):
-            mean, spread = table[name], logged[name.replace("/mean", "/std")]
+            mean, spread = table[name], logged.get(name.replace("/mean", "/std"), 0)
             axes.fill_between(table.index, mean - spread, mean + spread, alpha=0.12)
     if path is not None:
         figure.savefig(path, dpi=80)
