@@ -9,17 +9,28 @@ from pydantic import BaseModel, ValidationError
 from helpers import recipes
 from helpers.config import RunConfig, read_config
 from helpers.errors import MissingInput, TunebookError
-from helpers.files import read_json, write_json
+from helpers.files import read_json, write_json, write_lines
 from helpers.runtime import current_run, hub_reachable, runs_folder
+
+
+class Part(BaseModel, extra="allow"):  # the types of what is read again
+    device: str = ""
+    fingerprints: dict[str, str] = {}
+    steps: int = 0
+    seconds: float = 0.0
+    peak_memory_gb: float = 0.0
+    accuracy: dict[str, float] | None = None
+    accuracy_new: dict[str, float] | None = None
+    eval_loss: float | None = None
 
 
 class Report(BaseModel, extra="forbid"):
     run: dict[str, str] = {}
-    environment: dict[str, Any] = {}
-    data: dict[str, Any] = {}
-    sft: dict[str, Any] = {}
-    grpo: dict[str, Any] = {}
-    eval: dict[str, dict[str, Any]] = {}
+    environment: Part = Part()
+    data: Part = Part()
+    sft: Part = Part()
+    grpo: Part = Part()
+    eval: dict[str, Part] = {}
     comparisons: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     blind: dict[str, dict[str, Any]] = {}
     export: dict[str, Any] = {}
@@ -59,7 +70,7 @@ def save_run(config: RunConfig) -> Run:
     """Returns the run of a config: written to its folder, and now the current one."""
     run = Run(runs_folder() / config.name, config)
     write_json(run.path / "config.json", config.model_dump(mode="json"))
-    (runs_folder() / "current").write_text(config.name, encoding="utf-8")
+    write_lines(runs_folder() / "current", [config.name])
     run.write_part("run", config.model_dump(include={"name", "recipe", "model"}))
     return run
 

@@ -20,8 +20,7 @@ def ensure_ready(run: Run, stage: Stage) -> None:
     """Prepares missing data; ConfigError or DataError for what cannot be trained."""
     inputs.require_stage(run.config, stage)
     data.ensure_data(run)
-    rows = run.report()["data"].get("train")
-    if advice := checks.advise(run.config, rows=rows):
+    if advice := checks.advise(run.config, rows=run.report()["data"].get("train")):
         checks.require(advice)
         log.info(checks.report(advice))
     if "grpo" in run.config.stages:

@@ -1,7 +1,5 @@
 """Where models come from: a folder, the hub, or a package's GGUF (offline)."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import subprocess
 import sys

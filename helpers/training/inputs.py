@@ -26,7 +26,7 @@ TRL_OPEN = """per_device_train_batch_size gradient_accumulation_steps packing op
     num_train_epochs mask_truncated_completions gradient_checkpointing""".split()
 PANELS = {  # titles, and regular expressions of what is logged
     "loss": "^(eval_)?loss$",
-    "reward by component": "^rewards/.*/mean$|^eval_reward$",
+    "reward by component (band: spread)": "^rewards/.*/mean$|^eval_reward$",
     "share of groups": "^frac_reward_zero_std$|^groups/",
     "completion length, tokens": "^completions/(mean|max)_length$",
     "share of answers cut off": "^completions/clipped_ratio$",
@@ -132,6 +132,9 @@ def draw_diagnostics(history: list[dict[str, Any]], path: Path | None = None) ->
     for number, (title, table) in enumerate(tables.items(), start=1):
         axes = figure.add_subplot(2, columns, number, xlabel="optimiser step")
         table.plot(ax=axes, title=title, grid=True, marker=".")
+        for name in table.filter(regex="^rewards/"):
+            mean, spread = table[name], logged.get(name.replace("/mean", "/std"), 0)
+            axes.fill_between(table.index, mean - spread, mean + spread, alpha=0.12)
     if path is not None:
         figure.savefig(path, dpi=80)
     return figure

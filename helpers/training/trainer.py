@@ -154,6 +154,11 @@ def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
 
 def sft_arguments(run: Run) -> dict[str, Any]:
     """Returns the arguments of `SFTConfig` for a run."""
+    # transformers keeps packed rows apart by position ids, whatever TRL warns of
+    noise = "supported Flash Attention variant"
+    logging.getLogger("trl.trainer.sft_trainer").addFilter(
+        lambda record: noise not in record.getMessage()
+    )
     options: dict[str, Any] = {"max_length": run.config.max_length}
     options["include_num_input_tokens_seen"] = "all"  # Unsloth logs no num_tokens
     return inputs.training_arguments(run, "sft", run.path / "sft") | options
