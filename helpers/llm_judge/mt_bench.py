@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from helpers import runtime
 from helpers.data.formats import Messages, Row, ask
+from helpers.errors import DataError
 from helpers.evaluation import metrics
 from helpers.files import fingerprint, write_rows
 from helpers.inference.generation import generate_batches
@@ -81,6 +82,9 @@ def rate(judge: judges.Judge, fastchat: Any, answers: list[Row]) -> list[Row]:
     for answer in answers:
         number = answer["question_id"]
         category, turns = by_number[number]["category"], by_number[number]["turns"]
+        if category in WITH_REFERENCE and len(references.get(number, [])) < 2:
+            message = "has no reference answer in reference_answer/gpt-4.jsonl"
+            raise DataError(f"question {number} ({category}) {message}")
         kind = "math-" if category in WITH_REFERENCE else ""
         texts = {"question": turns, "answer": answer["choices"][0]["turns"]}
         texts["ref_answer"] = references.get(number, [])
