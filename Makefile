@@ -21,7 +21,7 @@ demo: setup
 test: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-dev.txt
 	@$(MAKE) --no-print-directory lint
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	@$(MAKE) --no-print-directory notebooks-test
 
 lint:

@@ -98,11 +98,11 @@ def test_training_stops_with_a_reason_when_fp16_skips_every_step() -> None:
     assert 70 <= last["seconds"] < 80 and "seconds" not in logs
 
 
-def test_a_checkpoint_cut_short_or_of_the_last_step_is_passed_over(
+def test_a_checkpoint_cut_short_is_passed_over(
     tmp_path: Path,
 ) -> None:
     whole = '{{"global_step": {}, "max_steps": 8}}'
-    for step, state in ((2, whole), (4, '{{"global_st'), (6, None), (8, whole)):
+    for step, state in ((2, whole), (4, '{{"global_st'), (6, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state:
             file = tmp_path / f"checkpoint-{step}" / "trainer_state.json"

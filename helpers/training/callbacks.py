@@ -20,13 +20,12 @@ PROMPTS = read_rows(Path(__file__).with_name("eval_prompts.jsonl"))
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Returns the newest complete checkpoint from which a step is left."""
+    """Returns the newest checkpoint that was written to its end."""
     complete = {}
     for file in folder.glob("checkpoint-*/trainer_state.json"):  # it is written last
         with suppress(json.JSONDecodeError):
             state = read_json(file)
-            if state["global_step"] < state["max_steps"]:
-                complete[state["global_step"]] = str(file.parent)
+            complete[state["global_step"]] = str(file.parent)
     return complete[max(complete)] if complete else None
 
 

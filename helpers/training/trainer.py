@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 
 from helpers import checks, runtime
 from helpers.config import Stage, complete
@@ -101,7 +101,8 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     if checkpoint := callbacks.last_checkpoint(folder / "checkpoints"):
         log.info(f"{stage}: going on from {checkpoint}")
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if not (checkpoint and restore_finished(trainer, checkpoint)):
+            trainer.train(resume_from_checkpoint=checkpoint)
     finally:  # else W&B's run would take in the next stage's curves
         tracked = getattr(sys.modules.get("wandb"), "run", None)
         if tracked is not None and tracked.name == trainer.args.run_name:
@@ -125,6 +126,21 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     note = read_json(folder / inputs.NOTE)
     write_json(folder / inputs.NOTE, note | {"finished": True})
     return part
+
+
+def restore_finished(trainer: Trainer, checkpoint: str) -> bool:
+    """Returns whether a checkpoint is of the last step, from which TRL would take one
+    more; takes up its state if it is."""
+    state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+    if state.global_step < state.max_steps:
+        return False
+    load.set_adapter_weights(trainer.model, checkpoint)
+    trainer.state = state
+    for callback in trainer.callback_handler.callbacks:
+        if hasattr(callback, "report"):
+            callback.on_train_begin(trainer.args, state, trainer.control)
+            callback.on_train_end(trainer.args, state, trainer.control)
+    return True
 
 
 def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
