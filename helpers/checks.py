@@ -61,6 +61,11 @@ SILENT: list[tuple[str, Callable[[Any], bool], str]] = [
     ("inference_mode", lambda x: not x, "false: no parameter would be trained"),
     ("task_type", lambda x: x in (None, "CAUSAL_LM"), "CAUSAL_LM, the only task here"),
 ]
+# in a trial nothing is written, and nothing of this machine is judged
+TRAINING = {"output_dir": "unused", "report_to": "none", "fp16": False, "bf16": False}
+TRIAL: dict[str, dict[str, Any]] = {"sft": TRAINING, "lora": {}}
+TRIAL["grpo"] = TRAINING | {"num_generations_eval": 1}  # ours needs no whole groups
+TRIAL["inference"] = {"do_sample": True}
 # fields that take more than their type says
 WIDER: dict[str, Any] = {"scale_rewards": bool | str, "init_lora_weights": bool | str}
 
@@ -179,30 +184,32 @@ def trial_fault(group: str, values: dict[str, Any]) -> dict[str, str]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return {}
     import torch
+    from accelerate.state import AcceleratorState, PartialState
 
-    trial = dict(values)
-    if group == "inference":
-        trial["do_sample"] = True
-    elif group != "lora":
-        # accelerate keeps the last device for the whole process: this machine's
-        trial |= {"use_cpu": not torch.cuda.is_available(), "fp16": False}
-        trial |= {"bf16": False, "output_dir": "unused", "report_to": "none"}
-    if group == "grpo":
-        trial["num_generations_eval"] = 1  # our evaluation needs no whole groups
+    trial = values | TRIAL[group]
+    if group in ("sft", "grpo"):
+        trial["use_cpu"] = not torch.cuda.is_available()
+    # TRL's classes reset accelerate's state, which a trainer built before still needs
+    states = [kind._shared_state for kind in (AcceleratorState, PartialState)]
+    copies = [dict(state) for state in states]
     try:
         library_class(group)(**trial)
     except (ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
         owner = {v: n for n, v in values.items() if isinstance(v, str)}
         name, text = name_fault(error, owner | {name: name for name in values})
         return {name: f"{schema(group).__name__}: {text}"}
+    finally:
+        for state, copy in zip(states, copies, strict=True):
+            state.clear()
+            state.update(copy)
     return {}
 
 
 def name_fault(error: Exception, owner: dict[str, str]) -> Fault:
     """Returns the field that an error's words belong to, if any, and the error."""
     text = " ".join(str(error).split())[:300]
-    names = [owner[word] for word in re.findall(r"\w+", text) if word in owner]
-    return names[0] if names else "", text
+    names = (owner[word] for word in re.findall(r"\w+", text) if word in owner)
+    return next(names, ""), text
 
 
 def model_faults(config: RunConfig) -> Iterator[Fault]:
@@ -220,10 +227,8 @@ def model_faults(config: RunConfig) -> Iterator[Fault]:
         return
     numbers = base.config.get_text_config()
     positions = getattr(numbers, "max_position_embeddings", None) or math.inf
-    lengths = {
-        "evaluation.max_new_tokens": config.evaluation.max_new_tokens,
-        "inference.max_new_tokens": config.inference.get("max_new_tokens") or 0,
-    }
+    lengths = {"evaluation.max_new_tokens": config.evaluation.max_new_tokens}
+    lengths["inference.max_new_tokens"] = config.inference.get("max_new_tokens") or 0
     if "sft" in config.stages:
         lengths["max_length"] = config.max_length
     if "grpo" in config.stages:
@@ -231,23 +236,23 @@ def model_faults(config: RunConfig) -> Iterator[Fault]:
         lengths["grpo.max_completion_length"] = answer + (config.max_prompt_length or 0)
     for field, length in lengths.items():
         if length > positions:
-            text = f"{length} tokens in a row, prompt included, but the model has "
-            yield field, f"{text}{positions} positions. Allow fewer."
+            yield (
+                field,
+                f"{length} tokens in a row, the model has {positions} positions",
+            )
 
 
 def disappointments(config: RunConfig, machine: runtime.Machine) -> Iterator[Fault]:
     """Finds an engine, a pad token, a dtype and rewards that will not do as meant."""
     if "unsloth" in sys.modules and config.engine == "transformers":
-        text = "Unsloth has patched transformers in this process: restart the kernel"
-        yield "engine", text
+        yield "engine", "Unsloth has patched transformers here: restart the kernel"
     if config.pad_token == "eos":
         yield "pad_token", "EOS would never be learnt, so another token pads"
     dtype, reason = runtime.choose_dtype(machine, config.dtype)
     if config.dtype == "bfloat16" and str(dtype) != "torch.bfloat16":
         yield "dtype", f"{dtype} is used on {machine.name}: {reason}. Set it to auto."
     if "grpo" in config.stages and margin(config.rewards) <= 0:
-        text = "with these weights a wrong answer may get as much as a right one: "
-        yield "rewards", text + "raise the weight of correctness"
+        yield "rewards", "a wrong answer may get as much as a right one with them"
 
 
 def schedule(config: RunConfig, rows: int | None) -> Iterator[Fault]:

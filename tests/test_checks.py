@@ -204,6 +204,17 @@ def test_values_that_do_not_go_together_are_an_error(
     assert words in advice.text and "\n" not in advice.text
 
 
+def test_a_trainer_built_before_can_still_train_after_advice(
+    demo: RunConfig, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    trainer = Trainer(torch.nn.Linear(1, 1), TrainingArguments(tmp_path, use_cpu=True))
+    assert advise(demo) == []
+    assert trainer.accelerator.distributed_type == "NO"
+
+
 @pytest.mark.parametrize("value", [1.0, "2e-4"])
 def test_a_stage_that_is_not_run_is_not_judged(demo: RunConfig, value: Any) -> None:
     assert advise(demo, stages=["sft"], grpo__learning_rate=value) == []
