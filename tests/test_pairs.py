@@ -87,9 +87,10 @@ def test_the_summary_counts_every_pair_whatever_is_shown(run):
     assert summary == "better by correct: sft 2, base 1, equal 1"
     assert rows == [["How many, 1?\nexpected: 7", "sft", "5 eggs", "7 eggs"]]
     assert [row[1] for row in shown(run, MODELS)[1]] == ["sft", "base", "sft", "equal"]
-    assert [row[0][:11] for row in shown(run, MODELS, only="first")[1]] == [
-        "How many, 2"
-    ]
+    firsts = shown(run, MODELS, only="first")[1]
+    assert [row[0][:11] for row in firsts] == ["How many, 2"]
+    write_items(run, "sft", item(1, "7 eggs", True))
+    assert shown(run, MODELS, only="first") == ("better by correct: sft 1", [])
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,6 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-import openai
-
 from helpers.data.formats import Messages, Row
 from helpers.errors import DataError, JudgeError
 from helpers.files import read_rows, write_rows
@@ -58,6 +56,8 @@ class Judge:
         Raises:
             JudgeError: the server is not there or refuses; former replies are kept.
         """
+        import openai  # nothing else here needs it
+
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         replies: dict[str, Reply] = {}
         with self.cache.open("a+", encoding="utf-8") as file:
@@ -87,6 +87,8 @@ class Judge:
         return [replies[key] for key in keys]
 
     def request(self, client: Any, messages: Messages, **options: Any) -> Reply:
+        import openai
+
         create = partial(client.chat.completions.create, model=self.model)
         try:
             choice = create(messages=messages, **options).choices[0]

@@ -150,7 +150,7 @@ def side_by_side(
     summary = ", ".join(f"{name} {n}" for name, n in Counter(better).items())
     shown = (pairs[better == names[only]] if only else pairs).head(count)
     outputs = list(zip(shown["output_first"], shown["output_second"], strict=True))
-    table = shown[["title"]].map(html.escape).assign(better=better)
+    table = shown[["title"]].map(html.escape).assign(better=better[shown.index])
     table[first] = [mark_words(a, b) for a, b in outputs]
     table[second] = [mark_words(b, a) for a, b in outputs]
     cells = table.map(CELL.format)
