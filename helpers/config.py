@@ -15,12 +15,9 @@ Stage = Literal["sft", "grpo"]
 # held-out sets in the order of their tables: problems, then conversations
 HELD_OUT = ("test", "test_new", "test_chat", "eval")
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
-CLASSES = {  # take the values of a group
-    "sft": ("trl", "SFTConfig"),
-    "grpo": ("trl", "GRPOConfig"),
-    "lora": ("peft", "LoraConfig"),
-    "inference": ("transformers", "GenerationConfig"),
-}
+# what takes the values of a group
+CLASSES = {"sft": "trl.SFTConfig", "grpo": "trl.GRPOConfig", "lora": "peft.LoraConfig"}
+CLASSES |= {"inference": "transformers.GenerationConfig"}
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -141,7 +138,6 @@ def check_config(values: dict[str, Any]) -> RunConfig:
 
 
 def read_config(path: Path) -> RunConfig:
-    """Returns the config that a JSON file holds; ConfigError where it holds none."""
     try:
         return check_config(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -163,7 +159,7 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
 
 
 def library_class(group: str) -> Any:
-    package, name = CLASSES[group]
+    package, name = CLASSES[group].split(".")
     kind = getattr(importlib.import_module(package), name)
     # Unsloth puts subclasses with other defaults in the place of TRL's own
     return next(k for k in kind.__mro__ if k.__module__.startswith(f"{package}."))

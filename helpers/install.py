@@ -61,10 +61,7 @@ def install(*extra: str) -> None:
 
 
 def ensure() -> None:
-    """Makes the stack usable in a notebook: installs on Colab and Kaggle, checks here.
-
-    RuntimeError if it is absent, or a package that this kernel had loaded was replaced.
-    """
+    """Installs the stack on Colab and Kaggle, or checks it; RuntimeError if unusable."""
     if "google.colab" not in sys.modules and "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
         if absent := [name for name in CORE if importlib.util.find_spec(name) is None]:
             remedy = "run `make setup`, then choose the kernel of its .venv"

@@ -25,7 +25,7 @@ NAMES = (*RECIPES, "smoke")
 
 
 def load(name: str) -> RunConfig:
-    """Returns the config of a recipe, ConfigError with the nearest name without one."""
+    """Returns the config of a recipe; ConfigError if there is none."""
     if name == "smoke":
         config = scaled(load("demo"), steps=4, rows=16)
         return changed(config, recipe=name, name=name, evaluation__max_new_tokens=24)
@@ -79,16 +79,15 @@ def scaled(
 
 def small(config: RunConfig) -> RunConfig:
     """Returns a config on the offline model and our samples: minutes on two cores."""
-    config = scaled(config, steps=10, rows=8, samples=True)
-    changes: dict[str, Any] = {"model": "smollm2-135m-offline"}
+    model = "smollm2-135m-offline"
+    config = scaled(config, model=model, steps=10, rows=8, samples=True)
     # 4-bit weights save memory, which is not short here, and cost time on a CPU
-    changes |= {"weights": "auto", "evaluation__max_new_tokens": 64}
-    if "sft" in config.stages:  # one micro-batch a step
-        changes["sft__gradient_accumulation_steps"] = 1
-    if "grpo" in config.stages:  # one group of short answers a step
+    changes: dict[str, Any] = {"weights": "auto", "evaluation__max_new_tokens": 64}
+    for stage in config.stages:  # one micro-batch a step
+        changes[f"{stage}__gradient_accumulation_steps"] = 1
+    if "grpo" in config.stages:  # of one group of short answers
         changes["grpo__max_completion_length"] = 64
         changes["grpo__per_device_train_batch_size"] = config.grpo["num_generations"]
-        changes["grpo__gradient_accumulation_steps"] = 1
     return changed(config, name=f"{config.name}-small", **changes)
 
 
