@@ -61,7 +61,7 @@ def install(*extra: str) -> None:
 
 
 def ensure() -> None:
-    """Installs the stack on Colab and Kaggle, or checks it; RuntimeError if unusable."""
+    """Installs the stack on Colab and Kaggle, else checks it; raises RuntimeError."""
     if "google.colab" not in sys.modules and "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
         if absent := [name for name in CORE if importlib.util.find_spec(name) is None]:
             remedy = "run `make setup`, then choose the kernel of its .venv"

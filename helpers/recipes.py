@@ -45,14 +45,7 @@ def scaled(
     rows: int | None = None,
     samples: bool = False,
 ) -> RunConfig:
-    """Returns the small version of a config, everything else as it was.
-
-    Args:
-        config, model: to start from, and another base model.
-        steps: of SFT; GRPO takes half as many. A warm-up in steps shrinks with them.
-        rows: to score; eight times as many to train on, a quarter to choose by.
-        samples: replace hub datasets by our samples in the same row format.
-    """
+    """Returns a small version of a config, on our samples in place of hub datasets."""
     values = config.model_dump()
     values["model"] = model or config.model
     if samples:
@@ -60,7 +53,7 @@ def scaled(
         for name, sample in SAMPLES.items():
             text = re.sub(rf'"{name}(:\w+)?"', f'"{sample}"', text)
         values["data"] = json.loads(text)
-    if steps is not None:
+    if steps is not None:  # of SFT; half of GRPO; a warm-up in steps shrinks with them
         values["grpo_minutes"], half = None, max(1, steps // 2)
         for part, count in ((values["sft"], steps), (values["grpo"], max(2, half))):
             warmup, before = part.get("warmup_steps") or 0, part.get("max_steps") or 0
@@ -70,7 +63,7 @@ def scaled(
                 part |= {"max_steps": count, "save_steps": half}
             if "eval_steps" in part:
                 part["eval_steps"] = half
-    if rows is not None:
+    if rows is not None:  # to score; more to train on, fewer to choose by
         values["grpo_held_out"] = max(1, rows // 4)
         values["data"] |= {"train_rows": 8 * rows, "eval_rows": rows}
         values["data"] |= {"test_rows": rows, "test_new_rows": rows}

@@ -64,8 +64,7 @@ def split(places: Iterable[float], shares: dict[str, float]) -> list[str]:
 
 def assert_disjoint(trained: set[float], name: str, questions: Iterable[str]) -> None:
     """Raises DataError when a held-out question is at a place that is trained on."""
-    leaks = [question for question in questions if place_of(question) in trained]
-    if leaks:
+    if leaks := [question for question in questions if place_of(question) in trained]:
         text = f"{len(leaks)} questions of {name} are in the training rows too, like "
         raise DataError(f"{text}{leaks[0][:80]!r}: remove them from one side")
 

@@ -130,8 +130,7 @@ class Reader:
         question, answer = (text_of(row[name], name) for name in ("question", "answer"))
         if MARKER not in answer and parse_number(answer.strip()) is not None:
             answer = f"{MARKER} {answer.strip()}"
-        gold = parse_gold(answer)
-        if gold is None:
+        if (gold := parse_gold(answer)) is None:
             raise DataError(f"no gold number: the answer ends in {answer[-40:]!r}")
         if self.golds.setdefault(question, gold) != gold:
             raise DataError(f"two gold answers to one question: {question:.60}")
