@@ -45,7 +45,7 @@ def scaled(
     rows: int | None = None,
     samples: bool = False,
 ) -> RunConfig:
-    """Returns a small version of a config, on our samples in place of hub datasets."""
+    """Returns a smaller config; with `samples`, on our rows instead of the hub's."""
     values = config.model_dump()
     values["model"] = model or config.model
     if samples:
