@@ -12,12 +12,10 @@ from pydantic import BaseModel, Field
 from helpers.errors import ConfigError, nearest
 
 Stage = Literal["sft", "grpo"]
-# held-out sets in the order of their tables: problems, then conversations
-HELD_OUT = ("test", "test_new", "test_chat", "eval")
+HELD_OUT = ("test", "test_new", "test_chat", "eval")  # problems, then conversations
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
-# what takes the values of a group
 CLASSES = {"sft": "trl.SFTConfig", "grpo": "trl.GRPOConfig", "lora": "peft.LoraConfig"}
-CLASSES |= {"inference": "transformers.GenerationConfig"}
+CLASSES |= {"inference": "transformers.GenerationConfig"}  # take a group's values
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

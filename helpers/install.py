@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,10 +21,7 @@ KEPT = ("torch", "torchvision", "numpy", "ipywidgets", "ipython", "ipykernel")
 
 
 def installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return next((place.version for place in distributions(name=package)), None)
 
 
 def pip(*arguments: str) -> None:

@@ -16,8 +16,7 @@ from helpers.files import read_json
 from helpers.install import ROOT, installed_version
 
 log = logging.getLogger(__name__)
-# where runs/ and data_samples/ are; pip installs the helpers without the project
-HOME = ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()
+HOME = ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()  # of runs/ and data
 ON_DRIVE = "/content/drive/MyDrive/tunebook/runs"
 PACKAGES = "torch transformers trl peft bitsandbytes datasets accelerate unsloth"
 

@@ -16,8 +16,7 @@ from helpers.grpo.answers import MARKER, parse_gold, parse_number
 
 log = logging.getLogger(__name__)
 SHOWN = 3  # examples of what was left out, for each reason
-# 0 or false in one of them: the turn is read, not learnt
-LEARNT = ("weight", "train", "training", "loss")
+LEARNT = ("weight", "train", "training", "loss")  # 0 or false: read, not learnt
 MARKS = dict.fromkeys(["0", "0.0", "false"], False)
 MARKS |= dict.fromkeys(["1", "1.0", "true", "none"], True)
 # they change what is learnt, and training renders none of them
