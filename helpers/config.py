@@ -148,10 +148,8 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
     """Returns a copy with fields changed; `sft__max_steps=5` reaches into a group."""
     values = config.model_dump()
     for key, value in changes.items():
-        *groups, leaf = key.split("__")
-        holder = values
-        for group in groups:  # an unknown one is refused below
-            holder = holder.setdefault(group, {})
+        group, _, leaf = key.rpartition("__")  # an unknown group is refused below
+        holder = values.setdefault(group, {}) if group else values
         holder[leaf] = value
     return check_config(values)
 
