@@ -12,15 +12,10 @@ from pydantic import BaseModel, Field
 from helpers.errors import ConfigError, nearest
 
 Stage = Literal["sft", "grpo"]
-# held-out sets in the order of their tables: problems, then conversations
-HELD_OUT = ("test", "test_new", "test_chat", "eval")
+HELD_OUT = ("test", "test_new", "test_chat", "eval")  # problems, then conversations
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
-CLASSES = {  # take the values of a group
-    "sft": ("trl", "SFTConfig"),
-    "grpo": ("trl", "GRPOConfig"),
-    "lora": ("peft", "LoraConfig"),
-    "inference": ("transformers", "GenerationConfig"),
-}
+CLASSES = {"sft": "trl.SFTConfig", "grpo": "trl.GRPOConfig", "lora": "peft.LoraConfig"}
+CLASSES |= {"inference": "transformers.GenerationConfig"}  # take a group's values
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -141,7 +136,6 @@ def check_config(values: dict[str, Any]) -> RunConfig:
 
 
 def read_config(path: Path) -> RunConfig:
-    """Returns the config that a JSON file holds; ConfigError where it holds none."""
     try:
         return check_config(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -154,16 +148,14 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
     """Returns a copy with fields changed; `sft__max_steps=5` reaches into a group."""
     values = config.model_dump()
     for key, value in changes.items():
-        *groups, leaf = key.split("__")
-        holder = values
-        for group in groups:  # an unknown one is refused below
-            holder = holder.setdefault(group, {})
+        group, _, leaf = key.rpartition("__")  # an unknown group is refused below
+        holder = values.setdefault(group, {}) if group else values
         holder[leaf] = value
     return check_config(values)
 
 
 def library_class(group: str) -> Any:
-    package, name = CLASSES[group]
+    package, name = CLASSES[group].split(".")
     kind = getattr(importlib.import_module(package), name)
     # Unsloth puts subclasses with other defaults in the place of TRL's own
     return next(k for k in kind.__mro__ if k.__module__.startswith(f"{package}."))

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,10 +21,7 @@ KEPT = ("torch", "torchvision", "numpy", "ipywidgets", "ipython", "ipykernel")
 
 
 def installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return next((place.version for place in distributions(name=package)), None)
 
 
 def pip(*arguments: str) -> None:
@@ -61,10 +58,7 @@ def install(*extra: str) -> None:
 
 
 def ensure() -> None:
-    """Makes the stack usable in a notebook: installs on Colab and Kaggle, checks here.
-
-    RuntimeError if it is absent, or a package that this kernel had loaded was replaced.
-    """
+    """Installs the stack on Colab and Kaggle, else checks it; raises RuntimeError."""
     if "google.colab" not in sys.modules and "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
         if absent := [name for name in CORE if importlib.util.find_spec(name) is None]:
             remedy = "run `make setup`, then choose the kernel of its .venv"

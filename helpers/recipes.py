@@ -25,7 +25,7 @@ NAMES = (*RECIPES, "smoke")
 
 
 def load(name: str) -> RunConfig:
-    """Returns the config of a recipe, ConfigError with the nearest name without one."""
+    """Returns the config of a recipe; ConfigError if there is none."""
     if name == "smoke":
         config = scaled(load("demo"), steps=4, rows=16)
         return changed(config, recipe=name, name=name, evaluation__max_new_tokens=24)
@@ -45,14 +45,7 @@ def scaled(
     rows: int | None = None,
     samples: bool = False,
 ) -> RunConfig:
-    """Returns the small version of a config, everything else as it was.
-
-    Args:
-        config, model: to start from, and another base model.
-        steps: of SFT; GRPO takes half as many. A warm-up in steps shrinks with them.
-        rows: to score; eight times as many to train on, a quarter to choose by.
-        samples: replace hub datasets by our samples in the same row format.
-    """
+    """Returns a smaller config; with `samples`, on our rows instead of the hub's."""
     values = config.model_dump()
     values["model"] = model or config.model
     if samples:
@@ -60,7 +53,7 @@ def scaled(
         for name, sample in SAMPLES.items():
             text = re.sub(rf'"{name}(:\w+)?"', f'"{sample}"', text)
         values["data"] = json.loads(text)
-    if steps is not None:
+    if steps is not None:  # of SFT; half of GRPO; a warm-up in steps shrinks with them
         values["grpo_minutes"], half = None, max(1, steps // 2)
         for part, count in ((values["sft"], steps), (values["grpo"], max(2, half))):
             warmup, before = part.get("warmup_steps") or 0, part.get("max_steps") or 0
@@ -70,7 +63,7 @@ def scaled(
                 part |= {"max_steps": count, "save_steps": half}
             if "eval_steps" in part:
                 part["eval_steps"] = half
-    if rows is not None:
+    if rows is not None:  # to score; more to train on, fewer to choose by
         values["grpo_held_out"] = max(1, rows // 4)
         values["data"] |= {"train_rows": 8 * rows, "eval_rows": rows}
         values["data"] |= {"test_rows": rows, "test_new_rows": rows}
@@ -79,16 +72,15 @@ def scaled(
 
 def small(config: RunConfig) -> RunConfig:
     """Returns a config on the offline model and our samples: minutes on two cores."""
-    config = scaled(config, steps=10, rows=8, samples=True)
-    changes: dict[str, Any] = {"model": "smollm2-135m-offline"}
+    model = "smollm2-135m-offline"
+    config = scaled(config, model=model, steps=10, rows=8, samples=True)
     # 4-bit weights save memory, which is not short here, and cost time on a CPU
-    changes |= {"weights": "auto", "evaluation__max_new_tokens": 64}
-    if "sft" in config.stages:  # one micro-batch a step
-        changes["sft__gradient_accumulation_steps"] = 1
-    if "grpo" in config.stages:  # one group of short answers a step
+    changes: dict[str, Any] = {"weights": "auto", "evaluation__max_new_tokens": 64}
+    for stage in config.stages:  # one micro-batch a step
+        changes[f"{stage}__gradient_accumulation_steps"] = 1
+    if "grpo" in config.stages:  # of one group of short answers
         changes["grpo__max_completion_length"] = 64
         changes["grpo__per_device_train_batch_size"] = config.grpo["num_generations"]
-        changes["grpo__gradient_accumulation_steps"] = 1
     return changed(config, name=f"{config.name}-small", **changes)
 
 

@@ -10,7 +10,7 @@ from helpers import recipes
 from helpers.config import RunConfig, read_config
 from helpers.errors import MissingInput, TunebookError
 from helpers.files import read_json, write_json, write_lines
-from helpers.runtime import current_run, hub_reachable, runs_folder
+from helpers.runtime import current_run, find_machine, hub_reachable, runs_folder
 
 
 class Part(BaseModel, extra="allow"):  # the types of what is read again
@@ -82,9 +82,7 @@ def open_run(name: str | None = None) -> Run:
     """
     name = name or current_run() or os.environ.get("TUNEBOOK_RECIPE")
     if not name:
-        import torch
-
-        online = torch.cuda.is_available() and hub_reachable()
+        online = find_machine().device == "cuda" and hub_reachable()
         name = "finetome-llama32-1b" if online else "demo"
     folder = runs_folder() / name
     if name in recipes.NAMES and not folder.exists():

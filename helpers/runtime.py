@@ -16,8 +16,7 @@ from helpers.files import read_json
 from helpers.install import ROOT, installed_version
 
 log = logging.getLogger(__name__)
-INSTALLED = not (ROOT / "pyproject.toml").exists()  # by pip, without the project
-HOME = Path.cwd() if INSTALLED else ROOT  # where runs/ and data_samples/ are
+HOME = ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()  # of runs/ and data
 ON_DRIVE = "/content/drive/MyDrive/tunebook/runs"
 PACKAGES = "torch transformers trl peft bitsandbytes datasets accelerate unsloth"
 
@@ -53,11 +52,7 @@ def memory_cap_gb() -> float:
 
 
 def choose_dtype(machine: Machine, wanted: str = "auto") -> tuple[Any, str]:
-    """Returns the dtype of arithmetic on a machine, and the reason for it.
-
-    `torch.cuda.is_bf16_supported()` says True on a T4, which only emulates bf16: the
-    compute capability decides, or `TUNEBOOK_DTYPE` (ConfigError if it names none).
-    """
+    """Returns the dtype of arithmetic on a machine, and the reason for it."""
     import torch
 
     if name := os.environ.get("TUNEBOOK_DTYPE"):
@@ -68,11 +63,11 @@ def choose_dtype(machine: Machine, wanted: str = "auto") -> tuple[Any, str]:
         return torch.float32, "CPUs without 16-bit units are 6 to 60 times slower in it"
     if wanted == "float16":
         return torch.float16, "the config asks for dtype='float16'"
+    # torch.cuda.is_bf16_supported() says True on a T4, which only emulates it
     if machine.capability >= (8, 0):
         return torch.bfloat16, "compute capability 8.0 or newer has bf16 units"
-    number = ".".join(map(str, machine.capability))
-    reason = f"compute capability {number} has no bf16 units (they start at 8.0)"
-    return torch.float16, reason
+    reason = "compute capability {}.{} has no bf16 units (they start at 8.0)"
+    return torch.float16, reason.format(*machine.capability)
 
 
 def peak_memory_gb() -> float:
@@ -83,8 +78,8 @@ def peak_memory_gb() -> float:
         return torch.cuda.max_memory_reserved() / 2**30
     import resource  # Windows has none
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def free_memory() -> None:
@@ -133,11 +128,7 @@ def resolve_engine(engine: str) -> str:
 
 
 def start(engine: str | None = None) -> None:
-    """Prepares a notebook or a command, and logs the machine; may be called again.
-
-    Unsloth patches TRL, PEFT and transformers, so it is imported here, before them,
-    where it is the `engine`, by default the current run's.
-    """
+    """Prepares a notebook or a command for an engine, by default the current run's."""
     # lengths change from step to step; blocks for each took 13 GiB in demo-gpu, not 5.6
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -148,12 +139,12 @@ def start(engine: str | None = None) -> None:
     library.handlers = [logging.StreamHandler(sys.stdout)]
     library.setLevel(logging.INFO)
     library.propagate = False  # Colab's root logger would show it a second time
-    if not engine:
+    with suppress(ValueError):  # no JSON: whoever opens the run says so
         path = runs_folder() / (current_run() or "none") / "config.json"
-        with suppress(ValueError):  # no JSON: whoever opens the run says so
-            engine = read_json(path).get("engine")
+        engine = engine or read_json(path).get("engine")
     with suppress(ModelError):  # not installed: whoever loads a model says so
         if resolve_engine(engine or "auto") == "unsloth":
+            # it patches TRL, PEFT and transformers, so it comes before them
             import unsloth  # noqa: F401
     machine = find_machine()
     dtype, reason = choose_dtype(machine)
@@ -168,8 +159,7 @@ def hub_reachable(timeout_s: float = 3.0) -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return False
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    with suppress(OSError):
-        urllib.request.urlopen(endpoint, timeout=timeout_s).close()
+    with suppress(OSError), urllib.request.urlopen(endpoint, timeout=timeout_s):
         return True
     return False
 

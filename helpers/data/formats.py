@@ -59,10 +59,8 @@ def detect_format(rows: list[Any], source: str = "the rows") -> tuple[str, str]:
             return form, f"the rows have {needed}"
         expected.append(f"{form}: {needed}")
     listed = ", ".join(sorted(names)) or f"of {rows[:1]!r:.200}"
-    raise DataError(
-        f"{source}: the columns {listed} fit no known format ({'; '.join(expected)}); "
-        "rename them, or give rows under a key a file of their own"
-    )
+    known = f"({'; '.join(expected)}); rename them, or take rows out from under a key"
+    raise DataError(f"{source}: the columns {listed} fit no known format {known}")
 
 
 def is_solved(answer: str) -> bool:
@@ -97,7 +95,6 @@ def text_of(value: Any, place: str) -> str:
 
 
 def has_turns(value: Any) -> bool:
-    """Returns whether a field is a list of turns, or text that holds one."""
     turns = value if isinstance(value, list) else []
     named = [isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in turns]
     return any(named) or bool(TURNS_AS_TEXT.match(str(value)))

@@ -28,8 +28,7 @@ SETS = ("eval", "problems", "test", "test_new")  # those with sources of their o
 
 def questions_of(row: Row) -> list[str]:
     """Returns the questions of a row of `data/`, by which leaks are found."""
-    turns = row.get("messages", [])
-    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+    asked = [t["content"] for t in row.get("messages", []) if t["role"] == "user"]
     return asked or [row["question"]]
 
 
@@ -65,8 +64,7 @@ def split(places: Iterable[float], shares: dict[str, float]) -> list[str]:
 
 def assert_disjoint(trained: set[float], name: str, questions: Iterable[str]) -> None:
     """Raises DataError when a held-out question is at a place that is trained on."""
-    leaks = [question for question in questions if place_of(question) in trained]
-    if leaks:
+    if leaks := [question for question in questions if place_of(question) in trained]:
         text = f"{len(leaks)} questions of {name} are in the training rows too, like "
         raise DataError(f"{text}{leaks[0][:80]!r}: remove them from one side")
 
@@ -81,7 +79,6 @@ def by_weight(counts: list[int], weights: list[float | None]) -> list[int]:
 
 
 def parts_of(config: DataConfig) -> list[str]:
-    """Returns which of `PARTS` a run with this config has."""
     parts = {name: getattr(config, name, None) for name in PARTS}
     parts["eval"] = config.eval or (config.train and config.eval_share)
     parts["test_chat"] = config.train and config.test_share

@@ -15,10 +15,8 @@ from helpers.files import fingerprint
 from helpers.grpo.answers import MARKER, parse_gold, parse_number
 
 log = logging.getLogger(__name__)
-PEEK = 20  # rows that the format is detected from
 SHOWN = 3  # examples of what was left out, for each reason
-# 0 or false in one of them: the turn is read, not learnt
-LEARNT = ("weight", "train", "training", "loss")
+LEARNT = ("weight", "train", "training", "loss")  # 0 or false: read, not learnt
 MARKS = dict.fromkeys(["0", "0.0", "false"], False)
 MARKS |= dict.fromkeys(["1", "1.0", "true", "none"], True)
 # they change what is learnt, and training renders none of them
@@ -56,13 +54,13 @@ class Reader:
         for title, count in counts.items():
             if count:
                 log.info("%s: %s: %s", self.source, title, count)
-        part = {"format": self.form, "why": self.why, "read": self.rows}
-        return part | {"rows": self.used} | counts
+        rows = {"read": self.rows, "rows": self.used}
+        return {"format": self.form, "why": self.why, **rows, **counts}
 
     def read(self, numbered: Iterable[tuple[int, Any]], problems: bool = False) -> Any:
         """Yields the conversations, or problems, of the rows that can be used."""
         numbered = iter(numbered)
-        first = list(islice(numbered, PEEK))
+        first = list(islice(numbered, 20))  # from them the format is detected
         if problems:
             self.form = "problems with a gold answer"
         elif self.form is None:
@@ -86,11 +84,10 @@ class Reader:
         if not self.used or (reasons and not self.drop_unusable):
             parts = [self.left_out[name] for name in reasons or self.left_out]
             shown = [example for part in parts for example in part["examples"]][:SHOWN]
-            raise DataError(
-                f"{self.source}: {sum(part['rows'] for part in parts)} of {self.rows} "
-                f"rows cannot be used as {self.form}; {'; '.join(shown)} (data."
-                f"drop_unusable leaves such rows out; this format: {self.why})"
-            )
+            count = sum(part["rows"] for part in parts)
+            text = f"{count} of {self.rows} rows cannot be used as {self.form}; "
+            text += f"{'; '.join(shown)} (data.drop_unusable leaves such rows out; "
+            raise DataError(f"{self.source}: {text}this format: {self.why})")
 
     def to_messages(self, row: Row) -> Messages:
         form = self.form or ""
@@ -132,8 +129,7 @@ class Reader:
         question, answer = (text_of(row[name], name) for name in ("question", "answer"))
         if MARKER not in answer and parse_number(answer.strip()) is not None:
             answer = f"{MARKER} {answer.strip()}"
-        gold = parse_gold(answer)
-        if gold is None:
+        if (gold := parse_gold(answer)) is None:
             raise DataError(f"no gold number: the answer ends in {answer[-40:]!r}")
         if self.golds.setdefault(question, gold) != gold:
             raise DataError(f"two gold answers to one question: {question:.60}")
@@ -162,7 +158,6 @@ class Reader:
         return {n: value for n, value in fields.items() if n not in self.ignore}
 
     def count(self, fields: Row, used: set[str], refused: Collection[str] = ()) -> None:
-        """Counts the fields that have a value and are not used, nor refused."""
         for name in (n for n in fields if n not in used and not is_empty(fields[n])):
             if name in refused:
                 raise DataError(f"field {name!r} is not trained on; see data.ignore")

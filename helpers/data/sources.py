@@ -180,7 +180,6 @@ def parse(number: int, text: str) -> Any:
 
 
 def to_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns the fields of an object, which gives no key two values."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise DataError(f"two values of one key, which is one of {', '.join(fields)}")

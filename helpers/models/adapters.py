@@ -1,34 +1,28 @@
 """LoRA adapters: attached, saved, and compared with the trained model."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from helpers.errors import ModelError, nearest
 from helpers.inference.generation import inference
-from helpers.models.hub import new_folder
+from helpers.models.hub import Model, new_folder
 from helpers.runtime import find_machine, resolve_engine
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 WITNESS = "trained_logits.npz"
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2, "8bit": 0.1}  # of the largest logit
 
 
 def add_lora(
-    model: PreTrainedModel,
+    model: Model,
     lora: dict[str, Any],
     *,
     engine: str = "auto",
     seed: int = 3407,
     checkpointing: bool = True,
-) -> PreTrainedModel:
+) -> Model:
     """Returns the model with fresh LoRA; `lora` holds fields of `LoraConfig`."""
     import peft
     from transformers import set_seed
@@ -38,12 +32,9 @@ def add_lora(
         from unsloth import FastLanguageModel
 
         recompute = checkpointing and find_machine().device == "cuda"
-        tuned = FastLanguageModel.get_peft_model(
-            model,
-            **{"bias": "none", "lora_dropout": 0, **lora},
-            use_gradient_checkpointing="unsloth" if recompute else False,
-            random_state=seed,
-        )
+        mode = {"use_gradient_checkpointing": "unsloth" if recompute else False}
+        options = {"bias": "none", "lora_dropout": 0, **lora, "random_state": seed}
+        tuned = FastLanguageModel.get_peft_model(model, **options, **mode)
     else:
         set_seed(seed)
         if getattr(model, "is_quantized", False):  # the trainer checkpoints
@@ -57,14 +48,13 @@ def add_lora(
     return tuned
 
 
-def check_lora(model: PreTrainedModel, lora: dict[str, Any]) -> None:
+def check_lora(model: Model, lora: dict[str, Any]) -> None:
     """Raises ModelError for settings that PEFT would ignore, or not bring back."""
     modules = [name for name, _ in model.named_modules()]
     for field in ("target_modules", "exclude_modules", "modules_to_save"):
         require_matches(field, lora.get(field), modules)
     last = model.config.get_text_config().num_hidden_layers - 1
-    layers = lora.get("layers_to_transform") or []
-    for n in [layers] if isinstance(layers, int) else layers:
+    for n in np.ravel(lora.get("layers_to_transform") or []):
         if not 0 <= n <= last:
             raise ModelError(f"layers_to_transform={n}: the layers are 0 to {last}")
     if lora.get("lora_alpha") == 0 or lora.get("lora_dropout") == 1:
@@ -72,15 +62,13 @@ def check_lora(model: PreTrainedModel, lora: dict[str, Any]) -> None:
     start = str(lora.get("init_lora_weights")).lower()
     exact = "" if getattr(model, "is_quantized", False) else "|olora|pissa.*"
     if not re.fullmatch(f"none|true|false|gaussian|orthogonal{exact}", start):
-        raise ModelError(
-            f"init_lora_weights={start!r} needs data or changes the base, and a saved "
-            "adapter would not fit; use true, gaussian, or in 16bit olora or pissa"
-        )
+        text = f"init_lora_weights={start!r} needs data or changes the base; use true"
+        raise ModelError(f"{text}, gaussian, orthogonal, or in 16bit olora or pissa")
     if lora.get("layer_replication"):
         raise ModelError("layer_replication cannot be merged or exported; remove it")
 
 
-def check_attached(model: PreTrainedModel, lora: dict[str, Any]) -> None:
+def check_attached(model: Model, lora: dict[str, Any]) -> None:
     targets = list(model.base_model.targeted_module_names)
     for field in ("rank_pattern", "alpha_pattern"):
         require_matches(field, lora.get(field), targets)
@@ -102,7 +90,7 @@ def require_matches(field: str, names: Any, modules: list[str]) -> None:
             raise ModelError(f"{field} {name} do not exist in this model{hint}")
 
 
-def save_adapter(model: PreTrainedModel, folder: Path, witness: Any = None) -> None:
+def save_adapter(model: Model, folder: Path, witness: Any = None) -> None:
     """Writes an adapter as a whole, with its logits on token ids, (rows, seq)."""
     with new_folder(folder) as scratch:
         model.save_pretrained(scratch)
@@ -115,7 +103,7 @@ def save_adapter(model: PreTrainedModel, folder: Path, witness: Any = None) -> N
             np.savez(scratch / WITNESS, ids=witness, logits=logits, limit=limit)
 
 
-def make_plain(folder: Path, initial: dict[str, Tensor]) -> None:
+def make_plain(folder: Path, initial: dict[str, Any]) -> None:
     """Rewrites a saved PiSSA or OLoRA adapter, B A on W - B0 A0, as plain LoRA on W."""
     import torch
     from peft import LoraConfig
@@ -138,21 +126,19 @@ def make_plain(folder: Path, initial: dict[str, Tensor]) -> None:
     config.save_pretrained(folder)
 
 
-def compare_saved(model: PreTrainedModel, folder: Path) -> dict[str, float]:
+def compare_saved(model: Model, folder: Path) -> dict[str, float]:
     """Returns how far a reloaded model is from the trained one; ModelError if far."""
     with np.load(folder / WITNESS) as file:
         ids, trained, limit = (file[name] for name in ("ids", "logits", "limit"))
     difference = abs(last_logits(model, ids).numpy() - trained).max()
     largest = abs(trained).max()
     if not difference <= limit * largest:
-        raise ModelError(
-            f"the adapter at {folder}, loaded again, does not compute what was "
-            f"trained: logits of up to {largest:.3g} differ by up to {difference:.3g}"
-        )
+        text = f"the adapter at {folder}, reloaded, does not compute what was trained"
+        raise ModelError(f"{text}: logits to {largest:.3g} are off by {difference:.3g}")
     return {"difference": float(f"{difference:.3g}"), "logits": float(f"{largest:.3g}")}
 
 
-def last_logits(model: PreTrainedModel, ids: Any) -> Tensor:
+def last_logits(model: Model, ids: Any) -> Any:
     """Returns the logits after each row, (rows, vocab), autocast as in training."""
     import torch
 

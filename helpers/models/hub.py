@@ -7,10 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from helpers import runtime
 from helpers.errors import ModelError
 
+Model = Any  # a PreTrainedModel of transformers, which takes seconds to import
 OFFLINE = "smollm2-135m-offline"  # SmolLM2-135M-Instruct, Apache-2.0, as GGUF Q4_1
 
 
@@ -49,7 +51,6 @@ def unknown_model(name: str, error: Exception) -> ModelError:
 
 
 def convert_offline_model(folder: Path) -> None:
-    """Writes the package's model to a folder as safetensors (half a minute)."""
     from tokenizers import decoders, pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -1,25 +1,20 @@
 """Loads model, tokenizer and saved adapters, with Unsloth or plain transformers."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from helpers import runtime
 from helpers.config import RunConfig
 from helpers.errors import ModelError
-from helpers.masking.templates import prepare_tokenizer
-from helpers.models.hub import find_model, unknown_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from helpers.masking.templates import Tokenizer, prepare_tokenizer
+from helpers.models.hub import Model, find_model, unknown_model
 
 
 def resolve_weights(weights: str) -> str:
-    """Returns `4bit`, `8bit` or `16bit`; `auto` is 4bit on a GPU, else 16bit."""
-    on_gpu = runtime.find_machine().device == "cuda"
-    return weights if weights != "auto" else "4bit" if on_gpu else "16bit"
+    if weights != "auto":
+        return weights
+    return "4bit" if runtime.find_machine().device == "cuda" else "16bit"
 
 
 def options(config: RunConfig) -> dict[str, Any]:
@@ -30,7 +25,7 @@ def options(config: RunConfig) -> dict[str, Any]:
 
 def load_tokenizer(
     name: str, *, template: str = "own", pad_token: str | None = None
-) -> PreTrainedTokenizerBase:
+) -> Tokenizer:
     """Returns a model's tokenizer, ready to train with.
 
     Args:
@@ -61,7 +56,7 @@ def load_model(
     template: str = "own",
     pad_token: str | None = None,
     adapter: str | Path | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[Model, Tokenizer]:
     """Returns a base model, frozen, and its tokenizer.
 
     Args:
@@ -125,14 +120,14 @@ def load_model(
 
 
 def load_adapter(
-    model: PreTrainedModel,
+    model: Model,
     adapter: str | Path,
     *,
     engine: str = "auto",
     trainable: bool = False,
     seed: int = 3407,
     checkpointing: bool = True,
-) -> PreTrainedModel:
+) -> Model:
     """Returns the base with an adapter of whatever kind, as PEFT itself loads it."""
     from peft import PeftModel, prepare_model_for_kbit_training
     from transformers import set_seed
@@ -151,7 +146,7 @@ def load_adapter(
     return tuned
 
 
-def set_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
+def set_adapter_weights(model: Model, adapter: str | Path) -> None:
     """Puts a saved adapter's matrices into a model; ModelError if they do not fit."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -162,7 +157,5 @@ def set_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
     # among the own, shared ones are by their first name only
     missing = [n for n in result.missing_keys if n in own and added.search(n)]
     if extra or missing or not any(tensor.any() for tensor in state.values()):
-        raise ModelError(
-            f"the adapter at {adapter} does not fit this model: {len(missing)} of its "
-            f"matrices are missing, {len(extra)} are too many, or all are zero"
-        )
+        text = f"{len(missing)} matrices missing, {len(extra)} too many, or all zero"
+        raise ModelError(f"the adapter at {adapter} does not fit this model: {text}")
