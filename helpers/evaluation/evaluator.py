@@ -44,6 +44,20 @@ def to_prompts(config: RunConfig, rows: list[Row]) -> list[Row]:
     return prompts
 
 
+def read_sets(run: Run) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """Returns the held-out rows of a run, and the prompts of the sets to answer."""
+    config, labels = run.config, run.config.evaluation.labels
+    files = [run.require(f"data/{name}.jsonl") for name in held_out(config)]
+    sets = {file.stem: read_rows(file) for file in files}
+    prompts = {name: to_prompts(config, sets[name]) for name in data.answered(sets)}
+    if not prompts or (labels and prompts.keys() <= tables.ACCURACIES.keys()):
+        raise DataError(
+            f"run {config.name!r} has no held-out rows, or none for evaluation.labels: "
+            "set data.eval_share, data.test_share, data.eval or data.test"
+        )
+    return sets, prompts
+
+
 def response_loss(model: Any, rows: list[Example]) -> float:
     """Returns the mean cross-entropy, in nats, over all supervised tokens of rows."""
     import torch
@@ -68,14 +82,7 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     import torch
 
     config, labels = run.config, run.config.evaluation.labels
-    files = [run.require(f"data/{name}.jsonl") for name in held_out(config)]
-    sets = {file.stem: read_rows(file) for file in files}
-    prompts = {name: to_prompts(config, sets[name]) for name in data.answered(sets)}
-    if not prompts or (labels and prompts.keys() <= tables.ACCURACIES.keys()):
-        raise DataError(
-            f"run {config.name!r} has no held-out rows, or none for evaluation.labels: "
-            "set data.eval_share, data.test_share, data.eval or data.test"
-        )
+    sets, prompts = read_sets(run)
     started = time.perf_counter()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
