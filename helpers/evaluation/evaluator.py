@@ -75,10 +75,7 @@ def response_loss(model: Any, rows: list[Example]) -> float:
 
 
 def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[str, Any]:
-    """Returns a model's part of the report, after it answered the run's held-out sets.
-
-    Items go to `eval/<label>/<set>.jsonl`: after a kill the same call goes on.
-    """
+    """Returns a model's part of the report; after a kill the same call goes on."""
     import torch
 
     config, labels = run.config, run.config.evaluation.labels
