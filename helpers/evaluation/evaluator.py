@@ -145,7 +145,6 @@ def compare(run: Run, first: str, second: str) -> dict[str, Any]:
 
     Raises:
         DataError: they answered different rows, or under other `evaluation.labels`.
-        MissingInput: a model has not been evaluated.
     """
     sets: dict[str, Any] = {}
     for name in HELD_OUT:

@@ -63,10 +63,10 @@ class Clock(TrainerCallback):
             return
         self.step_s.append(self.lap())
         next_s = mean(self.step_s[1:][-5:] or self.step_s)  # the first step compiles
-        left_s, done = self.total_s - self.used_s, state.global_step
+        left_s, step = self.total_s - self.used_s, state.global_step
         minutes = f"{self.total_s / 60:g} minutes"
         if len(self.step_s) == 2:
-            steps = done + max(0, int(left_s / next_s))
+            steps = step + max(0, int(left_s / next_s))
             text = f"{next_s:.1f} s a step: about {steps} steps fit into {minutes}"
             log.info(f"{text}, less what evaluations take")
         measures = args.eval_strategy != "no"
@@ -80,8 +80,8 @@ class Clock(TrainerCallback):
             control.should_evaluate, self.evaluated_s = measures, self.used_s
         if is_over:
             control.should_training_stop = control.should_save = True
-            state.max_steps = done  # after a kill there is nothing to redo
-            self.reason = f"step {done}: {minutes} of grpo_minutes are used"
+            state.max_steps = step  # after a kill there is nothing to redo
+            self.reason = f"step {step}: {minutes} of grpo_minutes are used"
             log.info(self.reason)
         if state.is_world_process_zero:
             write_json(self.path, {"used_s": round(self.used_s, 2)})
@@ -98,8 +98,8 @@ class LivePanel(TrainerCallback):
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.folder, self.reason = run, run.path / "grpo", ""
-        self.shown = 0.0
+        self.run, self.folder = run, run.path / "grpo"
+        self.reason, self.shown = "", 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         fault = diagnostics.collapse(state.log_history)

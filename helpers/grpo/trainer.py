@@ -26,10 +26,7 @@ def split_problems(run: Run) -> tuple[list[data.Row], list[data.Row]]:
     did not train on either; where there are none, the last of the problems.
 
     Args:
-        run: with `data/` prepared.
-
-    Raises:
-        MissingInput: notebook 01 has not prepared the data.
+        run: with `data/` prepared by notebook 01.
     """
     config, held_out = run.config, []
     rows, system = read_rows(run.require("data/problems.jsonl")), config.system_prompt
@@ -161,7 +158,6 @@ def build_grpo(run: Run, model: Any, tokenizer: Any) -> Any:
 
     Raises:
         ConfigError: the run has no grpo stage, or every prompt is too long.
-        MissingInput: notebook 01 has not prepared the data.
     """
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
