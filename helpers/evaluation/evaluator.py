@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from helpers import runtime
 from helpers.config import HELD_OUT, RunConfig
@@ -60,8 +61,6 @@ def read_sets(run: Run) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
 
 def response_loss(model: Any, rows: list[Example]) -> float:
     """Returns the mean cross-entropy, in nats, over all supervised tokens of rows."""
-    import torch
-
     total, count = 0.0, 0
     with inference(model):
         for row in rows:  # one at a time: no padding, and logits of one row in memory
@@ -76,8 +75,6 @@ def response_loss(model: Any, rows: list[Example]) -> float:
 
 def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[str, Any]:
     """Returns a model's part of the report; after a kill the same call goes on."""
-    import torch
-
     config, labels = run.config, run.config.evaluation.labels
     sets, prompts = read_sets(run)
     started = time.perf_counter()

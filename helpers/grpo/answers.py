@@ -179,10 +179,8 @@ def last_number(text: str) -> Fraction | None:
     numbers = tokens(text)[-3:]
     if not numbers or "\n" in text[numbers[-1].end() :]:
         return None
-    gaps = [
-        text[left.end() : right.start("number")].replace("$", "")
-        for left, right in pairwise(numbers)
-    ]
+    pairs = pairwise(numbers)
+    gaps = [text[a.end() : b.start("number")].replace("$", "") for a, b in pairs]
     is_list = len(gaps) == 2 and all(re.fullmatch(r"%?[\s,;|、]+", g) for g in gaps)
     if is_list or (gaps and JOINED.fullmatch(gaps[-1])):
         return None
@@ -206,11 +204,8 @@ def extract_answer(text: str) -> Fraction | None:
     boxes = [clean(box).strip() for box in BOXED.findall(text) + TAGGED.findall(text)]
     lines = [clean(line).strip() for line in MARKED.findall(text)]
     values = {parse_number(line) for line in lines if OPENING.match(line)}
-    values |= {
-        parse_number(box) if OPENING.match(box) else last_number(box)
-        for box in boxes
-        if tokens(box)
-    }
+    for box in filter(tokens, boxes):
+        values.add(parse_number(box) if OPENING.match(box) else last_number(box))
     if not values:
         values = set(map(parse_number, ANNOUNCED.findall(text))) - {None}
         if not values or (len(values) > 1 and MARKER in text):  # headings

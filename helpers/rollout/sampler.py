@@ -12,7 +12,10 @@ import re
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from helpers import runtime
 from helpers.config import RunConfig, complete, defaults
@@ -46,8 +49,6 @@ class Sampler:
 
     def refresh(self) -> None:
         """Merges the adapter as it is now into the copy's weights, in place."""
-        from peft.utils.integrations import dequantize_module_weight
-
         with torch.no_grad():
             for layer, weight in self.merged:
                 total = dequantize_module_weight(layer.base_layer).float()
@@ -155,10 +156,6 @@ def reason_against(config: RunConfig, model: nn.Module) -> str:
 
 def copy_model(model: nn.Module) -> tuple[nn.Module, list[Any]]:
     """Returns a plain copy of a PEFT model, and its merged layers with the weights."""
-    from accelerate import init_empty_weights
-    from peft.utils.integrations import dequantize_module_weight
-    from transformers import AttentionInterface
-
     AttentionInterface.register(ATTENTION, grouped_attention)
     dtype, _ = runtime.choose_dtype(runtime.find_machine())
     base = model.get_base_model()
