@@ -12,6 +12,8 @@ from typing import Any
 
 import pandas
 from accelerate.utils import broadcast_object_list
+from IPython import get_ipython
+from IPython.display import HTML, display
 from transformers import TrainerCallback
 
 from helpers.config import complete
@@ -127,9 +129,6 @@ class LivePanel(TrainerCallback):
 
     def show(self, state: Any, last: bool = False) -> None:
         """Draws the panel in its place; as text the most urgent, and all at the end."""
-        from IPython import get_ipython
-        from IPython.display import HTML, display
-
         is_notebook = hasattr(get_ipython(), "kernel")
         path = self.folder / "diagnostics.png"
         end = f" of {state.max_steps}" if state.max_steps < ENDLESS else ""
