@@ -23,6 +23,8 @@ def ensure_ready(run: Run, stage: Stage) -> None:
     if advice := checks.advise(run.config, rows=run.report()["data"].get("train")):
         checks.require(advice)
         log.info(checks.report(advice))
+    if run.config.evaluation.labels:
+        evaluator.read_sets(run)  # refuses wrong ones
     if "grpo" in run.config.stages:
         grpo.require_prompts(run)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rows import turns, write
 
-from helpers import evaluation, files
+from helpers import evaluation, files, stages
 from helpers.data import preparation as data
 from helpers.data.formats import ask
 from helpers.errors import DataError, MissingInput
@@ -197,6 +197,8 @@ def test_what_cannot_be_evaluated_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(models, "load_model", None)
     with pytest.raises(DataError, match=r"'C\+.*' is not among evaluation.labels"):
         evaluate(labelled(["C", "c+"]), "base")
+    with pytest.raises(DataError, match="is not among evaluation.labels"):
+        stages.ensure_ready(labelled(["C", "c+"]), "sft")
     problems = {k: v for k, v in PROBLEMS.items() if k != "data__eval"}
     with pytest.raises(DataError, match="or none for evaluation.labels: set"):
         evaluate(prepared(problems, evaluation__labels=["a", "b"]), "base")

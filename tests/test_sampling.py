@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -169,12 +170,50 @@ def test_a_rollout_is_of_the_model_as_it_is_now_at_the_trainers_temperature(
     trainer = SimpleNamespace(
         processing_class=AutoTokenizer.from_pretrained(tiny_model_folder),
         **{"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": None},
-        **{"max_completion_length": 6, "eos_token_ids": [2]},
+        **{"max_completion_length": 6, "eos_token_ids": [2], "model": model},
     )
     output = sampler([[{"role": "user", "content": "1 + 1?"}], "A text"], trainer)
     for prompt, ids, logps in zip(*output.values(), strict=True):
         expected = log_probabilities(model, prompt, ids, 0.7)
         assert logps == pytest.approx(expected, abs=2e-4)
+
+
+def test_training_logs_the_drift_of_the_copy_every_ten_steps(
+    load: Load, tiny_model_folder: Any, tmp_path: Any
+) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    model = load(r=8)
+    rows = [{"prompt": [{"role": "user", "content": f"{n}?"}]} for n in range(8)]
+    settings: dict[str, Any] = {"per_device_train_batch_size": 4, "num_generations": 4}
+    settings |= {"max_completion_length": 6, "max_steps": 11, "learning_rate": 5e-2}
+    settings |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+    settings |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    trainer = GRPOTrainer(
+        model=model,
+        args=GRPOConfig(output_dir=str(tmp_path), **settings),
+        reward_funcs=[lambda completion_ids, **_: [sum(i) % 7 for i in completion_ids]],
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_folder),
+        rollout_func=sampling.Sampler(model),
+    )
+    trainer.train()
+    name = "sampling/importance_sampling_ratio/mean"
+    ratios = [e[name] for e in trainer.state.log_history if name in e]
+    # of the first step, and of the eleventh: ten large updates lie between
+    assert ratios == pytest.approx([1.0, 1.0], abs=1e-3)
+
+
+def test_trl_and_transformers_still_have_what_is_private_of_them() -> None:
+    from transformers import PreTrainedModel
+    from trl import GRPOTrainer
+
+    assert callable(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert callable(GRPOTrainer._log_metric)
+    assert "TRL_EXPERIMENTAL_SILENCE" in inspect.getsource(GRPOTrainer.__init__)
+    assert "attn_implementation" in inspect.getsource(PreTrainedModel._from_config)
 
 
 def test_the_copy_answers_as_the_model_does_whatever_it_drew_before(
@@ -198,11 +237,32 @@ def choose(run: Run, model: Any, **changes: Any) -> sampling.Sampler | None:
     return sampling.choose_sampler(Run(run.path, changed(run.config, **changes)), model)
 
 
-def test_on_a_cpu_the_trained_model_samples(load: Load, run: Run) -> None:
+def test_on_a_cpu_the_trained_model_samples(
+    load: Load, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     assert choose(run, load()) is None
+    assert "the trained model: a copy is faster only on a GPU" in caplog.text
     note = json.loads((run.path / "grpo" / "sampler.json").read_text())
     assert note == {"name": "model", "reason": "a copy is faster only on a GPU"}
     assert isinstance(choose(run, load(), sampler="copy"), sampling.Sampler)
+
+
+@pytest.mark.parametrize(
+    ("changes", "compiled"),
+    [
+        ({"grpo_minutes": 10, "grpo__max_steps": 5}, True),
+        ({"grpo_minutes": 9, "grpo__max_steps": 200}, False),
+        ({"grpo__max_steps": 200}, True),
+        ({"grpo__max_steps": 199}, False),
+        ({"grpo__max_steps": -1}, True),
+    ],
+)
+def test_only_long_runs_are_compiled(
+    load: Load, run: Run, monkeypatch: Any, changes: Any, compiled: bool
+) -> None:
+    monkeypatch.setattr(sampling, "Sampler", lambda _, compiled: compiled)
+    assert choose(run, load(), sampler="copy", **changes) is compiled
 
 
 @pytest.mark.parametrize(

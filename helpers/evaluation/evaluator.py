@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from helpers import runtime
 from helpers.config import HELD_OUT, RunConfig
@@ -44,10 +45,22 @@ def to_prompts(config: RunConfig, rows: list[Row]) -> list[Row]:
     return prompts
 
 
+def read_sets(run: Run) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """Returns the held-out rows of a run, and the prompts of the sets to answer."""
+    config, labels = run.config, run.config.evaluation.labels
+    files = [run.require(f"data/{name}.jsonl") for name in held_out(config)]
+    sets = {file.stem: read_rows(file) for file in files}
+    prompts = {name: to_prompts(config, sets[name]) for name in data.answered(sets)}
+    if not prompts or (labels and prompts.keys() <= tables.ACCURACIES.keys()):
+        raise DataError(
+            f"run {config.name!r} has no held-out rows, or none for evaluation.labels: "
+            "set data.eval_share, data.test_share, data.eval or data.test"
+        )
+    return sets, prompts
+
+
 def response_loss(model: Any, rows: list[Example]) -> float:
     """Returns the mean cross-entropy, in nats, over all supervised tokens of rows."""
-    import torch
-
     total, count = 0.0, 0
     with inference(model):
         for row in rows:  # one at a time: no padding, and logits of one row in memory
@@ -61,21 +74,9 @@ def response_loss(model: Any, rows: list[Example]) -> float:
 
 
 def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[str, Any]:
-    """Returns a model's part of the report, after it answered the run's held-out sets.
-
-    Items go to `eval/<label>/<set>.jsonl`: after a kill the same call goes on.
-    """
-    import torch
-
+    """Returns a model's part of the report; after a kill the same call goes on."""
     config, labels = run.config, run.config.evaluation.labels
-    files = [run.require(f"data/{name}.jsonl") for name in held_out(config)]
-    sets = {file.stem: read_rows(file) for file in files}
-    prompts = {name: to_prompts(config, sets[name]) for name in data.answered(sets)}
-    if not prompts or (labels and prompts.keys() <= tables.ACCURACIES.keys()):
-        raise DataError(
-            f"run {config.name!r} has no held-out rows, or none for evaluation.labels: "
-            "set data.eval_share, data.test_share, data.eval or data.test"
-        )
+    sets, prompts = read_sets(run)
     started = time.perf_counter()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -141,7 +142,6 @@ def compare(run: Run, first: str, second: str) -> dict[str, Any]:
 
     Raises:
         DataError: they answered different rows, or under other `evaluation.labels`.
-        MissingInput: a model has not been evaluated.
     """
     sets: dict[str, Any] = {}
     for name in HELD_OUT:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import regex
+from sacrebleu.metrics import BLEU, CHRF
 from scipy.stats import binomtest, bootstrap
+from sklearn.metrics import f1_score
 
 from helpers.data.formats import Row
 from helpers.grpo import answers
@@ -69,9 +71,7 @@ def compare_strings(text: str, answer: str, task: str, pattern: str, n: int) -> 
 
 
 def split_gain(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, dict[str, int]]:
-    """Returns the counts of items that one model alone gets by strict match: by format
-    if the other had the right number too, written another way, else by reasoning.
-    """
+    """Returns strict matches of one model alone: *by format* if both were correct."""
     counts: dict[str, dict[str, int]] = {"by format": {}, "by reasoning": {}}
     pairs = {"only_first": (first, second), "only_second": (second, first)}
     for side, (own, other) in pairs.items():
@@ -121,8 +121,6 @@ def summarise(items: list[Row], labels: Sequence[str] | None) -> dict[str, Any]:
         return values
     outputs, right = ([t.strip() for t in columns[k]] for k in ("output", "reference"))
     if labels:
-        from sklearn.metrics import f1_score
-
         names = [label.strip() for label in labels]
         classes = [name for name in names if name in {*outputs, *right}]
         options = {"labels": classes, "average": None, "zero_division": 0.0}
@@ -130,8 +128,6 @@ def summarise(items: list[Row], labels: Sequence[str] | None) -> dict[str, Any]:
         values["macro_f1"] = round(sum(f1) / len(f1), 4)
         values["no_label"] = sum(output not in names for output in outputs)
         return values | {"f1": dict(zip(classes, f1, strict=True))}
-    from sacrebleu.metrics import BLEU, CHRF
-
     text, tokenizer = "".join(right), "13a"
     letters = regex.findall(UNSPACED, text)
     if 10 * len(letters) > len(regex.findall(r"\p{L}", text)):

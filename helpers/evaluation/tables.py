@@ -61,11 +61,7 @@ def to_row(label: str, stage: Row, part: Row) -> Row:
 
 
 def results_table(report: Row) -> pd.DataFrame:
-    """Returns accuracies with 95 % intervals, losses and costs, a row a model.
-
-    Args:
-        report: of a run; so for the other tables.
-    """
+    """Returns a report's accuracies [95 %], losses and costs, a row a model."""
     parts = report.get("eval", {})
     rows = [to_row(label, report.get(label, {}), parts[label]) for label in parts]
     return to_frame(rows, ["model"], RESULTS)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from fractions import Fraction
 from itertools import pairwise
+from unicodedata import category, decimal, normalize
 
 # Numbers. Unicode categories and signs, and what the patterns below read them as
 KINDS = {"Sc": "$", "Pd": "-", "Pi": "'", "Pf": "'", "Zs": " ", "Zl": "\n", "Zp": "\n"}
@@ -97,9 +97,9 @@ JOINED = re.compile(
 
 def fold(char: str) -> str:
     """Returns a character as the patterns know it: `٣` as 3, `€` as $, `–` as -."""
-    kind, plain = unicodedata.category(char), unicodedata.normalize("NFKC", char)
+    kind, plain = category(char), normalize("NFKC", char)
     if kind == "Nd":
-        return str(unicodedata.decimal(char))
+        return str(decimal(char))
     if kind == "No" and "\u2044" in plain:  # ½
         return " " + plain.replace("\u2044", "/")
     return SIGNS.get(char, KINDS.get(kind, plain))
@@ -107,9 +107,7 @@ def fold(char: str) -> str:
 
 def clean(text: str) -> str:
     """Returns a text in plain signs: no LaTeX, emphasis or tags around its numbers."""
-    text = re.sub(
-        "[⁰¹²³⁴-⁹⁺⁻]+", lambda run: "^" + unicodedata.normalize("NFKC", run[0]), text
-    )
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda run: "^" + normalize("NFKC", run[0]), text)
     text = text.translate({ord(c): fold(c) for c in set(text) if not c.isascii()})
     for pattern, instead in CLEANING:
         text = re.sub(pattern, instead, text)
@@ -181,10 +179,8 @@ def last_number(text: str) -> Fraction | None:
     numbers = tokens(text)[-3:]
     if not numbers or "\n" in text[numbers[-1].end() :]:
         return None
-    gaps = [
-        text[left.end() : right.start("number")].replace("$", "")
-        for left, right in pairwise(numbers)
-    ]
+    pairs = pairwise(numbers)
+    gaps = [text[a.end() : b.start("number")].replace("$", "") for a, b in pairs]
     is_list = len(gaps) == 2 and all(re.fullmatch(r"%?[\s,;|、]+", g) for g in gaps)
     if is_list or (gaps and JOINED.fullmatch(gaps[-1])):
         return None
@@ -208,11 +204,8 @@ def extract_answer(text: str) -> Fraction | None:
     boxes = [clean(box).strip() for box in BOXED.findall(text) + TAGGED.findall(text)]
     lines = [clean(line).strip() for line in MARKED.findall(text)]
     values = {parse_number(line) for line in lines if OPENING.match(line)}
-    values |= {
-        parse_number(box) if OPENING.match(box) else last_number(box)
-        for box in boxes
-        if tokens(box)
-    }
+    for box in filter(tokens, boxes):
+        values.add(parse_number(box) if OPENING.match(box) else last_number(box))
     if not values:
         values = set(map(parse_number, ANNOUNCED.findall(text))) - {None}
         if not values or (len(values) > 1 and MARKER in text):  # headings
@@ -222,11 +215,9 @@ def extract_answer(text: str) -> Fraction | None:
 
 def own_words(text: str, prompt: str) -> str:
     """Returns a completion without the lines that were copied from its prompt."""
-    known, own = " ".join(prompt.split()), []
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) < 6 or " ".join(words) not in known:
-            own.append(line)
+    known, lines = " ".join(prompt.split()), text.splitlines()
+    pairs = [(line, line.split()) for line in lines]
+    own = [line for line, w in pairs if len(w) < 6 or " ".join(w) not in known]
     return "\n".join(own)
 
 

@@ -39,7 +39,7 @@ def explain(history: list[Entry]) -> list[str]:
         return []
     width = width_of_ends(len(steps))
     first, last = steps.head(width).mean(), steps.tail(width).mean()
-    reward, zero, wrong, right, clipped, length, entropy, kl, skips = last
+    reward, zero, wrong, right, clipped, length, entropy, kl, skip = last
     length_0, entropy_0 = first[LENGTH], first["entropy"]
     change, noise = reward - first["reward"], 2 * noise_of_means(steps["reward"], width)
     ends = f"{first['reward']:.2f} -> {reward:.2f}, noise ±{noise:.2f}"
@@ -58,8 +58,7 @@ def explain(history: list[Entry]) -> list[str]:
         "lower the rate, or raise temperature.": entropy < 0.3 * entropy_0,
         f"Entropy rose from {entropy_0:.2f} to {entropy:.2f}, the text gets random: "
         "lower the rate.": entropy > 2 * entropy_0 > 0,
-        f"fp16 skipped {skips:.0f} steps, gradients overflow: lower the rate.": skips
-        > 3,
+        f"fp16 skipped {skip:.0f} steps, gradients overflow: lower the rate.": skip > 3,
         f"KL {kl:.2f} from the start: raise beta, or lower the rate.": kl > 1,
         f"The reward is flat within its noise ({ends}): more steps, more answers a "
         "step, or a higher rate.": abs(change) <= noise,

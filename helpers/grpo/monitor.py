@@ -11,6 +11,9 @@ from statistics import mean
 from typing import Any
 
 import pandas
+from accelerate.utils import broadcast_object_list
+from IPython import get_ipython
+from IPython.display import HTML, display
 from transformers import TrainerCallback
 
 from helpers.config import complete
@@ -46,8 +49,7 @@ class Clock(TrainerCallback):
         scheduler: Any = more.get("lr_scheduler")
         scheduler = getattr(scheduler, "scheduler", scheduler)  # in accelerate's
         rates = getattr(scheduler, "lr_lambdas", []) if self.total_s else []
-        for index, rate in enumerate(rates):
-            rates[index] = partial(self.timed_rate, rate, args.warmup_steps)
+        rates[:] = [partial(self.timed_rate, rate, args.warmup_steps) for rate in rates]
 
     def timed_rate(self, rate: Any, warmup: float, step: int) -> float:
         passed = min(1.0, self.used_s / self.total_s) * ENDLESS
@@ -59,15 +61,14 @@ class Clock(TrainerCallback):
         return self.last - began
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        from accelerate.utils import broadcast_object_list
-
         if not self.total_s:
             return
         self.step_s.append(self.lap())
         next_s = mean(self.step_s[1:][-5:] or self.step_s)  # the first step compiles
-        left_s, minutes = self.total_s - self.used_s, f"{self.total_s / 60:g} minutes"
+        left_s, step = self.total_s - self.used_s, state.global_step
+        minutes = f"{self.total_s / 60:g} minutes"
         if len(self.step_s) == 2:
-            steps = state.global_step + max(0, int(left_s / next_s))
+            steps = step + max(0, int(left_s / next_s))
             text = f"{next_s:.1f} s a step: about {steps} steps fit into {minutes}"
             log.info(f"{text}, less what evaluations take")
         measures = args.eval_strategy != "no"
@@ -81,10 +82,8 @@ class Clock(TrainerCallback):
             control.should_evaluate, self.evaluated_s = measures, self.used_s
         if is_over:
             control.should_training_stop = control.should_save = True
-            state.max_steps = state.global_step  # after a kill there is nothing to redo
-            self.reason = (
-                f"step {state.global_step}: {minutes} of grpo_minutes are used"
-            )
+            state.max_steps = step  # after a kill there is nothing to redo
+            self.reason = f"step {step}: {minutes} of grpo_minutes are used"
             log.info(self.reason)
         if state.is_world_process_zero:
             write_json(self.path, {"used_s": round(self.used_s, 2)})
@@ -101,8 +100,8 @@ class LivePanel(TrainerCallback):
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.folder, self.reason = run, run.path / "grpo", ""
-        self.shown = 0.0
+        self.run, self.folder = run, run.path / "grpo"
+        self.reason, self.shown = "", 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         fault = diagnostics.collapse(state.log_history)
@@ -130,9 +129,6 @@ class LivePanel(TrainerCallback):
 
     def show(self, state: Any, last: bool = False) -> None:
         """Draws the panel in its place; as text the most urgent, and all at the end."""
-        from IPython import get_ipython
-        from IPython.display import HTML, display
-
         is_notebook = hasattr(get_ipython(), "kernel")
         path = self.folder / "diagnostics.png"
         end = f" of {state.max_steps}" if state.max_steps < ENDLESS else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from helpers.config import complete, defaults
 from helpers.data import preparation as data
@@ -16,9 +16,6 @@ from helpers.rollout.sampler import Sampler, choose_sampler
 from helpers.runs import Run
 from helpers.training import callbacks, inputs
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-
 Base: Any = object  # TRL's class is put after this one once Unsloth has replaced it
 
 
@@ -29,10 +26,7 @@ def split_problems(run: Run) -> tuple[list[data.Row], list[data.Row]]:
     did not train on either; where there are none, the last of the problems.
 
     Args:
-        run: with `data/` prepared.
-
-    Raises:
-        MissingInput: notebook 01 has not prepared the data.
+        run: with `data/` prepared by notebook 01.
     """
     config, held_out = run.config, []
     rows, system = read_rows(run.require("data/problems.jsonl")), config.system_prompt
@@ -48,7 +42,7 @@ def split_problems(run: Run) -> tuple[list[data.Row], list[data.Row]]:
     return problems, held_out[: config.grpo_held_out]
 
 
-def training_prompts(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[data.Row]:
+def training_prompts(run: Run, tokenizer: Any) -> list[data.Row]:
     """Returns the problems to train on, without overlong prompts, which are counted.
 
     Args:
@@ -104,8 +98,7 @@ class GreedyEvaluation(Base):
             answer = self.rollout_func.generate
         size = args.per_device_train_batch_size * args.steps_per_generation
         limits = {"max_new_tokens": args.max_completion_length, "batch_size": size}
-        columns = self.eval_dataset.to_dict()
-        columns["prompts"] = columns.pop("prompt")
+        columns = self.eval_dataset.rename_column("prompt", "prompts").to_dict()
         texts = [a.text for a in answer(tokenizer, columns["prompts"], **limits)]
         columns["completions"] = [[{"role": "assistant", "content": t}] for t in texts]
         columns["completion_ids"] = tokenizer(texts)["input_ids"]
@@ -155,9 +148,7 @@ def grpo_arguments(run: Run) -> dict[str, Any]:
     return values
 
 
-def build_grpo(
-    run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Trainer:
+def build_grpo(run: Run, model: Any, tokenizer: Any) -> Any:
     """Returns the GRPO trainer of a run, over the problems in its `data/`.
 
     Args:
@@ -167,18 +158,15 @@ def build_grpo(
 
     Raises:
         ConfigError: the run has no grpo stage, or every prompt is too long.
-        MissingInput: notebook 01 has not prepared the data.
     """
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    class Trainer(GreedyEvaluation, GRPOTrainer):
-        """TRL's trainer with a greedy evaluation."""
-
     config, folder = run.config, run.path / "grpo"
+    trainer: Any = type("Trainer", (GreedyEvaluation, GRPOTrainer), {})
     args = GRPOConfig(**grpo_arguments(run))
     functions, _ = rewards.choose(config.rewards, args.max_completion_length)
-    return Trainer(
+    return trainer(
         model=model,
         args=args,
         reward_funcs=functions,

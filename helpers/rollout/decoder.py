@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import StaticCache
+from transformers.generation import logits_process as process
 
 from helpers import runtime
 
@@ -63,8 +65,6 @@ class Decoder:
 
     def allocate(self, need: tuple[int, ...], settings: Settings) -> None:
         """Makes cache, buffers and a GPU's graph where those of before do not fit."""
-        from transformers import StaticCache
-
         size = tuple(map(max, need, self.size))
         if (size, settings) == (self.size, self.settings):
             return
@@ -132,8 +132,6 @@ class Decoder:
         self, forward: Any, ids: Tensor, mask: Tensor, position: Tensor, **options: Any
     ) -> None:
         """Writes the next token of every row, its log-probability and what it moves."""
-        from transformers.generation import logits_process as process
-
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
         options |= {"past_key_values": self.cache, "use_cache": True}
         logits = forward(**inputs, **options).logits[:, -1]

@@ -6,23 +6,30 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
+import os
 import re
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from helpers import runtime
-from helpers.config import RunConfig, defaults
+from helpers.config import RunConfig, complete, defaults
 from helpers.errors import ConfigError
 from helpers.files import write_json
 from helpers.inference.generation import Answer, cut_answer, encode
 from helpers.masking.templates import stop_token_ids
-from helpers.rollout.decoder import Decoder
+from helpers.rollout.decoder import Decoder, Ids
 from helpers.runs import Run
 
+log = logging.getLogger(__name__)
 ATTENTION = "tunebook_grouped"
-COMPILE_MINUTES = 10  # from which on compiling pays
+COMPILE_MINUTES, COMPILE_STEPS = 10, 200  # from which on compiling pays
+CHECK_STEPS = 10  # optimiser steps between two comparisons with the trained model
 COPY_SHARE = 0.5  # of free memory; the rest is for cache and training step
 
 
@@ -35,13 +42,13 @@ class Sampler:
     """
 
     def __init__(self, model: nn.Module, *, compiled: bool = False) -> None:
+        # TRL's switch for its warning that rollout_func is experimental
+        os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
         net, self.merged = copy_model(model)
         self.decoder = Decoder(net, compiled=compiled)
 
     def refresh(self) -> None:
         """Merges the adapter as it is now into the copy's weights, in place."""
-        from peft.utils.integrations import dequantize_module_weight
-
         with torch.no_grad():
             for layer, weight in self.merged:
                 total = dequantize_module_weight(layer.base_layer).float()
@@ -56,6 +63,8 @@ class Sampler:
         self.refresh()
         length, stops = trainer.max_completion_length, trainer.eos_token_ids
         completions, logps = self.decoder.generate(ids, length, stops, settings)
+        if trainer.model.training and trainer.state.global_step % CHECK_STEPS == 0:
+            log_drift(trainer, ids[0], completions[0], logps[0])
         return {"prompt_ids": ids, "completion_ids": completions, "logprobs": logps}
 
     def generate(
@@ -70,6 +79,19 @@ class Sampler:
             batch = ids[start : start + batch_size]
             rows += self.decoder.generate(batch, max_new_tokens, stops, None)[0]
         return [cut_answer(tokenizer, row, stops) for row in rows]
+
+
+def log_drift(trainer: Any, prompt: Ids, completion: Ids, logps: list[float]) -> None:
+    """Logs how far a completion's log-probabilities are from the trained model's."""
+    # private of TRL's: one scores as training does, the other logs beside its metrics
+    ids = torch.tensor([prompt + completion], device=trainer.accelerator.device)
+    score, length = trainer._get_per_token_logps_and_entropies, len(completion)
+    with torch.no_grad():
+        trained = score(trainer.model, ids, torch.ones_like(ids), length)[0]
+    difference = trained[0, -length:].float().cpu() - torch.tensor(logps)
+    size, ratio = difference.abs().mean().item(), difference.exp().mean().item()
+    trainer._log_metric("sampling/sampling_logp_difference/mean", size)
+    trainer._log_metric("sampling/importance_sampling_ratio/mean", ratio)
 
 
 def choose_sampler(run: Run, model: nn.Module) -> Sampler | None:
@@ -89,8 +111,14 @@ def choose_sampler(run: Run, model: nn.Module) -> Sampler | None:
         raise ConfigError(f"sampler='copy' does not work: {reason}; choose 'model'")
     note = {"name": "model" if reason else "copy", "reason": reason}
     write_json(run.path / "grpo" / "sampler.json", note)
-    minutes = config.grpo_minutes or COMPILE_MINUTES
-    return None if reason else Sampler(model, compiled=minutes >= COMPILE_MINUTES)
+    source = f"the trained model: {reason}" if reason else "a 16-bit copy of the model"
+    log.info(f"GRPO samples from {source}")
+    if reason:
+        return None
+    is_long = not 0 < complete(config, "grpo")["max_steps"] < COMPILE_STEPS
+    if config.grpo_minutes:
+        is_long = config.grpo_minutes >= COMPILE_MINUTES
+    return Sampler(model, compiled=is_long)
 
 
 def reason_against(config: RunConfig, model: nn.Module) -> str:
@@ -128,10 +156,6 @@ def reason_against(config: RunConfig, model: nn.Module) -> str:
 
 def copy_model(model: nn.Module) -> tuple[nn.Module, list[Any]]:
     """Returns a plain copy of a PEFT model, and its merged layers with the weights."""
-    from accelerate import init_empty_weights
-    from peft.utils.integrations import dequantize_module_weight
-    from transformers import AttentionInterface
-
     AttentionInterface.register(ATTENTION, grouped_attention)
     dtype, _ = runtime.choose_dtype(runtime.find_machine())
     base = model.get_base_model()
