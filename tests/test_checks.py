@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helpers import checks, estimate, recipes
+from helpers import checks, recipes
 from helpers.checks import Advice
 from helpers.config import RunConfig, changed, library_fields
 from helpers.errors import ConfigError
@@ -338,30 +338,6 @@ def test_epochs_are_steps_once_the_rows_are_known() -> None:
     for changes in ({"num_train_epochs": 2}, {"lr_scheduler_type": "constant"}):
         config = changed(dolly, sft=dolly.sft | changes)
         assert {a.field for a in advise(config, rows=few)} == known
-
-
-@pytest.mark.parametrize(
-    ("rows", "batch", "accumulation", "epochs"),
-    [(10, 4, 1, 2), (100, 2, 8, 1), (101, 2, 8, 3), (7, 8, 4, 1.5), (64, 4, 4, 0.3)],
-)
-def test_steps_are_counted_as_the_trainer_counts_them(
-    tmp_path: Path, rows: int, batch: int, accumulation: int, epochs: float
-) -> None:
-    import torch
-    from transformers import Trainer, TrainingArguments
-
-    values = {
-        "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": accumulation,
-        "num_train_epochs": epochs,
-    }
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, **values)
-    data = [{"x": 0.0}] * rows
-    trainer = Trainer(torch.nn.Linear(1, 1), arguments, train_dataset=data)
-    loader = trainer.get_train_dataloader()
-    steps = trainer.set_initial_training_values(arguments, loader)[-1]
-    config = changed(recipes.load("demo"), sft=values)
-    assert estimate.count_steps(config, "sft", rows) == steps
 
 
 # cut answers
