@@ -10,7 +10,6 @@ from helpers.data.formats import Messages, ask
 from helpers.masking.templates import Tokenizer, render, stop_token_ids
 
 Prompt = Messages | str
-CACHE_GB = 2.0  # of keys and values, beside the weights
 
 
 class Answer(NamedTuple):
@@ -101,8 +100,8 @@ def fitting_rows(config: Any, tokens: int, device: str) -> int:
     width = getattr(numbers, "head_dim", None) or numbers.hidden_size // heads
     width *= getattr(numbers, "num_key_value_heads", None) or heads
     row_bytes = 2 * 2 * numbers.num_hidden_layers * width * tokens
-    # long batches wait for their longest answer
-    return max(1, min(256, int(CACHE_GB * 2**30 / row_bytes)))
+    # 2 GiB beside the weights; long batches wait for their longest answer
+    return max(1, min(256, 2 * 2**30 // row_bytes))
 
 
 def encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
