@@ -10,8 +10,6 @@ from helpers.data.formats import Messages, ask
 from helpers.masking.templates import Tokenizer, render, stop_token_ids
 
 Prompt = Messages | str
-CPU_ROWS, MOST_ROWS = 32, 256  # long batches wait for their longest answer
-CACHE_GB = 2.0  # of keys and values, beside the weights
 
 
 class Answer(NamedTuple):
@@ -96,13 +94,14 @@ def generate_batches(
 def fitting_rows(config: Any, tokens: int, device: str) -> int:
     """Returns the rows of so many tokens to answer at once: the same on any GPU."""
     if device != "cuda":
-        return CPU_ROWS
+        return 32
     numbers = config.get_text_config()
     heads = numbers.num_attention_heads
     width = getattr(numbers, "head_dim", None) or numbers.hidden_size // heads
     width *= getattr(numbers, "num_key_value_heads", None) or heads
     row_bytes = 2 * 2 * numbers.num_hidden_layers * width * tokens
-    return max(1, min(MOST_ROWS, int(CACHE_GB * 2**30 / row_bytes)))
+    # 2 GiB beside the weights; long batches wait for their longest answer
+    return max(1, min(256, 2 * 2**30 // row_bytes))
 
 
 def encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:

@@ -78,10 +78,10 @@ def answer_rows(
             items[key] = dict(zip(FIELDS, values, strict=True))
         write_rows(part, items.values())
         started = time.perf_counter()
-    judged = [
-        {name: items[key][name] for name in FIELDS} | judge(items[key]["output"], row)
-        for key, row in pairs
-    ]
+    judged = []
+    for key, row in pairs:
+        item = {name: items[key][name] for name in FIELDS}
+        judged.append(item | judge(item["output"], row))
     write_rows(path, judged)
     part.unlink(missing_ok=True)
     return judged

@@ -103,7 +103,7 @@ def run_alpaca_eval(
         outputs["generator"] = f"{run.config.name}-{label}"
         write_json(path, outputs.to_dict("records"))
         if judge is not None:
-            values = annotate(path, reference, judge, evaluator)
-            parts[label] = {**values, "judge": judge.model}
+            parts[label] = annotate(path, reference, judge, evaluator)
+            parts[label]["judge"] = judge.model
             add_result(run, label, name, parts[label])
     return pd.DataFrame(parts) if parts else UNJUDGED

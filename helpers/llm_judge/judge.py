@@ -34,7 +34,6 @@ FASTCHAT = {
     "mt_bench/reference_answer/gpt-4.jsonl": ("question_id", "choices"),
     "judge_prompts.jsonl": ("name", "system_prompt", "prompt_template"),
 }
-WINNERS = {"A": "first", "B": "second", "C": "tie"}
 Reply = tuple[str | None, str]
 
 
@@ -56,9 +55,12 @@ class Judge:
         Raises:
             JudgeError: the server is not there or refuses; former replies are kept.
         """
-        import openai  # nothing else here needs it
+        import openai  # which the tables of answers do without
 
         self.cache.parent.mkdir(parents=True, exist_ok=True)
+        timeout = openai.Timeout(self.timeout_s, connect=10.0)
+        options: Any = {"api_key": self.api_key, "max_retries": self.retries}
+        client = openai.OpenAI(base_url=self.base_url, timeout=timeout, **options)
         replies: dict[str, Reply] = {}
         with self.cache.open("a+", encoding="utf-8") as file:
             file.seek(0)
@@ -67,14 +69,8 @@ class Judge:
                     row = json.loads(line)
                     replies[row["request"]] = row["text"], ""
             keys = [json.dumps([self.base_url, self.model, c]) for c in conversations]
-            pairs = zip(keys, conversations, strict=True)
-            missing = {key: messages for key, messages in pairs if key not in replies}
-            client = openai.OpenAI(
-                base_url=self.base_url,
-                api_key=self.api_key,
-                timeout=openai.Timeout(self.timeout_s, connect=10.0),
-                max_retries=self.retries,
-            )
+            missing = dict(zip(keys, conversations, strict=True))
+            missing = {key: missing[key] for key in missing if key not in replies}
             with client, ThreadPoolExecutor(self.workers) as pool:
                 request = partial(self.request, client, temperature=0)
                 new = pool.map(request, missing.values())
@@ -128,7 +124,8 @@ def read_winner(text: str | None) -> str | None:
     """Returns the winner by the last `[[A]]`, `[[B]]` or `[[C]]` outside thoughts."""
     for sentence in reversed(re.split(r"[.!?\n]", without_thoughts(text))):
         if letters := set(re.findall(r"\[\[\s*([ABC])\s*\]\]", sentence)):
-            return WINNERS[letters.pop()] if len(letters) == 1 else None
+            winners = {"A": "first", "B": "second", "C": "tie"}
+            return winners[letters.pop()] if len(letters) == 1 else None
     return None
 
 
@@ -184,8 +181,8 @@ def write_judgments(path: Path, rows: list[Row], verdict: str) -> None:
     """Writes judgments; JudgeError if none of them has a verdict."""
     write_rows(path, rows)
     if all(row[verdict] is None for row in rows):
-        reason = f"{rows[0]['judgment']}"[-100:]
         message = f"no readable {verdict} in any of {len(rows)} judgments, as in"
+        reason = str(rows[0]["judgment"])[-100:]
         raise JudgeError(f"{message} {reason!r}: see {path}, and take another judge")
 
 

@@ -36,14 +36,12 @@ def load_answering(run: Run, adapter: Path | str | None, max_length: int) -> Ans
     config, options = run.config, models.options(run.config)
     options["max_length"] = max(config.max_length, max_length)
     loaded = models.load_model(config.model, adapter=adapter, **options)
-    size = config.evaluation.batch_size
+    batches: Row = {"batch_size": config.evaluation.batch_size}
 
     def answer(path: Path, prompts: list[Messages], sampling: Row) -> list[str]:
         set_seed(config.seed)
         settings = fingerprint(model_print(config, adapter), sampling)
-        generate = partial(
-            generate_batches, *loaded, batch_size=size, sampling=sampling
-        )
+        generate = partial(generate_batches, *loaded, **batches, sampling=sampling)
         rows = [{"id": n, "prompt": prompt} for n, prompt in enumerate(prompts)]
         items = answer_rows(path, rows, settings, generate, lambda text, row: {})
         return [item["output"] for item in items]
@@ -81,13 +79,13 @@ def rate(judge: judges.Judge, fastchat: Any, answers: list[Row]) -> list[Row]:
     by_number = {question["question_id"]: question for question in questions}
     for answer in answers:
         number = answer["question_id"]
-        category, turns = by_number[number]["category"], by_number[number]["turns"]
-        if category in WITH_REFERENCE and len(references.get(number, [])) < 2:
+        category, reference = by_number[number]["category"], references.get(number, [])
+        kind = "math-" if category in WITH_REFERENCE else ""
+        if kind and len(reference) < 2:
             message = "has no reference answer in reference_answer/gpt-4.jsonl"
             raise DataError(f"question {number} ({category}) {message}")
-        kind = "math-" if category in WITH_REFERENCE else ""
-        texts = {"question": turns, "answer": answer["choices"][0]["turns"]}
-        texts["ref_answer"] = references.get(number, [])
+        texts = {"question": by_number[number]["turns"], "ref_answer": reference}
+        texts["answer"] = answer["choices"][0]["turns"]
         fields = {f"{k}_{n}": t for k, v in texts.items() for n, t in enumerate(v, 1)}
         fields |= {"question": fields["question_1"], "answer": fields["answer_1"]}
         row = {"question_id": number, "category": category, "model": answer["model_id"]}

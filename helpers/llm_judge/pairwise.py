@@ -113,13 +113,11 @@ def judge_pairs(
 
 def mark_words(text: str, other: str) -> str:
     """Returns a text as HTML, with the words that the other text lacks marked."""
-    known = set(re.findall(WORD, other))
-
-    def mark(match: re.Match[str]) -> str:
-        word = html.escape(match[0])
-        return word if match[0] in known else f"<mark>{word}</mark>"
-
-    return re.sub(WORD, mark, text)
+    known, words = set(re.findall(WORD, other)), re.split(f"({WORD})", text)
+    for n, word in enumerate(words):
+        new = word.strip() and word not in known
+        words[n] = f"<mark>{html.escape(word)}</mark>" if new else html.escape(word)
+    return "".join(words)
 
 
 def side_by_side(
@@ -149,10 +147,10 @@ def side_by_side(
     better = np.sign(gains).map({-1: first, 1: second, 0: "equal"}).fillna("-")
     summary = ", ".join(f"{name} {n}" for name, n in Counter(better).items())
     shown = (pairs[better == names[only]] if only else pairs).head(count)
-    outputs = list(zip(shown["output_first"], shown["output_second"], strict=True))
     table = shown[["title"]].map(html.escape).assign(better=better[shown.index])
-    table[first] = [mark_words(a, b) for a, b in outputs]
-    table[second] = [mark_words(b, a) for a, b in outputs]
+    one, two = shown["output_first"], shown["output_second"]
+    table[first] = list(map(mark_words, one, two))
+    table[second] = list(map(mark_words, two, one))
     cells = table.map(CELL.format)
     text = cells.to_html(escape=False, index=False, formatters=[str] * 4)  # str: uncut
     scrolled = '<div tabindex="0" style="max-height:480px;overflow:auto">'
