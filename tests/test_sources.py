@@ -17,6 +17,7 @@ from helpers.errors import DataError
 from tests.rows import ROWS, pair, write
 
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+CUT = gzip.compress(LINES.encode(), mtime=0)[:-30]
 MANY = [pair(f"{i}?") for i in range(200)]
 
 
@@ -42,7 +43,7 @@ def test_json_is_told_by_what_is_in_the_file(
     tmp_path: Path, name: str, text: str
 ) -> None:
     assert load_rows(save(tmp_path / name, text)) == ROWS
-    assert load_rows(save(tmp_path / name, gzip.compress(text.encode(, mtime=0)))) == ROWS
+    assert load_rows(save(tmp_path / name, gzip.compress(text.encode()))) == ROWS
 
 
 def test_parquet_is_read_with_any_types(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_an_encoding_that_shows_itself_is_read(
         ("empty.jsonl", "", "empty.jsonl holds no rows$"),
         ("empty.json", "[]", "empty.json holds no rows$"),
         ("header.csv", "prompt,completion\n", "header.csv holds no rows$"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode(, mtime=0))[:-30], "a.jsonl.gz is damaged: "),
+        ("a.jsonl.gz", CUT, "a.jsonl.gz is damaged: "),
         ("a.json", json.dumps(ROWS)[:-9], "a.json, row 1: broken JSON: "),
         ("a.json", '[{"a": 1}, {"b": 1, "b": 2}]', "broken JSON: two values .* of b,"),
         ("a.jsonl", '{"a": 1}\n{"b": 1, "b": 2}', "row 2: broken JSON: two values"),

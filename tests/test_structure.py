@@ -15,9 +15,9 @@ import structure  # noqa: E402
 
 # The aim is 6,500 lines in 45 modules on 8 levels: lower these with every deletion.
 BOUNDS = {
-    "lines": 9_040,
-    "lines of masking": 600,
-    "modules": 45,
+    "lines": 6_720,
+    "lines of masking": 410,
+    "modules": 43,
     "packages": 10,
     "modules in circles": 0,
     "import levels": 8,
