@@ -83,7 +83,6 @@ def test_errors_come_first_and_are_raised_together(demo: RunConfig) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        # names
         ("sft.learning_rat", 1, "no such field; did you mean 'learning_rate'?"),
         ("grpo.num_generation", 1, "did you mean 'num_generations'?"),
         ("lora.lora_alfa", 1, "did you mean 'lora_alpha'?"),
