@@ -181,9 +181,11 @@ def write_rows(folder: Path, length: int, packing: bool) -> None:
 
 def measure_case(case: dict[str, Any], model: str) -> None:
     """Trains a case in this process, and prints what it took as JSON."""
+    from helpers import runs, runtime
+
+    runtime.start(case["engine"])  # Unsloth before what it patches
     import torch
 
-    from helpers import runs
     from helpers.data import preparation as data
     from helpers.grpo import trainer as grpo
     from helpers.training import trainer as sft
