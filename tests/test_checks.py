@@ -39,9 +39,6 @@ def advise(config: RunConfig, machine: Machine = T4, **changes: Any) -> list[Adv
     return checks.advise(changed(config, **changes), machine=machine, rows=rows)
 
 
-# the whole
-
-
 @pytest.mark.parametrize("machine", [T4, A100, LAPTOP], ids=lambda m: m.name)
 def test_the_demo_recipe_is_sound_everywhere(
     demo: RunConfig, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

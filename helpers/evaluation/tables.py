@@ -44,9 +44,11 @@ def show(value: Any) -> Any:
 
 def to_frame(rows: list[Row], index: list[str], columns: list[str]) -> pd.DataFrame:
     """Returns rows as a table: `-` for what is missing, none where all is missing."""
-    frame = pd.DataFrame(rows, columns=[*index, *columns], dtype=object)
+    names = [*index, *columns]  # cell by cell: pandas would make floats of counts
+    cells = [[row.get(name) for name in names] for row in rows]
+    frame = pd.DataFrame(cells, columns=names, dtype=object)
     frame = frame.set_index(index).dropna(how="all").dropna(axis=1, how="all")
-    return frame.map(show).fillna("-")
+    return frame.fillna("-").map(show)
 
 
 def to_row(label: str, stage: Row, part: Row) -> Row:
@@ -89,8 +91,9 @@ def differences_table(report: Row) -> pd.DataFrame:
     rows: list[Row] = []
     for models, sets in report.get("comparisons", {}).items():
         for name, measures in sets.items():
-            names = {"models": models, "set": name}
-            rows += [names | {"measure": k} | values for k, values in measures.items()]
+            for measure, values in measures.items():
+                row = {"models": models, "set": name, "measure": measure, **values}
+                rows.append(row | {"p": f"{row['p']:.3g}"} if "p" in row else row)
     return to_frame(rows, ["models", "set", "measure"], DIFFERENCES)
 
 
