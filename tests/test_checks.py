@@ -74,9 +74,6 @@ def test_errors_come_first_and_are_raised_together(demo: RunConfig) -> None:
     assert checks.report([]) == "The config is sound."
 
 
-# errors
-
-
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
@@ -232,9 +229,6 @@ def test_no_default_of_a_class_is_written_down_a_second_time() -> None:
     assert copies == []
 
 
-# the model
-
-
 def test_modules_and_positions_of_a_local_model_are_read_from_its_folder(
     demo: RunConfig, tiny_model_folder: Path
 ) -> None:
@@ -264,9 +258,6 @@ def test_more_tokens_than_the_model_has_positions_are_an_error(
     assert (advice.level, advice.field) == ("error", next(iter(changes)))
     assert "8193 tokens in a row" in advice.text
     assert advise(demo, **{name: value - 1 for name, value in changes.items()}) == []
-
-
-# warnings
 
 
 @pytest.mark.parametrize(
@@ -334,9 +325,6 @@ def test_epochs_are_steps_once_the_rows_are_known() -> None:
     for changes in ({"num_train_epochs": 2}, {"lr_scheduler_type": "constant"}):
         config = changed(dolly, sft=dolly.sft | changes)
         assert {a.field for a in advise(config, rows=few)} == known
-
-
-# cut answers
 
 
 @pytest.mark.parametrize("count", [1, 10, 99, 100, 101, 1000])

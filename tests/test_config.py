@@ -48,7 +48,7 @@ def demo() -> RunConfig:
             r"^data.test.rows: .*found 0\)$",
         ),
         ({"data__train": [5]}, r"^data.train.0: .* instance of Source \(found 5\)$"),
-        ({"few_shot": 0}, "^few_shot is not a field of the config$"),  # no longer
+        ({"few_shot": 2}, "^few_shot is not a field of the config$"),  # no longer
         ({"evaluation__labels": ["yes", "yes "]}, "different labels expected"),
     ],
     ids=str,
@@ -94,6 +94,15 @@ def test_a_file_that_holds_no_config_says_why(
         path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         read_config(path)
+
+
+def test_a_saved_config_of_before_loads_where_what_is_gone_changed_nothing(
+    demo: RunConfig,
+) -> None:
+    values = {"few_shot": 0, "probe_samples": 0, "probe_problems": 9}
+    old = demo.model_dump() | values
+    old["evaluation"] |= {"protocol": "ours", "temperature": 0.7, "minutes": 3}
+    assert config.check_config(old) == demo
 
 
 def test_changed_reaches_into_a_group_and_leaves_the_rest_and_the_original(
