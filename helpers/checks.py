@@ -17,12 +17,13 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import to_json
 
-from helpers import estimate, runtime
+from helpers import estimate
 from helpers.config import RunConfig, complete, library_class, library_fields
 from helpers.errors import ConfigError, UnknownArchitecture, nearest
 from helpers.grpo.rewards import choose, margin
 from helpers.masking.templates import template_text
 from helpers.models.adapters import check_attached, check_lora
+from helpers.runtime import Machine, choose_dtype, find_machine
 
 Fault = tuple[str, str]  # dotted field; what was found, why it matters, what to do
 
@@ -31,7 +32,6 @@ USUAL_RATES = {
     "sft": (1e-5, 5e-4, "QLoRA, arXiv:2305.14314, takes 1e-4 and 2e-4"),
     "grpo": (1e-6, 5e-5, "TRL's default is 1e-6, Unsloth's notebooks take 5e-6"),
 }
-MAX_CUT_SHARE = 0.01  # of the answers
 
 # fields of our config, and the library fields that they replace without a word
 ELSEWHERE = {
@@ -63,9 +63,8 @@ SILENT: list[tuple[str, Callable[[Any], bool], str]] = [
 ]
 # in a trial nothing is written, and nothing of this machine is judged
 TRAINING = {"output_dir": "unused", "report_to": "none", "fp16": False, "bf16": False}
-TRIAL: dict[str, dict[str, Any]] = {"sft": TRAINING, "lora": {}}
+TRIAL: dict[str, Any] = {"sft": TRAINING, "lora": {}, "inference": {"do_sample": True}}
 TRIAL["grpo"] = TRAINING | {"num_generations_eval": 1}  # ours needs no whole groups
-TRIAL["inference"] = {"do_sample": True}
 # fields that take more than their type says
 WIDER: dict[str, Any] = {"scale_rewards": bool | str, "init_lora_weights": bool | str}
 
@@ -79,10 +78,7 @@ class Advice(NamedTuple):
 
 
 def advise(
-    config: RunConfig,
-    *,
-    machine: runtime.Machine | None = None,
-    rows: int | None = None,
+    config: RunConfig, *, machine: Machine | None = None, rows: int | None = None
 ) -> list[Advice]:
     """Returns the faults of a config, errors first, judged with `rows` to train on."""
     errors = [*library_faults(config)]
@@ -92,7 +88,7 @@ def advise(
     except ValueError as error:
         is_reward = isinstance(error, ConfigError)
         errors.append(("rewards" if is_reward else "template", str(error)))
-    warnings = [*disappointments(config, machine or runtime.find_machine())]
+    warnings = [*disappointments(config, machine or find_machine())]
     if not errors:  # else values cannot be compared
         errors += model_faults(config)
         warnings += schedule(config, rows)
@@ -106,8 +102,7 @@ def report(advice: list[Advice]) -> str:
 
 def require(advice: list[Advice]) -> None:
     """Raises ConfigError with all errors among the faults; warnings pass."""
-    errors = [f"{a.field}: {a.text}" for a in advice if a.level == "error"]
-    if errors:
+    if errors := [f"{a.field}: {a.text}" for a in advice if a.level == "error"]:
         raise ConfigError("\n".join(errors))
 
 
@@ -116,7 +111,7 @@ def check_lengths(ends: list[int], max_length: int) -> Advice | None:
 
     `ends` are the tokens of each conversation up to its last supervised one, uncut.
     """
-    allowed = int(MAX_CUT_SHARE * len(ends))
+    allowed = len(ends) // 100
     cut = sum(end > max_length for end in ends)
     if cut <= allowed:
         return None
@@ -235,20 +230,18 @@ def model_faults(config: RunConfig) -> Iterator[Fault]:
         answer = complete(config, "grpo")["max_completion_length"]
         lengths["grpo.max_completion_length"] = answer + (config.max_prompt_length or 0)
     for field, length in lengths.items():
+        text = f"{length} tokens in a row, the model has {positions} positions"
         if length > positions:
-            yield (
-                field,
-                f"{length} tokens in a row, the model has {positions} positions",
-            )
+            yield field, text
 
 
-def disappointments(config: RunConfig, machine: runtime.Machine) -> Iterator[Fault]:
+def disappointments(config: RunConfig, machine: Machine) -> Iterator[Fault]:
     """Finds an engine, a pad token, a dtype and rewards that will not do as meant."""
     if "unsloth" in sys.modules and config.engine == "transformers":
         yield "engine", "Unsloth has patched transformers here: restart the kernel"
     if config.pad_token == "eos":
         yield "pad_token", "EOS would never be learnt, so another token pads"
-    dtype, reason = runtime.choose_dtype(machine, config.dtype)
+    dtype, reason = choose_dtype(machine, config.dtype)
     if config.dtype == "bfloat16" and str(dtype) != "torch.bfloat16":
         yield "dtype", f"{dtype} is used on {machine.name}: {reason}. Set it to auto."
     if "grpo" in config.stages and margin(config.rewards) <= 0:

@@ -35,16 +35,20 @@ def open_rows(
     limit = min((n for n in (limit, source.rows) if n), default=None)
     path: Any = find_path(source.path)
     is_file = path is not None and path.is_file()
-    read = partial(read_file, path) if is_file else read_dataset(source, path).__iter__
-    rows = read()
+    table = None if is_file else read_dataset(source, path)
+    read = partial(read_file, path) if is_file else partial(iter, table)
+    rows: Iterator[Any] = read()
     first = list(islice(rows, 1))
     if not first:
         raise DataError(f"{source} holds no rows")
     if limit is None or seed is None or source.stream:
         return enumerate(islice(chain(first, rows), limit), start=1)
-    count = 1 + sum(1 for _ in rows)
-    drawn = set(random.Random(seed).sample(range(count), min(limit, count)))
-    return ((n, row) for n, row in enumerate(read(), start=1) if n - 1 in drawn)
+    count = 1 + sum(1 for _ in rows) if table is None else len(table)
+    drawn = sorted(random.Random(seed).sample(range(count), min(limit, count)))
+    if table is not None:  # which finds its rows without reading the others
+        return zip((n + 1 for n in drawn), table.select(drawn), strict=True)
+    places = set(drawn)
+    return ((n, row) for n, row in enumerate(read(), start=1) if n - 1 in places)
 
 
 def load_rows(

@@ -53,9 +53,10 @@ def training_prompts(run: Run, tokenizer: Any) -> list[data.Row]:
         ConfigError: every prompt is longer than `max_prompt_length`, in tokens.
     """
     problems, limit = split_problems(run)[0], run.config.max_prompt_length
-    lengths = [len(encode(tokenizer, row["prompt"])) for row in problems]
-    pairs = zip(problems, lengths, strict=True)
-    rows = [row for row, length in pairs if not limit or length <= limit]
+    rows = problems
+    if limit:
+        lengths = [len(encode(tokenizer, row["prompt"])) for row in problems]
+        rows = [row for row, n in zip(problems, lengths, strict=True) if n <= limit]
     if not rows:
         text = f"no prompt fits into max_prompt_length={limit}: the shortest has"
         raise ConfigError(f"{text} {min(lengths)} tokens")

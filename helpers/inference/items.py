@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -69,21 +70,25 @@ def answer_rows(
     pairs = [(fingerprint(settings, r["id"], r["prompt"]), r) for r in rows]
     items = {key: former[key] for key, _ in pairs if key in former}
     missing = [(key, row) for key, row in pairs if key not in items]
+    write_rows(part, items.values())  # without a torn last line
     started = time.perf_counter()
-    for batch in generate([row["prompt"] for _, row in missing]):
-        seconds = round((time.perf_counter() - started) / len(batch), 4)
-        for number, answer in batch.items():
-            key, row = missing[number]
-            values = (row["id"], row["prompt"], *answer, seconds, key)
-            items[key] = dict(zip(FIELDS, values, strict=True))
-        write_rows(part, items.values())
-        started = time.perf_counter()
+    with part.open("a", encoding="utf-8") as file:
+        for batch in generate([row["prompt"] for _, row in missing]):
+            seconds = round((time.perf_counter() - started) / len(batch), 4)
+            for number, answer in batch.items():
+                key, row = missing[number]
+                values = (row["id"], row["prompt"], *answer, seconds, key)
+                items[key] = dict(zip(FIELDS, values, strict=True))
+                file.write(json.dumps(items[key], ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            started = time.perf_counter()
     judged = []
     for key, row in pairs:
         item = {name: items[key][name] for name in FIELDS}
         judged.append(item | judge(item["output"], row))
     write_rows(path, judged)
-    part.unlink(missing_ok=True)
+    part.unlink()
     return judged
 
 

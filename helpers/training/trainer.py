@@ -15,9 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from helpers import checks, runtime
 from helpers.config import Stage, complete
 from helpers.data import preparation as data
+from helpers.data.formats import ask
 from helpers.errors import ConfigError
 from helpers.files import read_json, stream_rows, write_json
-from helpers.masking import dataset, templates
+from helpers.inference.generation import encode
+from helpers.masking import dataset
 from helpers.models import adapters, load
 from helpers.runs import Run
 from helpers.training import callbacks, inputs
@@ -92,10 +94,8 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
         return part
     model, tokenizer = trainer.model, trainer.processing_class
     keep_lora_fp32(model)
-    turns = [{"role": "user", "content": callbacks.PROMPTS[0]["prompt"]}]
-    text = templates.render(tokenizer, turns, for_generation=True)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    model.witness = torch.tensor([ids])
+    prompt = ask(callbacks.PROMPTS[0]["prompt"], "")
+    model.witness = torch.tensor([encode(tokenizer, prompt)])
     watch = callbacks.Watch(config.save_minutes)
     trainer.callback_handler.callbacks.insert(0, watch)  # the others see its count
     if checkpoint := callbacks.last_checkpoint(folder / "checkpoints"):
@@ -170,14 +170,15 @@ def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
 
 def sft_arguments(run: Run) -> dict[str, Any]:
     """Returns the arguments of `SFTConfig` for a run."""
-    # transformers keeps packed rows apart by position ids, whatever TRL warns of
-    noise = "supported Flash Attention variant"
-    logging.getLogger("trl.trainer.sft_trainer").addFilter(
-        lambda record: noise not in record.getMessage()
-    )
+    logging.getLogger("trl.trainer.sft_trainer").addFilter(is_not_about_packing)
     options: dict[str, Any] = {"max_length": run.config.max_length}
     options["include_num_input_tokens_seen"] = "all"  # Unsloth logs no num_tokens
     return inputs.training_arguments(run, "sft", run.path / "sft") | options
+
+
+def is_not_about_packing(record: logging.LogRecord) -> bool:
+    # transformers keeps packed rows apart by position ids, whatever TRL warns of
+    return "supported Flash Attention variant" not in record.getMessage()
 
 
 def label_rows(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:

@@ -6,7 +6,6 @@ import html
 import json
 import math
 import tomllib
-from collections import defaultdict
 from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
@@ -75,10 +74,9 @@ class ConfigForm(widgets.VBox):
         ]
         values = flatten(config.model_dump()) | self.base | {MORE: "\n".join(lines)}
         self.shown: dict[str, Any] = {}  # a check sees all the new values or none
-        shown = {name: show(values.get(name), name) for name in self.fields}
         for name, field in self.fields.items():
-            field.value = shown[name]
-        self.shown = shown
+            field.value = show(values.get(name), name)
+        self.shown = {name: field.value for name, field in self.fields.items()}
         self.check()
 
     @property
@@ -117,14 +115,14 @@ class ConfigForm(widgets.VBox):
             if config.name != self.run.config.name and place.exists():
                 text = f"Save replaces {place}, of a run of that name; give it another"
                 advice.append(checks.Advice("warning", "name", text))
-        beside = defaultdict(list)
+        beside = dict.fromkeys(self.fields, "")
         for level, name, text in advice:
             # data.train.0 is of data.train; what has no field is of the last one
             owners = [f for f in self.fields if f"{name}.".startswith(f"{f}.")]
             text = text if owners else f"{name}: {text}".rstrip(": ")
-            beside[owners[0] if owners else MORE].append(remark(level, text))
+            beside[owners[0] if owners else MORE] += remark(level, text)
         for name, note in self.notes.items():
-            note.value = "".join(beside[name]) or remark("hint", describe(name)[2])
+            note.value = beside[name] or remark("hint", describe(name)[2])
         errors = [item for item in advice if item.level == "error"]
         self.button.disabled = bool(errors)
         if errors:
