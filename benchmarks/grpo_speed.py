@@ -89,7 +89,7 @@ def build_trainer(
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from helpers.rollout import sampler as sampling
+    from helpers.inference import sampler as sampling
 
     machine = runtime.find_machine()
     sampler = sampling.Sampler(model, compiled=way.compiled) if way.copied else None

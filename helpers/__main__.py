@@ -27,7 +27,7 @@ COMMANDS = {
     "--evaluator",
     "judge-pairs": "llm_judge.pairwise:judge_pairs run --judge --judge-model labels "
     "--set --other --data",
-    "export": "export:export run --stage",
+    "export": "export.formats:export run --stage",
     "demo": "__main__:demo recipe",
 }
 OPTIONS: dict[str, dict[str, Any]] = {

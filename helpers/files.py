@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,19 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder that replaces `folder` once it has been filled."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
+        filled = Path(scratch) / "new"
+        filled.mkdir()
+        yield filled
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        filled.rename(folder)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from helpers import grpo, rollout, training
+from helpers import grpo, inference, training
 from helpers.data import preparation as data
 from helpers.grpo import rewards
 from helpers.runs import Run
@@ -30,7 +30,7 @@ def test_notebook_03_constructs_the_grpo_trainer_of_the_command_line(
     data.prepare(run)
     model, tokenizer = training.load_for_training(run, "grpo")
     built = grpo.build_grpo(run, model, tokenizer)
-    names = {"grpo": grpo, "rollout": rollout, "training": training}
+    names = {"grpo": grpo, "inference": inference, "training": training}
     names |= {"rewards": rewards, "run": run, "config": run.config}
     names["model"], names["tokenizer"] = training.load_for_training(run, "grpo")
     shown = execute("03_grpo_gsm8k", CELLS, **names)["trainer"]

@@ -12,6 +12,7 @@ import pytest
 from helpers import export, stages
 from helpers.data import preparation as data
 from helpers.errors import ModelError
+from helpers.export import parity
 from helpers.models.hub import OFFLINE, find_model
 from helpers.runs import Run
 
@@ -106,10 +107,10 @@ def test_what_a_base_like_model_becomes_stops_by_itself_in_plain_transformers(
 def test_files_that_do_not_stop_elsewhere_fail_the_export() -> None:
     expected, plain = [("4", True)] * 5, [("4 and on", False)] * 5
     with pytest.raises(ModelError, match="merged: 5 of 5 answers no longer end"):
-        export.compare_answers("merged", plain, expected, [])
+        parity.compare_answers("merged", plain, expected, [])
 
 
 def test_files_that_cannot_be_loaded_elsewhere_fail_the_export(tmp_path: Path) -> None:
     prompts = [[{"role": "user", "content": "Hi"}]]
     with pytest.raises(ModelError, match="fails in plain transformers"):
-        export.ask_plainly(tmp_path, {}, prompts, 4)
+        parity.ask_plainly(tmp_path, {}, prompts, 4)

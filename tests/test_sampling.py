@@ -13,11 +13,11 @@ import torch
 
 from helpers.config import changed
 from helpers.errors import ConfigError
+from helpers.inference import decoder as decoding
+from helpers.inference import sampler as sampling
 from helpers.inference.generation import generate
 from helpers.models import adapters
 from helpers.models import load as models
-from helpers.rollout import decoder as decoding
-from helpers.rollout import sampler as sampling
 from helpers.runs import Run
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [20]]

@@ -12,7 +12,7 @@ from helpers.errors import ConfigError
 from helpers.files import read_rows, write_json
 from helpers.grpo import answers, monitor, rewards
 from helpers.inference.generation import encode, generate, inference
-from helpers.rollout.sampler import Sampler, choose_sampler
+from helpers.inference.sampler import Sampler, choose_sampler
 from helpers.runs import Run
 from helpers.training import callbacks, inputs
 

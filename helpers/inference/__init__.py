@@ -1,7 +1,11 @@
-"""Answers of a model: batched, streamed, interactive."""
+"""Answers of a model: batched, streamed, or sampled for GRPO from a fast copy."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"generation": ["generate", "reply"]}
+    __name__,
+    submod_attrs={
+        "generation": ["generate", "reply"],
+        "sampler": ["Sampler", "choose_sampler"],
+    },
 )

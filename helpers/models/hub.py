@@ -3,30 +3,15 @@
 import importlib.metadata
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from helpers import runtime
 from helpers.errors import ModelError
+from helpers.files import new_folder
 
 Model = Any  # a PreTrainedModel of transformers, which takes seconds to import
 OFFLINE = "smollm2-135m-offline"  # SmolLM2-135M-Instruct, Apache-2.0, as GGUF Q4_1
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder that replaces `folder` once it has been filled."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
-        filled = Path(scratch) / "new"
-        filled.mkdir()
-        yield filled
-        if folder.exists():
-            folder.rename(Path(scratch) / "old")
-        filled.rename(folder)
 
 
 def find_model(name: str) -> str:

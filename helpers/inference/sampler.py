@@ -21,9 +21,9 @@ from helpers import runtime
 from helpers.config import RunConfig, complete, defaults
 from helpers.errors import ConfigError
 from helpers.files import write_json
+from helpers.inference.decoder import Decoder, Ids
 from helpers.inference.generation import Answer, cut_answer, encode
 from helpers.masking.templates import stop_token_ids
-from helpers.rollout.decoder import Decoder, Ids
 from helpers.runs import Run
 
 log = logging.getLogger(__name__)

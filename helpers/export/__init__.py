@@ -1,0 +1,7 @@
+"""Files for other programs, each compared with the model that was trained."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"formats": ["export", "merge"]}
+)
