@@ -27,7 +27,7 @@ COMMANDS = {
     "--evaluator",
     "judge-pairs": "llm_judge.pairwise:judge_pairs run --judge --judge-model labels "
     "--set --other --data",
-    "export": "__main__:export_run run --stage --format --push --public",
+    "export": "export.formats:export run --stage --format --push --public",
     "demo": "__main__:demo recipe",
 }
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--other": {"metavar": "RUN", "help": "the second model's run"},
     "--data": {"type": Path, "help": "FastChat's llm_judge/data folder"},
     "--format": {"nargs": "+", "dest": "formats", "help": "gguf:q4_k_m ..."},
-    "--push": {"metavar": "OWNER/NAME", "help": "upload the one format, privately"},
+    "--push": {"metavar": "OWNER/NAME", "help": "upload it, privately"},
     "--public": {"action": "store_true", "default": None, "help": "what is pushed"},
     "--stage": {"choices": ["sft", "grpo"], "help": "else the run's last one"},
 }

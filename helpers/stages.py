@@ -9,7 +9,7 @@ from helpers import checks, runtime
 from helpers.config import RunConfig, Stage
 from helpers.data import preparation as data
 from helpers.evaluation import evaluator
-from helpers.export.formats import check_formats, export
+from helpers.export.formats import export, require_formats
 from helpers.grpo import trainer as grpo
 from helpers.runs import Run, save_run
 from helpers.training import inputs, trainer
@@ -60,7 +60,7 @@ def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
 def train(config: RunConfig) -> Run:
     """Saves a run, trains its stages, evaluates and exports; returns the run."""
     run = save_run(config)
-    check_formats(config.export)  # which might fail hours later
+    require_formats(config)  # before hours of training
     for stage in config.stages:
         log.info(f"{stage}: {train_stage(run, stage)}")
     # each process of `accelerate launch` would do all of the rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,7 @@ LIBRARIES = {"adapter": "peft", "gguf": "gguf"}
 
 
 def write_card(folder: Path, run: Run, name: str, report: dict[str, Any]) -> None:
-    """Writes the README.md of an exported folder, which the hub shows as its card.
-
-    Args:
-        folder: of one format.
-        run: what was exported.
-        name: the format.
-        report: the run's, with the format's row; what it does not hold is left out.
-    """
+    """Writes an exported folder's README.md, of what a run and its report hold."""
     from huggingface_hub import ModelCard, ModelCardData
 
     config, stage = run.config, report["export"][name]["stage"]
@@ -41,7 +35,7 @@ def write_card(folder: Path, run: Run, name: str, report: dict[str, Any]) -> Non
     origins = dict(origin_of(source, "dataset") for source in sources)
     results = held_out_results(config, report.get("eval", {}).get(stage, {}))
     values = ModelCardData(
-        model_name=config.name,
+        model_name=config.name if results else None,
         base_model=base if is_public(base) else None,
         base_model_relation="adapter" if name == "adapter" else "finetune",
         license=None if licence.startswith("unknown") else licence,
@@ -88,7 +82,8 @@ def origin_of(name: str, kind: str) -> tuple[str, str]:
     name = match[1] if match else name
     if runtime.hub_reachable():
         with suppress(HTTPError):
-            card = HfApi().repo_info(name, repo_type=kind, timeout=10).card_data or {}
+            info: Any = HfApi().repo_info(name, repo_type=kind, timeout=10)
+            card = info.card_data or {}
             if licence := card.get("license_name") or card.get("license"):
                 return name, str(licence)
     place = "datasets/" if kind == "dataset" else ""
@@ -102,17 +97,33 @@ def held_out_results(config: RunConfig, part: dict[str, Any]) -> list[Any]:
     results = []
     for name in HELD_OUT:
         values = part.get("eval_text" if name == "eval" else name, {})
-        rates = [(k, v) for k, v in values.items() if isinstance(v, dict) and "n" in v]
-        numbers = {k: v.get("mean", v.get("k", 0) / v["n"]) for k, v in rates}
+        rates = {k: v for k, v in values.items() if isinstance(v, dict) and "n" in v}
+        numbers = {k: v.get("mean", v.get("k", 0) / v["n"]) for k, v in rates.items()}
         if name == "eval" and "eval_loss" in part:
             numbers["loss"] = part["eval_loss"]
         source = str(getattr(config.data, name, None) or config.data.train[0])
-        names = {"dataset_type": source, "dataset_name": f"{source} ({name})"}
-        for metric, number in numbers.items():
-            metric = "accuracy" if metric == "correct" else metric
-            values = {"metric_type": metric, "metric_value": round(number, 4), **names}
-            results.append(EvalResult(task_type="text-generation", **values))
+        for k, number in numbers.items():
+            metric = "accuracy" if k == "correct" else k
+            places = ("text-generation", source, f"{source} ({name})")
+            results.append(EvalResult(*places, metric, round(number, 4)))
     return results
+
+
+def write_space_card(folder: Path, config: RunConfig) -> None:
+    from huggingface_hub import SpaceCard, SpaceCardData
+
+    licence, pins = origin_of(config.model, "model")[1], folder / "requirements.txt"
+    version = re.findall(r"^gradio==([\d.]+)", pins.read_text("utf-8"), re.M)[0]
+    values = SpaceCardData(
+        title=config.name,
+        sdk="gradio",
+        sdk_version=version,
+        python_version="3.12",
+        app_file="app.py",
+        license=None if licence.startswith("unknown") else licence,
+    )
+    card = SpaceCard(f"---\n{values.to_yaml()}\n---\n\n# {config.name}\n")
+    card.save(folder / "README.md")
 
 
 def push_to_hub(folder: Path, repo_id: str, *, token: str, private: bool = True) -> str:
@@ -132,29 +143,29 @@ def push_to_hub(folder: Path, repo_id: str, *, token: str, private: bool = True)
     from httpx import HTTPError
     from huggingface_hub import HfApi
 
-    rows = read_json(folder.parent.parent / "report.json").get("export", {})
-    row = rows.get(folder.name.replace("-", ":", 1))
+    row = read_json(folder.parent.parent / "report.json").get("export", {})
+    row = row.get(folder.name.replace("-", ":", 1))
     if row is None or not (folder / "README.md").exists():
-        raise MissingInput(f"{folder} has no model card or report: export it first")
-    if row["faults"]:
-        raise ModelError(f"{folder} is not uploaded: {row['faults'][0]}")
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path", "")
-    links = [path for path in folder.rglob("*") if path.is_symlink()]
-    if links or (base and Path(base).is_dir()):
-        text = "its base model is a folder of this machine, or a file is a link"
-        raise ModelError(f"{folder} is not uploaded: {text}; export `merged` instead")
+        raise MissingInput(f"{folder} has no model card or no report: export it first")
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    faults = [*row["faults"]]
+    if base and Path(base).is_dir():
+        faults.append("nobody else has its base model, a local folder: push `merged`")
+    faults += [f"{f} is a link" for f in folder.rglob("*") if f.is_symlink()]
+    if faults:
+        raise ModelError(f"{folder} is not uploaded: {faults[0]}")
     kind = "space" if folder.name == "space" else "model"
     sdk = "gradio" if kind == "space" else None
-    api, options = HfApi(token=token), {"repo_id": repo_id, "repo_type": kind}
+    api, place = HfApi(token=token), dict[str, Any](repo_id=repo_id, repo_type=kind)
     try:
-        url = api.create_repo(**options, private=private, space_sdk=sdk, exist_ok=True)
-        # `private` does nothing to one that exists
-        public = not api.repo_info(**options).private
+        url = api.create_repo(**place, private=private, space_sdk=sdk, exist_ok=True)
+        # `private` changes nothing of one that exists
+        public = not api.repo_info(**place).private
         if not (private and public):
-            api.upload_folder(**options, folder_path=folder)
-    except (HTTPError, ValueError) as error:
-        reason = str(error).replace(token, "***")[:300]
+            api.upload_folder(**place, folder_path=folder)
+    except (HTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).replace(token, "***").split())[:300]
         raise ModelError(f"{repo_id} was not uploaded: {reason}") from None
     if private and public:
-        raise ModelError(f"{repo_id} exists and is public: choose another, or --public")
+        raise ModelError(f"{repo_id} exists and is public: choose another, or public")
     return str(url)
