@@ -42,7 +42,7 @@ def test_the_series_runs_with_unsloth_as_the_engine(
     report = run.report()
     assert report["environment"]["engine"] == "unsloth"
     assert report["sft"]["steps"] == 2 and report["sft"]["loss_last"] > 0
-    assert report["export"]["adapter"]["greedy_agreement"] == 1.0
+    assert report["export"]["adapter"]["tokens_agree"] == 1.0
 
 
 WEIGHTS = """
