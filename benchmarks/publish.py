@@ -50,6 +50,9 @@ def to_markdown(rows: list[dict[str, Any]] | pd.DataFrame) -> str:
 def stages(report: dict[str, Any]) -> str:
     """Returns a paragraph on a run's SFT, GRPO and export."""
     sft, grpo, export = report["sft"], report["grpo"], report["export"]
+    # of answers as a whole, in older reports
+    key = next(k for k in ("tokens_agree", "greedy_agreement") if k in export["merged"])
+    parts = "tokens" if key == "tokens_agree" else "answers"
     return (
         f"SFT: {sft['steps']} steps in {sft['seconds']:.0f} s, loss "
         f"{sft['loss_first']} -> {sft['loss_last']}, {sft['tokens_per_second']} "
@@ -58,9 +61,8 @@ def stages(report: dict[str, Any]) -> str:
         f"{sft['peak_memory_gb']} GB. GRPO: {grpo['steps']} steps in "
         f"{grpo['seconds']:.0f} s, mean reward {grpo['reward_first']} -> "
         f"{grpo['reward_last']}, peak {grpo['peak_memory_gb']} GB. Export: greedy "
-        f"answers equal to the trained model's: adapter "
-        f"{export['adapter']['greedy_agreement']:.0%}, merged "
-        f"{export['merged']['greedy_agreement']:.0%}."
+        f"{parts} equal to the trained model's: adapter "
+        f"{export['adapter'][key]:.0%}, merged {export['merged'][key]:.0%}."
     )
 
 

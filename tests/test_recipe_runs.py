@@ -55,6 +55,7 @@ def small(name: str, model: str) -> RunConfig:
         recipes.load(name), model=model, steps=STEPS, rows=4, samples=True
     )
     cuts: dict[str, Any] = {"evaluation__max_new_tokens": 4}
+    cuts["export"] = recipes.small(config).export  # what a CPU can write
     if "grpo" in config.stages:
         cuts["grpo__max_completion_length"] = 8
     return changed(config, **cuts)
@@ -210,6 +211,16 @@ def test_what_the_recipe_holds_out_is_measured(trained: Trained) -> None:
     keys |= {"test": "accuracy", "test_new": "accuracy_new"}
     assert {key for key in keys.values() if key in part} == {keys[n] for n in names}
     assert len(results_table(run.report())) == 1
+
+
+def test_the_one_that_ends_in_four_bits_trains_and_exports_in_one_call(
+    tiny_model_folder: Path, runs_home: Path
+) -> None:
+    config = small("dolly-llama32-3b", str(tiny_model_folder))
+    part = stages.train(config).report()["export"]
+    assert part["adapter"]["tokens_agree"] > 0.5
+    for name in ("adapter", "merged", "w4a16"):
+        assert part[name]["faults"] == [] and part[name]["perplexity"] > 1
 
 
 @pytest.mark.slow

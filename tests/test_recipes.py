@@ -120,6 +120,12 @@ def test_scaled_steps_shorten_both_stages_and_still_evaluate_and_save(
     assert (small.sft["eval_steps"], small.sft["save_steps"]) == (every, every)
 
 
+def test_the_one_that_ends_in_awq_ends_in_four_bits_without_a_gpu_too() -> None:
+    config = recipes.load("dolly-llama32-3b")
+    assert config.export == ["adapter", "merged", "awq"]
+    assert recipes.small(config).export == ["adapter", "merged", "w4a16"]
+
+
 def test_a_warm_up_in_steps_shrinks_with_the_run_and_a_share_stays() -> None:
     for name, warmup in (("finetome-llama32-1b", 2), ("guanaco-llama2-7b", 0.03)):
         small = recipes.scaled(recipes.load(name), steps=24)

@@ -43,6 +43,7 @@ def test_sft_depends_on_nothing_of_grpo_and_grpo_on_the_sft_that_it_starts_from(
         {"sft__report_to": "tensorboard"},
         {"sft__save_steps": 7, "save_minutes": 1},
         {"data__test_rows": 5},
+        {"export": ["w4a16"]},
     ):
         assert fingerprint("sft", **change) == fingerprint("sft"), change
     for change in ({"sampler": "model"}, {"best_by": "loss"}):
@@ -132,10 +133,11 @@ def test_a_run_without_sft_trains_grpo_from_fresh_lora(
     assert not (run.path / "sft").exists()
 
 
-def test_a_config_is_trained_and_evaluated_in_one_call(run: Run) -> None:
+def test_a_config_is_trained_evaluated_and_exported_in_one_call(run: Run) -> None:
     steps = {"sft__max_steps": 2, "sft__eval_steps": 2, "grpo__max_steps": 1}
     lengths = {"grpo__max_completion_length": 4, "evaluation__max_new_tokens": 4}
-    config = changed(run.config, **steps, **lengths)
+    config = changed(run.config, **steps, **lengths, export=["adapter"])
     report = stages.train(config).report()
+    assert report["export"]["adapter"]["stage"] == "grpo"
     assert (report["sft"]["steps"], report["grpo"]["steps"]) == (2, 1)
     assert set(report["eval"]) >= {"base", "sft", "grpo"}
