@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import http.server
 import json
 import re
@@ -20,6 +19,7 @@ from huggingface_hub import ModelCard
 
 from helpers import export, recipes, runs, stages
 from helpers.config import changed
+from helpers.errors import MissingInput, ModelError
 from helpers.evaluation import evaluator
 from helpers.export import card
 from helpers.runs import Run
@@ -55,37 +55,33 @@ def copy(exported: Run, tmp_path: Path) -> Run:
     return Run(shutil.copytree(exported.path, tmp_path / "copy"), exported.config)
 
 
-def test_the_front_matter_has_the_numbers_of_the_report(exported: Run) -> None:
-    values = ModelCard.load(exported.path / "export" / "merged" / "README.md").data
-    rate = exported.report()["eval"]["sft"]["accuracy"]
-    results = {
-        (r.dataset_type, r.metric_type): r.metric_value for r in values.eval_results
-    }
-    test = "data_samples/word_problems/test.jsonl"
-    assert results[test, "accuracy"] == rate["k"] / rate["n"]
-    assert results["data_samples/word_problems/eval.jsonl", "loss"] > 1
-    assert (values.library_name, values.pipeline_tag) == (
-        "transformers",
-        "text-generation",
-    )
-    assert values.license is None and values.base_model is None  # of a local folder
-
-
-def test_the_text_says_data_settings_results_and_licences(exported: Run) -> None:
-    report = exported.report()
-    for name in ("adapter", "merged"):
-        text = (exported.path / "export" / name / "README.md").read_text("utf-8")
+def test_a_card_says_what_the_report_says(exported: Run) -> None:
+    report, config = exported.report(), exported.config
+    for name, library in (("adapter", "peft"), ("merged", "transformers")):
+        file = exported.path / "export" / name / "README.md"
+        text, values = file.read_text("utf-8"), ModelCard.load(file).data
+        results = {
+            (r.dataset_type, r.metric_type): r.metric_value for r in values.eval_results
+        }
+        test, rate = config.data.test, report["eval"]["sft"]["accuracy"]
+        assert results[str(test), "accuracy"] == rate["k"] / rate["n"]
+        assert (
+            results[str(config.data.eval), "loss"] == report["eval"]["sft"]["eval_loss"]
+        )
+        assert (values.library_name, values.pipeline_tag) == (
+            library,
+            "text-generation",
+        )
+        assert values.license is None and values.base_model is None  # of a local folder
         for part, fingerprint in report["data"]["fingerprints"].items():
             assert f"| {part} | {report['data'][part]} | {fingerprint} |" in text
-        assert "| sft learning_rate | 0.001 |" in text and "| LoRA r | 16 |" in text
-        assert "| sft steps | 2 |" in text and "0/4 = 0.0 % [0.0, 49.0]" in text
+        for line in ("sft learning_rate | 0.001", "LoRA r | 16", "sft steps | 2", name):
+            assert f"| {line} |" in text
+        assert "0/4 = 0.0 % [0.0, 49.0]" in text and "<|im_start|>" in text
         assert "- data_samples/sharegpt.jsonl: apache-2.0" in text
-        assert "unknown: a local file" in text and "<|im_start|>" in text
-        assert (
-            str(exported.path.parent) not in text and exported.config.model not in text
-        )
-        assert f"| {name} |" in text.partition("Compared with")[2]
+        assert "unknown: a local file" in text
         assert ("vllm serve ." in text) == (name == "merged")
+        assert str(exported.path.parent) not in text and config.model not in text
 
 
 def test_what_was_not_measured_is_left_out(copy: Run) -> None:
@@ -127,31 +123,25 @@ def test_licences_are_the_hubs_or_unknown_with_a_link(monkeypatch: Any) -> None:
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The hub's API, as far as an upload asks for it; `server.calls` has what came."""
+    """The hub's API, as far as uploads ask for it; `server.calls` has what came."""
 
     def answer(self) -> None:
         server: Any = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         server.calls.append((self.path, self.headers.get("Authorization"), body))
         url, values = f"http://127.0.0.1:{server.server_port}", dict[str, Any]()
-        if self.path.endswith("/repos/create"):
-            values = {"url": f"{url}/o/n"}
-        elif "/preupload/" in self.path:
-            files = [
-                {**f, "uploadMode": "lfs" if ".safe" in f["path"] else "regular"}
-                for f in json.loads(body)["files"]
-            ]
-            values = {"files": [f | {"shouldIgnore": False} for f in files]}
-        elif self.path.endswith("/objects/batch"):
-            objects = json.loads(body)["objects"]
-            for each in objects:
+        values |= {"url": f"{url}/o/n", "commitUrl": f"{url}/1", "commitOid": "1"}
+        values |= {"id": "o/n", "private": "public" not in self.path}
+        values["cardData"] = {"license": "other", "license_name": "llama3.2"}
+        if "/preupload/" in self.path:
+            values["files"] = json.loads(body)["files"]
+            for file in values["files"]:
+                mode = "lfs" if ".safetensors" in file["path"] else "regular"
+                file |= {"uploadMode": mode, "shouldIgnore": False}
+        if self.path.endswith("/objects/batch"):
+            values["objects"] = json.loads(body)["objects"]
+            for each in values["objects"]:
                 each["actions"] = {"upload": {"href": f"{url}/lfs/{each['oid']}"}}
-            values = {"objects": objects}
-        elif "/commit/" in self.path:
-            values = {"commitUrl": f"{url}/o/n/commit/1", "commitOid": "1"}
-        elif self.path.startswith("/api/models/o/"):
-            values = {"id": "o/n", "private": "public" not in self.path}
-            values["cardData"] = {"license": "other", "license_name": "llama3.2"}
         text = json.dumps(values).encode()
         self.send_response(403 if "/o/denied" in self.path else 200)
         self.send_header("Content-Type", "application/json")
@@ -202,22 +192,29 @@ def test_an_upload_is_private_and_sends_the_folder_and_the_token_alone(
     assert "hf_secret" not in done.stdout + done.stderr
     created = next(json.loads(body) for path, _, body in calls if "create" in path)
     assert created["visibility"] == "private"
-    tokens = {t for path, t, _ in calls if path.startswith("/api/models/o/n")}
-    assert tokens == {"Bearer hf_secret"}
-    commits = [body for path, _, body in calls if "/commit/" in path]
-    lines = [json.loads(line) for line in commits[0].splitlines()]
-    sent = {
-        v["path"]: base64.b64decode(v["content"])
-        for v in (line["value"] for line in lines if line["key"] == "file")
-    }
-    stored = {
-        path.name: body
-        for path, _, body in ((Path(p), t, b) for p, t, b in calls)
-        if path.parent.name == "lfs"
-    }
-    for line in lines:
-        if line["key"] == "lfsFile":
-            sent[line["value"]["path"]] = stored[line["value"]["oid"]]
-    assert len(commits) == 1
-    assert sent == {f.name: f.read_bytes() for f in folder.iterdir()}
-    assert all(hashlib.sha256(body).hexdigest() == oid for oid, body in stored.items())
+    own = [(path, token) for path, token, _ in calls if "/models/o/n" in path]
+    assert {token for _, token in own} == {"Bearer hf_secret"}
+    commits = [body for path, _, body in calls if "/o/n/commit/" in path]
+    lines = [json.loads(line) for line in commits.pop().splitlines()]
+    stored = {path[5:]: body for path, _, body in calls if path.startswith("/lfs/")}
+    sent = {}
+    for value in [line["value"] for line in lines if "ile" in line["key"]]:
+        oid = value.get("oid")
+        sent[value["path"]] = stored[oid] if oid else base64.b64decode(value["content"])
+    assert sent == {f.name: f.read_bytes() for f in folder.iterdir()} and not commits
+
+
+def test_what_is_not_sound_or_of_no_use_to_others_is_not_uploaded(copy: Run) -> None:
+    report, folder = copy.report(), copy.path / "export" / "merged"
+    with pytest.raises(ModelError, match="local folder: push `merged`"):
+        export.push_to_hub(folder.with_name("adapter"), "o/n", token="t")
+    (folder / "link").symlink_to(copy.path / "config.json")
+    with pytest.raises(ModelError, match="link is a link"):
+        export.push_to_hub(folder, "o/n", token="t")
+    report["export"]["merged"]["faults"] = ["merged: another template"]
+    copy.write_part("export", report["export"])
+    with pytest.raises(ModelError, match="not uploaded: merged: another template"):
+        export.push_to_hub(folder, "o/n", token="t")
+    (folder / "README.md").unlink()
+    with pytest.raises(MissingInput, match="no model card or no report"):
+        export.push_to_hub(folder, "o/n", token="t")

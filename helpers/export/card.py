@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from helpers.data.sources import HUB_NAME
 from helpers.errors import MissingInput, ModelError
 from helpers.evaluation import tables
 from helpers.export.parity import parity_table
-from helpers.files import read_json
+from helpers.files import new_folder, read_json, write_json
+from helpers.inference import chat
+from helpers.install import ROOT
 from helpers.models.hub import OFFLINE
 from helpers.models.load import resolve_weights
 from helpers.runs import Run
@@ -109,21 +112,24 @@ def held_out_results(config: RunConfig, part: dict[str, Any]) -> list[Any]:
     return results
 
 
-def write_space_card(folder: Path, config: RunConfig) -> None:
+def write_space(folder: Path, config: RunConfig, model: Path) -> None:
+    """Writes a Gradio Space that chats with a GGUF file on a free CPU."""
     from huggingface_hub import SpaceCard, SpaceCardData
 
-    licence, pins = origin_of(config.model, "model")[1], folder / "requirements.txt"
+    pins, licence = ROOT / "requirements-chat.txt", origin_of(config.model, "model")[1]
     version = re.findall(r"^gradio==([\d.]+)", pins.read_text("utf-8"), re.M)[0]
-    values = SpaceCardData(
-        title=config.name,
-        sdk="gradio",
-        sdk_version=version,
-        python_version="3.12",
-        app_file="app.py",
-        license=None if licence.startswith("unknown") else licence,
-    )
-    card = SpaceCard(f"---\n{values.to_yaml()}\n---\n\n# {config.name}\n")
-    card.save(folder / "README.md")
+    values: Any = {"title": config.name, "sdk": "gradio", "sdk_version": version}
+    values |= {"python_version": "3.12", "app_file": "app.py"}
+    values |= {} if licence.startswith("unknown") else {"license": licence}
+    settings: Any = {"title": config.name, "system_prompt": config.system_prompt}
+    settings |= {"sampling": config.inference, "model": model.name}
+    with new_folder(folder) as new:
+        shutil.copy(chat.__file__, new / "app.py")
+        shutil.copy(pins, new / "requirements.txt")
+        shutil.copy(model, new)
+        write_json(new / "settings.json", settings)
+        text = f"---\n{SpaceCardData(**values).to_yaml()}\n---\n\n# {config.name}\n"
+        SpaceCard(text).save(new / "README.md")
 
 
 def push_to_hub(folder: Path, repo_id: str, *, token: str, private: bool = True) -> str:

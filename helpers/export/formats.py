@@ -17,8 +17,7 @@ from helpers.config import Format, RunConfig, Stage, changed
 from helpers.data.formats import ask
 from helpers.errors import ConfigError, ModelError
 from helpers.export import card, gguf, parity
-from helpers.files import content_hash, new_folder, read_rows, write_json
-from helpers.inference import chat
+from helpers.files import content_hash, new_folder, read_rows
 from helpers.masking.dataset import mask_conversations
 from helpers.masking.templates import FIXED, answer_marks, render, stop_token_ids
 from helpers.models import hub, load
@@ -45,8 +44,8 @@ def export(
         formats: by default the config's, else adapter and merged; they replace their
             folders in `export/`, others stay.
         prompts: the number of prompts to compare with the trained model.
-        push: OWNER/NAME to upload the one format to, by the token in `HF_TOKEN`.
-        public: make that a public repository, if there is none.
+        push, public: OWNER/NAME for the upload of one format, by the token in
+            `HF_TOKEN`, and whether a new repository is public.
 
     Raises:
         ConfigError, MissingInput: no such stage or format, or not to be had here.
@@ -77,8 +76,9 @@ def export(
         card.write_card(path, run, name, report)
     sound = [name for name in names if "gguf:" in name and not rows[name]["faults"]]
     if "space" in formats and sound:  # the last is the smallest
-        path = write_space(run, paths[sound[-1]] / "model.gguf")
-        report["export"]["space"] = rows[sound[-1]] | {"path": str(path)}
+        card.write_space(folder / "space", config, paths[sound[-1]] / "model.gguf")
+        space = {"path": str(folder / "space")}
+        report["export"]["space"] = rows[sound[-1]] | space
     run.write_part("export", report["export"])
     log.info(parity.parity_table(report).to_string())
     if faults:
@@ -233,20 +233,3 @@ def quantize(source: str, folder: str, rows: list[list[int]]) -> None:
     data = DataLoader([{"input_ids": tensor(ids)} for ids in rows]) if rows else None
     recipe = [AWQModifier(), *recipe] if rows else recipe
     oneshot(model=model, recipe=recipe, dataset=data, output_dir=folder)
-
-
-def write_space(run: Run, model: Path) -> Path:
-    """Writes a Gradio Space that chats with a GGUF file on a free CPU."""
-    folder, pins = run.path / "export" / "space", runtime.ROOT / "requirements-chat.txt"
-    settings: Any = {
-        "title": run.config.name,
-        "system_prompt": run.config.system_prompt,
-    }
-    settings |= {"sampling": run.config.inference, "model": model.name}
-    with new_folder(folder) as new:
-        shutil.copy(chat.__file__, new / "app.py")
-        shutil.copy(pins, new / "requirements.txt")
-        shutil.copy(model, new)
-        write_json(new / "settings.json", settings)
-        card.write_space_card(new, run.config)
-    return folder
