@@ -206,7 +206,7 @@ def training_ids(run: Run, tokenizer: Any, count: int) -> list[list[int]]:
         row["messages"] = [*ask(row["question"], config.system_prompt), answer]
     chats, limits = [r["messages"] for r in rows], (config.loss_on, config.max_length)
     masked = mask_conversations(tokenizer, chats, *limits, drop=True) if rows else None
-    return masked.rows["input_ids"] if masked else []
+    return list(masked.rows["input_ids"]) if masked else []
 
 
 def quantize(source: str, folder: str, rows: list[list[int]]) -> None:
