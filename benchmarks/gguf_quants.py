@@ -20,6 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -38,6 +41,15 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-tied-wide": ("Qwen3", WIDE | {"head_dim": 64}),
     "qwen3-untied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": False}),
 }
+
+
+def fill(merged: Path) -> Path:
+    """Gives a model weights that are the same on every machine."""
+    file, draw = merged / "model.safetensors", np.random.default_rng(0)
+    shapes = {name: weights.shape for name, weights in load_file(file).items()}
+    weights = {n: draw.standard_normal(s, np.float32) for n, s in shapes.items()}
+    save_file({n: w * 0.02 for n, w in weights.items()}, file, {"format": "pt"})
+    return merged
 
 
 class Parameters(ctypes.Structure):
@@ -104,7 +116,7 @@ def main(folder: Path) -> None:
                 tokenizer.save_pretrained(merged)
             else:
                 family, shape = SHAPES[name]
-                save_tiny_model(family, tokenizer, merged, **shape)
+                fill(save_tiny_model(family, tokenizer, merged, **shape))
             source = Path(scratch, f"{name}.gguf")
             convert(merged, source)
             digests[name] = {"f16": digest(source)[1]}

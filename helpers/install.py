@@ -33,7 +33,7 @@ def pip(*arguments: str) -> None:
         raise SystemExit(f"pip install {' '.join(arguments)} failed:\n{tail}\n{remedy}")
 
 
-def kept() -> list[str]:
+def constraints() -> list[str]:
     versions = {name: installed_version(name) for name in KEPT}
     return [f"{name}=={version}" for name, version in versions.items() if version]
 
@@ -46,7 +46,7 @@ def extra(*names: str) -> None:
         if any(installed_version(name) != version for name, version in pins):
             # where one package has hashes, pip wants them of all in the call
             pinned = ["--no-deps", "--require-hashes"]
-            pip(f"-r{path}", *(pinned if "--hash" in text else kept()))
+            pip(f"-r{path}", *(pinned if "--hash" in text else constraints()))
 
 
 def install(*names: str) -> None:
@@ -66,7 +66,7 @@ def install(*names: str) -> None:
         subprocess.run([*command, "--torch-backend", "cpu"], capture_output=True)
     hashed = [name for name in names if "--hash" in (ROOT / name).read_text("utf-8")]
     plain = [ROOT / name for name in names if name not in hashed]
-    pip(*(f"-r{path}" for path in (STACK, *plain)), *kept())
+    pip(*(f"-r{path}" for path in (STACK, *plain)), *constraints())
     pip("--no-deps", f"-r{UNSLOTH}")
     extra(*hashed)
 
