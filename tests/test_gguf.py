@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,37 +38,27 @@ ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-TALK = turns("Hi {{ .Role }}", 'So "x" }}\n\n`y` \\', "Grüße 🎉")
-LAST = (
-    "{% for m in messages if m.role != 'system' %}"
-    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}"
-    "{% endif %}{{ m.content + eos_token }}{% endfor %}"
-)
+TALK = turns("Hi", "Hello.", "Grüße 🎉")
 NOT_LLAMA_CPP = "llama.cpp's converter refuses .*: "
 
 
-def types(file: Path) -> dict[str, str]:
-    return {t.name: t.tensor_type.name for t in gguf.GGUFReader(file).tensors}
+def serve(file: Path) -> tuple[Any, Callable[..., dict[str, Any]]]:
+    """Returns llama.cpp's server on a file, and what asks it."""
+    import xllamacpp
 
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.n_ctx, parameters.port = str(file), 1024, 0
+    parameters.n_parallel = parameters.cpuparams.n_threads = 1
+    server = xllamacpp.Server(parameters)
 
-class Server:
-    """llama.cpp's server on a file."""
-
-    def __init__(self, file: Path) -> None:
-        import xllamacpp
-
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path = str(file)
-        parameters.n_ctx, parameters.n_parallel, parameters.port = 1024, 1, 0
-        parameters.cpuparams.n_threads = 1
-        self.server = xllamacpp.Server(parameters)
-
-    def ask(self, path: str, **values: Any) -> dict[str, Any]:
+    def ask(path: str, **values: Any) -> dict[str, Any]:
         header = {"Content-Type": "application/json"}
-        address = self.server.listening_address + path
-        request = urllib.request.Request(address, json.dumps(values).encode(), header)
+        address, body = server.listening_address + path, json.dumps(values).encode()
+        request = urllib.request.Request(address, body, header)
         with urllib.request.urlopen(request) as response:
             return json.load(response)
+
+    return server, ask
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +73,13 @@ def merged(tmp_path_factory: Any, tokenizer: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def files(merged: Path, tmp_path_factory: Any) -> Iterator[dict[str, Path]]:
-    yield write_gguf(merged, tmp_path_factory.mktemp("export"), export.KINDS)
+def files(merged: Path, tmp_path_factory: Any) -> dict[str, Path]:
+    return write_gguf(merged, tmp_path_factory.mktemp("export"), ["q8_0", "q4_k_m"])
+
+
+@pytest.fixture(scope="module")
+def readers(files: dict[str, Path]) -> dict[str, Any]:
+    return {kind: gguf.GGUFReader(file) for kind, file in files.items()}
 
 
 def changed_copy(folder: Path, target: Path, name: str, old: str, new: str) -> Path:
@@ -95,46 +90,39 @@ def changed_copy(folder: Path, target: Path, name: str, old: str, new: str) -> P
     return target
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "llama-untied-wide"])
+@pytest.mark.parametrize(
+    ("name", "vocabulary"), [("llama-tied", "Q8_0"), ("llama-untied-wide", "Q4_K")]
+)
 def test_every_tensor_has_the_bytes_of_llama_cpps_quantiser(
-    name: str, tokenizer: Any, tmp_path: Path
+    name: str, vocabulary: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     family, shape = gguf_quants.SHAPES[name]
     folder = save_tiny_model(family, tokenizer, tmp_path / "m", **shape)
     paths = write_gguf(gguf_quants.fill(folder), tmp_path / "out", export.KINDS)
     digests = {kind: gguf_quants.digest(file)[1] for kind, file in paths.items()}
     assert digests == DIGESTS[name]
-    head = {n: types(paths["q4_k_m"]).get(n) for n in ("token_embd.weight",)}
-    untied = "output.weight" in types(paths["f16"])
-    assert untied == (name == "llama-untied-wide")
-    assert head["token_embd.weight"] == ("Q4_K" if untied else "Q8_0")
+    tensors, _ = gguf_quants.digest(paths["q4_k_m"])
+    assert tensors["token_embd.weight"][0] == vocabulary
+    assert ("output.weight" in tensors) == ("untied" in name)
 
 
 def test_only_the_kinds_asked_for_stay_and_say_what_they_are(
-    merged: Path, files: dict[str, Path], tmp_path: Path
+    files: dict[str, Path], readers: dict[str, Any]
 ) -> None:
-    folder = files["f16"].parent.parent
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "gguf-f16",
-        "gguf-q4_k_m",
-        "gguf-q8_0",
-    ]
-    write_gguf(merged, tmp_path, ["q8_0"])
-    assert [p.name for p in tmp_path.iterdir()] == ["gguf-q8_0"]
-    numbers = {"f16": 1, "q8_0": 7, "q4_k_m": 15}
-    for kind, file in files.items():
-        fields = gguf.GGUFReader(file).fields
-        assert fields["general.file_type"].contents() == numbers[kind]
-        assert fields["general.quantization_version"].contents() == 2
+    folder = files["q8_0"].parent.parent
+    assert {path.name for path in folder.iterdir()} == {"gguf-q8_0", "gguf-q4_k_m"}
+    fields = {kind: reader.fields for kind, reader in readers.items()}
+    numbers = {k: f["general.file_type"].contents() for k, f in fields.items()}
+    assert numbers == {"q8_0": 7, "q4_k_m": 15}
+    version = fields["q4_k_m"]["general.quantization_version"]
+    assert version.contents() == 2
 
 
-def test_rope_scaling_is_in_every_kind(files: dict[str, Path]) -> None:
-    contents = []
-    for file in files.values():
-        tensors = {t.name: t for t in gguf.GGUFReader(file).tensors}
-        contents.append(np.array(tensors["rope_freqs.weight"].data))
-    assert contents[0].max() == 32 and contents[0].min() == 1
-    assert all((content == contents[0]).all() for content in contents)
+def test_rope_scaling_is_in_every_kind(readers: dict[str, Any]) -> None:
+    for reader in readers.values():
+        tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+        factors = tensors["rope_freqs.weight"]
+        assert (factors.min(), factors.max()) == (1, 32)
 
 
 def test_llama_cpp_prints_the_date_and_the_prompt_of_training(
@@ -147,8 +135,8 @@ def test_llama_cpp_prints_the_date_and_the_prompt_of_training(
     assert "Today Date: 26 Jul 2024" in prompt
     options = {"tokenize": False, "add_generation_prompt": True}
     assert tokenizer.apply_chat_template(TALK, **options) == prompt
-    server = Server(files["q4_k_m"])
-    assert server.ask("/apply-template", messages=TALK)["prompt"] == prompt
+    _server, ask = serve(files["q4_k_m"])
+    assert ask("/apply-template", messages=TALK)["prompt"] == prompt
 
 
 def test_a_date_is_fixed_in_calls_and_refused_where_its_form_is_worked_out() -> None:
@@ -169,22 +157,22 @@ def test_a_failure_leaves_the_files_of_before_and_no_others(
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     out = tmp_path / "out"
     shutil.copytree(files["q8_0"].parent, out / "gguf-q8_0")
-    before = gguf_quants.digest(out / "gguf-q8_0" / "model.gguf")
+    before = (out / "gguf-q8_0" / "model.gguf").read_bytes()
     with pytest.raises(ModelError, match="blk.1.ffn_up.weight has values beyond 16 bi"):
         write_gguf(broken, out, ["f16", "q8_0"])
-    assert [p.name for p in out.iterdir()] == ["gguf-q8_0"]
-    assert gguf_quants.digest(out / "gguf-q8_0" / "model.gguf") == before
+    assert [path.name for path in out.iterdir()] == ["gguf-q8_0"]
+    assert (out / "gguf-q8_0" / "model.gguf").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new", "reason"),
     [
-        ("config.json", "LlamaFor", "FancyFor", "Model FancyForCausalLM is not suppor"),
+        ("config.json", "LlamaFor", "FancyFor", "Model FancyForCausalLM is not"),
         (
             "tokenizer.json",
-            '"individual_digits": true',
-            '"individual_digits": false',
-            ".*BPE pre-tokenizer was not recognized",
+            'space": false',
+            'space": true',
+            ".*tokenizer was not recogn",
         ),
     ],
 )
@@ -240,12 +228,12 @@ def test_the_offline_models_file_answers_as_transformers_and_has_upstreams_bytes
     tokenizer.save_pretrained(folder)
     paths = write_gguf(folder, tmp_path, export.KINDS)
     digests = {kind: gguf_quants.digest(file)[1] for kind, file in paths.items()}
-    assert digests == DIGESTS["smollm2-135m-offline"]
+    assert digests == DIGESTS[gguf_quants.OFFLINE]
     prompts = [turns(text) for text in ("What is 17 + 25?", "Name three colours.")]
     answers = generate(model, tokenizer, prompts, max_new_tokens=24)
-    server = Server(paths["f16"])
+    _server, ask = serve(paths["f16"])
     for messages, answer in zip(prompts, answers, strict=True):
-        prompt = server.ask("/apply-template", messages=messages)["prompt"]
+        prompt = ask("/apply-template", messages=messages)["prompt"]
         assert prompt == render(tokenizer, messages, for_generation=True)
-        reply = server.ask("/completion", prompt=prompt, n_predict=24, temperature=0)
+        reply = ask("/completion", prompt=prompt, n_predict=24, temperature=0)
         assert reply["content"].strip() == answer.text
