@@ -212,9 +212,9 @@ def write_modelfile(
     modelfile = "\n".join([*lines, ""])
     for text in systems:
         start = [{"role": "system", "content": text}] if text else []
-        for messages in (start + TALK[:1], start + TALK[:3], start + TALK):
-            expected = render_prompt(tokenizer, messages)
-            if render_modelfile(modelfile, messages) != expected:
+        for talk in (TALK[:1], TALK[:3], TALK):
+            prompt = render_modelfile(modelfile, talk, "" if text == system else text)
+            if prompt != render_prompt(tokenizer, start + talk):
                 raise TemplateError(BEYOND)
     write_lines(folder / "Modelfile", [modelfile])
 
