@@ -30,14 +30,9 @@ import gguf_quants  # noqa: E402
 gguf = pytest.importorskip("gguf")
 DIGESTS = json.loads(gguf_quants.DIGESTS.read_text(encoding="utf-8"))
 TRL = {name: t for t in chats.trl_templates() for name in t.names}
-ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0}
+ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE |= {"original_max_position_embeddings": 8192}
 TALK = turns("Hi", "Hello.", "Grüße 🎉")
 NOT_LLAMA_CPP = "llama.cpp's converter refuses .*: "
 

@@ -57,8 +57,10 @@ def test_ollama_renders_the_prompt_of_training(
     name: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     tokenizer = fit(tokenizer, name)
-    write_modelfile(tmp_path, tokenizer, system="", sampling={})
+    greedy = {"do_sample": False, "temperature": 0.7}
+    write_modelfile(tmp_path, tokenizer, system="", sampling=greedy)
     text = (tmp_path / "Modelfile").read_text(encoding="utf-8")
+    assert "PARAMETER temperature 0\n" in text and "SYSTEM" not in text
     printed = [render_modelfile(text, TALK)]
     assert printed[0] == render(tokenizer, TALK, for_generation=True)
     printed.append(render_modelfile(text, TALK, BRIEF))
@@ -83,13 +85,6 @@ def test_a_modelfile_has_template_system_stops_and_every_parameter(
     )
     start = "<|im_start|>system\n" + BRIEF + "<|im_end|>\n<|im_start|>user\nHi"
     assert render_modelfile(text, TALK).startswith(start)
-
-
-def test_nothing_is_drawn_without_sampling(tokenizer: Any, tmp_path: Path) -> None:
-    for sampling in ({}, {"do_sample": False, "temperature": 0.7}):
-        write_modelfile(tmp_path, tokenizer, system="", sampling=sampling)
-        text = (tmp_path / "Modelfile").read_text(encoding="utf-8")
-        assert "temperature 0\n" in text and "SYSTEM" not in text
 
 
 def test_bos_is_left_to_llama_cpp_where_it_adds_it(
