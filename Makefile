@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: setup demo test lint notebooks-test repository clean
 
 setup: $(BIN)/python
-	@$(BIN)/python helpers/install.py
+	@$(BIN)/python helpers/install.py requirements-gguf.txt
 
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
@@ -19,7 +19,8 @@ demo: setup
 	@$(BIN)/python -m helpers demo
 
 test: $(BIN)/python
-	@$(BIN)/python helpers/install.py requirements-dev.txt
+	@$(BIN)/python helpers/install.py requirements-dev.txt requirements-gguf.txt \
+	  requirements-export.txt requirements-chat.txt
 	@$(MAKE) --no-print-directory lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	@$(MAKE) --no-print-directory notebooks-test
