@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from helpers.inference import chat, generation
-from helpers.masking import templates
 
 Pair = tuple[Any, Any]
 TURN = [{"role": "user", "content": "Count the 🎉 from 1 to 30."}]
@@ -83,15 +82,13 @@ def test_what_fails_while_generating_is_raised_to_the_caller(pair: Pair) -> None
         list(chat.stream_answer(*pair, long, {}))
 
 
-def test_prompts_and_stop_tokens_are_those_of_training(make_tokenizer: Any) -> None:
+def test_a_prompt_has_the_ids_of_training(make_tokenizer: Any) -> None:
     today = "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{{ date_string }}"
     turns = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     for adds_bos, head in ((True, today), (True, ""), (False, "")):
-        made = make_tokenizer(
-            (*special.values(),), adds_bos, **special, chat_template=head + turns
-        )
-        text = chat.render(made, TURN, for_generation=True)
-        ids = made(text, add_special_tokens=False)["input_ids"]
-        assert ids == generation.encode(made, TURN)
-        assert chat.stop_token_ids(made) == templates.stop_token_ids(made)
+        options = {**special, "chat_template": head + turns}
+        tokenizer = make_tokenizer((*special.values(),), adds_bos, **options)
+        text = chat.render(tokenizer, TURN)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == generation.encode(tokenizer, TURN)

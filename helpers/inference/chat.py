@@ -26,9 +26,10 @@ Stream = Callable[..., Iterator[str]]  # of messages and sampling
 LOCK = Lock()  # an adapter is switched on and off for all threads
 # Llama-3.x templates print today's date; training fixed it
 FIXED = {"date_string": "26 Jul 2024", "strftime_now": date(2024, 7, 26).strftime}
-# what changes nothing, as llama.cpp calls it, and those that transformers calls else
+# what changes nothing, as llama.cpp calls it; what transformers calls otherwise
 NEUTRAL = {"temperature": 1, "top_p": 1, "top_k": 50, "min_p": 0, "repeat_penalty": 1}
 RENAMED = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "max_tokens"}
+START = {"temperature": 0, "top_p": 1, "max_new_tokens": 256}  # 0: greedy
 CSS = ".message-content .md {white-space: pre-wrap; overflow-wrap: anywhere}"
 
 
@@ -96,8 +97,7 @@ def require(package: str) -> Any:
     try:
         return __import__(package)
     except ImportError:
-        text = "run pip install -r requirements-chat.txt"
-        raise ImportError(f"{package} is not installed: {text}") from None
+        raise ImportError(f"{package} is missing: pip install {package}") from None
 
 
 @contextmanager
@@ -148,22 +148,11 @@ def stream_gguf(
                 yield from [text.strip()] * (tokens - before)
 
 
-def build_page(
-    stream: Stream, note: str, settings: dict[str, Any], *, compare: bool = False
-) -> Any:
-    """Returns the Gradio page of a chat; an answer is text in it, never HTML.
-
-    `note` says which model answers, `settings` are `title`, `system_prompt` and
-    `sampling`; with `compare` the base's answers can be shown beside.
-    """
+def build_page(stream: Stream, note: str, settings: dict, compare: bool = False) -> Any:
+    """Returns a chat's Gradio page; `settings`: title, system_prompt and sampling."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     gr = require("gradio")
-    start = {
-        "temperature": 0,
-        "top_p": 1,
-        "max_new_tokens": 256,
-        **settings["sampling"],
-    }
+    start = START | settings["sampling"]
     labels = ["tuned", "base"] if compare else ["answers"]
 
     def respond(box: str, turns: Any, system: str, both: bool, *values: float) -> Any:
