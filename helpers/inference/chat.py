@@ -65,6 +65,7 @@ def stream_answer(
     count = min(drawing.pop("max_new_tokens", 256), limit - length)
     greedy = {"do_sample": False} | dict.fromkeys(["temperature", "top_p", "top_k"])
     options: dict[str, Any] = {"do_sample": True, **drawing} if drawing else greedy
+    stops = torch.tensor(model.generation_config.eos_token_id)  # one or a list
     ids, closed = SimpleQueue[Any](), Event()
 
     def look(rows: Any, scores: Any, **_: Any) -> Any:
@@ -85,7 +86,7 @@ def stream_answer(
         try:
             while (token := ids.get()) is not None:
                 tokens.append(token)
-                if token not in model.generation_config.eos_token_id:
+                if token not in stops:
                     text = tokenizer.decode(tokens, skip_special_tokens=True)
                     yield text.rstrip("\ufffd").strip()  # part of a character
         finally:
@@ -142,7 +143,7 @@ def stream_gguf(
             part = json.loads(line[6:]) if line.startswith(b"data: {") else {}
             if "error" in part:
                 raise ValueError(part["error"]["message"])
-            if part and part["choices"][0]["finish_reason"] is None:
+            if "timings" in part and not part["choices"][0]["finish_reason"]:
                 text += part["choices"][0]["delta"].get("content") or ""
                 before, tokens = tokens, part["timings"]["predicted_n"]
                 yield from [text.strip()] * (tokens - before)
@@ -177,11 +178,12 @@ def build_page(stream: Stream, note: str, settings: dict, compare: bool = False)
                     yield show("", turns, lines)
             except ValueError as error:
                 lines[label], box = f"{label}: {error}", message
+            else:
+                lines.setdefault(label, f"{label}: an empty answer")
             finally:
                 if not answer["content"]:
                     del chat[-2:]
-        if message:
-            yield show(box, turns, lines)
+        yield show(box, turns, lines)
 
     def show(box: str, turns: dict[str, Messages], lines: dict[str, str]) -> list[Any]:
         chats = [
