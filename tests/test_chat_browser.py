@@ -68,7 +68,7 @@ def page(address: str, request: Any, tmp_path: Path) -> Iterator[Any]:
         requests: list[str] = []
         page.on("request", lambda request: requests.append(request.url))
         page.goto(address)
-        page.get_by_label("Message").wait_for()
+        page.get_by_role("textbox", name="Message").wait_for()
         yield page
         folder = Path(os.environ.get("TUNEBOOK_SCREENSHOTS", tmp_path))
         page.screenshot(path=folder / f"{request.node.name}.png", full_page=True)
@@ -78,8 +78,8 @@ def page(address: str, request: Any, tmp_path: Path) -> Iterator[Any]:
 
 
 def send(page: Any, text: str) -> None:
-    page.get_by_label("Message").fill(text)
-    page.get_by_label("Message").press("Enter")
+    page.get_by_role("textbox", name="Message").fill(text)
+    page.get_by_role("textbox", name="Message").press("Enter")
 
 
 def test_hostile_answers_are_shown_as_the_text_they_are(page: Any) -> None:

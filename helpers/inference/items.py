@@ -171,6 +171,8 @@ def chat_command(
     Raises:
         MissingInput: there is no such GGUF of the adapter.
     """
+    if not terminal:  # before slow loading
+        chat.require("gradio")
     name, loading, sampling, system = resolve_model(model, **options)
     file = find_gguf(model, loading["adapter"])
     if backend == "gguf" and not file:
@@ -200,8 +202,8 @@ def find_gguf(model: str, adapter: str | None) -> Path | None:
     for kind in ("q4_k_m", "q8_0", "f16"):
         row = report.get("export", {}).get(f"gguf:{kind}", {})
         sound = row.get("faults") == [] and row["adapter"] == content_hash(adapter)
-        if files := sound and [*Path(row["path"]).glob("*.gguf")]:
-            return files[0]
+        if sound and (file := Path(row["path"]) / "model.gguf").exists():
+            return file
     return None
 
 
