@@ -22,7 +22,6 @@ from typing import Any
 
 Messages = list[dict[str, Any]]
 Stream = Callable[..., Iterator[str]]  # of messages and sampling
-
 LOCK = Lock()  # an adapter is switched on and off for all threads
 # Llama-3.x templates print today's date; training fixed it
 FIXED = {"date_string": "26 Jul 2024", "strftime_now": date(2024, 7, 26).strftime}
@@ -50,8 +49,7 @@ def stream_answer(
 ) -> Iterator[str]:
     """Yields an answer's text so far, once a token, till it ends or `stop` is set.
 
-    `sampling` has fields of `GenerationConfig`; `max_new_tokens` alone is greedy.
-    Without `adapter` the base answers. ValueError: the conversation is too long.
+    Greedy if `sampling` has `max_new_tokens` alone; the base answers without `adapter`.
     """
     import torch
 
@@ -186,9 +184,7 @@ def build_page(stream: Stream, note: str, settings: dict, compare: bool = False)
         yield show(box, turns, lines)
 
     def show(box: str, turns: dict[str, Messages], lines: dict[str, str]) -> list[Any]:
-        chats = [
-            [m | {"content": as_text(m["content"])} for m in turns[n]] for n in labels
-        ]
+        chats = [[m | as_text(m["content"]) for m in turns[n]] for n in labels]
         return [box, *chats, "\n".join(lines.values()), turns]
 
     def restart(both: bool) -> list[Any]:
@@ -204,8 +200,7 @@ def build_page(stream: Stream, note: str, settings: dict, compare: bool = False)
         status = gr.Textbox(show_label=False, container=False, interactive=False)
         box = gr.Textbox(label="Message", placeholder="Type, then press Enter")
         with gr.Row():
-            send, stop = gr.Button("Send", variant="primary"), gr.Button("Stop")
-            new = gr.Button("New conversation")
+            send, stop, new = map(gr.Button, ("Send", "Stop", "New conversation"))
             both = gr.Checkbox(label="Compare with the base", visible=compare)
         with gr.Row():
             ranges = [(0, 2, 0.05), (0.05, 1, 0.05), (1, 2048, 1)]
@@ -225,22 +220,20 @@ def build_page(stream: Stream, note: str, settings: dict, compare: bool = False)
     return page
 
 
-def as_text(text: str) -> list[dict[str, str]]:
+def as_text(text: str) -> dict[str, Any]:
     # Gradio renders HTML, and takes the indentation away of all but parts
-    return [{"type": "text", "text": html.escape(text, quote=False)}]
+    return {"content": [{"type": "text", "text": html.escape(text, quote=False)}]}
 
 
 def launch(page: Any, **options: Any) -> None:
     """Serves a page, by default on loopback alone: no public link, no uploads."""
-    fonts = {"font": ["system-ui"], "font_mono": ["monospace"]}
-    theme = require("gradio").themes.Default(**fonts)
+    theme = require("gradio").themes.Default(font="system-ui", font_mono="monospace")
     options |= {"share": False, "mcp_server": False, "enable_monitoring": False}
     options |= {"run_history": False, "max_file_size": 1, "footer_links": []}
     page.queue(api_open=False).launch(theme=theme, css=CSS, show_error=True, **options)
 
 
 def main() -> None:
-    """Serves the model that `settings.json` names, beside this file: a Space's app."""
     folder = Path(__file__).resolve().parent
     settings = json.loads((folder / "settings.json").read_text("utf-8"))
     path = folder / settings["model"]
