@@ -3,7 +3,7 @@
     python -m helpers export RUN --format gguf:q4_k_m gguf:q8_0 gguf:f16
     python benchmarks/chat_speed.py RUN        # -> results/chat_speed.json
 
-The same prompts, of the run's held-out rows, greedily, through what the chat page
+The same prompts, of the run's held-out rows first, greedily, through what the chat page
 calls: `stream_gguf` for each GGUF of the run, `stream_answer` for transformers in fp32
 with the adapter. All are open together, and take turns prompt by prompt, so that what
 else the machine does falls on all of them. A first round is not counted. The rate is
@@ -65,11 +65,12 @@ def main() -> None:
     run, sampling = open_run(options.run), {"max_new_tokens": options.tokens}
     if runtime.find_machine().device != "cpu":
         sys.exit("a GPU answers here: run it on a CPU, or with CUDA_VISIBLE_DEVICES=")
-    part = next(name for name in HELD_OUT if name in parts_of(run.config.data))
-    rows = read_rows(run.require(f"data/{part}.jsonl"))
-    prompts = [row["prompt"] for row in to_prompts(run.config, rows)]
+    names = [n for n in [*HELD_OUT, "train"] if n in parts_of(run.config.data)]
+    sets = [read_rows(run.require(f"data/{name}.jsonl")) for name in names]
+    rows = [row for part in sets if part for row in to_prompts(run.config, part)]
+    prompts = [row["prompt"] for row in rows]
     if len(prompts) < options.prompts:
-        sys.exit(f"{len(prompts)} rows in {part}, {options.prompts} wanted: --prompts")
+        sys.exit(f"{len(prompts)} rows in data/, {options.prompts} wanted: --prompts")
     name, loading, *_ = items.resolve_model(options.run)
     values: dict[str, list[Any]] = defaultdict(list)
     with ExitStack() as stack:
