@@ -1,13 +1,15 @@
 # make demo    the whole series on the offline model, then its table
+# make chat    a web page to talk to a run's model, the demo's or RUN=name
 # make test    lint, types, tests, and every notebook
-# Both set up .venv first; PYTHON=python3.12 chooses another interpreter.
+# All set up .venv first; PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
+RUN ?= demo
 VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint notebooks-test repository clean
+.PHONY: setup demo chat test lint notebooks-test repository clean
 
 setup: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-gguf.txt
@@ -17,6 +19,10 @@ $(BIN)/python:
 
 demo: setup
 	@$(BIN)/python -m helpers demo
+
+chat: $(BIN)/python
+	@$(BIN)/python helpers/install.py requirements-chat.txt
+	@$(BIN)/python -m helpers chat $(RUN)
 
 test: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-dev.txt requirements-gguf.txt \

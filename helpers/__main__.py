@@ -20,7 +20,7 @@ MODEL = "model --adapter --system --max-new-tokens --temperature"
 COMMANDS = {
     "train": "stages:train config --small",
     "generate": f"inference.items:generate_command {MODEL} --file --out --batch-size",
-    "chat": f"inference.items:generate_command {MODEL}",
+    "chat": f"inference.items:chat_command {MODEL} --backend --host --port --terminal",
     "evaluate": "evaluation.evaluator:evaluate_run run --models",
     "mt-bench": f"llm_judge.mt_bench:run_mt_bench {BENCH} --data",
     "alpaca-eval": f"llm_judge.alpaca_eval:run_alpaca_eval {BENCH} --reference "
@@ -41,6 +41,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("--file", "--out"), {"type": Path, "required": True}),
     "--temperature": {"type": float},
     **dict.fromkeys(("--max-new-tokens", "--batch-size", "--limit"), {"type": int}),
+    "--backend": {"choices": ["auto", "transformers", "gguf"], "help": "else auto"},
+    "--host": {"help": "of the page; else 127.0.0.1, this machine alone"},
+    "--port": {"type": int, "help": "of the page; else the first free from 7860"},
+    "--terminal": {"action": "store_true", "help": "chat here, without a page"},
     "--judge": {"metavar": "URL", "help": "else OPENAI_BASE_URL"},
     "--judge-model": {"metavar": "NAME", "help": "else TUNEBOOK_JUDGE"},
     "--set": {"dest": "part", "help": "answers in eval/; else test_chat"},
@@ -134,7 +138,7 @@ def main(arguments: list[str]) -> None:
     values = {name: value for name, value in values.items() if value is not None}
     try:
         show(execute(values.pop("command"), values))
-    except (TunebookError, OSError) as error:
+    except (TunebookError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

@@ -15,6 +15,7 @@ from helpers.data import preparation as data
 from helpers.errors import ConfigError, ModelError
 from helpers.export import formats
 from helpers.inference import chat
+from helpers.masking import templates
 from helpers.models.hub import OFFLINE, find_model
 from helpers.runs import Run
 
@@ -162,8 +163,7 @@ def test_a_run_of_grpo_alone_calibrates_with_solved_problems(
 def test_a_file_with_faults_is_reported_and_stays(
     trained: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fix_date = formats.fix_date
-    monkeypatch.setattr(formats, "fix_date", lambda text: fix_date(text) + "{{ ' ' }}")
+    monkeypatch.setattr(templates, "fix_date", lambda text: text + "{{ ' ' }}")
     with pytest.raises(ModelError, match="merged: "):
         export.export(trained, formats=["merged"], prompts=2)
     assert trained.report()["export"]["merged"]["faults"]
@@ -190,15 +190,13 @@ def test_other_programs_print_the_bos_and_the_date_of_training(
 ) -> None:
     from transformers import GenerationConfig
 
-    from helpers.masking.templates import render
-
     template = "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}{{ eos_token }}"
     template += "{% if messages[1:] %}{{ messages[1].content + eos_token }}{% endif %}"
     tokens = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     tokenizer = make_tokenizer(adds_bos=True, chat_template=template, **tokens)
     tokenizer.pad_token = "<|endoftext|>"
     turns = [{"role": "user", "content": "Hi"}]
-    expected = render(tokenizer, turns)
+    expected = templates.render(tokenizer, turns)
     monkeypatch.setattr(formats.load, "load_tokenizer", lambda *_, **__: tokenizer)
     plain = formats.plain_tokenizer(run.config, GenerationConfig())
     assert plain.apply_chat_template(turns, tokenize=False) == expected

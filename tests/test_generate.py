@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +99,12 @@ def calls(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"name": name, **options})
         return tiny
 
-    def note(_: Any, __: Any, prompt: Messages, *, stream: bool, sampling: Any) -> str:
+    def note(_: Any, __: Any, prompt: Messages, sampling: Any) -> Iterator[str]:
         calls[-1] |= {"prompt": list(prompt), "sampling": sampling}
-        return "Yes."
+        yield "Yes."
 
     monkeypatch.setattr(items.models, "load_model", load)
-    monkeypatch.setattr(items, "reply", note)
+    monkeypatch.setattr(items.chat, "stream_answer", note)
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     return calls
 
@@ -113,7 +113,7 @@ def test_a_run_brings_its_model_prompt_and_last_adapter(run: Run, calls: Any) ->
     for stage in ("sft", "grpo"):
         (run.path / stage / "adapter").mkdir(parents=True)
     for adapter in (None, "sft", "none", "some/adapter"):
-        items.generate_command("test", adapter=adapter)
+        items.chat_command("test", adapter=adapter, terminal=True)
     folders = [str(run.path / stage / "adapter") for stage in ("grpo", "sft")]
     assert [c["adapter"] for c in calls] == [*folders, None, "some/adapter"]
     assert all(call["name"] == run.config.model for call in calls)
@@ -127,17 +127,17 @@ def test_a_runs_own_sft_adapter_is_what_sft_means(
 ) -> None:
     run = run_factory(stages=stages, sft_adapter="their/adapter")
     for adapter in (None, "sft"):
-        items.generate_command("test", adapter=adapter)
+        items.chat_command("test", adapter=adapter, terminal=True)
     assert [call["adapter"] for call in calls] == ["their/adapter"] * 2
     with pytest.raises(FileNotFoundError, match="run the grpo notebook"):
-        items.generate_command("test", adapter="grpo")
+        items.chat_command("test", adapter="grpo", terminal=True)
     assert not (run.path / "grpo").exists()
 
 
 def test_a_models_folder_is_not_taken_for_a_run(
     runs_home: Path, tiny_model_folder: Path, calls: Any
 ) -> None:
-    items.generate_command(str(tiny_model_folder), adapter="some/adapter")
+    items.chat_command(str(tiny_model_folder), adapter="some/adapter", terminal=True)
     expected = {"name": str(tiny_model_folder), "adapter": "some/adapter"}
     assert calls == [{**expected, "prompt": ask("Hi", ""), "sampling": {}}]
 
@@ -146,8 +146,8 @@ def test_temperature_zero_is_greedy_whatever_the_run_says(
     run_factory: Callable[..., Run], calls: Any
 ) -> None:
     run_factory(inference={"temperature": 1.5, "min_p": 0.1, "max_new_tokens": 9})
-    items.generate_command("test", temperature=0)
-    items.generate_command("test", temperature=0.5, max_new_tokens=3)
+    items.chat_command("test", temperature=0, terminal=True)
+    items.chat_command("test", temperature=0.5, max_new_tokens=3, terminal=True)
     assert calls[0]["sampling"] == {"max_new_tokens": 9}
     assert calls[1]["sampling"]["temperature"] == 0.5
     assert calls[1]["sampling"]["max_new_tokens"] == 3
@@ -178,7 +178,7 @@ def test_a_chat_remembers_what_was_said_until_a_new_one(
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     monkeypatch.setattr(items.models, "load_model", lambda *_, **__: tiny)
     set_seed(0)
-    items.generate_command("m", system="Be brief.", **SAMPLED)
+    items.chat_command("m", system="Be brief.", **SAMPLED, terminal=True)
     printed = capsys.readouterr().out
     set_seed(0)
     start = ask("Hello", "Be brief.")
@@ -193,4 +193,4 @@ def test_a_chat_remembers_what_was_said_until_a_new_one(
 def test_a_row_that_is_not_a_prompt_is_named_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('"Hello"\nnot json\n')
     with pytest.raises(DataError, match="row 2 is not a prompt: .*broken JSON"):
-        items.generate_command("m", file=tmp_path / "prompts.jsonl")
+        items.generate_command("m", file=tmp_path / "prompts.jsonl", out=tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import re
 import shutil
 import tempfile
 from importlib.util import find_spec
@@ -18,8 +17,9 @@ from helpers.data.formats import ask
 from helpers.errors import ConfigError, ModelError
 from helpers.export import card, gguf, parity
 from helpers.files import content_hash, new_folder, read_rows
+from helpers.masking import templates
 from helpers.masking.dataset import mask_conversations
-from helpers.masking.templates import FIXED, answer_marks, render, stop_token_ids
+from helpers.masking.templates import answer_marks, render, stop_token_ids
 from helpers.models import hub, load
 from helpers.runs import Run
 from helpers.training.inputs import require_stage
@@ -173,7 +173,7 @@ def plain_tokenizer(config: RunConfig, settings: Any) -> Any:
     """Returns a tokenizer that works without this project; writes stops to settings."""
     options: Any = {"template": config.template, "pad_token": config.pad_token}
     tokenizer = load.load_tokenizer(config.model, **options)
-    tokenizer.chat_template = fix_date(tokenizer.chat_template)
+    tokenizer.chat_template = templates.fix_date(tokenizer.chat_template)
     turns = [{"role": "user", "content": "?"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
     if text != render(tokenizer, turns):  # others add no BOS to what a template prints
@@ -187,13 +187,6 @@ def plain_tokenizer(config: RunConfig, settings: Any) -> Any:
     if ends and tokenizer.eos_token_id not in ends and not elsewhere:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     return tokenizer
-
-
-def fix_date(template: str) -> str:
-    """Returns a template that prints the date of training where it would today's."""
-    fixed: Any = FIXED["strftime_now"]
-    pattern = r"""strftime_now\((["'])(.+?)\1\)"""
-    return re.sub(pattern, lambda call: repr(fixed(call[2])), template)
 
 
 def training_ids(run: Run, tokenizer: Any, count: int) -> list[list[int]]:

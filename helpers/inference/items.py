@@ -7,19 +7,21 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from helpers import runtime
 from helpers.config import RunConfig
 from helpers.data.formats import Messages, Row, ask
 from helpers.data.reading import Reader
 from helpers.data.sources import open_rows
-from helpers.errors import DataError
+from helpers.errors import DataError, MissingInput
 from helpers.files import content_hash, fingerprint, write_rows
-from helpers.inference.generation import Answer, Prompt, generate_batches, reply
+from helpers.inference import chat
+from helpers.inference.generation import Answer, Prompt, generate_batches
 from helpers.masking.templates import template_text
 from helpers.models import load as models
 from helpers.runs import Run, open_run, runs_folder
@@ -92,21 +94,16 @@ def answer_rows(
     return judged
 
 
-def generate_command(
+def resolve_model(
     model: str,
-    *,
     adapter: str | None = None,
-    file: Path | None = None,
-    out: Path | None = None,
     system: str | None = None,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
-    batch_size: int | None = None,
-) -> None:
-    """Answers the prompts of a file into another, or those typed in a chat."""
+) -> tuple[str, dict[str, Any], dict[str, Any], str]:
+    """Returns a model, how to load it, its sampling and system prompt, or a run's."""
     loading, sampling = dict[str, Any](), dict[str, Any]()
-    # a model's folder has a config.json too, a run's name is not a path
-    if Path(model).name == model and (runs_folder() / model / "config.json").exists():
+    if is_run(model):
         run = open_run(model)
         config, labels = run.config, ["sft" if run.config.sft_adapter else "none"]
         labels += [s for s in config.stages if (run.path / s / "adapter").exists()]
@@ -121,8 +118,22 @@ def generate_command(
     sampling = sampling | {k: v for k, v in changes.items() if v is not None}
     if temperature == 0:  # greedy
         sampling = {k: v for k, v in sampling.items() if k == "max_new_tokens"}
-    rows, reader = [], Reader(str(file), system_prompt=system or "")
-    for number, row in open_rows(str(file)) if file else []:  # before slow loading
+    return model, loading, sampling, system or ""
+
+
+def is_run(model: str) -> bool:
+    # a model's folder has a config.json too, a run's name is not a path
+    file = runs_folder() / model / "config.json"
+    return Path(model).name == model and file.exists()
+
+
+def generate_command(
+    model: str, *, file: Path, out: Path, batch_size: int | None = None, **options: Any
+) -> None:
+    """Answers the prompts of a file into another; options as of `resolve_model`."""
+    model, loading, sampling, system = resolve_model(model, **options)
+    rows, reader = [], Reader(str(file), system_prompt=system)
+    for number, row in open_rows(str(file)):  # before slow loading
         try:
             prompt = reader.to_prompt(row)
         except DataError as error:
@@ -130,18 +141,73 @@ def generate_command(
         key = row.get("id", number) if isinstance(row, dict) else number
         rows.append({"id": key, "prompt": prompt})
     loaded = models.load_model(model, **loading)
-    if out is None:
-        return chat(*loaded, system or "", sampling)
     reader.report()
-    settings = fingerprint(*map(content_hash, (model, adapter)), loading, sampling)
-    options: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size}
-    generate = partial(generate_batches, *loaded, **options)
+    prints = map(content_hash, (model, loading["adapter"]))
+    settings = fingerprint(*prints, loading, sampling)
+    more: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size}
+    generate = partial(generate_batches, *loaded, **more)
     answer_rows(out, rows, settings, generate, lambda text, row: {})
     log.info("%d answers in %s", len(rows), out)
+
+
+def chat_command(
+    model: str,
+    *,
+    backend: Literal["auto", "transformers", "gguf"] = "auto",
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    terminal: bool = False,
+    **options: Any,
+) -> None:
+    """Serves the page of a chat with a model, or chats in the terminal.
+
+    Args:
+        model: a run's name, a hub id, or a model's folder.
+        backend: `auto` is on a CPU the fastest GGUF that passed its checks.
+        host, port: of the page; anybody who reaches another host than this may chat.
+        terminal: answer what is typed, without a page.
+        options: as of `resolve_model`.
+
+    Raises:
+        MissingInput: there is no such GGUF of the adapter.
+    """
+    if not terminal:  # before slow loading
+        chat.require("gradio")
+    name, loading, sampling, system = resolve_model(model, **options)
+    file = find_gguf(model, loading["adapter"])
+    if backend == "gguf" and not file:
+        remedy = f"python -m helpers export {model} --format gguf:q4_k_m"
+        raise MissingInput(f"no GGUF of this adapter passed its checks: {remedy}")
+    fastest = runtime.find_machine().device == "cpu" and find_spec("xllamacpp")
+    with ExitStack() as stack:
+        if file and (backend == "gguf" or (backend == "auto" and fastest)):
+            url = stack.enter_context(chat.open_gguf(file))
+            stream, compare = partial(chat.stream_gguf, url), False
+            note = f"{'/'.join(file.parts[-2:])}, llama.cpp"
+        else:
+            loaded = models.load_model(name, **loading)
+            stream = partial(chat.stream_answer, *loaded)
+            compare = loading["adapter"] is not None
+            note = f"{name}, {loaded[0].dtype}, adapter: {loading['adapter']}"
+        if terminal:
+            return chat_in_terminal(stream, system, sampling)
+        settings = {"title": model, "system_prompt": system, "sampling": sampling}
+        page = chat.build_page(stream, note, settings, compare)
+        return chat.launch(page, server_name=host, server_port=port)
+
+
+def find_gguf(model: str, adapter: str | None) -> Path | None:
+    """Returns the fastest GGUF that a run exported with an adapter and found sound."""
+    report = open_run(model).report() if is_run(model) else {}
+    for kind in ("q4_k_m", "q8_0", "f16"):
+        row = report.get("export", {}).get(f"gguf:{kind}", {})
+        sound = row.get("faults") == [] and row["adapter"] == content_hash(adapter)
+        if sound and (file := Path(row["path"]) / "model.gguf").exists():
+            return file
     return None
 
 
-def chat(model: Any, tokenizer: Any, system: str, sampling: Row) -> None:
+def chat_in_terminal(stream: chat.Stream, system: str, sampling: Row) -> None:
     """Answers what is typed, printing words as they come, until /quit or the end."""
     print("/new starts a new conversation, /quit ends.")  # noqa: T201
     turns: Messages = []
@@ -150,6 +216,9 @@ def chat(model: Any, tokenizer: Any, system: str, sampling: Row) -> None:
             if message == "/new":
                 turns = []
             elif message:
-                turns = [*turns, *ask(message, "" if turns else system)]
-                text = reply(model, tokenizer, turns, stream=True, sampling=sampling)
+                turns, text = [*turns, *ask(message, "" if turns else system)], ""
+                for longer in stream(turns, sampling):
+                    print(longer[len(text) :], end="", flush=True)  # noqa: T201
+                    text = longer
                 turns.append({"role": "assistant", "content": text})
+                print()  # noqa: T201

