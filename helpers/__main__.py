@@ -27,7 +27,7 @@ COMMANDS = {
     "--evaluator",
     "judge-pairs": "llm_judge.pairwise:judge_pairs run --judge --judge-model labels "
     "--set --other --data",
-    "export": "export.formats:export run --stage",
+    "export": "export.formats:export run --stage --format --push --public",
     "demo": "__main__:demo recipe",
 }
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -50,6 +50,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--set": {"dest": "part", "help": "answers in eval/; else test_chat"},
     "--other": {"metavar": "RUN", "help": "the second model's run"},
     "--data": {"type": Path, "help": "FastChat's llm_judge/data folder"},
+    "--format": {"nargs": "+", "dest": "formats", "help": "gguf:q4_k_m ..."},
+    "--push": {"metavar": "OWNER/NAME", "help": "upload it, privately"},
+    "--public": {"action": "store_true", "default": None, "help": "what is pushed"},
     "--stage": {"choices": ["sft", "grpo"], "help": "else the run's last one"},
 }
 

@@ -12,6 +12,8 @@ from pydantic import BaseModel, Field
 from helpers.errors import ConfigError, nearest
 
 Stage = Literal["sft", "grpo"]
+Gguf = Literal["gguf:f16", "gguf:q8_0", "gguf:q4_k_m"]
+Format = Literal["adapter", "merged", Gguf, "w4a16", "awq", "space"]
 HELD_OUT = ("test", "test_new", "test_chat", "eval")  # problems, then conversations
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
 CLASSES = {"sft": "trl.SFTConfig", "grpo": "trl.GRPOConfig", "lora": "peft.LoraConfig"}
@@ -91,6 +93,7 @@ class RunConfig(BaseModel, extra="forbid", validate_assignment=True):
     best_by: Literal["eval_loss", "loss"] = "eval_loss"
     save_minutes: Positive = Field(10.0, description="minutes between checkpoints")
     sft_adapter: str | None = Field(None, description="to use instead of training SFT")
+    export: list[Format] = Field([], description="formats that `train` ends in")
     data: DataConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     # handed unchanged to the libraries' classes

@@ -9,6 +9,7 @@ from helpers import checks, runtime
 from helpers.config import RunConfig, Stage
 from helpers.data import preparation as data
 from helpers.evaluation import evaluator
+from helpers.export.formats import export, require_formats
 from helpers.grpo import trainer as grpo
 from helpers.runs import Run, save_run
 from helpers.training import inputs, trainer
@@ -57,11 +58,15 @@ def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
 
 
 def train(config: RunConfig) -> Run:
-    """Saves a run, trains its stages, evaluates what is held out; returns the run."""
+    """Saves a run, trains its stages, evaluates and exports; returns the run."""
     run = save_run(config)
+    require_formats(config)  # before hours of training
     for stage in config.stages:
         log.info(f"{stage}: {train_stage(run, stage)}")
-    # each process of `accelerate launch` would evaluate all of it
-    if evaluator.held_out(config) and os.environ.get("WORLD_SIZE", "1") == "1":
+    # each process of `accelerate launch` would do all of the rest
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if alone and evaluator.held_out(config):
         evaluator.evaluate_run(run)
+    if alone and config.export:
+        export(run)
     return run

@@ -3,5 +3,9 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"formats": ["export", "merge"]}
+    __name__,
+    submod_attrs={
+        "card": ["push_to_hub"],
+        "formats": ["export", "merge"],
+    },
 )
