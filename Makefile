@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: setup demo chat test lint notebooks-test repository clean
 
 setup: $(BIN)/python
-	@$(BIN)/python helpers/install.py
+	@$(BIN)/python helpers/install.py requirements-gguf.txt
 
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
@@ -25,7 +25,8 @@ chat: $(BIN)/python
 	@$(BIN)/python -m helpers chat $(RUN)
 
 test: $(BIN)/python
-	@$(BIN)/python helpers/install.py requirements-dev.txt
+	@$(BIN)/python helpers/install.py requirements-dev.txt requirements-gguf.txt \
+	  requirements-export.txt requirements-chat.txt
 	@$(MAKE) --no-print-directory lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	@$(MAKE) --no-print-directory notebooks-test

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -33,7 +33,23 @@ def pip(*arguments: str) -> None:
         raise SystemExit(f"pip install {' '.join(arguments)} failed:\n{tail}\n{remedy}")
 
 
-def install(*extra: str) -> None:
+def kept() -> list[str]:
+    versions = {name: installed_version(name) for name in KEPT}
+    return [f"{name}=={version}" for name, version in versions.items() if version]
+
+
+def extra(*names: str) -> None:
+    """Installs requirement files whose packages are not all there as pinned."""
+    for path in (ROOT / name for name in names):
+        text = path.read_text(encoding="utf-8")
+        pins = re.findall(r"^([\w.-]+)==([\w.]+)", text, re.M)
+        if any(installed_version(name) != version for name, version in pins):
+            # where one package has hashes, pip wants them of all in the call
+            pinned = ["--no-deps", "--require-hashes"]
+            pip(f"-r{path}", *(pinned if "--hash" in text else kept()))
+
+
+def install(*names: str) -> None:
     """Installs what is missing of the stack and of more requirement files."""
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         number = ".".join(map(str, sys.version_info[:3]))
@@ -48,13 +64,11 @@ def install(*extra: str) -> None:
         command += ["-c", str(STACK), "--python", sys.executable]
         # where uv reaches nothing, pip takes what it is set up to find
         subprocess.run([*command, "--torch-backend", "cpu"], capture_output=True)
-    with tempfile.TemporaryDirectory() as folder:
-        kept = Path(folder, "kept.txt")
-        versions = {name: installed_version(name) for name in KEPT}
-        kept.write_text("".join(f"{k}=={v}\n" for k, v in versions.items() if v))
-        files = [f"-r{path}" for path in (STACK, *(ROOT / name for name in extra))]
-        pip(*files, "-c", str(kept))
+    hashed = [name for name in names if "--hash" in (ROOT / name).read_text("utf-8")]
+    plain = [ROOT / name for name in names if name not in hashed]
+    pip(*(f"-r{path}" for path in (STACK, *plain)), *kept())
     pip("--no-deps", f"-r{UNSLOTH}")
+    extra(*hashed)
 
 
 def ensure() -> None:

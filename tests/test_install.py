@@ -16,6 +16,7 @@ from helpers import install
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(ROOT.glob("requirements*.txt"))
+GGUF = ROOT / "requirements-gguf.txt"
 ABSENT = "tunebook-test-no-such-package"
 
 # What Colab has and what may move there: Colab's datasets is excluded by Unsloth, and
@@ -27,6 +28,7 @@ STAYS = ["torch", "numpy", "ipywidgets", "ipython", "ipykernel"]
 def read_pins(path):
     """`{package: specifier}` of a requirements file, comments left out."""
     text = re.sub("#.*", "", path.read_text(encoding="utf-8"))
+    text = re.sub(r" \\\n +--hash=sha256:[0-9a-f]{64}", "", text)
     return dict(re.findall(r"^\s*([\w.-]+) *(.*?)\s*$", text, flags=re.M))
 
 
@@ -84,9 +86,7 @@ def test_the_cpus_torch_is_installed_where_there_is_none_and_colabs_is_kept(
     calls, versions = [], {"numpy": "2.1"}
 
     def pip(*arguments):
-        last = Path(arguments[-1])
-        constraints = last.read_text().split() if last.name == "kept.txt" else []
-        calls.append((arguments, constraints))
+        calls.append((arguments, [a for a in arguments if "==" in a]))
 
     monkeypatch.setattr(install, "pip", pip)
     monkeypatch.setattr(install, "installed_version", versions.get)
@@ -101,9 +101,29 @@ def test_the_cpus_torch_is_installed_where_there_is_none_and_colabs_is_kept(
     assert unsloth == ("--no-deps", f"-r{install.UNSLOTH}")
     assert kept == ["numpy==2.1"]
     calls.clear()
+    install.install("requirements-gguf.txt", "requirements-chat.txt")
+    (stack, _), _, (gguf, _) = calls[1:]
+    assert stack[1:] == (f"-r{ROOT / 'requirements-chat.txt'}", "numpy==2.1")
+    assert gguf == (f"-r{GGUF}", "--no-deps", "--require-hashes")
+    calls.clear()
     versions["torch"] = "2.11.0+cu128"
     install.install()
     assert len(calls) == 2 and calls[0][1] == ["torch==2.11.0+cu128", "numpy==2.1"]
+
+
+def test_an_extra_is_installed_when_a_package_is_missing_or_of_another_version(
+    monkeypatch,
+):
+    calls, versions = [], {n: s[2:] for n, s in read_pins(GGUF).items()}
+    versions["torch"] = "2.11.0+cu128"
+    monkeypatch.setattr(install, "pip", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(install, "installed_version", versions.get)
+    install.extra("requirements-gguf.txt")
+    assert calls == []
+    versions["libgguf"] = "0.2.1"
+    install.extra("requirements-gguf.txt", "requirements-chat.txt")
+    assert calls[0] == (f"-r{GGUF}", "--no-deps", "--require-hashes")
+    assert calls[1] == (f"-r{ROOT / 'requirements-chat.txt'}", "torch==2.11.0+cu128")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Exported files asked by other programs, and compared with the trained model."""
+"""The parity gate: exported files in other programs, beside the trained model."""
 
 from __future__ import annotations
 
@@ -6,53 +6,478 @@ import inspect
 import json
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from helpers import runtime
+from helpers.config import HELD_OUT, Stage
+from helpers.data.formats import Row, ask
+from helpers.data.preparation import parts_of
 from helpers.errors import ModelError
+from helpers.evaluation import evaluator, metrics, tables
+from helpers.export import gguf
+from helpers.files import read_rows
 from helpers.grpo.answers import is_correct
+from helpers.inference.chat import open_gguf
+from helpers.inference.generation import encode, inference
+from helpers.masking.dataset import mask_conversations
+from helpers.masking.templates import answer_marks, stop_token_ids
+from helpers.models import adapters, load
+from helpers.runs import Run
+
+# what pre-tokenizers split differently
+PROBE = "It's 1234 + 5.67,  don't\n\n\tÜber-x2 naïve 你好 Привет (a_b) 🙂"
+# the share of tokens, up to each answer's first other one, that has to agree
+AGREE = {"adapter": 1.0, "merged": 1.0, "gguf:f16": 0.98}
+PERPLEXITY, P_VALUE = 1.25, 0.01
+GGUF: Row = {"gguf_file": "model.gguf", "dtype": "float32"}
+GGUF["quantization_config"] = {"quant_method": "gguf", "dequantize": True}
+COLUMNS = ["mb", "prompts", "tokens_agree", "stop_rate", "perplexity", "right", "p"]
+COLUMNS += ["tokens_per_second", "first_difference"]
 
 
-def answer_plainly(folder: str, loading: dict, prompts: list, length: int) -> list:
-    """Returns texts, and whether they ended; another process runs this source alone."""
+def check(
+    run: Run, stage: Stage, folders: dict[str, Path], prompts: int = 64
+) -> tuple[dict[str, Row], list[str]]:
+    """Returns a report row a format, and for `trained`, and sentences on faults.
+
+    Adapter and merged have to give the trained model's greedy tokens, all of them in
+    fp32. An f16 GGUF may lose 2 %: llama.cpp rounds activations, which decides between
+    near ties. Where training rounds too (16, 8 or 4 bits), a tie may cost the rest of
+    an answer, while another model parts from most within a few tokens: the floor is a
+    half. Perplexity may rise by a quarter, more than sound 4-bit files of small models
+    lose, and right answers may not be fewer at p < 0.01.
+
+    Args:
+        run: with the stage trained.
+        stage: which was exported.
+        folders: of `adapter`, `merged`, `gguf:f16`, `w4a16` and so on.
+        prompts: how many to answer, of held-out sets and then of training rows.
+
+    Raises:
+        MissingInput: the stage is not trained.
+        ModelError: its adapter does not compute what was trained.
+    """
+    tokenizer, trained = ask_trained(run, stage, prompts)
+    row, faults = compare("trained", tokenizer, trained, trained)
+    loading = {"adapter": trained["loading"], "gguf": GGUF}
+    kinds = [name.partition(":")[0] for name in folders]
+    pairs = zip(folders.values(), kinds, strict=True)
+    requests = [[str(folder), loading.get(kind, {})] for folder, kind in pairs]
+    rows, results = {"trained": row}, run_alone(ask_models, requests, trained, measure)
+    for (name, folder), result in zip(folders.items(), results, strict=True):
+        try:
+            result |= ask_llama(folder, trained) if "gguf" in name else {}
+        except (ImportError, OSError, ValueError) as error:
+            result["error"] = f"llama.cpp fails: {error}"
+        values, sentences = compare(name, tokenizer, result, trained)
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        rows[name] = {"path": str(folder), "mb": round(size / 1e6, 1), **values}
+        faults += [f"{name}: {sentence}" for sentence in sentences]
+    return rows, faults
+
+
+def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
+    """Returns the tokenizer, what all models are asked, and the trained one's answers."""
+    from transformers import GenerationConfig
+
+    config, rows, chats, parts = run.config, [], [], parts_of(run.config.data)
+    for part in [name for name in (*HELD_OUT, "train", "problems") if name in parts]:
+        lines = read_rows(run.require(f"data/{part}.jsonl"))
+        if new := lines[: count - len(rows)]:
+            rows += evaluator.to_prompts(config, new)
+        if part in ("eval", "test_chat"):  # about 1,000 tokens
+            chats = [line["messages"] for line in lines[:16]]
+    adapter, options = run.require(f"{stage}/adapter"), load.options(config)
+    model, tokenizer = load.load_model(config.model, adapter=adapter, **options)
+    base = model.config.to_dict()  # an adapter needs the weights it was trained on
+    loading = {n: base[n] for n in ("dtype", "quantization_config") if n in base}
+    with np.load(adapter / adapters.WITNESS) as file:
+        witness, limit = file["ids"].tolist(), float(file["limit"])
+    trained: Row = {
+        "questions": [row["prompt"] for row in rows],
+        "prompts": [encode(tokenizer, row["prompt"]) for row in rows],
+        "gold": [row.get("gold") for row in rows],
+        "system": ask("", config.system_prompt)[:-1],
+        "text": PROBE,
+        "probe": tokenizer(PROBE, add_special_tokens=False).input_ids,
+        "length": min(64, config.evaluation.max_new_tokens),
+        "stops": stop_token_ids(tokenizer),
+        "examples": [],
+        "witness": witness,
+        "limit": limit,
+        "loading": loading,
+        "tied": base.get("tie_word_embeddings"),
+        "rope": getattr(model.config.get_text_config(), "rope_parameters", None),
+        "reloaded": adapters.compare_saved(model, adapter),
+    }
+    if chats:
+        limits = (config.loss_on, config.max_length)
+        masked = mask_conversations(tokenizer, chats, *limits, drop=True)
+        trained["examples"] = masked.rows.to_list()
+    settings = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
+    settings.eos_token_id = trained["stops"]
+    with inference(model):
+        trained |= measure(model, tokenizer, settings, trained)
+        pairs = list(zip(trained["prompts"], trained["answers"], strict=True))[:16]
+        own = [{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a in pairs]
+        asked = trained | {"prompts": [], "examples": trained["examples"] or own}
+        trained |= measure(model, tokenizer, settings, asked)
+        with model.disable_adapter():
+            trained["base"] = measure(model, tokenizer, settings, asked)["logits"]
+    trained["examples"] = asked["examples"]
+    del model
+    runtime.free_memory()
+    return tokenizer, trained
+
+
+def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns a function's value from a process that has nothing of this project.
+
+    Args:
+        function: imports in its body what it uses.
+        arguments: what JSON has, and functions that the first one calls.
+
+    Raises:
+        ModelError: the process fails.
+    """
+    values = [value for value in arguments if not callable(value)]
+    sources = [inspect.getsource(f) for f in (*arguments, function) if callable(f)]
+    script = "\n".join(["from __future__ import annotations", *sources])
+    script += f"\nimport json, sys\nvalue = {function.__name__}(*json.load(sys.stdin))"
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        script + "\nprint(); print(json.dumps(value))",
+    ]
+    options: Any = {"input": json.dumps(values), "capture_output": True, "text": True}
+    done = subprocess.run(command, **options)
+    if done.returncode:
+        raise ModelError(f"{function.__name__} fails alone: {done.stderr[-300:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ask_models(requests: list, trained: dict) -> list:
+    """Returns what plain transformers makes of folders, of GGUFs their weights alone."""
+    import functools
+    import gc
+
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    # of adapters, transformers 5.17 itself loses parts
-    loader = AutoPeftModelForCausalLM if loading else AutoModelForCausalLM
-    model = loader.from_pretrained(folder, device_map="auto", **loading)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    settings = GenerationConfig.from_pretrained(folder)
-    settings.update(max_new_tokens=length, do_sample=False)
-    form = {"padding": True, "return_tensors": "pt", "return_dict": True}
-    inputs = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, **form)
-    output = model.generate(**inputs.to(model.device), generation_config=settings)
-    output = output[:, inputs["input_ids"].shape[1] :].cpu()
-    ends = torch.isin(output, torch.tensor(settings.eos_token_id))
-    output = output.masked_fill(ends, tokenizer.pad_token_id)
-    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-    return list(zip(map(str.strip, texts), ends.any(1).tolist(), strict=True))
+    torch.set_grad_enabled(False)
+    results: list = [{} for _ in requests]
+    for (folder, loading), values in zip(requests, results, strict=True):
+        tokenizer = settings = model = None
+        gc.collect()
+        asked = trained | {"prompts": []}
+        try:
+            if "gguf_file" in loading:
+                import gguf
+
+                # transformers makes both anew, for each module and for each use
+                gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
+                gguf.GGUFReader = functools.cache(gguf.GGUFReader)
+                reader = gguf.GGUFReader(f"{folder}/model.gguf")
+                values["tensors"] = [tensor.name for tensor in reader.tensors]
+                fields = [f for f in reader.fields.values() if f.types[0] != 9]
+                values["metadata"] = {f.name: f.contents() for f in fields}  # no arrays
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+                settings = GenerationConfig.from_pretrained(folder)
+                form = {"add_generation_prompt": True, "return_dict": False}
+                ids = tokenizer.apply_chat_template(trained["questions"], **form)
+                asked["prompts"] = values["prompts"] = ids
+                probe = tokenizer(trained["text"], add_special_tokens=False)
+                values["probe"] = probe.input_ids
+            form = {"device_map": "auto", **loading}
+            if loading and tokenizer:  # an adapter: transformers itself loses parts
+                model = AutoPeftModelForCausalLM.from_pretrained(folder, **form)
+            else:
+                form["output_loading_info"] = True
+                model, loaded = AutoModelForCausalLM.from_pretrained(folder, **form)
+                values["missing"] = sorted(loaded["missing_keys"])
+            text = model.config.get_text_config()
+            values["rope"] = getattr(text, "rope_parameters", None)
+            values |= measure(model.eval(), tokenizer, settings, asked)
+        except Exception as error:  # whatever a library raises on a folder
+            text = f"plain transformers fails: {type(error).__name__}: {error}"
+            values["error"] = text[:300]
+    return results
 
 
-def ask_plainly(folder: Path, *arguments: Any) -> list:
-    script = "import json, sys\n" + inspect.getsource(answer_plainly)
-    script += "print(json.dumps(answer_plainly(*json.load(sys.stdin))))"
-    request = json.dumps([str(folder), *arguments])
-    command = [sys.executable, "-P", "-c", script]
-    done = subprocess.run(command, input=request, capture_output=True, text=True)
-    if done.returncode:
-        raise ModelError(f"{folder} fails in plain transformers: {done.stderr[-300:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def measure(model: Any, tokenizer: Any, settings: Any, asked: dict) -> dict:
+    """Returns greedy answers to prompts (ids), perplexity, and logits of a witness."""
+    import math
+    import time
+
+    import torch
+
+    stops = getattr(settings, "eos_token_id", None) or []
+    stops = [stops] if isinstance(stops, int) else stops
+    prompts, length, start = asked["prompts"], asked["length"], time.perf_counter()
+    known, answers, todo = asked.get("answers"), {}, []
+    for n, prompt in enumerate(prompts):
+        if known and n > 7:  # a pass shows whether decoding would give the same again
+            ids = torch.tensor([prompt + known[n][:-1]], device=model.device)
+            logits = model(input_ids=ids, logits_to_keep=len(known[n])).logits[0]
+            ended = known[n][-1] in stops or len(known[n]) == length
+            if ended and logits.argmax(-1).tolist() == known[n]:
+                answers[n] = known[n]
+                continue
+        todo.append(n)
+    todo.sort(key=lambda n: len(prompts[n]))
+    for first in range(0, len(todo), 32):
+        batch = todo[first : first + 32]
+        rows = {"input_ids": [prompts[n] for n in batch]}
+        inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
+        settings.update(do_sample=False, repetition_penalty=1.0, max_new_tokens=length)
+        output = model.generate(**inputs.to(model.device), generation_config=settings)
+        for n, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist()):
+            ends = [end for end, token in enumerate(row, 1) if token in stops]
+            answers[n] = row[: ends[0]] if ends else row
+    values: dict = {"stops": stops}
+    if prompts:
+        values["answers"] = [answers[n] for n in range(len(prompts))]
+        seconds, tokens = time.perf_counter() - start, sum(map(len, answers.values()))
+        values["tokens_per_second"] = tokens / seconds
+        values["stopped"] = [answer[-1] in stops for answer in values["answers"]]
+    total = count = 0.0
+    for row in asked["examples"]:
+        ids, labels = (torch.tensor([row[k]]) for k in ("input_ids", "labels"))
+        tokens = int((labels[:, 1:] != -100).sum())
+        loss = model(
+            input_ids=ids.to(model.device), labels=labels.to(model.device)
+        ).loss
+        total, count = total + float(loss) * tokens, count + tokens
+    if count:
+        values["perplexity"] = math.exp(min(total / count, 100))
+    ids = torch.tensor(asked["witness"], device=model.device)
+    return values | {"logits": model(input_ids=ids).logits[0, -1].float().tolist()}
 
 
-def compare_answers(name: str, answers: list, expected: list, gold: list) -> dict:
-    count, stopped = len(answers), sum(ended for _, ended in answers)
-    lost = sum(ended for _, ended in expected) - stopped
-    if lost > max(1, 0.2 * count):
-        raise ModelError(f"{name}: {lost} of {count} answers no longer end: lost stops")
-    same = sum(a[0] == e[0] for a, e in zip(answers, expected, strict=True))
-    values = {"greedy_agreement": same / count, "stop_rate": stopped / count}
-    if gold:
-        values["right"] = sum(map(is_correct, [text for text, _ in answers], gold))
+def ask_llama(folder: Path, trained: Row) -> Row:
+    """Returns what llama.cpp makes of a GGUF folder and its Modelfile."""
+    file, longest = folder / "Modelfile", max(map(len, trained["prompts"]))
+    with open_gguf(folder / "model.gguf", context=2 * longest + 64) as url:
+
+        def post(path: str, **body: Any) -> Row:
+            kind = {"Content-Type": "application/json"}
+            request = urllib.request.Request(
+                url + path, json.dumps(body).encode(), kind
+            )
+            with urllib.request.urlopen(request) as response:
+                return json.load(response)
+
+        def to_ids(text: str, special: bool = True) -> list[int]:
+            options = {"add_special": special, "parse_special": special}
+            return post("/tokenize", content=text, **options)["tokens"]
+
+        questions, ids = trained["questions"], list[list[int]]()
+        for question in questions:
+            ids.append(to_ids(post("/apply-template", messages=question)["prompt"]))
+        values: Row = {"prompts": ids, "probe": to_ids(PROBE, special=False)}
+        chat = post("/v1/chat/completions", messages=questions[0], max_tokens=1)
+        values["chat_tokens"] = chat["usage"]["prompt_tokens"]
+        if file.exists():
+            text, system = file.read_text("utf-8"), trained["system"]
+            alone = [q[1:] if q[:1] == system else q for q in questions]
+            lines = [gguf.render_modelfile(text, q) for q in (*questions, *alone)]
+            values["modelfile"] = [*map(to_ids, lines)]
+        options = {"n_predict": trained["length"], "temperature": 0}
+        start, outputs = time.perf_counter(), []
+        for prompt in ids:  # several at a time take as long on a CPU
+            row = post("/completion", prompt=prompt, return_tokens=True, **options)
+            outputs.append(row)
+        seconds = time.perf_counter() - start
+    values["answers"] = [output["tokens"] for output in outputs]
+    values["stopped"] = [output["stop_type"] == "eos" for output in outputs]
+    values["tokens_per_second"] = sum(map(len, values["answers"])) / seconds
     return values
+
+
+def compare(name: str, tokenizer: Any, own: Row, trained: Row) -> tuple[Row, list[str]]:
+    """Returns a format's figures, and sentences that name its faults."""
+    faults, row = [own["error"]] if "error" in own else [], dict[str, Any]()
+    faults += compare_settings(tokenizer, own, trained)
+    if "logits" in own:
+        right, base, logits = map(
+            np.array, (trained["logits"], trained["base"], own["logits"])
+        )
+        far, near, most = (
+            abs(logits - right).max(),
+            abs(logits - base).max(),
+            abs(right).max(),
+        )
+        row["reloaded"] = {
+            "difference": float(f"{far:.3g}"),
+            "logits": float(f"{most:.3g}"),
+        }
+        if name == "trained" and not near:
+            faults.append(
+                "the adapter changes no logits of its base: nothing was learnt"
+            )
+        elif name in AGREE and near < far:
+            faults.append(f"adapter not merged: logits are the base's to {near:.3g}")
+        elif name in ("adapter", "merged") and far > trained["limit"] * most:
+            faults.append(f"other logits: to {most:.3g}, they are off by {far:.3g}")
+    if "prompts" in own and name != "trained":
+        row["prompts_equal"], sentences = compare_prompts(tokenizer, own, trained)
+        faults += sentences
+    if "answers" in own:
+        values, sentences = compare_answers(name, tokenizer, own, trained)
+        row, faults = row | values, faults + sentences
+    if "perplexity" in own:
+        row["perplexity"], known = round(own["perplexity"], 3), trained["perplexity"]
+        if own["perplexity"] > PERPLEXITY * known:
+            faults.append(
+                f"perplexity {row['perplexity']} beside {known:.3f} as trained"
+            )
+    return row, faults
+
+
+def compare_settings(tokenizer: Any, own: Row, trained: Row) -> list[str]:
+    """Returns sentences on what answers to short prompts need not show."""
+    faults, rope, names = [], trained["rope"] or {}, own.get("tensors", [])
+    rope = rope.get("full_attention", rope)
+    missing, found = own.get("missing", []), own.get("rope") or rope
+    if data := own.get("metadata"):
+        keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot")]
+        own["stops"] = [data[key] for key in keys if key in data]
+        prefix = f"{data['general.architecture']}.rope."
+        scaling = {
+            "rope_freqs.weight": "llama3",
+            "rope_factors_long.weight": "longrope",
+        }
+        kind = next(
+            (kind for name, kind in scaling.items() if name in names), "default"
+        )
+        kind = data.get(f"{prefix}scaling.type", kind).replace("none", "default")
+        found = {"rope_type": kind, "rope_theta": data.get(f"{prefix}freq_base", 1e4)}
+        lost = not trained["tied"] and "output.weight" not in names
+        missing = ["output.weight"] if lost else missing
+    found = found.get("full_attention", found)
+    if wrong := {k: v for k, v in found.items() if rope.get(k, v) != v}:
+        faults.append(f"rope scaling lost: the file has {wrong}, trained with {rope}")
+    if {"lm_head.weight", "output.weight"} & {*missing}:
+        faults.append("tied embedding lost: the file has no weights for the output")
+    elif missing:
+        faults.append(f"weights lost: {', '.join(missing[:3])}")
+    if "stops" in own:
+        closing = tokenizer(
+            answer_marks(tokenizer)[1], add_special_tokens=False
+        ).input_ids
+        ends = {*closing} & {*trained["stops"]} or {*trained["stops"]}
+        tokens, right = map(
+            tokenizer.convert_ids_to_tokens, (own["stops"], sorted(ends))
+        )
+        if not tokens:
+            faults.append(f"missing EOS: it sets no stop token, answers end in {right}")
+        elif not ends & {*own["stops"]}:
+            faults.append(f"old stop token: it sets {tokens}, answers end in {right}")
+    return faults
+
+
+def compare_prompts(tokenizer: Any, own: Row, trained: Row) -> tuple[Row, list[str]]:
+    """Returns how many prompts are the same ids, and sentences on the others."""
+    known, bos, kinds = trained["prompts"], tokenizer.bos_token_id, dict[str, str]()
+    rendered = own.get("modelfile", [])
+    sets = [("", own["prompts"], known), ("", [own["probe"]], [trained["probe"]])]
+    sets += [(" (Modelfile)", rendered, known[:1] and known * 2)]
+    for where, prompts, expected in sets:
+        for ids, right in zip(prompts, expected, strict=False):
+            kind = "wrong chat template"
+            if ids == [bos, *right] and right[0] == bos:
+                kind = "doubled BOS"
+            elif right == [bos, *ids]:
+                kind = "lost BOS"
+            elif tokenizer.decode(ids) == tokenizer.decode(right):
+                kind = "wrong pre-tokenizer"
+            if ids != right:
+                text = f"{kind}{where}: {show_difference(tokenizer, right, ids)}"
+                kinds.setdefault(kind + where, text)
+    tokens, count = own.get("chat_tokens"), len(own["prompts"][0])
+    if tokens not in (None, count):
+        kinds["chat"] = f"llama.cpp's chat reads {tokens} prompt tokens of {count}"
+    equal = sum(map(list.__eq__, own["prompts"], known))
+    return {"k": equal, "n": len(known)}, [*kinds.values()]
+
+
+def compare_answers(
+    name: str, tokenizer: Any, own: Row, trained: Row
+) -> tuple[Row, list[str]]:
+    """Returns figures on answers, and sentences on those that differ too much."""
+    pairs = [*zip(trained["answers"], own["answers"], strict=True)]
+    same, faults = sum(len(commonprefix(pair)) for pair in pairs), list[str]()
+    row: Row = {"tokens_agree": round(same / sum(len(a) for a, _ in pairs), 4)}
+    different = [pair for pair in pairs if pair[0] != pair[1]]
+    if different:
+        row["first_difference"] = show_difference(tokenizer, *different[0])
+    loading = trained["loading"]
+    rounds = "quantization_config" in loading or "float32" not in str(loading["dtype"])
+    floor = min(AGREE.get(name, 0.0), 0.5 if rounds else 1.0)
+    if row["tokens_agree"] < floor:
+        text = f"other answers: {row['tokens_agree']:.1%} of tokens agree, {floor:.0%}"
+        faults.append(f"{text} must; expected and got: {row['first_difference']}")
+    row["stop_rate"] = round(sum(own["stopped"]) / len(pairs), 4)
+    lost = sum(trained["stopped"]) - sum(own["stopped"])
+    if lost > max(1, 0.2 * len(pairs)):
+        faults.append(f"lost stops: {lost} of {len(pairs)} answers no longer end")
+    row["tokens_per_second"] = round(own["tokens_per_second"], 1)
+    # an answer that was cut says nothing on the whole one
+    ended = zip(trained["gold"], trained["stopped"], strict=True)
+    items = [n for n, (gold, stopped) in enumerate(ended) if gold and stopped]
+    if items:
+        right = [
+            [
+                is_correct(
+                    tokenizer.decode(pairs[n][k], skip_special_tokens=True),
+                    trained["gold"][n],
+                )
+                for n in items
+            ]
+            for k in (0, 1)
+        ]
+        row["right"] = metrics.proportion(sum(right[1]), len(items))
+        row["right - trained"] = test = metrics.paired_difference(*right)
+        if test["p"] < P_VALUE and test["difference"] < 0:
+            text = f"{sum(right[1])} of {len(items)}, {sum(right[0])} as trained"
+            faults.append(f"fewer right answers: {text}, p = {test['p']}")
+    return row, faults
+
+
+def show_difference(tokenizer: Any, expected: list[int], ids: list[int]) -> str:
+    """Returns the first differing token in context: `...context [expected] / [got]`."""
+    same = len(commonprefix([expected, ids]))
+    before = tokenizer.decode(expected[max(0, same - 12) : same])
+    tokens = [tokenizer.decode(x[same : same + 1]) or "end" for x in (expected, ids)]
+    return f"...{before} [{tokens[0]}] / [{tokens[1]}]"
+
+
+def parity_table(report: Row) -> pd.DataFrame:
+    """Returns how exported formats behave, a row a format.
+
+    `tokens_agree` is the share of the trained model's greedy tokens up to each answer's
+    first other one; `p` is of the paired test of right answers beside the trained ones.
+    """
+    rows = []
+    for name, part in report.get("export", {}).items():
+        if isinstance(part, dict):
+            row = {
+                "format": name,
+                **part,
+                "p": part.get("right - trained", {}).get("p"),
+            }
+            if same := part.get("prompts_equal"):
+                row["prompts"] = f"{same['k']}/{same['n']}"
+            rows.append(row)
+    return tables.to_frame(rows, ["format"], COLUMNS)

@@ -18,7 +18,8 @@ Text = tuple[str, list[tuple[int, int]]]  # of a conversation, and the spans to 
 LAST = "choose another template, or loss_on='last'"
 LOST = f"the template moves or leaves out text of this answer; {LAST}"
 # Llama-3.x templates print today's date; a fixed one keeps tokens the same tomorrow.
-FIXED = {"date_string": "26 Jul 2024", "strftime_now": date(2024, 7, 26).strftime}
+DAY = date(2024, 7, 26)
+FIXED = {"date_string": "26 Jul 2024", "strftime_now": DAY.strftime}
 # from a plane for private use: neither data nor templates have it
 MARK = "\U000f0000"
 
@@ -110,6 +111,16 @@ def prepare_tokenizer(
             raise TemplateError("no special token but EOS can pad: add one")
         names = ("pad", str(tokenizer.unk_token), "reserved", "")
         tokenizer.pad_token = next(t for n in names for t in unused if n in t)
+
+
+def fix_date(template: str) -> str:
+    """Returns a chat template that prints the fixed date, in any program."""
+    call = r"strftime_now\((['\"])(.*?)\1\)"
+    text = re.sub(call, lambda match: repr(DAY.strftime(match[2])), template)
+    if "strftime_now(" in text:
+        raise TemplateError("strftime_now(...) of the template takes no plain string")
+    known = f"{{%- set date_string = {FIXED['date_string']!r} %}}"
+    return known + text if "date_string" in text else text
 
 
 def answer_marks(tokenizer: Tokenizer) -> tuple[str, str]:
