@@ -20,7 +20,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import adapters, masks, memory  # noqa: E402
+from benchmarks import adapters, export_parity, masks, memory  # noqa: E402
 from helpers import recipes  # noqa: E402
 from helpers.estimate import estimate_memory  # noqa: E402
 from helpers.evaluation.tables import percent, results_table  # noqa: E402
@@ -50,6 +50,12 @@ def to_markdown(rows: list[dict[str, Any]] | pd.DataFrame) -> str:
 def stages(report: dict[str, Any]) -> str:
     """Returns a paragraph on a run's SFT, GRPO and export."""
     sft, grpo, export = report["sft"], report["grpo"], report["export"]
+    # reports of before count whole answers
+    same = {
+        n: part.get("tokens_agree", part.get("greedy_agreement"))
+        for n, part in export.items()
+        if n in ("adapter", "merged")
+    }
     return (
         f"SFT: {sft['steps']} steps in {sft['seconds']:.0f} s, loss "
         f"{sft['loss_first']} -> {sft['loss_last']}, {sft['tokens_per_second']} "
@@ -59,8 +65,8 @@ def stages(report: dict[str, Any]) -> str:
         f"{grpo['seconds']:.0f} s, mean reward {grpo['reward_first']} -> "
         f"{grpo['reward_last']}, peak {grpo['peak_memory_gb']} GB. Export: greedy "
         f"answers equal to the trained model's: adapter "
-        f"{export['adapter']['greedy_agreement']:.0%}, merged "
-        f"{export['merged']['greedy_agreement']:.0%}."
+        f"{same['adapter']:.0%}, merged "
+        f"{same['merged']:.0%}."
     )
 
 
@@ -145,6 +151,8 @@ def page() -> str:
     sections["grpo_learning"] = learning(RESULTS / "grpo_learning.json")
     sections["memory"] = memory_section()
     sections |= {"masks": masks.table(), "adapters": adapters.table()}
+    if export_parity.TABLE.exists():
+        sections["export_parity"] = export_parity.section()
     lines = ["# Measured runs", "", "Made by `python benchmarks/publish.py`."]
     for name, section in sections.items():
         lines += ["", f"## {name}", "", *section]

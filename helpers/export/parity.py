@@ -39,7 +39,15 @@ AGREE = {"adapter": 1.0, "merged": 1.0, "gguf:f16": 0.98}
 PERPLEXITY, P_VALUE = 1.25, 0.01
 GGUF: Row = {"gguf_file": "model.gguf", "dtype": "float32"}
 GGUF["quantization_config"] = {"quant_method": "gguf", "dequantize": True}
-COLUMNS = ["mb", "prompts", "tokens_agree", "stop_rate", "perplexity", "right", "p"]
+COLUMNS = [
+    "mb",
+    "prompts_equal",
+    "tokens_agree",
+    "stop_rate",
+    "perplexity",
+    "right",
+    "p",
+]
 COLUMNS += ["tokens_per_second", "first_difference"]
 
 
@@ -67,6 +75,9 @@ def check(
     """
     tokenizer, trained = ask_trained(run, stage, prompts)
     row, faults = compare("trained", tokenizer, trained, trained)
+    row["reloaded"] = trained["reloaded"]
+    if trained["base"] == trained["logits"]:
+        faults.append("trained: the adapter changes no logits: nothing was learnt")
     loading = {"adapter": trained["loading"], "gguf": GGUF}
     kinds = [name.partition(":")[0] for name in folders]
     pairs = zip(folders.values(), kinds, strict=True)
@@ -85,10 +96,11 @@ def check(
 
 
 def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
-    """Returns the tokenizer, what all models are asked, and the trained one's answers."""
+    """Returns the tokenizer, what models are asked, and the trained one's answers."""
     from transformers import GenerationConfig
 
-    config, rows, chats, parts = run.config, [], [], parts_of(run.config.data)
+    config, parts = run.config, parts_of(run.config.data)
+    rows, chats = list[Row](), list[Any]()
     for part in [name for name in (*HELD_OUT, "train", "problems") if name in parts]:
         lines = read_rows(run.require(f"data/{part}.jsonl"))
         if new := lines[: count - len(rows)]:
@@ -98,10 +110,11 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
     adapter, options = run.require(f"{stage}/adapter"), load.options(config)
     model, tokenizer = load.load_model(config.model, adapter=adapter, **options)
     base = model.config.to_dict()  # an adapter needs the weights it was trained on
-    loading = {n: base[n] for n in ("dtype", "quantization_config") if n in base}
     with np.load(adapter / adapters.WITNESS) as file:
-        witness, limit = file["ids"].tolist(), float(file["limit"])
-    trained: Row = {
+        trained: Row = {"witness": file["ids"].tolist(), "limit": float(file["limit"])}
+    settings = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
+    settings.eos_token_id = stop_token_ids(tokenizer)
+    trained |= {
         "questions": [row["prompt"] for row in rows],
         "prompts": [encode(tokenizer, row["prompt"]) for row in rows],
         "gold": [row.get("gold") for row in rows],
@@ -109,33 +122,27 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
         "text": PROBE,
         "probe": tokenizer(PROBE, add_special_tokens=False).input_ids,
         "length": min(64, config.evaluation.max_new_tokens),
-        "stops": stop_token_ids(tokenizer),
-        "examples": [],
-        "witness": witness,
-        "limit": limit,
-        "loading": loading,
+        "loading": {k: base[k] for k in ("dtype", "quantization_config") if k in base},
         "tied": base.get("tie_word_embeddings"),
         "rope": getattr(model.config.get_text_config(), "rope_parameters", None),
-        "reloaded": adapters.compare_saved(model, adapter),
+        "examples": [],
     }
-    if chats:
-        limits = (config.loss_on, config.max_length)
-        masked = mask_conversations(tokenizer, chats, *limits, drop=True)
-        trained["examples"] = masked.rows.to_list()
-    settings = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
-    settings.eos_token_id = trained["stops"]
+    trained["reloaded"] = adapters.compare_saved(model, adapter)
     with inference(model):
         trained |= measure(model, tokenizer, settings, trained)
         pairs = list(zip(trained["prompts"], trained["answers"], strict=True))[:16]
         own = [{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a in pairs]
-        asked = trained | {"prompts": [], "examples": trained["examples"] or own}
-        trained |= measure(model, tokenizer, settings, asked)
+        if chats:
+            limits = (config.loss_on, config.max_length)
+            masked = mask_conversations(tokenizer, chats, *limits, drop=True)
+            own = masked.rows.to_list()
+        trained["examples"], asked = own, {"prompts": [], "examples": own}
+        trained |= measure(model, tokenizer, settings, trained | asked)
         with model.disable_adapter():
-            trained["base"] = measure(model, tokenizer, settings, asked)["logits"]
-    trained["examples"] = asked["examples"]
+            base = measure(model, tokenizer, settings, trained | asked)
     del model
     runtime.free_memory()
-    return tokenizer, trained
+    return tokenizer, trained | {"base": base["logits"]}
 
 
 def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -152,12 +159,8 @@ def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
     sources = [inspect.getsource(f) for f in (*arguments, function) if callable(f)]
     script = "\n".join(["from __future__ import annotations", *sources])
     script += f"\nimport json, sys\nvalue = {function.__name__}(*json.load(sys.stdin))"
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        script + "\nprint(); print(json.dumps(value))",
-    ]
+    script += "\nprint(); print(json.dumps(value))"
+    command = [sys.executable, "-P", "-c", script]
     options: Any = {"input": json.dumps(values), "capture_output": True, "text": True}
     done = subprocess.run(command, **options)
     if done.returncode:
@@ -166,7 +169,7 @@ def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def ask_models(requests: list, trained: dict) -> list:
-    """Returns what plain transformers makes of folders, of GGUFs their weights alone."""
+    """Returns what plain transformers makes of folders, of GGUFs the weights alone."""
     import functools
     import gc
 
@@ -185,8 +188,8 @@ def ask_models(requests: list, trained: dict) -> list:
                 import gguf
 
                 # transformers makes both anew, for each module and for each use
-                gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
-                gguf.GGUFReader = functools.cache(gguf.GGUFReader)
+                for name in ("get_tensor_name_map", "GGUFReader"):
+                    setattr(gguf, name, functools.cache(getattr(gguf, name)))
                 reader = gguf.GGUFReader(f"{folder}/model.gguf")
                 values["tensors"] = [tensor.name for tensor in reader.tensors]
                 fields = [f for f in reader.fields.values() if f.types[0] != 9]
@@ -194,7 +197,7 @@ def ask_models(requests: list, trained: dict) -> list:
             else:
                 tokenizer = AutoTokenizer.from_pretrained(folder)
                 settings = GenerationConfig.from_pretrained(folder)
-                form = {"add_generation_prompt": True, "return_dict": False}
+                form: dict = {"add_generation_prompt": True, "return_dict": False}
                 ids = tokenizer.apply_chat_template(trained["questions"], **form)
                 asked["prompts"] = values["prompts"] = ids
                 probe = tokenizer(trained["text"], add_special_tokens=False)
@@ -222,12 +225,12 @@ def measure(model: Any, tokenizer: Any, settings: Any, asked: dict) -> dict:
 
     import torch
 
-    stops = getattr(settings, "eos_token_id", None) or []
-    stops = [stops] if isinstance(stops, int) else stops
-    prompts, length, start = asked["prompts"], asked["length"], time.perf_counter()
+    stops = getattr(settings, "eos_token_id", None)
+    stops = [stops] if isinstance(stops, int) else stops or []
+    prompts, length = asked["prompts"], asked["length"]
     known, answers, todo = asked.get("answers"), {}, []
     for n, prompt in enumerate(prompts):
-        if known and n > 7:  # a pass shows whether decoding would give the same again
+        if known and n > 7:  # one pass shows whether decoding would give it again
             ids = torch.tensor([prompt + known[n][:-1]], device=model.device)
             logits = model(input_ids=ids, logits_to_keep=len(known[n])).logits[0]
             ended = known[n][-1] in stops or len(known[n]) == length
@@ -236,29 +239,30 @@ def measure(model: Any, tokenizer: Any, settings: Any, asked: dict) -> dict:
                 continue
         todo.append(n)
     todo.sort(key=lambda n: len(prompts[n]))
+    start = time.perf_counter()
     for first in range(0, len(todo), 32):
         batch = todo[first : first + 32]
         rows = {"input_ids": [prompts[n] for n in batch]}
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
         settings.update(do_sample=False, repetition_penalty=1.0, max_new_tokens=length)
         output = model.generate(**inputs.to(model.device), generation_config=settings)
-        for n, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist()):
+        output = output[:, inputs["input_ids"].shape[1] :].tolist()
+        for n, row in zip(batch, output, strict=True):
             ends = [end for end, token in enumerate(row, 1) if token in stops]
             answers[n] = row[: ends[0]] if ends else row
     values: dict = {"stops": stops}
     if prompts:
+        tokens = sum(len(answers[n]) for n in todo)
+        values["tokens_per_second"] = tokens / (time.perf_counter() - start)
         values["answers"] = [answers[n] for n in range(len(prompts))]
-        seconds, tokens = time.perf_counter() - start, sum(map(len, answers.values()))
-        values["tokens_per_second"] = tokens / seconds
         values["stopped"] = [answer[-1] in stops for answer in values["answers"]]
     total = count = 0.0
     for row in asked["examples"]:
         ids, labels = (torch.tensor([row[k]]) for k in ("input_ids", "labels"))
         tokens = int((labels[:, 1:] != -100).sum())
-        loss = model(
-            input_ids=ids.to(model.device), labels=labels.to(model.device)
-        ).loss
-        total, count = total + float(loss) * tokens, count + tokens
+        ids, labels = ids.to(model.device), labels.to(model.device)
+        total += float(model(input_ids=ids, labels=labels).loss) * tokens
+        count += tokens
     if count:
         values["perplexity"] = math.exp(min(total / count, 100))
     ids = torch.tensor(asked["witness"], device=model.device)
@@ -272,9 +276,8 @@ def ask_llama(folder: Path, trained: Row) -> Row:
 
         def post(path: str, **body: Any) -> Row:
             kind = {"Content-Type": "application/json"}
-            request = urllib.request.Request(
-                url + path, json.dumps(body).encode(), kind
-            )
+            content = json.dumps(body).encode()
+            request = urllib.request.Request(url + path, content, kind)
             with urllib.request.urlopen(request) as response:
                 return json.load(response)
 
@@ -309,27 +312,17 @@ def compare(name: str, tokenizer: Any, own: Row, trained: Row) -> tuple[Row, lis
     """Returns a format's figures, and sentences that name its faults."""
     faults, row = [own["error"]] if "error" in own else [], dict[str, Any]()
     faults += compare_settings(tokenizer, own, trained)
-    if "logits" in own:
-        right, base, logits = map(
-            np.array, (trained["logits"], trained["base"], own["logits"])
-        )
-        far, near, most = (
-            abs(logits - right).max(),
-            abs(logits - base).max(),
-            abs(right).max(),
-        )
-        row["reloaded"] = {
-            "difference": float(f"{far:.3g}"),
-            "logits": float(f"{most:.3g}"),
-        }
-        if name == "trained" and not near:
-            faults.append(
-                "the adapter changes no logits of its base: nothing was learnt"
-            )
-        elif name in AGREE and near < far:
+    if "logits" in own and name != "trained":
+        logits, right = np.array(own["logits"]), np.array(trained["logits"])
+        far, near = (abs(logits - x).max() for x in (right, np.array(trained["base"])))
+        figures = {"difference": far, "logits": abs(right).max()}
+        row["reloaded"] = {key: float(f"{x:.3g}") for key, x in figures.items()}
+        if name in AGREE and near < far:
             faults.append(f"adapter not merged: logits are the base's to {near:.3g}")
-        elif name in ("adapter", "merged") and far > trained["limit"] * most:
-            faults.append(f"other logits: to {most:.3g}, they are off by {far:.3g}")
+        elif (
+            name in ("adapter", "merged") and far > trained["limit"] * abs(right).max()
+        ):
+            faults.append(f"other logits than trained: {row['reloaded']}")
     if "prompts" in own and name != "trained":
         row["prompts_equal"], sentences = compare_prompts(tokenizer, own, trained)
         faults += sentences
@@ -339,60 +332,48 @@ def compare(name: str, tokenizer: Any, own: Row, trained: Row) -> tuple[Row, lis
     if "perplexity" in own:
         row["perplexity"], known = round(own["perplexity"], 3), trained["perplexity"]
         if own["perplexity"] > PERPLEXITY * known:
-            faults.append(
-                f"perplexity {row['perplexity']} beside {known:.3f} as trained"
-            )
+            faults.append(f"perplexity {row['perplexity']}, as trained {known:.3f}")
     return row, faults
 
 
 def compare_settings(tokenizer: Any, own: Row, trained: Row) -> list[str]:
     """Returns sentences on what answers to short prompts need not show."""
-    faults, rope, names = [], trained["rope"] or {}, own.get("tensors", [])
-    rope = rope.get("full_attention", rope)
-    missing, found = own.get("missing", []), own.get("rope") or rope
+    faults, missing = [], own.get("missing", [])
+    ropes: list[Row] = [trained["rope"] or {}, own.get("rope") or {}]
+    rope, file = (x.get("full_attention", x) for x in ropes)
     if data := own.get("metadata"):
-        keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot")]
+        keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
         own["stops"] = [data[key] for key in keys if key in data]
-        prefix = f"{data['general.architecture']}.rope."
-        scaling = {
-            "rope_freqs.weight": "llama3",
-            "rope_factors_long.weight": "longrope",
-        }
-        kind = next(
-            (kind for name, kind in scaling.items() if name in names), "default"
-        )
+        names, prefix = own["tensors"], f"{data['general.architecture']}.rope."
+        kind = "llama3" if "rope_freqs.weight" in names else "default"
+        kind = "longrope" if "rope_factors_long.weight" in names else kind
         kind = data.get(f"{prefix}scaling.type", kind).replace("none", "default")
-        found = {"rope_type": kind, "rope_theta": data.get(f"{prefix}freq_base", 1e4)}
-        lost = not trained["tied"] and "output.weight" not in names
-        missing = ["output.weight"] if lost else missing
-    found = found.get("full_attention", found)
-    if wrong := {k: v for k, v in found.items() if rope.get(k, v) != v}:
+        file = {"rope_type": kind, "rope_theta": data.get(f"{prefix}freq_base", 1e4)}
+        missing = [] if trained["tied"] else sorted({"output.weight"} - {*names})
+    if wrong := {k: v for k, v in file.items() if rope.get(k, v) != v}:
         faults.append(f"rope scaling lost: the file has {wrong}, trained with {rope}")
     if {"lm_head.weight", "output.weight"} & {*missing}:
         faults.append("tied embedding lost: the file has no weights for the output")
     elif missing:
         faults.append(f"weights lost: {', '.join(missing[:3])}")
     if "stops" in own:
-        closing = tokenizer(
-            answer_marks(tokenizer)[1], add_special_tokens=False
-        ).input_ids
-        ends = {*closing} & {*trained["stops"]} or {*trained["stops"]}
-        tokens, right = map(
-            tokenizer.convert_ids_to_tokens, (own["stops"], sorted(ends))
-        )
-        if not tokens:
-            faults.append(f"missing EOS: it sets no stop token, answers end in {right}")
+        closing = answer_marks(tokenizer)[1]
+        ids = {*tokenizer(closing, add_special_tokens=False).input_ids}
+        ends = ids & {*trained["stops"]} or {*trained["stops"]}
+        text = f"answers end in {tokenizer.convert_ids_to_tokens(sorted(ends))}"
+        if not own["stops"]:
+            faults.append(f"missing EOS: the file sets no stop token, {text}")
         elif not ends & {*own["stops"]}:
-            faults.append(f"old stop token: it sets {tokens}, answers end in {right}")
+            tokens = tokenizer.convert_ids_to_tokens(own["stops"])
+            faults.append(f"old stop token: the file sets {tokens}, {text}")
     return faults
 
 
 def compare_prompts(tokenizer: Any, own: Row, trained: Row) -> tuple[Row, list[str]]:
     """Returns how many prompts are the same ids, and sentences on the others."""
     known, bos, kinds = trained["prompts"], tokenizer.bos_token_id, dict[str, str]()
-    rendered = own.get("modelfile", [])
     sets = [("", own["prompts"], known), ("", [own["probe"]], [trained["probe"]])]
-    sets += [(" (Modelfile)", rendered, known[:1] and known * 2)]
+    sets.append((" (Modelfile)", own.get("modelfile", []), known * 2))
     for where, prompts, expected in sets:
         for ids, right in zip(prompts, expected, strict=False):
             kind = "wrong chat template"
@@ -434,23 +415,16 @@ def compare_answers(
         faults.append(f"lost stops: {lost} of {len(pairs)} answers no longer end")
     row["tokens_per_second"] = round(own["tokens_per_second"], 1)
     # an answer that was cut says nothing on the whole one
-    ended = zip(trained["gold"], trained["stopped"], strict=True)
-    items = [n for n, (gold, stopped) in enumerate(ended) if gold and stopped]
-    if items:
-        right = [
-            [
-                is_correct(
-                    tokenizer.decode(pairs[n][k], skip_special_tokens=True),
-                    trained["gold"][n],
-                )
-                for n in items
-            ]
-            for k in (0, 1)
-        ]
-        row["right"] = metrics.proportion(sum(right[1]), len(items))
+    gold = {n: g for n, g in enumerate(trained["gold"]) if g and trained["stopped"][n]}
+    if gold:
+        columns = zip(*pairs, strict=True)
+        texts = [tokenizer.batch_decode(x, skip_special_tokens=True) for x in columns]
+        right = [[is_correct(text[n], gold[n]) for n in gold] for text in texts]
+        row["right"] = metrics.proportion(sum(right[1]), len(gold))
         row["right - trained"] = test = metrics.paired_difference(*right)
+        row["p"] = test["p"]
         if test["p"] < P_VALUE and test["difference"] < 0:
-            text = f"{sum(right[1])} of {len(items)}, {sum(right[0])} as trained"
+            text = f"{sum(right[1])} of {len(gold)}, {sum(right[0])} as trained"
             faults.append(f"fewer right answers: {text}, p = {test['p']}")
     return row, faults
 
@@ -466,18 +440,13 @@ def show_difference(tokenizer: Any, expected: list[int], ids: list[int]) -> str:
 def parity_table(report: Row) -> pd.DataFrame:
     """Returns how exported formats behave, a row a format.
 
+    Answers come 8 to 32 at a time in transformers, one at a time in llama.cpp.
     `tokens_agree` is the share of the trained model's greedy tokens up to each answer's
     first other one; `p` is of the paired test of right answers beside the trained ones.
     """
-    rows = []
-    for name, part in report.get("export", {}).items():
-        if isinstance(part, dict):
-            row = {
-                "format": name,
-                **part,
-                "p": part.get("right - trained", {}).get("p"),
-            }
-            if same := part.get("prompts_equal"):
-                row["prompts"] = f"{same['k']}/{same['n']}"
-            rows.append(row)
+    parts = report.get("export", {}).items()
+    rows = [{"format": name, **part} for name, part in parts if isinstance(part, dict)]
+    for row in rows:
+        if same := row.get("prompts_equal"):
+            row["prompts_equal"] = f"{same['k']}/{same['n']}"
     return tables.to_frame(rows, ["format"], COLUMNS)
