@@ -20,7 +20,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import adapters, masks, memory  # noqa: E402
+from benchmarks import adapters, export_parity, masks, memory  # noqa: E402
 from helpers import recipes  # noqa: E402
 from helpers.estimate import estimate_memory  # noqa: E402
 from helpers.evaluation.tables import percent, results_table  # noqa: E402
@@ -147,6 +147,8 @@ def page() -> str:
     sections["grpo_learning"] = learning(RESULTS / "grpo_learning.json")
     sections["memory"] = memory_section()
     sections |= {"masks": masks.table(), "adapters": adapters.table()}
+    if export_parity.TABLE.exists():
+        sections["export_parity"] = export_parity.section()
     lines = ["# Measured runs", "", "Made by `python benchmarks/publish.py`."]
     for name, section in sections.items():
         lines += ["", f"## {name}", "", *section]

@@ -1,0 +1,193 @@
+"""The parity gate passes sound exports, and names what is wrong with others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import recipes, runs, stages
+from helpers.config import changed
+from helpers.data import preparation as data
+from helpers.errors import ModelError
+from helpers.export import formats, parity
+from helpers.runs import Run
+from tests.tiny import save_tiny_model
+
+Folders = dict[str, Path]
+ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0}
+ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FORMATS = ["adapter", "merged", "gguf:f16", "gguf:q8_0", "gguf:q4_k_m", "w4a16"]
+ANSWER = {"limit": 1e-4, "loading": {"dtype": "float32"}, "reloaded": {}}
+
+
+@pytest.fixture(scope="module")
+def exported(
+    tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Run, Folders]:
+    """A trained run of a tiny model with scaled rope, and a folder of each format."""
+    home = tmp_path_factory.mktemp("parity")
+    scaled = ROPE | {"original_max_position_embeddings": 512}
+    base = save_tiny_model("Llama", tokenizer, home / "base", rope_parameters=scaled)
+    small = {"train_rows": 24, "eval_rows": 4, "test_rows": 6, "test_new_rows": 4}
+    changes: dict[str, Any] = {f"data__{name}": rows for name, rows in small.items()}
+    changes |= {"sft__max_steps": 3, "sft__eval_steps": 3, "sft__learning_rate": 5e-3}
+    changes |= {"model": str(base), "max_length": 256, "evaluation__max_new_tokens": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNEBOOK_RUNS", str(home / "runs"))
+        run = runs.save_run(changed(recipes.load("smoke"), **changes))
+        data.prepare(run)
+        stages.train_stage(run, "sft")
+    (run.path / "export").mkdir()
+    paths = {name: run.path / "export" / name.replace(":", "-") for name in FORMATS}
+    formats.write_files(run, run.require("sft/adapter"), paths)
+    return run, paths
+
+
+@pytest.fixture
+def plant(exported: tuple[Run, Folders], tmp_path: Path) -> Callable[..., Path]:
+    """Copies a format's folder and changes a JSON file in it."""
+
+    def change(name: str, file: str = "", **values: Any) -> Path:
+        folder = tmp_path / str(len([*tmp_path.iterdir()]))
+        shutil.copytree(exported[1][name], folder)
+        if file:
+            path = folder / file
+            path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        return folder
+
+    return change
+
+
+def rewrite(folder: Path, drop: tuple[str, ...] = (), **values: Any) -> Path:
+    """Writes a GGUF anew with other metadata, without some fields or tensors."""
+    import gguf
+
+    file = folder / "model.gguf"
+    old = gguf.GGUFReader(file.rename(folder / "old"))
+    writer = gguf.GGUFWriter(file, "llama")
+    for name, field in old.fields.items():
+        short = name.rpartition(".")[2]
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            value = values.get(short, field.contents())
+            if short not in drop:
+                kinds = field.types
+                writer.add_key_value(name, value, kinds[0], sub_type=kinds[-1])
+    for tensor in old.tensors:
+        if tensor.name not in drop:
+            kind = tensor.tensor_type
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (folder / "old").unlink()
+    return folder
+
+
+def find_fault(faults: list[str], name: str, fault: str) -> str:
+    """The sentence on a format's fault."""
+    return next((f for f in faults if f.startswith(f"{name}: {fault}")), "")
+
+
+def test_sound_exports_of_every_format_pass(exported: tuple[Run, Folders]) -> None:
+    run, folders = exported
+    rows, faults = parity.check(run, "sft", folders, 6)
+    assert faults == []
+    for name in FORMATS:
+        assert rows[name]["prompts_equal"]["k"] == 6
+        assert rows[name]["perplexity"] == pytest.approx(
+            rows["trained"]["perplexity"], rel=0.05
+        )
+    for name in ("adapter", "merged"):
+        assert rows[name]["tokens_agree"] == 1.0
+    assert rows["gguf:q8_0"]["mb"] < rows["gguf:f16"]["mb"] < rows["merged"]["mb"]
+    run.write_part("export", rows)
+    table = parity.parity_table(run.report())
+    assert [*table.index] == ["trained", *FORMATS]
+    assert table["prompts_equal"]["merged"] == "6/6"
+
+
+def test_faults_of_folders_for_transformers_are_named(
+    exported: tuple[Run, Folders], plant: Callable[..., Path], tmp_path: Path
+) -> None:
+    run, settings = exported[0], "generation_config.json"
+    template = plant("merged")
+    (template / "chat_template.jinja").write_text(
+        "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    )
+    unmerged, base = plant("merged"), tmp_path.parent
+    base = Path(run.config.model)
+    shutil.copy(base / "model.safetensors", unmerged)
+    planted = {
+        "adapter": plant("adapter", settings, eos_token_id=None),
+        "merged": unmerged,
+        "w4a16": template,
+        "tied": plant("merged", "config.json", tie_word_embeddings=False),
+        "stop": plant("merged", settings, eos_token_id=0),
+        "rope": plant(
+            "merged",
+            "config.json",
+            rope_parameters={"rope_theta": 1e4, "rope_type": "default"},
+        ),
+        "bos": plant("merged"),
+        "empty": tmp_path / "empty",
+    }
+    text = (planted["bos"] / "chat_template.jinja").read_text()
+    (planted["bos"] / "chat_template.jinja").write_text("{{ bos_token }}" + text)
+    planted["empty"].mkdir()
+    _, faults = parity.check(run, "sft", planted, 4)
+    assert "answers end in ['<|im_end|>']" in find_fault(
+        faults, "adapter", "missing EOS"
+    )
+    assert "the base's to" in find_fault(faults, "merged", "adapter not merged")
+    sentence = find_fault(faults, "w4a16", "wrong chat template")
+    assert sentence.endswith("... [<|im_start|>] / [[]")
+    assert "no weights for the output" in find_fault(
+        faults, "tied", "tied embedding lost"
+    )
+    assert "'<|endoftext|>'" in find_fault(faults, "stop", "old stop token")
+    assert "'llama3'" in find_fault(faults, "rope", "rope scaling lost")
+    assert "[system] / [<|im_start|>]" in find_fault(faults, "bos", "doubled BOS")
+    assert "plain transformers fails" in find_fault(faults, "empty", "")
+
+
+def test_faults_of_ggufs_are_named(
+    exported: tuple[Run, Folders], plant: Callable[..., Path]
+) -> None:
+    name = "gguf:f16"
+    template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    planted = {
+        "gguf:template": rewrite(plant(name), chat_template=template),
+        "gguf:eos": rewrite(plant(name), drop=("eos_token_id", "eot_token_id")),
+        "gguf:stop": rewrite(plant(name), eos_token_id=0),
+        "gguf:pre": rewrite(plant(name), pre="default"),
+        "gguf:bos": rewrite(plant(name), add_bos_token=True),
+        "gguf:rope": rewrite(plant(name), drop=("rope_freqs.weight",)),
+        "gguf:modelfile": plant(name),
+    }
+    file = planted["gguf:modelfile"] / "Modelfile"
+    file.write_text(file.read_text().replace("Solve step by step", "Guess"))
+    _, faults = parity.check(exported[0], "sft", planted, 4)
+    print(faults)
+    assert "[<|im_start|>] / [[]" in find_fault(faults, "gguf:template", "wrong chat t")
+    assert "sets no stop" in find_fault(faults, "gguf:eos", "missing EOS")
+    assert "'<|endoftext|>'" in find_fault(faults, "gguf:stop", "old stop token")
+    assert "] / [" in find_fault(faults, "gguf:pre", "wrong pre-tokenizer")
+    assert "doubled BOS" in find_fault(faults, "gguf:bos", "doubled BOS")
+    assert "'default'" in find_fault(faults, "gguf:rope", "rope scaling lost")
+    sentence = find_fault(faults, "gguf:modelfile", "wrong chat template (Modelfile)")
+    assert "[Sol] / [Gu" in sentence
+
+
+def test_a_process_that_fails_is_an_error() -> None:
+    with pytest.raises(ModelError, match="refuse fails alone: .*not today"):
+        parity.run_alone(refuse, "not today")
+
+
+def refuse(reason: str) -> None:
+    raise SystemExit(reason)
