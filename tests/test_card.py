@@ -22,6 +22,7 @@ from helpers.config import changed
 from helpers.errors import MissingInput, ModelError
 from helpers.evaluation import evaluator
 from helpers.export import card
+from helpers.export.parity import parity_table
 from helpers.runs import Run
 
 CHANGES = {
@@ -87,7 +88,7 @@ def test_a_card_says_what_the_report_says(exported: Run) -> None:
 def test_what_was_not_measured_is_left_out(copy: Run) -> None:
     report, folder = copy.report(), copy.path / "export" / "merged"
     del report["eval"]
-    card.write_card(folder, copy, "merged", report)
+    card.write_card(folder, copy, "merged", report, parity_table(report))
     text = (folder / "README.md").read_text("utf-8")
     assert "Held-out" not in text and "model-index" not in text
     assert " % [" not in text
@@ -108,7 +109,7 @@ def test_a_gguf_is_served_by_ollama_and_llama_cpp(copy: Run) -> None:
     report, folder = copy.report(), copy.path / "export" / "gguf-q8_0"
     report["export"]["gguf:q8_0"] = report["export"]["merged"]
     folder.mkdir()
-    card.write_card(folder, copy, "gguf:q8_0", report)
+    card.write_card(folder, copy, "gguf:q8_0", report, parity_table(report))
     text = (folder / "README.md").read_text("utf-8")
     assert "ollama create carded -f Modelfile" in text
     assert "llama-server -m model.gguf --jinja" in text
@@ -160,6 +161,7 @@ import sys
 from pathlib import Path
 from helpers.errors import ModelError
 from helpers.export import card
+from helpers.export.parity import parity_table
 
 print(card.origin_of("o/base", "model"))
 for name in ("o/n", "o/public", "o/denied"):

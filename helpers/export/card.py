@@ -14,7 +14,6 @@ from helpers.data.formats import ask
 from helpers.data.sources import HUB_NAME
 from helpers.errors import MissingInput, ModelError
 from helpers.evaluation import tables
-from helpers.export.parity import parity_table
 from helpers.files import new_folder, read_json, write_json
 from helpers.inference import chat
 from helpers.install import ROOT
@@ -26,7 +25,9 @@ OFFLINE_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # ours is a 4-bit file of 
 LIBRARIES = {"adapter": "peft", "gguf": "gguf"}
 
 
-def write_card(folder: Path, run: Run, name: str, report: dict[str, Any]) -> None:
+def write_card(
+    folder: Path, run: Run, name: str, report: dict[str, Any], parity: Any
+) -> None:
     """Writes an exported folder's README.md, of what a run and its report hold."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -62,7 +63,7 @@ def write_card(folder: Path, run: Run, name: str, report: dict[str, Any]) -> Non
         weights=resolve_weights(config.weights),
         settings={each: complete(config, each) for each in stages},
         results=[tables.results_table(report), tables.scores_table(report)],
-        parity=parity_table(report).filter(items=[name], axis=0),
+        parity=parity.filter(items=[name], axis=0),
         licences={base: licence, **origins},
         template=template.read_text("utf-8") if template.exists() else "",
     ).save(folder / "README.md")

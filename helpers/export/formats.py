@@ -72,15 +72,16 @@ def export(
         row |= {"stage": stage, "adapter": content_hash(adapter)}
         row["faults"] = [fault for fault in faults if fault.startswith(f"{name}:")]
     report["export"] = report.get("export", {}) | rows
+    table = parity.parity_table(report)
     for name, path in paths.items():
-        card.write_card(path, run, name, report)
+        card.write_card(path, run, name, report, table)
     sound = [name for name in names if "gguf:" in name and not rows[name]["faults"]]
     if "space" in formats and sound:  # the last is the smallest
         card.write_space(folder / "space", config, paths[sound[-1]] / "model.gguf")
         space = {"path": str(folder / "space")}
         report["export"]["space"] = rows[sound[-1]] | space
     run.write_part("export", report["export"])
-    log.info(parity.parity_table(report).to_string())
+    log.info(table.to_string())
     if faults:
         raise ModelError("\n".join(faults))
     if push and token:
