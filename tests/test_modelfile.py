@@ -60,7 +60,7 @@ def test_ollama_renders_the_prompt_of_training(
     greedy = {"do_sample": False, "temperature": 0.7}
     write_modelfile(tmp_path, tokenizer, system="", sampling=greedy)
     text = (tmp_path / "Modelfile").read_text(encoding="utf-8")
-    assert "PARAMETER temperature 0\n" in text and "SYSTEM" not in text
+    assert "PARAMETER temperature 0\n" in text and '\nSYSTEM "' not in text
     printed = [render_modelfile(text, TALK)]
     assert printed[0] == render(tokenizer, TALK, for_generation=True)
     printed.append(render_modelfile(text, TALK, BRIEF))
