@@ -22,7 +22,6 @@ Folders = dict[str, Path]
 ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0}
 ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FORMATS = ["adapter", "merged", "gguf:f16", "gguf:q8_0", "gguf:q4_k_m", "w4a16"]
-ANSWER = {"limit": 1e-4, "loading": {"dtype": "float32"}, "reloaded": {}}
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +119,8 @@ def test_faults_of_folders_for_transformers_are_named(
     (template / "chat_template.jinja").write_text(
         "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
     )
-    unmerged, base = plant("merged"), tmp_path.parent
-    base = Path(run.config.model)
-    shutil.copy(base / "model.safetensors", unmerged)
+    unmerged = plant("merged")
+    shutil.copy(Path(run.config.model) / "model.safetensors", unmerged)
     planted = {
         "adapter": plant("adapter", settings, eos_token_id=None),
         "merged": unmerged,
@@ -161,27 +159,41 @@ def test_faults_of_ggufs_are_named(
 ) -> None:
     name = "gguf:f16"
     template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    lost = ("eos_token_id", "eot_token_id", "rope_freqs.weight")
     planted = {
-        "gguf:template": rewrite(plant(name), chat_template=template),
-        "gguf:eos": rewrite(plant(name), drop=("eos_token_id", "eot_token_id")),
-        "gguf:stop": rewrite(plant(name), eos_token_id=0),
-        "gguf:pre": rewrite(plant(name), pre="default"),
+        "gguf:lost": rewrite(plant(name), drop=lost, pre="default"),
+        "gguf:other": rewrite(plant(name), chat_template=template, eos_token_id=0),
         "gguf:bos": rewrite(plant(name), add_bos_token=True),
-        "gguf:rope": rewrite(plant(name), drop=("rope_freqs.weight",)),
-        "gguf:modelfile": plant(name),
     }
-    file = planted["gguf:modelfile"] / "Modelfile"
+    file = planted["gguf:other"] / "Modelfile"
     file.write_text(file.read_text().replace("Solve step by step", "Guess"))
     _, faults = parity.check(exported[0], "sft", planted, 4)
-    print(faults)
-    assert "[<|im_start|>] / [[]" in find_fault(faults, "gguf:template", "wrong chat t")
-    assert "sets no stop" in find_fault(faults, "gguf:eos", "missing EOS")
-    assert "'<|endoftext|>'" in find_fault(faults, "gguf:stop", "old stop token")
-    assert "] / [" in find_fault(faults, "gguf:pre", "wrong pre-tokenizer")
-    assert "doubled BOS" in find_fault(faults, "gguf:bos", "doubled BOS")
-    assert "'default'" in find_fault(faults, "gguf:rope", "rope scaling lost")
-    sentence = find_fault(faults, "gguf:modelfile", "wrong chat template (Modelfile)")
+    assert "sets no stop token" in find_fault(faults, "gguf:lost", "missing EOS")
+    assert "'default'" in find_fault(faults, "gguf:lost", "rope scaling lost")
+    assert "] / [" in find_fault(faults, "gguf:lost", "wrong pre-tokenizer")
+    assert "'<|endoftext|>'" in find_fault(faults, "gguf:other", "old stop token")
+    template_fault = find_fault(faults, "gguf:other", "wrong chat template:")
+    assert "[<|im_start|>] / [[]" in template_fault
+    sentence = find_fault(faults, "gguf:other", "wrong chat template (Modelfile)")
     assert "[Sol] / [Gu" in sentence
+    assert "[system] / [<|im_start|>]" in find_fault(faults, "gguf:bos", "doubled BOS")
+
+
+def test_answers_that_no_longer_end_or_are_wrong_are_faults(tokenizer: Any) -> None:
+    texts = ["#### 4<|im_end|>", "#### 5 and on"]
+    right, wrong = ([tokenizer(text).input_ids] * 10 for text in texts)
+    loading = {"loading": {"dtype": "float32"}, "gold": ["4"] * 10}
+    trained = loading | {"answers": right, "stopped": [True] * 10}
+    own = {"answers": wrong, "stopped": [False] * 10, "tokens_per_second": 1.0}
+    row: dict[str, Any] = {}
+    faults = parity.compare_answers("merged", tokenizer, own, trained, row)
+    assert faults == [
+        "other answers: 50.0% of tokens agree, 100% must; expected and got: "
+        "...####  [4] / [5]",
+        "lost stops: 10 of 10 answers no longer end",
+        "fewer right answers: 0 of 10, 10 as trained, p = 0.00195",
+    ]
+    assert (row["right"]["k"], row["right"]["n"], row["stop_rate"]) == (0, 10, 0.0)
 
 
 def test_a_process_that_fails_is_an_error() -> None:

@@ -297,10 +297,9 @@ def ask_llama(folder: Path, trained: Row) -> Row:
             lines = [gguf.render_modelfile(text, q) for q in (*questions, *alone)]
             values["modelfile"] = [*map(to_ids, lines)]
         options = {"n_predict": trained["length"], "temperature": 0}
-        start, outputs = time.perf_counter(), []
-        for prompt in ids:  # several at a time take as long on a CPU
-            row = post("/completion", prompt=prompt, return_tokens=True, **options)
-            outputs.append(row)
+        options, start = options | {"return_tokens": True}, time.perf_counter()
+        # several at a time take as long on a CPU
+        outputs = [post("/completion", prompt=prompt, **options) for prompt in ids]
         seconds = time.perf_counter() - start
     values["answers"] = [output["tokens"] for output in outputs]
     values["stopped"] = [output["stop_type"] == "eos" for output in outputs]
@@ -310,25 +309,21 @@ def ask_llama(folder: Path, trained: Row) -> Row:
 
 def compare(name: str, tokenizer: Any, own: Row, trained: Row) -> tuple[Row, list[str]]:
     """Returns a format's figures, and sentences that name its faults."""
-    faults, row = [own["error"]] if "error" in own else [], dict[str, Any]()
+    row, faults = dict[str, Any](), [own["error"]] if "error" in own else []
     faults += compare_settings(tokenizer, own, trained)
-    if "logits" in own and name != "trained":
-        logits, right = np.array(own["logits"]), np.array(trained["logits"])
-        far, near = (abs(logits - x).max() for x in (right, np.array(trained["base"])))
-        figures = {"difference": far, "logits": abs(right).max()}
-        row["reloaded"] = {key: float(f"{x:.3g}") for key, x in figures.items()}
+    if name != "trained" and "logits" in own:
+        values = (trained["logits"], trained["base"], own["logits"])
+        right, base, logits = map(np.array, values)
+        far, near, most = (abs(x).max() for x in (logits - right, logits - base, right))
+        row["reloaded"] = {"difference": float(f"{far:.3g}"), "logits": float(most)}
         if name in AGREE and near < far:
             faults.append(f"adapter not merged: logits are the base's to {near:.3g}")
-        elif (
-            name in ("adapter", "merged") and far > trained["limit"] * abs(right).max()
-        ):
+        elif name in ("adapter", "merged") and far > trained["limit"] * most:
             faults.append(f"other logits than trained: {row['reloaded']}")
-    if "prompts" in own and name != "trained":
-        row["prompts_equal"], sentences = compare_prompts(tokenizer, own, trained)
-        faults += sentences
+    if name != "trained" and "prompts" in own:
+        faults += compare_prompts(tokenizer, own, trained, row)
     if "answers" in own:
-        values, sentences = compare_answers(name, tokenizer, own, trained)
-        row, faults = row | values, faults + sentences
+        faults += compare_answers(name, tokenizer, own, trained, row)
     if "perplexity" in own:
         row["perplexity"], known = round(own["perplexity"], 3), trained["perplexity"]
         if own["perplexity"] > PERPLEXITY * known:
@@ -369,8 +364,7 @@ def compare_settings(tokenizer: Any, own: Row, trained: Row) -> list[str]:
     return faults
 
 
-def compare_prompts(tokenizer: Any, own: Row, trained: Row) -> tuple[Row, list[str]]:
-    """Returns how many prompts are the same ids, and sentences on the others."""
+def compare_prompts(tokenizer: Any, own: Row, trained: Row, row: Row) -> list[str]:
     known, bos, kinds = trained["prompts"], tokenizer.bos_token_id, dict[str, str]()
     sets = [("", own["prompts"], known), ("", [own["probe"]], [trained["probe"]])]
     sets.append((" (Modelfile)", own.get("modelfile", []), known * 2))
@@ -390,21 +384,19 @@ def compare_prompts(tokenizer: Any, own: Row, trained: Row) -> tuple[Row, list[s
     if tokens not in (None, count):
         kinds["chat"] = f"llama.cpp's chat reads {tokens} prompt tokens of {count}"
     equal = sum(map(list.__eq__, own["prompts"], known))
-    return {"k": equal, "n": len(known)}, [*kinds.values()]
+    row["prompts_equal"] = {"k": equal, "n": len(known)}
+    return [*kinds.values()]
 
 
 def compare_answers(
-    name: str, tokenizer: Any, own: Row, trained: Row
-) -> tuple[Row, list[str]]:
-    """Returns figures on answers, and sentences on those that differ too much."""
+    name: str, tokenizer: Any, own: Row, trained: Row, row: Row
+) -> list[str]:
     pairs = [*zip(trained["answers"], own["answers"], strict=True)]
     same, faults = sum(len(commonprefix(pair)) for pair in pairs), list[str]()
-    row: Row = {"tokens_agree": round(same / sum(len(a) for a, _ in pairs), 4)}
-    different = [pair for pair in pairs if pair[0] != pair[1]]
-    if different:
+    row["tokens_agree"] = round(same / sum(len(a) for a, _ in pairs), 4)
+    if different := [pair for pair in pairs if pair[0] != pair[1]]:
         row["first_difference"] = show_difference(tokenizer, *different[0])
-    loading = trained["loading"]
-    rounds = "quantization_config" in loading or "float32" not in str(loading["dtype"])
+    rounds = {"dtype": "float32"} != trained["loading"]
     floor = min(AGREE.get(name, 0.0), 0.5 if rounds else 1.0)
     if row["tokens_agree"] < floor:
         text = f"other answers: {row['tokens_agree']:.1%} of tokens agree, {floor:.0%}"
@@ -426,7 +418,7 @@ def compare_answers(
         if test["p"] < P_VALUE and test["difference"] < 0:
             text = f"{sum(right[1])} of {len(gold)}, {sum(right[0])} as trained"
             faults.append(f"fewer right answers: {text}, p = {test['p']}")
-    return row, faults
+    return faults
 
 
 def show_difference(tokenizer: Any, expected: list[int], ids: list[int]) -> str:
