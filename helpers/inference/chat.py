@@ -5,211 +5,248 @@ It imports nothing of this project: exported, the same file is a folder's `app.p
 
 from __future__ import annotations
 
+import html
 import json
-import queue
-import threading
-import urllib.error
+import os
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import date
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Lock
 from typing import Any
 
+Messages = list[dict[str, Any]]
+Stream = Callable[..., Iterator[str]]  # of messages and sampling
+LOCK = Lock()  # an adapter is switched on and off for all threads
 # Llama-3.x templates print today's date; training fixed it
 FIXED = {"date_string": "26 Jul 2024", "strftime_now": date(2024, 7, 26).strftime}
-MARK = "\U000f0000"  # in neither data nor templates
-# fields of transformers' GenerationConfig, as llama.cpp calls them, off by default
-LLAMA_CPP = {"top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
-LLAMA_CPP |= {"temperature": "temperature", "max_new_tokens": "max_tokens"}
-LLAMA_CPP |= {"repetition_penalty": "repeat_penalty", "seed": "seed"}
-OFF = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0, "repeat_penalty": 1}
-LOCK = threading.Lock()  # an adapter is switched on and off for all threads
+# what changes nothing, as llama.cpp calls it; what transformers calls otherwise
+NEUTRAL = {"temperature": 1, "top_p": 1, "top_k": 50, "min_p": 0, "repeat_penalty": 1}
+RENAMED = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "max_tokens"}
+START = {"temperature": 0, "top_p": 1, "max_new_tokens": 256}  # 0: greedy
+CSS = ".message-content .md {white-space: pre-wrap; overflow-wrap: anywhere}"
 
 
-def render(tokenizer: Any, messages: list[dict], *, for_generation: bool) -> str:
-    options = {"tokenize": False, "add_generation_prompt": for_generation, **FIXED}
-    text = tokenizer.apply_chat_template(messages, **options)
-    bos = tokenizer.bos_token or ""
-    if text.startswith(bos) or tokenizer("").input_ids[:1] != [tokenizer.bos_token_id]:
-        return text
-    return bos + text
-
-
-def stop_token_ids(tokenizer: Any) -> list[int]:
-    """Returns the ids that end an answer: EOS, and what the template puts."""
-    turns = [{"role": "user", "content": MARK}]
-    turns += [{"role": "assistant", "content": MARK * 2}]
-    text = render(tokenizer, turns, for_generation=False)
-    closing = text.rpartition(MARK * 2)[2].strip()
-    ids = tokenizer(closing, add_special_tokens=False).input_ids
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return sorted({tokenizer.eos_token_id, *special.intersection(ids)})
+def render(tokenizer: Any, messages: Messages) -> str:
+    options = {"tokenize": False, "add_generation_prompt": True, **FIXED}
+    text, bos = tokenizer.apply_chat_template(messages, **options), tokenizer.bos_token
+    adds_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    return bos + text if adds_bos and not text.startswith(bos) else text
 
 
 def stream_answer(
     model: Any,
     tokenizer: Any,
-    messages: list[dict],
+    messages: Messages,
     sampling: dict[str, Any],
-    stop: threading.Event | None = None,
+    stop: Event | None = None,
     adapter: bool = True,
 ) -> Iterator[str]:
-    """Yields the text of an answer so far, once a token.
+    """Yields an answer's text so far, once a token, till it ends or `stop` is set.
 
-    Args:
-        model, tokenizer: of transformers, PEFT or Unsloth.
-        messages: a conversation that ends in a user turn.
-        sampling: fields of `GenerationConfig`; greedy without more than
-            `max_new_tokens`.
-        stop: ends the answer when it is set.
-        adapter: False has the base of a PEFT model answer.
-
-    Raises:
-        ValueError: the conversation is longer than the model's context.
+    Greedy if `sampling` has `max_new_tokens` alone; the base answers without `adapter`.
     """
     import torch
 
-    text = render(tokenizer, messages, for_generation=True)
+    text = render(tokenizer, messages)
     inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     length, drawing = inputs["input_ids"].shape[1], dict(sampling)
     limit = model.config.get_text_config().max_position_embeddings
     if length >= limit:
-        raise ValueError(too_long(length, limit))
+        text = f"the conversation has {length} tokens, the model reads {limit} at most"
+        raise ValueError(f"{text}: start a new one, or shorten the message")
     count = min(drawing.pop("max_new_tokens", 256), limit - length)
     greedy = {"do_sample": False} | dict.fromkeys(["temperature", "top_p", "top_k"])
     options: dict[str, Any] = {"do_sample": True, **drawing} if drawing else greedy
-    stops, closed = stop_token_ids(tokenizer), threading.Event()
-    options |= {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
-    ids = queue.SimpleQueue[Any]()
+    stops = torch.tensor(model.generation_config.eos_token_id)  # one or a list
+    ids, closed = SimpleQueue[Any](), Event()
 
     def look(rows: Any, scores: Any, **_: Any) -> Any:
         ids.put(rows[0, -1].item())
         ended = closed.is_set() or (stop is not None and stop.is_set())
         return torch.full((1,), ended, device=rows.device)
 
-    def work() -> None:
+    def generate() -> None:
         getattr(model, "for_inference", model.eval)()
         with LOCK, nullcontext() if adapter else model.disable_adapter():
-            form = inputs.to(model.device)
-            model.generate(
-                **form, **options, max_new_tokens=count, stopping_criteria=[look]
-            )
+            options.update(max_new_tokens=count, stopping_criteria=[look])
+            model.generate(**inputs.to(model.device), **options)
 
     tokens: list[int] = []
-    with running(work, ids):
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(generate)
+        future.add_done_callback(lambda _: ids.put(None))
         try:
-            while (token := ids.get()) is not None and token not in stops:
-                if isinstance(token, Exception):
-                    raise token
+            while (token := ids.get()) is not None:
                 tokens.append(token)
-                text = tokenizer.decode(tokens, skip_special_tokens=True)
-                yield text.rstrip("\ufffd").strip()  # half of a character
+                if token not in stops:
+                    text = tokenizer.decode(tokens, skip_special_tokens=True)
+                    yield text.rstrip("\ufffd").strip()  # part of a character
         finally:
             closed.set()
+    future.result()
 
 
-@contextmanager
-def running(work: Callable[[], None], items: queue.SimpleQueue) -> Iterator[None]:
-    """Runs a function in a thread; its error, or None, is the last of its items."""
-
-    def run() -> None:
-        try:
-            work()
-            items.put(None)
-        except Exception as error:
-            items.put(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+def require(package: str) -> Any:
     try:
-        yield
-    finally:
-        thread.join()
-
-
-def too_long(length: int, limit: int) -> str:
-    text = f"the conversation has {length} tokens, the model reads {limit} at most"
-    return f"{text}: start a new conversation, or shorten the message"
-
-
-@contextmanager
-def open_gguf(
-    path: Path | str, *, context: int = 4096, parallel: int = 1
-) -> Iterator[str]:
-    """Yields the address of a llama.cpp server in this process, on loopback alone.
-
-    Args:
-        path: a GGUF file.
-        context: tokens a conversation and its answer may have.
-        parallel: conversations answered at the same time.
-
-    Raises:
-        ImportError, ValueError: xllamacpp is missing, or cannot load the file.
-    """
-    try:
-        import xllamacpp
+        return __import__(package)
     except ImportError:
-        text = "xllamacpp, which reads GGUF files, is not installed"
-        raise ImportError(f"{text}: pip install xllamacpp") from None
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.hostnames, params.port = ["127.0.0.1"], 0
+        raise ImportError(f"{package} is missing: pip install {package}") from None
+
+
+@contextmanager
+def open_gguf(path: Path, *, context: int = 4096, parallel: int = 1) -> Iterator[str]:
+    """Yields a local llama.cpp server's address; `context` tokens a conversation."""
+    llama = require("xllamacpp")
+    params = llama.CommonParams()
+    params.model.path, params.hostnames, params.port = str(path), ["127.0.0.1"], 0
     params.n_ctx, params.n_parallel = context * parallel, parallel
     params.verbosity, params.sse_ping_interval = -1, 1
     params.ui = params.endpoint_slots = params.endpoint_props = False
-    params.cors_origins = "http://127.0.0.1"  # no page of another site may read answers
+    params.cors_origins = "http://127.0.0.1"  # else any site's page reads the answers
+    params.reasoning_format = llama.common_reasoning_format(0)  # thoughts are text
     try:
-        server = xllamacpp.Server(params)
+        server = llama.Server(params)
     except RuntimeError as error:
         raise ValueError(f"llama.cpp cannot load {path}: {error}") from None
-    try:
-        yield server.listening_address
-    finally:
-        del server
+    yield server.listening_address
 
 
 def stream_gguf(
-    url: str,
-    messages: list[dict],
-    sampling: dict[str, Any],
-    stop: threading.Event | None = None,
+    url: str, messages: Messages, sampling: dict[str, Any], stop: Event | None = None
 ) -> Iterator[str]:
-    """Yields the text of an answer so far, once a token, of `open_gguf`'s server.
-
-    Args and errors are as for `stream_answer`.
-    """
-    if unknown := sampling.keys() - LLAMA_CPP:
+    """Yields as `stream_answer` does, from the server of `open_gguf`."""
+    values = {RENAMED.get(name, name): value for name, value in sampling.items()}
+    if unknown := values.keys() - NEUTRAL.keys() - {"max_tokens"}:
         raise ValueError(f"llama.cpp has no {', '.join(sorted(unknown))}")
-    options: dict[str, Any] = {LLAMA_CPP[name]: v for name, v in sampling.items()}
-    drawn = options.keys() - {"max_tokens"}
-    options = OFF | {"temperature": 1.0 if drawn else 0.0} | options
-    options |= {"messages": messages, "stream": True, "timings_per_token": True}
-    form = {"Content-Type": "application/json"}
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(options).encode(), form
-    )
+    greedy = {} if values.keys() - {"max_tokens"} else {"temperature": 0}
+    values = {"max_tokens": 256, **NEUTRAL, **greedy, **values, "messages": messages}
+    values |= {"stream": True, "timings_per_token": True}
+    request = urllib.request.Request(f"{url}/v1/chat/completions")
+    request.add_header("Content-Type", "application/json")
     try:
-        response = urllib.request.urlopen(request)
-    except urllib.error.HTTPError as error:
-        fault = json.load(error)["error"]
-        if fault["type"] != "exceed_context_size_error":
-            raise ValueError(fault["message"]) from None
-        length, limit = fault["n_prompt_tokens"], fault["n_ctx"]
-        raise ValueError(too_long(length, limit)) from None
+        response = urllib.request.urlopen(request, json.dumps(values).encode())
+    except urllib.request.HTTPError as error:
+        raise ValueError(json.load(error)["error"]["message"]) from None
     text, tokens = "", 0
     with response:
-        for line in response:  # a ping every second, where there is no token
+        for line in response:  # at least a ping every second
             if stop is not None and stop.is_set():
                 break
-            if not line.startswith(b"data: {"):
-                continue
-            part = json.loads(line.removeprefix(b"data: "))
+            part = json.loads(line[6:]) if line.startswith(b"data: {") else {}
             if "error" in part:
                 raise ValueError(part["error"]["message"])
-            choice = part["choices"][0]
-            text += choice["delta"].get("content") or ""
-            if choice["finish_reason"] is None:
-                for _ in range(tokens, part["timings"]["predicted_n"]):
-                    yield text.strip()
-                tokens = part["timings"]["predicted_n"]
+            if "timings" in part and not part["choices"][0]["finish_reason"]:
+                text += part["choices"][0]["delta"].get("content") or ""
+                before, tokens = tokens, part["timings"]["predicted_n"]
+                yield from [text.strip()] * (tokens - before)
+
+
+def build_page(stream: Stream, note: str, settings: dict, compare: bool = False) -> Any:
+    """Returns a chat's Gradio page; `settings`: title, system_prompt and sampling."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    gr = require("gradio")
+    start = START | settings["sampling"]
+    labels = ["tuned", "base"] if compare else ["answers"]
+
+    def respond(box: str, turns: Any, system: str, both: bool, *values: float) -> Any:
+        drawing = start | dict(zip(start, values, strict=False))
+        if not drawing["temperature"]:
+            drawing = {"max_new_tokens": drawing["max_new_tokens"]}
+        head = [{"role": "system", "content": system}] if system.strip() else []
+        message, lines, box = box.strip(), dict[str, str](), ""
+        for label in labels[: 1 + both] if message else []:
+            answer, chat = {"role": "assistant", "content": ""}, turns[label]
+            chat += [{"role": "user", "content": message}, answer]
+            base = {"adapter": False} if label == "base" else {}
+            begin, first = time.perf_counter(), 0.0
+            try:
+                yield show("", turns, lines)
+                texts = stream([*head, *chat[:-1]], drawing, **base)
+                for count, answer["content"] in enumerate(texts, 1):
+                    seconds = time.perf_counter() - begin
+                    first = first or seconds
+                    rate = f"{count / seconds:.1f} tokens/s, first after {first:.2f} s"
+                    lines[label] = f"{label}: {rate}"
+                    yield show("", turns, lines)
+            except ValueError as error:
+                lines[label], box = f"{label}: {error}", message
+            else:
+                lines.setdefault(label, f"{label}: an empty answer")
+            finally:
+                if not answer["content"]:
+                    del chat[-2:]
+        yield show(box, turns, lines)
+
+    def show(box: str, turns: dict[str, Messages], lines: dict[str, str]) -> list[Any]:
+        chats = [[m | as_text(m["content"]) for m in turns[n]] for n in labels]
+        return [box, *chats, "\n".join(lines.values()), turns]
+
+    def restart(both: bool) -> list[Any]:
+        chats = [gr.Chatbot([], visible=both or n != "base") for n in labels]
+        return [*chats, "", {label: [] for label in labels}]
+
+    with gr.Blocks(title=settings["title"], analytics_enabled=False) as page:
+        gr.HTML(f"<h1>{html.escape(settings['title'])}</h1>{html.escape(note)}")
+        turns = gr.State({label: [] for label in labels})
+        plain = {"render_markdown": False, "latex_delimiters": [], "buttons": []}
+        with gr.Row():
+            chats = [gr.Chatbot(label=n, visible=n != "base", **plain) for n in labels]
+        status = gr.Textbox(show_label=False, container=False, interactive=False)
+        box = gr.Textbox(label="Message", placeholder="Type, then press Enter")
+        with gr.Row():
+            send, stop, new = map(gr.Button, ("Send", "Stop", "New conversation"))
+            both = gr.Checkbox(label="Compare with the base", visible=compare)
+        with gr.Row():
+            ranges = [(0, 2, 0.05), (0.05, 1, 0.05), (1, 2048, 1)]
+            sliders = [
+                gr.Slider(low, max(high, start[n]), start[n], step=step, label=n)
+                for n, (low, high, step) in zip(start, ranges, strict=False)
+            ]
+        system = gr.Textbox(settings["system_prompt"], label="System prompt", lines=2)
+        values, chats = [box, turns, system, both, *sliders], [*chats, status, turns]
+        asks, outputs = [box.submit, send.click], [box, *chats]
+        hidden = {"api_visibility": "undocumented", "show_progress": "minimal"}
+        answering = gr.on(asks, respond, values, outputs, api_name="chat", **hidden)
+        halt = {"cancels": [answering]}
+        stop.click(None, **halt)
+        clears = [new.click, both.change, *(chat.clear for chat in chats[:-2])]
+        gr.on(clears, restart, both, chats, api_name="new", **halt, **hidden)
+    return page
+
+
+def as_text(text: str) -> dict[str, Any]:
+    # Gradio renders HTML, and takes the indentation away of all but parts
+    return {"content": [{"type": "text", "text": html.escape(text, quote=False)}]}
+
+
+def launch(page: Any, **options: Any) -> None:
+    """Serves a page, by default on loopback alone: no public link, no uploads."""
+    theme = require("gradio").themes.Default(font="system-ui", font_mono="monospace")
+    options |= {"share": False, "mcp_server": False, "enable_monitoring": False}
+    options |= {"run_history": False, "max_file_size": 1, "footer_links": []}
+    page.queue(api_open=False).launch(theme=theme, css=CSS, show_error=True, **options)
+
+
+def main() -> None:
+    folder = Path(__file__).resolve().parent
+    settings = json.loads((folder / "settings.json").read_text("utf-8"))
+    path = folder / settings["model"]
+    if path.is_file():
+        with open_gguf(path) as url:
+            stream, note = partial(stream_gguf, url), f"{path.name}, llama.cpp"
+            return launch(build_page(stream, note, settings))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+    stream = partial(stream_answer, model, AutoTokenizer.from_pretrained(path))
+    return launch(build_page(stream, f"{path.name}, float32, transformers", settings))
+
+
+if __name__ == "__main__":
+    main()
