@@ -26,7 +26,7 @@ COMMANDS = {
     "alpaca-eval": f"llm_judge.alpaca_eval:run_alpaca_eval {BENCH} --reference "
     "--evaluator",
     "judge-pairs": "llm_judge.pairwise:judge_pairs run --judge --judge-model labels "
-    "--set --other --data",
+    "--set --other --data --limit",
     "export": "export.formats:export run --stage --format --push --public",
     "demo": "__main__:demo recipe",
 }

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import nbformat
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-WAIT_S = 120  # busy cores may take a minute for what takes them five seconds at rest
-
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)"
-)
+from tests.lab import open_notebook, run_cell
 
 SHOW = """\
 from helpers import runs, widgets
@@ -35,63 +20,9 @@ READ = "print(form.config.sft['max_steps'])"
 
 
 @pytest.fixture
-def notebook(runs_home: Path, tmp_path: Path) -> Iterator[str]:
-    """The address of a notebook with the form's cell, open in a JupyterLab."""
-    pytest.importorskip("jupyterlab")
-    cells = [nbformat.v4.new_code_cell(source) for source in (SHOW, READ)]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
-    content = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
-    nbformat.write(content, tmp_path / "form.ipynb")
-    # on its first start JupyterLab asks in a window whether it may fetch news
-    news = tmp_path / "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
-    news.parent.mkdir(parents=True)
-    news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
-    command += [f"--ServerApp.root_dir={tmp_path}", "--IdentityProvider.token="]
-    command += ["--ip=127.0.0.1", f"--port={port}"]
-    environment = os.environ | {"TUNEBOOK_RUN": "smoke", "PYTHONPATH": str(ROOT)}
-    for name in ("LAB_WORKSPACES", "LAB_SETTINGS", "_CONFIG", "_RUNTIME"):
-        environment[f"JUPYTER{name}_DIR"] = str(tmp_path)
-    lab = subprocess.Popen(command, env=environment)
-    try:
-        deadline = time.monotonic() + WAIT_S
-        while lab.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=5)
-                break
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/lab/tree/form.ipynb"
-    finally:
-        lab.terminate()
-        lab.wait()
-
-
-@pytest.fixture
-def page(notebook: str) -> Iterator[object]:
-    """The notebook in a page of 1280 x 1250 pixels."""
-    driver = pytest.importorskip("playwright.sync_api")
-    driver.expect.set_options(timeout=1000 * WAIT_S)
-    with driver.sync_playwright() as play:
-        options = {"executable_path": CHROMIUM, "args": ["--no-sandbox"]}
-        browser = play.chromium.launch(**options)
-        page = browser.new_page(viewport={"width": 1280, "height": 1250})
-        page.set_default_timeout(1000 * WAIT_S)
-        page.goto(notebook)
-        # a cell that is run before the kernel answers is lost
-        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+def page(runs_home: Path, tmp_path: Path) -> Iterator[Any]:
+    with open_notebook(tmp_path, SHOW, READ, TUNEBOOK_RUN="smoke") as page:
         yield page
-        browser.close()
-
-
-def run_cell(page, number):
-    """Runs a cell by the toolbar; returns its output area."""
-    cell = page.locator(".jp-CodeCell").nth(number)
-    cell.locator(".jp-InputPrompt").click()
-    page.locator('[data-command="notebook:run-cell-and-select-next"]').first.click()
-    return cell.locator(".jp-OutputArea")
 
 
 def test_a_value_typed_into_the_page_is_what_the_next_cell_and_the_file_have(

@@ -183,6 +183,12 @@ def test_answers_with_a_right_one_are_judged_by_it(run, judged, server):
     assert contents == ["How many, 1?|a|b|7", "How many, 1?|b|a|7"]
 
 
+def test_a_limit_judges_the_first_pairs_of_the_set(run, judged, server):
+    judged(part="test", limit=2)
+    contents = [request["messages"][1]["content"] for request in server.requests]
+    assert [text.split("?")[0][-1] for text in contents] == ["1", "1", "2", "2"]
+
+
 def test_two_runs_are_judged_against_each_other(run, judged):
     other = runs.save_run(changed(recipes.load("smoke"), name="other"))
     write_chats(run, sft=["a"])

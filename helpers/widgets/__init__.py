@@ -1,4 +1,4 @@
-"""Forms for notebooks: the config and the blind comparison."""
+"""Forms for notebooks: the config, a chat, and the blind comparison."""
 
 import lazy_loader
 
@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "blind_form": ["BlindForm", "blind_results"],
+        "chat_form": ["ChatForm"],
         "config_form": ["ConfigForm"],
     },
 )
