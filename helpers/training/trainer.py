@@ -24,7 +24,7 @@ from helpers.files import read_json, stream_rows, write_json
 from helpers.inference.generation import encode
 from helpers.masking import dataset
 from helpers.models import adapters, load
-from helpers.runs import Run
+from helpers.runs import Run, writes
 from helpers.training import callbacks, inputs
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ def keep_lora_fp32(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.float()
 
 
+@writes
 def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     """Trains a stage, from its last checkpoint if it has one; returns its report.
 
