@@ -101,7 +101,7 @@ class RunConfig(BaseModel, extra="forbid", validate_assignment=True):
     lora: dict[str, Any] = {}
     sft: dict[str, Any] = {}
     grpo: dict[str, Any] = {}
-    rewards: dict[str, float] = {"correctness": 1.0}  # name -> weight
+    rewards: dict[str, pydantic.FiniteFloat] = {"correctness": 1.0}  # name -> weight
 
     @pydantic.model_validator(mode="after")
     def fits_together(self) -> Self:

@@ -1,8 +1,16 @@
 """The run folder `runs/<name>/`: the only thing that notebooks hand to each other."""
 
+import json
+import logging
 import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -11,6 +19,11 @@ from helpers.config import RunConfig, read_config
 from helpers.errors import MissingInput, TunebookError
 from helpers.files import read_json, write_json, write_lines
 from helpers.runtime import current_run, find_machine, hub_reachable, runs_folder
+
+log = logging.getLogger(__name__)
+BEAT_S, SILENT_S = 20, 120  # a holder's sign of life, and when it counts as dead
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Part(BaseModel, extra="allow"):  # the types of what is read again
@@ -88,3 +101,68 @@ def open_run(name: str | None = None) -> Run:
     if name in recipes.NAMES and not folder.exists():
         return save_run(recipes.load(name))
     return Run(folder, read_config(folder / "config.json"))
+
+
+@contextmanager
+def hold(run: Run) -> Iterator[None]:
+    """Keeps other processes from writing to a run; again in one process it is held.
+
+    Raises:
+        TunebookError: a process that is alive, here or on another host, writes to it.
+    """
+    path = run.path / "lock.json"
+    me = {"host": socket.gethostname(), "pid": os.getpid()}
+    holder = find_holder(path)
+    if holder == me or os.environ.get("RANK", "0") != "0":
+        yield  # of a call within a call; of several processes the first one holds it
+        return
+    if holder:
+        text = f"{run.path} is written to by process {holder['pid']} on "
+        text += f"{holder['host']}: wait for its end, or stop it"
+        raise TunebookError(text)
+    run.path.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            json.dump(me, file)
+    except FileExistsError:
+        raise TunebookError(f"{path} was just taken by another process") from None
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT_S) and path.exists():
+            path.touch()
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+        path.unlink(missing_ok=True)
+
+
+def find_holder(path: Path) -> dict[str, Any] | None:
+    """Returns host and process of a lock whose process is alive."""
+    import psutil
+
+    try:
+        holder, silent_s = read_json(path), time.time() - path.stat().st_mtime
+    except (FileNotFoundError, json.JSONDecodeError):  # none, or written to half
+        return None
+    here = holder["host"] == socket.gethostname()
+    if silent_s < SILENT_S and (not here or psutil.pid_exists(holder["pid"])):
+        return holder
+    log.info("%s: process %d on %s is gone", path, holder["pid"], holder["host"])
+    return None
+
+
+def writes(function: Callable[P, T]) -> Callable[P, T]:
+    """Has a function hold the run among its arguments while it works."""
+
+    @wraps(function)
+    def held(*arguments: P.args, **options: P.kwargs) -> T:
+        values = [*arguments, *options.values()]
+        with hold(next(value for value in values if isinstance(value, Run))):
+            return function(*arguments, **options)
+
+    return held

@@ -41,7 +41,7 @@ def test_the_adapter_of_the_best_value_is_kept_and_remembered(
     assert json.loads((tmp_path / "best.json").read_text()) == {"by": by, **kept}
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "best.json"]
-    for at, step in ((len(values), kept["step"]), (1, 0)):  # resumed there
+    for at, step in ((len(values), kept["step"]), (1, kept["step"])):  # resumed there
         again = callbacks.BestAdapter(tmp_path / "adapter", by=by)
         again.on_train_begin(None, TrainerState(global_step=at), None)
         assert again.step == step

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ import torch
 
 from helpers import files, recipes, runs, runtime
 from helpers.config import changed
+from helpers.data import preparation
 from helpers.errors import ConfigError, MissingInput, TunebookError
 from helpers.runs import Run
 
@@ -140,3 +146,49 @@ def test_a_content_hash_changes_with_the_weights_alone(tmp_path: Path) -> None:
     weights.write_bytes(b"2")
     assert files.content_hash(tmp_path) != before
     assert files.content_hash("owner/name") == "owner/name"
+
+
+HOLDS = """
+import sys
+from helpers import runs
+
+run = runs.open_run(sys.argv[1])
+with runs.hold(run):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_is_written_to_by_one_process_at_a_time(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "helpers")
+    runs.save_run(run.config)
+    command = [sys.executable, "-c", HOLDS, run.config.name]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        fault = f"is written to by process {other.pid} on .*: wait for its end"
+        with pytest.raises(TunebookError, match=fault):
+            preparation.prepare(run)
+        other.kill()
+    with runs.hold(run), runs.hold(run):  # a killed one is no hindrance
+        assert f"process {other.pid} on {socket.gethostname()} is gone" in caplog.text
+    assert not (run.path / "lock.json").exists()
+
+
+@pytest.mark.parametrize(("silent_s", "is_free"), [(5, False), (600, True)])
+def test_a_lock_of_another_host_is_taken_over_once_it_shows_no_sign_of_life(
+    run: Run, silent_s: float, is_free: bool
+) -> None:
+    lock, then = run.path / "lock.json", time.time() - silent_s
+    files.write_json(lock, {"host": "elsewhere", "pid": 1})
+    os.utime(lock, (then, then))
+    if not is_free:
+        with pytest.raises(TunebookError, match="process 1 on elsewhere"):
+            with runs.hold(run):
+                pass
+        assert lock.exists()
+    else:
+        with runs.hold(run):
+            assert files.read_json(lock)["pid"] == os.getpid()

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from helpers import runtime, stages
-from helpers.config import changed
+from helpers.config import Stage, changed
 from helpers.data import preparation as data
-from helpers.errors import ConfigError
+from helpers.errors import ConfigError, TrainingError
 from helpers.files import read_json, write_json
 from helpers.grpo import rewards
+from helpers.grpo import trainer as grpo
 from helpers.models import adapters
 from helpers.runs import Run
 from helpers.training import inputs
@@ -88,8 +91,6 @@ def losses(run: Run, stage: str, name: str = "loss") -> list[tuple[int, float]]:
 
 
 def adapter(run: Run, stage: str) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
     return load_file(run.path / stage / "adapter" / "adapter_model.safetensors")
 
 
@@ -155,6 +156,56 @@ def test_a_killed_grpo_goes_on_with_the_rewards_and_weights_it_would_have_had(
     resumed = adapter(prepared, "grpo")
     for name in whole:
         assert resumed[name] == pytest.approx(whole[name], abs=1e-6)
+
+
+class Stop(TrainerCallback):
+    """The stop button of a notebook, pressed once after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            self.step = 0
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("stage", "step"), [("sft", 1), ("sft", 5), ("grpo", 1)])
+def test_a_cell_that_is_stopped_and_run_again_ends_as_if_it_was_not(
+    prepared: Run, stage: Stage, step: int
+) -> None:
+    stages.train_stage(prepared, stage)
+    (prepared.path / stage).rename(prepared.path / "whole")
+    start = prepared.path / "sft" / "adapter" if stage == "grpo" else None
+    build = train.build_sft if stage == "sft" else grpo.build_grpo
+    trainer = build(prepared, *train.load_for_training(prepared, stage, start))
+    trainer.add_callback(Stop(step))
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(trainer, prepared)
+    train.fit(trainer, prepared)
+    name = "loss" if stage == "sft" else "reward"
+    assert losses(prepared, stage, name) == losses(prepared, "whole", name)
+    again, whole = adapter(prepared, stage), adapter(prepared, "whole")
+    assert all(bool((again[name] == whole[name]).all()) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "changes"),
+    [
+        ("sft", 2, {"sft__learning_rate": 1e30}),
+        ("grpo", 2, {"grpo__learning_rate": 1e30}),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_and_is_never_a_result(
+    prepared: Run, stage: Stage, step: int, changes: dict[str, Any]
+) -> None:
+    run = Run(prepared.path, changed(prepared.config, **changes))
+    with pytest.raises(TrainingError, match=f"step {step}: .* not finite"):
+        stages.train_stage(run, stage)
+    assert not read_json(run.path / stage / inputs.NOTE)["finished"]
+    assert stage not in run.report()
+    for file in (run.path / stage).rglob("adapter_model.safetensors"):
+        assert all(bool(m.isfinite().all()) for m in load_file(file).values())
 
 
 @pytest.mark.parametrize("by", ["loss", "eval_loss"])

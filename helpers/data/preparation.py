@@ -19,7 +19,7 @@ from helpers.data.reading import SHOWN, Reader
 from helpers.data.sources import content_of, open_rows
 from helpers.errors import DataError
 from helpers.files import fingerprint, write_rows
-from helpers.runs import Run
+from helpers.runs import Run, writes
 
 log = logging.getLogger(__name__)
 PARTS = ["train", "problems", *HELD_OUT]  # the files of a run's `data/`
@@ -91,6 +91,7 @@ def answered(parts: Container[str]) -> list[str]:
     return [name for name in known if name != "eval"] or known
 
 
+@writes
 def prepare(run: Run, origin: Row | None = None) -> Row:
     """Writes the run's `data/`; returns counts, fingerprints, and what was left out.
 

@@ -22,7 +22,7 @@ from helpers.inference.generation import generate_batches, inference
 from helpers.inference.items import answer_rows, find_adapters, model_print
 from helpers.masking.dataset import NO_LOSS, Example, mask_conversations
 from helpers.models import load as models
-from helpers.runs import Run
+from helpers.runs import Run, writes
 
 
 def held_out(config: RunConfig) -> list[str]:
@@ -73,6 +73,7 @@ def response_loss(model: Any, rows: list[Example]) -> float:
     return total / count
 
 
+@writes
 def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[str, Any]:
     """Returns a model's part of the report; after a kill the same call goes on."""
     config, labels = run.config, run.config.evaluation.labels

@@ -108,6 +108,8 @@ def resolve_model(
         config, labels = run.config, ["sft" if run.config.sft_adapter else "none"]
         labels += [s for s in config.stages if (run.path / s / "adapter").exists()]
         adapter = adapter or labels[-1]
+        if adapter == "none":
+            log.info("run %r: no stage is trained, the base model answers", model)
         if adapter in ("sft", "grpo"):
             adapter = str(find_adapters(run, [adapter])[adapter])
         model, loading = config.model, models.options(config)

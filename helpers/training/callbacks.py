@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from helpers.errors import TrainingError
 from helpers.files import read_json, read_rows, write_json
 from helpers.inference.generation import reply
 from helpers.models.adapters import save_adapter
@@ -30,7 +32,11 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 class Watch(TrainerCallback):
-    """Logs `seconds` and `skipped_steps` of all sessions; saves by the clock."""
+    """Logs `seconds` and `skipped_steps` of all sessions; saves by the clock.
+
+    Raises:
+        TrainingError: a gradient is not finite. The step is not taken.
+    """
 
     in_a_row, reason = 0, ""
 
@@ -42,6 +48,20 @@ class Watch(TrainerCallback):
         self.skipped = before.get("skipped_steps", 0)
         self.saved = time.monotonic()
         self.started = self.saved - before.get("seconds", 0.0)
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, *_: Any, **more: Any
+    ) -> None:
+        if args.fp16:  # the scaler leaves such a step out
+            return
+        parameters = more["model"].parameters()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            text = (
+                f"step {state.global_step + 1}: loss or gradient is not finite; lower"
+            )
+            text += " the learning rate, or look at the rows and the model of this step"
+            raise TrainingError(text)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if time.monotonic() - self.saved >= self.save_s:
@@ -77,7 +97,7 @@ class BestAdapter(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         note = read_json(self.note) if self.folder.exists() else {}
-        if note and note["step"] <= state.global_step and note["by"] == self.by:
+        if note.get("by") == self.by:  # also one of after the checkpoint
             self.best, self.step = note["value"], note["step"]
 
     def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:

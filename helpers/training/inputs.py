@@ -109,6 +109,7 @@ def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
         "seed": config.seed,
         "save_total_limit": 2,
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would log a loss of 0.0 for NaN
         "fp16": on_gpu and str(dtype) == "torch.float16",
         "bf16": on_gpu and str(dtype) == "torch.bfloat16",
         "use_cpu": not on_gpu,

@@ -1,11 +1,14 @@
 """What both stages share: a model with LoRA, a safe `fit`, the report."""
 
+import copy
 import logging
+import random
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
@@ -16,18 +19,20 @@ from helpers import checks, runtime
 from helpers.config import Stage, complete
 from helpers.data import preparation as data
 from helpers.data.formats import ask
-from helpers.errors import ConfigError
+from helpers.errors import ConfigError, TrainingError
 from helpers.files import read_json, stream_rows, write_json
 from helpers.inference.generation import encode
 from helpers.masking import dataset
 from helpers.models import adapters, load
-from helpers.runs import Run
+from helpers.runs import Run, writes
 from helpers.training import callbacks, inputs
 
 log = logging.getLogger(__name__)
 # what a config leaves open is PEFT's own default: Unsloth has others
 PEFT_OPEN = ("r", "lora_alpha", "lora_dropout", "bias")
 SCRATCH = tempfile.TemporaryDirectory(prefix="tunebook-")  # of tokenised rows
+# what TRL's trainers count beside the state that a checkpoint holds
+COUNTS = ("_step", "_buffered_inputs", "_metrics", "_logs", "_total_train_tokens")
 
 
 def lora_arguments(run: Run) -> dict[str, Any]:
@@ -76,6 +81,7 @@ def keep_lora_fp32(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.float()
 
 
+@writes
 def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     """Trains a stage, from its last checkpoint if it has one; returns its report.
 
@@ -85,6 +91,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     Raises:
         ConfigError: the trainer has not the run's arguments, or took no optimiser step.
         ModelError: the saved adapter does not compute what was trained.
+        TrainingError: a gradient or logit is not finite; the step is not taken.
     """
     folder, config = Path(trainer.args.output_dir).parent, run.config
     stage: Stage = "grpo" if folder.name == "grpo" else "sft"
@@ -94,15 +101,22 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
         return part
     model, tokenizer = trainer.model, trainer.processing_class
     keep_lora_fp32(model)
+    begin(trainer)
     prompt = ask(callbacks.PROMPTS[0]["prompt"], "")
     model.witness = torch.tensor([encode(tokenizer, prompt)])
     watch = callbacks.Watch(config.save_minutes)
+    trainer.remove_callback(callbacks.Watch)  # of a call that was interrupted
     trainer.callback_handler.callbacks.insert(0, watch)  # the others see its count
     if checkpoint := callbacks.last_checkpoint(folder / "checkpoints"):
         log.info(f"{stage}: going on from {checkpoint}")
     try:
         if not (checkpoint and restore_finished(trainer, checkpoint)):
             trainer.train(resume_from_checkpoint=checkpoint)
+    except RuntimeError as error:  # of sampling
+        if "probability tensor" not in str(error):
+            raise
+        text = f"step {trainer.state.global_step + 1}: the logits are not finite; "
+        raise TrainingError(text + "lower the learning rate") from error
     finally:  # else W&B's run would take in the next stage's curves
         tracked = getattr(sys.modules.get("wandb"), "run", None)
         if tracked is not None and tracked.name == trainer.args.run_name:
@@ -126,6 +140,29 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     note = read_json(folder / inputs.NOTE)
     write_json(folder / inputs.NOTE, note | {"finished": True})
     return part
+
+
+def begin(trainer: Trainer) -> None:
+    """Keeps a trainer's start, or takes it back there after an interrupted `fit`."""
+    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    if not hasattr(trainer, "start"):
+        weights = {name: p.detach().cpu().clone() for name, p in trained.items()}
+        counts = {name: getattr(trainer, name, None) for name in COUNTS}
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        trainer.start = weights, copy.deepcopy(counts), states, on_gpu
+        return
+    log.info("interrupted before: from its last checkpoint, or from the start")
+    weights, counts, states, on_gpu = trainer.start
+    for name, parameter in trained.items():
+        parameter.data.copy_(weights[name])
+    trainer.model.zero_grad()
+    vars(trainer).update(copy.deepcopy(counts), optimizer=None, lr_scheduler=None)
+    for restore, state in zip(
+        (random.setstate, np.random.set_state, torch.set_rng_state), states, strict=True
+    ):
+        restore(state)
+    torch.cuda.set_rng_state_all(on_gpu)
 
 
 def restore_finished(trainer: Trainer, checkpoint: str) -> bool:
