@@ -228,10 +228,12 @@ def measure(model: Any, tokenizer: Any, settings: Any, asked: dict) -> dict:
     stops = getattr(settings, "eos_token_id", None)
     stops = [stops] if isinstance(stops, int) else stops or []
     prompts, length = asked["prompts"], asked["length"]
+    # Unsloth keeps a frozen embedding on the CPU, by which model.device goes
+    device = next((p.device for p in model.parameters() if p.is_cuda), model.device)
     known, answers, todo = asked.get("answers"), {}, []
     for n, prompt in enumerate(prompts):
         if known and n > 7:  # one pass shows whether decoding would give it again
-            ids = torch.tensor([prompt + known[n][:-1]], device=model.device)
+            ids = torch.tensor([prompt + known[n][:-1]], device=device)
             logits = model(input_ids=ids, logits_to_keep=len(known[n])).logits[0]
             ended = known[n][-1] in stops or len(known[n]) == length
             if ended and logits.argmax(-1).tolist() == known[n]:
@@ -245,7 +247,7 @@ def measure(model: Any, tokenizer: Any, settings: Any, asked: dict) -> dict:
         rows = {"input_ids": [prompts[n] for n in batch]}
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
         settings.update(do_sample=False, repetition_penalty=1.0, max_new_tokens=length)
-        output = model.generate(**inputs.to(model.device), generation_config=settings)
+        output = model.generate(**inputs.to(device), generation_config=settings)
         output = output[:, inputs["input_ids"].shape[1] :].tolist()
         for n, row in zip(batch, output, strict=True):
             ends = [end for end, token in enumerate(row, 1) if token in stops]
@@ -260,12 +262,12 @@ def measure(model: Any, tokenizer: Any, settings: Any, asked: dict) -> dict:
     for row in asked["examples"]:
         ids, labels = (torch.tensor([row[k]]) for k in ("input_ids", "labels"))
         tokens = int((labels[:, 1:] != -100).sum())
-        ids, labels = ids.to(model.device), labels.to(model.device)
+        ids, labels = ids.to(device), labels.to(device)
         total += float(model(input_ids=ids, labels=labels).loss) * tokens
         count += tokens
     if count:
         values["perplexity"] = math.exp(min(total / count, 100))
-    ids = torch.tensor(asked["witness"], device=model.device)
+    ids = torch.tensor(asked["witness"], device=device)
     return values | {"logits": model(input_ids=ids).logits[0, -1].float().tolist()}
 
 
