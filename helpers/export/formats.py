@@ -213,10 +213,12 @@ def quantize(source: str, folder: str, rows: list[list[int]]) -> None:
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    dtype = "bfloat16" if rows else "auto"  # fp16 overflows in AWQ's search
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     widths = [layer.in_features for name, layer in layers.items() if name != "lm_head"]
-    sizes = [size for size in (128, 64, 32) if not any(w % size for w in widths)]
+    groups = (128, 64, 32) if rows else (32,)  # rounding alone needs small ones
+    sizes = [size for size in groups if not any(width % size for width in widths)]
     if not sizes:
         raise SystemExit("4 bit needs layers that are a multiple of 32 wide")
     scheme = preset_name_to_scheme("W4A16_ASYM", ["Linear"])

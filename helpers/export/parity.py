@@ -36,7 +36,8 @@ from helpers.runs import Run
 PROBE = "It's 1234 + 5.67,  don't\n\n\tÜber-x2 naïve 你好 Привет (a_b) 🙂"
 # the share of tokens, up to each answer's first other one, that has to agree
 AGREE = {"adapter": 1.0, "merged": 1.0, "gguf:f16": 0.98}
-PERPLEXITY, P_VALUE = 1.25, 0.01
+# times the trained one; rounding to 4 bit without data costs small models a third
+PERPLEXITY, P_VALUE = {"w4a16": 1.5}, 0.01
 GGUF: Row = {"gguf_file": "model.gguf", "dtype": "float32"}
 GGUF["quantization_config"] = {"quant_method": "gguf", "dequantize": True}
 COLUMNS = [
@@ -328,7 +329,7 @@ def compare(name: str, tokenizer: Any, own: Row, trained: Row) -> tuple[Row, lis
         faults += compare_answers(name, tokenizer, own, trained, row)
     if "perplexity" in own:
         row["perplexity"], known = round(own["perplexity"], 3), trained["perplexity"]
-        if own["perplexity"] > PERPLEXITY * known:
+        if own["perplexity"] > PERPLEXITY.get(name, 1.25) * known:
             faults.append(f"perplexity {row['perplexity']}, as trained {known:.3f}")
     return row, faults
 
