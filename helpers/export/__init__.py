@@ -7,5 +7,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "card": ["push_to_hub"],
         "formats": ["export", "merge"],
+        "parity": ["check", "parity_table"],
     },
 )
