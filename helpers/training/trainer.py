@@ -22,7 +22,7 @@ from helpers.inference.generation import encode
 from helpers.masking import dataset
 from helpers.models import adapters, load
 from helpers.runs import Run
-from helpers.training import callbacks, inputs
+from helpers.training import callbacks, inputs, layout
 
 log = logging.getLogger(__name__)
 # what a config leaves open is PEFT's own default: Unsloth has others
@@ -69,13 +69,6 @@ def load_for_training(
     return load.load_adapter(model, adapter, trainable=True, **options), tokenizer
 
 
-def keep_lora_fp32(model: PreTrainedModel) -> None:
-    """Casts LoRA matrices to fp32: TRL makes them bf16, which a T4 and CPUs emulate."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
 def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     """Trains a stage, from its last checkpoint if it has one; returns its report.
 
@@ -93,7 +86,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     if part := inputs.finished_part(run, stage):
         return part
     model, tokenizer = trainer.model, trainer.processing_class
-    keep_lora_fp32(model)
+    layout.keep_lora_fp32(model)
     prompt = ask(callbacks.PROMPTS[0]["prompt"], "")
     model.witness = torch.tensor([encode(tokenizer, prompt)])
     watch = callbacks.Watch(config.save_minutes)
@@ -102,7 +95,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
         log.info(f"{stage}: going on from {checkpoint}")
     try:
         if not (checkpoint and restore_finished(trainer, checkpoint)):
-            trainer.train(resume_from_checkpoint=checkpoint)
+            layout.train(trainer, run, checkpoint)
     finally:  # else W&B's run would take in the next stage's curves
         tracked = getattr(sys.modules.get("wandb"), "run", None)
         if tracked is not None and tracked.name == trainer.args.run_name:
@@ -160,6 +153,9 @@ def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
     if labels := read_json(folder / "labels.json"):
         part["supervised_fraction"] = round(labels["supervised_fraction"], 4)
         part |= {f"rows_{name}": labels[name] for name in ("dropped", "truncated")}
+    if note := read_json(folder / layout.NOTE):
+        names = ("choice", "out_of_memory_after")
+        part["layout"] = {name: note[name] for name in names}
     for callback in trainer.callback_handler.callbacks:
         if hasattr(callback, "report"):
             part |= callback.report(state.log_history)
