@@ -14,7 +14,7 @@ from helpers import runtime
 from helpers.data import preparation as data
 from helpers.files import read_json
 from helpers.runs import Run
-from helpers.training import inputs, layout
+from helpers.training import callbacks, inputs, layout
 from helpers.training import trainer as train
 from helpers.training.layout import Layout
 from tests.rows import pair, write
@@ -52,7 +52,9 @@ def free_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(run: Run) -> Any:
-    return train.build_sft(run, *train.load_for_training(run))
+    trainer = train.build_sft(run, *train.load_for_training(run))
+    trainer.remove_callback(callbacks.LiveSamples)  # takes longer than the steps
+    return trainer
 
 
 def watch_rows(trainer: Any) -> list[list[tuple[int, ...]]]:
@@ -245,12 +247,11 @@ def test_an_error_of_another_kind_and_one_past_the_last_layout_are_raised(
 
 
 def test_rows_that_would_see_one_another_are_not_joined(
-    run_factory: Callable[..., Run], free_choice: None, tokenizer: Any, tmp_path: Path
+    unpacked: Run, free_choice: None, tokenizer: Any, tmp_path: Path
 ) -> None:
     mixed = {"layer_types": ["conv", "full_attention"], "block_ff_dim": 128}
-    folder = save_tiny_model("Lfm2", tokenizer, tmp_path, **mixed)
-    lora = {"target_modules": ["q_proj", "v_proj"]}
-    sft = {"packing": False, "per_device_train_batch_size": 2}
-    run = run_factory(model=str(folder), stages=["sft"], sft=sft, lora=lora)
-    data.prepare(run)
+    folder = save_tiny_model("Lfm2", tokenizer, tmp_path / "model", **mixed)
+    changes = {"model": str(folder), "lora": {"target_modules": ["q_proj"]}}
+    config = unpacked.config.model_copy(update=changes)
+    run = Run(unpacked.path, config)
     assert not layout.candidates(build(run), run)[0].padding_free

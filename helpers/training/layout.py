@@ -125,7 +125,9 @@ def joins_rows(trainer: Trainer, run: Run) -> bool:
             inputs = trainer._prepare_inputs(collator([first, second]))
             losses.append(trainer.compute_loss(net, inputs).item())
             first["input_ids"] = first["input_ids"][::-1]
-    return math.isclose(*losses, rel_tol=1e-5)
+    # 8-bit layers look for outliers in the whole batch
+    tolerance = 0.01 if getattr(model, "is_loaded_in_8bit", False) else 0
+    return math.isclose(*losses, rel_tol=tolerance)
 
 
 def apply_layout(trainer: Trainer, layout: Layout) -> None:
