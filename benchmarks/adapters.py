@@ -95,7 +95,7 @@ def train(model: Any, half: Any = None) -> None:
     """Trains the model for a few steps on fixed tokens; autocasts to `half`."""
     import torch
 
-    from helpers.training.layout import keep_lora_fp32
+    from helpers.training.trainer import keep_lora_fp32
 
     keep_lora_fp32(model)
     device = next((p.device for p in model.parameters() if p.is_cuda), model.device)

@@ -188,7 +188,6 @@ def measure_case(case: dict[str, Any], model: str) -> None:
 
     from helpers.data import preparation as data
     from helpers.grpo import trainer as grpo
-    from helpers.training import layout
     from helpers.training import trainer as sft
     from helpers.training import trainer as train
 
@@ -204,7 +203,7 @@ def measure_case(case: dict[str, Any], model: str) -> None:
         build = sft.build_sft if case["stage"] == "sft" else grpo.build_grpo
         try:
             trainer = build(run, net, tokenizer)
-            layout.keep_lora_fp32(trainer.model)  # as in training
+            train.keep_lora_fp32(trainer.model)  # as in training
             trainer.train()
         except torch.OutOfMemoryError:
             case["ran"] = False

@@ -48,7 +48,7 @@ def unpacked(run_factory: Callable[..., Run], tmp_path: Path) -> Run:
 @pytest.fixture
 def free_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a CPU choose its layout as a GPU does."""
-    monkeypatch.setattr(layout, "reason_against", lambda *_: "")
+    monkeypatch.setattr(layout, "reason", lambda *_: "")
 
 
 def build(run: Run) -> Any:
@@ -224,10 +224,9 @@ def test_out_of_memory_in_a_step_takes_the_next_layout_and_loses_no_row(
 
     trainer.training_step = fails_once
     part = train.fit(trainer, unpacked)
-    assert part["layout"] == {
-        "choice": Layout(4, 1, True, True)._asdict(),
-        "out_of_memory_after": [step],
-    }
+    assert part["layout"]["choice"] == Layout(4, 1, True, True)._asdict()
+    last = part["layout"]["tries"][-1]
+    assert last == WHOLE._asdict() | {"verdict": f"out of memory after step {step}"}
     assert f"out of memory after step {step}: going on with" in caplog.text
     assert losses(trainer) == pytest.approx(losses(plain), abs=1e-4)
 

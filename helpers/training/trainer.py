@@ -69,6 +69,13 @@ def load_for_training(
     return load.load_adapter(model, adapter, trainable=True, **options), tokenizer
 
 
+def keep_lora_fp32(model: PreTrainedModel) -> None:
+    """Casts LoRA matrices to fp32: TRL makes them bf16, which a T4 and CPUs emulate."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     """Trains a stage, from its last checkpoint if it has one; returns its report.
 
@@ -86,7 +93,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     if part := inputs.finished_part(run, stage):
         return part
     model, tokenizer = trainer.model, trainer.processing_class
-    layout.keep_lora_fp32(model)
+    keep_lora_fp32(model)
     prompt = ask(callbacks.PROMPTS[0]["prompt"], "")
     model.witness = torch.tensor([encode(tokenizer, prompt)])
     watch = callbacks.Watch(config.save_minutes)
@@ -153,9 +160,7 @@ def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
     if labels := read_json(folder / "labels.json"):
         part["supervised_fraction"] = round(labels["supervised_fraction"], 4)
         part |= {f"rows_{name}": labels[name] for name in ("dropped", "truncated")}
-    if note := read_json(folder / layout.NOTE):
-        names = ("choice", "out_of_memory_after")
-        part["layout"] = {name: note[name] for name in names}
+    part["layout"] = read_json(folder / layout.NOTE)
     for callback in trainer.callback_handler.callbacks:
         if hasattr(callback, "report"):
             part |= callback.report(state.log_history)
