@@ -1,0 +1,310 @@
+"""Measures SFT steps: ours, Unsloth's stock notebook, Unsloth padding-free, TRL's own.
+
+    python benchmarks/sft_speed.py run MACHINE [SHAPES [WAYS [PROFILES]]]   # CUDA GPU
+    python benchmarks/sft_speed.py run cpu tiny trl,ours_trl short    # tries the program
+    python benchmarks/sft_speed.py table
+
+SHAPES, WAYS and PROFILES are lists with commas, by default 1b,3b, then stock,
+padding_free,trl,ours, then chat. All ways see the same rows in the same order, eight an
+optimiser step: random weights of the published shapes, 4-bit base, LoRA r 16 on all
+projections, fp16, under a cap of 14.0 GiB without FlashAttention, as on a T4. Each
+(shape, way) has a process of its own. The first ten steps do not count, then come three
+repeats. Each row is written to `sft_speed.json` (in $OUT, else results/) as it is had.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from helpers import runs  # noqa: E402
+from helpers.config import check_config  # noqa: E402
+from helpers.estimate import KNOWN, NAMES  # noqa: E402
+from helpers.files import read_json, write_json  # noqa: E402
+
+RESULT = Path(os.environ.get("OUT", ROOT / "results")) / "sft_speed.json"
+CAP_GB = 14.0
+SHAPES = {"1b": "llama-3.2-1b", "3b": "llama-3.2-3b", "7b": "llama-2-7b"}
+SHAPES["tiny"] = "tiny"
+TINY = (64, 2, 4, 2, 128, 300, 8192, True)
+# mean, least and most tokens of a row; 60 % of them are learnt
+PROFILES = {"short": (80, 20, 240), "chat": (320, 60, 1200), "long": (1000, 250, 2048)}
+ROWS, STEPS, WARM, REPEATS, REPEAT = 8, 28, 10, 3, 6
+LIMIT_S = 280  # for a profile: a process that takes longer is given up
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Way(NamedTuple):
+    """One way to group the rows of a step."""
+
+    engine: str
+    layout: str = "pinned"
+    collator: bool = False  # transformers' own, which pads
+
+
+WAYS = {
+    "stock": Way("unsloth", collator=True),
+    "padding_free": Way("unsloth"),
+    "trl": Way("transformers"),
+    "ours": Way("unsloth", "auto"),
+    "ours_trl": Way("transformers", "auto"),
+}
+
+
+def make_rows(profile: str, vocabulary: int) -> Any:
+    """Returns rows of random tokens and seeded lengths, more than the steps take."""
+    import numpy as np
+    from datasets import Dataset
+
+    mean, least, most = PROFILES[profile]
+    draw = np.random.default_rng(0)
+    sizes = draw.lognormal(np.log(mean) - 0.125, 0.5, ROWS * (STEPS + 4))
+    rows = []
+    for size in sizes.clip(least, most).astype(int):
+        ids = draw.integers(3, vocabulary, size).tolist()
+        asked = int(0.4 * size)
+        rows.append({"input_ids": ids, "labels": [-100] * asked + ids[asked:]})
+    return Dataset.from_list(rows)
+
+
+def make_run(model: str, way: Way, on_gpu: bool) -> runs.Run:
+    """Returns the run of a way: 2 x 4 rows a step, as the stock notebook has it."""
+    values = {
+        "name": "speed",
+        "model": model,
+        "engine": way.engine,
+        "stages": ["sft"],
+        "weights": "4bit" if on_gpu else "16bit",
+        "best_by": "loss",
+        "max_length": 2048,
+        "system_prompt": "",
+        "layout": way.layout,
+        "data": {"train": ["random tokens"]},
+        "lora": {"r": 16, "lora_alpha": 16, "target_modules": ALL},
+        "sft": {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": ROWS // 2,
+            "max_steps": STEPS,
+            "learning_rate": 2e-4,
+            "warmup_steps": 5,
+            "optim": "adamw_8bit" if on_gpu else "adamw_torch",
+            "logging_steps": 1,
+            "save_strategy": "no",
+        },
+    }
+    return runs.save_run(check_config(values))
+
+
+def synchronize() -> float:
+    """Returns the time when the GPU has done what was asked of it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def matrix_rate() -> float | None:
+    """Returns the operations a second of a large fp16 product; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    size, times = 8192, 20
+    left = torch.randn(size, size, device="cuda", dtype=torch.float16)
+    for _ in range(3):
+        left @ left
+    start = synchronize()
+    for _ in range(times):
+        left @ left
+    return 2 * size**3 * times / (synchronize() - start)
+
+
+def measure(trainer: Any, run: runs.Run, began: float) -> dict[str, Any]:
+    """Trains, and returns what the steps took."""
+    from transformers import TrainerCallback
+
+    from helpers import runtime, training
+
+    table = training.choose_layout(trainer, run)
+    times = {"layout_s": round(synchronize() - began, 2)}
+    ends: dict[int, float] = {}
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == 1 or state.global_step >= WARM:
+                ends[state.global_step] = synchronize()
+
+    trainer.add_callback(Clock())
+    sampler = trainer.get_train_dataloader().batch_sampler
+    order = [row for batch in sampler for row in batch]
+    trainer.train()
+    bounds = [WARM + REPEAT * n for n in range(REPEATS + 1)]
+    repeats = [
+        (ends[b] - ends[a]) / REPEAT
+        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+    drawn = [trainer.train_dataset[r] for r in order[ROWS * WARM : ROWS * bounds[-1]]]
+    seconds = ends[bounds[-1]] - ends[WARM]
+    learnt = sum(n != -100 for row in drawn for n in row["labels"])
+    times["first_step_s"] = round(ends[1] - began, 2)
+    return times | {
+        "rows_per_step": ROWS,
+        "s_step": round(seconds / (REPEAT * REPEATS), 4),
+        "s_step_repeats": [round(each, 4) for each in repeats],
+        "tokens_per_second": round(sum(len(r["input_ids"]) for r in drawn) / seconds),
+        "supervised_per_second": round(learnt / seconds),
+        "peak_gb": round(runtime.peak_memory_gb(), 3),
+        "layout": json.loads(table.iloc[-1:].to_json(orient="records"))[0],
+        "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e][:WARM],
+    }
+
+
+def one(shape: str, name: str, model: str, machine: str, profiles: list[str]) -> None:
+    """Measures a way in this process, profile after profile."""
+    started, way = time.perf_counter(), WAYS[name]
+    from helpers import runtime
+
+    runtime.start(way.engine)  # Unsloth before what it patches
+    import torch
+    from transformers import DataCollatorForSeq2Seq
+
+    from helpers import estimate, training
+    from helpers.training import trainer as sft
+
+    on_gpu = torch.cuda.is_available()
+    run = make_run(model, way, on_gpu)
+    net, tokenizer = training.load_for_training(run)
+    from trl import SFTConfig, SFTTrainer  # Unsloth's, where it has replaced them
+
+    weights = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    initial = {n: p.detach().clone() for n, p in weights.items()}
+    base = estimate.skeleton(model)
+    fixed = base.num_parameters() - base.get_input_embeddings().weight.numel()
+    rate, load_s = matrix_rate(), round(synchronize() - started, 2)
+    for profile in profiles:
+        (run.path / "sft" / "layout.json").unlink(missing_ok=True)
+        for parameter, value in zip(weights.values(), initial.values(), strict=True):
+            parameter.data = value.clone()  # each profile starts anew
+        runtime.free_memory()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        trainer = SFTTrainer(
+            model=net,
+            args=SFTConfig(**training.sft_arguments(run)),
+            train_dataset=make_rows(profile, net.config.vocab_size),
+            processing_class=tokenizer,
+            data_collator=DataCollatorForSeq2Seq(tokenizer) if way.collator else None,
+        )
+        sft.keep_lora_fp32(net)  # as `fit` does
+        row = {"shape": shape, "profile": profile, "way": name}
+        row |= measure(trainer, run, began) | {"load_s": load_s}
+        row["start_s"] = round(load_s + row["first_step_s"], 2)
+        if rate:  # forward, and backward through the activations alone
+            share = 4 * fixed * row["tokens_per_second"] / rate
+            row |= {"matrix_tflops": round(rate / 1e12), "matrix_share": share}
+            row["card"] = torch.cuda.get_device_name()
+        write_row(machine, row)
+        del trainer
+
+
+def write_row(machine: str, row: dict[str, Any]) -> None:
+    """Prints a row, and puts it into the results in the place of an older one."""
+    print(json.dumps(row), flush=True)
+    names = ("shape", "profile", "way")
+    rows = read_json(RESULT).get("rows", [])
+    rows = [old for old in rows if any(old[n] != row[n] for n in names)]
+    write_json(RESULT, {"machine": machine, "rows": [*rows, row]})
+
+
+def run_all(machine: str, shapes: str, ways: str, profiles: str) -> None:
+    """Measures each way in a process of its own, one after the other."""
+    home = (
+        Path("/dev/shm") if Path("/dev/shm").exists() else Path(tempfile.gettempdir())
+    )
+    home = Path(os.environ.get("TUNEBOOK_SHAPES", home)) / "shapes"
+    logs = Path(os.environ.get("OUT", home))
+    steered = {"TUNEBOOK_DTYPE": "float16", "TUNEBOOK_GPU_GB": str(CAP_GB)}
+    steered = {} if machine == "cpu" else steered
+    with tempfile.TemporaryDirectory() as runs_folder:
+        for shape, name in itertools.product(shapes.split(","), ways.split(",")):
+            folder, program = home / shape, [sys.executable, __file__]
+            if not folder.exists():  # in a process of its own, which frees its memory
+                subprocess.check_call([*program, "make", shape, str(folder)])
+            command = [*program, "one", shape, name, str(folder), machine, profiles]
+            variables = {**os.environ, **steered, "TUNEBOOK_RUNS": runs_folder}
+            log, began = logs / f"sft_speed.{shape}.{name}.log", time.perf_counter()
+            limit_s = LIMIT_S * len(profiles.split(","))
+            with log.open("w") as file:
+                options: Any = {"env": variables, "stdout": file, "stderr": file}
+                try:
+                    code = subprocess.call(command, timeout=limit_s, **options)
+                except subprocess.TimeoutExpired:
+                    code = 124
+            print(f"{shape} {name}: exit {code}, {time.perf_counter() - began:.0f} s")
+            if code:
+                print(log.read_text()[-2000:])
+            show()
+
+
+def show() -> None:
+    """Prints the rows so far as a table; losses beside those of stock."""
+    rows = read_json(RESULT).get("rows", [])
+    stock = {(r["shape"], r["profile"]): r for r in rows if r["way"] == "stock"}
+    for row in rows:
+        base = stock.get((row["shape"], row["profile"]))
+        low, high = min(row["s_step_repeats"]), max(row["s_step_repeats"])
+        text = f"{row['shape']:4} {row['profile']:5} {row['way']:12} "
+        text += f"{row['s_step']:.3f} s [{low:.3f}, {high:.3f}] "
+        text += f"{row['tokens_per_second']:6} tokens/s {row['peak_gb']:6.2f} GiB "
+        text += f"start {row['start_s']:.0f} s "
+        if base:
+            pairs = zip(row["losses"], base["losses"], strict=True)
+            apart = max(abs(a / b - 1) for a, b in pairs)
+            times = base["s_step"] / row["s_step"]
+            text += f"{times:.2f} x stock, losses {apart:.3%} apart "
+        chosen = row["layout"]
+        text += f"{chosen['micro_batch']} x {chosen['accumulation']}"
+        text += " recomputed" if chosen["recompute"] else " kept"
+        print(text + (" joined" if chosen["padding_free"] else " padded"), flush=True)
+
+
+def make(shape: str, folder: Path) -> None:
+    """Writes a model of random weights."""
+    import memory
+
+    KNOWN["tiny"] = dict(zip(NAMES.split(), TINY, strict=True))
+    memory.make_model(SHAPES[shape], folder)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["run", machine, *rest] if len(rest) <= 3:
+            given = [
+                *rest,
+                *["1b,3b", "stock,padding_free,trl,ours", "chat"][len(rest) :],
+            ]
+            for names, known in zip(given, (SHAPES, WAYS, PROFILES), strict=True):
+                if unknown := [n for n in names.split(",") if n not in known]:
+                    sys.exit(f"{', '.join(unknown)}: there are {', '.join(known)}")
+            run_all(machine, *given)
+        case ["make", shape, folder]:
+            make(shape, Path(folder))
+        case ["one", shape, name, model, machine, profiles]:
+            one(shape, name, model, machine, profiles.split(","))
+        case ["table"]:
+            show()
+        case _:
+            sys.exit(__doc__)
