@@ -1,7 +1,7 @@
 """Measures SFT steps: ours, Unsloth's stock notebook, Unsloth padding-free, TRL's own.
 
-    python benchmarks/sft_speed.py run MACHINE [SHAPES [WAYS [PROFILES]]]   # CUDA GPU
-    python benchmarks/sft_speed.py run cpu tiny trl,ours_trl short    # tries the program
+    python benchmarks/sft_speed.py run MACHINE [SHAPES [WAYS [PROFILES]]]   # a GPU
+    python benchmarks/sft_speed.py run cpu tiny trl,ours_trl short
     python benchmarks/sft_speed.py table
 
 SHAPES, WAYS and PROFILES are lists with commas, by default 1b,3b, then stock,
@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import memory  # noqa: E402
+
 from helpers import runs  # noqa: E402
 from helpers.config import check_config  # noqa: E402
 from helpers.estimate import KNOWN, NAMES  # noqa: E402
@@ -40,7 +42,8 @@ SHAPES["tiny"] = "tiny"
 TINY = (64, 2, 4, 2, 128, 300, 8192, True)
 # mean, least and most tokens of a row; 60 % of them are learnt
 PROFILES = {"short": (80, 20, 240), "chat": (320, 60, 1200), "long": (1000, 250, 2048)}
-ROWS, STEPS, WARM, REPEATS, REPEAT = 8, 28, 10, 3, 6
+ROWS, STEPS, WARM, REPEAT = 8, 28, 10, 6  # three repeats
+DEFAULTS = ["1b,3b", "stock,padding_free,trl,ours", "chat"]
 LIMIT_S = 280  # for a profile: a process that takes longer is given up
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -80,6 +83,9 @@ def make_rows(profile: str, vocabulary: int) -> Any:
 
 def make_run(model: str, way: Way, on_gpu: bool) -> runs.Run:
     """Returns the run of a way: 2 x 4 rows a step, as the stock notebook has it."""
+    sft = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": ROWS // 2}
+    sft |= {"max_steps": STEPS, "learning_rate": 2e-4, "warmup_steps": 5}
+    sft |= {"logging_steps": 1, "save_strategy": "no"}
     values = {
         "name": "speed",
         "model": model,
@@ -88,20 +94,10 @@ def make_run(model: str, way: Way, on_gpu: bool) -> runs.Run:
         "weights": "4bit" if on_gpu else "16bit",
         "best_by": "loss",
         "max_length": 2048,
-        "system_prompt": "",
         "layout": way.layout,
         "data": {"train": ["random tokens"]},
         "lora": {"r": 16, "lora_alpha": 16, "target_modules": ALL},
-        "sft": {
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": ROWS // 2,
-            "max_steps": STEPS,
-            "learning_rate": 2e-4,
-            "warmup_steps": 5,
-            "optim": "adamw_8bit" if on_gpu else "adamw_torch",
-            "logging_steps": 1,
-            "save_strategy": "no",
-        },
+        "sft": sft | {"optim": "adamw_8bit" if on_gpu else "adamw_torch"},
     }
     return runs.save_run(check_config(values))
 
@@ -115,20 +111,18 @@ def synchronize() -> float:
     return time.perf_counter()
 
 
-def matrix_rate() -> float | None:
-    """Returns the operations a second of a large fp16 product; None without a GPU."""
+def matrix_rate() -> float:
+    """Returns the operations a second of a large fp16 product, 0 without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
-        return None
-    size, times = 8192, 20
-    left = torch.randn(size, size, device="cuda", dtype=torch.float16)
-    for _ in range(3):
-        left @ left
+        return 0
+    left, times = torch.randn(8192, 8192, device="cuda", dtype=torch.float16), 20
+    left @ left
     start = synchronize()
     for _ in range(times):
         left @ left
-    return 2 * size**3 * times / (synchronize() - start)
+    return 2 * 8192**3 * times / (synchronize() - start)
 
 
 def measure(trainer: Any, run: runs.Run, began: float) -> dict[str, Any]:
@@ -150,18 +144,15 @@ def measure(trainer: Any, run: runs.Run, began: float) -> dict[str, Any]:
     sampler = trainer.get_train_dataloader().batch_sampler
     order = [row for batch in sampler for row in batch]
     trainer.train()
-    bounds = [WARM + REPEAT * n for n in range(REPEATS + 1)]
-    repeats = [
-        (ends[b] - ends[a]) / REPEAT
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
-    drawn = [trainer.train_dataset[r] for r in order[ROWS * WARM : ROWS * bounds[-1]]]
-    seconds = ends[bounds[-1]] - ends[WARM]
+    bounds = range(WARM, STEPS, REPEAT)
+    repeats = [(ends[bound + REPEAT] - ends[bound]) / REPEAT for bound in bounds]
+    drawn = [trainer.train_dataset[row] for row in order[ROWS * WARM : ROWS * STEPS]]
+    seconds = ends[STEPS] - ends[WARM]
     learnt = sum(n != -100 for row in drawn for n in row["labels"])
     times["first_step_s"] = round(ends[1] - began, 2)
     return times | {
         "rows_per_step": ROWS,
-        "s_step": round(seconds / (REPEAT * REPEATS), 4),
+        "s_step": round(seconds / (STEPS - WARM), 4),
         "s_step_repeats": [round(each, 4) for each in repeats],
         "tokens_per_second": round(sum(len(r["input_ids"]) for r in drawn) / seconds),
         "supervised_per_second": round(learnt / seconds),
@@ -231,10 +222,8 @@ def write_row(machine: str, row: dict[str, Any]) -> None:
 
 def run_all(machine: str, shapes: str, ways: str, profiles: str) -> None:
     """Measures each way in a process of its own, one after the other."""
-    home = (
-        Path("/dev/shm") if Path("/dev/shm").exists() else Path(tempfile.gettempdir())
-    )
-    home = Path(os.environ.get("TUNEBOOK_SHAPES", home)) / "shapes"
+    shared = "/dev/shm" if Path("/dev/shm").exists() else tempfile.gettempdir()
+    home = Path(os.environ.get("TUNEBOOK_SHAPES", shared)) / "shapes"
     logs = Path(os.environ.get("OUT", home))
     steered = {"TUNEBOOK_DTYPE": "float16", "TUNEBOOK_GPU_GB": str(CAP_GB)}
     steered = {} if machine == "cpu" else steered
@@ -260,48 +249,33 @@ def run_all(machine: str, shapes: str, ways: str, profiles: str) -> None:
 
 
 def show() -> None:
-    """Prints the rows so far as a table; losses beside those of stock."""
+    """Prints the rows so far, with time and losses beside those of stock."""
     rows = read_json(RESULT).get("rows", [])
     stock = {(r["shape"], r["profile"]): r for r in rows if r["way"] == "stock"}
     for row in rows:
-        base = stock.get((row["shape"], row["profile"]))
-        low, high = min(row["s_step_repeats"]), max(row["s_step_repeats"])
-        text = f"{row['shape']:4} {row['profile']:5} {row['way']:12} "
-        text += f"{row['s_step']:.3f} s [{low:.3f}, {high:.3f}] "
-        text += f"{row['tokens_per_second']:6} tokens/s {row['peak_gb']:6.2f} GiB "
-        text += f"start {row['start_s']:.0f} s "
-        if base:
+        text = "{shape:4} {profile:5} {way:12} {s_step:.3f} s {tokens_per_second:6} "
+        text += "tokens/s {peak_gb:6.2f} GiB start {start_s:.0f} s"
+        text = text.format(**row)
+        if base := stock.get((row["shape"], row["profile"])):
             pairs = zip(row["losses"], base["losses"], strict=True)
-            apart = max(abs(a / b - 1) for a, b in pairs)
+            apart = max(abs(loss / other - 1) for loss, other in pairs)
             times = base["s_step"] / row["s_step"]
-            text += f"{times:.2f} x stock, losses {apart:.3%} apart "
-        chosen = row["layout"]
-        text += f"{chosen['micro_batch']} x {chosen['accumulation']}"
-        text += " recomputed" if chosen["recompute"] else " kept"
-        print(text + (" joined" if chosen["padding_free"] else " padded"), flush=True)
-
-
-def make(shape: str, folder: Path) -> None:
-    """Writes a model of random weights."""
-    import memory
-
-    KNOWN["tiny"] = dict(zip(NAMES.split(), TINY, strict=True))
-    memory.make_model(SHAPES[shape], folder)
+            text += f" {times:.2f} x stock, losses {apart:.3%} apart"
+        spread = min(row["s_step_repeats"]), max(row["s_step_repeats"])
+        print(text, spread, list(row["layout"].values()), flush=True)
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["run", machine, *rest] if len(rest) <= 3:
-            given = [
-                *rest,
-                *["1b,3b", "stock,padding_free,trl,ours", "chat"][len(rest) :],
-            ]
+            given = [*rest, *DEFAULTS[len(rest) :]]
             for names, known in zip(given, (SHAPES, WAYS, PROFILES), strict=True):
                 if unknown := [n for n in names.split(",") if n not in known]:
                     sys.exit(f"{', '.join(unknown)}: there are {', '.join(known)}")
             run_all(machine, *given)
         case ["make", shape, folder]:
-            make(shape, Path(folder))
+            KNOWN["tiny"] = dict(zip(NAMES.split(), TINY, strict=True))
+            memory.make_model(SHAPES[shape], Path(folder))
         case ["one", shape, name, model, machine, profiles]:
             one(shape, name, model, machine, profiles.split(","))
         case ["table"]:
