@@ -57,32 +57,8 @@ def build(run: Run) -> Any:
     return trainer
 
 
-def watch_rows(trainer: Any) -> list[list[tuple[int, ...]]]:
-    """Returns the rows of each micro-batch that the trainer takes from now on."""
-    batches: list[list[tuple[int, ...]]] = []
-    step, collate = trainer.training_step, trainer.data_collator
-
-    def collated(rows: list[dict[str, Any]]) -> Any:
-        batch = collate(rows)
-        batch["rows"] = [tuple(row["input_ids"]) for row in rows]
-        return batch
-
-    def taken(model: Any, batch: Any, count: Any) -> Any:
-        batches.append(batch.pop("rows"))
-        return step(model, batch, count)
-
-    collated.padding_free = False  # type: ignore[attr-defined]
-    trainer.data_collator, trainer.training_step = collated, taken
-    return batches
-
-
-def steps_of(batches: list[list[tuple[int, ...]]], passes: int) -> list[Any]:
-    groups = range(0, len(batches), passes)
-    return [sorted(sum(batches[n : n + passes], [])) for n in groups]
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+def losses(trainer: Any, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("loss_type", ["nll", "chunked_nll"])
@@ -137,8 +113,7 @@ def test_training_after_a_choice_is_training_with_that_layout(
     layout.apply_layout(other, WHOLE)
     other.train()
     assert losses(trainer) == losses(other) and len(losses(other)) == 4
-    tokens = [t.state.log_history[-2]["num_tokens"] for t in (trainer, other)]
-    assert tokens[0] == tokens[1]
+    assert losses(trainer, "num_tokens") == losses(other, "num_tokens")
 
 
 def test_the_batch_that_is_tried_is_the_largest_that_the_run_draws(
@@ -147,7 +122,7 @@ def test_the_batch_that_is_tried_is_the_largest_that_the_run_draws(
     for one in (WHOLE, OWN):
         trainer = build(unpacked)
         layout.apply_layout(trainer, one)
-        tried = layout.largest_batch(trainer)["input_ids"].numel()
+        tried = layout.largest_batch(trainer, one)["input_ids"].numel()
         step, drawn = trainer.training_step, []
 
         def taken(model: Any, batch: Any, count: Any) -> Any:
@@ -175,32 +150,26 @@ def test_without_a_choice_the_layout_stays_and_the_table_says_why(
 def test_a_resumed_run_keeps_its_layout_and_another_machine_chooses_anew(
     unpacked: Run, free_choice: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fits(_: Any, one: Layout) -> dict[str, Any]:
+        return {"verdict": "fits" if one.micro_batch == smallest else "out of memory"}
+
+    smallest = 2
+    monkeypatch.setattr(layout, "attempt", fits)
     whole = build(unpacked)
-    seen = watch_rows(whole)
+    assert len(layout.choose_layout(whole, unpacked)) == 3
     whole.train()
-    rows, expected = steps_of(seen, 2), losses(whole)
+    smallest, again = 1, build(unpacked)
+    layout.choose_layout(again, unpacked)
+    assert again.args.per_device_train_batch_size == 2
 
-    trainer = build(unpacked)
-    monkeypatch.setattr(layout, "attempt", lambda _: {"verdict": "fits"})
-    layout.choose_layout(trainer, unpacked)
-    monkeypatch.setattr(layout, "attempt", None)  # it is not tried again
-    assert len(layout.choose_layout(trainer, unpacked)) == 1
-
-    def fails(trainer: Any) -> dict[str, Any]:
-        is_whole = trainer.args.per_device_train_batch_size == 4
-        return {"verdict": "out of memory" if is_whole else "fits"}
-
-    monkeypatch.setattr(layout, "attempt", fails)
     machine = runtime.find_machine()._replace(name="another")
     monkeypatch.setattr(runtime, "find_machine", lambda: machine)
-    resumed = build(unpacked)
-    layout.choose_layout(resumed, unpacked)
-    layout.apply_layout(resumed, Layout(1, 4, False, True))
-    seen = watch_rows(resumed)
-    checkpoint = Path(whole.args.output_dir) / "checkpoint-2"
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert steps_of(seen, 4) == rows[2:]
-    assert losses(resumed) == pytest.approx(expected, abs=1e-5)
+    layout.choose_layout(again, unpacked)
+    assert again.args.per_device_train_batch_size == 1
+    checkpoint = Path(again.args.output_dir) / "checkpoint-2"
+    again.train(resume_from_checkpoint=str(checkpoint))
+    for name in ("loss", "num_tokens"):  # the rows are those that were left
+        assert losses(again, name) == pytest.approx(losses(whole, name), abs=1e-5)
 
 
 @pytest.mark.parametrize("step", [0, 3])

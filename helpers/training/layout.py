@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,14 +53,14 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     if (note.get("machine"), note.get("stays")) != (name, stays):
         note = {"machine": name, "stays": stays, "tries": []}
         for layout in candidates(trainer, run):
-            apply_layout(trainer, layout)
-            result = {"verdict": stays} if stays else attempt(trainer)
+            result = {"verdict": stays} if stays else attempt(trainer, layout)
             note["choice"] = layout._asdict()
             note["tries"].append(note["choice"] | result)
             if result["verdict"] in ("fits", stays):
                 break
         write_json(path, note)
-    apply_layout(trainer, Layout(**note["choice"]))
+    if not stays:
+        apply_layout(trainer, Layout(**note["choice"]))
     return pd.DataFrame(note["tries"])
 
 
@@ -141,32 +140,32 @@ def unchanged(trainer: Trainer) -> Iterator[None]:
             runtime.free_memory()
 
 
-def largest_batch(trainer: Trainer) -> dict[str, Any]:
+def largest_batch(trainer: Trainer, layout: Layout) -> dict[str, Any]:
     """Returns the micro-batch of most tokens among those that the run will draw."""
     args, data = trainer.args, trainer.train_dataset
     table, loader = data.with_format("arrow")[:], trainer.get_train_dataloader()
     lengths = pc.list_value_length(table["input_ids"]).to_numpy()
     epochs, *_, steps = trainer.set_initial_training_values(args, loader)
-    drawn = (batch for _ in range(epochs) for batch in loader.batch_sampler)
-    batches = list(islice(drawn, steps * args.gradient_accumulation_steps))
-    flat = getattr(trainer.data_collator, "padding_free", False)
+    batches = [batch for _ in range(epochs) for batch in loader.batch_sampler]
+    batches, flat = batches[: steps * layout.accumulation], layout.padding_free
     tokens = [lengths[b].sum() if flat else lengths[b].max() * len(b) for b in batches]
     return trainer.data_collator([data[row] for row in batches[np.argmax(tokens)]])
 
 
-def attempt(trainer: Trainer) -> dict[str, Any]:
+def attempt(trainer: Trainer, layout: Layout) -> dict[str, Any]:
     """Returns tokens, seconds and peak GiB of a pass, and whether it fits."""
     optim, limit_gb = trainer.args.optim, runtime.find_machine().memory_gb
     state = 0 if "paged" in optim else 2 if "8bit" in optim else 8  # bytes a parameter
     state *= trainer.model.get_nb_trainable_parameters()[0]
     trainer.current_gradient_accumulation_steps = 1
+    apply_layout(trainer, layout)
     with unchanged(trainer):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
             limit_gb = min(limit_gb, free / 2**30)  # others may use the GPU, too
         model = trainer.accelerator.prepare(trainer.model)  # as `train` does
-        batch = largest_batch(trainer)
+        batch = largest_batch(trainer, layout)
         result: dict[str, Any] = {"tokens": batch["input_ids"].numel()}
         try:
             for _ in range(2):  # the first one may compile
@@ -196,8 +195,7 @@ def train(trainer: Trainer, run: Run, checkpoint: str | None) -> None:
             slower = order[order.index(Layout(**note["choice"])) + 1 :]
             if not slower or not should_reduce_batch_size(error):
                 raise
-        # past the handler nothing holds the activations any more
-        trainer.model.zero_grad()
+        trainer.model.zero_grad()  # past the handler, which holds activations
         runtime.free_memory()
         if step := trainer.state.global_step:
             trainer._save_checkpoint(trainer.model, trial=None)
