@@ -36,16 +36,15 @@ from helpers.estimate import KNOWN, NAMES  # noqa: E402
 from helpers.files import read_json, write_json  # noqa: E402
 
 RESULT = Path(os.environ.get("OUT", ROOT / "results")) / "sft_speed.json"
-CAP_GB = 14.0
 SHAPES = {"1b": "llama-3.2-1b", "3b": "llama-3.2-3b", "7b": "llama-2-7b"}
 SHAPES["tiny"] = "tiny"
 TINY = (64, 2, 4, 2, 128, 300, 8192, True)
+KNOWN["tiny"] = dict(zip(NAMES.split(), TINY, strict=True))
 # mean, least and most tokens of a row; 60 % of them are learnt
 PROFILES = {"short": (80, 20, 240), "chat": (320, 60, 1200), "long": (1000, 250, 2048)}
 ROWS, STEPS, WARM, REPEAT = 8, 28, 10, 6  # three repeats
 DEFAULTS = ["1b,3b", "stock,padding_free,trl,ours", "chat"]
 LIMIT_S = 280  # for a profile: a process that takes longer is given up
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Way(NamedTuple):
@@ -83,22 +82,15 @@ def make_rows(profile: str, vocabulary: int) -> Any:
 
 def make_run(model: str, way: Way, on_gpu: bool) -> runs.Run:
     """Returns the run of a way: 2 x 4 rows a step, as the stock notebook has it."""
+    values: dict[str, Any] = {"name": "speed", "model": model, "stages": ["sft"]}
+    values |= {"engine": way.engine, "layout": way.layout, "max_length": 2048}
+    values |= {"data": {"train": ["random tokens"]}, "best_by": "loss"}
+    values["weights"] = "4bit" if on_gpu else "16bit"
+    values["lora"] = {"r": 16, "lora_alpha": 16, "target_modules": memory.ALL}
     sft = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": ROWS // 2}
     sft |= {"max_steps": STEPS, "learning_rate": 2e-4, "warmup_steps": 5}
     sft |= {"logging_steps": 1, "save_strategy": "no"}
-    values = {
-        "name": "speed",
-        "model": model,
-        "engine": way.engine,
-        "stages": ["sft"],
-        "weights": "4bit" if on_gpu else "16bit",
-        "best_by": "loss",
-        "max_length": 2048,
-        "layout": way.layout,
-        "data": {"train": ["random tokens"]},
-        "lora": {"r": 16, "lora_alpha": 16, "target_modules": ALL},
-        "sft": sft | {"optim": "adamw_8bit" if on_gpu else "adamw_torch"},
-    }
+    values["sft"] = sft | {"optim": "adamw_8bit" if on_gpu else "adamw_torch"}
     return runs.save_run(check_config(values))
 
 
@@ -117,12 +109,11 @@ def matrix_rate() -> float:
 
     if not torch.cuda.is_available():
         return 0
-    left, times = torch.randn(8192, 8192, device="cuda", dtype=torch.float16), 20
-    left @ left
-    start = synchronize()
-    for _ in range(times):
+    left = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
+    for _ in range(20):
+        start = synchronize()
         left @ left
-    return 2 * 8192**3 * times / (synchronize() - start)
+    return 2 * 8192**3 / (synchronize() - start)
 
 
 def measure(trainer: Any, run: runs.Run, began: float) -> dict[str, Any]:
@@ -144,17 +135,17 @@ def measure(trainer: Any, run: runs.Run, began: float) -> dict[str, Any]:
     sampler = trainer.get_train_dataloader().batch_sampler
     order = [row for batch in sampler for row in batch]
     trainer.train()
-    bounds = range(WARM, STEPS, REPEAT)
-    repeats = [(ends[bound + REPEAT] - ends[bound]) / REPEAT for bound in bounds]
+    starts = range(WARM, STEPS, REPEAT)
+    repeats = [round((ends[n + REPEAT] - ends[n]) / REPEAT, 4) for n in starts]
     drawn = [trainer.train_dataset[row] for row in order[ROWS * WARM : ROWS * STEPS]]
-    seconds = ends[STEPS] - ends[WARM]
-    learnt = sum(n != -100 for row in drawn for n in row["labels"])
+    seconds, tokens = ends[STEPS] - ends[WARM], sum(len(r["labels"]) for r in drawn)
+    learnt = tokens - sum(r["labels"].count(-100) for r in drawn)
     times["first_step_s"] = round(ends[1] - began, 2)
     return times | {
         "rows_per_step": ROWS,
         "s_step": round(seconds / (STEPS - WARM), 4),
-        "s_step_repeats": [round(each, 4) for each in repeats],
-        "tokens_per_second": round(sum(len(r["input_ids"]) for r in drawn) / seconds),
+        "s_step_repeats": repeats,
+        "tokens_per_second": round(tokens / seconds),
         "supervised_per_second": round(learnt / seconds),
         "peak_gb": round(runtime.peak_memory_gb(), 3),
         "layout": json.loads(table.iloc[-1:].to_json(orient="records"))[0],
@@ -179,17 +170,17 @@ def one(shape: str, name: str, model: str, machine: str, profiles: list[str]) ->
     net, tokenizer = training.load_for_training(run)
     from trl import SFTConfig, SFTTrainer  # Unsloth's, where it has replaced them
 
-    weights = {n: p for n, p in net.named_parameters() if p.requires_grad}
-    initial = {n: p.detach().clone() for n, p in weights.items()}
-    base = estimate.skeleton(model)
+    weights = [p for p in net.parameters() if p.requires_grad]
+    initial = [parameter.detach().clone() for parameter in weights]
+    base, rate = estimate.skeleton(model), matrix_rate()
     fixed = base.num_parameters() - base.get_input_embeddings().weight.numel()
-    rate, load_s = matrix_rate(), round(synchronize() - started, 2)
+    load_s = round(synchronize() - started, 2)
     for profile in profiles:
         (run.path / "sft" / "layout.json").unlink(missing_ok=True)
-        for parameter, value in zip(weights.values(), initial.values(), strict=True):
+        for parameter, value in zip(weights, initial, strict=True):
             parameter.data = value.clone()  # each profile starts anew
-        runtime.free_memory()
         if on_gpu:
+            runtime.free_memory()
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         trainer = SFTTrainer(
@@ -200,9 +191,9 @@ def one(shape: str, name: str, model: str, machine: str, profiles: list[str]) ->
             data_collator=DataCollatorForSeq2Seq(tokenizer) if way.collator else None,
         )
         sft.keep_lora_fp32(net)  # as `fit` does
-        row = {"shape": shape, "profile": profile, "way": name}
-        row |= measure(trainer, run, began) | {"load_s": load_s}
-        row["start_s"] = round(load_s + row["first_step_s"], 2)
+        row: dict[str, Any] = {"shape": shape, "profile": profile, "way": name}
+        row |= measure(trainer, run, began)
+        row |= {"load_s": load_s, "start_s": round(load_s + row["first_step_s"], 2)}
         if rate:  # forward, and backward through the activations alone
             share = 4 * fixed * row["tokens_per_second"] / rate
             row |= {"matrix_tflops": round(rate / 1e12), "matrix_share": share}
@@ -212,8 +203,7 @@ def one(shape: str, name: str, model: str, machine: str, profiles: list[str]) ->
 
 
 def write_row(machine: str, row: dict[str, Any]) -> None:
-    """Prints a row, and puts it into the results in the place of an older one."""
-    print(json.dumps(row), flush=True)
+    """Puts a row into the results, in the place of an older one."""
     names = ("shape", "profile", "way")
     rows = read_json(RESULT).get("rows", [])
     rows = [old for old in rows if any(old[n] != row[n] for n in names)]
@@ -225,26 +215,24 @@ def run_all(machine: str, shapes: str, ways: str, profiles: str) -> None:
     shared = "/dev/shm" if Path("/dev/shm").exists() else tempfile.gettempdir()
     home = Path(os.environ.get("TUNEBOOK_SHAPES", shared)) / "shapes"
     logs = Path(os.environ.get("OUT", home))
-    steered = {"TUNEBOOK_DTYPE": "float16", "TUNEBOOK_GPU_GB": str(CAP_GB)}
-    steered = {} if machine == "cpu" else steered
+    cap = {"TUNEBOOK_DTYPE": "float16", "TUNEBOOK_GPU_GB": str(memory.CAP_GB)}
+    environment = os.environ | (cap if machine != "cpu" else {})
     with tempfile.TemporaryDirectory() as runs_folder:
         for shape, name in itertools.product(shapes.split(","), ways.split(",")):
             folder, program = home / shape, [sys.executable, __file__]
             if not folder.exists():  # in a process of its own, which frees its memory
                 subprocess.check_call([*program, "make", shape, str(folder)])
             command = [*program, "one", shape, name, str(folder), machine, profiles]
-            variables = {**os.environ, **steered, "TUNEBOOK_RUNS": runs_folder}
-            log, began = logs / f"sft_speed.{shape}.{name}.log", time.perf_counter()
-            limit_s = LIMIT_S * len(profiles.split(","))
+            variables = environment | {"TUNEBOOK_RUNS": runs_folder}
+            log = logs / f"sft_speed.{shape}.{name}.log"
+            options: Any = {"env": variables, "check": True}
+            options["timeout"] = LIMIT_S * len(profiles.split(","))
             with log.open("w") as file:
-                options: Any = {"env": variables, "stdout": file, "stderr": file}
+                options |= {"stdout": file, "stderr": file}
                 try:
-                    code = subprocess.call(command, timeout=limit_s, **options)
-                except subprocess.TimeoutExpired:
-                    code = 124
-            print(f"{shape} {name}: exit {code}, {time.perf_counter() - began:.0f} s")
-            if code:
-                print(log.read_text()[-2000:])
+                    subprocess.run(command, **options)
+                except subprocess.SubprocessError as error:
+                    print(f"{error}\n{log.read_text()[-2000:]}")
             show()
 
 
@@ -274,7 +262,6 @@ if __name__ == "__main__":
                     sys.exit(f"{', '.join(unknown)}: there are {', '.join(known)}")
             run_all(machine, *given)
         case ["make", shape, folder]:
-            KNOWN["tiny"] = dict(zip(NAMES.split(), TINY, strict=True))
             memory.make_model(SHAPES[shape], Path(folder))
         case ["one", shape, name, model, machine, profiles]:
             one(shape, name, model, machine, profiles.split(","))
