@@ -92,7 +92,6 @@ def joins_rows(trainer: Trainer, run: Run) -> bool:
     """Returns whether rows can be joined: they do not see one another."""
     model, collator = trainer.model, trainer.data_collator
     takes = inspect.signature(model.get_base_model().forward).parameters
-    # by the config, or by Unsloth, which has for_training
     is_set = "padding_free" in run.config.sft or hasattr(model, "for_training")
     if is_set or "position_ids" not in takes or not hasattr(collator, "padding_free"):
         return False
@@ -133,19 +132,26 @@ def unchanged(trainer: Trainer) -> Iterator[None]:
         try:
             yield
         finally:
-            trainer.model.zero_grad()
+            clear_memory(trainer)
             trainer._total_train_tokens = 0
             for values in trainer._metrics.values():
                 values.clear()
-            runtime.free_memory()
+
+
+def clear_memory(trainer: Trainer) -> None:
+    trainer.model.zero_grad()
+    if hasattr(trainer.model, "for_training"):
+        from unsloth_zoo import gradient_checkpointing as buffers
+
+        buffers.reset_unsloth_gradient_checkpointing_buffers()  # an error leaves them
+    runtime.free_memory()
 
 
 def largest_batch(trainer: Trainer, layout: Layout) -> dict[str, Any]:
     """Returns the micro-batch of most tokens among those that the run will draw."""
-    args, data = trainer.args, trainer.train_dataset
-    table, loader = data.with_format("arrow")[:], trainer.get_train_dataloader()
-    lengths = pc.list_value_length(table["input_ids"]).to_numpy()
-    epochs, *_, steps = trainer.set_initial_training_values(args, loader)
+    data, loader = trainer.train_dataset, trainer.get_train_dataloader()
+    lengths = pc.list_value_length(data.with_format("arrow")[:]["input_ids"]).to_numpy()
+    epochs, *_, steps = trainer.set_initial_training_values(trainer.args, loader)
     batches = [batch for _ in range(epochs) for batch in loader.batch_sampler]
     batches, flat = batches[: steps * layout.accumulation], layout.padding_free
     tokens = [lengths[b].sum() if flat else lengths[b].max() * len(b) for b in batches]
@@ -182,27 +188,22 @@ def attempt(trainer: Trainer, layout: Layout) -> dict[str, Any]:
     return result | {"verdict": "fits" if fits else f"too near to {limit_gb:.2f} GiB"}
 
 
-def train(trainer: Trainer, run: Run, checkpoint: str | None) -> None:
-    """Trains in the chosen layout, and in slower ones from where memory runs out."""
-    choose_layout(trainer, run)
-    order, path = candidates(trainer, run), Path(trainer.args.output_dir)
-    while True:
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-            return
-        except RuntimeError as error:
-            note = read_json(path.with_name(NOTE))
-            slower = order[order.index(Layout(**note["choice"])) + 1 :]
-            if not slower or not should_reduce_batch_size(error):
-                raise
-        trainer.model.zero_grad()  # past the handler, which holds activations
-        runtime.free_memory()
-        if step := trainer.state.global_step:
-            trainer._save_checkpoint(trainer.model, trial=None)
-            checkpoint = str(path / f"checkpoint-{step}")
-        trainer.optimizer = None  # the next one starts with the checkpoint's state
-        apply_layout(trainer, slower[0])
-        verdict = f"out of memory after step {step}"
-        note["tries"].append(note["choice"] | {"verdict": verdict})
-        write_json(path.with_name(NOTE), note | {"choice": slower[0]._asdict()})
-        log.info(f"{verdict}: going on with {slower[0]}")
+def slower_layouts(trainer: Trainer, run: Run) -> list[Layout]:
+    note = read_json(Path(trainer.args.output_dir).with_name(NOTE))
+    order = candidates(trainer, run)
+    return order[order.index(Layout(**note["choice"])) + 1 :]
+
+
+def go_slower(trainer: Trainer, layout: Layout) -> str | None:
+    """Takes another layout after a step failed; returns a checkpoint to go on from."""
+    path, step = Path(trainer.args.output_dir), trainer.state.global_step
+    clear_memory(trainer)
+    if step:
+        trainer._save_checkpoint(trainer.model, trial=None)
+    trainer.optimizer = None  # the next one has the checkpoint's state
+    apply_layout(trainer, layout)
+    note, verdict = read_json(path.with_name(NOTE)), f"out of memory after step {step}"
+    note["tries"].append(note["choice"] | {"verdict": verdict})
+    write_json(path.with_name(NOTE), note | {"choice": layout._asdict()})
+    log.info(f"{verdict}: going on with {layout}")
+    return str(path / f"checkpoint-{step}") if step else None

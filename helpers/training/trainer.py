@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
@@ -102,7 +103,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
         log.info(f"{stage}: going on from {checkpoint}")
     try:
         if not (checkpoint and restore_finished(trainer, checkpoint)):
-            layout.train(trainer, run, checkpoint)
+            train_within_memory(trainer, run, checkpoint)
     finally:  # else W&B's run would take in the next stage's curves
         tracked = getattr(sys.modules.get("wandb"), "run", None)
         if tracked is not None and tracked.name == trainer.args.run_name:
@@ -126,6 +127,21 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     note = read_json(folder / inputs.NOTE)
     write_json(folder / inputs.NOTE, note | {"finished": True})
     return part
+
+
+def train_within_memory(trainer: Trainer, run: Run, checkpoint: str | None) -> None:
+    """Trains in the fastest layout, and in slower ones from where memory runs out."""
+    layout.choose_layout(trainer, run)
+    slower = layout.slower_layouts(trainer, run)
+    while True:
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return
+        except RuntimeError as error:
+            if not slower or not should_reduce_batch_size(error):
+                raise
+        # past the handler, which would hold the activations
+        checkpoint = layout.go_slower(trainer, slower.pop(0)) or checkpoint
 
 
 def restore_finished(trainer: Trainer, checkpoint: str) -> bool:
