@@ -50,7 +50,7 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     path, stays = Path(trainer.args.output_dir).with_name(NOTE), reason(trainer, run)
     machine, note = runtime.find_machine(), read_json(path)
     name = f"{machine.name}, {machine.memory_gb:.1f} GiB"
-    if (note.get("machine"), note.get("stays")) != (name, stays):
+    if stays or note.get("stays") or note.get("machine") != name:
         note = {"machine": name, "stays": stays, "tries": []}
         for layout in candidates(trainer, run):
             result = {"verdict": stays} if stays else attempt(trainer, layout)
