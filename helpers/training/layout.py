@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,10 +141,9 @@ def unchanged(trainer: Trainer) -> Iterator[None]:
 
 def clear_memory(trainer: Trainer) -> None:
     trainer.model.zero_grad()
-    if hasattr(trainer.model, "for_training"):
-        from unsloth_zoo import gradient_checkpointing as buffers
-
-        buffers.reset_unsloth_gradient_checkpointing_buffers()  # an error leaves them
+    buffers: Any = sys.modules.get("unsloth_zoo.gradient_checkpointing")
+    if hasattr(buffers, "GPU_BUFFERS"):  # Unsloth's, which an error leaves in use
+        buffers.reset_unsloth_gradient_checkpointing_buffers()
     runtime.free_memory()
 
 
