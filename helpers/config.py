@@ -91,6 +91,7 @@ class RunConfig(BaseModel, extra="forbid", validate_assignment=True):
     system_prompt: str = SYSTEM_PROMPT
     seed: int = Field(3407, ge=0)
     best_by: Literal["eval_loss", "loss"] = "eval_loss"
+    layout: Literal["auto", "pinned"] = Field("auto", description="of a step's rows")
     save_minutes: Positive = Field(10.0, description="minutes between checkpoints")
     sft_adapter: str | None = Field(None, description="to use instead of training SFT")
     export: list[Format] = Field([], description="formats that `train` ends in")

@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "label_rows",
             "sft_arguments",
         ],
+        "layout": ["choose_layout"],
         "callbacks": ["BestAdapter", "LiveSamples"],
     },
 )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
@@ -25,7 +26,7 @@ from helpers.inference.generation import encode
 from helpers.masking import dataset
 from helpers.models import adapters, load
 from helpers.runs import Run, writes
-from helpers.training import callbacks, inputs
+from helpers.training import callbacks, inputs, layout
 
 log = logging.getLogger(__name__)
 # what a config leaves open is PEFT's own default: Unsloth has others
@@ -111,7 +112,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
         log.info(f"{stage}: going on from {checkpoint}")
     try:
         if not (checkpoint and restore_finished(trainer, checkpoint)):
-            trainer.train(resume_from_checkpoint=checkpoint)
+            train_within_memory(trainer, run, checkpoint)
     except RuntimeError as error:  # of sampling
         if "probability tensor" not in str(error):
             raise
@@ -165,6 +166,21 @@ def begin(trainer: Trainer) -> None:
     torch.cuda.set_rng_state_all(on_gpu)
 
 
+def train_within_memory(trainer: Trainer, run: Run, checkpoint: str | None) -> None:
+    """Trains in the fastest layout, and in slower ones from where memory runs out."""
+    layout.choose_layout(trainer, run)
+    slower = layout.slower_layouts(trainer, run)
+    while True:
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return
+        except RuntimeError as error:
+            if not slower or not should_reduce_batch_size(error):
+                raise
+        # past the handler, which would hold the activations
+        checkpoint = layout.go_slower(trainer, slower.pop(0)) or checkpoint
+
+
 def restore_finished(trainer: Trainer, checkpoint: str) -> bool:
     """Returns whether a checkpoint is of the last step, from which TRL would take one
     more; takes up its state if it is."""
@@ -197,6 +213,7 @@ def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
     if labels := read_json(folder / "labels.json"):
         part["supervised_fraction"] = round(labels["supervised_fraction"], 4)
         part |= {f"rows_{name}": labels[name] for name in ("dropped", "truncated")}
+    part["layout"] = read_json(folder / layout.NOTE)
     for callback in trainer.callback_handler.callbacks:
         if hasattr(callback, "report"):
             part |= callback.report(state.log_history)

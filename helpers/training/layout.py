@@ -1,0 +1,209 @@
+"""The layout of an optimiser step: the config says its rows, the machine the rest."""
+
+import inspect
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from transformers import Trainer
+
+from helpers import runtime
+from helpers.files import read_json, write_json
+from helpers.runs import Run
+
+log = logging.getLogger(__name__)
+NOTE = "layout.json"  # what was tried and chosen
+MARGIN = 0.92  # of the memory: the rest is for fragments
+
+
+class Layout(NamedTuple):
+    micro_batch: int  # rows of one forward and backward pass
+    accumulation: int  # passes of an optimiser step
+    recompute: bool  # activations are computed again in the backward pass
+    padding_free: bool  # rows are joined to one sequence
+
+
+def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
+    """Gives a trainer the fastest layout that fits into memory; returns the tries.
+
+    A step's rows and losses stay the same. A pass has a fixed cost, larger than that of
+    recomputation: fewest passes come first, and among as many, activations kept. Each
+    is tried on the largest micro-batch that the run will draw. Rows are joined without
+    padding where they do not see one another.
+
+    The config's layout stays with `layout="pinned"`, in GRPO, with several processes
+    and on a CPU, where time goes by tokens; so does a `gradient_checkpointing` or
+    `padding_free` that it sets. A choice holds until the machine changes.
+
+    Args:
+        trainer: of TRL, constructed and not yet trained.
+        run: whose stage it trains.
+    """
+    path, stays = Path(trainer.args.output_dir).with_name(NOTE), reason(trainer, run)
+    machine, note = runtime.find_machine(), read_json(path)
+    name = f"{machine.name}, {machine.memory_gb:.1f} GiB"
+    if stays or note.get("stays") or note.get("machine") != name:
+        note = {"machine": name, "stays": stays, "tries": []}
+        for layout in candidates(trainer, run):
+            result = {"verdict": stays} if stays else attempt(trainer, layout)
+            note["choice"] = layout._asdict()
+            note["tries"].append(note["choice"] | result)
+            if result["verdict"] in ("fits", stays):
+                break
+        write_json(path, note)
+    if not stays:
+        apply_layout(trainer, Layout(**note["choice"]))
+    return pd.DataFrame(note["tries"])
+
+
+def reason(trainer: Trainer, run: Run) -> str:
+    """Returns why the layout stays the config's, or an empty string."""
+    if run.config.layout == "pinned":
+        return "pinned"
+    if hasattr(trainer.args, "num_generations"):
+        return "GRPO"
+    if trainer.args.world_size > 1:
+        return "several processes"
+    return "on a CPU" if runtime.find_machine().device == "cpu" else ""
+
+
+def candidates(trainer: Trainer, run: Run) -> list[Layout]:
+    """Returns the layouts of the same rows an optimiser step, fastest first."""
+    args, own = trainer.args, getattr(trainer.data_collator, "padding_free", False)
+    size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if reason(trainer, run):
+        return [Layout(size, steps, args.gradient_checkpointing, own)]
+    rows, flat = size * steps, own or joins_rows(trainer, run)
+    fixed = "gradient_checkpointing" in run.config.sft
+    kinds = [args.gradient_checkpointing] if fixed else [False, True]
+    sizes = [n for n in range(rows, 0, -1) if rows % n == 0]
+    return [Layout(n, rows // n, kind, flat) for n in sizes for kind in kinds]
+
+
+def joins_rows(trainer: Trainer, run: Run) -> bool:
+    """Returns whether rows can be joined: they do not see one another."""
+    model, collator = trainer.model, trainer.data_collator
+    takes = inspect.signature(model.get_base_model().forward).parameters
+    is_set = "padding_free" in run.config.sft or hasattr(model, "for_training")
+    if is_set or "position_ids" not in takes or not hasattr(collator, "padding_free"):
+        return False
+    first, second = (trainer.train_dataset[index] for index in (0, -1))
+    first["labels"], losses = [-100] * len(first["labels"]), []
+    collator.padding_free = True
+    with unchanged(trainer), torch.no_grad():
+        net = trainer.accelerator.prepare(model).eval()
+        for _ in range(2):
+            inputs = trainer._prepare_inputs(collator([first, second]))
+            losses.append(trainer.compute_loss(net, inputs).item())
+            first["input_ids"] = first["input_ids"][::-1]
+    return losses[0] == losses[1]
+
+
+def apply_layout(trainer: Trainer, layout: Layout) -> None:
+    """Sets what a trainer, its collator and its model keep of a layout."""
+    args, model = trainer.args, trainer.model
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = layout[:2]
+    args.gradient_checkpointing = layout.recompute
+    trainer._train_batch_size = args.train_batch_size
+    if hasattr(trainer.data_collator, "padding_free"):
+        trainer.data_collator.padding_free = layout.padding_free
+    if hasattr(model, "for_training"):  # Unsloth's goes by a note of its own
+        model._unsloth_gradient_checkpointing = layout.recompute
+        model.for_training(use_gradient_checkpointing=layout.recompute)
+    elif layout.recompute:
+        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    else:
+        model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def unchanged(trainer: Trainer) -> Iterator[None]:
+    """Takes random states, gradients and TRL's counts back, and frees memory."""
+    runtime.free_memory()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            clear_memory(trainer)
+            trainer._total_train_tokens = 0
+            for values in trainer._metrics.values():
+                values.clear()
+
+
+def clear_memory(trainer: Trainer) -> None:
+    trainer.model.zero_grad()
+    buffers: Any = sys.modules.get("unsloth_zoo.gradient_checkpointing")
+    if hasattr(buffers, "GPU_BUFFERS"):  # Unsloth's, which an error leaves in use
+        buffers.reset_unsloth_gradient_checkpointing_buffers()
+    runtime.free_memory()
+
+
+def largest_batch(trainer: Trainer, layout: Layout) -> dict[str, Any]:
+    """Returns the micro-batch of most tokens among those that the run will draw."""
+    data, loader = trainer.train_dataset, trainer.get_train_dataloader()
+    lengths = pc.list_value_length(data.with_format("arrow")[:]["input_ids"]).to_numpy()
+    epochs, *_, steps = trainer.set_initial_training_values(trainer.args, loader)
+    batches = [batch for _ in range(epochs) for batch in loader.batch_sampler]
+    batches, flat = batches[: steps * layout.accumulation], layout.padding_free
+    tokens = [lengths[b].sum() if flat else lengths[b].max() * len(b) for b in batches]
+    return trainer.data_collator([data[row] for row in batches[np.argmax(tokens)]])
+
+
+def attempt(trainer: Trainer, layout: Layout) -> dict[str, Any]:
+    """Returns tokens, seconds and peak GiB of a pass, and whether it fits."""
+    optim, limit_gb = trainer.args.optim, runtime.find_machine().memory_gb
+    state = 0 if "paged" in optim else 2 if "8bit" in optim else 8  # bytes a parameter
+    state *= trainer.model.get_nb_trainable_parameters()[0]
+    trainer.current_gradient_accumulation_steps = 1
+    apply_layout(trainer, layout)
+    with unchanged(trainer):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+            limit_gb = min(limit_gb, free / 2**30)  # others may use the GPU, too
+        model = trainer.accelerator.prepare(trainer.model)  # as `train` does
+        batch = largest_batch(trainer, layout)
+        result: dict[str, Any] = {"tokens": batch["input_ids"].numel()}
+        try:
+            for _ in range(2):  # the first one may compile
+                began = time.perf_counter()
+                step = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+                trainer.training_step(model, step[0][0], step[1]).item()
+                result["seconds"] = round(time.perf_counter() - began, 3)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            return result | {"verdict": "out of memory"}
+        result["peak_gb"] = round(runtime.peak_memory_gb() + state / 2**30, 2)
+    fits = result["peak_gb"] <= MARGIN * limit_gb
+    return result | {"verdict": "fits" if fits else f"too near to {limit_gb:.2f} GiB"}
+
+
+def slower_layouts(trainer: Trainer, run: Run) -> list[Layout]:
+    note = read_json(Path(trainer.args.output_dir).with_name(NOTE))
+    order = candidates(trainer, run)
+    return order[order.index(Layout(**note["choice"])) + 1 :]
+
+
+def go_slower(trainer: Trainer, layout: Layout) -> str | None:
+    """Takes another layout after a step failed; returns a checkpoint to go on from."""
+    path, step = Path(trainer.args.output_dir), trainer.state.global_step
+    clear_memory(trainer)
+    if step:
+        trainer._save_checkpoint(trainer.model, trial=None)
+    trainer.optimizer = None  # the next one has the checkpoint's state
+    apply_layout(trainer, layout)
+    note, verdict = read_json(path.with_name(NOTE)), f"out of memory after step {step}"
+    note["tries"].append(note["choice"] | {"verdict": verdict})
+    write_json(path.with_name(NOTE), note | {"choice": layout._asdict()})
+    log.info(f"{verdict}: going on with {layout}")
+    return str(path / f"checkpoint-{step}") if step else None

@@ -1,0 +1,227 @@
+"""The rows of an optimiser step, grouped in other ways, teach the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import runtime
+from helpers.data import preparation as data
+from helpers.files import read_json
+from helpers.runs import Run
+from helpers.training import callbacks, inputs, layout
+from helpers.training import trainer as train
+from helpers.training.layout import Layout
+from tests.rows import pair, write
+from tests.tiny import save_tiny_model
+
+WHOLE, OWN = Layout(4, 1, False, True), Layout(2, 2, False, False)
+
+
+@pytest.fixture
+def unpacked(run_factory: Callable[..., Run], tmp_path: Path) -> Run:
+    """A run of 2 x 2 short rows a step, three steps an epoch."""
+    rows = [pair(f"Say {n} times a.", "a " * (3 * n % 11 + 1)) for n in range(12)]
+    run = run_factory(
+        stages=["sft"],
+        best_by="loss",
+        system_prompt="",
+        data={"train": [write(tmp_path / "rows.jsonl", rows)]},
+        sft__packing=False,
+        sft__per_device_train_batch_size=2,
+        sft__gradient_accumulation_steps=2,
+        sft__max_steps=4,
+        sft__save_steps=2,
+        sft__eval_strategy="no",
+        sft__warmup_steps=0,
+        sft__learning_rate=1e-2,
+    )
+    data.prepare(run)
+    return run
+
+
+@pytest.fixture
+def free_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a CPU choose its layout as a GPU does."""
+    monkeypatch.setattr(layout, "reason", lambda *_: "")
+
+
+def build(run: Run) -> Any:
+    trainer = train.build_sft(run, *train.load_for_training(run))
+    trainer.remove_callback(callbacks.LiveSamples)  # takes longer than the steps
+    return trainer
+
+
+def losses(trainer: Any, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("loss_type", ["nll", "chunked_nll"])
+def test_losses_and_gradients_do_not_depend_on_how_rows_are_grouped(
+    unpacked: Run, loss_type: str
+) -> None:
+    sft = unpacked.config.sft | {"loss_type": loss_type}
+    config = unpacked.config.model_copy(update={"sft": sft})
+    trainer = build(Run(unpacked.path, config))
+    rows = [trainer.train_dataset[index] for index in range(8)]
+    results = []
+    for size in (1, 2, 8):
+        for flat in (False, True):
+            layout.apply_layout(trainer, Layout(size, 8 // size, False, flat))
+            groups = [rows[start : start + size] for start in range(0, 8, size)]
+            batches = iter([trainer.data_collator(group) for group in groups])
+            passes, count = trainer.get_batch_samples(batches, 8 // size, "cpu")
+            trainer.model.zero_grad()
+            parts = [trainer.training_step(trainer.model, p, count) for p in passes]
+            weights = [p for p in trainer.model.parameters() if p.requires_grad]
+            gradient = torch.cat([w.grad.flatten() for w in weights])
+            results.append((sum(map(float, parts)), gradient))
+    assert results[0][1].abs().max() > 1e-3
+    for loss, gradient in results[1:]:
+        assert loss == pytest.approx(results[0][0], abs=1e-5)
+        assert (gradient - results[0][1]).abs().max() < 1e-5
+
+
+def test_the_order_is_fewest_passes_and_what_the_config_sets_is_kept(
+    unpacked: Run, free_choice: None
+) -> None:
+    trainer = build(unpacked)
+    order = layout.candidates(trainer, unpacked)
+    assert order[:3] == [WHOLE, Layout(4, 1, True, True), Layout(2, 2, False, True)]
+    assert len(order) == 6 and {one[0] * one[1] for one in order} == {4}
+    trainer.data_collator.padding_free = False
+    own = {"gradient_checkpointing": False, "padding_free": False}
+    config = unpacked.config.model_copy(update={"sft": own})
+    order = layout.candidates(trainer, Run(unpacked.path, config))
+    assert {one[2:] for one in order} == {(False, False)}
+
+
+def test_training_after_a_choice_is_training_with_that_layout(
+    unpacked: Run, free_choice: None
+) -> None:
+    trainer = build(unpacked)
+    table = layout.choose_layout(trainer, unpacked)
+    assert list(table["verdict"]) == ["fits"] and table["tokens"][0] > 100
+    assert Layout(**read_json(unpacked.path / "sft" / "layout.json")["choice"]) == WHOLE
+    trainer.train()
+    other = build(unpacked)
+    layout.apply_layout(other, WHOLE)
+    other.train()
+    assert losses(trainer) == losses(other) and len(losses(other)) == 4
+    assert losses(trainer, "num_tokens") == losses(other, "num_tokens")
+
+
+def test_the_batch_that_is_tried_is_the_largest_that_the_run_draws(
+    unpacked: Run,
+) -> None:
+    for one in (WHOLE, OWN):
+        trainer = build(unpacked)
+        layout.apply_layout(trainer, one)
+        tried = layout.largest_batch(trainer, one)["input_ids"].numel()
+        step, drawn = trainer.training_step, []
+
+        def taken(model: Any, batch: Any, count: Any) -> Any:
+            drawn.append(batch["input_ids"].numel())  # noqa: B023
+            return step(model, batch, count)  # noqa: B023
+
+        trainer.training_step = taken
+        trainer.train()
+        assert tried == max(drawn) > min(drawn)
+
+
+def test_without_a_choice_the_layout_stays_and_the_table_says_why(
+    unpacked: Run, run_factory: Callable[..., Run]
+) -> None:
+    trainer = build(unpacked)
+    (row,) = layout.choose_layout(trainer, unpacked).to_dict("records")
+    assert row == OWN._asdict() | {"verdict": "on a CPU"}
+    before = inputs.inputs_of(unpacked, "sft")
+    config = unpacked.config.model_copy(update={"layout": "pinned"})
+    pinned = Run(unpacked.path, config)
+    assert list(layout.choose_layout(trainer, pinned)["verdict"]) == ["pinned"]
+    assert inputs.inputs_of(pinned, "sft") == before
+
+
+def test_a_resumed_run_keeps_its_layout_and_another_machine_chooses_anew(
+    unpacked: Run, free_choice: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fits(_: Any, one: Layout) -> dict[str, Any]:
+        return {"verdict": "fits" if one.micro_batch == smallest else "out of memory"}
+
+    smallest = 2
+    monkeypatch.setattr(layout, "attempt", fits)
+    whole = build(unpacked)
+    assert len(layout.choose_layout(whole, unpacked)) == 3
+    whole.train()
+    smallest, again = 1, build(unpacked)
+    layout.choose_layout(again, unpacked)
+    assert again.args.per_device_train_batch_size == 2
+
+    machine = runtime.find_machine()._replace(name="another")
+    monkeypatch.setattr(runtime, "find_machine", lambda: machine)
+    layout.choose_layout(again, unpacked)
+    assert again.args.per_device_train_batch_size == 1
+    checkpoint = Path(again.args.output_dir) / "checkpoint-2"
+    again.train(resume_from_checkpoint=str(checkpoint))
+    # the rows are those that were left; TRL counts tokens anew
+    assert losses(again) == pytest.approx(losses(whole), abs=1e-5)
+    tokens, rest = losses(whole, "num_tokens"), losses(again, "num_tokens")[2:]
+    assert rest == [count - tokens[1] for count in tokens[2:]]
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_out_of_memory_in_a_step_takes_the_next_layout_and_loses_no_row(
+    unpacked: Run, free_choice: None, caplog: pytest.LogCaptureFixture, step: int
+) -> None:
+    caplog.set_level(logging.INFO, "helpers")
+    plain = build(unpacked)
+    plain.args.output_dir += "-plain"
+    plain.train()
+    trainer = build(unpacked)
+    layout.choose_layout(trainer, unpacked)
+    train_step, failures = trainer.training_step, []
+
+    def fails_once(*args: Any) -> Any:
+        loss = train_step(*args)
+        if trainer.state.global_step == step and not failures:
+            failures.append(step)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return loss
+
+    trainer.training_step = fails_once
+    part = train.fit(trainer, unpacked)
+    assert part["layout"]["choice"] == Layout(4, 1, True, True)._asdict()
+    last = part["layout"]["tries"][-1]
+    assert last == WHOLE._asdict() | {"verdict": f"out of memory after step {step}"}
+    assert f"out of memory after step {step}: going on with" in caplog.text
+    assert losses(trainer) == pytest.approx(losses(plain), abs=1e-4)
+
+
+def test_an_error_of_another_kind_and_one_past_the_last_layout_are_raised(
+    unpacked: Run,
+) -> None:
+    trainer = build(unpacked)
+    for text in ("CUDA out of memory. Tried to allocate 2 GiB.", "sizes differ"):
+
+        def fail(*_: Any, text: str = text) -> None:
+            raise RuntimeError(text)
+
+        trainer.training_step = fail
+        with pytest.raises(RuntimeError, match=text[:20]):
+            train.fit(trainer, unpacked)
+
+
+def test_rows_that_would_see_one_another_are_not_joined(
+    unpacked: Run, free_choice: None, tokenizer: Any, tmp_path: Path
+) -> None:
+    mixed = {"layer_types": ["conv", "full_attention"], "block_ff_dim": 128}
+    folder = save_tiny_model("Lfm2", tokenizer, tmp_path / "model", **mixed)
+    changes = {"model": str(folder), "lora": {"target_modules": ["q_proj"]}}
+    config = unpacked.config.model_copy(update=changes)
+    run = Run(unpacked.path, config)
+    assert not layout.candidates(build(run), run)[0].padding_free
