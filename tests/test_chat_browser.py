@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def stream(messages: Any, sampling: Any, stop: Any = None, adapter: bool = True) -> Any:
+def stream(messages: Any, sampling: Any, adapter: bool = True) -> Any:
     """Answers with hostile text, counts without end, or names what it was given."""
     prompt = messages[-1]["content"]
     if prompt == "count":
