@@ -121,7 +121,7 @@ def test_base_and_tuned_answer_the_same_prompt_side_by_side(page: Any) -> None:
     from playwright.sync_api import expect
 
     page.get_by_label("Compare with the base").check()
-    expect(page.get_by_label("base", exact=True).first).to_be_visible()
+    expect(page.get_by_text("base", exact=True).first).to_be_visible()
     page.get_by_label("number input for temperature").fill("0.5")
     page.get_by_label("number input for temperature").press("Tab")
     send(page, "hi")

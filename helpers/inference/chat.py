@@ -202,14 +202,13 @@ def build_page(stream: Stream, note: str, settings: Row, compare: bool = False) 
         system = gr.Textbox(settings["system_prompt"], label="System prompt", lines=2)
         values, chats = [box, turns, system, both, *sliders], [*chats, status, turns]
         asks, outputs = [box.submit, send.click], [box, *chats]
-        hidden: Row = {"api_visibility": "undocumented", "show_progress": "minimal"}
+        hidden = {"api_visibility": "undocumented", "show_progress": "minimal"}
         answering = gr.on(asks, respond, values, outputs, api_name="chat", **hidden)
-        halt = {"cancels": [answering]}
+        # queued, the end of its stream may end an answer's that begins just then
+        halt = {"cancels": [answering], "queue": False}
         stop.click(None, **halt)
         clears = [new.click, both.change, *(chat.clear for chat in chats[:-2])]
-        # else an answer's stream may end with that of the toggle before it
-        hidden |= {"queue": False, **halt}
-        gr.on(clears, restart, both, chats, api_name="new", **hidden)
+        gr.on(clears, restart, both, chats, api_name="new", **halt, **hidden)
     return page
 
 

@@ -96,16 +96,16 @@ def resolve_model(
     system: str | None = None,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
-) -> tuple[str, dict[str, Any], dict[str, Any], str]:
+) -> tuple[str, Row, Row, str]:
     """Returns a model, how to load it, its sampling and system prompt, or a run's."""
-    loading, sampling = dict[str, Any](), dict[str, Any]()
+    loading, sampling = Row(), Row()
     if is_run(model):
         run = open_run(model)
         config, labels = run.config, ["sft" if run.config.sft_adapter else "none"]
         labels += [s for s in config.stages if (run.path / s / "adapter").exists()]
         adapter = adapter or labels[-1]
         if adapter == "none":
-            log.info("run %r: no stage is trained, the base model answers", model)
+            log.info("run %r: the base model answers, without an adapter", model)
         if adapter in ("sft", "grpo"):
             adapter = str(find_adapters(run, [adapter])[adapter])
         model, loading = config.model, models.options(config)
@@ -119,10 +119,9 @@ def resolve_model(
     return model, loading, sampling, system or ""
 
 
-def is_run(model: str) -> bool:
+def is_run(name: str) -> bool:
     # a model's folder has a config.json too, a run's name is not a path
-    file = runs_folder() / model / "config.json"
-    return Path(model).name == model and file.exists()
+    return Path(name).name == name and (runs_folder() / name / "config.json").exists()
 
 
 def generate_command(
