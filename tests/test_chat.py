@@ -27,7 +27,8 @@ from helpers.models.load import load_model
 from tests.tiny import save_tiny_model
 
 TURN, LONG = ask("Count the 🎉 from 1 to 30.", ""), ask("word " * 3000, "")
-FEW = {"max_new_tokens": 12}
+FEW: dict[str, Any] = {"max_new_tokens": 12}
+COLD = FEW | {"temperature": 0, "min_p": 0.1, "repetition_penalty": 3.0}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def gguf() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-@pytest.mark.parametrize("sampling", [FEW, FEW | {"temperature": 1.2}])
+@pytest.mark.parametrize("sampling", [FEW, COLD, FEW | {"temperature": 1.2}])
 def test_a_stream_has_the_tokens_of_a_batch(pair: Any, sampling: Any) -> None:
     for on in (True, False, True):  # the adapter
         set_seed(1)
@@ -94,7 +95,8 @@ def test_a_prompt_has_the_ids_of_training(make_tokenizer: Any) -> None:
 
 def test_a_gguf_answers_token_by_token_until_it_is_stopped(gguf: Path) -> None:
     with chat.open_gguf(gguf, context=512) as url:
-        assert len({*chat.stream_gguf(url, TURN, FEW)}) > 3
+        texts = [*chat.stream_gguf(url, TURN, FEW)]
+        assert len({*texts}) > 3 and [*chat.stream_gguf(url, TURN, COLD)] == texts
         stream: Any = chat.stream_gguf(url, TURN, {"max_new_tokens": 400})
         next(stream)
         stream.close()
@@ -165,7 +167,8 @@ def test_the_page_answers_with_both_models_and_remembers(pair: Any, page: str) -
     prompt += [{"role": "assistant", "content": tuned[1]}, *ask("And now?", "")]
     assert both[3] == list(chat.stream_answer(*pair, prompt, FEW))[-1]
     assert (len(both), len(base)) == (4, 2)
-    tab.client.predict(False, api_name="/new")
+    assert [len(turns) for turns in tab.send("Anew.", True)[:2]] == [2, 2]
+    tab.client.predict(api_name="/new")
     assert len(tab.send("Count.")[0]) == 2
 
 

@@ -46,7 +46,8 @@ def stream_answer(
 ) -> Iterator[str]:
     """Yields an answer's text so far, once a token; to close it stops the model.
 
-    Greedy if `sampling` has `max_new_tokens` alone; the base answers without `adapter`.
+    Greedy at `temperature` 0, or with `max_new_tokens` alone; without `adapter` the
+    base answers.
     """
     import torch
 
@@ -59,7 +60,8 @@ def stream_answer(
         raise ValueError(f"{text}: start a new one, or shorten the message")
     count = min(drawing.pop("max_new_tokens", 256), limit - length)
     greedy = {"do_sample": False} | dict.fromkeys(["temperature", "top_p", "top_k"])
-    options: Row = {"do_sample": True, **drawing} if drawing else greedy
+    is_drawn = drawing.get("temperature", drawing)
+    options: Row = {"do_sample": True, **drawing} if is_drawn else greedy
     stops = torch.tensor(model.generation_config.eos_token_id)  # one or a list
     ids, closed = SimpleQueue[Any](), Event()
 
@@ -117,8 +119,9 @@ def stream_gguf(url: str, messages: Messages, sampling: Row) -> Iterator[str]:
     values = {RENAMED.get(name, name): value for name, value in sampling.items()}
     if unknown := values.keys() - NEUTRAL.keys():
         raise ValueError(f"llama.cpp has no {', '.join(sorted(unknown))}")
-    greedy = {} if values.keys() - {"max_tokens"} else {"temperature": 0}
-    values = {**NEUTRAL, **greedy, **values, "messages": messages}
+    if not values.get("temperature", values.keys() - {"max_tokens"}):  # greedy
+        values = {"temperature": 0, "max_tokens": values.get("max_tokens", 256)}
+    values = {**NEUTRAL, **values, "messages": messages}
     values |= {"stream": True, "timings_per_token": True}
     request = urllib.request.Request(f"{url}/v1/chat/completions")
     request.add_header("Content-Type", "application/json")
@@ -147,10 +150,10 @@ def build_page(stream: Stream, note: str, settings: Row, compare: bool = False) 
 
     def respond(box: str, turns: Any, system: str, both: bool, *values: float) -> Any:
         drawing = start | dict(zip(start, values, strict=False))
-        if not drawing["temperature"]:
-            drawing = {"max_new_tokens": drawing["max_new_tokens"]}
         head = [{"role": "system", "content": system}] if system.strip() else []
         message, lines, box = box.strip(), dict[str, str](), ""
+        if both and len(turns["base"]) < len(turns["tuned"]):  # compare from the start
+            turns = {label: [] for label in labels}
         for label in labels[: 1 + both] if message else []:
             answer, chat = {"role": "assistant", "content": ""}, turns[label]
             chat += [{"role": "user", "content": message}, answer]
@@ -178,9 +181,8 @@ def build_page(stream: Stream, note: str, settings: Row, compare: bool = False) 
         chats = [[m | as_text(m["content"]) for m in turns[n]] for n in labels]
         return [box, *chats, "\n".join(lines.values()), turns]
 
-    def restart(both: bool) -> list[Any]:
-        chats = [gr.Chatbot([], visible=both or n != "base") for n in labels]
-        return [*chats, "", {label: [] for label in labels}]
+    def restart() -> list[Any]:
+        return [*([] for _ in labels), "", {label: [] for label in labels}]
 
     with gr.Blocks(title=settings["title"]) as page:
         gr.HTML(f"<h1>{html.escape(settings['title'])}</h1>{html.escape(note)}")
@@ -204,11 +206,12 @@ def build_page(stream: Stream, note: str, settings: Row, compare: bool = False) 
         asks, outputs = [box.submit, send.click], [box, *chats]
         hidden = {"api_visibility": "undocumented", "show_progress": "minimal"}
         answering = gr.on(asks, respond, values, outputs, api_name="chat", **hidden)
-        # queued, the end of its stream may end an answer's that begins just then
-        halt = {"cancels": [answering], "queue": False}
+        # queued, the end of their streams could end an answer's that begins just then
+        hidden, halt = hidden | {"queue": False}, {"cancels": [answering]}
         stop.click(None, **halt)
-        clears = [new.click, both.change, *(chat.clear for chat in chats[:-2])]
-        gr.on(clears, restart, both, chats, api_name="new", **halt, **hidden)
+        clears = [new.click, *(chat.clear for chat in chats[:-2])]
+        gr.on(clears, restart, None, chats, api_name="new", **halt, **hidden)
+        both.change(lambda on: gr.Chatbot(visible=on), both, chats[-3], **hidden)
     return page
 
 

@@ -114,8 +114,6 @@ def resolve_model(
     loading["adapter"] = None if adapter == "none" else adapter
     changes = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     sampling = sampling | {k: v for k, v in changes.items() if v is not None}
-    if temperature == 0:  # greedy
-        sampling = {k: v for k, v in sampling.items() if k == "max_new_tokens"}
     return model, loading, sampling, system or ""
 
 

@@ -95,8 +95,6 @@ class ChatForm(widgets.VBox):
     def answer(self, text: str) -> str:
         self.message.value = self.status.value = fault = ""
         sampling = self.sampling | {n: s.value for n, s in self.sliders.items()}
-        if not sampling["temperature"]:  # greedy
-            sampling = {"max_new_tokens": sampling["max_new_tokens"]}
         try:
             for label in ["tuned"] if self.alone.value else ["tuned", "base"]:
                 if not self.halt.is_set():
