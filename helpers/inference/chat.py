@@ -152,7 +152,7 @@ def build_page(stream: Stream, note: str, settings: Row, compare: bool = False) 
         drawing = start | dict(zip(start, values, strict=False))
         head = [{"role": "system", "content": system}] if system.strip() else []
         message, lines, box = box.strip(), dict[str, str](), ""
-        if both and len(turns["base"]) < len(turns["tuned"]):  # compare from the start
+        if both and not turns["base"]:  # compared are whole conversations
             turns = {label: [] for label in labels}
         for label in labels[: 1 + both] if message else []:
             answer, chat = {"role": "assistant", "content": ""}, turns[label]
@@ -204,7 +204,7 @@ def build_page(stream: Stream, note: str, settings: Row, compare: bool = False) 
         system = gr.Textbox(settings["system_prompt"], label="System prompt", lines=2)
         values, chats = [box, turns, system, both, *sliders], [*chats, status, turns]
         asks, outputs = [box.submit, send.click], [box, *chats]
-        hidden = {"api_visibility": "undocumented", "show_progress": "minimal"}
+        hidden: Row = {"api_visibility": "undocumented", "show_progress": "minimal"}
         answering = gr.on(asks, respond, values, outputs, api_name="chat", **hidden)
         # queued, the end of their streams could end an answer's that begins just then
         hidden, halt = hidden | {"queue": False}, {"cancels": [answering]}
