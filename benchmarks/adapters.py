@@ -82,8 +82,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def make_base(folder: Path) -> Path:
     """Writes a random two-layer Llama with tied embeddings; returns its folder."""
-    from helpers.models.hub import OFFLINE
-    from helpers.models.load import load_tokenizer
+    from helpers.models.load import OFFLINE, load_tokenizer
     from tests.tiny import save_tiny_model
 
     return save_tiny_model(

@@ -55,8 +55,7 @@ def main() -> None:
 
     from helpers import runtime
     from helpers.config import HELD_OUT
-    from helpers.data.preparation import parts_of
-    from helpers.evaluation.evaluator import to_prompts
+    from helpers.data.preparation import parts_of, to_prompts
     from helpers.files import read_rows, write_json
     from helpers.inference import chat, items
     from helpers.models.load import load_model

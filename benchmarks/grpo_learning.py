@@ -321,13 +321,13 @@ def summary(result: dict[str, Any]) -> str:
 def run_all(given: argparse.Namespace) -> None:
     """Runs all jobs, each as soon as what it starts from is there."""
     from helpers import recipes
-    from helpers.models import hub
+    from helpers.models import load
 
     given.minutes = given.minutes or recipes.load(RECIPE).grpo_minutes
     out = Path(given.out)
     out.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + given.limit
-    hub.find_model("smollm2-135m-offline")  # converted once, not by each job
+    load.find_model("smollm2-135m-offline")  # converted once, not by each job
     origins = [f"start{seed}" for seed in given.seeds] + [GSM8K] * bool(given.gsm8k)
     with ThreadPoolExecutor(given.workers) as pool:
         starts: dict[str, Future[bool]] = {

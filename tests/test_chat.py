@@ -1,4 +1,4 @@
-"""Streamed answers, the chat page, and an exported folder that runs by itself."""
+"""Streamed answers, the chat page, and an exported Space that runs by itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,8 @@ from helpers.models.load import load_model
 from tests.tiny import save_tiny_model
 
 TURN, LONG = ask("Count the 🎉 from 1 to 30.", ""), ask("word " * 3000, "")
-FEW = {"max_new_tokens": 12}
+FEW: dict[str, Any] = {"max_new_tokens": 12}
+COLD = FEW | {"temperature": 0, "min_p": 0.1, "repetition_penalty": 3.0}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def gguf() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-@pytest.mark.parametrize("sampling", [FEW, FEW | {"temperature": 1.2}])
+@pytest.mark.parametrize("sampling", [FEW, COLD, FEW | {"temperature": 1.2}])
 def test_a_stream_has_the_tokens_of_a_batch(pair: Any, sampling: Any) -> None:
     for on in (True, False, True):  # the adapter
         set_seed(1)
@@ -68,11 +68,13 @@ def test_a_stream_has_the_tokens_of_a_batch(pair: Any, sampling: Any) -> None:
 
 
 def test_an_answer_ends_when_it_is_stopped_or_fails(pair: Any) -> None:
-    stop = threading.Event()
-    texts = chat.stream_answer(*pair, TURN, {"max_new_tokens": 1900}, stop)
+    steps = list[int]()
+    hook = pair[0].register_forward_pre_hook(lambda *_: steps.append(1))
+    texts: Any = chat.stream_answer(*pair, TURN, {"max_new_tokens": 1900})
     next(texts)
-    stop.set()
-    assert len(list(texts)) < 100
+    texts.close()
+    hook.remove()
+    assert len(steps) < 100
     with pytest.raises(ValueError, match="temperature"):
         list(chat.stream_answer(*pair, TURN, {"temperature": -1.0}))
     with pytest.raises(ValueError, match="has 30.. tokens, the model reads 2048"):
@@ -92,13 +94,13 @@ def test_a_prompt_has_the_ids_of_training(make_tokenizer: Any) -> None:
 
 
 def test_a_gguf_answers_token_by_token_until_it_is_stopped(gguf: Path) -> None:
-    stop = threading.Event()
     with chat.open_gguf(gguf, context=512) as url:
-        assert len({*chat.stream_gguf(url, TURN, FEW)}) > 3
-        stream = chat.stream_gguf(url, TURN, FEW, stop)
+        texts = [*chat.stream_gguf(url, TURN, FEW)]
+        assert len({*texts}) > 3 and [*chat.stream_gguf(url, TURN, COLD)] == texts
+        stream: Any = chat.stream_gguf(url, TURN, {"max_new_tokens": 400})
         next(stream)
-        stop.set()
-        assert len(list(stream)) < 10
+        stream.close()
+        assert len({*chat.stream_gguf(url, TURN, FEW)}) > 3
         with pytest.raises(ValueError, match="exceeds the available context size"):
             list(chat.stream_gguf(url, LONG, {}))
         with pytest.raises(ValueError, match="llama.cpp has no typical_p"):
@@ -156,7 +158,7 @@ def test_the_page_answers_with_both_models_and_remembers(pair: Any, page: str) -
     tab = Tab(page)
     tuned, base, line, box = tab.send("Count.", True)
     prompt = ask("Count.", "Be brief.")
-    answers = [chat.stream_answer(*pair, prompt, FEW, None, a) for a in (1, 0)]
+    answers = [chat.stream_answer(*pair, prompt, FEW, a) for a in (1, 0)]
     assert [tuned[1], base[1]] == [list(texts)[-1] for texts in answers]
     assert [tuned[0], base[0], box] == ["Count.", "Count.", ""]
     assert "tuned: " in line and "base: " in line and "tokens/s, first after" in line
@@ -165,8 +167,9 @@ def test_the_page_answers_with_both_models_and_remembers(pair: Any, page: str) -
     prompt += [{"role": "assistant", "content": tuned[1]}, *ask("And now?", "")]
     assert both[3] == list(chat.stream_answer(*pair, prompt, FEW))[-1]
     assert (len(both), len(base)) == (4, 2)
-    tab.client.predict(False, api_name="/new")
-    assert len(tab.send("Count.")[0]) == 2
+    tab.client.predict(api_name="/new")
+    assert [len(turns) for turns in tab.send("Count.")[:2]] == [2, 0]
+    assert [len(turns) for turns in tab.send("Again.", True)[:2]] == [2, 2]
 
 
 def test_two_tabs_at_the_same_time_get_their_own_answers(page: str) -> None:
@@ -201,11 +204,10 @@ def test_the_page_takes_no_files_and_has_no_telemetry(page: str) -> None:
     assert httpx.get(f"{page}gradio_api/info").json()["named_endpoints"] == {}
 
 
-@pytest.mark.parametrize("kind", ["gguf", "folder"])
-def test_an_exported_space_answers(kind: str, tmp_path: Path, request: Any) -> None:
+def test_an_exported_space_answers(gguf: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     shutil.copy(chat.__file__, tmp_path / "app.py")
-    (tmp_path / "model").symlink_to(request.getfixturevalue(kind))
+    (tmp_path / "model").symlink_to(gguf)
     settings = {"title": "Mine", "system_prompt": "", "sampling": {}, "model": "model"}
     files.write_json(tmp_path / "settings.json", settings)
     options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": ""}, "text": True}

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def stream(messages: Any, sampling: Any, stop: Any = None, adapter: bool = True) -> Any:
+def stream(messages: Any, sampling: Any, adapter: bool = True) -> Any:
     """Answers with hostile text, counts without end, or names what it was given."""
     prompt = messages[-1]["content"]
     if prompt == "count":
@@ -121,7 +121,7 @@ def test_base_and_tuned_answer_the_same_prompt_side_by_side(page: Any) -> None:
     from playwright.sync_api import expect
 
     page.get_by_label("Compare with the base").check()
-    expect(page.get_by_label("base", exact=True).first).to_be_visible()
+    expect(page.get_by_text("base", exact=True).first).to_be_visible()
     page.get_by_label("number input for temperature").fill("0.5")
     page.get_by_label("number input for temperature").press("Tab")
     send(page, "hi")

@@ -9,10 +9,10 @@ from typing import Any
 import pandas
 import pytest
 
-from helpers.grpo import diagnostics
+from helpers.grpo import monitor
 from helpers.grpo.rewards import ALL_RIGHT, ALL_WRONG
 
-LENGTH, CLIPPED = diagnostics.LENGTH, diagnostics.CLIPPED
+LENGTH, CLIPPED = monitor.LENGTH, monitor.CLIPPED
 HEALTHY = {
     "reward": [0.25] * 10 + [0.45] * 10,
     "frac_reward_zero_std": [0.3] * 20,
@@ -39,7 +39,7 @@ def explain(held: list[float] = HELD_OUT, **changes: Any) -> list[str]:
         columns[name] = [*columns.get(name, [0.0] * 10)[:10], *[value] * 10]
     logged = entries(**columns)
     logged += [{"step": 10 * n, "eval_reward": v} for n, v in enumerate(held)]
-    return diagnostics.explain(logged)
+    return monitor.explain(logged)
 
 
 def test_of_a_healthy_training_trend_held_out_reward_loss_and_kl_are_told() -> None:
@@ -50,7 +50,7 @@ def test_of_a_healthy_training_trend_held_out_reward_loss_and_kl_are_told() -> N
         "No KL term (beta 0): only the held-out reward tells of drift.",
     ]
     assert len(explain(held=[0.29])) == 3 and len(explain(kl=0.02)) == 3
-    assert diagnostics.explain([{"step": 0, "eval_reward": 0.1}]) == []
+    assert monitor.explain([{"step": 0, "eval_reward": 0.1}]) == []
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_state_that_needs_action_is_said_first(
 def test_a_collapse_is_told_with_what_collapsed(
     columns: dict[str, list[float]], expected: str
 ) -> None:
-    fault = diagnostics.collapse(entries(**columns))
+    fault = monitor.collapse(entries(**columns))
     assert expected in fault and bool(expected) == bool(fault)
 
 
@@ -117,7 +117,7 @@ def test_a_reward_has_not_collapsed_while_the_held_out_one_stands(
     logged = entries(reward=[n / 8 for n in [*eighths, 2, 0, 0, 0, 0, 0, 1]])
     for number, value in enumerate(held):
         logged.insert(11 * number, {"step": 10 * number, "eval_reward": value})
-    fault = diagnostics.collapse(logged)
+    fault = monitor.collapse(logged)
     assert expected in fault and bool(expected) == bool(fault)
 
 
@@ -126,4 +126,4 @@ def test_the_noise_is_the_standard_error_of_the_difference(seed: int) -> None:
     drawn = random.Random(seed)
     rewards = pandas.Series([drawn.gauss(0.01 * n, 0.2) for n in range(400)])
     expected = (2 * 0.2**2 / 10) ** 0.5  # the trend left alone
-    assert diagnostics.noise_of_means(rewards, 10) == pytest.approx(expected, rel=0.15)
+    assert monitor.noise_of_means(rewards, 10) == pytest.approx(expected, rel=0.15)

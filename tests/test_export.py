@@ -16,7 +16,7 @@ from helpers.errors import ConfigError, ModelError
 from helpers.export import formats
 from helpers.inference import chat
 from helpers.masking import templates
-from helpers.models.hub import OFFLINE, find_model
+from helpers.models.load import OFFLINE, find_model
 from helpers.runs import Run
 
 SFT_ONLY = {

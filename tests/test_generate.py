@@ -64,7 +64,8 @@ def test_rows_answered_at_once_go_by_their_cache(tokens: int, rows: int) -> None
 
 def test_only_inference_settings_that_sample_sample(tiny: Any) -> None:
     greedy = generation.generate(*tiny, PROMPTS, max_new_tokens=3)
-    for settings in ({}, {"max_new_tokens": 3}):
+    cold = {"temperature": 0, "min_p": 0.1, "repetition_penalty": 3.0}
+    for settings in ({}, {"max_new_tokens": 3}, cold):
         options = {"max_new_tokens": 3, "sampling": settings}
         assert generation.generate(*tiny, PROMPTS, **options) == greedy
     answers = generation.generate(*tiny, PROMPTS[:1] * 3, sampling=SAMPLED)
@@ -142,13 +143,14 @@ def test_a_models_folder_is_not_taken_for_a_run(
     assert calls == [{**expected, "prompt": ask("Hi", ""), "sampling": {}}]
 
 
-def test_temperature_zero_is_greedy_whatever_the_run_says(
+def test_options_of_sampling_go_before_the_runs(
     run_factory: Callable[..., Run], calls: Any
 ) -> None:
     run_factory(inference={"temperature": 1.5, "min_p": 0.1, "max_new_tokens": 9})
     items.chat_command("test", temperature=0, terminal=True)
     items.chat_command("test", temperature=0.5, max_new_tokens=3, terminal=True)
-    assert calls[0]["sampling"] == {"max_new_tokens": 9}
+    expected = {"temperature": 0, "min_p": 0.1, "max_new_tokens": 9}
+    assert calls[0]["sampling"] == expected
     assert calls[1]["sampling"]["temperature"] == 0.5
     assert calls[1]["sampling"]["max_new_tokens"] == 3
 

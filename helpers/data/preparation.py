@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import pandas as pd
 
-from helpers.config import HELD_OUT, DataConfig, Source
-from helpers.data.formats import Messages, Row
+from helpers.config import HELD_OUT, DataConfig, RunConfig, Source
+from helpers.data.formats import Messages, Row, ask
 from helpers.data.reading import SHOWN, Reader
 from helpers.data.sources import content_of, open_rows
 from helpers.errors import DataError
@@ -41,6 +41,22 @@ def first_question(messages: Messages) -> Messages:
     """Returns a conversation up to its first answer that is learnt, a prompt."""
     number = messages.index(first_answer(messages))
     return [{"role": m["role"], "content": m["content"]} for m in messages[:number]]
+
+
+def to_prompts(config: RunConfig, rows: list[Row]) -> list[Row]:
+    """Returns problems with their `prompt`, or the first turns of conversations."""
+    if "question" in rows[0]:
+        system = config.system_prompt
+        return [row | {"prompt": ask(row["question"], system)} for row in rows]
+    prompts, labels = [], [label.strip() for label in config.evaluation.labels or []]
+    for row in rows[: config.evaluation.text_rows]:
+        prompt = first_question(row["messages"])
+        answer = first_answer(row["messages"])["content"]
+        if labels and answer.strip() not in labels:
+            raise DataError(f"right answer {answer!r} is not among evaluation.labels")
+        texts = {"question": prompt[-1]["content"], "reference": answer}
+        prompts.append({"id": row["id"], "prompt": prompt, **texts})
+    return prompts
 
 
 def place_of(question: str) -> float:

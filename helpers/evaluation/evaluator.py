@@ -14,7 +14,7 @@ import torch
 from helpers import runtime
 from helpers.config import HELD_OUT, RunConfig
 from helpers.data import preparation as data
-from helpers.data.formats import Row, ask
+from helpers.data.formats import Row
 from helpers.errors import DataError
 from helpers.evaluation import metrics, tables
 from helpers.files import fingerprint, read_rows
@@ -29,28 +29,14 @@ def held_out(config: RunConfig) -> list[str]:
     return [name for name in data.parts_of(config.data) if name in HELD_OUT]
 
 
-def to_prompts(config: RunConfig, rows: list[Row]) -> list[Row]:
-    """Returns problems with their `prompt`, or the first turns of conversations."""
-    if "question" in rows[0]:
-        system = config.system_prompt
-        return [row | {"prompt": ask(row["question"], system)} for row in rows]
-    prompts, labels = [], [label.strip() for label in config.evaluation.labels or []]
-    for row in rows[: config.evaluation.text_rows]:
-        prompt = data.first_question(row["messages"])
-        answer = data.first_answer(row["messages"])["content"]
-        if labels and answer.strip() not in labels:
-            raise DataError(f"right answer {answer!r} is not among evaluation.labels")
-        texts = {"question": prompt[-1]["content"], "reference": answer}
-        prompts.append({"id": row["id"], "prompt": prompt, **texts})
-    return prompts
-
-
 def read_sets(run: Run) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
     """Returns the held-out rows of a run, and the prompts of the sets to answer."""
     config, labels = run.config, run.config.evaluation.labels
     files = [run.require(f"data/{name}.jsonl") for name in held_out(config)]
     sets = {file.stem: read_rows(file) for file in files}
-    prompts = {name: to_prompts(config, sets[name]) for name in data.answered(sets)}
+    prompts = {
+        name: data.to_prompts(config, sets[name]) for name in data.answered(sets)
+    }
     if not prompts or (labels and prompts.keys() <= tables.ACCURACIES.keys()):
         raise DataError(
             f"run {config.name!r} has no held-out rows, or none for evaluation.labels: "

@@ -17,8 +17,7 @@ from helpers.evaluation import tables
 from helpers.files import new_folder, read_json, write_json
 from helpers.inference import chat
 from helpers.install import ROOT
-from helpers.models.hub import OFFLINE
-from helpers.models.load import resolve_weights
+from helpers.models.load import OFFLINE, resolve_weights
 from helpers.runs import Run
 
 OFFLINE_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # ours is a 4-bit file of it

@@ -20,14 +20,15 @@ from helpers.files import content_hash, new_folder, read_rows
 from helpers.masking import templates
 from helpers.masking.dataset import mask_conversations
 from helpers.masking.templates import answer_marks, render, stop_token_ids
-from helpers.models import hub, load
-from helpers.runs import Run
+from helpers.models import load
+from helpers.runs import Run, writes
 from helpers.training.inputs import require_stage
 
 log = logging.getLogger(__name__)
 FOUR_BIT = {"w4a16": 0, "awq": 128}  # and how many training rows calibrate it
 
 
+@writes
 def export(
     run: Run,
     stage: Stage | None = None,
@@ -138,7 +139,7 @@ def write_adapter(config: RunConfig, adapter: Path, folder: Path) -> None:
     from transformers import GenerationConfig
 
     try:
-        settings = GenerationConfig.from_pretrained(hub.find_model(config.model))
+        settings = GenerationConfig.from_pretrained(load.find_model(config.model))
     except OSError:  # the model comes without
         settings = GenerationConfig()
     with new_folder(folder) as new:

@@ -19,9 +19,9 @@ import pandas as pd
 from helpers import runtime
 from helpers.config import HELD_OUT, Stage
 from helpers.data.formats import Row, ask
-from helpers.data.preparation import parts_of
+from helpers.data.preparation import parts_of, to_prompts
 from helpers.errors import ModelError
-from helpers.evaluation import evaluator, metrics, tables
+from helpers.evaluation import metrics, tables
 from helpers.export import gguf
 from helpers.files import read_rows
 from helpers.grpo.answers import is_correct
@@ -105,7 +105,7 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
     for part in [name for name in (*HELD_OUT, "train", "problems") if name in parts]:
         lines = read_rows(run.require(f"data/{part}.jsonl"))
         if new := lines[: count - len(rows)]:
-            rows += evaluator.to_prompts(config, new)
+            rows += to_prompts(config, new)
         if part in ("eval", "test_chat"):  # about 1,000 tokens
             chats = [line["messages"] for line in lines[:16]]
     adapter, options = run.require(f"{stage}/adapter"), load.options(config)

@@ -1,6 +1,6 @@
 """A chat with a model, streamed: the web page of a run, and the app of a Space.
 
-It imports nothing of this project: exported, the same file is a folder's `app.py`.
+It imports nothing of this project: exported, the same file is a Space's `app.py`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from queue import SimpleQueue
 from threading import Event, Lock
 from typing import Any
 
-Messages = list[dict[str, Any]]
+Row = dict[str, Any]
+Messages = list[Row]
 Stream = Callable[..., Iterator[str]]  # of messages and sampling
 LOCK = Lock()  # an adapter is switched on and off for all threads
 # Llama-3.x templates print today's date; training fixed it
 FIXED = {"date_string": "26 Jul 2024", "strftime_now": date(2024, 7, 26).strftime}
 # what changes nothing, as llama.cpp calls it; what transformers calls otherwise
 NEUTRAL = {"temperature": 1, "top_p": 1, "top_k": 50, "min_p": 0, "repeat_penalty": 1}
+NEUTRAL["max_tokens"] = 256
 RENAMED = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "max_tokens"}
 START = {"temperature": 0, "top_p": 1, "max_new_tokens": 256}  # 0: greedy
 CSS = ".message-content .md {white-space: pre-wrap; overflow-wrap: anywhere}"
@@ -40,16 +42,12 @@ def render(tokenizer: Any, messages: Messages) -> str:
 
 
 def stream_answer(
-    model: Any,
-    tokenizer: Any,
-    messages: Messages,
-    sampling: dict[str, Any],
-    stop: Event | None = None,
-    adapter: bool = True,
+    model: Any, tokenizer: Any, messages: Messages, sampling: Row, adapter: bool = True
 ) -> Iterator[str]:
-    """Yields an answer's text so far, once a token, till it ends or `stop` is set.
+    """Yields an answer's text so far, once a token; to close it stops the model.
 
-    Greedy if `sampling` has `max_new_tokens` alone; the base answers without `adapter`.
+    Greedy at `temperature` 0, or with `max_new_tokens` alone; without `adapter` the
+    base answers.
     """
     import torch
 
@@ -62,14 +60,14 @@ def stream_answer(
         raise ValueError(f"{text}: start a new one, or shorten the message")
     count = min(drawing.pop("max_new_tokens", 256), limit - length)
     greedy = {"do_sample": False} | dict.fromkeys(["temperature", "top_p", "top_k"])
-    options: dict[str, Any] = {"do_sample": True, **drawing} if drawing else greedy
+    is_drawn = drawing.get("temperature", drawing)
+    options: Row = {"do_sample": True, **drawing} if is_drawn else greedy
     stops = torch.tensor(model.generation_config.eos_token_id)  # one or a list
     ids, closed = SimpleQueue[Any](), Event()
 
     def look(rows: Any, scores: Any, **_: Any) -> Any:
         ids.put(rows[0, -1].item())
-        ended = closed.is_set() or (stop is not None and stop.is_set())
-        return torch.full((1,), ended, device=rows.device)
+        return torch.full((1,), closed.is_set(), device=rows.device)
 
     def generate() -> None:
         getattr(model, "for_inference", model.eval)()
@@ -105,8 +103,7 @@ def open_gguf(path: Path, *, context: int = 4096, parallel: int = 1) -> Iterator
     llama = require("xllamacpp")
     params = llama.CommonParams()
     params.model.path, params.hostnames, params.port = str(path), ["127.0.0.1"], 0
-    params.n_ctx, params.n_parallel = context * parallel, parallel
-    params.verbosity, params.sse_ping_interval = -1, 1
+    params.n_ctx, params.n_parallel, params.verbosity = context * parallel, parallel, -1
     params.ui = params.endpoint_slots = params.endpoint_props = False
     params.cors_origins = "http://127.0.0.1"  # else any site's page reads the answers
     params.reasoning_format = llama.common_reasoning_format(0)  # thoughts are text
@@ -117,15 +114,14 @@ def open_gguf(path: Path, *, context: int = 4096, parallel: int = 1) -> Iterator
     yield server.listening_address
 
 
-def stream_gguf(
-    url: str, messages: Messages, sampling: dict[str, Any], stop: Event | None = None
-) -> Iterator[str]:
+def stream_gguf(url: str, messages: Messages, sampling: Row) -> Iterator[str]:
     """Yields as `stream_answer` does, from the server of `open_gguf`."""
     values = {RENAMED.get(name, name): value for name, value in sampling.items()}
-    if unknown := values.keys() - NEUTRAL.keys() - {"max_tokens"}:
+    if unknown := values.keys() - NEUTRAL.keys():
         raise ValueError(f"llama.cpp has no {', '.join(sorted(unknown))}")
-    greedy = {} if values.keys() - {"max_tokens"} else {"temperature": 0}
-    values = {"max_tokens": 256, **NEUTRAL, **greedy, **values, "messages": messages}
+    if not values.get("temperature", values.keys() - {"max_tokens"}):  # greedy
+        values = {"temperature": 0, "max_tokens": values.get("max_tokens", 256)}
+    values = {**NEUTRAL, **values, "messages": messages}
     values |= {"stream": True, "timings_per_token": True}
     request = urllib.request.Request(f"{url}/v1/chat/completions")
     request.add_header("Content-Type", "application/json")
@@ -135,9 +131,7 @@ def stream_gguf(
         raise ValueError(json.load(error)["error"]["message"]) from None
     text, tokens = "", 0
     with response:
-        for line in response:  # at least a ping every second
-            if stop is not None and stop.is_set():
-                break
+        for line in response:
             part = json.loads(line[6:]) if line.startswith(b"data: {") else {}
             if "error" in part:
                 raise ValueError(part["error"]["message"])
@@ -147,7 +141,7 @@ def stream_gguf(
                 yield from [text.strip()] * (tokens - before)
 
 
-def build_page(stream: Stream, note: str, settings: dict, compare: bool = False) -> Any:
+def build_page(stream: Stream, note: str, settings: Row, compare: bool = False) -> Any:
     """Returns a chat's Gradio page; `settings`: title, system_prompt and sampling."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     gr = require("gradio")
@@ -156,10 +150,10 @@ def build_page(stream: Stream, note: str, settings: dict, compare: bool = False)
 
     def respond(box: str, turns: Any, system: str, both: bool, *values: float) -> Any:
         drawing = start | dict(zip(start, values, strict=False))
-        if not drawing["temperature"]:
-            drawing = {"max_new_tokens": drawing["max_new_tokens"]}
         head = [{"role": "system", "content": system}] if system.strip() else []
         message, lines, box = box.strip(), dict[str, str](), ""
+        if both and not turns["base"]:  # compared are whole conversations
+            turns = {label: [] for label in labels}
         for label in labels[: 1 + both] if message else []:
             answer, chat = {"role": "assistant", "content": ""}, turns[label]
             chat += [{"role": "user", "content": message}, answer]
@@ -187,11 +181,10 @@ def build_page(stream: Stream, note: str, settings: dict, compare: bool = False)
         chats = [[m | as_text(m["content"]) for m in turns[n]] for n in labels]
         return [box, *chats, "\n".join(lines.values()), turns]
 
-    def restart(both: bool) -> list[Any]:
-        chats = [gr.Chatbot([], visible=both or n != "base") for n in labels]
-        return [*chats, "", {label: [] for label in labels}]
+    def restart() -> list[Any]:
+        return [*([] for _ in labels), "", {label: [] for label in labels}]
 
-    with gr.Blocks(title=settings["title"], analytics_enabled=False) as page:
+    with gr.Blocks(title=settings["title"]) as page:
         gr.HTML(f"<h1>{html.escape(settings['title'])}</h1>{html.escape(note)}")
         turns = gr.State({label: [] for label in labels})
         plain = {"render_markdown": False, "latex_delimiters": [], "buttons": []}
@@ -211,16 +204,18 @@ def build_page(stream: Stream, note: str, settings: dict, compare: bool = False)
         system = gr.Textbox(settings["system_prompt"], label="System prompt", lines=2)
         values, chats = [box, turns, system, both, *sliders], [*chats, status, turns]
         asks, outputs = [box.submit, send.click], [box, *chats]
-        hidden = {"api_visibility": "undocumented", "show_progress": "minimal"}
+        hidden: Row = {"api_visibility": "undocumented", "show_progress": "minimal"}
         answering = gr.on(asks, respond, values, outputs, api_name="chat", **hidden)
-        halt = {"cancels": [answering]}
+        # queued, the end of their streams could end an answer's that begins just then
+        hidden, halt = hidden | {"queue": False}, {"cancels": [answering]}
         stop.click(None, **halt)
-        clears = [new.click, both.change, *(chat.clear for chat in chats[:-2])]
-        gr.on(clears, restart, both, chats, api_name="new", **halt, **hidden)
+        clears = [new.click, *(chat.clear for chat in chats[:-2])]
+        gr.on(clears, restart, None, chats, api_name="new", **halt, **hidden)
+        both.change(lambda on: gr.Chatbot(visible=on), both, chats[-3], **hidden)
     return page
 
 
-def as_text(text: str) -> dict[str, Any]:
+def as_text(text: str) -> Row:
     # Gradio renders HTML, and takes the indentation away of all but parts
     return {"content": [{"type": "text", "text": html.escape(text, quote=False)}]}
 
@@ -234,18 +229,12 @@ def launch(page: Any, **options: Any) -> None:
 
 
 def main() -> None:
-    folder = Path(__file__).resolve().parent
-    settings = json.loads((folder / "settings.json").read_text("utf-8"))
-    path = folder / settings["model"]
-    if path.is_file():
-        with open_gguf(path) as url:
-            stream, note = partial(stream_gguf, url), f"{path.name}, llama.cpp"
-            return launch(build_page(stream, note, settings))
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
-    stream = partial(stream_answer, model, AutoTokenizer.from_pretrained(path))
-    return launch(build_page(stream, f"{path.name}, float32, transformers", settings))
+    file = Path(__file__).resolve().with_name("settings.json")
+    settings = json.loads(file.read_text("utf-8"))
+    path = file.with_name(settings["model"])
+    with open_gguf(path) as url:
+        stream, note = partial(stream_gguf, url), f"{path.name}, llama.cpp"
+        launch(build_page(stream, note, settings))
 
 
 if __name__ == "__main__":

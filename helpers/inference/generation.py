@@ -42,7 +42,7 @@ def generate(
         model, tokenizer: any causal model, and what `load_tokenizer` returns.
         prompts: conversations that end in a user turn, or texts to continue.
         options: `max_new_tokens`; `batch_size`, by default what fits; `sampling`,
-            fields of transformers' `GenerationConfig`, greedy without them.
+            fields of transformers' `GenerationConfig`, greedy at temperature 0.
     """
     batches = generate_batches(model, tokenizer, prompts, **options)
     answers = {index: answer for batch in batches for index, answer in batch.items()}
@@ -68,7 +68,8 @@ def generate_batches(
     max_new_tokens = drawing.pop("max_new_tokens", max_new_tokens)
     # greedy, whatever the model's own settings are
     greedy = {"do_sample": False} | dict.fromkeys(["temperature", "top_p", "top_k"])
-    options: dict[str, Any] = {"do_sample": True, **drawing} if drawing else greedy
+    is_drawn = drawing.get("temperature", drawing)
+    options: dict[str, Any] = {"do_sample": True, **drawing} if is_drawn else greedy
     options |= {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
     options |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
     while order:

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,13 +62,12 @@ def answer_rows(
     `settings` is a fingerprint of all but the prompt that decides an answer: only what
     has changed is answered again. Verdicts are always computed anew.
     """
-    part = path.with_suffix(".part.jsonl")
+    part, former = path.with_suffix(".part.jsonl"), dict[str, Row]()
     texts = [f.read_text("utf-8", errors="replace") for f in (path, part) if f.exists()]
-    former: dict[str, Row] = {}
     for line in "\n".join(texts).split("\n"):
         with suppress(json.JSONDecodeError, KeyError, TypeError):  # torn, or no item
             item = json.loads(line)
-            former[item["made_from"]] = item
+            former[item["made_from"]] = {name: item[name] for name in FIELDS}
     pairs = [(fingerprint(settings, r["id"], r["prompt"]), r) for r in rows]
     items = {key: former[key] for key, _ in pairs if key in former}
     missing = [(key, row) for key, row in pairs if key not in items]
@@ -85,13 +84,10 @@ def answer_rows(
             file.flush()
             os.fsync(file.fileno())
             started = time.perf_counter()
-    judged = []
-    for key, row in pairs:
-        item = {name: items[key][name] for name in FIELDS}
-        judged.append(item | judge(item["output"], row))
-    write_rows(path, judged)
+    results = [items[key] | judge(items[key]["output"], row) for key, row in pairs]
+    write_rows(path, results)
     part.unlink()
-    return judged
+    return results
 
 
 def resolve_model(
@@ -100,16 +96,16 @@ def resolve_model(
     system: str | None = None,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
-) -> tuple[str, dict[str, Any], dict[str, Any], str]:
+) -> tuple[str, Row, Row, str]:
     """Returns a model, how to load it, its sampling and system prompt, or a run's."""
-    loading, sampling = dict[str, Any](), dict[str, Any]()
+    loading, sampling = Row(), Row()
     if is_run(model):
         run = open_run(model)
         config, labels = run.config, ["sft" if run.config.sft_adapter else "none"]
         labels += [s for s in config.stages if (run.path / s / "adapter").exists()]
         adapter = adapter or labels[-1]
         if adapter == "none":
-            log.info("run %r: no stage is trained, the base model answers", model)
+            log.info("run %r: the base model answers, without an adapter", model)
         if adapter in ("sft", "grpo"):
             adapter = str(find_adapters(run, [adapter])[adapter])
         model, loading = config.model, models.options(config)
@@ -118,15 +114,12 @@ def resolve_model(
     loading["adapter"] = None if adapter == "none" else adapter
     changes = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     sampling = sampling | {k: v for k, v in changes.items() if v is not None}
-    if temperature == 0:  # greedy
-        sampling = {k: v for k, v in sampling.items() if k == "max_new_tokens"}
     return model, loading, sampling, system or ""
 
 
-def is_run(model: str) -> bool:
+def is_run(name: str) -> bool:
     # a model's folder has a config.json too, a run's name is not a path
-    file = runs_folder() / model / "config.json"
-    return Path(model).name == model and file.exists()
+    return Path(name).name == name and (runs_folder() / name / "config.json").exists()
 
 
 def generate_command(
@@ -146,7 +139,7 @@ def generate_command(
     reader.report()
     prints = map(content_hash, (model, loading["adapter"]))
     settings = fingerprint(*prints, loading, sampling)
-    more: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size}
+    more: Row = {"sampling": sampling, "batch_size": batch_size}
     generate = partial(generate_batches, *loaded, **more)
     answer_rows(out, rows, settings, generate, lambda text, row: {})
     log.info("%d answers in %s", len(rows), out)
@@ -161,17 +154,9 @@ def chat_command(
     terminal: bool = False,
     **options: Any,
 ) -> None:
-    """Serves the page of a chat with a model, or chats in the terminal.
+    """Serves a chat's page, by default to this machine alone, or chats in the terminal.
 
-    Args:
-        model: a run's name, a hub id, or a model's folder.
-        backend: `auto` is on a CPU the fastest GGUF that passed its checks.
-        host, port: of the page; anybody who reaches another host than this may chat.
-        terminal: answer what is typed, without a page.
-        options: as of `resolve_model`.
-
-    Raises:
-        MissingInput: there is no such GGUF of the adapter.
+    On a CPU `auto` is the fastest GGUF that passed its checks, if there is one.
     """
     if not terminal:  # before slow loading
         chat.require("gradio")
@@ -180,21 +165,21 @@ def chat_command(
     if backend == "gguf" and not file:
         remedy = f"python -m helpers export {model} --format gguf:q4_k_m"
         raise MissingInput(f"no GGUF of this adapter passed its checks: {remedy}")
-    fastest = runtime.find_machine().device == "cpu" and find_spec("xllamacpp")
-    with ExitStack() as stack:
-        if file and (backend == "gguf" or (backend == "auto" and fastest)):
-            url = stack.enter_context(chat.open_gguf(file))
-            stream, compare = partial(chat.stream_gguf, url), False
-            note = f"{'/'.join(file.parts[-2:])}, llama.cpp"
+    slow = runtime.find_machine().device != "cpu" or not find_spec("xllamacpp")
+    if backend == "transformers" or (backend == "auto" and slow):
+        file = None
+    with chat.open_gguf(file) if file else nullcontext("") as url:
+        if file:
+            stream = partial(chat.stream_gguf, url)
+            note = f"{file.parent.name}/{file.name}, llama.cpp"
         else:
             loaded = models.load_model(name, **loading)
             stream = partial(chat.stream_answer, *loaded)
-            compare = loading["adapter"] is not None
             note = f"{name}, {loaded[0].dtype}, adapter: {loading['adapter']}"
         if terminal:
             return chat_in_terminal(stream, system, sampling)
         settings = {"title": model, "system_prompt": system, "sampling": sampling}
-        page = chat.build_page(stream, note, settings, compare)
+        page = chat.build_page(stream, note, settings, loading["adapter"] and not file)
         return chat.launch(page, server_name=host, server_port=port)
 
 

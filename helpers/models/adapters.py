@@ -9,7 +9,7 @@ import numpy as np
 from helpers.errors import ModelError, nearest
 from helpers.files import new_folder
 from helpers.inference.generation import inference
-from helpers.models.hub import Model
+from helpers.models.load import Model
 from helpers.runtime import find_machine, resolve_engine
 
 WITNESS = "trained_logits.npz"

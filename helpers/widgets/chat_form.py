@@ -12,7 +12,7 @@ import ipywidgets as widgets
 from helpers.config import RunConfig
 from helpers.data.formats import Messages, ask
 from helpers.errors import ModelError
-from helpers.inference.chat import stream_answer
+from helpers.inference.chat import START, stream_answer
 from helpers.widgets.config_form import remark
 
 COLUMN = """<b>{}</b><div style="display:flex;flex-direction:column-reverse;
@@ -44,8 +44,7 @@ class ChatForm(widgets.VBox):
             former.close()
         self.halt, self.worker = threading.Event(), threading.Thread()
         self.worker.start()  # and has ended
-        self.sampling = {"temperature": 0, "top_p": 1, "max_new_tokens": 256}
-        self.sampling |= config.inference
+        self.sampling = START | config.inference
         self.sliders = {
             "temperature": widgets.FloatSlider(max=2, step=0.05),
             "top_p": widgets.FloatSlider(max=1, step=0.05),
@@ -96,8 +95,6 @@ class ChatForm(widgets.VBox):
     def answer(self, text: str) -> str:
         self.message.value = self.status.value = fault = ""
         sampling = self.sampling | {n: s.value for n, s in self.sliders.items()}
-        if not sampling["temperature"]:  # greedy
-            sampling = {"max_new_tokens": sampling["max_new_tokens"]}
         try:
             for label in ["tuned"] if self.alone.value else ["tuned", "base"]:
                 if not self.halt.is_set():
@@ -115,12 +112,14 @@ class ChatForm(widgets.VBox):
         turns = [*self.turns[label], prompt[-1], answer]
         count, start = 0, time.perf_counter()
         self.show(label, turns, "is answering ...")
-        work = self.model, self.tokenizer, messages, sampling, self.halt
+        work = self.model, self.tokenizer, messages, sampling, label == "tuned"
         try:
-            for text in stream_answer(*work, adapter=label == "tuned"):
+            for text in stream_answer(*work):
                 answer["content"], count, self.turns[label] = text, count + 1, turns
                 if count % REDRAW == 1:
                     self.show(label, turns, "is answering ...")
+                if self.halt.is_set():
+                    break
             self.turns[label] = turns
         finally:
             rate = count / (time.perf_counter() - start)
