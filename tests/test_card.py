@@ -133,7 +133,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         server.calls.append((self.path, self.headers.get("Authorization"), body))
         url, values = f"http://127.0.0.1:{server.server_port}", dict[str, Any]()
-        values |= {"url": f"{url}/o/n", "commitUrl": f"{url}/o/n/1", "commitOid": "1"}
+        values |= {
+            "url": f"{url}/o/n",
+            "commitUrl": f"{url}/o/n/commit/1",
+            "commitOid": "1",
+        }
         values |= {"id": "o/n", "private": "public" not in self.path}
         values["cardData"] = {"license": "other", "license_name": "llama3.2"}
         if "/preupload/" in self.path:
