@@ -203,8 +203,8 @@ def test_the_offline_models_file_answers_as_transformers_and_has_upstreams_bytes
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     files = [f / "model.gguf" for f in write_gguf(folder, tmp_path, [*export.BITS])]
-    digests = dict(zip(export.BITS, [gguf_quants.digest(f)[1] for f in files]))
-    assert digests == DIGESTS[gguf_quants.OFFLINE]
+    digests = [gguf_quants.digest(file)[1] for file in files]
+    assert digests == [DIGESTS[gguf_quants.OFFLINE][kind] for kind in export.BITS]
     prompts = [turns(text) for text in ("What is 17 + 25?", "Name three colours.")]
     answers = generate(model, tokenizer, prompts, max_new_tokens=24)
     _server, ask = serve(files[0])
