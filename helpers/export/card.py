@@ -25,13 +25,13 @@ from helpers.models.load import resolve_weights
 from helpers.runs import Run
 
 OFFLINE_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # ours is a 4-bit file of it
-LIBRARIES = {"adapter": "peft", "gguf": "gguf"}
 
 
 def write_card(
     folder: Path, run: Run, name: str, report: dict[str, Any], parity: Any
 ) -> None:
     """Writes an exported folder's README.md, of what a run and its report hold."""
+    libraries = {"adapter": "peft", "gguf": "gguf"}
     config, stage = run.config, report["export"][name]["stage"]
     stages = config.stages[: config.stages.index(stage) + 1]
     base, licence = origin_of(config.model, "model")
@@ -45,7 +45,7 @@ def write_card(
         base_model_relation="adapter" if name == "adapter" else "finetune",
         license=licence.partition(":")[0],
         datasets=[name for name in origins if "/" in name] or None,
-        library_name=LIBRARIES.get(name.partition(":")[0], "transformers"),
+        library_name=libraries.get(name.partition(":")[0], "transformers"),
         pipeline_tag="text-generation",
         tags=["tunebook", "lora", *stages, name.replace(":", "-")],
         metrics=sorted({result.metric_type for result in results}) or None,
@@ -97,13 +97,12 @@ def held_out_results(config: RunConfig, part: dict[str, Any]) -> list[Any]:
         values = part.get("eval_text" if name == "eval" else name, {})
         rates = {k: v for k, v in values.items() if isinstance(v, dict) and "n" in v}
         numbers = {k: v.get("mean", v.get("k", 0) / v["n"]) for k, v in rates.items()}
+        numbers = {k.replace("correct", "accuracy"): v for k, v in numbers.items()}
         if name == "eval" and "eval_loss" in part:
             numbers["loss"] = part["eval_loss"]
         source = str(getattr(config.data, name, None) or config.data.train[0])
         places = "text-generation", source, f"{source} ({name})"
-        for k, number in numbers.items():
-            metric = "accuracy" if k == "correct" else k
-            results.append(EvalResult(*places, metric, round(number, 4)))
+        results += [EvalResult(*places, k, round(v, 4)) for k, v in numbers.items()]
     return results
 
 
@@ -138,16 +137,15 @@ def push_to_hub(folder: Path, repo_id: str, *, token: str, private: bool = True)
         ModelError: the folder has faults, the repository is public against `private`,
             or the hub refuses.
     """
-    row = read_json(folder.parent.parent / "report.json").get("export", {})
-    row = row.get(folder.name.replace("-", ":", 1))
+    rows = read_json(folder.parent.parent / "report.json").get("export", {})
+    row = rows.get(folder.name.replace("-", ":", 1))
     if row is None or not (folder / "README.md").exists():
         raise MissingInput(f"{folder} has no model card or no report: export it first")
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    faults = [*row["faults"]]
+    faults = [f"{f} is a link" for f in folder.rglob("*") if f.is_symlink()]
     if base and Path(base).is_dir():
-        faults.append("nobody else has its base model, a local folder: push `merged`")
-    faults += [f"{f} is a link" for f in folder.rglob("*") if f.is_symlink()]
-    if faults:
+        faults = ["nobody else has its base model, a local folder: push `merged`"]
+    if faults := row["faults"] + faults:
         raise ModelError(f"{folder} is not uploaded: {faults[0]}")
     kind = "space" if folder.name == "space" else "model"
     sdk = "gradio" if kind == "space" else None
