@@ -57,9 +57,24 @@ def serve(file: Path) -> tuple[Any, Callable[..., dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: Any, tokenizer: Any) -> Path:
+def small_tokenizer() -> Any:
+    """Bytes and printable ASCII as Llama 2 has them: the converter knows the form."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<unk>", *(f"<0x{n:02X}>" for n in range(256)), *map(chr, range(32, 127))]
+    vocabulary: Any = {token: number for number, token in enumerate(tokens)}
+    core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    core.add_special_tokens(["<|endoftext|>"])
+    names = {"unk_token": "<unk>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: Any, small_tokenizer: Any) -> Path:
     """A model as Llama-3.2 is: scaled rotations, and a template that prints a date."""
-    tokenizer = chats.fit_tokenizer(tokenizer, TRL["trl/llama3_2"])
+    tokenizer = chats.fit_tokenizer(small_tokenizer, TRL["trl/llama3_2"])
     tokenizer.chat_template = fix_date(tokenizer.chat_template)
     tokenizer.pad_token = "<|endoftext|>"
     shape = {"max_position_embeddings": 131072, "rope_parameters": ROPE}
@@ -131,7 +146,9 @@ def test_llama_cpp_prints_the_date_and_the_prompt_of_training(
     options = {"tokenize": False, "add_generation_prompt": True}
     assert tokenizer.apply_chat_template(TALK, **options) == prompt
     _server, ask = serve(files["q4_k_m"])
-    assert ask("/apply-template", messages=TALK)["prompt"] == prompt
+    # which adds BOS itself with this kind of tokenizer
+    printed = ask("/apply-template", messages=TALK)["prompt"]
+    assert printed == prompt.removeprefix(tokenizer.bos_token)
 
 
 def test_a_date_is_fixed_in_calls_and_refused_where_its_form_is_worked_out() -> None:
@@ -142,11 +159,11 @@ def test_a_date_is_fixed_in_calls_and_refused_where_its_form_is_worked_out() -> 
 
 
 def test_a_failure_leaves_the_files_of_before_and_no_others(
-    files: dict[str, Path], tiny_model_folder: Path, tmp_path: Path
+    files: dict[str, Path], merged: Path, tmp_path: Path
 ) -> None:
     from safetensors.numpy import load_file, save_file
 
-    broken = shutil.copytree(tiny_model_folder, tmp_path / "broken")
+    broken = shutil.copytree(merged, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = 70_000
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
