@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -219,6 +218,8 @@ def training_ids(run: Run, tokenizer: Any, count: int) -> list[list[int]]:
 
 def quantize(source: str, folder: str, rows: list[list[int]]) -> None:
     """Writes a model in 4 bit, by AWQ if there are rows; another process runs this."""
+    import math
+
     from compressed_tensors.quantization import preset_name_to_scheme
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
