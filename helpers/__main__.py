@@ -137,7 +137,8 @@ def main(arguments: list[str]) -> None:
     values = vars(parser.parse_args(arguments))
     values = {name: value for name, value in values.items() if value is not None}
     try:
-        show(execute(values.pop("command"), values))
+        result = execute(command := values.pop("command"), values)
+        show(result if command != "export" else None)  # which logs its table
     except (TunebookError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

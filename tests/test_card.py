@@ -73,13 +73,15 @@ def test_a_card_says_what_the_report_says(exported: Run) -> None:
             library,
             "text-generation",
         )
-        assert values.license is None and values.base_model is None  # of a local folder
+        assert (
+            values.license == "unknown" and values.base_model is None
+        )  # of a local folder
         for part, fingerprint in report["data"]["fingerprints"].items():
             assert f"| {part} | {report['data'][part]} | {fingerprint} |" in text
         for line in ("sft learning_rate | 0.001", "LoRA r | 16", "sft steps | 2", name):
             assert f"| {line} |" in text
         assert "0/4 = 0.0 % [0.0, 49.0]" in text and "<|im_start|>" in text
-        assert "- data_samples/sharegpt.jsonl: apache-2.0" in text
+        assert "- sharegpt.jsonl of tunebook: apache-2.0" in text
         assert "unknown: a local file" in text
         assert ("vllm serve ." in text) == (name == "merged")
         assert str(exported.path.parent) not in text and config.model not in text
@@ -131,7 +133,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         server.calls.append((self.path, self.headers.get("Authorization"), body))
         url, values = f"http://127.0.0.1:{server.server_port}", dict[str, Any]()
-        values |= {"url": f"{url}/o/n", "commitUrl": f"{url}/1", "commitOid": "1"}
+        values |= {
+            "url": f"{url}/o/n",
+            "commitUrl": f"{url}/o/n/commit/1",
+            "commitOid": "1",
+        }
         values |= {"id": "o/n", "private": "public" not in self.path}
         values["cardData"] = {"license": "other", "license_name": "llama3.2"}
         if "/preupload/" in self.path:
@@ -190,7 +196,7 @@ def test_an_upload_is_private_and_sends_the_folder_and_the_token_alone(
         server.shutdown()
     licence, address, public, denied = done.stdout.splitlines()
     assert licence == "('o/base', 'llama3.2')" and address == f"{url}/o/n"
-    assert "o/public exists and is public" in public and "403" in denied
+    assert "o/public was not uploaded: it is public" in public and "403" in denied
     assert "hf_secret" not in done.stdout + done.stderr
     created = next(json.loads(body) for path, _, body in calls if "create" in path)
     assert created["visibility"] == "private"

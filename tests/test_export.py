@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from helpers import export, files, stages
+from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError, ModelError
 from helpers.export import formats
@@ -49,7 +52,10 @@ def test_adapter_and_merged_model_answer_as_trained(
     part = export.export(run, "sft", prompts=6)
     for name in ("adapter", "merged"):
         assert part[name]["faults"] == [] and part[name]["stage"] == "sft"
-        assert weights != "16bit" or part[name]["tokens_agree"] == 1.0
+        assert part[name]["tokens_agree"] >= (1.0 if weights == "16bit" else 0.9)
+        limits = {"16bit": 1e-4, "4bit": 2e-2, "8bit": 0.1}  # of the largest logit
+        off = part[name]["reloaded"]
+        assert off["difference"] <= limits[weights] * off["logits"]
     merged = Path(part["merged"]["path"])
     assert (merged / "chat_template.jinja").exists()
     assert json.loads((merged / "config.json").read_text())["tie_word_embeddings"]
@@ -120,7 +126,7 @@ def test_four_bits_load_in_plain_transformers_and_leave_other_formats_alone(
     assert part["merged"] == merged and part["w4a16"]["faults"] == []
     settings = json.loads(Path(part["w4a16"]["path"], "config.json").read_text())
     weights = settings["quantization_config"]["config_groups"]["group_0"]["weights"]
-    assert (weights["num_bits"], weights["group_size"]) == (4, 64)  # of 64 and 128
+    assert (weights["num_bits"], weights["group_size"]) == (4, 32)
     # the merged model for it was another copy
     assert {f.name for f in (trained.path / "export").iterdir()} == {"merged", "w4a16"}
     assert trained.report()["export"] == part
@@ -203,13 +209,37 @@ def test_other_programs_print_the_bos_and_the_date_of_training(
     assert expected.startswith("<|im_start|>26 Jul 2024")
 
 
+def test_a_tokenizer_model_of_the_base_goes_into_the_merged_model(
+    trained: Run, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_model_folder, tmp_path / "base")
+    (base / "tokenizer.model").write_bytes(b"pieces")
+    config = changed(trained.config, model=str(base))
+    formats.merge(config, trained.path / "sft" / "adapter", tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == b"pieces"
+
+
+def test_too_little_disk_or_memory_is_refused_and_3b_fits_a_free_colab(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    gpu = SimpleNamespace(device="cuda")
+    monkeypatch.setattr(formats.runtime, "find_machine", lambda: gpu)
+    names: Any = ["gguf:q8_0", "gguf:q4_k_m"]
+    for disk, memory, text in ((25, 8, ""), (15, 8, "of disk"), (25, 2, "of memory")):
+        space = SimpleNamespace(free=disk * 1e9, available=memory * 1e9)
+        monkeypatch.setattr(formats.shutil, "disk_usage", lambda _, s=space: s)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda s=space: s)
+        expected = pytest.raises(ModelError, match=f" GB {text} needed for .* free")
+        with expected if text else nullcontext():
+            formats.require_space(tmp_path, 3_210_000_000, names)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (
-            {"formats": ["gguf:q3"]},
-            "should be 'adapter', .* 'awq' or 'space'",
-        ),
+        ({"formats": ["gguf:q3"]}, "should be 'adapter', .* 'awq' or 'space'"),
         ({"formats": ["awq"]}, "there is none: use w4a16"),
         ({"formats": ["merged"], "push": "o/n"}, "and a token in .* HF_TOKEN"),
         ({"formats": ["merged"], "public": True}, "push=OWNER/NAME"),

@@ -57,9 +57,24 @@ def serve(file: Path) -> tuple[Any, Callable[..., dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: Any, tokenizer: Any) -> Path:
+def small_tokenizer() -> Any:
+    """Bytes and printable ASCII as Llama 2 has them: the converter knows the form."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<unk>", *(f"<0x{n:02X}>" for n in range(256)), *map(chr, range(32, 127))]
+    vocabulary: Any = {token: number for number, token in enumerate(tokens)}
+    core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    core.add_special_tokens(["<|endoftext|>"])
+    names = {"unk_token": "<unk>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: Any, small_tokenizer: Any) -> Path:
     """A model as Llama-3.2 is: scaled rotations, and a template that prints a date."""
-    tokenizer = chats.fit_tokenizer(tokenizer, TRL["trl/llama3_2"])
+    tokenizer = chats.fit_tokenizer(small_tokenizer, TRL["trl/llama3_2"])
     tokenizer.chat_template = fix_date(tokenizer.chat_template)
     tokenizer.pad_token = "<|endoftext|>"
     shape = {"max_position_embeddings": 131072, "rope_parameters": ROPE}
@@ -69,7 +84,9 @@ def merged(tmp_path_factory: Any, tokenizer: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def files(merged: Path, tmp_path_factory: Any) -> dict[str, Path]:
-    return write_gguf(merged, tmp_path_factory.mktemp("export"), ["q8_0", "q4_k_m"])
+    kinds = ["q8_0", "q4_k_m"]
+    folders = write_gguf(merged, tmp_path_factory.mktemp("export"), kinds)
+    return {k: f / "model.gguf" for k, f in zip(kinds, folders, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +107,10 @@ def test_every_tensor_has_the_bytes_of_llama_cpps_quantiser(
 ) -> None:
     family, shape = gguf_quants.SHAPES["llama-untied-wide"]
     merged = save_tiny_model(family, tokenizer, tmp_path / "merged", **shape)
-    paths = write_gguf(gguf_quants.fill(merged), tmp_path, ["q8_0", "q4_k_m"])
-    for kind, file in paths.items():
-        tensors, digest = gguf_quants.digest(file)
+    kinds = ["q8_0", "q4_k_m"]
+    folders = write_gguf(gguf_quants.fill(merged), tmp_path, kinds)
+    for kind, out in zip(kinds, folders, strict=True):
+        tensors, digest = gguf_quants.digest(out / "model.gguf")
         assert digest == DIGESTS["llama-untied-wide"][kind]
     heads = [tensors[name][0] for name in ("output.weight", "token_embd.weight")]
     assert heads == ["Q6_K", "Q4_K"]
@@ -128,7 +146,9 @@ def test_llama_cpp_prints_the_date_and_the_prompt_of_training(
     options = {"tokenize": False, "add_generation_prompt": True}
     assert tokenizer.apply_chat_template(TALK, **options) == prompt
     _server, ask = serve(files["q4_k_m"])
-    assert ask("/apply-template", messages=TALK)["prompt"] == prompt
+    # which adds BOS itself with this kind of tokenizer
+    printed = ask("/apply-template", messages=TALK)["prompt"]
+    assert printed == prompt.removeprefix(tokenizer.bos_token)
 
 
 def test_a_date_is_fixed_in_calls_and_refused_where_its_form_is_worked_out() -> None:
@@ -139,11 +159,11 @@ def test_a_date_is_fixed_in_calls_and_refused_where_its_form_is_worked_out() -> 
 
 
 def test_a_failure_leaves_the_files_of_before_and_no_others(
-    files: dict[str, Path], tiny_model_folder: Path, tmp_path: Path
+    files: dict[str, Path], merged: Path, tmp_path: Path
 ) -> None:
     from safetensors.numpy import load_file, save_file
 
-    broken = shutil.copytree(tiny_model_folder, tmp_path / "broken")
+    broken = shutil.copytree(merged, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = 70_000
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
@@ -190,25 +210,6 @@ def test_models_with_rules_of_their_own_are_not_quantised(tmp_path: Path) -> Non
         export.quantise(tmp_path / "moe.gguf", tmp_path / "out.gguf", "q8_0")
 
 
-def test_too_little_disk_or_memory_and_unknown_kinds_are_refused_before_any_work(
-    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "a" / "b"
-    with pytest.raises(ModelError, match="q5_k'} are not among f16, q8_0, q4_k_m"):
-        write_gguf(merged, out, ["f16", "q5_k"])
-    for need, text in (((1e6, 0), "of disk"), ((0, 1e6), "of memory")):
-        monkeypatch.setattr(export, "needed_space", lambda *_, need=need, **__: need)
-        with pytest.raises(ModelError, match=f"1000000.0 GB {text} needed for .*free"):
-            write_gguf(merged, out, ["f16"])
-    assert not out.parent.exists()
-
-
-def test_a_model_of_3b_fits_a_free_colab() -> None:
-    disk, memory = export.needed_space(3_210_000_000, export.KINDS)
-    assert 15 < disk < 25 and 3 < memory < 8
-    assert export.needed_space(10**9, ["f16"], 0)[0] == 2
-
-
 def test_the_offline_models_file_answers_as_transformers_and_has_upstreams_bytes(
     tmp_path: Path,
 ) -> None:
@@ -218,12 +219,12 @@ def test_the_offline_models_file_answers_as_transformers_and_has_upstreams_bytes
     folder = tmp_path / "merged"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    paths = write_gguf(folder, tmp_path, export.KINDS)
-    digests = {kind: gguf_quants.digest(file)[1] for kind, file in paths.items()}
-    assert digests == DIGESTS[gguf_quants.OFFLINE]
+    files = [f / "model.gguf" for f in write_gguf(folder, tmp_path, [*export.BITS])]
+    digests = [gguf_quants.digest(file)[1] for file in files]
+    assert digests == [DIGESTS[gguf_quants.OFFLINE][kind] for kind in export.BITS]
     prompts = [turns(text) for text in ("What is 17 + 25?", "Name three colours.")]
     answers = generate(model, tokenizer, prompts, max_new_tokens=24)
-    _server, ask = serve(paths["f16"])
+    _server, ask = serve(files[0])
     for messages, answer in zip(prompts, answers, strict=True):
         prompt = ask("/apply-template", messages=messages)["prompt"]
         assert prompt == render(tokenizer, messages, for_generation=True)

@@ -63,9 +63,9 @@ def test_ollama_renders_the_prompt_of_training(
     assert "PARAMETER temperature 0\n" in text and '\nSYSTEM "' not in text
     printed = [render_modelfile(text, TALK)]
     assert printed[0] == render(tokenizer, TALK, for_generation=True)
-    printed.append(render_modelfile(text, TALK, BRIEF))
+    messages = [{"role": "system", "content": BRIEF}, *TALK]
+    printed.append(render_modelfile(text, messages))
     if name != "trl/gemma":  # takes no system turn
-        messages = [{"role": "system", "content": BRIEF}, *TALK]
         assert printed[1] == render(tokenizer, messages, for_generation=True)
     digest = hashlib.sha256("\0".join(printed).encode()).hexdigest()
     assert digest[:12] == DIGESTS[name]

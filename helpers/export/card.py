@@ -8,42 +8,43 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from httpx import HTTPError
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+
 from helpers import runtime
 from helpers.config import HELD_OUT, RunConfig, complete
 from helpers.data.formats import ask
 from helpers.data.sources import HUB_NAME
 from helpers.errors import MissingInput, ModelError
 from helpers.evaluation import tables
-from helpers.files import new_folder, read_json, write_json
+from helpers.files import new_folder, read_json, write_json, write_lines
 from helpers.inference import chat
 from helpers.install import ROOT
 from helpers.models.load import OFFLINE, resolve_weights
 from helpers.runs import Run
 
 OFFLINE_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # ours is a 4-bit file of it
-LIBRARIES = {"adapter": "peft", "gguf": "gguf"}
 
 
 def write_card(
     folder: Path, run: Run, name: str, report: dict[str, Any], parity: Any
 ) -> None:
     """Writes an exported folder's README.md, of what a run and its report hold."""
-    from huggingface_hub import ModelCard, ModelCardData
-
+    libraries = {"adapter": "peft", "gguf": "gguf"}
     config, stage = run.config, report["export"][name]["stage"]
     stages = config.stages[: config.stages.index(stage) + 1]
     base, licence = origin_of(config.model, "model")
-    sources = [str(source) for source in config.data.train if "sft" in stages]
-    sources += [str(config.data.problems)] if "grpo" in stages else []
-    origins = dict(origin_of(source, "dataset") for source in sources)
+    sources: list[Any] = [*config.data.train] if "sft" in stages else []
+    sources += [config.data.problems] if "grpo" in stages else []
+    origins = dict(origin_of(str(source), "dataset") for source in sources)
     results = held_out_results(config, report.get("eval", {}).get(stage, {}))
     values = ModelCardData(
         model_name=config.name if results else None,
-        base_model=base if is_public(base) else None,
+        base_model=base if "/" in base else None,
         base_model_relation="adapter" if name == "adapter" else "finetune",
-        license=None if licence.startswith("unknown") else licence,
-        datasets=list(filter(is_public, origins)) or None,
-        library_name=LIBRARIES.get(name.partition(":")[0], "transformers"),
+        license=licence.partition(":")[0],
+        datasets=[name for name in origins if "/" in name] or None,
+        library_name=libraries.get(name.partition(":")[0], "transformers"),
         pipeline_tag="text-generation",
         tags=["tunebook", "lora", *stages, name.replace(":", "-")],
         metrics=sorted({result.metric_type for result in results}) or None,
@@ -68,21 +69,16 @@ def write_card(
     ).save(folder / "README.md")
 
 
-def is_public(name: str) -> bool:
-    return "/" in name and not name.startswith("data_samples/")
-
-
 def origin_of(name: str, kind: str) -> tuple[str, str]:
     """Returns the name of a model or dataset, and its licence where that is known."""
-    from httpx import HTTPError
-    from huggingface_hub import HfApi
-
-    if name == OFFLINE or name.startswith("data_samples/"):
-        return OFFLINE_BASE if name == OFFLINE else name, "apache-2.0"
+    if name == OFFLINE:
+        return OFFLINE_BASE, "apache-2.0"
+    if name.startswith("data_samples/"):
+        return f"{Path(name).name} of tunebook", "apache-2.0"
     if runtime.find_local(name):
         return Path(name).name, "unknown: a local file or folder"
-    match = HUB_NAME.fullmatch(name)
-    name = match[1] if match else name
+    if match := HUB_NAME.fullmatch(name):
+        name = match[1]
     if runtime.hub_reachable():
         with suppress(HTTPError):
             info: Any = HfApi().repo_info(name, repo_type=kind, timeout=10)
@@ -95,32 +91,27 @@ def origin_of(name: str, kind: str) -> tuple[str, str]:
 
 def held_out_results(config: RunConfig, part: dict[str, Any]) -> list[Any]:
     """Returns the `EvalResult`s of a model's part of the report's `eval`."""
-    from huggingface_hub import EvalResult
-
     results = []
     for name in HELD_OUT:
         values = part.get("eval_text" if name == "eval" else name, {})
         rates = {k: v for k, v in values.items() if isinstance(v, dict) and "n" in v}
         numbers = {k: v.get("mean", v.get("k", 0) / v["n"]) for k, v in rates.items()}
+        numbers = {k.replace("correct", "accuracy"): v for k, v in numbers.items()}
         if name == "eval" and "eval_loss" in part:
             numbers["loss"] = part["eval_loss"]
         source = str(getattr(config.data, name, None) or config.data.train[0])
-        for k, number in numbers.items():
-            metric = "accuracy" if k == "correct" else k
-            places = ("text-generation", source, f"{source} ({name})")
-            results.append(EvalResult(*places, metric, round(number, 4)))
+        places = "text-generation", source, f"{source} ({name})"
+        results += [EvalResult(*places, k, round(v, 4)) for k, v in numbers.items()]
     return results
 
 
 def write_space(folder: Path, config: RunConfig, model: Path) -> None:
     """Writes a Gradio Space that chats with a GGUF file on a free CPU."""
-    from huggingface_hub import SpaceCard, SpaceCardData
-
     pins, licence = ROOT / "requirements-chat.txt", origin_of(config.model, "model")[1]
     version = re.findall(r"^gradio==([\d.]+)", pins.read_text("utf-8"), re.M)[0]
-    values: Any = {"title": config.name, "sdk": "gradio", "sdk_version": version}
-    values |= {"python_version": "3.12", "app_file": "app.py"}
-    values |= {} if licence.startswith("unknown") else {"license": licence}
+    text = f'---\ntitle: "{config.name}"\nlicense: {licence.partition(":")[0]}\n'
+    text += f'sdk: gradio\nsdk_version: {version}\npython_version: "3.12"\n'
+    text += f"app_file: app.py\n---\n\n# {config.name}\n"
     settings: Any = {"title": config.name, "system_prompt": config.system_prompt}
     settings |= {"sampling": config.inference, "model": model.name}
     with new_folder(folder) as new:
@@ -128,8 +119,7 @@ def write_space(folder: Path, config: RunConfig, model: Path) -> None:
         shutil.copy(pins, new / "requirements.txt")
         shutil.copy(model, new)
         write_json(new / "settings.json", settings)
-        text = f"---\n{SpaceCardData(**values).to_yaml()}\n---\n\n# {config.name}\n"
-        SpaceCard(text).save(new / "README.md")
+        write_lines(new / "README.md", [text])
 
 
 def push_to_hub(folder: Path, repo_id: str, *, token: str, private: bool = True) -> str:
@@ -143,35 +133,28 @@ def push_to_hub(folder: Path, repo_id: str, *, token: str, private: bool = True)
 
     Raises:
         MissingInput: the folder has no model card, or no row in the report.
-        ModelError: the report has faults of it, others could not load it, the
-            repository is public against `private`, or the hub refuses.
+        ModelError: the folder has faults, the repository is public against `private`,
+            or the hub refuses.
     """
-    from httpx import HTTPError
-    from huggingface_hub import HfApi
-
-    row = read_json(folder.parent.parent / "report.json").get("export", {})
-    row = row.get(folder.name.replace("-", ":", 1))
+    rows = read_json(folder.parent.parent / "report.json").get("export", {})
+    row = rows.get(folder.name.replace("-", ":", 1))
     if row is None or not (folder / "README.md").exists():
         raise MissingInput(f"{folder} has no model card or no report: export it first")
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    faults = [*row["faults"]]
+    faults = [f"{f} is a link" for f in folder.rglob("*") if f.is_symlink()]
     if base and Path(base).is_dir():
-        faults.append("nobody else has its base model, a local folder: push `merged`")
-    faults += [f"{f} is a link" for f in folder.rglob("*") if f.is_symlink()]
-    if faults:
+        faults = ["nobody else has its base model, a local folder: push `merged`"]
+    if faults := row["faults"] + faults:
         raise ModelError(f"{folder} is not uploaded: {faults[0]}")
     kind = "space" if folder.name == "space" else "model"
     sdk = "gradio" if kind == "space" else None
     api, place = HfApi(token=token), dict[str, Any](repo_id=repo_id, repo_type=kind)
     try:
         url = api.create_repo(**place, private=private, space_sdk=sdk, exist_ok=True)
-        # `private` changes nothing of one that exists
-        public = not api.repo_info(**place).private
-        if not (private and public):
-            api.upload_folder(**place, folder_path=folder)
+        if private and not api.repo_info(**place).private:  # it existed
+            raise ValueError("it is public: choose another, or public")
+        api.upload_folder(**place, folder_path=folder)
     except (HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).replace(token, "***").split())[:300]
         raise ModelError(f"{repo_id} was not uploaded: {reason}") from None
-    if private and public:
-        raise ModelError(f"{repo_id} exists and is public: choose another, or public")
     return str(url)

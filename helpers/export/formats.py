@@ -7,13 +7,14 @@ import logging
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
 from helpers import estimate, runtime
 from helpers.config import Format, RunConfig, Stage, changed
-from helpers.data.formats import ask
+from helpers.data.reading import to_conversations
 from helpers.errors import ConfigError, ModelError
 from helpers.export import card, gguf, parity
 from helpers.files import content_hash, new_folder, read_rows
@@ -25,7 +26,7 @@ from helpers.runs import Run, writes
 from helpers.training.inputs import require_stage
 
 log = logging.getLogger(__name__)
-FOUR_BIT = {"w4a16": 0, "awq": 128}  # and how many training rows calibrate it
+FOUR_BIT = {"w4a16", "awq"}
 
 
 @writes
@@ -42,16 +43,16 @@ def export(
     Args:
         run: with the stage trained.
         stage: the run's last one by default.
-        formats: by default the config's, else adapter and merged; they replace their
-            folders in `export/`, others stay.
+        formats: by default the config's, else adapter and merged; others that are in
+            `export/` stay.
         prompts: the number of prompts to compare with the trained model.
         push, public: OWNER/NAME for the upload of one format, by the token in
             `HF_TOKEN`, and whether a new repository is public.
 
     Raises:
         ConfigError, MissingInput: no such stage or format, or not to be had here.
-        ModelError: too little space; or a file does not behave as what was trained,
-            which is in the report, where all that was written is.
+        ModelError: too little space, or a file does not behave as what was trained:
+            it stays, and the report says so.
     """
     config, folder, report = run.config, run.path / "export", run.report()
     stage = stage or config.stages[-1]
@@ -65,7 +66,9 @@ def export(
     names = [name for name in get_args(Format) if name in formats and name != "space"]
     if "space" in formats and not kinds_of(names):
         names.append("gguf:q4_k_m")
-    check_space(config, folder, names)
+    if names != ["adapter"]:
+        size = estimate.skeleton(config.model).num_parameters()
+        require_space(run.path, size, names)
     paths = {name: folder / name.replace(":", "-") for name in names}
     write_files(run, adapter, paths)
     rows, faults = parity.check(run, stage, paths, prompts)
@@ -79,14 +82,13 @@ def export(
     sound = [name for name in names if "gguf:" in name and not rows[name]["faults"]]
     if "space" in formats and sound:  # the last is the smallest
         card.write_space(folder / "space", config, paths[sound[-1]] / "model.gguf")
-        space = {"path": str(folder / "space")}
-        report["export"]["space"] = rows[sound[-1]] | space
+        report["export"]["space"] = rows[sound[-1]] | {"path": str(folder / "space")}
     run.write_part("export", report["export"])
     log.info(table.to_string())
     if faults:
         raise ModelError("\n".join(faults))
     if push and token:
-        path = folder / formats[0].replace(":", "-")
+        path = Path(report["export"][formats[0]]["path"])
         log.info(card.push_to_hub(path, push, token=token, private=not public))
     return report["export"]
 
@@ -104,14 +106,23 @@ def kinds_of(names: list[Format]) -> list[str]:
     return [name.removeprefix("gguf:") for name in names if "gguf:" in name]
 
 
-def check_space(config: RunConfig, folder: Path, names: list[Format]) -> None:
+def require_space(folder: Path, parameters: int, names: list[Format]) -> None:
+    """Raises ModelError if exported files need more disk or memory than is free."""
+    import psutil
+
     on_gpu = runtime.find_machine().device == "cuda"
-    size, bits = estimate.skeleton(config.model).num_parameters(), 16 if on_gpu else 32
-    disk, memory = gguf.needed_space(size, kinds_of(names), bits)
-    if not on_gpu or {*FOUR_BIT} & {*names}:  # the weights are in RAM
-        memory = max(memory, size * bits / 8e9)
-    if names != ["adapter"]:
-        gguf.require_space(folder, disk, memory)
+    merged, largest = parameters * (2 if on_gpu else 4) / 1e9, 4e8 + parameters / 12
+    files = parameters * sum(gguf.BITS[k] for k in {"f16", *kinds_of(names)}) / 8e9
+    memory = 0.6 + min(parameters, largest) * 6 / 1e9  # GGUF takes tensor after tensor
+    if FOUR_BIT & {*names} or not on_gpu:  # all weights are in memory
+        memory = max(memory, merged)
+    for name, need, free in (
+        ("disk", merged + files, shutil.disk_usage(folder).free),
+        ("memory", memory, psutil.virtual_memory().available),
+    ):
+        if need > free / 1e9:
+            text = f"{need:.1f} GB of {name} needed for {folder}, {free / 1e9:.1f} free"
+            raise ModelError(f"{text}: make room, or take a larger machine")
 
 
 def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
@@ -125,12 +136,12 @@ def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
         merged = paths.get("merged", Path(scratch, "merged"))
         tokenizer = merge(config, adapter, merged)
         runtime.free_memory()
-        options: Any = {"system": config.system_prompt, "sampling": config.inference}
+        settings = config.system_prompt, config.inference
         if kinds := kinds_of([*paths]):
-            for file in gguf.write_gguf(merged, folder, kinds).values():
-                gguf.write_modelfile(file.parent, tokenizer, **options)
-        for name in [name for name in FOUR_BIT if name in paths]:
-            rows = training_ids(run, tokenizer, FOUR_BIT[name])
+            for new in gguf.write_gguf(merged, folder, kinds):
+                gguf.write_modelfile(new, tokenizer, *settings)
+        for name in FOUR_BIT & {*paths}:
+            rows = training_ids(run, tokenizer, 128) if name == "awq" else []
             with new_folder(paths[name]) as new:
                 parity.run_alone(quantize, str(merged), str(new), rows)
 
@@ -138,10 +149,9 @@ def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
 def write_adapter(config: RunConfig, adapter: Path, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    try:
+    settings = GenerationConfig()
+    with suppress(OSError):  # some models come without
         settings = GenerationConfig.from_pretrained(load.find_model(config.model))
-    except OSError:  # the model comes without
-        settings = GenerationConfig()
     with new_folder(folder) as new:
         for file in adapter.glob("adapter_*"):
             shutil.copy2(file, new)
@@ -151,6 +161,8 @@ def write_adapter(config: RunConfig, adapter: Path, folder: Path) -> None:
 
 def merge(config: RunConfig, adapter: Path | str, folder: Path) -> Any:
     """Writes base and adapter as one model in 16 bit (fp32 on a CPU)."""
+    from transformers.utils import cached_file
+
     options = {**load.options(config), "engine": "transformers"}
     base, _ = load.load_model(config.model, **options)
     if load.resolve_weights(config.weights) != "16bit":  # what it was trained on
@@ -168,6 +180,9 @@ def merge(config: RunConfig, adapter: Path | str, folder: Path) -> Any:
         # a file's weights are copied from a GPU to RAM before they are written
         model.save_pretrained(scratch, max_shard_size="2GB")
         tokenizer.save_pretrained(scratch)
+        with suppress(OSError):  # most come without; llama.cpp needs that of Gemma 2
+            file = cached_file(load.find_model(config.model), "tokenizer.model")
+            shutil.copy(str(file), scratch)
     return tokenizer
 
 
@@ -196,16 +211,16 @@ def training_ids(run: Run, tokenizer: Any, count: int) -> list[list[int]]:
     config = run.config
     part = "train" if config.data.train else "problems"
     rows = read_rows(run.require(f"data/{part}.jsonl"))[:count]
-    for row in [row for row in rows if "question" in row]:
-        answer = {"role": "assistant", "content": row["answer"]}
-        row["messages"] = [*ask(row["question"], config.system_prompt), answer]
-    chats, limits = [r["messages"] for r in rows], (config.loss_on, config.max_length)
-    masked = mask_conversations(tokenizer, chats, *limits, drop=True) if rows else None
-    return list(masked.rows["input_ids"]) if masked else []
+    chats, _ = to_conversations(rows, config.system_prompt)
+    limits = config.loss_on, config.max_length
+    masked = mask_conversations(tokenizer, chats, *limits, drop=True)
+    return list(masked.rows["input_ids"])
 
 
 def quantize(source: str, folder: str, rows: list[list[int]]) -> None:
     """Writes a model in 4 bit, by AWQ if there are rows; another process runs this."""
+    import math
+
     from compressed_tensors.quantization import preset_name_to_scheme
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -216,17 +231,14 @@ def quantize(source: str, folder: str, rows: list[list[int]]) -> None:
 
     dtype = "bfloat16" if rows else "auto"  # fp16 overflows in AWQ's search
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    widths = [layer.in_features for name, layer in layers.items() if name != "lm_head"]
-    groups = (128, 64, 32) if rows else (32,)  # rounding alone needs small ones
-    sizes = [size for size in groups if not any(width % size for width in widths)]
-    if not sizes:
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    widths = [layer.in_features for name, layer in layers if name != "lm_head"]
+    # rounding alone needs small groups
+    if (size := math.gcd(128 if rows else 32, *widths)) < 32:
         raise SystemExit("4 bit needs layers that are a multiple of 32 wide")
     scheme = preset_name_to_scheme("W4A16_ASYM", ["Linear"])
-    scheme.weights.group_size = sizes[0]
-    recipe: Any = [
-        QuantizationModifier(config_groups={"all": scheme}, ignore=["lm_head"])
-    ]
+    scheme.weights.group_size = size
+    rounding = QuantizationModifier(config_groups={"all": scheme}, ignore=["lm_head"])
+    recipe: Any = [AWQModifier(), rounding] if rows else rounding
     data = DataLoader([{"input_ids": tensor(ids)} for ids in rows]) if rows else None
-    recipe = [AWQModifier(), *recipe] if rows else recipe
     oneshot(model=model, recipe=recipe, dataset=data, output_dir=folder)

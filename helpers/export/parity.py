@@ -113,6 +113,8 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
     base = model.config.to_dict()  # an adapter needs the weights it was trained on
     with np.load(adapter / adapters.WITNESS) as file:
         trained: Row = {"witness": file["ids"].tolist(), "limit": float(file["limit"])}
+    if "quantization_config" in base:  # bitsandbytes rounds to bf16 on some CPUs
+        trained["limit"] = max(trained["limit"], adapters.TOLERANCE["cuda"])
     settings = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
     settings.eos_token_id = stop_token_ids(tokenizer)
     trained |= {
