@@ -67,8 +67,7 @@ def check(
     rows = {"trained": row | {"reloaded": trained["reloaded"]}}
     if trained["base"] == trained["logits"]:
         faults.append("trained: the adapter changes no logits: nothing was learnt")
-    places = [*map(str, folders.values())]
-    results = run_alone(ask_models, places, trained, measure)
+    results = run_alone(ask_models, [*map(str, folders.values())], trained, measure)
     for (name, folder), result in zip(folders.items(), results, strict=True):
         try:
             if "gguf" in name:
@@ -104,7 +103,6 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
         "questions": questions,
         "prompts": [encode(tokenizer, question) for question in questions],
         "gold": [row.get("gold") for row in rows],
-        "system": ask("", config.system_prompt)[:-1],
         "length": min(64, config.evaluation.max_new_tokens),
         "loading": {k: base[k] for k in ("dtype", "quantization_config") if k in base},
         "tied": base.get("tie_word_embeddings"),
@@ -166,7 +164,8 @@ def ask_models(folders: list, trained: dict) -> list:
     for folder, values in zip(folders, results, strict=True):
         tokenizer = settings = model = None
         gc.collect()
-        asked, form = trained | {"prompts": []}, dict(device_map="auto")
+        form: dict = {"device_map": "auto"}
+        asked = trained | {"prompts": []}
         try:
             if os.path.exists(f"{folder}/model.gguf"):
                 import gguf
@@ -174,8 +173,9 @@ def ask_models(folders: list, trained: dict) -> list:
                 # transformers makes both anew, for each module and for each use
                 for name in ("get_tensor_name_map", "GGUFReader"):
                     setattr(gguf, name, functools.cache(getattr(gguf, name)))
+                form |= {"gguf_file": "model.gguf", "dtype": "float32"}
                 weights = {"quant_method": "gguf", "dequantize": True}
-                form |= {"gguf_file": "model.gguf", "quantization_config": weights}
+                form["quantization_config"] = weights
             else:
                 tokenizer = AutoTokenizer.from_pretrained(folder)
                 settings = GenerationConfig.from_pretrained(folder)
@@ -225,7 +225,7 @@ def measure(model: Any, tokenizer: Any, settings: Any, asked: dict) -> dict:
         losses += [float(loss)] * int((labels[:, 1:] != -100).sum())
     ids = torch.tensor(asked["witness"], device=device)
     rope = getattr(model.config.get_text_config(), "rope_parameters", None)
-    values = {"stops": stops, "answers": answers, "tokens_per_second": rate}
+    values: dict = {"stops": stops, "answers": answers, "tokens_per_second": rate}
     values["perplexity"] = math.exp(min(sum(losses) / max(len(losses), 1), 100))
     values["logits"] = model(input_ids=ids).logits[0, -1].float().tolist()
     return values | {"rope": rope or {}}
@@ -235,18 +235,15 @@ def read_settings(file: Path, tied: bool) -> Row:
     """Returns a GGUF's stop tokens and rope, and the weights that it lacks."""
     from gguf import GGUFReader
 
-    reader, data = GGUFReader(file), dict[str, Any]()
+    reader = GGUFReader(file)
     names = {tensor.name for tensor in reader.tensors}
-    for key, field in reader.fields.items():
-        if field.types[0] != 9:  # no arrays
-            data[key.partition(".")[2]] = field.contents()
+    data = {key.partition(".")[2]: f.contents() for key, f in reader.fields.items()}
     rope = {"rope_theta": data.get("rope.freq_base", 1e4)}
     if not names & {"rope_freqs.weight", "rope_factors_long.weight"}:
         kind = data.get("rope.scaling.type", "none")
         rope["rope_type"] = "default" if kind == "none" else kind
     missing = [] if tied else sorted({"output.weight"} - names)
-    keys = ("ggml.eos_token_id", "ggml.eot_token_id")
-    stops = [data[key] for key in keys if key in data]
+    stops = [data[k] for k in ("ggml.eos_token_id", "ggml.eot_token_id") if k in data]
     return {"stops": stops, "rope": rope, "missing": missing}
 
 
@@ -262,7 +259,7 @@ def ask_llama(folder: Path, trained: Row) -> Row:
 
         texts = [post("/apply-template", messages=q)["prompt"] for q in questions]
         file = (folder / "Modelfile").read_text("utf-8")
-        alone = [q[1:] if q[:1] == trained["system"] else q for q in questions]
+        alone = [q[1:] if q[:1] == questions[-1][:-1] else q for q in questions]
         texts += [gguf.render_modelfile(file, q) for q in (*questions, *alone)]
         options: Row = {"add_special": True, "parse_special": True}
         prompts = [post("/tokenize", content=x, **options)["tokens"] for x in texts]
@@ -312,8 +309,8 @@ def compare_settings(tokenizer: Any, own: Row, trained: Row) -> list[str]:
     if wrong := {k: v for k, v in file.items() if rope.get(k, v) != v}:
         faults.append(f"rope scaling lost: the file has {wrong}, trained with {rope}")
     if missing:
-        ends = {"lm_head.weight", "output.weight"} & {*missing}
-        kind = "tied embedding lost" if ends else "weights lost"
+        head = {"lm_head.weight", "output.weight"} & {*missing}
+        kind = "tied embedding lost" if head else "weights lost"
         faults.append(f"{kind}: the file has no {', '.join(missing[:3])}")
     closing = tokenizer(answer_marks(tokenizer)[1], add_special_tokens=False).input_ids
     ends = stops.intersection(closing) or stops
