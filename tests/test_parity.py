@@ -188,8 +188,7 @@ def test_answers_that_no_longer_end_or_are_wrong_are_faults(tokenizer: Any) -> N
     assert faults == [
         "lost stops: 10 of 10 answers no longer end",
         "fewer right answers: 0 of 10, 10 as trained, p = 0.00195",
-        "other answers: 50.0% of tokens agree, 100% must; expected and got: "
-        "...####  [4] / [5]",
+        "other answers: 50.0% of tokens agree, 100% must: ...####  [4] / [5]",
     ]
     assert (row["right"]["k"], row["right"]["n"], row["stop_rate"]) == (0, 10, 0.0)
 

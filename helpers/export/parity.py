@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import pandas as pd
 import requests
 
 from helpers import runtime
-from helpers.config import HELD_OUT, RunConfig, Stage
+from helpers.config import HELD_OUT, Stage
 from helpers.data.formats import Row, ask
 from helpers.data.preparation import parts_of
+from helpers.data.reading import to_conversations
 from helpers.errors import ModelError
 from helpers.evaluation import evaluator, metrics, tables
 from helpers.export import gguf
@@ -96,9 +97,14 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
     questions = [*(r["prompt"] for r in rows), ask(PROBE, config.system_prompt)]
     adapter, options = run.require(f"{stage}/adapter"), load.options(config)
     model, tokenizer = load.load_model(config.model, adapter=adapter, **options)
+    chats, _ = to_conversations(texts, config.system_prompt)
+    limits = config.loss_on, config.max_length
+    masked = mask_conversations(tokenizer, chats, *limits, drop=True)
     base = model.config.to_dict()  # an adapter needs the weights it was trained on
     with np.load(adapter / adapters.WITNESS) as file:
         trained: Row = {"witness": file["ids"].tolist(), "limit": float(file["limit"])}
+    if "quantization_config" in base:  # bitsandbytes rounds to bf16 on some CPUs
+        trained["limit"] = max(trained["limit"], adapters.TOLERANCE["cuda"])
     trained |= {
         "questions": questions,
         "prompts": [encode(tokenizer, question) for question in questions],
@@ -106,7 +112,7 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
         "length": min(64, config.evaluation.max_new_tokens),
         "loading": {k: base[k] for k in ("dtype", "quantization_config") if k in base},
         "tied": base.get("tie_word_embeddings"),
-        "examples": mask_rows(config, tokenizer, texts).to_list(),
+        "examples": masked.rows.to_list(),
         "reloaded": adapters.compare_saved(model, adapter),
     }
     with inference(model):
@@ -117,15 +123,6 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
     del model
     runtime.free_memory()
     return tokenizer, trained
-
-
-def mask_rows(config: RunConfig, tokenizer: Any, rows: list[Row]) -> Any:
-    """Returns token ids and labels of rows of `data/`, problems with their answers."""
-    for row in [row for row in rows if "question" in row]:
-        answer = {"role": "assistant", "content": row["answer"]}
-        row["messages"] = [*ask(row["question"], config.system_prompt), answer]
-    chats, limits = [r["messages"] for r in rows], (config.loss_on, config.max_length)
-    return mask_conversations(tokenizer, chats, *limits, drop=True).rows
 
 
 def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -207,12 +204,12 @@ def measure(model: Any, tokenizer: Any, settings: Any, asked: dict) -> dict:
     stops = [stops] if isinstance(stops, int) else stops or []
     # Unsloth keeps a frozen embedding on the CPU, by which model.device goes
     device = next((p.device for p in model.parameters() if p.is_cuda), model.device)
-    prompts, answers, start = asked["prompts"][:-1], [], time.perf_counter()  # no probe
+    prompts, length = asked["prompts"][:-1], asked["length"]  # without the probe
+    answers, start = [], time.perf_counter()
     for first in range(0, len(prompts), 32):
         rows = {"input_ids": prompts[first : first + 32]}
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
-        options = {"do_sample": False, "repetition_penalty": 1.0}
-        settings.update(max_new_tokens=asked["length"], **options)
+        settings.update(do_sample=False, repetition_penalty=1.0, max_new_tokens=length)
         output = model.generate(**inputs.to(device), generation_config=settings)
         for row in output[:, inputs["input_ids"].shape[1] :].tolist():
             end = next((n for n, token in enumerate(row, 1) if token in stops), None)
@@ -224,11 +221,11 @@ def measure(model: Any, tokenizer: Any, settings: Any, asked: dict) -> dict:
         loss = model(input_ids=ids.to(device), labels=labels.to(device)).loss
         losses += [float(loss)] * int((labels[:, 1:] != -100).sum())
     ids = torch.tensor(asked["witness"], device=device)
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None)
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     values: dict = {"stops": stops, "answers": answers, "tokens_per_second": rate}
+    values["rope"] = rope.get("full_attention", rope)
     values["perplexity"] = math.exp(min(sum(losses) / max(len(losses), 1), 100))
-    values["logits"] = model(input_ids=ids).logits[0, -1].float().tolist()
-    return values | {"rope": rope or {}}
+    return values | {"logits": model(input_ids=ids).logits[0, -1].float().tolist()}
 
 
 def read_settings(file: Path, tied: bool) -> Row:
@@ -295,39 +292,35 @@ def compare(name: str, tokenizer: Any, own: Row, trained: Row) -> tuple[Row, lis
         rounds = {"dtype": "float32"} != trained["loading"]
         floor = min(AGREE.get(name, 0.0), 0.5 if rounds else 1.0)
         if row["tokens_agree"] < floor:
-            text = f"other answers: {row['tokens_agree']:.1%} of tokens agree, "
-            text += f"{floor:.0%} must; expected and got: {row['first_difference']}"
-            faults.append(text)
+            text = f"{row['tokens_agree']:.1%} of tokens agree, {floor:.0%} must"
+            faults.append(f"other answers: {text}: {row['first_difference']}")
     return row, faults
 
 
-def compare_settings(tokenizer: Any, own: Row, trained: Row) -> list[str]:
-    """Returns sentences on what answers to short prompts need not show."""
-    faults, missing, stops = list[str](), own.get("missing"), {*trained["stops"]}
-    ropes = (trained["rope"], own.get("rope", {}))
-    rope, file = (x.get("full_attention", x) for x in ropes)
+def compare_settings(tokenizer: Any, own: Row, trained: Row) -> Iterator[str]:
+    """Yields sentences on what answers to short prompts need not show."""
+    rope, file = trained["rope"], own.get("rope", {})
     if wrong := {k: v for k, v in file.items() if rope.get(k, v) != v}:
-        faults.append(f"rope scaling lost: the file has {wrong}, trained with {rope}")
-    if missing:
-        head = {"lm_head.weight", "output.weight"} & {*missing}
-        kind = "tied embedding lost" if head else "weights lost"
-        faults.append(f"{kind}: the file has no {', '.join(missing[:3])}")
+        yield f"rope scaling lost: the file has {wrong}, trained with {rope}"
+    if missing := own.get("missing"):
+        tied = {"lm_head.weight", "output.weight"} & {*missing}
+        kind = "tied embedding lost" if tied else "weights lost"
+        yield f"{kind}: the file has no {', '.join(missing[:3])}"
     closing = tokenizer(answer_marks(tokenizer)[1], add_special_tokens=False).input_ids
-    ends = stops.intersection(closing) or stops
+    ends = {*trained["stops"]}.intersection(closing) or {*trained["stops"]}
     text = f"answers end in {tokenizer.convert_ids_to_tokens(sorted(ends))}"
-    if own.get("stops") == []:
-        faults.append(f"missing EOS: the file sets no stop token, {text}")
-    elif ends.isdisjoint(own.get("stops", ends)):
-        tokens = tokenizer.convert_ids_to_tokens(own["stops"])
-        faults.append(f"old stop token: the file sets {tokens}, {text}")
-    return faults
+    stops = own.get("stops", ends)
+    if not stops:
+        yield f"missing EOS: the file sets no stop token, {text}"
+    elif ends.isdisjoint(stops):
+        tokens = tokenizer.convert_ids_to_tokens(stops)
+        yield f"old stop token: the file sets {tokens}, {text}"
 
 
-def compare_prompts(tokenizer: Any, own: Row, trained: Row, row: Row) -> list[str]:
-    known, bos, kinds = trained["prompts"], tokenizer.bos_token_id, dict[str, str]()
-    asked = known[:-1]  # without the probe
-    equal = sum(map(list.__eq__, own["prompts"], asked))
-    row["prompts_equal"] = {"k": equal, "n": len(asked)}
+def compare_prompts(tokenizer: Any, own: Row, trained: Row, row: Row) -> Iterator[str]:
+    known, bos, kinds = trained["prompts"], tokenizer.bos_token_id, set[str]()
+    equal = sum(map(list.__eq__, own["prompts"], known[:-1]))  # without the probe
+    row["prompts_equal"] = {"k": equal, "n": len(known) - 1}
     for n, (ids, right) in enumerate(zip(own["prompts"], known * 3, strict=False)):
         kind = "wrong chat template"
         if ids == [bos, *right] and right[0] == bos:
@@ -335,27 +328,26 @@ def compare_prompts(tokenizer: Any, own: Row, trained: Row, row: Row) -> list[st
         elif tokenizer.decode(ids) == tokenizer.decode(right):
             kind = "wrong pre-tokenizer"
         kind += " (Modelfile)" if n >= len(known) else ""
-        if ids != right:
-            text = show_difference(tokenizer, right, ids)
-            kinds.setdefault(kind, f"{kind}: {text}")
-    return [*kinds.values()]
+        if ids != right and kind not in kinds:
+            kinds.add(kind)
+            yield f"{kind}: {show_difference(tokenizer, right, ids)}"
 
 
-def compare_answers(tokenizer: Any, own: Row, trained: Row, row: Row) -> list[str]:
-    pairs = [*zip(trained["answers"], own["answers"], strict=True)]
-    same, faults = sum(len(commonprefix(pair)) for pair in pairs), list[str]()
-    row["tokens_agree"] = round(same / sum(len(a) for a, _ in pairs), 4)
+def compare_answers(tokenizer: Any, own: Row, trained: Row, row: Row) -> Iterator[str]:
+    columns = trained["answers"], own["answers"]
+    pairs = [*zip(*columns, strict=True)]
+    same = sum(len(commonprefix(pair)) for pair in pairs)
+    row["tokens_agree"] = round(same / sum(map(len, columns[0])), 4)
     if different := [pair for pair in pairs if pair[0] != pair[1]]:
         row["first_difference"] = show_difference(tokenizer, *different[0])
-    stops, columns = {*trained["stops"]}, [*zip(*pairs, strict=True)]
-    ended, own_ended = ([not stops.isdisjoint(a[-1:]) for a in x] for x in columns)
-    row["stop_rate"] = round(sum(own_ended) / len(pairs), 4)
-    lost = sum(ended) - sum(own_ended)
+    stops = {*trained["stops"]}
+    known, ended = ([not stops.isdisjoint(a[-1:]) for a in x] for x in columns)
+    row["stop_rate"], lost = round(sum(ended) / len(pairs), 4), sum(known) - sum(ended)
     if lost > max(1, 0.2 * len(pairs)):
-        faults.append(f"lost stops: {lost} of {len(pairs)} answers no longer end")
+        yield f"lost stops: {lost} of {len(pairs)} answers no longer end"
     row["tokens_per_second"] = round(own["tokens_per_second"], 1)
     # an answer that was cut says nothing on the whole one
-    if gold := {n: g for n, g in enumerate(trained["gold"]) if g and ended[n]}:
+    if gold := {n: g for n, g in enumerate(trained["gold"]) if g and known[n]}:
         texts = [tokenizer.batch_decode(x, skip_special_tokens=True) for x in columns]
         right, now = ([is_correct(text[n], gold[n]) for n in gold] for text in texts)
         row["right"] = metrics.proportion(sum(now), len(gold))
@@ -363,8 +355,7 @@ def compare_answers(tokenizer: Any, own: Row, trained: Row, row: Row) -> list[st
         row["p"] = test["p"]
         if test["p"] < P_VALUE and test["difference"] < 0:
             text = f"{sum(now)} of {len(gold)}, {sum(right)} as trained"
-            faults.append(f"fewer right answers: {text}, p = {test['p']}")
-    return faults
+            yield f"fewer right answers: {text}, p = {test['p']}"
 
 
 def show_difference(tokenizer: Any, expected: list[int], ids: list[int]) -> str:
@@ -379,8 +370,8 @@ def parity_table(report: Row) -> pd.DataFrame:
     """Returns how exported formats behave, a row a format.
 
     Answers come 8 to 32 at a time in transformers, one at a time in llama.cpp.
-    `tokens_agree` is the share of the trained model's greedy tokens up to each answer's
-    first other one; `p` is of the paired test of right answers beside the trained ones.
+    `tokens_agree`: of the trained model's greedy tokens, up to an answer's first other
+    one; `p`: of the paired test of right answers beside the trained ones.
     """
     parts = report.get("export", {}).items()
     rows = [{"format": name, **part} for name, part in parts if isinstance(part, dict)]
