@@ -68,12 +68,11 @@ def check(
     rows = {"trained": row | {"reloaded": trained["reloaded"]}}
     if trained["base"] == trained["logits"]:
         faults.append("trained: the adapter changes no logits: nothing was learnt")
-    results = run_alone(ask_models, [*map(str, folders.values())], trained, measure)
+    paths, parts = [*map(str, folders.values())], (measure, read_settings)
+    results = run_alone(ask_models, paths, trained, *parts)
     for (name, folder), result in zip(folders.items(), results, strict=True):
         try:
-            if "gguf" in name:
-                result |= read_settings(folder / "model.gguf", trained["tied"])
-                result |= ask_llama(folder, trained)
+            result |= ask_llama(folder, trained) if "gguf" in name else {}
         except (ImportError, OSError, ValueError) as error:
             result["error"] = f"llama.cpp fails: {error}"
         values, sentences = compare(name, tokenizer, result, trained)
@@ -170,6 +169,7 @@ def ask_models(folders: list, trained: dict) -> list:
                 # transformers makes both anew, for each module and for each use
                 for name in ("get_tensor_name_map", "GGUFReader"):
                     setattr(gguf, name, functools.cache(getattr(gguf, name)))
+                values |= read_settings(f"{folder}/model.gguf", trained["tied"])
                 form |= {"gguf_file": "model.gguf", "dtype": "float32"}
                 weights = {"quant_method": "gguf", "dequantize": True}
                 form["quantization_config"] = weights
@@ -185,9 +185,9 @@ def ask_models(folders: list, trained: dict) -> list:
             else:
                 form["output_loading_info"] = True
                 model, loaded = AutoModelForCausalLM.from_pretrained(folder, **form)
-                values["missing"] = sorted(loaded["missing_keys"])
+                values.setdefault("missing", sorted(loaded["missing_keys"]))
             model.eval().requires_grad_(False)
-            values |= measure(model, tokenizer, settings, asked)
+            values |= measure(model, tokenizer, settings, asked) | values
         except Exception as error:  # whatever a library raises on a folder
             values["error"] = f"plain transformers fails: {error!r}"[:300]
     return results
@@ -228,7 +228,7 @@ def measure(model: Any, tokenizer: Any, settings: Any, asked: dict) -> dict:
     return values | {"logits": model(input_ids=ids).logits[0, -1].float().tolist()}
 
 
-def read_settings(file: Path, tied: bool) -> Row:
+def read_settings(file: str, tied: bool) -> dict:
     """Returns a GGUF's stop tokens and rope, and the weights that it lacks."""
     from gguf import GGUFReader
 
