@@ -145,9 +145,7 @@ def test_faults_of_folders_for_transformers_are_named(
     assert "the base's to" in find_fault(faults, "merged", "adapter not merged")
     sentence = find_fault(faults, "w4a16", "wrong chat template")
     assert sentence.endswith("... [<|im_start|>] / [[]")
-    assert "no weights for the output" in find_fault(
-        faults, "tied", "tied embedding lost"
-    )
+    assert "no lm_head.weight" in find_fault(faults, "tied", "tied embedding lost")
     assert "'<|endoftext|>'" in find_fault(faults, "stop", "old stop token")
     assert "'llama3'" in find_fault(faults, "rope", "rope scaling lost")
     assert "[system] / [<|im_start|>]" in find_fault(faults, "bos", "doubled BOS")
@@ -183,15 +181,14 @@ def test_answers_that_no_longer_end_or_are_wrong_are_faults(tokenizer: Any) -> N
     texts = ["#### 4<|im_end|>", "#### 5 and on"]
     right, wrong = ([tokenizer(text).input_ids] * 10 for text in texts)
     loading = {"loading": {"dtype": "float32"}, "gold": ["4"] * 10}
-    trained = loading | {"answers": right, "stopped": [True] * 10}
-    own = {"answers": wrong, "stopped": [False] * 10, "tokens_per_second": 1.0}
-    row: dict[str, Any] = {}
-    faults = parity.compare_answers("merged", tokenizer, own, trained, row)
+    stops = {"stops": [tokenizer.eos_token_id], "rope": {}}
+    trained = loading | stops | {"answers": right}
+    own = {"answers": wrong, "tokens_per_second": 1.0}
+    row, faults = parity.compare("merged", tokenizer, own, trained)
     assert faults == [
-        "other answers: 50.0% of tokens agree, 100% must; expected and got: "
-        "...####  [4] / [5]",
         "lost stops: 10 of 10 answers no longer end",
         "fewer right answers: 0 of 10, 10 as trained, p = 0.00195",
+        "other answers: 50.0% of tokens agree, 100% must: ...####  [4] / [5]",
     ]
     assert (row["right"]["k"], row["right"]["n"], row["stop_rate"]) == (0, 10, 0.0)
 

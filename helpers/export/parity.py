@@ -7,19 +7,20 @@ import json
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import requests
 
 from helpers import runtime
 from helpers.config import HELD_OUT, Stage
 from helpers.data.formats import Row, ask
 from helpers.data.preparation import parts_of, to_prompts
+from helpers.data.reading import to_conversations
 from helpers.errors import ModelError
 from helpers.evaluation import metrics, tables
 from helpers.export import gguf
@@ -28,7 +29,7 @@ from helpers.grpo.answers import is_correct
 from helpers.inference.chat import open_gguf
 from helpers.inference.generation import encode, inference
 from helpers.masking.dataset import mask_conversations
-from helpers.masking.templates import answer_marks, stop_token_ids
+from helpers.masking.templates import answer_marks
 from helpers.models import adapters, load
 from helpers.runs import Run
 
@@ -38,18 +39,8 @@ PROBE = "It's 1234 + 5.67,  don't\n\n\tÜber-x2 naïve 你好 Привет (a_b)
 AGREE = {"adapter": 1.0, "merged": 1.0, "gguf:f16": 0.98}
 # times the trained one; rounding to 4 bit without data costs small models a third
 PERPLEXITY, P_VALUE = {"w4a16": 1.5}, 0.01
-GGUF: Row = {"gguf_file": "model.gguf", "dtype": "float32"}
-GGUF["quantization_config"] = {"quant_method": "gguf", "dequantize": True}
-COLUMNS = [
-    "mb",
-    "prompts_equal",
-    "tokens_agree",
-    "stop_rate",
-    "perplexity",
-    "right",
-    "p",
-]
-COLUMNS += ["tokens_per_second", "first_difference"]
+COLUMNS = ["mb", "prompts_equal", "tokens_agree", "stop_rate", "perplexity", "right"]
+COLUMNS += ["p", "tokens_per_second", "first_difference"]
 
 
 def check(
@@ -57,12 +48,10 @@ def check(
 ) -> tuple[dict[str, Row], list[str]]:
     """Returns a report row a format, and for `trained`, and sentences on faults.
 
-    Adapter and merged have to give the trained model's greedy tokens, all of them in
-    fp32. An f16 GGUF may lose 2 %: llama.cpp rounds activations, which decides between
-    near ties. Where training rounds too (16, 8 or 4 bits), a tie may cost the rest of
-    an answer, while another model parts from most within a few tokens: the floor is a
-    half. Perplexity may rise by a quarter, more than sound 4-bit files of small models
-    lose, and right answers may not be fewer at p < 0.01.
+    Adapter and merged have to give the trained model's greedy tokens, an f16 GGUF 98 %
+    (llama.cpp rounds activations), each a half where training rounds to 16 bit or less:
+    a near tie may cost the rest of an answer. Perplexity may rise by a quarter, and
+    right answers may not be fewer at p < 0.01.
 
     Args:
         run: with the stage trained.
@@ -76,14 +65,11 @@ def check(
     """
     tokenizer, trained = ask_trained(run, stage, prompts)
     row, faults = compare("trained", tokenizer, trained, trained)
-    row["reloaded"] = trained["reloaded"]
+    rows = {"trained": row | {"reloaded": trained["reloaded"]}}
     if trained["base"] == trained["logits"]:
         faults.append("trained: the adapter changes no logits: nothing was learnt")
-    loading = {"adapter": trained["loading"], "gguf": GGUF}
-    kinds = [name.partition(":")[0] for name in folders]
-    pairs = zip(folders.values(), kinds, strict=True)
-    requests = [[str(folder), loading.get(kind, {})] for folder, kind in pairs]
-    rows, results = {"trained": row}, run_alone(ask_models, requests, trained, measure)
+    paths, parts = [*map(str, folders.values())], (measure, read_settings)
+    results = run_alone(ask_models, paths, trained, *parts)
     for (name, folder), result in zip(folders.items(), results, strict=True):
         try:
             result |= ask_llama(folder, trained) if "gguf" in name else {}
@@ -98,54 +84,44 @@ def check(
 
 def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
     """Returns the tokenizer, what models are asked, and the trained one's answers."""
-    from transformers import GenerationConfig
-
     config, parts = run.config, parts_of(run.config.data)
-    rows, chats = list[Row](), list[Any]()
+    rows, texts = list[Row](), list[Row]()
     for part in [name for name in (*HELD_OUT, "train", "problems") if name in parts]:
         lines = read_rows(run.require(f"data/{part}.jsonl"))
         if new := lines[: count - len(rows)]:
             rows += to_prompts(config, new)
-        if part in ("eval", "test_chat"):  # about 1,000 tokens
-            chats = [line["messages"] for line in lines[:16]]
+        if part in ("eval", "test_chat") or not texts:
+            texts = lines[:16]
+    rows.sort(key=lambda row: len(str(row["prompt"])))  # batches need little padding
+    questions = [*(r["prompt"] for r in rows), ask(PROBE, config.system_prompt)]
     adapter, options = run.require(f"{stage}/adapter"), load.options(config)
     model, tokenizer = load.load_model(config.model, adapter=adapter, **options)
+    chats, _ = to_conversations(texts, config.system_prompt)
+    limits = config.loss_on, config.max_length
+    masked = mask_conversations(tokenizer, chats, *limits, drop=True)
     base = model.config.to_dict()  # an adapter needs the weights it was trained on
     with np.load(adapter / adapters.WITNESS) as file:
         trained: Row = {"witness": file["ids"].tolist(), "limit": float(file["limit"])}
     if "quantization_config" in base:  # bitsandbytes rounds to bf16 on some CPUs
         trained["limit"] = max(trained["limit"], adapters.TOLERANCE["cuda"])
-    settings = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
-    settings.eos_token_id = stop_token_ids(tokenizer)
     trained |= {
-        "questions": [row["prompt"] for row in rows],
-        "prompts": [encode(tokenizer, row["prompt"]) for row in rows],
+        "questions": questions,
+        "prompts": [encode(tokenizer, question) for question in questions],
         "gold": [row.get("gold") for row in rows],
-        "system": ask("", config.system_prompt)[:-1],
-        "text": PROBE,
-        "probe": tokenizer(PROBE, add_special_tokens=False).input_ids,
         "length": min(64, config.evaluation.max_new_tokens),
         "loading": {k: base[k] for k in ("dtype", "quantization_config") if k in base},
         "tied": base.get("tie_word_embeddings"),
-        "rope": getattr(model.config.get_text_config(), "rope_parameters", None),
-        "examples": [],
+        "examples": masked.rows.to_list(),
+        "reloaded": adapters.compare_saved(model, adapter),
     }
-    trained["reloaded"] = adapters.compare_saved(model, adapter)
     with inference(model):
-        trained |= measure(model, tokenizer, settings, trained)
-        pairs = list(zip(trained["prompts"], trained["answers"], strict=True))[:16]
-        own = [{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a in pairs]
-        if chats:
-            limits = (config.loss_on, config.max_length)
-            masked = mask_conversations(tokenizer, chats, *limits, drop=True)
-            own = masked.rows.to_list()
-        trained["examples"], asked = own, {"prompts": [], "examples": own}
-        trained |= measure(model, tokenizer, settings, trained | asked)
+        trained |= measure(model, tokenizer, model.generation_config, trained)
+        witness = trained | {"prompts": [], "examples": []}
         with model.disable_adapter():
-            base = measure(model, tokenizer, settings, trained | asked)
+            trained["base"] = measure(model, tokenizer, None, witness)["logits"]
     del model
     runtime.free_memory()
-    return tokenizer, trained | {"base": base["logits"]}
+    return tokenizer, trained
 
 
 def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -171,53 +147,49 @@ def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def ask_models(requests: list, trained: dict) -> list:
+def ask_models(folders: list, trained: dict) -> list:
     """Returns what plain transformers makes of folders, of GGUFs the weights alone."""
     import functools
     import gc
+    import os
 
-    import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    torch.set_grad_enabled(False)
-    results: list = [{} for _ in requests]
-    for (folder, loading), values in zip(requests, results, strict=True):
+    results: list = [{} for _ in folders]
+    for folder, values in zip(folders, results, strict=True):
         tokenizer = settings = model = None
         gc.collect()
+        form: dict = {"device_map": "auto"}
         asked = trained | {"prompts": []}
         try:
-            if "gguf_file" in loading:
+            if os.path.exists(f"{folder}/model.gguf"):
                 import gguf
 
                 # transformers makes both anew, for each module and for each use
                 for name in ("get_tensor_name_map", "GGUFReader"):
                     setattr(gguf, name, functools.cache(getattr(gguf, name)))
-                reader = gguf.GGUFReader(f"{folder}/model.gguf")
-                values["tensors"] = [tensor.name for tensor in reader.tensors]
-                fields = [f for f in reader.fields.values() if f.types[0] != 9]
-                values["metadata"] = {f.name: f.contents() for f in fields}  # no arrays
+                values |= read_settings(f"{folder}/model.gguf", trained["tied"])
+                form |= {"gguf_file": "model.gguf", "dtype": "float32"}
+                weights = {"quant_method": "gguf", "dequantize": True}
+                form["quantization_config"] = weights
             else:
                 tokenizer = AutoTokenizer.from_pretrained(folder)
                 settings = GenerationConfig.from_pretrained(folder)
-                form: dict = {"add_generation_prompt": True, "return_dict": False}
-                ids = tokenizer.apply_chat_template(trained["questions"], **form)
+                chat: dict = {"add_generation_prompt": True, "return_dict": False}
+                ids = tokenizer.apply_chat_template(trained["questions"], **chat)
                 asked["prompts"] = values["prompts"] = ids
-                probe = tokenizer(trained["text"], add_special_tokens=False)
-                values["probe"] = probe.input_ids
-            form = {"device_map": "auto", **loading}
-            if loading and tokenizer:  # an adapter: transformers itself loses parts
+            if os.path.exists(f"{folder}/adapter_config.json"):
+                form |= trained["loading"]  # transformers itself loses parts
                 model = AutoPeftModelForCausalLM.from_pretrained(folder, **form)
             else:
                 form["output_loading_info"] = True
                 model, loaded = AutoModelForCausalLM.from_pretrained(folder, **form)
-                values["missing"] = sorted(loaded["missing_keys"])
-            text = model.config.get_text_config()
-            values["rope"] = getattr(text, "rope_parameters", None)
-            values |= measure(model.eval(), tokenizer, settings, asked)
+                values.setdefault("missing", sorted(loaded["missing_keys"]))
+            model.eval().requires_grad_(False)
+            values |= measure(model, tokenizer, settings, asked) | values
         except Exception as error:  # whatever a library raises on a folder
-            text = f"plain transformers fails: {type(error).__name__}: {error}"
-            values["error"] = text[:300]
+            values["error"] = f"plain transformers fails: {error!r}"[:300]
     return results
 
 
@@ -230,93 +202,78 @@ def measure(model: Any, tokenizer: Any, settings: Any, asked: dict) -> dict:
 
     stops = getattr(settings, "eos_token_id", None)
     stops = [stops] if isinstance(stops, int) else stops or []
-    prompts, length = asked["prompts"], asked["length"]
     # Unsloth keeps a frozen embedding on the CPU, by which model.device goes
     device = next((p.device for p in model.parameters() if p.is_cuda), model.device)
-    known, answers, todo = asked.get("answers"), {}, []
-    for n, prompt in enumerate(prompts):
-        if known and n > 7:  # one pass shows whether decoding would give it again
-            ids = torch.tensor([prompt + known[n][:-1]], device=device)
-            logits = model(input_ids=ids, logits_to_keep=len(known[n])).logits[0]
-            ended = known[n][-1] in stops or len(known[n]) == length
-            if ended and logits.argmax(-1).tolist() == known[n]:
-                answers[n] = known[n]
-                continue
-        todo.append(n)
-    todo.sort(key=lambda n: len(prompts[n]))
-    start = time.perf_counter()
-    for first in range(0, len(todo), 32):
-        batch = todo[first : first + 32]
-        rows = {"input_ids": [prompts[n] for n in batch]}
+    prompts, length = asked["prompts"][:-1], asked["length"]  # without the probe
+    answers, start = [], time.perf_counter()
+    for first in range(0, len(prompts), 32):
+        rows = {"input_ids": prompts[first : first + 32]}
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
         settings.update(do_sample=False, repetition_penalty=1.0, max_new_tokens=length)
         output = model.generate(**inputs.to(device), generation_config=settings)
-        output = output[:, inputs["input_ids"].shape[1] :].tolist()
-        for n, row in zip(batch, output, strict=True):
-            ends = [end for end, token in enumerate(row, 1) if token in stops]
-            answers[n] = row[: ends[0]] if ends else row
-    values: dict = {"stops": stops}
-    if prompts:
-        tokens = sum(len(answers[n]) for n in todo)
-        values["tokens_per_second"] = tokens / (time.perf_counter() - start)
-        values["answers"] = [answers[n] for n in range(len(prompts))]
-        values["stopped"] = [answer[-1] in stops for answer in values["answers"]]
-    total = count = 0.0
+        for row in output[:, inputs["input_ids"].shape[1] :].tolist():
+            end = next((n for n, token in enumerate(row, 1) if token in stops), None)
+            answers.append(row[:end])
+    rate = sum(map(len, answers)) / (time.perf_counter() - start)
+    losses: list = []
     for row in asked["examples"]:
         ids, labels = (torch.tensor([row[k]]) for k in ("input_ids", "labels"))
-        tokens = int((labels[:, 1:] != -100).sum())
-        ids, labels = ids.to(device), labels.to(device)
-        total += float(model(input_ids=ids, labels=labels).loss) * tokens
-        count += tokens
-    if count:
-        values["perplexity"] = math.exp(min(total / count, 100))
+        loss = model(input_ids=ids.to(device), labels=labels.to(device)).loss
+        losses += [float(loss)] * int((labels[:, 1:] != -100).sum())
     ids = torch.tensor(asked["witness"], device=device)
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    values: dict = {"stops": stops, "answers": answers, "tokens_per_second": rate}
+    values["rope"] = rope.get("full_attention", rope)
+    values["perplexity"] = math.exp(min(sum(losses) / max(len(losses), 1), 100))
     return values | {"logits": model(input_ids=ids).logits[0, -1].float().tolist()}
+
+
+def read_settings(file: str, tied: bool) -> dict:
+    """Returns a GGUF's stop tokens and rope, and the weights that it lacks."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    names = {tensor.name for tensor in reader.tensors}
+    data = {key.partition(".")[2]: f.contents() for key, f in reader.fields.items()}
+    rope = {"rope_theta": data.get("rope.freq_base", 1e4)}
+    if not names & {"rope_freqs.weight", "rope_factors_long.weight"}:
+        kind = data.get("rope.scaling.type", "none")
+        rope["rope_type"] = "default" if kind == "none" else kind
+    missing = [] if tied else sorted({"output.weight"} - names)
+    stops = [data[k] for k in ("ggml.eos_token_id", "ggml.eot_token_id") if k in data]
+    return {"stops": stops, "rope": rope, "missing": missing}
 
 
 def ask_llama(folder: Path, trained: Row) -> Row:
     """Returns what llama.cpp makes of a GGUF folder and its Modelfile."""
-    file, longest = folder / "Modelfile", max(map(len, trained["prompts"]))
+    questions, longest = trained["questions"], max(map(len, trained["prompts"]))
     with open_gguf(folder / "model.gguf", context=2 * longest + 64) as url:
 
         def post(path: str, **body: Any) -> Row:
-            kind = {"Content-Type": "application/json"}
-            content = json.dumps(body).encode()
-            request = urllib.request.Request(url + path, content, kind)
-            with urllib.request.urlopen(request) as response:
-                return json.load(response)
+            response = requests.post(url + path, json=body)
+            response.raise_for_status()
+            return response.json()
 
-        def to_ids(text: str, special: bool = True) -> list[int]:
-            options = {"add_special": special, "parse_special": special}
-            return post("/tokenize", content=text, **options)["tokens"]
-
-        questions, ids = trained["questions"], list[list[int]]()
-        for question in questions:
-            ids.append(to_ids(post("/apply-template", messages=question)["prompt"]))
-        values: Row = {"prompts": ids, "probe": to_ids(PROBE, special=False)}
-        chat = post("/v1/chat/completions", messages=questions[0], max_tokens=1)
-        values["chat_tokens"] = chat["usage"]["prompt_tokens"]
-        if file.exists():
-            text, system = file.read_text("utf-8"), trained["system"]
-            alone = [q[1:] if q[:1] == system else q for q in questions]
-            lines = [gguf.render_modelfile(text, q) for q in (*questions, *alone)]
-            values["modelfile"] = [*map(to_ids, lines)]
+        texts = [post("/apply-template", messages=q)["prompt"] for q in questions]
+        file = (folder / "Modelfile").read_text("utf-8")
+        alone = [q[1:] if q[:1] == questions[-1][:-1] else q for q in questions]
+        texts += [gguf.render_modelfile(file, q) for q in (*questions, *alone)]
+        options: Row = {"add_special": True, "parse_special": True}
+        prompts = [post("/tokenize", content=x, **options)["tokens"] for x in texts]
         options = {"n_predict": trained["length"], "temperature": 0}
-        options, start = options | {"return_tokens": True}, time.perf_counter()
-        # several at a time take as long on a CPU
-        outputs = [post("/completion", prompt=prompt, **options) for prompt in ids]
-        seconds = time.perf_counter() - start
-    values["answers"] = [output["tokens"] for output in outputs]
-    values["stopped"] = [output["stop_type"] == "eos" for output in outputs]
-    values["tokens_per_second"] = sum(map(len, values["answers"])) / seconds
-    return values
+        answers, start = list[list[int]](), time.perf_counter()
+        for ids in prompts[: len(questions) - 1]:  # several at a time take as long
+            output = post("/completion", prompt=ids, return_tokens=True, **options)
+            answers.append(output["tokens"])
+        rate = sum(map(len, answers)) / (time.perf_counter() - start)
+    return {"prompts": prompts, "answers": answers, "tokens_per_second": rate}
 
 
 def compare(name: str, tokenizer: Any, own: Row, trained: Row) -> tuple[Row, list[str]]:
     """Returns a format's figures, and sentences that name its faults."""
     row, faults = dict[str, Any](), [own["error"]] if "error" in own else []
     faults += compare_settings(tokenizer, own, trained)
-    if name != "trained" and "logits" in own:
+    if "logits" in own:
         values = (trained["logits"], trained["base"], own["logits"])
         right, base, logits = map(np.array, values)
         far, near, most = (abs(x).max() for x in (logits - right, logits - base, right))
@@ -325,105 +282,80 @@ def compare(name: str, tokenizer: Any, own: Row, trained: Row) -> tuple[Row, lis
             faults.append(f"adapter not merged: logits are the base's to {near:.3g}")
         elif name in ("adapter", "merged") and far > trained["limit"] * most:
             faults.append(f"other logits than trained: {row['reloaded']}")
-    if name != "trained" and "prompts" in own:
-        faults += compare_prompts(tokenizer, own, trained, row)
-    if "answers" in own:
-        faults += compare_answers(name, tokenizer, own, trained, row)
-    if "perplexity" in own:
         row["perplexity"], known = round(own["perplexity"], 3), trained["perplexity"]
         if own["perplexity"] > PERPLEXITY.get(name, 1.25) * known:
             faults.append(f"perplexity {row['perplexity']}, as trained {known:.3f}")
+    if "prompts" in own and own is not trained:
+        faults += compare_prompts(tokenizer, own, trained, row)
+    if own.get("answers"):
+        faults += compare_answers(tokenizer, own, trained, row)
+        rounds = {"dtype": "float32"} != trained["loading"]
+        floor = min(AGREE.get(name, 0.0), 0.5 if rounds else 1.0)
+        if row["tokens_agree"] < floor:
+            text = f"{row['tokens_agree']:.1%} of tokens agree, {floor:.0%} must"
+            faults.append(f"other answers: {text}: {row['first_difference']}")
     return row, faults
 
 
-def compare_settings(tokenizer: Any, own: Row, trained: Row) -> list[str]:
-    """Returns sentences on what answers to short prompts need not show."""
-    faults, missing = [], own.get("missing", [])
-    ropes: list[Row] = [trained["rope"] or {}, own.get("rope") or {}]
-    rope, file = (x.get("full_attention", x) for x in ropes)
-    if data := own.get("metadata"):
-        keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-        own["stops"] = [data[key] for key in keys if key in data]
-        names, prefix = own["tensors"], f"{data['general.architecture']}.rope."
-        kind = "llama3" if "rope_freqs.weight" in names else "default"
-        kind = "longrope" if "rope_factors_long.weight" in names else kind
-        kind = data.get(f"{prefix}scaling.type", kind).replace("none", "default")
-        file = {"rope_type": kind, "rope_theta": data.get(f"{prefix}freq_base", 1e4)}
-        missing = [] if trained["tied"] else sorted({"output.weight"} - {*names})
+def compare_settings(tokenizer: Any, own: Row, trained: Row) -> Iterator[str]:
+    """Yields sentences on what answers to short prompts need not show."""
+    rope, file = trained["rope"], own.get("rope", {})
     if wrong := {k: v for k, v in file.items() if rope.get(k, v) != v}:
-        faults.append(f"rope scaling lost: the file has {wrong}, trained with {rope}")
-    if {"lm_head.weight", "output.weight"} & {*missing}:
-        faults.append("tied embedding lost: the file has no weights for the output")
-    elif missing:
-        faults.append(f"weights lost: {', '.join(missing[:3])}")
-    if "stops" in own:
-        closing = answer_marks(tokenizer)[1]
-        ids = {*tokenizer(closing, add_special_tokens=False).input_ids}
-        ends = ids & {*trained["stops"]} or {*trained["stops"]}
-        text = f"answers end in {tokenizer.convert_ids_to_tokens(sorted(ends))}"
-        if not own["stops"]:
-            faults.append(f"missing EOS: the file sets no stop token, {text}")
-        elif not ends & {*own["stops"]}:
-            tokens = tokenizer.convert_ids_to_tokens(own["stops"])
-            faults.append(f"old stop token: the file sets {tokens}, {text}")
-    return faults
+        yield f"rope scaling lost: the file has {wrong}, trained with {rope}"
+    if missing := own.get("missing"):
+        tied = {"lm_head.weight", "output.weight"} & {*missing}
+        kind = "tied embedding lost" if tied else "weights lost"
+        yield f"{kind}: the file has no {', '.join(missing[:3])}"
+    closing = tokenizer(answer_marks(tokenizer)[1], add_special_tokens=False).input_ids
+    ends = {*trained["stops"]}.intersection(closing) or {*trained["stops"]}
+    text = f"answers end in {tokenizer.convert_ids_to_tokens(sorted(ends))}"
+    stops = own.get("stops", ends)
+    if not stops:
+        yield f"missing EOS: the file sets no stop token, {text}"
+    elif ends.isdisjoint(stops):
+        tokens = tokenizer.convert_ids_to_tokens(stops)
+        yield f"old stop token: the file sets {tokens}, {text}"
 
 
-def compare_prompts(tokenizer: Any, own: Row, trained: Row, row: Row) -> list[str]:
-    known, bos, kinds = trained["prompts"], tokenizer.bos_token_id, dict[str, str]()
-    sets = [("", own["prompts"], known), ("", [own["probe"]], [trained["probe"]])]
-    sets.append((" (Modelfile)", own.get("modelfile", []), known * 2))
-    for where, prompts, expected in sets:
-        for ids, right in zip(prompts, expected, strict=False):
-            kind = "wrong chat template"
-            if ids == [bos, *right] and right[0] == bos:
-                kind = "doubled BOS"
-            elif right == [bos, *ids]:
-                kind = "lost BOS"
-            elif tokenizer.decode(ids) == tokenizer.decode(right):
-                kind = "wrong pre-tokenizer"
-            if ids != right:
-                text = f"{kind}{where}: {show_difference(tokenizer, right, ids)}"
-                kinds.setdefault(kind + where, text)
-    tokens, count = own.get("chat_tokens"), len(own["prompts"][0])
-    if tokens not in (None, count):
-        kinds["chat"] = f"llama.cpp's chat reads {tokens} prompt tokens of {count}"
-    equal = sum(map(list.__eq__, own["prompts"], known))
-    row["prompts_equal"] = {"k": equal, "n": len(known)}
-    return [*kinds.values()]
+def compare_prompts(tokenizer: Any, own: Row, trained: Row, row: Row) -> Iterator[str]:
+    known, bos, kinds = trained["prompts"], tokenizer.bos_token_id, set[str]()
+    equal = sum(map(list.__eq__, own["prompts"], known[:-1]))  # without the probe
+    row["prompts_equal"] = {"k": equal, "n": len(known) - 1}
+    for n, (ids, right) in enumerate(zip(own["prompts"], known * 3, strict=False)):
+        kind = "wrong chat template"
+        if ids == [bos, *right] and right[0] == bos:
+            kind = "doubled BOS"
+        elif tokenizer.decode(ids) == tokenizer.decode(right):
+            kind = "wrong pre-tokenizer"
+        kind += " (Modelfile)" if n >= len(known) else ""
+        if ids != right and kind not in kinds:
+            kinds.add(kind)
+            yield f"{kind}: {show_difference(tokenizer, right, ids)}"
 
 
-def compare_answers(
-    name: str, tokenizer: Any, own: Row, trained: Row, row: Row
-) -> list[str]:
-    pairs = [*zip(trained["answers"], own["answers"], strict=True)]
-    same, faults = sum(len(commonprefix(pair)) for pair in pairs), list[str]()
-    row["tokens_agree"] = round(same / sum(len(a) for a, _ in pairs), 4)
+def compare_answers(tokenizer: Any, own: Row, trained: Row, row: Row) -> Iterator[str]:
+    columns = trained["answers"], own["answers"]
+    pairs = [*zip(*columns, strict=True)]
+    same = sum(len(commonprefix(pair)) for pair in pairs)
+    row["tokens_agree"] = round(same / sum(map(len, columns[0])), 4)
     if different := [pair for pair in pairs if pair[0] != pair[1]]:
         row["first_difference"] = show_difference(tokenizer, *different[0])
-    rounds = {"dtype": "float32"} != trained["loading"]
-    floor = min(AGREE.get(name, 0.0), 0.5 if rounds else 1.0)
-    if row["tokens_agree"] < floor:
-        text = f"other answers: {row['tokens_agree']:.1%} of tokens agree, {floor:.0%}"
-        faults.append(f"{text} must; expected and got: {row['first_difference']}")
-    row["stop_rate"] = round(sum(own["stopped"]) / len(pairs), 4)
-    lost = sum(trained["stopped"]) - sum(own["stopped"])
+    stops = {*trained["stops"]}
+    known, ended = ([not stops.isdisjoint(a[-1:]) for a in x] for x in columns)
+    row["stop_rate"], lost = round(sum(ended) / len(pairs), 4), sum(known) - sum(ended)
     if lost > max(1, 0.2 * len(pairs)):
-        faults.append(f"lost stops: {lost} of {len(pairs)} answers no longer end")
+        yield f"lost stops: {lost} of {len(pairs)} answers no longer end"
     row["tokens_per_second"] = round(own["tokens_per_second"], 1)
     # an answer that was cut says nothing on the whole one
-    gold = {n: g for n, g in enumerate(trained["gold"]) if g and trained["stopped"][n]}
-    if gold:
-        columns = zip(*pairs, strict=True)
+    if gold := {n: g for n, g in enumerate(trained["gold"]) if g and known[n]}:
         texts = [tokenizer.batch_decode(x, skip_special_tokens=True) for x in columns]
-        right = [[is_correct(text[n], gold[n]) for n in gold] for text in texts]
-        row["right"] = metrics.proportion(sum(right[1]), len(gold))
-        row["right - trained"] = test = metrics.paired_difference(*right)
+        right, now = ([is_correct(text[n], gold[n]) for n in gold] for text in texts)
+        row["right"] = metrics.proportion(sum(now), len(gold))
+        row["right - trained"] = test = metrics.paired_difference(right, now)
         row["p"] = test["p"]
         if test["p"] < P_VALUE and test["difference"] < 0:
-            text = f"{sum(right[1])} of {len(gold)}, {sum(right[0])} as trained"
-            faults.append(f"fewer right answers: {text}, p = {test['p']}")
-    return faults
+            text = f"{sum(now)} of {len(gold)}, {sum(right)} as trained"
+            yield f"fewer right answers: {text}, p = {test['p']}"
 
 
 def show_difference(tokenizer: Any, expected: list[int], ids: list[int]) -> str:
@@ -438,8 +370,8 @@ def parity_table(report: Row) -> pd.DataFrame:
     """Returns how exported formats behave, a row a format.
 
     Answers come 8 to 32 at a time in transformers, one at a time in llama.cpp.
-    `tokens_agree` is the share of the trained model's greedy tokens up to each answer's
-    first other one; `p` is of the paired test of right answers beside the trained ones.
+    `tokens_agree`: of the trained model's greedy tokens, up to an answer's first other
+    one; `p`: of the paired test of right answers beside the trained ones.
     """
     parts = report.get("export", {}).items()
     rows = [{"format": name, **part} for name, part in parts if isinstance(part, dict)]
