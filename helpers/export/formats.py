@@ -15,7 +15,7 @@ from typing import Any, get_args
 from helpers import estimate, runtime
 from helpers.config import Format, RunConfig, Stage, changed
 from helpers.data.reading import to_conversations
-from helpers.errors import ConfigError, ModelError
+from helpers.errors import ConfigError, ModelError, TemplateError
 from helpers.export import card, gguf, parity
 from helpers.files import content_hash, new_folder, read_rows
 from helpers.masking import templates
@@ -139,7 +139,10 @@ def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
         settings = config.system_prompt, config.inference
         if kinds := kinds_of([*paths]):
             for new in gguf.write_gguf(merged, folder, kinds):
-                gguf.write_modelfile(new, tokenizer, *settings)
+                try:
+                    gguf.write_modelfile(new, tokenizer, *settings)
+                except TemplateError as error:
+                    log.warning(f"{new} has no Modelfile for Ollama: {error}")
         for name in FOUR_BIT & {*paths}:
             rows = training_ids(run, tokenizer, 128) if name == "awq" else []
             with new_folder(paths[name]) as new:
@@ -233,8 +236,7 @@ def quantize(source: str, folder: str, rows: list[list[int]]) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     widths = [layer.in_features for name, layer in layers if name != "lm_head"]
-    # rounding alone needs small groups
-    if (size := math.gcd(128 if rows else 32, *widths)) < 32:
+    if (size := math.gcd(32, *widths)) < 32:  # small models lose much in larger groups
         raise SystemExit("4 bit needs layers that are a multiple of 32 wide")
     scheme = preset_name_to_scheme("W4A16_ASYM", ["Linear"])
     scheme.weights.group_size = size

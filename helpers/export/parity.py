@@ -255,9 +255,10 @@ def ask_llama(folder: Path, trained: Row) -> Row:
             return response.json()
 
         texts = [post("/apply-template", messages=q)["prompt"] for q in questions]
-        file = (folder / "Modelfile").read_text("utf-8")
         alone = [q[1:] if q[:1] == questions[-1][:-1] else q for q in questions]
-        texts += [gguf.render_modelfile(file, q) for q in (*questions, *alone)]
+        if (file := folder / "Modelfile").exists():
+            text = file.read_text("utf-8")
+            texts += [gguf.render_modelfile(text, q) for q in (*questions, *alone)]
         options: Row = {"add_special": True, "parse_special": True}
         prompts = [post("/tokenize", content=x, **options)["tokens"] for x in texts]
         options = {"n_predict": trained["length"], "temperature": 0}
