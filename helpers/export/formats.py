@@ -236,7 +236,8 @@ def quantize(source: str, folder: str, rows: list[list[int]]) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     widths = [layer.in_features for name, layer in layers if name != "lm_head"]
-    if (size := math.gcd(32, *widths)) < 32:  # small models lose much in larger groups
+    # rounding alone needs small groups
+    if (size := math.gcd(128 if rows else 32, *widths)) < 32:
         raise SystemExit("4 bit needs layers that are a multiple of 32 wide")
     scheme = preset_name_to_scheme("W4A16_ASYM", ["Linear"])
     scheme.weights.group_size = size
