@@ -138,6 +138,44 @@ def memory_section() -> list[str]:
     ]
 
 
+def sft_speed() -> list[str]:
+    """Returns the section on ways to group the same rows of an optimiser step."""
+    values, rows = read(RESULTS / "sft_speed.json"), []
+    stock = {r["shape"]: r["s_step"] for r in values["rows"] if r["way"] == "stock"}
+    for part in values["rows"]:
+        layout, times = part["layout"], part["s_step_repeats"]
+        row = {name: part[name] for name in ("shape", "profile", "way")}
+        row["layout"] = f"{layout['micro_batch']} x {layout['accumulation']}"
+        row |= {"s/step": f"{part['s_step']:.3f}"}
+        row["least to most"] = f"{min(times):.3f} to {max(times):.3f}"
+        row |= {"tokens/s": part["tokens_per_second"], "GiB": part["peak_gb"]}
+        row |= {"start, s": part["start_s"]}
+        row["times stock"] = f"{stock[part['shape']] / part['s_step']:.2f}"
+        rows.append(row)
+    return [
+        "SFT on the same rows, eight an optimiser step, random 4-bit weights of",
+        f"Llama-3.2 shapes: {values['machine']}, by `python benchmarks/sft_speed.py`.",
+        *("", to_markdown(rows)),
+    ]
+
+
+def chat_speed() -> list[str]:
+    """Returns the section on what answers a chat on a CPU."""
+    values, rows = read(RESULTS / "chat_speed.json"), []
+    for part in values["rows"]:
+        row = {"backend": part["backend"]}
+        for name in ("tokens_per_second", "first_token_seconds"):
+            row[name.replace("_", " ")] = ", ".join(
+                f"{key} {value}" for key, value in part[name].items()
+            )
+        rows.append(row)
+    return [
+        f"{values['model']}, {values['device']}, {values['threads']} threads, greedy,",
+        f"{values['prompts']} prompts, by `python benchmarks/chat_speed.py`.",
+        *("", to_markdown(rows)),
+    ]
+
+
 def page() -> str:
     """Returns results/README.md, made from the JSON files beside it."""
     sections = {path.stem: demo(path) for path in sorted(RESULTS.glob("demo_*.json"))}
@@ -149,6 +187,9 @@ def page() -> str:
     sections |= {"masks": masks.table(), "adapters": adapters.table()}
     if export_parity.TABLE.exists():
         sections["export_parity"] = export_parity.section()
+    for section in (sft_speed, chat_speed):
+        if (RESULTS / f"{section.__name__}.json").exists():
+            sections[section.__name__] = section()
     lines = ["# Measured runs", "", "Made by `python benchmarks/publish.py`."]
     for name, section in sections.items():
         lines += ["", f"## {name}", "", *section]
