@@ -21,7 +21,7 @@ demo: setup
 	@$(BIN)/python -m helpers demo
 
 chat: $(BIN)/python
-	@$(BIN)/python helpers/install.py requirements-chat.txt
+	@$(BIN)/python helpers/install.py requirements-chat.txt requirements-gguf.txt
 	@$(BIN)/python -m helpers chat $(RUN)
 
 test: $(BIN)/python

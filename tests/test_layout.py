@@ -181,6 +181,7 @@ def test_out_of_memory_in_a_step_takes_the_next_layout_and_loses_no_row(
     caplog.set_level(logging.INFO, "helpers")
     plain = build(unpacked)
     plain.args.output_dir += "-plain"
+    plain.remove_callback(callbacks.BestAdapter)  # its adapter is nothing of `fit`
     plain.train()
     trainer = build(unpacked)
     layout.choose_layout(trainer, unpacked)

@@ -107,16 +107,18 @@ def held_out_results(config: RunConfig, part: dict[str, Any]) -> list[Any]:
 
 def write_space(folder: Path, config: RunConfig, model: Path) -> None:
     """Writes a Gradio Space that chats with a GGUF file on a free CPU."""
-    pins, licence = ROOT / "requirements-chat.txt", origin_of(config.model, "model")[1]
-    version = re.findall(r"^gradio==([\d.]+)", pins.read_text("utf-8"), re.M)[0]
+    licence, files = origin_of(config.model, "model")[1], ("chat", "gguf")
+    texts = [(ROOT / f"requirements-{x}.txt").read_text("utf-8") for x in files]
+    pins = re.findall(r"^(?:gradio|xllamacpp)==[\d.]+", "\n".join(texts), re.M)
     text = f'---\ntitle: "{config.name}"\nlicense: {licence.partition(":")[0]}\n'
-    text += f'sdk: gradio\nsdk_version: {version}\npython_version: "3.12"\n'
+    text += f"sdk: gradio\nsdk_version: {pins[0].partition('==')[2]}\n"
+    text += 'python_version: "3.12"\n'
     text += f"app_file: app.py\n---\n\n# {config.name}\n"
     settings: Any = {"title": config.name, "system_prompt": config.system_prompt}
     settings |= {"sampling": config.inference, "model": model.name}
     with new_folder(folder) as new:
         shutil.copy(chat.__file__, new / "app.py")
-        shutil.copy(pins, new / "requirements.txt")
+        write_lines(new / "requirements.txt", [f"{pin}\n" for pin in pins])
         shutil.copy(model, new)
         write_json(new / "settings.json", settings)
         write_lines(new / "README.md", [text])
