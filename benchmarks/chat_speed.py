@@ -57,7 +57,7 @@ def main() -> None:
     from helpers.config import HELD_OUT
     from helpers.data.preparation import parts_of, to_prompts
     from helpers.files import read_rows, write_json
-    from helpers.inference import chat, items
+    from helpers.inference import chat, generation, items
     from helpers.models.load import load_model
     from helpers.runs import open_run
 
@@ -79,7 +79,7 @@ def main() -> None:
             url = stack.enter_context(chat.open_gguf(file))
             streams[f"gguf:{kind}"] = partial(chat.stream_gguf, url)
         model, tokenizer = load_model(name, **loading)
-        streams["transformers"] = partial(chat.stream_answer, model, tokenizer)
+        streams["transformers"] = partial(generation.stream_answer, model, tokenizer)
         for number, prompt in enumerate(prompts[:1] + prompts[: options.prompts]):
             for backend, stream in streams.items():
                 figures = measure(stream(prompt, sampling))

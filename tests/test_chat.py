@@ -61,7 +61,7 @@ def test_a_stream_has_the_tokens_of_a_batch(pair: Any, sampling: Any) -> None:
         with nullcontext() if on else pair[0].disable_adapter():
             whole = generation.generate(*pair, [TURN], sampling=sampling)[0]
         set_seed(1)
-        texts = list(chat.stream_answer(*pair, TURN, sampling, adapter=on))
+        texts = list(generation.stream_answer(*pair, TURN, sampling, adapter=on))
         assert texts[-1] == whole.text
         assert len(texts) == whole.tokens - whole.stopped
         assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
@@ -70,27 +70,36 @@ def test_a_stream_has_the_tokens_of_a_batch(pair: Any, sampling: Any) -> None:
 def test_an_answer_ends_when_it_is_stopped_or_fails(pair: Any) -> None:
     steps = list[int]()
     hook = pair[0].register_forward_pre_hook(lambda *_: steps.append(1))
-    texts: Any = chat.stream_answer(*pair, TURN, {"max_new_tokens": 1900})
+    texts: Any = generation.stream_answer(*pair, TURN, {"max_new_tokens": 1900})
     next(texts)
     texts.close()
     hook.remove()
     assert len(steps) < 100
     with pytest.raises(ValueError, match="temperature"):
-        list(chat.stream_answer(*pair, TURN, {"temperature": -1.0}))
+        list(generation.stream_answer(*pair, TURN, {"temperature": -1.0}))
     with pytest.raises(ValueError, match="has 30.. tokens, the model reads 2048"):
-        list(chat.stream_answer(*pair, LONG, {}))
-    assert len(list(chat.stream_answer(*pair, TURN, FEW))) == 12
+        list(generation.stream_answer(*pair, LONG, {}))
+    assert len(list(generation.stream_answer(*pair, TURN, FEW))) == 12
 
 
-def test_a_prompt_has_the_ids_of_training(make_tokenizer: Any) -> None:
+def test_a_prompt_has_the_ids_of_training(make_tokenizer: Any, folder: Path) -> None:
+    model, reads = load_model(str(folder))[0], list[list[int]]()
+
+    def note(_: Any, __: Any, form: dict[str, Any]) -> None:
+        reads.append(form["input_ids"][0].tolist())
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
     today = "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{{ date_string }}"
     turns = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     for adds_bos, head in ((True, today), (True, ""), (False, "")):
         options = {**special, "chat_template": head + turns}
         tokenizer = make_tokenizer((*special.values(),), adds_bos, **options)
-        ids = tokenizer(chat.render(tokenizer, TURN), add_special_tokens=False)
-        assert ids["input_ids"] == generation.encode(tokenizer, TURN)
+        tokenizer.pad_token = "</s>"
+        model.resize_token_embeddings(len(tokenizer))
+        reads.clear()
+        list(generation.stream_answer(model, tokenizer, TURN, {"max_new_tokens": 1}))
+        assert reads[0] == generation.encode(tokenizer, TURN)
 
 
 def test_a_gguf_answers_token_by_token_until_it_is_stopped(gguf: Path) -> None:
@@ -134,7 +143,7 @@ def page(pair: Any) -> Iterator[str]:
     """The address of a page that compares the tiny model with its base."""
     pytest.importorskip("gradio")
     settings = {"title": "tiny", "system_prompt": "", "sampling": {}}
-    page = chat.build_page(partial(chat.stream_answer, *pair), "", settings, True)
+    page = chat.build_page(partial(generation.stream_answer, *pair), "", settings, True)
     chat.launch(page, prevent_thread_lock=True, quiet=True)
     yield page.local_url
     page.close()
@@ -158,14 +167,14 @@ def test_the_page_answers_with_both_models_and_remembers(pair: Any, page: str) -
     tab = Tab(page)
     tuned, base, line, box = tab.send("Count.", True)
     prompt = ask("Count.", "Be brief.")
-    answers = [chat.stream_answer(*pair, prompt, FEW, a) for a in (1, 0)]
+    answers = [generation.stream_answer(*pair, prompt, FEW, a) for a in (1, 0)]
     assert [tuned[1], base[1]] == [list(texts)[-1] for texts in answers]
     assert [tuned[0], base[0], box] == ["Count.", "Count.", ""]
     assert "tuned: " in line and "base: " in line and "tokens/s, first after" in line
     assert tab.send("  ")[:2] == (tuned, base)
     both, base, *_ = tab.send("And now?")
     prompt += [{"role": "assistant", "content": tuned[1]}, *ask("And now?", "")]
-    assert both[3] == list(chat.stream_answer(*pair, prompt, FEW))[-1]
+    assert both[3] == list(generation.stream_answer(*pair, prompt, FEW))[-1]
     assert (len(both), len(base)) == (4, 2)
     tab.client.predict(api_name="/new")
     assert [len(turns) for turns in tab.send("Count.")[:2]] == [2, 0]

@@ -134,10 +134,10 @@ def test_four_bits_load_in_plain_transformers_and_leave_other_formats_alone(
 
 PINS_NOTHING = """
 import json, sys, torch
-from helpers.export.formats import quantize
+from helpers.export.formats import write_4bit
 
 torch.Tensor.pin_memory = lambda tensor, *_: tensor  # needs a GPU
-quantize(*json.loads(sys.argv[1]))
+write_4bit(*json.loads(sys.argv[1]))
 """
 
 

@@ -105,7 +105,7 @@ def calls(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         yield "Yes."
 
     monkeypatch.setattr(items.models, "load_model", load)
-    monkeypatch.setattr(items.chat, "stream_answer", note)
+    monkeypatch.setattr(items.generation, "stream_answer", note)
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     return calls
 

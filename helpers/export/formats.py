@@ -97,7 +97,7 @@ def require_formats(config: RunConfig) -> None:
     """Raises ConfigError for formats of a config that this machine cannot write."""
     if "awq" in config.export and runtime.find_machine().device != "cuda":
         raise ConfigError("awq is calibrated on a GPU, and there is none: use w4a16")
-    if {*FOUR_BIT} & {*config.export} and not find_spec("llmcompressor"):
+    if FOUR_BIT & {*config.export} and not find_spec("llmcompressor"):
         remedy = "python helpers/install.py requirements-export.txt"
         raise ConfigError(f"w4a16 and awq need llmcompressor: {remedy}")
 
@@ -146,7 +146,7 @@ def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
         for name in FOUR_BIT & {*paths}:
             rows = training_ids(run, tokenizer, 128) if name == "awq" else []
             with new_folder(paths[name]) as new:
-                parity.run_alone(quantize, str(merged), str(new), rows)
+                parity.run_alone(write_4bit, str(merged), str(new), rows)
 
 
 def write_adapter(config: RunConfig, adapter: Path, folder: Path) -> None:
@@ -220,7 +220,7 @@ def training_ids(run: Run, tokenizer: Any, count: int) -> list[list[int]]:
     return list(masked.rows["input_ids"])
 
 
-def quantize(source: str, folder: str, rows: list[list[int]]) -> None:
+def write_4bit(source: str, folder: str, rows: list[list[int]]) -> None:
     """Writes a model in 4 bit, by AWQ if there are rows; another process runs this."""
     import math
 

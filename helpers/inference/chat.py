@@ -11,83 +11,20 @@ import os
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from datetime import date
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Lock
 from typing import Any
 
 Row = dict[str, Any]
 Messages = list[Row]
 Stream = Callable[..., Iterator[str]]  # of messages and sampling
-LOCK = Lock()  # an adapter is switched on and off for all threads
-# Llama-3.x templates print today's date; training fixed it
-FIXED = {"date_string": "26 Jul 2024", "strftime_now": date(2024, 7, 26).strftime}
 # what changes nothing, as llama.cpp calls it; what transformers calls otherwise
 NEUTRAL = {"temperature": 1, "top_p": 1, "top_k": 50, "min_p": 0, "repeat_penalty": 1}
 NEUTRAL["max_tokens"] = 256
 RENAMED = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "max_tokens"}
 START = {"temperature": 0, "top_p": 1, "max_new_tokens": 256}  # 0: greedy
 CSS = ".message-content .md {white-space: pre-wrap; overflow-wrap: anywhere}"
-
-
-def render(tokenizer: Any, messages: Messages) -> str:
-    options = {"tokenize": False, "add_generation_prompt": True, **FIXED}
-    text, bos = tokenizer.apply_chat_template(messages, **options), tokenizer.bos_token
-    adds_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    return bos + text if adds_bos and not text.startswith(bos) else text
-
-
-def stream_answer(
-    model: Any, tokenizer: Any, messages: Messages, sampling: Row, adapter: bool = True
-) -> Iterator[str]:
-    """Yields an answer's text so far, once a token; to close it stops the model.
-
-    Greedy at `temperature` 0, or with `max_new_tokens` alone; without `adapter` the
-    base answers.
-    """
-    import torch
-
-    text = render(tokenizer, messages)
-    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    length, drawing = inputs["input_ids"].shape[1], dict(sampling)
-    limit = model.config.get_text_config().max_position_embeddings
-    if length >= limit:
-        text = f"the conversation has {length} tokens, the model reads {limit} at most"
-        raise ValueError(f"{text}: start a new one, or shorten the message")
-    count = min(drawing.pop("max_new_tokens", 256), limit - length)
-    greedy = {"do_sample": False} | dict.fromkeys(["temperature", "top_p", "top_k"])
-    is_drawn = drawing.get("temperature", drawing)
-    options: Row = {"do_sample": True, **drawing} if is_drawn else greedy
-    stops = torch.tensor(model.generation_config.eos_token_id)  # one or a list
-    ids, closed = SimpleQueue[Any](), Event()
-
-    def look(rows: Any, scores: Any, **_: Any) -> Any:
-        ids.put(rows[0, -1].item())
-        return torch.full((1,), closed.is_set(), device=rows.device)
-
-    def generate() -> None:
-        getattr(model, "for_inference", model.eval)()
-        with LOCK, nullcontext() if adapter else model.disable_adapter():
-            options.update(max_new_tokens=count, stopping_criteria=[look])
-            model.generate(**inputs.to(model.device), **options)
-
-    tokens: list[int] = []
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(generate)
-        future.add_done_callback(lambda _: ids.put(None))
-        try:
-            while (token := ids.get()) is not None:
-                tokens.append(token)
-                if token not in stops:
-                    text = tokenizer.decode(tokens, skip_special_tokens=True)
-                    yield text.rstrip("\ufffd").strip()  # part of a character
-        finally:
-            closed.set()
-    future.result()
 
 
 def require(package: str) -> Any:
@@ -98,12 +35,12 @@ def require(package: str) -> Any:
 
 
 @contextmanager
-def open_gguf(path: Path, *, context: int = 4096, parallel: int = 1) -> Iterator[str]:
+def open_gguf(path: Path, *, context: int = 4096) -> Iterator[str]:
     """Yields a local llama.cpp server's address; `context` tokens a conversation."""
     llama = require("xllamacpp")
     params = llama.CommonParams()
     params.model.path, params.hostnames, params.port = str(path), ["127.0.0.1"], 0
-    params.n_ctx, params.n_parallel, params.verbosity = context * parallel, parallel, -1
+    params.n_ctx, params.n_parallel, params.verbosity = context, 1, -1
     params.ui = params.endpoint_slots = params.endpoint_props = False
     params.cors_origins = "http://127.0.0.1"  # else any site's page reads the answers
     params.reasoning_format = llama.common_reasoning_format(0)  # thoughts are text
@@ -115,7 +52,7 @@ def open_gguf(path: Path, *, context: int = 4096, parallel: int = 1) -> Iterator
 
 
 def stream_gguf(url: str, messages: Messages, sampling: Row) -> Iterator[str]:
-    """Yields as `stream_answer` does, from the server of `open_gguf`."""
+    """Yields an answer's text so far, once a token, from the server of `open_gguf`."""
     values = {RENAMED.get(name, name): value for name, value in sampling.items()}
     if unknown := values.keys() - NEUTRAL.keys():
         raise ValueError(f"llama.cpp has no {', '.join(sorted(unknown))}")

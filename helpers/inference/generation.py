@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from queue import SimpleQueue
+from threading import Event, Lock
 from typing import Any, NamedTuple
 
 from helpers.data.formats import Messages, ask
 from helpers.masking.templates import Tokenizer, render, stop_token_ids
 
 Prompt = Messages | str
+LOCK = Lock()  # an adapter is switched on and off for all threads
 
 
 class Answer(NamedTuple):
@@ -64,14 +68,11 @@ def generate_batches(
 
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
-    stops, drawing = stop_token_ids(tokenizer), dict(sampling or {})
+    drawing = dict(sampling or {})
     max_new_tokens = drawing.pop("max_new_tokens", max_new_tokens)
-    # greedy, whatever the model's own settings are
-    greedy = {"do_sample": False} | dict.fromkeys(["temperature", "top_p", "top_k"])
-    is_drawn = drawing.get("temperature", drawing)
-    options: dict[str, Any] = {"do_sample": True, **drawing} if is_drawn else greedy
-    options |= {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
+    options = decoding(tokenizer, drawing)
     options |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
+    stops = options["eos_token_id"]
     while order:
         longest = len(encoded[order[0]]) + max_new_tokens
         size = batch_size or fitting_rows(model.config, longest, model.device.type)
@@ -90,6 +91,65 @@ def generate_batches(
         outputs = output[:, inputs["input_ids"].shape[1] :].tolist()
         answers = [cut_answer(tokenizer, ids, stops) for ids in outputs]
         yield dict(zip(batch, answers, strict=True))
+
+
+def decoding(tokenizer: Tokenizer, drawing: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a model's `generate`; the length is not among them."""
+    # greedy, whatever the model's own settings are
+    greedy = {"do_sample": False} | dict.fromkeys(["temperature", "top_p", "top_k"])
+    is_drawn = drawing.get("temperature", drawing)
+    options: dict[str, Any] = {"do_sample": True, **drawing} if is_drawn else greedy
+    options["eos_token_id"] = stop_token_ids(tokenizer)
+    return options | {"pad_token_id": tokenizer.pad_token_id}
+
+
+def stream_answer(
+    model: Any,
+    tokenizer: Tokenizer,
+    messages: Messages,
+    sampling: dict[str, Any],
+    adapter: bool = True,
+) -> Iterator[str]:
+    """Yields an answer's text so far, once a token; to close it stops the model.
+
+    Greedy at `temperature` 0, or with `max_new_tokens` alone; without `adapter` the
+    base answers. ValueError if the conversation is longer than the model reads.
+    """
+    import torch
+
+    prompt, drawing = encode(tokenizer, messages), dict(sampling)
+    limit = model.config.get_text_config().max_position_embeddings
+    if len(prompt) >= limit:
+        text = f"the conversation has {len(prompt)} tokens, the model reads {limit} at"
+        raise ValueError(f"{text} most: start a new one, or shorten the message")
+    count = min(drawing.pop("max_new_tokens", 256), limit - len(prompt))
+    options = decoding(tokenizer, drawing) | {"max_new_tokens": count}
+    inputs = tokenizer.pad({"input_ids": [prompt]}, return_tensors="pt")
+    ids, closed = SimpleQueue[Any](), Event()
+
+    def look(rows: Any, scores: Any, **_: Any) -> Any:
+        ids.put(rows[0, -1].item())
+        return torch.full((1,), closed.is_set(), device=rows.device)
+
+    def answer() -> None:
+        base = nullcontext() if adapter else model.disable_adapter()
+        with LOCK, inference(model), base:
+            form = inputs.to(model.device)
+            model.generate(**form, **options, stopping_criteria=[look])
+
+    tokens: list[int] = []
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(answer)
+        future.add_done_callback(lambda _: ids.put(None))
+        try:
+            while (token := ids.get()) is not None:
+                tokens.append(token)
+                if token not in options["eos_token_id"]:
+                    text = tokenizer.decode(tokens, skip_special_tokens=True)
+                    yield text.rstrip("\ufffd").strip()  # part of a character
+        finally:
+            closed.set()
+    future.result()
 
 
 def fitting_rows(config: Any, tokens: int, device: str) -> int:

@@ -11,16 +11,16 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from helpers import runtime
-from helpers.config import RunConfig
+from helpers.config import Gguf, RunConfig
 from helpers.data.formats import Messages, Row, ask
 from helpers.data.reading import Reader
 from helpers.data.sources import open_rows
 from helpers.errors import DataError, MissingInput
 from helpers.files import content_hash, fingerprint, write_rows
-from helpers.inference import chat
+from helpers.inference import chat, generation
 from helpers.inference.generation import Answer, Prompt, generate_batches
 from helpers.masking.templates import template_text
 from helpers.models import load as models
@@ -174,7 +174,7 @@ def chat_command(
             note = f"{file.parent.name}/{file.name}, llama.cpp"
         else:
             loaded = models.load_model(name, **loading)
-            stream = partial(chat.stream_answer, *loaded)
+            stream = partial(generation.stream_answer, *loaded)
             note = f"{name}, {loaded[0].dtype}, adapter: {loading['adapter']}"
         if terminal:
             return chat_in_terminal(stream, system, sampling)
@@ -186,8 +186,8 @@ def chat_command(
 def find_gguf(model: str, adapter: str | None) -> Path | None:
     """Returns the fastest GGUF that a run exported with an adapter and found sound."""
     report = open_run(model).report() if is_run(model) else {}
-    for kind in ("q4_k_m", "q8_0", "f16"):
-        row = report.get("export", {}).get(f"gguf:{kind}", {})
+    for name in reversed(get_args(Gguf)):  # the smallest first
+        row = report.get("export", {}).get(name, {})
         sound = row.get("faults") == [] and row["adapter"] == content_hash(adapter)
         if sound and (file := Path(row["path"]) / "model.gguf").exists():
             return file

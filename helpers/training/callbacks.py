@@ -49,19 +49,15 @@ class Watch(TrainerCallback):
         self.saved = time.monotonic()
         self.started = self.saved - before.get("seconds", 0.0)
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, *_: Any, **more: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **more: Any) -> Any:
         if args.fp16:  # the scaler leaves such a step out
             return
         parameters = more["model"].parameters()
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not torch.nn.utils.get_total_norm(gradients).isfinite():
-            text = (
-                f"step {state.global_step + 1}: loss or gradient is not finite; lower"
-            )
-            text += " the learning rate, or look at the rows and the model of this step"
-            raise TrainingError(text)
+            text = f"step {state.global_step + 1}: loss or gradient is not finite; "
+            text += "lower the learning rate, or look at the rows and the model of this"
+            raise TrainingError(f"{text} step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if time.monotonic() - self.saved >= self.save_s:

@@ -149,21 +149,20 @@ def begin(trainer: Trainer) -> None:
     if not hasattr(trainer, "start"):
         weights = {name: p.detach().cpu().clone() for name, p in trained.items()}
         counts = {name: getattr(trainer, name, None) for name in COUNTS}
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        trainer.start = weights, copy.deepcopy(counts), states, on_gpu
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu
+        trainer.start = weights, copy.deepcopy(counts), states
         return
     log.info("interrupted before: from its last checkpoint, or from the start")
-    weights, counts, states, on_gpu = trainer.start
+    weights, counts, states = trainer.start
     for name, parameter in trained.items():
         parameter.data.copy_(weights[name])
     trainer.model.zero_grad()
     vars(trainer).update(copy.deepcopy(counts), optimizer=None, lr_scheduler=None)
-    for restore, state in zip(
-        (random.setstate, np.random.set_state, torch.set_rng_state), states, strict=True
-    ):
-        restore(state)
-    torch.cuda.set_rng_state_all(on_gpu)
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    torch.cuda.set_rng_state_all(states[3])
 
 
 def train_within_memory(trainer: Trainer, run: Run, checkpoint: str | None) -> None:

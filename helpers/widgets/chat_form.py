@@ -12,7 +12,8 @@ import ipywidgets as widgets
 from helpers.config import RunConfig
 from helpers.data.formats import Messages, ask
 from helpers.errors import ModelError
-from helpers.inference.chat import START, stream_answer
+from helpers.inference.chat import START
+from helpers.inference.generation import stream_answer
 from helpers.widgets.config_form import remark
 
 COLUMN = """<b>{}</b><div style="display:flex;flex-direction:column-reverse;
