@@ -147,11 +147,15 @@ def test_awq_is_calibrated_with_the_rows_of_training(
     tokenizer = formats.merge(
         trained.config, trained.path / "sft" / "adapter", tmp_path / "merged"
     )
-    ids = formats.training_ids(trained, tokenizer, 2)
+    ids, longest = (
+        formats.training_ids(trained, tokenizer, 2),
+        trained.config.max_length,
+    )
+    text = tokenizer.decode(sum(ids, []))
     rows = files.read_rows(trained.path / "data" / "train.jsonl")
-    for row, known in zip(ids, rows, strict=False):
-        assert known["messages"][-1]["content"][:20] in tokenizer.decode(row)
-    assert len(ids) == 2 and max(map(len, ids)) <= trained.config.max_length
+    shown = [row["messages"][-1]["content"][:20] in text for row in rows]
+    assert shown == [True, True, *[False] * (len(rows) - 2)]
+    assert {len(block) for block in ids[:-1]} <= {longest} and len(ids[-1]) <= longest
     paths = str(tmp_path / "merged"), str(tmp_path / "awq")
     request = json.dumps([*paths, True, ids])
     run_python("-c", PINS_NOTHING, request)

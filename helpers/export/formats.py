@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from contextlib import suppress
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -144,11 +145,10 @@ def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
                 except TemplateError as error:
                     log.warning(f"{new} has no Modelfile for Ollama: {error}")
         for name in FOUR_BIT & {*paths}:
-            count = 256 if runtime.find_machine().device == "cuda" else 64
-            rows = training_ids(run, tokenizer, count)
+            blocks = training_ids(run, tokenizer, 64)
             with new_folder(paths[name]) as new:
                 form = str(merged), str(new), name == "awq"
-                parity.run_alone(write_4bit, *form, rows)
+                parity.run_alone(write_4bit, *form, blocks)
 
 
 def write_adapter(config: RunConfig, adapter: Path, folder: Path) -> None:
@@ -212,20 +212,22 @@ def plain_tokenizer(config: RunConfig, settings: Any) -> Any:
 
 
 def training_ids(run: Run, tokenizer: Any, count: int) -> list[list[int]]:
-    """Returns the token ids of the first rows that were trained on, (rows, seq)."""
+    """Returns the token ids of the first rows that were trained on, in blocks."""
     config = run.config
     part = "train" if config.data.train else "problems"
     rows = read_rows(run.require(f"data/{part}.jsonl"))[:count]
     chats, _ = to_conversations(rows, config.system_prompt)
-    limits = config.loss_on, config.max_length
-    masked = mask_conversations(tokenizer, chats, *limits, drop=True)
-    return list(masked.rows["input_ids"])
+    size = config.max_length
+    masked = mask_conversations(tokenizer, chats, config.loss_on, size, drop=True)
+    ids = [*chain.from_iterable(masked.rows["input_ids"])]
+    # each pass costs the same, whatever its length
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
-def write_4bit(source: str, folder: str, awq: bool, rows: list[list[int]]) -> None:
+def write_4bit(source: str, folder: str, awq: bool, ids: list[list[int]]) -> None:
     """Writes a model in 4 bit by GPTQ, after AWQ's scaling if asked.
 
-    Rounding to nearest alone costs small models their answers; both calibrate on `rows`
+    Rounding to nearest alone costs small models their answers; both calibrate on blocks
     of token ids. Another process runs this.
     """
     import math
@@ -248,5 +250,5 @@ def write_4bit(source: str, folder: str, awq: bool, rows: list[list[int]]) -> No
     scheme.weights.group_size = size
     rounding = GPTQModifier(config_groups={"all": scheme}, ignore=["lm_head"])
     recipe: Any = [AWQModifier(), rounding] if awq else rounding
-    data = DataLoader([{"input_ids": tensor(ids)} for ids in rows])
+    data = DataLoader([{"input_ids": tensor(block)} for block in ids])
     oneshot(model=model, recipe=recipe, dataset=data, output_dir=folder)
