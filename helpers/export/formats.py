@@ -146,7 +146,7 @@ def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
         for name in FOUR_BIT & {*paths}:
             rows = training_ids(run, tokenizer, 128) if name == "awq" else []
             with new_folder(paths[name]) as new:
-                parity.run_alone(write_4bit, str(merged), str(new), rows)
+                runtime.run_alone(write_4bit, str(merged), str(new), rows)
 
 
 def write_adapter(config: RunConfig, adapter: Path, folder: Path) -> None:
