@@ -101,14 +101,8 @@ def run_alone(
 ) -> Any:
     """Returns a function's value from a process that has nothing of this project.
 
-    Args:
-        function: imports in its body what it uses.
-        arguments: what JSON has, and functions that the first one calls.
-        requirements: packages, which uv installs apart from the ones here.
-        environment: variables of the process, besides those of this one.
-
-    Raises:
-        ModelError: the process fails.
+    The function imports in its body what it uses. Arguments are what JSON has, and
+    functions that it calls. `requirements` are installed apart from this environment.
     """
     values = json.dumps([value for value in arguments if not callable(value)])
     sources = [inspect.getsource(f) for f in (*arguments, function) if callable(f)]

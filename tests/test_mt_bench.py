@@ -255,5 +255,5 @@ def test_bad_or_missing_files_and_references_are_refused_by_name(folder, client,
     with pytest.raises(DataError, match=r"question 82 \(math\) has no reference"):
         rate(client, judge.read_fastchat(folder))
     (folder / "mt_bench" / QUESTIONS).write_text(line + "\n")
-    with pytest.raises(DataError, match="question.jsonl: expected JSON lines"):
+    with pytest.raises(DataError, match="question.jsonl: expected JSON rows"):
         judge.read_fastchat(folder)

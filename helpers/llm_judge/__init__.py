@@ -2,11 +2,9 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "chat_benchmarks": ["run_alpaca_eval", "run_mt_bench"],
-        "judge": ["Judge", "open_judge"],
-        "pairwise": ["judge_pairs", "side_by_side"],
-    },
-)
+EXPORTS = {
+    "chat_benchmarks": ["run_alpaca_eval", "run_mt_bench"],
+    "judge": ["Judge", "open_judge"],
+    "pairwise": ["judge_pairs", "side_by_side"],
+}
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=EXPORTS)

@@ -37,6 +37,10 @@ OF_ALPACA_EVAL += ["scikit-learn<1.8", "setuptools<81"]
 Answering = Callable[[Path, list[Messages], Row], list[str]]
 
 
+def spread(rows: list[Row], limit: int | None) -> list[Row]:
+    return rows[:: -(-len(rows) // limit) if limit else 1]
+
+
 def load_answering(run: Run, adapter: Path | str | None, max_length: int) -> Answering:
     """Returns a function that answers prompts; answers in its file are kept."""
     config, options = run.config, models.options(run.config)
@@ -147,7 +151,7 @@ def run_mt_bench(
         JudgeError: see `Judge.ask`, or no rating at all could be read.
     """
     fastchat, columns = judges.read_fastchat(data), {}
-    questions = fastchat[0][:: -(-len(fastchat[0]) // limit) if limit else 1]
+    questions = spread(fastchat[0], limit)
     for label, adapter in find_adapters(run, labels).items():
         folder = run.path / "eval" / label / "mt_bench"
         name = f"{run.config.name}-{label}"
@@ -221,14 +225,10 @@ def run_alpaca_eval(
         offline = not runtime.hub_reachable()  # else it would retry for minutes
         file = hf_hub_download(*BASELINE, repo_type="dataset", local_files_only=offline)
         reference = Path(file)
-    try:
-        rows = pd.read_json(reference, dtype=False)[["instruction", "output"]]
-    except (ValueError, LookupError, TypeError) as error:
-        message = "expected JSON rows with instruction and output"
-        raise DataError(f"{reference}: {message}, found {error!r}") from None
-    if not rows.map(lambda text: isinstance(text, str)).all(axis=None):
+    rows = judges.read_columns(reference, "instruction", "output")
+    if not all(isinstance(text, str) for row in rows for text in row.values()):
         raise DataError(f"{reference}: not every instruction and output is a text")
-    texts = list(rows["instruction"][:: -(-len(rows) // limit) if limit else 1])
+    texts = [row["instruction"] for row in spread(rows, limit)]
     name = "alpaca_eval" if len(texts) == 805 else f"alpaca_eval_{len(texts)}"
     sampling = {**run.config.inference, "max_new_tokens": max_new_tokens}
     parts = {}
