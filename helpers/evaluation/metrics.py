@@ -1,7 +1,5 @@
 """Verdicts and text metrics of answers; intervals of counts, means and differences."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from types import SimpleNamespace

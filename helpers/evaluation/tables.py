@@ -1,7 +1,5 @@
 """Tables and bars of reports: the models of a run, their differences, several runs."""
 
-from __future__ import annotations
-
 from operator import itemgetter
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A trained stage as files for other programs: adapter, merged, GGUF, 4-bit, Space."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import os

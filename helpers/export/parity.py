@@ -1,7 +1,5 @@
 """The parity gate: exported files in other programs, beside the trained model."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from os.path import commonprefix

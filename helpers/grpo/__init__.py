@@ -7,6 +7,7 @@ EXPORTS = {
     "monitor": ["Clock", "LivePanel", "read_group"],
     "trainer": [
         "GreedyEvaluation",
+        "build_grpo",
         "grpo_arguments",
         "split_problems",
         "training_prompts",

@@ -1,7 +1,5 @@
 """MT-Bench, in files of FastChat's formats, and AlpacaEval 2, by its own package."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections import defaultdict

@@ -2,8 +2,6 @@
 missing verdict is None and counted, never guessed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
