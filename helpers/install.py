@@ -1,5 +1,7 @@
 """Installs the stack beside a torch that is there; needs the standard library only."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import re

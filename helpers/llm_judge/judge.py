@@ -1,6 +1,4 @@
-"""A client of any OpenAI-compatible judge, and the rules by which replies are read: a
-missing verdict is None and counted, never guessed.
-"""
+"""A client of any OpenAI-compatible judge; a missing verdict is None, never guessed."""
 
 import json
 import os
