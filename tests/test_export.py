@@ -126,7 +126,7 @@ def test_four_bits_load_in_plain_transformers_and_leave_other_formats_alone(
     assert part["merged"] == merged and part["w4a16"]["faults"] == []
     settings = json.loads(Path(part["w4a16"]["path"], "config.json").read_text())
     weights = settings["quantization_config"]["config_groups"]["group_0"]["weights"]
-    assert (weights["num_bits"], weights["group_size"]) == (4, 32)
+    assert (weights["num_bits"], weights["group_size"]) == (4, 64)
     # the merged model for it was another copy
     assert {f.name for f in (trained.path / "export").iterdir()} == {"merged", "w4a16"}
     assert trained.report()["export"] == part
@@ -152,9 +152,11 @@ def test_awq_is_calibrated_with_the_rows_of_training(
     for row, known in zip(ids, rows, strict=False):
         assert known["messages"][-1]["content"][:20] in tokenizer.decode(row)
     assert len(ids) == 2 and max(map(len, ids)) <= trained.config.max_length
-    request = json.dumps([str(tmp_path / "merged"), str(tmp_path / "awq"), ids])
+    paths = str(tmp_path / "merged"), str(tmp_path / "awq")
+    request = json.dumps([*paths, True, ids])
     run_python("-c", PINS_NOTHING, request)
-    assert "AWQModifier" in (tmp_path / "awq" / "recipe.yaml").read_text()
+    recipe = (tmp_path / "awq" / "recipe.yaml").read_text()
+    assert "AWQModifier" in recipe and "GPTQModifier" in recipe
 
 
 def test_a_run_of_grpo_alone_calibrates_with_solved_problems(

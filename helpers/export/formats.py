@@ -142,9 +142,11 @@ def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
                 except TemplateError as error:
                     log.warning(f"{new} has no Modelfile for Ollama: {error}")
         for name in FOUR_BIT & {*paths}:
-            rows = training_ids(run, tokenizer, 128) if name == "awq" else []
+            count = 256 if runtime.find_machine().device == "cuda" else 64
+            rows = training_ids(run, tokenizer, count)
             with new_folder(paths[name]) as new:
-                runtime.run_alone(write_4bit, str(merged), str(new), rows)
+                form = str(merged), str(new), name == "awq"
+                runtime.run_alone(write_4bit, *form, rows)
 
 
 def write_adapter(config: RunConfig, adapter: Path, folder: Path) -> None:
@@ -218,28 +220,31 @@ def training_ids(run: Run, tokenizer: Any, count: int) -> list[list[int]]:
     return list(masked.rows["input_ids"])
 
 
-def write_4bit(source: str, folder: str, rows: list[list[int]]) -> None:
-    """Writes a model in 4 bit, by AWQ if there are rows; another process runs this."""
+def write_4bit(source: str, folder: str, awq: bool, rows: list[list[int]]) -> None:
+    """Writes a model in 4 bit by GPTQ, after AWQ's scaling if asked.
+
+    Rounding to nearest alone costs small models their answers; both calibrate on `rows`
+    of token ids. Another process runs this.
+    """
     import math
 
     from compressed_tensors.quantization import preset_name_to_scheme
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from torch import nn, tensor
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM
 
-    dtype = "bfloat16" if rows else "auto"  # fp16 overflows in AWQ's search
+    dtype = "bfloat16" if awq else "auto"  # fp16 overflows in AWQ's search
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     widths = [layer.in_features for name, layer in layers if name != "lm_head"]
-    # rounding alone needs small groups
-    if (size := math.gcd(128 if rows else 32, *widths)) < 32:
+    if (size := math.gcd(128, *widths)) < 32:
         raise SystemExit("4 bit needs layers that are a multiple of 32 wide")
     scheme = preset_name_to_scheme("W4A16_ASYM", ["Linear"])
     scheme.weights.group_size = size
-    rounding = QuantizationModifier(config_groups={"all": scheme}, ignore=["lm_head"])
-    recipe: Any = [AWQModifier(), rounding] if rows else rounding
-    data = DataLoader([{"input_ids": tensor(ids)} for ids in rows]) if rows else None
+    rounding = GPTQModifier(config_groups={"all": scheme}, ignore=["lm_head"])
+    recipe: Any = [AWQModifier(), rounding] if awq else rounding
+    data = DataLoader([{"input_ids": tensor(ids)} for ids in rows])
     oneshot(model=model, recipe=recipe, dataset=data, output_dir=folder)

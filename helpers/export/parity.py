@@ -30,8 +30,7 @@ from helpers.runs import Run
 PROBE = "It's 1234 + 5.67,  don't\n\n\tÜber-x2 naïve 你好 Привет (a_b) 🙂"
 # the share of tokens, up to each answer's first other one, that has to agree
 AGREE = {"adapter": 1.0, "merged": 1.0, "gguf:f16": 0.98}
-# times the trained one; rounding to 4 bit without data costs small models a third
-PERPLEXITY, P_VALUE = {"w4a16": 1.5}, 0.01
+PERPLEXITY, P_VALUE = 1.25, 0.01  # times the trained one
 COLUMNS = ["mb", "prompts_equal", "tokens_agree", "stop_rate", "perplexity", "right"]
 COLUMNS += ["p", "tokens_per_second", "first_difference"]
 
@@ -254,7 +253,7 @@ def compare(name: str, tokenizer: Any, own: Row, trained: Row) -> tuple[Row, lis
         elif name in ("adapter", "merged") and far > trained["limit"] * most:
             faults.append(f"other logits than trained: {row['reloaded']}")
         row["perplexity"], known = round(own["perplexity"], 3), trained["perplexity"]
-        if own["perplexity"] > PERPLEXITY.get(name, 1.25) * known:
+        if own["perplexity"] > PERPLEXITY * known:
             faults.append(f"perplexity {row['perplexity']}, as trained {known:.3f}")
     if "prompts" in own and own is not trained:
         faults += compare_prompts(tokenizer, own, trained, row)
