@@ -231,12 +231,18 @@ def judge_theirs(name: str, outputs: list[tuple[str, str]]) -> list[dict[str, bo
 
 def judge_ours(task: str, outputs: list[tuple[str, str]]) -> list[dict[str, bool]]:
     """Returns our verdicts by the rules of a task."""
-    from helpers.evaluation import metrics as gsm8k
+    from helpers.evaluation import metrics
 
-    return [
-        {name: getattr(gsm8k, name)(text, answer, task) for name in VERDICTS.values()}
-        for text, answer in outputs
-    ]
+    rows = []
+    for text, answer in outputs:
+        strict = re.findall(metrics.STRICT, text)[:1]
+        if task == "gsm8k_cot_llama":
+            answer = answer.split("####")[-1].strip()
+            strict = re.findall(f"The final answer is ({metrics.FLEXIBLE})", text)[-1:]
+        flexible = re.findall(metrics.FLEXIBLE, text)[-1:]
+        matches = {"strict_match": strict, "flexible_extract": flexible}
+        rows.append({k: metrics.is_same(match, answer) for k, match in matches.items()})
+    return rows
 
 
 def agreement(outputs: list[tuple[str, str]]) -> dict[str, Any]:

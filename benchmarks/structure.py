@@ -54,8 +54,8 @@ def home(package: str, name: str) -> str:
 
 def exports(package: str) -> dict[str, list[str]]:
     """Returns `{module: names}` that a package's `__init__` hands on."""
-    for node in ast.walk(modules()[package]):
-        if isinstance(node, ast.keyword) and node.arg == "submod_attrs":
+    for node in modules()[package].body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXPORTS":
             return ast.literal_eval(node.value)
     return {}
 

@@ -22,8 +22,8 @@ COMMANDS = {
     "generate": f"inference.items:generate_command {MODEL} --file --out --batch-size",
     "chat": f"inference.items:chat_command {MODEL} --backend --host --port --terminal",
     "evaluate": "evaluation.evaluator:evaluate_run run --models",
-    "mt-bench": f"llm_judge.mt_bench:run_mt_bench {BENCH} --data",
-    "alpaca-eval": f"llm_judge.alpaca_eval:run_alpaca_eval {BENCH} --reference "
+    "mt-bench": f"llm_judge.chat_benchmarks:run_mt_bench {BENCH} --data",
+    "alpaca-eval": f"llm_judge.chat_benchmarks:run_alpaca_eval {BENCH} --reference "
     "--evaluator",
     "judge-pairs": "llm_judge.pairwise:judge_pairs run --judge --judge-model labels "
     "--set --other --data --limit",

@@ -3,8 +3,6 @@
 Their classes say what they take; the tables here hold what they take in silence.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """Estimates peak GPU memory (within 15 %) and minutes (within a factor of two)."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -84,7 +84,3 @@ def small(config: RunConfig) -> RunConfig:
         changes["grpo__max_completion_length"] = 64
         changes["grpo__per_device_train_batch_size"] = config.grpo["num_generations"]
     return changed(config, name=f"{config.name}-small", **changes)
-
-
-def describe(name: str) -> dict[str, Any]:
-    return {k: v for k, v in RECIPES.get(name, {}).items() if k in NOTES}

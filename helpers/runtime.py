@@ -2,11 +2,15 @@
 
 import gc
 import importlib.util
+import inspect
+import json
 import logging
 import os
 import platform
+import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +91,38 @@ def free_memory() -> None:
 
     gc.collect()  # of deleted models, so that the next one fits
     torch.cuda.empty_cache()
+
+
+def run_alone(
+    function: Callable[..., Any],
+    *arguments: Any,
+    requirements: list[str] | None = None,
+    environment: dict[str, str] | None = None,
+) -> Any:
+    """Returns a function's value from a process that has nothing of this project.
+
+    The function imports in its body what it uses. Arguments are what JSON has, and
+    functions that it calls. `requirements` are installed apart from this environment.
+    """
+    values = json.dumps([value for value in arguments if not callable(value)])
+    sources = [inspect.getsource(f) for f in (*arguments, function) if callable(f)]
+    command, head = [sys.executable, "-"], list[str]()
+    if requirements:
+        command = [sys.executable, "-m", "uv", "run", "--no-project"]
+        command += ["--python", sys.executable, "--script", "-"]
+        head = ["# /// script", f"# dependencies = {json.dumps(requirements)}", "# ///"]
+    head.append("from __future__ import annotations")
+    call = f"value = {function.__name__}(*json.loads({values!r}))"
+    dump = "print(); print(json.dumps(value, default=lambda number: number.item()))"
+    script = "\n".join([*head, *sources, "import json", call, dump])
+    apart = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
+    variables = os.environ | apart | (environment or {})
+    options: Any = {"env": variables, "capture_output": True, "text": True}
+    done = subprocess.run(command, input=script, **options)
+    if done.returncode:
+        reason = " ".join(done.stderr.split())[-600:]
+        raise ModelError(f"{function.__name__} fails alone: {reason}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def environment(engine: str, dtype: str = "auto") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from helpers.errors import DataError, JudgeError
-from helpers.llm_judge import alpaca_eval, mt_bench
+from helpers.llm_judge import chat_benchmarks
 from helpers.llm_judge.judge import Judge
 from helpers.runs import Run
 from tests.judge_server import JudgeServer
@@ -53,7 +53,9 @@ def server() -> Iterator[JudgeServer]:
 
 def answer(run: Run, reference: Path, **changes: Any) -> list[dict[str, str]]:
     settings = {"labels": ["base"], "max_new_tokens": 3, **changes}
-    message = alpaca_eval.run_alpaca_eval(run, None, reference=reference, **settings)
+    message = chat_benchmarks.run_alpaca_eval(
+        run, None, reference=reference, **settings
+    )
     assert "answers were saved but not scored" in message
     name = f"alpaca_eval_{changes.get('limit') or 4}"
     path = run.path / "eval/base" / name / "model_outputs.json"
@@ -63,14 +65,14 @@ def answer(run: Run, reference: Path, **changes: Any) -> list[dict[str, str]]:
 @pytest.fixture
 def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The instructions that a model has answered, in all calls so far."""
-    batches, seen = mt_bench.generate_batches, []
+    batches, seen = chat_benchmarks.generate_batches, []
 
     def spy(model: Any, tokenizer: Any, prompts: list[Any], **options: Any) -> Any:
         for batch in batches(model, tokenizer, prompts, **options):
             seen.extend(prompts[place][-1]["content"] for place in sorted(batch))
             yield batch
 
-    monkeypatch.setattr(mt_bench, "generate_batches", spy)
+    monkeypatch.setattr(chat_benchmarks, "generate_batches", spy)
     return seen
 
 
@@ -92,17 +94,17 @@ def test_outputs_have_the_form_of_published_ones_and_are_made_once(
 def test_a_reference_without_texts_is_refused(run: Run, tmp_path, output):
     path = write(tmp_path / "bad.json", [{"instruction": "a", "output": output}])
     with pytest.raises(DataError, match="bad.json: not every .* is a text"):
-        alpaca_eval.run_alpaca_eval(run, None, reference=path)
+        chat_benchmarks.run_alpaca_eval(run, None, reference=path)
 
 
 def annotate(mine: Path, reference: Path, server: Any, *more: str, **changes: Any):
-    """`alpaca_eval.annotate`; skips where uv cannot fetch the package."""
+    """`annotate`; skips where uv cannot fetch the package."""
     client = Judge("gpt-instruct", mine, server.url, retries=2, **changes)
     try:
-        return alpaca_eval.annotate(mine, reference, client, *more)
-    except JudgeError:
-        log = mine.with_name("annotated.log").read_text(encoding="utf-8")
-        if re.search("error sending request|Failed to fetch|network was disabled", log):
+        return chat_benchmarks.annotate(mine, reference, client, *more)
+    except JudgeError as error:
+        causes = "error sending request|Failed to fetch|network was disabled"
+        if re.search(causes, str(error)):
             pytest.skip("the package index does not answer")
         raise
 

@@ -61,7 +61,7 @@ def test_a_judge_is_opened_for_the_commands_that_take_one(
     monkeypatch.setattr(judge, "open_judge", lambda *arguments: arguments)
     options = ["--judge", "http://x", "--judge-model", "m"]
     name, values = call("mt-bench", "test", *options, "--limit", "3")
-    assert name == "helpers.llm_judge.mt_bench.run_mt_bench"
+    assert name == "helpers.llm_judge.chat_benchmarks.run_mt_bench"
     assert values == {"run": run, "judge": (run, "http://x", "m"), "limit": 3}
     name, values = call("judge-pairs", "test", "base", "sft", "--other", "test")
     assert values["labels"] == ["base", "sft"] and values["other"] == run

@@ -161,10 +161,6 @@ def judged() -> list[str]:
         answer = f"So.\n#### {gold}"
         problem = {"gold": gold, "answer": answer, "prompt": prompts[number]}
         item = verdicts.check_answer(text, problem)
-        item |= {
-            f"{name}_llama": getattr(verdicts, name)(text, answer, "gsm8k_cot_llama")
-            for name in ("strict_match", "flexible_extract")
-        }
         scores = " ".join(f"{name}={values[number]}" for name, values in pay.items())
         yes = [name for name, value in item.items() if value is True]
         lines.append(f"{text!r} -> {item['extracted']} | {scores} | {', '.join(yes)}")

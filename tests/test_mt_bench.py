@@ -20,7 +20,7 @@ import pytest
 
 from helpers.errors import DataError, JudgeError
 from helpers.files import read_rows
-from helpers.llm_judge import judge, mt_bench
+from helpers.llm_judge import chat_benchmarks, judge
 from helpers.llm_judge.judge import Judge
 from helpers.runs import Run
 from tests.judge_server import JudgeServer
@@ -90,7 +90,7 @@ def rate(client: Judge, fastchat: Any, *places: int) -> list[dict[str, Any]]:
     answers = [{"model_id": "test-base", "choices": choices} for _ in questions]
     for question, answer in zip(questions, answers, strict=True):
         answer["question_id"] = question["question_id"]
-    return mt_bench.rate(client, fastchat, answers)
+    return chat_benchmarks.rate(client, fastchat, answers)
 
 
 def test_the_published_data_are_80_questions_with_the_prompts_used_here(published):
@@ -113,9 +113,9 @@ def test_temperatures_and_categories_with_references_are_those_of_fastchat(publi
     (text,) = re.findall(r"^temperature_config = (\{.*?\n\})", code, re.M | re.S)
     theirs = ast.literal_eval(text)
     for category in {question["category"] for question in published[0]}:
-        assert mt_bench.TEMPERATURES[category] == theirs[category]
+        assert chat_benchmarks.TEMPERATURES[category] == theirs[category]
     (text,) = re.findall(r"^NEED_REF_CATS = (\[.*?\])", code, re.M | re.S)
-    assert set(mt_bench.WITH_REFERENCE) <= set(ast.literal_eval(text))
+    assert set(chat_benchmarks.WITH_REFERENCE) <= set(ast.literal_eval(text))
 
 
 def test_maths_is_judged_with_the_reference_answer_and_nothing_else(
@@ -141,7 +141,7 @@ def test_a_judgment_without_a_rating_has_no_score_and_is_counted(
         "I would rather not." if "stem one" in str(request) else "[[4]]"
     )
     rows = rate(client, judge.read_fastchat(folder))
-    summary = mt_bench.summarise(rows)
+    summary = chat_benchmarks.summarise(rows)
     assert (summary["score"], summary["judged"], summary["missing"]) == (4.0, 3, 3)
     assert summary["by_category"]["stem"]["score"] is None
     assert (
@@ -157,7 +157,7 @@ def test_scores_are_means_by_turn_and_category_with_an_interval_over_questions()
         for n, (name, *both) in scores.items()
         for turn, score in enumerate(both, start=1)
     ]
-    summary = mt_bench.summarise(rows)
+    summary = chat_benchmarks.summarise(rows)
     assert [summary[k] for k in ("score", "turn_1", "turn_2")] == [4.4, 4.333, 4.5]
     writing = {"score": 6.0, "turn_1": 6.0, "turn_2": 6.0}
     assert summary["by_category"]["writing"] == writing
@@ -166,7 +166,7 @@ def test_scores_are_means_by_turn_and_category_with_an_interval_over_questions()
 
 def run_bench(run: Run, client: Judge | None, folder: Path, **options: Any) -> Any:
     settings = {"labels": ["base"], "data": folder, "max_new_tokens": 4, **options}
-    return mt_bench.run_mt_bench(run, client, **settings)
+    return chat_benchmarks.run_mt_bench(run, client, **settings)
 
 
 def answers(run: Run) -> dict[int, Any]:
@@ -214,7 +214,7 @@ def test_only_changed_answers_are_made_and_judged_again(
 def test_a_killed_run_goes_on_with_what_is_missing(
     run: Run, folder, server, monkeypatch
 ):
-    batches, calls = mt_bench.generate_batches, []
+    batches, calls = chat_benchmarks.generate_batches, []
 
     def killed(*arguments: Any, **options: Any) -> Any:
         calls.append(len(arguments[2]))
@@ -222,7 +222,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(
             raise KeyboardInterrupt
         yield from batches(*arguments, **options)
 
-    monkeypatch.setattr(mt_bench, "generate_batches", killed)
+    monkeypatch.setattr(chat_benchmarks, "generate_batches", killed)
     with pytest.raises(KeyboardInterrupt):
         run_bench(run, None, folder)
     assert "answers were saved but not scored" in run_bench(run, None, folder)
@@ -255,5 +255,5 @@ def test_bad_or_missing_files_and_references_are_refused_by_name(folder, client,
     with pytest.raises(DataError, match=r"question 82 \(math\) has no reference"):
         rate(client, judge.read_fastchat(folder))
     (folder / "mt_bench" / QUESTIONS).write_text(line + "\n")
-    with pytest.raises(DataError, match="question.jsonl: expected JSON lines"):
+    with pytest.raises(DataError, match="question.jsonl: expected JSON rows"):
         judge.read_fastchat(folder)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helpers import recipes, runs, stages
+from helpers import recipes, runs, runtime, stages
 from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ModelError
@@ -195,7 +195,7 @@ def test_answers_that_no_longer_end_or_are_wrong_are_faults(tokenizer: Any) -> N
 
 def test_a_process_that_fails_is_an_error() -> None:
     with pytest.raises(ModelError, match="refuse fails alone: .*not today"):
-        parity.run_alone(refuse, "not today")
+        runtime.run_alone(refuse, "not today")
 
 
 def refuse(reason: str) -> None:

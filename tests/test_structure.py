@@ -15,9 +15,9 @@ import structure  # noqa: E402
 
 # 8,000 lines and 45 modules are for all that is planned: lower these with deletions.
 BOUNDS = {
-    "lines": 8_425,
+    "lines": 8_305,
     "lines of masking": 415,
-    "modules": 47,
+    "modules": 45,
     "packages": 10,
     "modules in circles": 0,
     "import levels": 8,

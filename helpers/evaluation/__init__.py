@@ -2,17 +2,15 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "evaluator": ["compare", "evaluate_run"],
-        "metrics": ["check_answer"],
-        "tables": [
-            "differences_table",
-            "plot_results",
-            "results_table",
-            "runs_table",
-            "scores_table",
-        ],
-    },
-)
+EXPORTS = {
+    "evaluator": ["compare", "evaluate_run"],
+    "metrics": ["check_answer"],
+    "tables": [
+        "differences_table",
+        "plot_results",
+        "results_table",
+        "runs_table",
+        "scores_table",
+    ],
+}
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=EXPORTS)

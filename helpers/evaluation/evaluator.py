@@ -1,7 +1,5 @@
 """Held-out accuracy, loss and text metrics of models, which answer the same prompts."""
 
-from __future__ import annotations
-
 import math
 import time
 from functools import partial

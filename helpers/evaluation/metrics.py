@@ -1,7 +1,5 @@
 """Verdicts and text metrics of answers; intervals of counts, means and differences."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -17,14 +15,9 @@ from sklearn.metrics import f1_score
 from helpers.data.formats import Row
 from helpers.grpo import answers
 
-# lm-evaluation-harness compares strings, by patterns of its tasks (version 0.4.13)
-NUMBER = r"-?[$0-9.,]{2,}|-?[0-9]+"
+# lm-evaluation-harness compares strings, by patterns of its task (version 0.4.13)
+STRICT, FLEXIBLE = r"#### (-?[0-9.,]+)", r"-?[$0-9.,]{2,}|-?[0-9]+"
 IGNORED = re.compile(r"[,$]|\.(?=[,$]*$)")
-# strict match by task: the pattern, and the index of the match that counts
-STRICT = {
-    "gsm8k": (r"#### (-?[0-9.,]+)", 0),
-    "gsm8k_cot_llama": (rf"The final answer is ({NUMBER})", -1),
-}
 VERDICTS = ("correct", "strict_match", "flexible_extract", "strict_format")
 ROUGE = ("rouge1", "rouge2", "rougeL")
 OF_ITEMS = (*ROUGE, "exact_match", "token_f1")
@@ -47,27 +40,16 @@ def check_answer(text: str, problem: Row) -> Row:
         "extracted": None if extracted is None else str(extracted),
         "gold": problem["gold"],
         "correct": answers.is_correct(text, problem["gold"], prompt),
-        "strict_match": strict_match(text, problem["answer"]),
-        "flexible_extract": flexible_extract(text, problem["answer"]),
+        "strict_match": is_same(re.findall(STRICT, text)[:1], problem["answer"]),
+        "flexible_extract": is_same(re.findall(FLEXIBLE, text)[-1:], problem["answer"]),
         "strict_format": answers.has_strict_format(text),
     }
 
 
-def strict_match(text: str, answer: str, task: str = "gsm8k") -> bool:
-    return compare_strings(text, answer, task, *STRICT[task])
-
-
-def flexible_extract(text: str, answer: str, task: str = "gsm8k") -> bool:
-    return compare_strings(text, answer, task, NUMBER, -1)
-
-
-def compare_strings(text: str, answer: str, task: str, pattern: str, n: int) -> bool:
-    """Returns lm-evaluation-harness's verdict by a pattern, and which match counts."""
-    if task == "gsm8k_cot_llama":
-        answer = answer.split(answers.MARKER)[-1].strip()
+def is_same(match: list[str], answer: str) -> bool:
+    """Returns lm-evaluation-harness's verdict on a match, if there is one."""
     right = IGNORED.sub("", answer).rpartition(f"{answers.MARKER} ")[2].lower()
-    numbers = re.findall(pattern, text)
-    return bool(numbers) and IGNORED.sub("", numbers[n]) == right
+    return [IGNORED.sub("", number) for number in match] == [right]
 
 
 def split_gain(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, dict[str, int]]:

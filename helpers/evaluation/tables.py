@@ -1,7 +1,5 @@
 """Tables and bars of reports: the models of a run, their differences, several runs."""
 
-from __future__ import annotations
-
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -132,7 +130,7 @@ def runs_table() -> pd.DataFrame:
             part = report.get("eval", {}).get(stage, {})
             rows.append(names | to_row(stage, report[stage], part))
             recipe = report["run"]["recipe"]
-            published[recipe] = recipes.describe(recipe).get("published", {})
+            published[recipe] = recipes.RECIPES.get(recipe, {}).get("published", {})
     for recipe, figures in published.items():
         rows.append({"run": f"{recipe}, published", **to_row("sft", figures, {})})
     return to_frame(rows, ["run", "model"], [*COSTS, *RESULTS])

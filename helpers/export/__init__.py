@@ -2,11 +2,9 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "card": ["push_to_hub"],
-        "formats": ["export", "merge"],
-        "parity": ["check", "parity_table"],
-    },
-)
+EXPORTS = {
+    "card": ["push_to_hub"],
+    "formats": ["export", "merge"],
+    "parity": ["check", "parity_table"],
+}
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=EXPORTS)

@@ -1,7 +1,5 @@
 """Model cards of exported folders, and the upload of such folders to the hub."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from contextlib import suppress

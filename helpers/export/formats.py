@@ -1,7 +1,5 @@
 """A trained stage as files for other programs: adapter, merged, GGUF, 4-bit, Space."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import os
@@ -148,7 +146,7 @@ def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
             blocks = training_ids(run, tokenizer, 64)
             with new_folder(paths[name]) as new:
                 form = str(merged), str(new), name == "awq"
-                parity.run_alone(write_4bit, *form, blocks)
+                runtime.run_alone(write_4bit, *form, blocks)
 
 
 def write_adapter(config: RunConfig, adapter: Path, folder: Path) -> None:

@@ -1,7 +1,5 @@
 """GGUF files for llama.cpp and Ollama, and Ollama's Modelfile."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

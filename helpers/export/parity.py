@@ -1,13 +1,7 @@
 """The parity gate: exported files in other programs, beside the trained model."""
 
-from __future__ import annotations
-
-import inspect
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -21,7 +15,6 @@ from helpers.config import HELD_OUT, Stage
 from helpers.data.formats import Row, ask
 from helpers.data.preparation import parts_of, to_prompts
 from helpers.data.reading import to_conversations
-from helpers.errors import ModelError
 from helpers.evaluation import metrics, tables
 from helpers.export import gguf
 from helpers.files import read_rows
@@ -68,7 +61,7 @@ def check(
     if trained["base"] == trained["logits"]:
         faults.append("trained: the adapter changes no logits: nothing was learnt")
     paths, parts = [*map(str, folders.values())], (measure, read_settings)
-    results = run_alone(ask_models, paths, trained, *parts)
+    results = runtime.run_alone(ask_models, paths, trained, *parts)
     for (name, folder), result in zip(folders.items(), results, strict=True):
         try:
             result |= ask_llama(folder, trained) if "gguf" in name else {}
@@ -121,29 +114,6 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
     del model
     runtime.free_memory()
     return tokenizer, trained
-
-
-def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns a function's value from a process that has nothing of this project.
-
-    Args:
-        function: imports in its body what it uses.
-        arguments: what JSON has, and functions that the first one calls.
-
-    Raises:
-        ModelError: the process fails.
-    """
-    values = [value for value in arguments if not callable(value)]
-    sources = [inspect.getsource(f) for f in (*arguments, function) if callable(f)]
-    script = "\n".join(["from __future__ import annotations", *sources])
-    script += f"\nimport json, sys\nvalue = {function.__name__}(*json.load(sys.stdin))"
-    script += "\nprint(); print(json.dumps(value))"
-    command = [sys.executable, "-P", "-c", script]
-    options: Any = {"input": json.dumps(values), "capture_output": True, "text": True}
-    done = subprocess.run(command, **options)
-    if done.returncode:
-        raise ModelError(f"{function.__name__} fails alone: {done.stderr[-300:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def ask_models(folders: list, trained: dict) -> list:

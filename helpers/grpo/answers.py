@@ -1,7 +1,5 @@
 """*The* answer parser: rewards and accuracy go by it, and by nothing else."""
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Watches a GRPO run: its clock, what its logged values mean, when it collapses."""
 
-from __future__ import annotations
-
 import base64
 import logging
 import math

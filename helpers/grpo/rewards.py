@@ -1,7 +1,5 @@
 """Rewards with TRL's contract; None: the gold answer is no number to grade by."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Builds the GRPO trainer of a run, from the pieces that notebook 03 shows."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -2,10 +2,8 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "generation": ["generate", "reply"],
-        "sampler": ["Sampler", "choose_sampler"],
-    },
-)
+EXPORTS = {
+    "generation": ["generate", "reply"],
+    "sampler": ["Sampler", "choose_sampler"],
+}
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=EXPORTS)

@@ -3,8 +3,6 @@
 It imports nothing of this project: exported, the same file is a Space's `app.py`.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import os

@@ -2,8 +2,6 @@
 for a whole token, its drawing and bookkeeping. A CPU runs the code without a graph.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Batched and streaming generation, used by evaluation, live samples and chat."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """Answers of a run's models or any other: to rows of a set or file, or in a chat."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

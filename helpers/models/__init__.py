@@ -2,7 +2,5 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={"load": ["load_model", "load_tokenizer", "options"]},
-)
+EXPORTS = {"load": ["load_model", "load_tokenizer", "options"]}
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=EXPORTS)

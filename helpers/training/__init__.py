@@ -2,18 +2,16 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "trainer": [
-            "attach_lora",
-            "fit",
-            "load_for_training",
-            "lora_arguments",
-            "label_rows",
-            "sft_arguments",
-        ],
-        "layout": ["choose_layout"],
-        "callbacks": ["BestAdapter", "LiveSamples"],
-    },
-)
+EXPORTS = {
+    "trainer": [
+        "attach_lora",
+        "fit",
+        "load_for_training",
+        "lora_arguments",
+        "label_rows",
+        "sft_arguments",
+    ],
+    "layout": ["choose_layout"],
+    "callbacks": ["BestAdapter", "LiveSamples"],
+}
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=EXPORTS)

@@ -2,11 +2,9 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "blind_form": ["BlindForm", "blind_results"],
-        "chat_form": ["ChatForm"],
-        "config_form": ["ConfigForm"],
-    },
-)
+EXPORTS = {
+    "blind_form": ["BlindForm", "blind_results"],
+    "chat_form": ["ChatForm"],
+    "config_form": ["ConfigForm"],
+}
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=EXPORTS)

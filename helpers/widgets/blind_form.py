@@ -1,7 +1,5 @@
 """A blind comparison by people: which of two answers is better, what each is like."""
 
-from __future__ import annotations
-
 import html
 import json
 import random

@@ -1,7 +1,5 @@
 """A form over a run's config, made of what pydantic and the libraries' classes say."""
 
-from __future__ import annotations
-
 import html
 import json
 import math

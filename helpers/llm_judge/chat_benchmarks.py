@@ -1,6 +1,4 @@
-"""MT-Bench: two turns of answers, rated by a judge, in files of FastChat's formats."""
-
-from __future__ import annotations
+"""MT-Bench, in files of FastChat's formats, and AlpacaEval 2, by its own package."""
 
 import json
 import time
@@ -11,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from huggingface_hub import hf_hub_download
 from transformers import set_seed
 
 from helpers import runtime
 from helpers.data.formats import Messages, Row, ask
-from helpers.errors import DataError
+from helpers.errors import DataError, JudgeError, ModelError
 from helpers.evaluation import metrics
-from helpers.files import fingerprint, write_rows
+from helpers.files import fingerprint, write_json, write_rows
 from helpers.inference.generation import generate_batches
 from helpers.inference.items import answer_rows, find_adapters, model_print
 from helpers.llm_judge import judge as judges
@@ -28,7 +27,16 @@ from helpers.runs import Run
 TEMPERATURES = defaultdict(lambda: 0.7, {"stem": 0.1, "humanities": 0.1})
 TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
 WITH_REFERENCE = ("math", "reasoning", "coding")
+# the answers that AlpacaEval 2 compares with; they hold its 805 instructions
+BASELINE = ("tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json")
+# of the package, which works with no newer versions
+OF_ALPACA_EVAL = ["alpaca_eval==0.6.6", "datasets<4", "openai<2", "pandas<3"]
+OF_ALPACA_EVAL += ["scikit-learn<1.8", "setuptools<81"]
 Answering = Callable[[Path, list[Messages], Row], list[str]]
+
+
+def spread(rows: list[Row], limit: int | None) -> list[Row]:
+    return rows[:: -(-len(rows) // limit) if limit else 1]
 
 
 def load_answering(run: Run, adapter: Path | str | None, max_length: int) -> Answering:
@@ -141,7 +149,7 @@ def run_mt_bench(
         JudgeError: see `Judge.ask`, or no rating at all could be read.
     """
     fastchat, columns = judges.read_fastchat(data), {}
-    questions = fastchat[0][:: -(-len(fastchat[0]) // limit) if limit else 1]
+    questions = spread(fastchat[0], limit)
     for label, adapter in find_adapters(run, labels).items():
         folder = run.path / "eval" / label / "mt_bench"
         name = f"{run.config.name}-{label}"
@@ -164,3 +172,123 @@ def run_mt_bench(
     axes = table.drop(index="not rated").plot.barh(xlim=(0, 10), xlabel="mean rating")
     axes.figure.savefig(run.path / "eval" / "mt_bench.png", bbox_inches="tight")
     return table
+
+
+def annotate(
+    outputs: Path, reference: Path, judge: judges.Judge, evaluator: str | None = None
+) -> dict[str, Any]:
+    """Returns the win rate over the reference by the package `alpaca_eval`."""
+    files = str(outputs), str(reference)
+    client = {"timeout": judge.timeout_s, "max_retries": judge.retries}
+    environment = {
+        "HF_HUB_OFFLINE": "0" if runtime.hub_reachable() else "1",
+        "OPENAI_API_KEY": judge.api_key,
+        "OPENAI_CLIENT_CONFIG_PATH": "",  # could name another judge
+        "OPENAI_MAX_CONCURRENCY": str(judge.workers),
+        "TQDM_DISABLE": "1",  # its bars end after the error
+    }
+    settings = judge.model, judge.base_url, evaluator, client, write_config
+    packages: Any = {"requirements": OF_ALPACA_EVAL, "environment": environment}
+    try:
+        return runtime.run_alone(measure_wins, *files, *settings, **packages)
+    except ModelError as error:
+        remedy = "--evaluator alpaca_eval_gpt4 without log-probabilities"
+        text = f"alpaca_eval stopped: {error}; it needs `pip install uv`, and {remedy}"
+        raise JudgeError(text) from None
+
+
+def run_alpaca_eval(
+    run: Run,
+    judge: judges.Judge | None,
+    *,
+    labels: list[str] | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 2048,
+    reference: Path | None = None,
+    evaluator: str | None = None,
+) -> pd.DataFrame | str:
+    """Returns the win rates of models, or a message where no judge is configured.
+
+    Args:
+        run, judge, labels, limit, max_new_tokens: as for `run_mt_bench`.
+        reference: outputs to win against, by default AlpacaEval 2's baseline.
+        evaluator: a configuration of the package, by default AlpacaEval 2's, which
+            needs a judge with log-probabilities (`alpaca_eval_gpt4` does not).
+
+    Raises:
+        DataError, OSError: the run has no such model, or there is no reference.
+        JudgeError: the package is missing, stopped, or read no verdict.
+    """
+    if reference is None:
+        offline = not runtime.hub_reachable()  # else it would retry for minutes
+        file = hf_hub_download(*BASELINE, repo_type="dataset", local_files_only=offline)
+        reference = Path(file)
+    rows = judges.read_columns(reference, "instruction", "output")
+    if not all(isinstance(text, str) for row in rows for text in row.values()):
+        raise DataError(f"{reference}: not every instruction and output is a text")
+    texts = [row["instruction"] for row in spread(rows, limit)]
+    name = "alpaca_eval" if len(texts) == 805 else f"alpaca_eval_{len(texts)}"
+    sampling = {**run.config.inference, "max_new_tokens": max_new_tokens}
+    parts = {}
+    for label, adapter in find_adapters(run, labels).items():
+        path = run.path / "eval" / label / name / "model_outputs.json"
+        answer = load_answering(run, adapter, 2 * max_new_tokens)
+        prompts = [ask(text, "") for text in texts]
+        answers = answer(path.with_name("answers.jsonl"), prompts, sampling)
+        del answer  # and its model
+        runtime.free_memory()
+        outputs = pd.DataFrame({"instruction": texts, "output": answers})
+        outputs["generator"] = f"{run.config.name}-{label}"
+        write_json(path, outputs.to_dict("records"))
+        if judge is not None:
+            parts[label] = annotate(path, reference, judge, evaluator)
+            parts[label]["judge"] = judge.model
+            judges.add_result(run, label, name, parts[label])
+    return pd.DataFrame(parts) if parts else judges.UNJUDGED
+
+
+def write_config(
+    folder: Path, model: str, url: str | None, evaluator: str | None, client: Any
+) -> Path:
+    """Returns the package's configuration of an evaluator, with the judge replaced."""
+    import yaml
+    from alpaca_eval.constants import ANNOTATOR_CONFIG_AE2, EVALUATORS_CONFIG_DIR
+
+    name = evaluator or ANNOTATOR_CONFIG_AE2
+    path, theirs = folder / name / "configs.yaml", EVALUATORS_CONFIG_DIR
+    (config,) = yaml.safe_load((theirs / name / path.name).read_text()).values()
+    if config.get("fn_completion_parser") not in ("logprob_parser", "ranking_parser"):
+        raise SystemExit(f"{name} may read a verdict in a judge's thoughts")
+    config["prompt_template"] = str(theirs / config["prompt_template"])
+    options = config["completions_kwargs"]
+    # the form of prompts is else guessed from the model's name
+    options |= {"model_name": model, "client_kwargs": client, "requires_chatml": True}
+    options["openai_api_base"] = url or "https://api.openai.com/v1"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the package keeps annotations by this name: another judge, other annotations
+    path.write_text(yaml.safe_dump({f"{name} by {model} at {url}": config}))
+    return path
+
+
+def measure_wins(outputs: str, reference: str, *settings: Any) -> dict[str, Any]:
+    """Returns the win rate, length-controlled too where the package can do that."""
+    from pathlib import Path
+
+    import pandas as pd
+    from alpaca_eval.annotators import PairwiseAnnotator
+    from alpaca_eval.metrics import get_length_controlled_winrate, get_winrate
+
+    ours, theirs = pd.read_json(outputs), pd.read_json(reference)
+    config = write_config(Path(outputs).parent, *settings)
+    rows = PairwiseAnnotator(annotators_config=config).annotate_head2head(theirs, ours)
+    if all(pd.isna(row["preference"]) for row in rows):
+        raise SystemExit(f"no readable verdict in any of {len(rows)} judgments")
+    result = get_winrate(rows)
+    result["avg_length"] = int(ours["output"].str.len().mean())
+    result["missing"] = len(ours) - int(result["n_total"])
+    if len(ours) < 805:
+        return result | {"not_length_controlled": "needs all of the 805 instructions"}
+    try:
+        return result | get_length_controlled_winrate(rows, save_weights_dir=None)
+    except Exception as error:  # whatever the hub, the fit or a missing row raise
+        return result | {"not_length_controlled": repr(error)[:200]}
