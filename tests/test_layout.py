@@ -23,7 +23,7 @@ from helpers.training import callbacks, inputs, layout
 from helpers.training import trainer as train
 from helpers.training.layout import Layout
 from tests.rows import pair, write
-from tests.test_packing import documents as split
+from tests.test_packing import documents
 from tests.tiny import save_tiny_model
 
 WHOLE, OWN = Layout(4, 1, False, True), Layout(2, 2, False, False)
@@ -241,7 +241,7 @@ def compiled(
 ) -> Iterator[Run]:
     """A run of compiled layers, which holds three rows out and stops at no machine."""
     monkeypatch.setattr(layout, "why_not_compiled", lambda _: "")
-    monkeypatch.setattr(layout, "BACKEND", "aot_eager")
+    monkeypatch.setattr(layout, "BACKEND", "eager")
     run = Run(unpacked.path, changed(unpacked.config, **COMPILED))
     data.prepare(run)
     torch._dynamo.reset()
@@ -265,14 +265,14 @@ def gradient(trainer: Any, batches: list[Any]) -> tuple[float, torch.Tensor]:
 
 
 def test_packed_rows_under_compiled_layers_teach_what_they_teach_one_by_one(
-    compiled: Run,
+    compiled: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(layout, "BACKEND", "aot_eager")
     trainer, plain = build(compiled), build_plain(compiled)
-    before = trainer.train_dataset
-    rows = sorted(map(tuple, before["input_ids"]))
+    rows = sorted(map(tuple, trainer.train_dataset["input_ids"]))
     layout.choose_layout(trainer, compiled)
-    documents = [part for row in trainer.train_dataset for part in split(row)]
-    assert sorted(tuple(part["input_ids"]) for part in documents) == rows
+    parts = [part for row in trainer.train_dataset for part in documents(row)]
+    assert sorted(tuple(part["input_ids"]) for part in parts) == rows
     batches = list(trainer.get_train_dataloader())
     assert len(batches) > 1
     assert len({batch["input_ids"].shape for batch in batches}) == 1
@@ -286,13 +286,18 @@ def test_packed_rows_under_compiled_layers_teach_what_they_teach_one_by_one(
     assert counters["frames"] == {"total": 1, "ok": 1}
 
 
-def test_training_compiles_one_graph_and_evaluation_none(compiled: Run) -> None:
-    plain, trainer = build_plain(compiled), build(compiled)
-    expected = plain.evaluate()["eval_loss"]
-    part = train.fit(trainer, compiled)
-    assert part["layout"]["choice"]["padding_free"]
-    assert [entry["eval_loss"] for entry in trainer.state.log_history[-2:-1]]
-    assert part["reloaded"]["difference"] < 1e-4
+def test_training_compiles_one_graph_and_evaluation_is_what_it_was(
+    compiled: Run,
+) -> None:
+    still = {"learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 2}
+    still["per_device_eval_batch_size"] = 8
+    changes = {f"sft__{name}": value for name, value in still.items()}
+    run = Run(compiled.path, changed(compiled.config, **changes))
+    expected = build_plain(run).evaluate()["eval_loss"]
+    trainer = build(run)
+    train.fit(trainer, run)
+    logged = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
+    assert logged == pytest.approx([expected] * 2, abs=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -319,7 +324,7 @@ def test_a_compiled_run_is_resumed_and_goes_on_where_memory_runs_out(
 
     again = build(compiled)
     layout.choose_layout(again, compiled)
-    checkpoint = Path(again.args.output_dir) / "checkpoint-2"
+    checkpoint = Path(again.args.output_dir) / "checkpoint-3"
     again.train(resume_from_checkpoint=str(checkpoint))
     assert losses(again) == pytest.approx(losses(whole), abs=1e-5)
 
