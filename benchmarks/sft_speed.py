@@ -212,7 +212,7 @@ def one(shape: str, name: str, model: str, machine: str, profiles: list[str]) ->
 
 
 def run_seconds(row: dict[str, Any]) -> float:
-    """Returns the seconds of `RUN` steps from the trainer's start, compilation and all."""
+    """Returns the seconds of `RUN` steps, from the start of the trainer."""
     return row["first_step_s"] + (RUN - 1) * row["s_step"]
 
 

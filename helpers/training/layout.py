@@ -1,6 +1,5 @@
 """The layout of an optimiser step: the config says its rows, the machine the rest."""
 
-import importlib.util
 import inspect
 import logging
 import shutil
@@ -9,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,19 +18,18 @@ import pyarrow.compute as pc
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from helpers import runtime
 from helpers.errors import ConfigError
 from helpers.files import read_json, write_json
+from helpers.install import installed_version
 from helpers.runs import Run
 
 log = logging.getLogger(__name__)
 NOTE = "layout.json"  # what was tried and chosen
 MARGIN = 0.92  # of the memory: the rest is for fragments
-BACKEND = "inductor"  # of torch.compile
 
 
 class Layout(NamedTuple):
@@ -53,8 +52,8 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     `padding_free` that it sets. A choice holds until the machine changes.
 
     With `layout="compiled"` SFT's rows are packed first, so that all passes have one
-    length and a step has its rows on average, and each decoder layer is compiled for
-    it. That takes seconds, so it is for long runs, and never what `auto` chooses.
+    length and a step its rows on average, and decoder layers are compiled for it. That
+    takes seconds and other rows a step: `auto` never chooses it.
 
     Args:
         trainer: of TRL, constructed and not yet trained.
@@ -63,7 +62,8 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     Raises:
         ConfigError: layers cannot be compiled here, or rows cannot be packed.
     """
-    if run.config.layout == "compiled" and not hasattr(trainer.args, "num_generations"):
+    grpo, packed = hasattr(trainer.args, "num_generations"), hasattr(trainer, "packed")
+    if run.config.layout == "compiled" and not (grpo or packed):
         prepare_compiled(trainer, run)
     path, stays = Path(trainer.args.output_dir).with_name(NOTE), reason(trainer, run)
     machine, note = runtime.find_machine(), read_json(path)
@@ -94,102 +94,82 @@ def reason(trainer: Trainer, run: Run) -> str:
 
 
 def prepare_compiled(trainer: Trainer, run: Run) -> None:
-    """Packs a trainer's rows and compiles its model, unless that was done before."""
+    """Packs a trainer's rows to one length, and compiles its model for it."""
     args, collator = trainer.args, trainer.data_collator
-    if hasattr(trainer, "packed"):
-        return
-    if fault := why_not_compiled(trainer):
-        raise ConfigError(f"layout='compiled' needs {fault}; use layout='auto'")
+    if lacks := why_not_compiled(trainer):
+        raise ConfigError(f"layout='compiled' needs {lacks}; use layout='auto'")
     if not (getattr(collator, "padding_free", False) or joins_rows(trainer, run)):
-        text = "layout='compiled' joins rows, which this model or padding_free=False"
-        raise ConfigError(f"{text} rules out; use layout='auto'")
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        raise ConfigError("layout='compiled': rows cannot be joined; use layout='auto'")
     if "seq_lengths" not in trainer.train_dataset.column_names:
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         trainer.train_dataset, rows = pack_rows(trainer.train_dataset, rows)
         args.per_device_train_batch_size, args.gradient_accumulation_steps = rows, 1
     collator.padding_free = trainer.packed = True
-    fix_length(trainer, row_lengths(trainer.train_dataset).max())
+    own = trainer.get_train_dataloader
+    trainer.get_train_dataloader = partial(padded_loader, trainer, own)
     compile_layers(trainer.model)
 
 
 def why_not_compiled(trainer: Trainer) -> str:
     """Returns what compiled layers lack here, or an empty string."""
-    if trainer.args.world_size > 1:
-        return "a single process"
-    if runtime.find_machine().device == "cpu":
-        return "a GPU"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton (pip install triton)"
-    compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
-    return "" if compiler else "a C compiler (apt-get install gcc)"
+    lacks = {
+        "one process": trainer.args.world_size > 1,
+        "a GPU": runtime.find_machine().device == "cpu",
+        "Triton": installed_version("triton") is None,
+        "a C compiler": not any(map(shutil.which, ("cc", "gcc", "clang"))),
+    }
+    return " and ".join(name for name, is_so in lacks.items() if is_so)
 
 
 def row_lengths(rows: Dataset) -> np.ndarray:
-    ids = rows.with_format("arrow")[:]["input_ids"]
-    return pc.list_value_length(ids).to_numpy()
+    return pc.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_numpy()
 
 
 def pack_rows(rows: Dataset, count: int) -> tuple[Dataset, int]:
     """Returns rows packed by TRL, and how many of them have `count` rows on average."""
     from trl import pack_dataset
 
-    lengths = row_lengths(rows)
-    tokens, longest = count * lengths.mean(), int(lengths.max())
+    tokens, longest = count * row_lengths(rows).mean(), row_lengths(rows).max()
     parts = max(1, int(tokens / longest))
-    limit = max(longest, round(tokens / parts))
+    limit = max(int(longest), round(tokens / parts))
     packed = pack_dataset(rows.select_columns(["input_ids", "labels"]), limit)
-    text = f"{len(rows) / len(packed) * parts:.1f} rows a step, in {parts} of {limit}"
-    log.info(f"{len(rows)} rows packed into {len(packed)}: {text} tokens")
+    log.info(f"{len(rows)} rows packed into {len(packed)} of {limit} tokens")
     return packed, parts
 
 
-def fix_length(trainer: Trainer, longest: int) -> None:
-    """Pads the passes of training, but not those of evaluation, to one length."""
-    make_loader = trainer.get_train_dataloader
-
-    def get_train_dataloader() -> DataLoader:
-        plain, size = trainer.data_collator, trainer.args.per_device_train_batch_size
-        # at least one token is padding: without any, one row alone has no mask
-        tokens = 64 * (size * longest // 64 + 1)
-        options = {"padding_free": True, "pad_to_multiple_of": tokens}
-        trainer.data_collator = replace(plain, **options)
-        try:
-            return make_loader()
-        finally:
-            trainer.data_collator = plain
-
-    trainer.get_train_dataloader = get_train_dataloader
+def padded_loader(trainer: Trainer, make_loader: Any) -> Any:
+    """Returns batches of training of one length; evaluation's stay as they are."""
+    own, rows = trainer.data_collator, trainer.args.per_device_train_batch_size
+    longest = row_lengths(trainer.train_dataset).max()
+    # at least one token is padding: without any, one row alone has no mask
+    tokens = 64 * (rows * longest // 64 + 1)
+    trainer.data_collator = replace(own, pad_to_multiple_of=tokens)
+    loader = make_loader()
+    trainer.data_collator = own
+    return loader
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compiles the decoder layers for training; evaluation goes on without.
-
-    Frozen weights that PEFT made fp32 become what they were: else all activations, and
-    the copies of the output embedding that the loss makes, are fp32, too. LoRA's become
-    fp32 now and not in `fit`, for which the layers would be compiled again.
-    """
+    """Compiles the decoder layers, for training alone."""
     dtype = model.get_base_model().config.dtype
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            kind = torch.float32 if parameter.requires_grad else dtype
-            parameter.data = parameter.data.to(kind)
+    for parameter in filter(torch.is_floating_point, model.parameters()):
+        # PEFT makes frozen ones fp32, and so all activations and the loss's copies of
+        # the embedding; LoRA's are fp32 in `fit`, too, which would compile anew
+        kind = torch.float32 if parameter.requires_grad else dtype
+        parameter.data = parameter.data.to(kind)
     for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            compile_layer(layer)
+        if isinstance(layer, GradientCheckpointingLayer) and "eager" not in vars(layer):
+            layer.eager = layer.forward
+            compiled = torch.compile(layer.eager, dynamic=False)
+            layer.forward = partial(forward, layer, compiled)
 
 
-def compile_layer(layer: GradientCheckpointingLayer) -> None:
-    eager = layer.forward
-    compiled = torch.compile(eager, backend=BACKEND, dynamic=False)
-
-    def forward(hidden: torch.Tensor, *args: Any, **more: Any) -> Any:
-        if not layer.training:
-            return eager(hidden, *args, **more)
-        # the first layer's input, too: one graph serves all layers
-        hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-        return compiled(hidden, *args, **more)
-
-    layer.forward = forward
+def forward(layer: Any, compiled: Any, hidden: Any, *args: Any, **more: Any) -> Any:
+    if not layer.training:
+        return layer.eager(hidden, *args, **more)
+    # the first layer's input, too: one graph serves all layers
+    hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+    return compiled(hidden, *args, **more)
 
 
 def candidates(trainer: Trainer, run: Run) -> list[Layout]:
