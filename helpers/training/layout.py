@@ -95,17 +95,16 @@ def reason(trainer: Trainer, run: Run) -> str:
 
 def prepare_compiled(trainer: Trainer, run: Run) -> None:
     """Packs a trainer's rows to one length, and compiles its model for it."""
-    args, collator = trainer.args, trainer.data_collator
+    args, own = trainer.args, trainer.get_train_dataloader
     if lacks := why_not_compiled(trainer):
         raise ConfigError(f"layout='compiled' needs {lacks}; use layout='auto'")
-    if not (getattr(collator, "padding_free", False) or joins_rows(trainer, run)):
+    if not candidates(trainer, run)[0].padding_free:
         raise ConfigError("layout='compiled': rows cannot be joined; use layout='auto'")
     if "seq_lengths" not in trainer.train_dataset.column_names:
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         trainer.train_dataset, rows = pack_rows(trainer.train_dataset, rows)
         args.per_device_train_batch_size, args.gradient_accumulation_steps = rows, 1
-    collator.padding_free = trainer.packed = True
-    own = trainer.get_train_dataloader
+    trainer.data_collator.padding_free = trainer.packed = True
     trainer.get_train_dataloader = partial(padded_loader, trainer, own)
     compile_layers(trainer.model)
 
@@ -130,7 +129,7 @@ def pack_rows(rows: Dataset, count: int) -> tuple[Dataset, int]:
     from trl import pack_dataset
 
     tokens, longest = count * row_lengths(rows).mean(), row_lengths(rows).max()
-    parts = max(1, int(tokens / longest))
+    parts = 2 ** max(0, int(np.log2(tokens / longest)))  # to be halved for memory
     limit = max(int(longest), round(tokens / parts))
     packed = pack_dataset(rows.select_columns(["input_ids", "labels"]), limit)
     log.info(f"{len(rows)} rows packed into {len(packed)} of {limit} tokens")
