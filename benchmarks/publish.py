@@ -20,7 +20,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import adapters, export_parity, masks, memory  # noqa: E402
+from benchmarks import adapters, export_parity, masks, memory, sft_speed  # noqa: E402
 from helpers import recipes  # noqa: E402
 from helpers.estimate import estimate_memory  # noqa: E402
 from helpers.evaluation.tables import percent, results_table  # noqa: E402
@@ -138,25 +138,62 @@ def memory_section() -> list[str]:
     ]
 
 
-def sft_speed() -> list[str]:
+def sft_rows() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Returns the rows of SFT's ways, each with that of stock beside it, or nothing."""
+    rows = read(RESULTS / "sft_speed.json")["rows"]
+    stock = {(r["shape"], r["profile"]): r for r in rows if r["way"] == "stock"}
+    good = {place: row for place, row in stock.items() if "error" not in row}
+    order = list(sft_speed.WAYS)
+    rows.sort(key=lambda r: (r["shape"], r["profile"], order.index(r["way"])))
+    return [(row, good.get((row["shape"], row["profile"]), {})) for row in rows]
+
+
+def speed_section() -> list[str]:
     """Returns the section on ways to group the same rows of an optimiser step."""
-    values, rows = read(RESULTS / "sft_speed.json"), []
-    stock = {r["shape"]: r["s_step"] for r in values["rows"] if r["way"] == "stock"}
-    for part in values["rows"]:
-        layout, times = part["layout"], part["s_step_repeats"]
+    rows = []
+    for part, stock in sft_rows():
         row = {name: part[name] for name in ("shape", "profile", "way")}
+        if "error" in part:
+            rows.append(row | {"layout": "failed: " + part["error"]})
+            continue
+        layout, times = part["layout"], part["s_step_repeats"]
         row["layout"] = f"{layout['micro_batch']} x {layout['accumulation']}"
         row |= {"s/step": f"{part['s_step']:.3f}"}
         row["least to most"] = f"{min(times):.3f} to {max(times):.3f}"
         row |= {"tokens/s": part["tokens_per_second"], "GiB": part["peak_gb"]}
         row |= {"start, s": part["start_s"]}
-        row["times stock"] = f"{stock[part['shape']] / part['s_step']:.2f}"
+        if stock:
+            ratios = sft_speed.times_stock(part, stock)
+            row["times stock"] = "{:.2f} [{:.2f}, {:.2f}]".format(*ratios)
+            whole = sft_speed.run_seconds(stock) / sft_speed.run_seconds(part)
+            row[f"in {sft_speed.RUN} steps"] = f"{whole:.2f}"
         rows.append(row)
     return [
-        "SFT on the same rows, eight an optimiser step, random 4-bit weights of",
-        f"Llama-3.2 shapes: {values['machine']}, by `python benchmarks/sft_speed.py`.",
-        *("", to_markdown(rows)),
+        "SFT on the same rows, eight an optimiser step (compiled: on average), random",
+        "4-bit weights of Llama-3.2's shapes (7b: Llama-2's):",
+        f"{read(RESULTS / 'sft_speed.json')['machine']}, by",
+        "`python benchmarks/sft_speed.py`. Times stock: of tokens a second [of the",
+        "slowest repeat against stock's fastest, and the reverse]; then of a whole run",
+        f"of {sft_speed.RUN} steps with layout search, compilation and first step.",
+        *("", to_markdown(pd.DataFrame(rows, dtype=object).fillna("-"))),
     ]
+
+
+def speed_table() -> str:
+    """Returns README.md's table: tokens a second of chats, by shape and way."""
+    rows: dict[str, dict[str, Any]] = {}
+    for part, stock in sft_rows():
+        if part["profile"] != "chat" or "error" in part or not stock:
+            continue
+        if part["way"] in ("stock", "ours", "compiled"):
+            text = "{:.2f} x [{:.2f}, {:.2f}]".format(
+                *sft_speed.times_stock(part, stock)
+            )
+            value = f"{part['tokens_per_second']:,}"
+            value += f" = {text}" if part is not stock else ""
+            row = rows.setdefault(part["shape"], {"shape": part["shape"]})
+            row[f"{part['way']}, tokens/s"] = value
+    return to_markdown(pd.DataFrame(rows.values(), dtype=object).fillna("-"))
 
 
 def chat_speed() -> list[str]:
@@ -187,9 +224,7 @@ def page() -> str:
     sections |= {"masks": masks.table(), "adapters": adapters.table()}
     if export_parity.TABLE.exists():
         sections["export_parity"] = export_parity.section()
-    for section in (sft_speed, chat_speed):
-        if (RESULTS / f"{section.__name__}.json").exists():
-            sections[section.__name__] = section()
+    sections |= {"sft_speed": speed_section(), "chat_speed": chat_speed()}
     lines = ["# Measured runs", "", "Made by `python benchmarks/publish.py`."]
     for name, section in sections.items():
         lines += ["", f"## {name}", "", *section]
@@ -237,3 +272,4 @@ if __name__ == "__main__":
     demo_table = results_table(read(RESULTS / "demo_cpu.json")).reset_index()
     mark = "table of results/demo_cpu.json"
     replace(ROOT / "README.md", mark, to_markdown(demo_table))
+    replace(ROOT / "README.md", "speed of results/sft_speed.json", speed_table())

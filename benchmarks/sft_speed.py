@@ -2,14 +2,18 @@
 
     python benchmarks/sft_speed.py run MACHINE [SHAPES [WAYS [PROFILES]]]   # a GPU
     python benchmarks/sft_speed.py run cpu tiny trl,ours_trl short
+    python benchmarks/sft_speed.py merge FILE ...   # rows of other machines' files
     python benchmarks/sft_speed.py table
 
 SHAPES, WAYS and PROFILES are lists with commas, by default 1b,3b, then stock,
-padding_free,trl,ours, then chat. All ways see the same rows in the same order, eight an
-optimiser step: random weights of the published shapes, 4-bit base, LoRA r 16 on all
-projections, fp16, under a cap of 14.0 GiB without FlashAttention, as on a T4. Each
-(shape, way) has a process of its own. The first ten steps do not count, then come three
-repeats. Each row is written to `sft_speed.json` (in $OUT, else results/) as it is had.
+padding_free,trl,ours,compiled, then chat. All ways see the same rows in the same order,
+eight an optimiser step; `compiled` packs them, so that a step has eight on average.
+Random weights of the published shapes, 4-bit base, LoRA r 16 on all projections, fp16,
+under a cap of 14.0 GiB without FlashAttention, as on a T4. Each (shape, way) has a
+process of its own with a time limit. The first six steps do not count, then come three
+repeats. Each row is written to `sft_speed.json` (in $OUT, else results/) as it is had;
+a way that fails has rows with the `error`. What is compiled at the start counts in
+`first_step_s`: of a way's first profile only, for Unsloth keeps it for the others.
 """
 
 from __future__ import annotations
@@ -42,9 +46,10 @@ TINY = (64, 2, 4, 2, 128, 300, 8192, True)
 KNOWN["tiny"] = dict(zip(NAMES.split(), TINY, strict=True))
 # mean, least and most tokens of a row; 60 % of them are learnt
 PROFILES = {"short": (80, 20, 240), "chat": (320, 60, 1200), "long": (1000, 250, 2048)}
-ROWS, STEPS, WARM, REPEAT = 8, 28, 10, 6  # three repeats
-DEFAULTS = ["1b,3b", "stock,padding_free,trl,ours", "chat"]
-LIMIT_S = 280  # for a profile: a process that takes longer is given up
+ROWS, STEPS, WARM, REPEAT = 8, 24, 6, 6  # three repeats
+RUN = 200  # steps of the run that is told with its start
+DEFAULTS = ["1b,3b", "stock,padding_free,trl,ours,compiled", "chat"]
+LOAD_S, LIMIT_S = 120, 90  # and for a profile: a slower process is given up
 
 
 class Way(NamedTuple):
@@ -61,6 +66,7 @@ WAYS = {
     "trl": Way("transformers"),
     "ours": Way("unsloth", "auto"),
     "ours_trl": Way("transformers", "auto"),
+    "compiled": Way("transformers", "compiled"),
 }
 
 
@@ -71,7 +77,7 @@ def make_rows(profile: str, vocabulary: int) -> Any:
 
     mean, least, most = PROFILES[profile]
     draw = np.random.default_rng(0)
-    sizes = draw.lognormal(np.log(mean) - 0.125, 0.5, ROWS * (STEPS + 4))
+    sizes = draw.lognormal(np.log(mean) - 0.125, 0.5, ROWS * (STEPS + 8))
     rows = []
     for size in sizes.clip(least, most).astype(int):
         ids = draw.integers(3, vocabulary, size).tolist()
@@ -124,6 +130,8 @@ def measure(trainer: Any, run: runs.Run, began: float) -> dict[str, Any]:
 
     table = training.choose_layout(trainer, run)
     times = {"layout_s": round(synchronize() - began, 2)}
+    args = trainer.args
+    count = args.per_device_train_batch_size * args.gradient_accumulation_steps
     ends: dict[int, float] = {}
 
     class Clock(TrainerCallback):
@@ -137,19 +145,20 @@ def measure(trainer: Any, run: runs.Run, began: float) -> dict[str, Any]:
     trainer.train()
     starts = range(WARM, STEPS, REPEAT)
     repeats = [round((ends[n + REPEAT] - ends[n]) / REPEAT, 4) for n in starts]
-    drawn = [trainer.train_dataset[row] for row in order[ROWS * WARM : ROWS * STEPS]]
+    drawn = [trainer.train_dataset[row] for row in order[count * WARM : count * STEPS]]
     seconds, tokens = ends[STEPS] - ends[WARM], sum(len(r["labels"]) for r in drawn)
+    rows = sum(len(r.get("seq_lengths", [1])) for r in drawn)  # a packed row has many
     learnt = tokens - sum(r["labels"].count(-100) for r in drawn)
     times["first_step_s"] = round(ends[1] - began, 2)
     return times | {
-        "rows_per_step": ROWS,
+        "rows_per_step": round(rows / (STEPS - WARM), 2),
         "s_step": round(seconds / (STEPS - WARM), 4),
         "s_step_repeats": repeats,
         "tokens_per_second": round(tokens / seconds),
         "supervised_per_second": round(learnt / seconds),
         "peak_gb": round(runtime.peak_memory_gb(), 3),
         "layout": json.loads(table.iloc[-1:].to_json(orient="records"))[0],
-        "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e][:WARM],
+        "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e][:10],
     }
 
 
@@ -202,6 +211,37 @@ def one(shape: str, name: str, model: str, machine: str, profiles: list[str]) ->
         del trainer
 
 
+def run_seconds(row: dict[str, Any]) -> float:
+    """Returns the seconds of `RUN` steps, from the start of the trainer."""
+    return row["first_step_s"] + (RUN - 1) * row["s_step"]
+
+
+def times_stock(row: dict[str, Any], stock: dict[str, Any]) -> tuple[float, ...]:
+    """Returns how much faster than stock the tokens go: the mean, least and most."""
+    times = row["tokens_per_second"] / stock["tokens_per_second"]
+    fast, slow = (row["s_step"] / end(row["s_step_repeats"]) for end in (min, max))
+    spread = [end(stock["s_step_repeats"]) / stock["s_step"] for end in (min, max)]
+    return times, times * slow * spread[0], times * fast * spread[1]
+
+
+def write_errors(machine: str, shape: str, way: str, profiles: str, text: str) -> None:
+    """Writes a row for each profile that a process which failed did not come to."""
+    rows = read_json(RESULT).get("rows", [])
+    done = [r["profile"] for r in rows if (r["shape"], r["way"]) == (shape, way)]
+    for profile in profiles.split(","):
+        if profile not in done:
+            names = {"shape": shape, "profile": profile, "way": way}
+            write_row(machine, names | {"error": text})
+
+
+def merge(files: list[str]) -> None:
+    """Puts the rows of other files into the results."""
+    for file in files:
+        part = read_json(Path(file))
+        for row in part["rows"]:
+            write_row(part["machine"], row)
+
+
 def write_row(machine: str, row: dict[str, Any]) -> None:
     """Puts a row into the results, in the place of an older one."""
     names = ("shape", "profile", "way")
@@ -226,13 +266,17 @@ def run_all(machine: str, shapes: str, ways: str, profiles: str) -> None:
             variables = environment | {"TUNEBOOK_RUNS": runs_folder}
             log = logs / f"sft_speed.{shape}.{name}.log"
             options: Any = {"env": variables, "check": True}
-            options["timeout"] = LIMIT_S * len(profiles.split(","))
+            options["timeout"] = LOAD_S + LIMIT_S * len(profiles.split(","))
             with log.open("w") as file:
                 options |= {"stdout": file, "stderr": file}
                 try:
                     subprocess.run(command, **options)
                 except subprocess.SubprocessError as error:
-                    print(f"{error}\n{log.read_text()[-2000:]}")
+                    text = log.read_text()
+                    late = isinstance(error, subprocess.TimeoutExpired)
+                    last = str(error) if late else [*text.splitlines(), str(error)][-1]
+                    write_errors(machine, shape, name, profiles, last[:300])
+                    print(f"{error}\n{text[-2000:]}")
             show()
 
 
@@ -241,16 +285,21 @@ def show() -> None:
     rows = read_json(RESULT).get("rows", [])
     stock = {(r["shape"], r["profile"]): r for r in rows if r["way"] == "stock"}
     for row in rows:
+        if "error" in row:
+            print(*row.values())
+            continue
         text = "{shape:4} {profile:5} {way:12} {s_step:.3f} s {tokens_per_second:6} "
         text += "tokens/s {peak_gb:6.2f} GiB start {start_s:.0f} s"
         text = text.format(**row)
-        if base := stock.get((row["shape"], row["profile"])):
-            pairs = zip(row["losses"], base["losses"], strict=True)
+        base = stock.get((row["shape"], row["profile"]), {"error": "not measured"})
+        if "error" not in base:
+            pairs = zip(row["losses"], base["losses"], strict=False)
             apart = max(abs(loss / other - 1) for loss, other in pairs)
-            times = base["s_step"] / row["s_step"]
-            text += f" {times:.2f} x stock, losses {apart:.3%} apart"
-        spread = min(row["s_step_repeats"]), max(row["s_step_repeats"])
-        print(text, spread, list(row["layout"].values()), flush=True)
+            whole = run_seconds(base) / run_seconds(row)
+            times, least, most = times_stock(row, base)
+            text += f" {times:.2f} [{least:.2f}, {most:.2f}] x stock, {whole:.2f} x in "
+            text += f"{RUN} steps, losses {apart:.3%} apart"
+        print(text, list(row["layout"].values()), flush=True)
 
 
 if __name__ == "__main__":
@@ -265,6 +314,8 @@ if __name__ == "__main__":
             memory.make_model(SHAPES[shape], Path(folder))
         case ["one", shape, name, model, machine, profiles]:
             one(shape, name, model, machine, profiles.split(","))
+        case ["merge", *files] if files:
+            merge(files)
         case ["table"]:
             show()
         case _:

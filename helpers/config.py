@@ -91,7 +91,7 @@ class RunConfig(BaseModel, extra="forbid", validate_assignment=True):
     system_prompt: str = SYSTEM_PROMPT
     seed: int = Field(3407, ge=0)
     best_by: Literal["eval_loss", "loss"] = "eval_loss"
-    layout: Literal["auto", "pinned"] = Field("auto", description="of a step's rows")
+    layout: Literal["auto", "pinned", "compiled"] = "auto"  # of a step's rows
     save_minutes: Positive = Field(10.0, description="minutes between checkpoints")
     sft_adapter: str | None = Field(None, description="to use instead of training SFT")
     export: list[Format] = Field([], description="formats that `train` ends in")
@@ -112,6 +112,8 @@ class RunConfig(BaseModel, extra="forbid", validate_assignment=True):
             raise ValueError("the sft stage needs data.train")
         if "grpo" in self.stages and not data.problems:
             raise ValueError("the grpo stage needs data.problems")
+        if self.layout == "compiled" and self.engine != "transformers":
+            raise ValueError("layout='compiled' needs engine='transformers'")
         if data.eval and data.eval_share:
             raise ValueError("give data.eval or data.eval_share, not both")
         if has_sft and self.best_by == "eval_loss" and not has_eval:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from torch._dynamo.utils import counters
 
 from helpers import runtime
+from helpers.config import changed
 from helpers.data import preparation as data
+from helpers.errors import ConfigError
 from helpers.files import read_json
 from helpers.runs import Run
 from helpers.training import callbacks, inputs, layout
 from helpers.training import trainer as train
 from helpers.training.layout import Layout
 from tests.rows import pair, write
+from tests.test_packing import documents
 from tests.tiny import save_tiny_model
 
 WHOLE, OWN = Layout(4, 1, False, True), Layout(2, 2, False, False)
+COMPILED = {"layout": "compiled", "engine": "transformers", "data__eval_share": 0.25}
 
 
 @pytest.fixture
@@ -226,3 +234,127 @@ def test_rows_that_would_see_one_another_are_not_joined(
     config = unpacked.config.model_copy(update=changes)
     run = Run(unpacked.path, config)
     assert not layout.candidates(build(run), run)[0].padding_free
+
+
+@pytest.fixture
+def compiled(
+    unpacked: Run, free_choice: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Run]:
+    """A run of compiled layers, which holds three rows out and stops at no machine."""
+    monkeypatch.setattr(layout, "why_not_compiled", lambda _: "")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    run = Run(unpacked.path, changed(unpacked.config, **COMPILED))
+    data.prepare(run)
+    torch._dynamo.reset()
+    counters.clear()
+    yield run
+    torch._dynamo.reset()
+
+
+def build_plain(run: Run) -> Any:
+    return build(Run(run.path, changed(run.config, layout="pinned")))
+
+
+def gradient(trainer: Any, batches: list[Any]) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of batches that are one optimiser step."""
+    passes, count = trainer.get_batch_samples(iter(batches), len(batches), "cpu")
+    trainer.current_gradient_accumulation_steps = len(batches)
+    trainer.model.zero_grad()
+    loss = sum(float(trainer.training_step(trainer.model, p, count)) for p in passes)
+    weights = [p for p in trainer.model.parameters() if p.requires_grad]
+    return loss, torch.cat([w.grad.flatten() for w in weights])
+
+
+def test_packed_rows_under_compiled_layers_teach_what_they_teach_one_by_one(
+    compiled: Run,
+) -> None:
+    trainer, plain = build(compiled), build_plain(compiled)
+    rows = sorted(map(tuple, trainer.train_dataset["input_ids"]))
+    layout.choose_layout(trainer, compiled)
+    parts = [part for row in trainer.train_dataset for part in documents(row)]
+    assert sorted(tuple(part["input_ids"]) for part in parts) == rows
+    batches = list(trainer.get_train_dataloader())
+    assert len(batches) > 1
+    assert len({batch["input_ids"].shape for batch in batches}) == 1
+    loss, together = gradient(trainer, batches)
+    alone = [plain.data_collator([row]) for row in plain.train_dataset]
+    expected, apart = gradient(plain, alone)
+    assert loss == pytest.approx(expected, abs=1e-5)
+    assert apart.abs().max() > 1e-3
+    assert (together - apart).abs().max() < 1e-5
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["frames"] == {"total": 1, "ok": 1}
+
+
+def test_training_compiles_one_graph_and_evaluation_is_what_it_was(
+    compiled: Run,
+) -> None:
+    still = {"learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 2}
+    still["per_device_eval_batch_size"] = 8
+    changes = {f"sft__{name}": value for name, value in still.items()}
+    run = Run(compiled.path, changed(compiled.config, **changes))
+    expected = build_plain(run).evaluate()["eval_loss"]
+    trainer = build(run)
+    train.fit(trainer, run)
+    logged = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
+    assert logged == pytest.approx([expected] * 2, abs=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_compiled_run_is_resumed_and_goes_on_where_memory_runs_out(
+    compiled: Run,
+) -> None:
+    whole = build(compiled)
+    train.fit(whole, compiled)
+    (compiled.path / "sft").rename(compiled.path / "whole")
+    trainer = build(compiled)
+    take_step = trainer.training_step
+
+    def fails_once(*args: Any) -> Any:
+        if trainer.state.global_step == 3 and take_step in waiting:
+            waiting.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return take_step(*args)
+
+    waiting, trainer.training_step = [take_step], fails_once
+    part = train.fit(trainer, compiled)
+    assert part["layout"]["choice"]["recompute"]
+    assert losses(trainer) == pytest.approx(losses(whole), abs=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+    again = build(compiled)
+    layout.choose_layout(again, compiled)
+    checkpoint = Path(again.args.output_dir) / "checkpoint-3"
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(again) == pytest.approx(losses(whole), abs=1e-5)
+
+
+@pytest.mark.parametrize(("count", "mean"), [(8, 320), (8, 80), (2, 320), (1, 320)])
+def test_packed_rows_are_whole_and_a_step_has_as_many_on_average(
+    count: int, mean: int
+) -> None:
+    draw = np.random.default_rng(0)
+    sizes = draw.lognormal(np.log(mean), 0.5, 2000).clip(20, 4 * mean).astype(int)
+    rows = [{"input_ids": [n] * size} for n, size in enumerate(sizes)]
+    rows = Dataset.from_list([row | {"labels": row["input_ids"]} for row in rows])
+    packed, parts = layout.pack_rows(rows, count)
+    lengths = [size for row in packed["seq_lengths"] for size in row]
+    assert sorted(lengths) == sorted(sizes)
+    wanted = max(count, sizes.max() / sizes.mean())
+    assert len(rows) / len(packed) * parts == pytest.approx(wanted, rel=0.03)
+
+
+def test_compiled_layers_are_refused_where_they_cannot_be(
+    unpacked: Run, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="needs engine='transformers'"):
+        changed(unpacked.config, layout="compiled", engine="auto")
+    run = Run(unpacked.path, changed(unpacked.config, **COMPILED))
+    assert inputs.inputs_of(run, "sft")["layout"] == "compiled"
+    trainer = build(unpacked)
+    with pytest.raises(ConfigError, match="needs a GPU.*; use layout='auto'"):
+        layout.choose_layout(trainer, run)
+    monkeypatch.setattr(layout, "why_not_compiled", lambda _: "")
+    config = changed(run.config, sft__padding_free=False)
+    with pytest.raises(ConfigError, match="rows cannot be joined"):
+        layout.choose_layout(trainer, Run(run.path, config))

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from helpers import recipes, runs
+from benchmarks import publish, sft_speed
+from helpers import recipes, runs, runtime
 from helpers.config import changed
 from helpers.evaluation import metrics, tables
 
@@ -163,3 +164,34 @@ def test_other_machines_and_other_held_out_rows_are_seen(runs_home: Path) -> Non
     a, b, c = table["held-out rows"]
     assert a == b != c
     assert list(table["device"]) == ["cuda: Tesla T4", "cpu: 2 cores", "cuda: Tesla T4"]
+
+
+def test_the_speed_tables_are_those_of_the_results() -> None:
+    readme = (runtime.ROOT / "README.md").read_text("utf-8")
+    marks = readme.partition("<!-- speed of results/sft_speed.json -->")[2]
+    assert marks.partition("<!-- end of speed -->")[0].strip() == publish.speed_table()
+    results = (publish.RESULTS / "README.md").read_text("utf-8")
+    assert "\n".join(publish.speed_section()) in results
+
+
+def test_a_ratio_to_stock_has_the_spread_of_both() -> None:
+    stock = {"tokens_per_second": 1000, "s_step": 2.0, "s_step_repeats": [1.0, 3.0]}
+    row = {"tokens_per_second": 4000, "s_step": 0.5, "s_step_repeats": [0.5, 0.5]}
+    assert sft_speed.times_stock(row, stock) == (4.0, 2.0, 6.0)
+    row["first_step_s"] = 10.0
+    assert sft_speed.run_seconds(row) == 10.0 + 199 * 0.5
+
+
+def test_a_way_that_failed_has_a_row_with_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sft_speed, "RESULT", tmp_path / "sft_speed.json")
+    monkeypatch.setattr(publish, "RESULTS", tmp_path)
+    sft_speed.write_errors("one GPU", "1b", "compiled", "chat,long", "no Triton")
+    text = "\n".join(publish.speed_section())
+    assert "| 1b | chat | compiled | failed: no Triton |" in text
+    assert "| 1b | long | compiled | failed: no Triton |" in text
+    again = tmp_path / "again.json"
+    again.write_text(sft_speed.RESULT.read_text())
+    sft_speed.merge([str(again)])
+    assert len(publish.sft_rows()) == 2

@@ -47,6 +47,8 @@ def inputs_of(run: Run, stage: Stage) -> dict[str, Any]:
     require_stage(config, stage)
     names = {"engine", "weights", "double_quant", "dtype", "pad_token", "seed"}
     own = {"max_length", "loss_on", "best_by"}
+    if config.layout == "compiled":  # packs the rows
+        own.add("layout")
     if stage == "grpo":
         own = {"grpo_minutes", "grpo_held_out", "sampler", "rewards"}
         own |= {"max_prompt_length", "system_prompt"}

@@ -181,8 +181,7 @@ def train_within_memory(trainer: Trainer, run: Run, checkpoint: str | None) -> N
 
 
 def restore_finished(trainer: Trainer, checkpoint: str) -> bool:
-    """Returns whether a checkpoint is of the last step, from which TRL would take one
-    more; takes up its state if it is."""
+    """Takes up a checkpoint of the last step, after which TRL would take one more."""
     state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
     if state.global_step < state.max_steps:
         return False
