@@ -200,7 +200,7 @@ def list_recipes() -> str:
     """Returns docs/recipes.md's table: what recipes reproduce and what they need."""
     rows = []
     for name in recipes.RECIPES:
-        config, notes = recipes.load(name), recipes.describe(name)
+        config, notes = recipes.load(name, gpu=True), recipes.describe(name)
         row = {"recipe": f"`{name}`", "reproduces": notes["source"]}
         row["stages"] = " + ".join(config.stages).upper()
         row["engine"] = config.engine.replace("auto", "Unsloth")

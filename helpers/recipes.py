@@ -1,8 +1,10 @@
 """The named configurations of `recipes.toml`; `load("demo")` is one word from a run."""
 
 import copy
+import importlib.util
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -24,17 +26,37 @@ NOTES = ("source", "needs", "published")  # about a recipe, no part of its confi
 NAMES = (*RECIPES, "smoke")
 
 
-def load(name: str) -> RunConfig:
-    """Returns the config of a recipe; ConfigError if there is none."""
+def load(name: str, gpu: bool | None = None) -> RunConfig:
+    """Returns the config of a recipe.
+
+    Args:
+        name: of `NAMES`.
+        gpu: take the sizes that a recipe has for a GPU; by default if there is one.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
     if name == "smoke":
-        config = scaled(load("demo"), steps=4, rows=16)
+        config = scaled(load("demo", gpu=False), steps=4, rows=16)
         return changed(config, recipe=name, name=name, evaluation__max_new_tokens=24)
     if name not in NAMES:
         known = ", ".join(NAMES)
         raise ConfigError(f"no recipe {name!r}{nearest(name, NAMES)} (known: {known})")
-    values = {k: v for k, v in RECIPES[name].items() if k not in NOTES}
     # a copy: what somebody changes in a config must not reach the next one
-    return check_config({"name": name, "recipe": name, **copy.deepcopy(values)})
+    recipe = copy.deepcopy(RECIPES[name])
+    values = {k: v for k, v in recipe.items() if k not in (*NOTES, "gpu")}
+    if "gpu" in recipe and (has_gpu() if gpu is None else gpu):
+        for key, value in recipe["gpu"].items():
+            values[key] = values[key] | value if isinstance(value, dict) else value
+    return check_config({"name": name, "recipe": name, **values})
+
+
+def has_gpu() -> bool:
+    if not (shutil.which("nvidia-smi") and importlib.util.find_spec("torch")):
+        return False
+    import torch  # takes seconds
+
+    return torch.cuda.is_available()
 
 
 def scaled(
