@@ -27,15 +27,7 @@ NAMES = (*RECIPES, "smoke")
 
 
 def load(name: str, gpu: bool | None = None) -> RunConfig:
-    """Returns the config of a recipe.
-
-    Args:
-        name: of `NAMES`.
-        gpu: take the sizes that a recipe has for a GPU; by default if there is one.
-
-    Raises:
-        ConfigError: there is no such recipe.
-    """
+    """Returns a recipe's config, with `gpu` sizes by default where there is a GPU."""
     if name == "smoke":
         config = scaled(load("demo", gpu=False), steps=4, rows=16)
         return changed(config, recipe=name, name=name, evaluation__max_new_tokens=24)
@@ -52,11 +44,8 @@ def load(name: str, gpu: bool | None = None) -> RunConfig:
 
 
 def has_gpu() -> bool:
-    if not (shutil.which("nvidia-smi") and importlib.util.find_spec("torch")):
-        return False
-    import torch  # takes seconds
-
-    return torch.cuda.is_available()
+    found = shutil.which("nvidia-smi") and importlib.util.find_spec("torch")
+    return bool(found) and importlib.import_module("torch").cuda.is_available()
 
 
 def scaled(

@@ -25,7 +25,6 @@ from helpers.runs import Run
 log = logging.getLogger(__name__)
 NOTE = "layout.json"  # what was tried and chosen
 MARGIN = 0.92  # of the memory: the rest is for fragments
-UNSLOTH_NOTES = ("_unsloth_seq_packing", "_unsloth_prefix_grouper")
 
 
 class Layout(NamedTuple):
@@ -41,13 +40,12 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     A step's rows and losses stay the same. A pass has a fixed cost, larger than that of
     recomputation: fewest passes come first, and among as many, activations kept. Each
     is tried on the largest micro-batch that the run will draw. Rows are joined without
-    padding where they do not see one another. In GRPO the rows are completions; prompts
-    and what is sampled at a time stay.
+    padding where they do not see one another.
 
-    The config's layout stays with `layout="pinned"`, with several processes, on a CPU,
-    where time goes by tokens, and where a loss goes by the micro-batch; so does a
-    `gradient_checkpointing` or `padding_free` that it sets. A choice holds until the
-    machine changes.
+    In GRPO rows are completions; the same are sampled. The config's layout stays with
+    `layout="pinned"`, vLLM, several processes, a loss of means over a micro-batch, and
+    on a CPU, where time goes by tokens; so does a `gradient_checkpointing` or
+    `padding_free` that it sets. A choice holds until the machine changes.
 
     Args:
         trainer: of TRL, constructed and not yet trained.
@@ -58,8 +56,6 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     name = f"{machine.name}, {machine.memory_gb:.1f} GiB"
     if stays or note.get("stays") or note.get("machine") != name:
         note = {"machine": name, "stays": stays, "tries": []}
-        if not stays and is_grpo(trainer):
-            sample_longest(trainer)
         for layout in candidates(trainer, run):
             result = {"verdict": stays} if stays else attempt(trainer, layout)
             note["choice"] = layout._asdict()
@@ -76,9 +72,13 @@ def reason(trainer: Trainer, run: Run) -> str:
     """Returns why the layout stays the config's, or an empty string."""
     if run.config.layout == "pinned":
         return "pinned"
-    if is_grpo(trainer) and (why := reason_in_grpo(trainer)):
-        return why
-    if trainer.args.world_size > 1:
+    args = trainer.args
+    if hasattr(args, "num_generations"):
+        means = args.loss_type == "bnpo" or args.top_entropy_quantile < 1
+        means = means or trainer.aux_loss_enabled or trainer._entropy_bonus_enabled
+        if means or args.use_vllm:
+            return "vLLM, or a loss of means over a micro-batch"
+    if args.world_size > 1:
         return "several processes"
     return "on a CPU" if runtime.find_machine().device == "cpu" else ""
 
@@ -90,11 +90,10 @@ def candidates(trainer: Trainer, run: Run) -> list[Layout]:
     if reason(trainer, run):
         return [Layout(size, steps, args.gradient_checkpointing, own)]
     rows, flat = size * steps, own or joins_rows(trainer, run)
-    values = run.config.grpo if is_grpo(trainer) else run.config.sft
-    fixed = "gradient_checkpointing" in values
+    sampled = getattr(args, "generation_batch_size", None)  # completions at a time
+    fixed = "gradient_checkpointing" in (run.config.grpo if sampled else run.config.sft)
     kinds = [args.gradient_checkpointing] if fixed else [False, True]
-    sampled = getattr(args, "generation_batch_size", rows)  # at a time, in GRPO
-    sizes = [n for n in range(rows, 0, -1) if rows % n == 0 == sampled % n]
+    sizes = [n for n in range(rows, 0, -1) if rows % n == 0 == (sampled or rows) % n]
     return [Layout(n, rows // n, kind, flat) for n in sizes for kind in kinds]
 
 
@@ -123,7 +122,7 @@ def apply_layout(trainer: Trainer, layout: Layout) -> None:
     args.per_device_train_batch_size, args.gradient_accumulation_steps = layout[:2]
     args.gradient_checkpointing = layout.recompute
     trainer._train_batch_size = args.train_batch_size
-    if is_grpo(trainer):
+    if hasattr(args, "num_generations"):
         args.steps_per_generation = args.generation_batch_size // layout.micro_batch
     if hasattr(trainer.data_collator, "padding_free"):
         trainer.data_collator.padding_free = layout.padding_free
@@ -145,7 +144,8 @@ def unchanged(trainer: Trainer) -> Iterator[None]:
             yield
         finally:
             clear_memory(trainer)
-            trainer._total_train_tokens = 0
+            trainer._total_train_tokens = trainer._step = 0
+            vars(trainer).pop("_prepare_inputs", None)
             for values in trainer._metrics.values():
                 values.clear()
 
@@ -155,9 +155,9 @@ def clear_memory(trainer: Trainer) -> None:
     buffers: Any = sys.modules.get("unsloth_zoo.gradient_checkpointing")
     if hasattr(buffers, "GPU_BUFFERS"):  # Unsloth's, which an error leaves in use
         buffers.reset_unsloth_gradient_checkpointing_buffers()
-    # and its notes of what was too long for a pass of GRPO's
-    for name in [n for n in vars(trainer.model) if n.startswith(UNSLOTH_NOTES)]:
-        delattr(trainer.model, name)
+    for name in list(vars(trainer.model)):  # its notes of what is too long for GRPO
+        if name.startswith(("_unsloth_seq_packing", "_unsloth_prefix_grouper")):
+            delattr(trainer.model, name)
     runtime.free_memory()
 
 
@@ -179,19 +179,20 @@ def attempt(trainer: Trainer, layout: Layout) -> dict[str, Any]:
     state *= trainer.model.get_nb_trainable_parameters()[0]
     trainer.current_gradient_accumulation_steps = 1
     apply_layout(trainer, layout)
+    is_grpo = hasattr(trainer.args, "num_generations")
     with unchanged(trainer):
+        batch = (largest_completions if is_grpo else largest_batch)(trainer, layout)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
             limit_gb = min(limit_gb, free / 2**30)  # others may use the GPU, too
         model = trainer.accelerator.prepare(trainer.model)  # as `train` does
-        largest = largest_completions if is_grpo(trainer) else largest_batch
-        batch = largest(trainer, layout)
         result: dict[str, Any] = {"tokens": batch["input_ids"].numel()}
         try:
             for _ in range(2):  # the first one may compile
                 began = time.perf_counter()
-                run_pass(trainer, model, batch)
+                step = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+                trainer.training_step(model, step[0][0], step[1]).item()
                 result["seconds"] = round(time.perf_counter() - began, 3)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
@@ -214,11 +215,10 @@ def go_slower(trainer: Trainer, layout: Layout) -> str | None:
     clear_memory(trainer)
     if step:
         trainer._save_checkpoint(trainer.model, trial=None)
-        trainer.args.eval_on_start = False
     trainer.optimizer = None  # the next one has the checkpoint's state
     apply_layout(trainer, layout)
-    if is_grpo(trainer):  # samples anew to the prompts of the step that failed
-        trainer._step, trainer._buffered_inputs = step * layout.accumulation, None
+    # GRPO samples anew to the prompts of the step that failed
+    trainer._step, trainer._buffered_inputs = step * layout.accumulation, None
     note, verdict = read_json(path.with_name(NOTE)), f"out of memory after step {step}"
     note["tries"].append(note["choice"] | {"verdict": verdict})
     write_json(path.with_name(NOTE), note | {"choice": layout._asdict()})
@@ -226,58 +226,25 @@ def go_slower(trainer: Trainer, layout: Layout) -> str | None:
     return str(path / f"checkpoint-{step}") if step else None
 
 
-def is_grpo(trainer: Trainer) -> bool:
-    return hasattr(trainer.args, "num_generations")
-
-
-def reason_in_grpo(trainer: Trainer) -> str:
-    args = trainer.args
-    if args.use_vllm:
-        return "vLLM samples"
-    means = [args.loss_type == "bnpo", trainer.aux_loss_enabled, args.entropy_coef]
-    means += [args.use_adaptive_entropy, args.top_entropy_quantile < 1]
-    return "its loss has means over a micro-batch's tokens" if any(means) else ""
-
-
-def sample_longest(trainer: Trainer) -> None:
-    """Finds the longest prompt; has our sampler take the memory that it will keep."""
-    args, prompts = trainer.args, list(trainer.train_dataset["prompt"])
-    lengths = [len(encode(trainer.processing_class, prompt)) for prompt in prompts]
-    trainer.prompt_length = max(lengths)
-    if isinstance(trainer.rollout_func, Sampler):
-        longest = prompts[lengths.index(max(lengths))]
-        with unchanged(trainer):
-            trainer.model.eval()  # else the sampler logs
-            trainer.rollout_func([longest] * args.generation_batch_size, trainer)
-
-
 def largest_completions(trainer: Trainer, layout: Layout) -> dict[str, Any]:
-    """Returns a micro-batch of the longest prompts and completions, as if scored.
-
-    All differ: Unsloth computes a prompt of several completions once.
-    """
+    """Returns completions as long as GRPO's can get; Unsloth would merge equal ones."""
     tokenizer, length = trainer.processing_class, trainer.max_completion_length
-    shape, words = (layout.micro_batch, trainer.prompt_length + length), len(tokenizer)
-    ids = torch.randint(1, words, shape)
+    if not hasattr(trainer, "longest"):
+        prompts = trainer.train_dataset["prompt"]
+        trainer.longest = max(prompts, key=lambda one: len(encode(tokenizer, one)))
+        if isinstance(trainer.rollout_func, Sampler):  # the memory that it will keep
+            trainer.model.eval()  # else it logs
+            prompts = [trainer.longest] * trainer.args.generation_batch_size
+            trainer.rollout_func(prompts, trainer)
+    tokens = len(encode(tokenizer, trainer.longest)) + length
+    shape, words = (layout.micro_batch, tokens), len(tokenizer)
+    ids = torch.randint(1, words, shape, device=trainer.args.device)
     ids = (ids + tokenizer.pad_token_id) % words  # any token but padding
-    prompt, completion = ids[:, :-length], ids[:, -length:]
-    inputs = {"input_ids": ids, "advantages": torch.ones(layout.micro_batch)}
-    inputs["num_items_in_batch"] = torch.tensor(completion.numel())
-    for name, part in (("prompt", prompt), ("completion", completion)):
-        inputs |= {f"{name}_ids": part, f"{name}_mask": torch.ones_like(part)}
+    ones, inputs = torch.ones_like(ids), {"input_ids": ids}
+    for name, part in ("prompt", slice(-length)), ("completion", slice(-length, None)):
+        inputs |= {f"{name}_ids": ids[:, part], f"{name}_mask": ones[:, part]}
+    inputs |= {"advantages": ones[:, 0].float(), "num_items_in_batch": ones.sum()}
     if trainer.beta:
-        inputs["ref_per_token_logps"] = torch.zeros(completion.shape)
-    return {name: value.to(trainer.args.device) for name, value in inputs.items()}
-
-
-def run_pass(trainer: Trainer, model: Any, batch: dict[str, Any]) -> None:
-    """Computes the gradient of a micro-batch, and waits for it."""
-    if is_grpo(trainer):  # its `training_step` would sample
-        model.train()
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, batch)
-        trainer.accelerator.backward(loss)
-    else:
-        step = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-        loss = trainer.training_step(model, step[0][0], step[1])
-    loss.item()
+        inputs["ref_per_token_logps"] = ones[:, -length:].float()
+    trainer._prepare_inputs = dict  # not to sample
+    return inputs
