@@ -348,7 +348,6 @@ def run(machine: str, names: list[str], tiny: bool) -> None:
     folder = home / shape
     environment = {
         **os.environ,
-        "TUNEBOOK_DTYPE": "float16",
         "TUNEBOOK_GPU_GB": str(CAP_GB),
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -361,13 +360,12 @@ def run(machine: str, names: list[str], tiny: bool) -> None:
         if name == "vllm" and importlib.util.find_spec("vllm") is None:
             records[name] = {"error": "vLLM is not installed"}
         else:
-            if WAYS[name].sampling == "continuous":
-                environment["TUNEBOOK_DTYPE"] = "bfloat16"
+            half = "bfloat16" if WAYS[name].sampling == "continuous" else "float16"
+            environment["TUNEBOOK_DTYPE"] = "float32" if tiny else half
             log = Path(os.environ.get("OUT", home)) / f"grpo_speed.{name}.log"
             limit_s = max(1, min(LIMIT_S, ends - time.monotonic()))
             command = [*program, "one", name, str(folder), "OUT", str(tokens)]
             records[name] = run_one(command, environment, log, limit_s)
-            environment["TUNEBOOK_DTYPE"] = "float16"
         print(name, json.dumps(records[name], indent=1), flush=True)
         if not tiny:
             write(machine, records, CAP_GB)
