@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 RESULT = Path(os.environ.get("OUT", ROOT / "results")) / "grpo_speed.json"
 GENERATIONS, TOKENS = 8, 256
 WARM, TIMED, PROFILED = 2, 8, 2
-LIMIT_S, TOTAL_S = 180, 570  # a process, and all: what takes longer is given up
+LIMIT_S, TOTAL_S = 150, 350  # a process, and all: what takes longer is given up
 DEFAULT = ["ours", "ours-pinned", "unsloth", "trl-cb", "vllm"]
 
 
