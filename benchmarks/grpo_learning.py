@@ -5,8 +5,8 @@
     python benchmarks/grpo_learning.py run OUT --seeds --gsm8k FOLDER
     python benchmarks/grpo_learning.py table OUT [OUT ...]         # into results/
 
-For each seed: the recipe `demo-gpu`, that is the demo's SFT (its best checkpoint by
-eval loss), then GRPO from it within `--minutes`; as a control, further SFT from the
+For each seed: the recipe `demo` at a GPU's sizes, SFT (its best checkpoint by eval
+loss), then GRPO from it within `--minutes`; as a control, further SFT from the
 same start for the same time. All answer the 400 items of `test` and the 200 of
 `test_new`, greedily; the p value is of McNemar's exact test on the items, against SFT.
 With `--gsm8k` the same on real GSM8K, from a folder with train.jsonl and
@@ -34,7 +34,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-RECIPE = "demo-gpu"
+from helpers import recipes  # noqa: E402
+
+RECIPE = recipes.load("demo", gpu=True)
 CAP_GB = 14.0
 TABLE = ROOT / "results" / "grpo_learning.json"
 END_S = 75  # a job needs after training: to load the model and answer the test items
@@ -65,11 +67,10 @@ EVAL_ROWS = 200  # of the train split, for the eval loss and the best adapter
 
 def start_config(seed: int, given: argparse.Namespace) -> Any:
     """Returns the config of the SFT that GRPO and the control start from."""
-    from helpers import recipes
     from helpers.config import changed
 
     base = changed(
-        recipes.load(RECIPE),
+        RECIPE,
         name=f"start{seed}",
         stages=["sft"],
         seed=seed,
@@ -154,7 +155,7 @@ def start(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Trains on from a start, by GRPO or by more SFT, and evaluates the result."""
-    from helpers import files, recipes, runs, stages
+    from helpers import files, runs, stages
     from helpers.config import changed
     from helpers.data import preparation as data
     from helpers.training import trainer as sft
@@ -183,7 +184,7 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
         part = train.fit(sft.build_sft(run, model, tokenizer), run)
         stage = "sft"
     else:
-        values = recipes.load(RECIPE).grpo | SETTINGS[setting]
+        values = RECIPE.grpo | SETTINGS[setting]
         config = changed(
             config,
             stages=["grpo"],
@@ -320,10 +321,9 @@ def summary(result: dict[str, Any]) -> str:
 
 def run_all(given: argparse.Namespace) -> None:
     """Runs all jobs, each as soon as what it starts from is there."""
-    from helpers import recipes
     from helpers.models import load
 
-    given.minutes = given.minutes or recipes.load(RECIPE).grpo_minutes
+    given.minutes = given.minutes or RECIPE.grpo_minutes
     out = Path(given.out)
     out.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + given.limit

@@ -1,21 +1,24 @@
-"""Measures GRPO steps an hour: ours, Unsloth's stock trainer, TRL's plain one.
+"""Measures GRPO steps an hour: ours, Unsloth's stock trainer, TRL's ways to sample.
 
     python benchmarks/grpo_speed.py run MACHINE [NAME ...]    # needs a CUDA GPU
-    python benchmarks/grpo_speed.py run cpu --tiny            # tries the program
+    python benchmarks/grpo_speed.py run cpu --tiny ours trl   # tries the program
 
-No vLLM in any of them. The same random weights of Llama-3.2-1B's shape (time does not
-depend on their values, and completions never end early), 4-bit base with LoRA r 16 on
-all projections, 8 generations of 256 tokens of one prompt of about 110 tokens a step,
-fp16, under a cap of 14.0 GiB without FlashAttention, as on a T4. Each runs in a process
-of its own, one after the other; the first steps, which compile, do not count. Writes
-`results/grpo_speed.json`.
+The same random weights of Llama-3.2-1B's shape (time does not depend on their values,
+and completions never end early), 4-bit base with LoRA r 16 on all projections, 8
+generations of 256 tokens of one prompt of about 110 tokens a step, fp16, under a cap of
+14.0 GiB without FlashAttention, as on a T4. TRL's continuous batching casts LoRA to
+fp16, whose gradients cannot be scaled: it gets bf16. Each way has a process of its own,
+one after the other; the first steps, which compile, do not count. One that fails leaves
+its error. Writes `grpo_speed.json` (in $OUT, else results/) after each way.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -23,16 +26,18 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-RESULT = ROOT / "results" / "grpo_speed.json"
+RESULT = Path(os.environ.get("OUT", ROOT / "results")) / "grpo_speed.json"
 GENERATIONS, TOKENS = 8, 256
-WARM, TIMED, PROFILED = 2, 8, 1
-LIMIT_S = 280  # a process that takes longer is given up
+WARM, TIMED, PROFILED = 2, 8, 2
+LIMIT_S, TOTAL_S = 150, 350  # a process, and all: what takes longer is given up
+DEFAULT = ["ours", "ours-pinned", "unsloth", "trl-cb", "vllm"]
 
 
 class Way(NamedTuple):
@@ -41,18 +46,37 @@ class Way(NamedTuple):
     engine: str
     copied: bool = False
     compiled: bool = False
-    checkpointing: bool = True
+    layout: str = "pinned"
+    micro_batch: int = GENERATIONS
+    sampling: str = ""  # a library's, by a switch of TRL's
 
 
 WAYS = {
-    "ours": Way("unsloth", copied=True, compiled=True),
+    "ours": Way("unsloth", copied=True, compiled=True, layout="auto"),
+    "ours-pinned": Way("unsloth", copied=True, compiled=True),
     "unsloth": Way("unsloth"),
     "trl": Way("transformers"),
+    "trl-cb": Way("transformers", sampling="continuous"),
+    "vllm": Way("transformers", sampling="vllm"),
     # what else ours could be
-    "ours-short": Way("unsloth", copied=True),  # not compiled, as in short runs
-    "ours-kept": Way("unsloth", copied=True, compiled=True, checkpointing=False),
-    "ours-plain": Way("transformers", copied=True),
-    "ours-plain-kept": Way("transformers", copied=True, checkpointing=False),
+    "ours-short": Way("unsloth", copied=True, layout="auto"),  # as in short runs
+    "ours-2x4": Way("unsloth", copied=True, compiled=True, micro_batch=2),
+    "ours-plain": Way("transformers", copied=True, layout="auto"),
+    "ours-plain-pinned": Way("transformers", copied=True),
+}
+# 64 blocks of 256 tokens hold all completions; else half of the GPU, whatever its cap
+CONTINUOUS = {"num_blocks": 64, "max_batch_tokens": 1024}
+SAMPLING: dict[str, dict[str, Any]] = {
+    "": {},
+    "continuous": {
+        "use_transformers_continuous_batching": True,
+        "transformers_continuous_batching_config": CONTINUOUS,
+    },
+    "vllm": {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": 0.06,  # of all its memory, not of the cap
+    },
 }
 
 
@@ -84,22 +108,23 @@ def build_trainer(
         model,
         lora,
         engine=way.engine,
-        checkpointing=way.checkpointing,
+        checkpointing=True,
     )
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     from helpers.inference import sampler as sampling
 
-    machine = runtime.find_machine()
+    on_gpu = runtime.find_machine().device == "cuda"
     sampler = sampling.Sampler(model, compiled=way.compiled) if way.copied else None
     questions = [f"What is {number} + 1? ".ljust(90, ".") for number in range(80)]
     prompts = [{"prompt": [{"role": "user", "content": text}]} for text in questions]
     trainer = GRPOTrainer(
         model=model,
         args=GRPOConfig(
-            output_dir=str(out),
-            per_device_train_batch_size=GENERATIONS,
+            output_dir=str(out / "checkpoints"),
+            per_device_train_batch_size=way.micro_batch,
+            gradient_accumulation_steps=GENERATIONS // way.micro_batch,
             num_generations=GENERATIONS,
             max_completion_length=tokens,
             max_steps=WARM + TIMED + PROFILED,
@@ -109,10 +134,11 @@ def build_trainer(
             save_strategy="no",
             report_to="none",
             seed=0,
-            gradient_checkpointing=way.checkpointing and machine.device == "cuda",
-            fp16=machine.device == "cuda",
-            bf16=False,
-            use_cpu=machine.device == "cpu",
+            gradient_checkpointing=on_gpu,
+            fp16=on_gpu and way.sampling != "continuous",
+            bf16=on_gpu and way.sampling == "continuous",
+            use_cpu=not on_gpu,
+            **SAMPLING[way.sampling],
         ),
         reward_funcs=[spread],
         train_dataset=Dataset.from_list(prompts),
@@ -182,9 +208,17 @@ def one(name: str, model: str, out: Path, tokens: int) -> None:
     import torch
 
     started = time.perf_counter()
-    trainer, sampler = build_trainer(WAYS[name], model, out.with_suffix(""), tokens)
+    way = WAYS[name]
+    trainer, sampler = build_trainer(way, model, out.with_suffix(""), tokens)
+    built, tries = time.perf_counter(), []
+    if way.layout == "auto":
+        from helpers import training
+
+        config = SimpleNamespace(layout="auto", sft={}, grpo={})
+        table = training.choose_layout(trainer, SimpleNamespace(config=config))
+        tries = table.to_dict("records")
+    chosen = time.perf_counter()
     ends, phases = watch(trainer)
-    built = time.perf_counter()
     trainer.train()
     steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
     counted = steps[WARM : WARM + TIMED]
@@ -198,13 +232,20 @@ def one(name: str, model: str, out: Path, tokens: int) -> None:
         "optimiser": phases["optimiser"],
         "other": total - phases["training_step"] - phases["optimiser"],
     }
+    parts = {name: seconds / PROFILED for name, seconds in parts.items()}
+    learning = [parts[name] for name in ("loss forward", "backward", "optimiser")]
+    split = {name: parts[name] for name in ("sampling", "scoring", "other")}
+    split["learning"] = sum(learning)
     history = trainer.state.log_history
     record: dict[str, Any] = {
         "steps_an_hour": round(3600 / statistics.median(counted), 1),
         "step_s": [round(s, 3) for s in counted],
         "first_step_s": round(steps[0], 1),
         "load_s": round(built - started, 1),
-        "parts_s": {k: round(v / PROFILED, 4) for k, v in parts.items()},
+        "layout_s": round(chosen - built, 1),
+        "layouts": tries,  # the last one is taken
+        "split_s": {k: round(v, 4) for k, v in split.items()},
+        "parts_s": {k: round(v, 4) for k, v in parts.items()},
         "completion_tokens": mean(history, "completions/mean_length"),
         "grad_norm": mean(history, "grad_norm"),
         "loss": mean(history, "loss"),
@@ -213,9 +254,9 @@ def one(name: str, model: str, out: Path, tokens: int) -> None:
         record["peak_gb"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
         record["machine"] = torch.cuda.get_device_name()
         record["torch"] = torch.__version__
-    if sampler is not None:
+    if sampler is not None and way.layout == "auto":
         record["sampler"] = measure_sampler(trainer, sampler, tokens)
-    elif WAYS[name].engine == "unsloth" and torch.cuda.is_available():
+    elif sampler is None and way.engine == "unsloth" and torch.cuda.is_available():
         from unsloth.models import _decode_graphs
 
         record["unsloth_graphs"] = _decode_graphs.stats(trainer.model.get_base_model())
@@ -307,61 +348,71 @@ def run(machine: str, names: list[str], tiny: bool) -> None:
     folder = home / shape
     environment = {
         **os.environ,
-        "TUNEBOOK_DTYPE": "float16",
         "TUNEBOOK_GPU_GB": str(CAP_GB),
         "TOKENIZERS_PARALLELISM": "false",
     }
     program = [sys.executable, __file__]
     if not folder.exists():
         subprocess.check_call([*program, "make", shape, str(folder)])
-    records = {}
-    with tempfile.TemporaryDirectory() as place:
-        for name in names:
-            out = Path(place) / f"{name}.json"
-            command = [*program, "one", name, str(folder), str(out), str(tokens)]
+    records: dict[str, dict[str, Any]] = {}
+    ends = time.monotonic() + TOTAL_S
+    for name in names:
+        if name == "vllm" and importlib.util.find_spec("vllm") is None:
+            records[name] = {"error": "vLLM is not installed"}
+        else:
+            half = "bfloat16" if WAYS[name].sampling == "continuous" else "float16"
+            environment["TUNEBOOK_DTYPE"] = "float32" if tiny else half
             log = Path(os.environ.get("OUT", home)) / f"grpo_speed.{name}.log"
-            started = time.perf_counter()
-            with log.open("w") as file:
-                try:
-                    code = subprocess.call(
-                        command,
-                        env=environment,
-                        stdout=file,
-                        stderr=file,
-                        timeout=LIMIT_S,
-                    )
-                except subprocess.TimeoutExpired:
-                    code = 124
-            seconds = time.perf_counter() - started
-            print(f"--- {name}: exit {code}, {seconds:.0f} s", flush=True)
-            if out.exists():
-                records[name] = json.loads(out.read_text())
-                print(json.dumps(records[name], indent=1), flush=True)
-            else:
-                print(log.read_text()[-3000:], flush=True)
-    result = {name: r["steps_an_hour"] for name, r in records.items() if name in WAYS}
-    print(result, flush=True)
+            limit_s = max(1, min(LIMIT_S, ends - time.monotonic()))
+            command = [*program, "one", name, str(folder), "OUT", str(tokens)]
+            records[name] = run_one(command, environment, log, limit_s)
+        print(name, json.dumps(records[name], indent=1), flush=True)
+        if not tiny:
+            write(machine, records, CAP_GB)
+
+
+def run_one(
+    command: list[str], environment: dict[str, str], log: Path, limit_s: float
+) -> dict[str, Any]:
+    """Returns the record of a way that a process of its own runs, or its error."""
+    with tempfile.TemporaryDirectory() as place, log.open("w") as file:
+        out = Path(place) / "record.json"
+        command[-2] = str(out)
+        options: dict[str, Any] = {"env": environment, "stdout": file, "stderr": file}
+        started = time.perf_counter()
+        try:
+            code = subprocess.call(command, timeout=limit_s, **options)
+        except subprocess.TimeoutExpired:
+            code = 124
+        whole_s = round(time.perf_counter() - started, 1)
+        if out.exists():
+            return json.loads(out.read_text()) | {"whole_s": whole_s}
+    if code == 124:
+        return {"error": f"given up after {whole_s} s", "whole_s": whole_s}
+    print(log.read_text()[-3000:], flush=True)
+    lines = [line for line in log.read_text().splitlines() if line.strip()]
+    faults = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    error = (faults or lines or [f"exit {code}"])[-1]
+    return {"error": error[:300], "whole_s": whole_s}
+
+
+def write(machine: str, records: dict[str, dict[str, Any]], cap_gb: float) -> None:
+    """Writes what was measured so far."""
     from helpers.files import write_json
 
-    if tiny or not {"ours", "unsloth", "trl"} <= set(result):
-        return
-    write_json(
-        RESULT,
-        {
-            **{name: result.get(name) for name in ("ours", "unsloth", "trl")},
-            "conditions": {
-                "machine": machine,
-                "shape": "llama-3.2-1b, random weights, 4-bit base, LoRA r 16",
-                "dtype": "float16",
-                "cap_gb": CAP_GB,
-                "generations": GENERATIONS,
-                "completion_tokens": tokens,
-                "steps": TIMED,
-                "vllm": False,
-            },
-            "runs": records,
-        },
-    )
+    rates = {name: r.get("steps_an_hour") for name, r in records.items()}
+    if rates.get("ours") and rates.get("unsloth"):
+        rates["ours_times_unsloth"] = round(rates["ours"] / rates["unsloth"], 2)
+    conditions = {
+        "machine": machine,
+        "shape": "llama-3.2-1b, random weights, 4-bit base, LoRA r 16",
+        "dtype": "float16",
+        "cap_gb": cap_gb,
+        "generations": GENERATIONS,
+        "completion_tokens": TOKENS,
+        "steps": TIMED,
+    }
+    write_json(RESULT, {**rates, "conditions": conditions, "runs": records})
 
 
 def make(shape: str, folder: Path) -> None:
@@ -382,7 +433,7 @@ if __name__ == "__main__":
             names = [name for name in rest if name != "--tiny"]
             if unknown := [name for name in names if name not in WAYS]:
                 sys.exit(f"{', '.join(unknown)}: no way; there are {', '.join(WAYS)}")
-            run(machine, names or ["ours", "unsloth", "trl"], "--tiny" in rest)
+            run(machine, names or DEFAULT, "--tiny" in rest)
         case ["make", shape, folder]:
             make(shape, Path(folder))
         case ["one", name, model, out, tokens]:

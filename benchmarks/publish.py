@@ -89,6 +89,16 @@ def rate(path: Path, name: str) -> list[str]:
     place = ", ".join([f"`python benchmarks/{name}.py`", *map(conditions.get, names)])
     row = {k: v for k, v in values.items() if isinstance(v, int | float)}
     lines = [f"{RATES[name]}: {place}.", "", to_markdown([row])]
+    rows = []
+    for way, record in values.get("runs", {}).items():
+        if "split_s" in record:
+            row = {"way": way} | {
+                f"{n}, s": f"{s:.2f}" for n, s in record["split_s"].items()
+            }
+            rows.append(row | {"GiB": record["peak_gb"]})
+        elif "error" in record:
+            lines += ["", f"{way}: {record['error']}"]
+    lines += ["", to_markdown(rows)] if rows else []
     if "same_verdicts" in values:
         same = ", ".join(f"{k} {v}" for k, v in values["same_verdicts"].items())
         lines += ["", f"Same verdicts, of {values['compared']}: {same}."]
@@ -235,7 +245,7 @@ def list_recipes() -> str:
     """Returns docs/recipes.md's table: what recipes reproduce and what they need."""
     rows = []
     for name in recipes.RECIPES:
-        config, notes = recipes.load(name), recipes.RECIPES[name]
+        config, notes = recipes.load(name, gpu=True), recipes.RECIPES[name]
         row = {"recipe": f"`{name}`", "reproduces": notes["source"]}
         row["stages"] = " + ".join(config.stages).upper()
         row["engine"] = config.engine.replace("auto", "Unsloth")

@@ -1,8 +1,10 @@
 """The named configurations of `recipes.toml`; `load("demo")` is one word from a run."""
 
 import copy
+import importlib.util
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -24,17 +26,26 @@ NOTES = ("source", "needs", "published")  # about a recipe, no part of its confi
 NAMES = (*RECIPES, "smoke")
 
 
-def load(name: str) -> RunConfig:
-    """Returns the config of a recipe; ConfigError if there is none."""
+def load(name: str, gpu: bool | None = None) -> RunConfig:
+    """Returns a recipe's config, with `gpu` sizes by default where there is a GPU."""
     if name == "smoke":
-        config = scaled(load("demo"), steps=4, rows=16)
+        config = scaled(load("demo", gpu=False), steps=4, rows=16)
         return changed(config, recipe=name, name=name, evaluation__max_new_tokens=24)
     if name not in NAMES:
         known = ", ".join(NAMES)
         raise ConfigError(f"no recipe {name!r}{nearest(name, NAMES)} (known: {known})")
-    values = {k: v for k, v in RECIPES[name].items() if k not in NOTES}
     # a copy: what somebody changes in a config must not reach the next one
-    return check_config({"name": name, "recipe": name, **copy.deepcopy(values)})
+    recipe = copy.deepcopy(RECIPES[name])
+    values = {k: v for k, v in recipe.items() if k not in (*NOTES, "gpu")}
+    if "gpu" in recipe and (has_gpu() if gpu is None else gpu):
+        for key, value in recipe["gpu"].items():
+            values[key] = values[key] | value if isinstance(value, dict) else value
+    return check_config({"name": name, "recipe": name, **values})
+
+
+def has_gpu() -> bool:
+    found = shutil.which("nvidia-smi") and importlib.util.find_spec("torch")
+    return bool(found) and importlib.import_module("torch").cuda.is_available()
 
 
 def scaled(

@@ -165,7 +165,7 @@ def resolve_engine(engine: str) -> str:
 
 def start(engine: str | None = None) -> None:
     """Prepares a notebook or a command for an engine, by default the current run's."""
-    # lengths change from step to step; blocks for each took 13 GiB in demo-gpu, not 5.6
+    # lengths change from step to step; blocks for each took 13 GiB in the demo, not 5.6
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # on import these warn of GPU kernels that a CPU machine has no use for

@@ -120,7 +120,7 @@ def splits() -> dict[str, Any]:
     """The files of `data/`: the demo's, and a recipe's that holds a share out."""
     small = recipes.scaled(recipes.load("dolly-llama32-3b"), model=MODEL, samples=True)
     record = {}
-    for one in (recipes.load("demo"), small):
+    for one in (recipes.load("demo", gpu=False), small):
         run = runs.save_run(config.changed(one, name=f"golden-{one.name}"))
         data.prepare(run)
         for path in sorted((run.path / "data").glob("*.jsonl")):
@@ -171,7 +171,7 @@ def small_run() -> runs.Run:
     """The demo cut to ten steps on short rows, and to twenty problems."""
     return runs.save_run(
         config.changed(
-            recipes.load("demo"),
+            recipes.load("demo", gpu=False),
             name="golden",
             stages=["sft"],
             max_length=128,

@@ -126,6 +126,23 @@ def test_the_one_that_ends_in_awq_ends_in_four_bits_without_a_gpu_too() -> None:
     assert recipes.small(config).export == ["adapter", "merged", "w4a16"]
 
 
+def test_the_demo_takes_larger_sizes_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual, larger = (recipes.load("demo", gpu=gpu) for gpu in (False, True))
+    assert (usual.engine, larger.engine) == ("auto", "transformers")
+    sizes = ("per_device_train_batch_size", "num_generations")
+    assert [usual.grpo[name] for name in sizes] == [8, 4]
+    assert [larger.grpo[name] for name in sizes] == [64, 8]
+    kept = ("name", "recipe", "model", "lora", "sft", "rewards")
+    assert usual.model_dump(include=kept) == larger.model_dump(include=kept)
+    assert usual.data.train == larger.data.train
+    for there, config in ((False, usual), (True, larger)):
+        monkeypatch.setattr(recipes, "has_gpu", lambda there=there: there)
+        assert recipes.load("demo") == config
+        assert recipes.load("smoke").grpo["per_device_train_batch_size"] == 8
+
+
 def test_a_warm_up_in_steps_shrinks_with_the_run_and_a_share_stays() -> None:
     for name, warmup in (("finetome-llama32-1b", 2), ("guanaco-llama2-7b", 0.03)):
         small = recipes.scaled(recipes.load(name), steps=24)

@@ -95,8 +95,8 @@ class GreedyEvaluation(Base):
         answer: Any = partial(generate, self.model)
         if isinstance(self.rollout_func, Sampler):
             answer = self.rollout_func.generate
-        size = args.per_device_train_batch_size * args.steps_per_generation
-        limits = {"max_new_tokens": args.max_completion_length, "batch_size": size}
+        limits = {"max_new_tokens": args.max_completion_length}
+        limits["batch_size"] = args.generation_batch_size
         columns = self.eval_dataset.rename_column("prompt", "prompts").to_dict()
         texts = [a.text for a in answer(tokenizer, columns["prompts"], **limits)]
         columns["completions"] = [[{"role": "assistant", "content": t}] for t in texts]
