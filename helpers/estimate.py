@@ -113,8 +113,9 @@ def build(model: str, lora: str) -> Any:
             if known:
                 config = AutoConfig.for_model("llama", **KNOWN[known])
             else:
-                local = folder or not runtime.hub_reachable()  # else it tries for long
-                config = AutoConfig.from_pretrained(model, local_files_only=local)
+                if not folder:
+                    runtime.hub_reachable()  # else it tries for long
+                config = AutoConfig.from_pretrained(model, trust_remote_code=False)
             base = AutoModelForCausalLM.from_config(config)
         except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
             raise UnknownArchitecture(f"{model}: {str(error)[:200]}") from error

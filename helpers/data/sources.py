@@ -88,7 +88,8 @@ def content_of(source: str | Source) -> str | None:
         path = find_path(str(source))
         if path is None:
             name = HUB_NAME.fullmatch(str(source))[1]  # type: ignore[index]
-            return HfApi().dataset_info(name, timeout=10).sha
+            known = runtime.hub_reachable()
+            return HfApi().dataset_info(name, timeout=10).sha if known else None
     except Exception:  # of many kinds; reading the source gives the reason
         return None
     digest = hashlib.sha256()
@@ -108,6 +109,7 @@ def read_dataset(source: Source, path: Path | None) -> Any:
             name, config, split = HUB_NAME.fullmatch(source.path).groups()  # type: ignore[union-attr]
             options = {"split": split or "train", "streaming": source.stream}
             revision = content_of(source)
+            datasets.config.HF_HUB_OFFLINE = not runtime.hub_reachable()
             return datasets.load_dataset(name, config, revision=revision, **options)
         if not (path / "state.json").exists() and (path / "train").exists():
             path /= "train"

@@ -191,8 +191,8 @@ def merge(config: RunConfig, adapter: Path | str, folder: Path) -> Any:
 
 def plain_tokenizer(config: RunConfig, settings: Any) -> Any:
     """Returns a tokenizer that works without this project; writes stops to settings."""
-    options: Any = {"template": config.template, "pad_token": config.pad_token}
-    tokenizer = load.load_tokenizer(config.model, **options)
+    names = {"template", "pad_token", "special_tokens", "trust_remote_code"}
+    tokenizer = load.load_tokenizer(config.model, **config.model_dump(include=names))
     tokenizer.chat_template = templates.fix_date(tokenizer.chat_template)
     turns = [{"role": "user", "content": "?"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
@@ -233,7 +233,8 @@ def write_4bit(source: str, folder: str, rows: list[list[int]]) -> None:
     from transformers import AutoModelForCausalLM
 
     dtype = "bfloat16" if rows else "auto"  # fp16 overflows in AWQ's search
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    options: Any = {"dtype": dtype, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(source, **options)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     widths = [layer.in_features for name, layer in layers if name != "lm_head"]
     # rounding alone needs small groups

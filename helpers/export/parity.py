@@ -29,7 +29,7 @@ from helpers.grpo.answers import is_correct
 from helpers.inference.chat import open_gguf
 from helpers.inference.generation import encode, inference
 from helpers.masking.dataset import mask_conversations
-from helpers.masking.templates import answer_marks
+from helpers.masking.templates import answer_marks, neutralise
 from helpers.models import adapters, load
 from helpers.runs import Run
 
@@ -93,9 +93,10 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
         if part in ("eval", "test_chat") or not texts:
             texts = lines[:16]
     rows.sort(key=lambda row: len(str(row["prompt"])))  # batches need little padding
-    questions = [*(r["prompt"] for r in rows), ask(PROBE, config.system_prompt)]
     adapter, options = run.require(f"{stage}/adapter"), load.options(config)
     model, tokenizer = load.load_model(config.model, adapter=adapter, **options)
+    questions = [*(r["prompt"] for r in rows), ask(PROBE, config.system_prompt)]
+    questions = [neutralise(tokenizer, question) for question in questions]
     chats, _ = to_conversations(texts, config.system_prompt)
     limits = config.loss_on, config.max_length
     masked = mask_conversations(tokenizer, chats, *limits, drop=True)
@@ -110,6 +111,7 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
         "gold": [row.get("gold") for row in rows],
         "length": min(64, config.evaluation.max_new_tokens),
         "loading": {k: base[k] for k in ("dtype", "quantization_config") if k in base},
+        "trust": config.trust_remote_code,
         "tied": base.get("tie_word_embeddings"),
         "examples": masked.rows.to_list(),
         "reloaded": adapters.compare_saved(model, adapter),
@@ -160,7 +162,8 @@ def ask_models(folders: list, trained: dict) -> list:
     for folder, values in zip(folders, results, strict=True):
         tokenizer = settings = model = None
         gc.collect()
-        form: dict = {"device_map": "auto"}
+        trust: dict = {"trust_remote_code": trained["trust"]}
+        form: dict = {"device_map": "auto", **trust}
         asked = trained | {"prompts": []}
         try:
             if os.path.exists(f"{folder}/model.gguf"):
@@ -174,7 +177,7 @@ def ask_models(folders: list, trained: dict) -> list:
                 weights = {"quant_method": "gguf", "dequantize": True}
                 form["quantization_config"] = weights
             else:
-                tokenizer = AutoTokenizer.from_pretrained(folder)
+                tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
                 settings = GenerationConfig.from_pretrained(folder)
                 chat: dict = {"add_generation_prompt": True, "return_dict": False}
                 ids = tokenizer.apply_chat_template(trained["questions"], **chat)

@@ -16,6 +16,7 @@ from helpers import runtime
 from helpers.data.formats import ask
 from helpers.errors import DataError, JudgeError
 from helpers.files import write_json
+from helpers.inference.chat import break_control
 from helpers.inference.items import find_adapters
 from helpers.llm_judge.judge import UNJUDGED, Judge, add_result
 from helpers.llm_judge.mt_bench import load_answering
@@ -31,8 +32,8 @@ def annotate(
     """Returns the win rate over the reference by the package `alpaca_eval`."""
     settings: list[Any] = [str(outputs), str(reference), judge.model, judge.base_url]
     settings += [evaluator, {"timeout": judge.timeout_s, "max_retries": judge.retries}]
+    runtime.hub_reachable()  # sets HF_HUB_OFFLINE
     environment = os.environ | {
-        "HF_HUB_OFFLINE": "0" if runtime.hub_reachable() else "1",
         "OPENAI_API_KEY": judge.api_key,
         "OPENAI_CLIENT_CONFIG_PATH": "",  # could name another judge
         "OPENAI_MAX_CONCURRENCY": str(judge.workers),
@@ -78,9 +79,8 @@ def run_alpaca_eval(
         JudgeError: the package is missing, stopped, or read no verdict.
     """
     if reference is None:
-        offline = not runtime.hub_reachable()  # else it would retry for minutes
-        file = hf_hub_download(*BASELINE, repo_type="dataset", local_files_only=offline)
-        reference = Path(file)
+        runtime.hub_reachable()  # else it would retry for minutes
+        reference = Path(hf_hub_download(*BASELINE, repo_type="dataset"))
     try:
         rows = pd.read_json(reference, dtype=False)[["instruction", "output"]]
     except (ValueError, LookupError, TypeError) as error:
@@ -99,7 +99,9 @@ def run_alpaca_eval(
         answers = answer(path.with_name("answers.jsonl"), prompts, sampling)
         del answer  # and its model
         runtime.free_memory()
-        outputs = pd.DataFrame({"instruction": texts, "output": answers})
+        turns = break_control([{"content": answer} for answer in answers])
+        plain = [turn["content"] for turn in turns]  # put into the judge's prompts
+        outputs = pd.DataFrame({"instruction": texts, "output": plain})
         outputs["generator"] = f"{run.config.name}-{label}"
         write_json(path, outputs.to_dict("records"))
         if judge is not None:

@@ -45,7 +45,8 @@ def inputs_of(run: Run, stage: Stage) -> dict[str, Any]:
     """Returns all that decides a stage's result, data and adapters by their content."""
     config = run.config
     require_stage(config, stage)
-    names = {"engine", "weights", "double_quant", "dtype", "pad_token", "seed"}
+    names = set("engine weights double_quant dtype pad_token seed".split())
+    names.add("special_tokens")
     own = {"max_length", "loss_on", "best_by"}
     if stage == "grpo":
         own = {"grpo_minutes", "grpo_held_out", "sampler", "rewards"}
