@@ -43,14 +43,15 @@ def template_text(template: str) -> str | None:
 
 @lru_cache(maxsize=4)
 def control_tokens(tokenizer: Tokenizer, template: str) -> re.Pattern[str]:
-    """Returns what finds special tokens, and others that are put around a question."""
-    prompt = ""
-    with suppress(TemplateError):  # it may refuse a question alone
-        prompt = write_text(tokenizer, [{"role": "user", "content": MARK}], True)
-    before, _, after = prompt.partition(MARK)
+    """Returns what finds special tokens, and others that are put around turns."""
+    turns, text = (
+        [{"role": r, "content": "?"} for r in ("user", "assistant", "user")],
+        "",
+    )
+    with suppress(TemplateError):  # it may refuse them
+        text = write_text(tokenizer, turns)
     added = {str(t): t.special for t in tokenizer.added_tokens_decoder.values()}
-    names = [n for n in added if n in before or after.lstrip().startswith(n)]
-    names = sorted({*names, *filter(added.get, added)}, key=len, reverse=True)
+    names = sorted((n for n in added if added[n] or n in text), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
 
