@@ -62,8 +62,7 @@ def load_rows(
         limit, seed: at most so many rows, drawn with the seed or else the first ones.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DataError: the source, or one of its rows, cannot be read, or it is empty.
+        FileNotFoundError, DataError: there is no such file, or it cannot be read.
     """
     rows = list(open_rows(source, limit, seed))
     for number, row in rows:

@@ -191,8 +191,8 @@ def merge(config: RunConfig, adapter: Path | str, folder: Path) -> Any:
 
 def plain_tokenizer(config: RunConfig, settings: Any) -> Any:
     """Returns a tokenizer that works without this project; writes stops to settings."""
-    names = {"template", "pad_token", "special_tokens", "trust_remote_code"}
-    tokenizer = load.load_tokenizer(config.model, **config.model_dump(include=names))
+    options = config.model_dump(include=load.TOKENIZER)
+    tokenizer = load.load_tokenizer(config.model, **options)
     tokenizer.chat_template = templates.fix_date(tokenizer.chat_template)
     turns = [{"role": "user", "content": "?"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)

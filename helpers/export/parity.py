@@ -111,7 +111,6 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
         "gold": [row.get("gold") for row in rows],
         "length": min(64, config.evaluation.max_new_tokens),
         "loading": {k: base[k] for k in ("dtype", "quantization_config") if k in base},
-        "trust": config.trust_remote_code,
         "tied": base.get("tie_word_embeddings"),
         "examples": masked.rows.to_list(),
         "reloaded": adapters.compare_saved(model, adapter),
@@ -162,8 +161,8 @@ def ask_models(folders: list, trained: dict) -> list:
     for folder, values in zip(folders, results, strict=True):
         tokenizer = settings = model = None
         gc.collect()
-        trust: dict = {"trust_remote_code": trained["trust"]}
-        form: dict = {"device_map": "auto", **trust}
+        no_code: dict = {"trust_remote_code": False}
+        form: dict = {"device_map": "auto", **no_code}
         asked = trained | {"prompts": []}
         try:
             if os.path.exists(f"{folder}/model.gguf"):
@@ -177,7 +176,7 @@ def ask_models(folders: list, trained: dict) -> list:
                 weights = {"quant_method": "gguf", "dequantize": True}
                 form["quantization_config"] = weights
             else:
-                tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+                tokenizer = AutoTokenizer.from_pretrained(folder, **no_code)
                 settings = GenerationConfig.from_pretrained(folder)
                 chat: dict = {"add_generation_prompt": True, "return_dict": False}
                 ids = tokenizer.apply_chat_template(trained["questions"], **chat)

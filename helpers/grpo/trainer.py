@@ -63,7 +63,6 @@ def training_prompts(run: Run, tokenizer: Any) -> list[data.Row]:
         raise ConfigError(f"{text} {min(lengths)} tokens")
     counts = {"prompts": len(rows), "left_out": len(problems) - len(rows)}
     write_json(run.path / "grpo" / "prompts.json", counts)
-    # TRL's own sampling encodes prompts by itself
     return [row | {"prompt": neutralise(tokenizer, row["prompt"])} for row in rows]
 
 

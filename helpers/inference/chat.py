@@ -26,8 +26,7 @@ NEUTRAL = {"temperature": 1, "top_p": 1, "top_k": 50, "min_p": 0, "repeat_penalt
 NEUTRAL["max_tokens"] = 256
 RENAMED = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "max_tokens"}
 START = {"temperature": 0, "top_p": 1, "max_new_tokens": 256}  # 0: greedy
-JOINER = "\u2060"  # is not seen, and keeps a text from being a control token
-# the forms of such tokens, for a model whose tokenizer is out of reach
+# the forms of control tokens, for a model whose tokenizer is out of reach
 CONTROL = r"<[|｜][^\s<>]+>|<[^\s<>|]+[|｜]>|</?s>|<\w+_of_turn>|\[/?[A-Z_]{4,}\]"
 CSS = ".message-content .md {white-space: pre-wrap; overflow-wrap: anywhere}"
 
@@ -40,11 +39,11 @@ def require(package: str) -> Any:
 
 
 def break_control(messages: Messages, pattern: Any = CONTROL) -> Messages:
-    """Returns turns with a joiner in what a pattern finds: plain text to any model."""
+    """Returns turns with a joiner, not seen, in what a pattern finds: plain text."""
 
     def split(token: re.Match[str]) -> str:
         warnings.warn(f"{token[0]} in a text is read as plain text", stacklevel=2)
-        return token[0][0] + JOINER + token[0][1:]
+        return token[0][0] + "\u2060" + token[0][1:]
 
     return [m | {"content": re.sub(pattern, split, m["content"])} for m in messages]
 

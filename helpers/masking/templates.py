@@ -26,7 +26,6 @@ DAY = date(2024, 7, 26)
 FIXED = {"date_string": "26 Jul 2024", "strftime_now": DAY.strftime}
 # from a plane for private use: neither data nor templates have it
 MARK = "\U000f0000"
-
 FILES = sorted(Path(__file__).parent.glob("*.jinja"))
 TEMPLATES = {path.stem: path.read_text("utf-8") for path in FILES}
 

@@ -17,6 +17,7 @@ from helpers.masking.templates import Tokenizer, prepare_tokenizer, stop_token_i
 
 Model = Any  # a PreTrainedModel of transformers, which takes seconds to import
 OFFLINE = "smollm2-135m-offline"  # SmolLM2-135M-Instruct, Apache-2.0, as GGUF Q4_1
+TOKENIZER = {"template", "pad_token", "special_tokens", "trust_remote_code"}
 NO_HUB = f"the hub cannot be reached, and it is no folder; {OFFLINE!r} is here"
 
 
@@ -36,7 +37,6 @@ def find_model(name: str) -> str:
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Says in a ModelError why a model could not be loaded, or an adapter."""
     known = Path(name).is_dir() or name == OFFLINE or runtime.hub_reachable()
     try:
         yield
@@ -81,9 +81,8 @@ def resolve_weights(weights: str) -> str:
 
 def options(config: RunConfig) -> dict[str, Any]:
     """Returns the arguments of `load_model` that a config decides."""
-    names = {"engine", "weights", "double_quant", "dtype", "max_length", "template"}
-    names |= {"pad_token", "special_tokens", "trust_remote_code"}
-    return config.model_dump(include=names)
+    names = {"engine", "weights", "double_quant", "dtype", "max_length"}
+    return config.model_dump(include=names | TOKENIZER)
 
 
 def load_tokenizer(

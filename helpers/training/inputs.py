@@ -45,13 +45,12 @@ def inputs_of(run: Run, stage: Stage) -> dict[str, Any]:
     """Returns all that decides a stage's result, data and adapters by their content."""
     config = run.config
     require_stage(config, stage)
-    names = set("engine weights double_quant dtype pad_token seed".split())
-    names.add("special_tokens")
+    names = {"engine", "weights", "double_quant", "dtype", "pad_token", "seed"}
     own = {"max_length", "loss_on", "best_by"}
     if stage == "grpo":
         own = {"grpo_minutes", "grpo_held_out", "sampler", "rewards"}
         own |= {"max_prompt_length", "system_prompt"}
-    inputs = config.model_dump(include=names | own)
+    inputs = config.model_dump(include=names | own | {"special_tokens"})
     inputs["model"] = content_hash(config.model)
     inputs["template"] = fingerprint(template_text(config.template))
     rows = run.report().get("data", {}).get("fingerprints", {})
