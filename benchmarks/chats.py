@@ -104,6 +104,7 @@ def add_tokens(base: Any, tokens: frozenset[str]) -> Any:
     """Returns a copy of a tokenizer that has these as special tokens."""
     tokenizer = copy.deepcopy(base)
     tokenizer.add_tokens(sorted(tokens), special_tokens=True)
+    tokenizer.control_in_texts = "keep"  # masks have to be right then, too
     return tokenizer
 
 

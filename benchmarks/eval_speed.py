@@ -140,9 +140,9 @@ def main(arguments: list[str]) -> dict[str, Any]:
     given = parser.parse_args(arguments)
 
     from helpers import files, runtime
-    from helpers.data.reading import to_problems
     from helpers.data.sources import load_rows
     from helpers.models import load as models
+    from tests.rows import to_problems
 
     engine = runtime.resolve_engine(given.engine)
     runtime.start(engine)

@@ -333,9 +333,9 @@ def main(arguments: list[str]) -> dict[str, Any]:
     given = parser.parse_args(arguments)
 
     from helpers import files
-    from helpers.data.reading import to_problems
     from helpers.data.sources import load_rows
     from helpers.models import load as models
+    from tests.rows import to_problems
 
     draw = random.Random(0)
     problems = to_problems(load_rows(SAMPLES))

@@ -11,7 +11,7 @@ from typing import Any
 
 from helpers import recipes, runs, runtime
 from helpers.config import read_config
-from helpers.errors import MissingInput, TunebookError
+from helpers.errors import MissingInput, TunebookError, mask_secrets
 
 BENCH = "run --judge --judge-model --models --limit --max-new-tokens"
 MODEL = "model --adapter --system --max-new-tokens --temperature"
@@ -140,7 +140,7 @@ def main(arguments: list[str]) -> None:
         result = execute(command := values.pop("command"), values)
         show(result if command != "export" else None)  # which logs its table
     except (TunebookError, OSError, ImportError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(mask_secrets(f"{type(error).__name__}: {error}"))
 
 
 if __name__ == "__main__":

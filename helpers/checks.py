@@ -237,6 +237,8 @@ def disappointments(config: RunConfig, machine: Machine) -> Iterator[Fault]:
     """Finds an engine, a pad token, a dtype and rewards that will not do as meant."""
     if "unsloth" in sys.modules and config.engine == "transformers":
         yield "engine", "Unsloth has patched transformers here: restart the kernel"
+    if config.trust_remote_code:
+        yield "trust_remote_code", "code of the model's authors runs with your rights"
     if config.pad_token == "eos":
         yield "pad_token", "EOS would never be learnt, so another token pads"
     dtype, reason = choose_dtype(machine, config.dtype)

@@ -82,6 +82,8 @@ class RunConfig(BaseModel, extra="forbid", validate_assignment=True):
     dtype: Literal["auto", "float16", "bfloat16"] = "auto"  # of arithmetic
     template: str = Field("own", description="own, instruction, llama-2, or a file")
     pad_token: str | None = Field(None, description="null = chosen; never eos")
+    special_tokens: Literal["neutralise", "refuse", "keep"] = "neutralise"  # in texts
+    trust_remote_code: bool = Field(False, description="run Python of the model's")
     max_length: int = Field(1024, ge=16, description="tokens a (packed) row")
     max_prompt_length: Count | None = Field(None, description="for problems, in tokens")
     grpo_minutes: Positive | None = Field(None, description="null = by max_steps")
@@ -106,6 +108,9 @@ class RunConfig(BaseModel, extra="forbid", validate_assignment=True):
 
     @pydantic.model_validator(mode="after")
     def fits_together(self) -> Self:
+        if uploads := [name for name in (*self.sft, *self.grpo) if "hub" in name]:
+            text = "a config uploads nothing; remove it, and use `export --push`"
+            raise ValueError(f"{uploads[0]}: {text}")
         data, labels = self.data, self.evaluation.labels
         has_sft, has_eval = "sft" in self.stages, bool(data.eval or data.eval_share)
         if has_sft and not data.train and not self.sft_adapter:

@@ -1,10 +1,23 @@
 """The errors that a user can mend, and hints at mistyped names."""
 
+import os
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+def mask_secrets(text: str) -> str:
+    """Returns a text without tokens: the environment's, and what begins like one."""
+    for name, value in os.environ.items():
+        if name.endswith(("_TOKEN", "_API_KEY")) and len(value) > 5:
+            text = text.replace(value, "***")
+    return re.sub(r"\b(?:hf_|sk-)[\w-]{6,}", "***", text)
+
+
 class TunebookError(ValueError):
+    def __str__(self) -> str:
+        return mask_secrets(super().__str__())
+
     def _render_traceback_(self) -> list[str]:
         # IPython's hook: a notebook shows the sentence, not the frames above it
         return [f"{type(self).__name__}: {self}"]

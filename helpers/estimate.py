@@ -111,8 +111,8 @@ def build(model: str, lora: str) -> Any:
             if known:
                 config = AutoConfig.for_model("llama", **KNOWN[known])
             else:
-                local = folder or not runtime.hub_reachable()  # else it tries for long
-                config = AutoConfig.from_pretrained(model, local_files_only=local)
+                _ = folder or runtime.hub_reachable()  # else it tries for long
+                config = AutoConfig.from_pretrained(model, trust_remote_code=False)
             base = AutoModelForCausalLM.from_config(config)
         except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
             raise UnknownArchitecture(f"{model}: {str(error)[:200]}") from error

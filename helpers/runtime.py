@@ -12,6 +12,7 @@ import sys
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,13 +191,18 @@ def start(engine: str | None = None) -> None:
     log.info(f"runs are kept in {runs_folder()}")
 
 
-def hub_reachable(timeout_s: float = 3.0) -> bool:
-    """Returns whether the model hub answers (never, when `HF_HUB_OFFLINE` is set)."""
+@cache
+def hub_reachable() -> bool:
+    """Returns whether the hub answers, asked once; else libraries use their caches."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return False
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    with suppress(OSError), urllib.request.urlopen(endpoint, timeout=timeout_s):
+    with suppress(OSError), urllib.request.urlopen(endpoint, timeout=3.0):
         return True
+    import huggingface_hub.constants
+
+    os.environ["HF_HUB_OFFLINE"] = "1"  # else they ask for each file, for minutes
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
     return False
 
 

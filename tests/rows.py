@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.data.formats import Messages
+from helpers.data.reading import Reader
 
 ROWS = [
     {"prompt": "Say hi, twice.", "completion": 'hi "hi"'},
@@ -48,3 +49,7 @@ def problem(question: str, gold: int = 5) -> dict[str, Any]:
 def messages_row(*roles: str) -> dict[str, Any]:
     """Returns an OpenAI row whose turns have these roles."""
     return {"messages": [{"role": role, "content": role} for role in roles]}
+
+
+def to_problems(rows: list[Any], source: str = "the rows") -> list[dict[str, Any]]:
+    return list(Reader(source).read(enumerate(rows, start=1), problems=True))

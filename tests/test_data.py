@@ -14,10 +14,10 @@ import pytest
 from helpers import files
 from helpers.data import preparation as data
 from helpers.data.preparation import assert_disjoint, place_of, split
-from helpers.data.reading import Reader, to_conversations, to_problems
+from helpers.data.reading import Reader, to_conversations
 from helpers.errors import DataError
 from helpers.runs import Run
-from tests.rows import ROWS, pair, problem, turns, write
+from tests.rows import ROWS, pair, problem, to_problems, turns, write
 
 MakeRun = Callable[..., Run]
 CHATS_ONLY = {"stages": ["sft"], "best_by": "loss", "sft__eval_strategy": "no"}

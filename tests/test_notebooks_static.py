@@ -82,6 +82,23 @@ def test_the_bootstrap_is_the_same_and_asks_before_installing():
     assert re.findall(r'^REPOSITORY = "(.*)"$', code, re.M) == [repository()]
 
 
+def test_the_bootstrap_fetches_a_pinned_version_and_says_from_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = sources(PATHS[0], "code")[0]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    version = f"v{project['project']['version']}"
+    assert re.findall(r'^VERSION = "(.*?)"', code, re.M) == [version]
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: commands.append(words))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    exec(code.partition("\nfrom helpers")[0], {})
+    fetch = ["git", "clone", "-q", "--depth=1", "--branch", version, repository()]
+    assert commands == [fetch]
+    assert capsys.readouterr().out == f"fetches {repository()} at {version}\n"
+
+
 @every_notebook
 def test_the_badge_opens_this_notebook_of_the_repository(path):
     owner = repository().removeprefix("https://github.com/")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from helpers import recipes
 from helpers.data.formats import ask
-from helpers.data.reading import to_problems
 from helpers.grpo import rewards
 from helpers.grpo.answers import is_correct
+from tests.rows import to_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 CUT = 100  # tokens, in these tests

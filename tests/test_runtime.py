@@ -84,13 +84,20 @@ def test_the_environment_is_json_and_names_dtype_engine_and_versions(
 def test_the_hub_is_in_reach_when_its_address_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens
-    assert not runtime.hub_reachable()
-    monkeypatch.setenv("HF_ENDPOINT", (runtime.ROOT / "README.md").as_uri())
-    assert runtime.hub_reachable()
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert not runtime.hub_reachable()
+    from huggingface_hub import constants
+
+    page = (runtime.ROOT / "README.md").as_uri()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for endpoint, offline, answer in [
+        ("http://127.0.0.1:9", "0", False),  # nobody listens
+        (page, "0", True),
+        (page, "1", False),
+    ]:
+        monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        runtime.hub_reachable.cache_clear()
+        assert runtime.hub_reachable() == answer
+        assert constants.HF_HUB_OFFLINE  # once it did not answer
 
 
 def test_auto_is_unsloth_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:

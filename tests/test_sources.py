@@ -224,6 +224,8 @@ def test_of_a_hub_dataset_the_revision_decides_and_is_the_one_that_is_read(
     def info(api: Any, name: str, **options: Any) -> Any:
         return SimpleNamespace(sha=f"sha-of-{name}")
 
+    monkeypatch.setattr("helpers.runtime.hub_reachable", lambda: True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # to be put back
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
     monkeypatch.setattr(datasets, "load_dataset", load)
     source = "owner/name/main:test"

@@ -111,9 +111,8 @@ def answered(parts: Container[str]) -> list[str]:
 def prepare(run: Run, origin: Row | None = None) -> Row:
     """Writes the run's `data/`; returns counts, fingerprints, and what was left out.
 
-    Rows are `id`, `messages`, or of problems and tests `id`, `question`, `answer`,
-    `gold`. Where a count is capped, training rows are drawn by the run's seed; of the
-    other sets the first ones are taken.
+    Rows are `id`, `messages`, or of problems `id`, `question`, `answer`, `gold`. Where
+    a count is capped, training rows are drawn by the run's seed, else the first taken.
 
     Args:
         run: with its config; what `data/` held before is replaced.

@@ -229,16 +229,10 @@ def to_conversations(
     Args:
         rows: of any format, numbered from 1 in messages.
         system_prompt: put before problems that end in `#### <number>`.
-        options: `source`, what the rows are called in messages; `form`, the name of
-            their format; `max_chars`, past which they are over-long; `drop_unusable`,
-            to leave out what cannot be read.
+        options: fields of `Reader`: `source`, `form`, `max_chars`, `drop_unusable`.
 
     Raises:
         DataError: rows cannot be read and are not to be dropped, or none is left.
     """
     reader = Reader(system_prompt=system_prompt, **options)
     return list(reader.read(enumerate(rows, start=1))), reader.left_out
-
-
-def to_problems(rows: Iterable[Any], source: str = "the rows") -> list[Row]:
-    return list(Reader(source).read(enumerate(rows, start=1), problems=True))

@@ -62,8 +62,7 @@ def load_rows(
         limit, seed: at most so many rows, drawn with the seed or else the first ones.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DataError: the source, or one of its rows, cannot be read, or it is empty.
+        FileNotFoundError, DataError: there is no such file, or it cannot be read.
     """
     rows = list(open_rows(source, limit, seed))
     for number, row in rows:
@@ -88,7 +87,8 @@ def content_of(source: str | Source) -> str | None:
         path = find_path(str(source))
         if path is None:
             name = HUB_NAME.fullmatch(str(source))[1]  # type: ignore[index]
-            return HfApi().dataset_info(name, timeout=10).sha
+            known = runtime.hub_reachable()
+            return HfApi().dataset_info(name, timeout=10).sha if known else None
     except Exception:  # of many kinds; reading the source gives the reason
         return None
     digest = hashlib.sha256()
@@ -108,6 +108,7 @@ def read_dataset(source: Source, path: Path | None) -> Any:
             name, config, split = HUB_NAME.fullmatch(source.path).groups()  # type: ignore[union-attr]
             options = {"split": split or "train", "streaming": source.stream}
             revision = content_of(source)
+            datasets.config.HF_HUB_OFFLINE = not runtime.hub_reachable()
             return datasets.load_dataset(name, config, revision=revision, **options)
         if not (path / "state.json").exists() and (path / "train").exists():
             path /= "train"

@@ -191,7 +191,7 @@ def merge(config: RunConfig, adapter: Path | str, folder: Path) -> Any:
 
 def plain_tokenizer(config: RunConfig, settings: Any) -> Any:
     """Returns a tokenizer that works without this project; writes stops to settings."""
-    options: Any = {"template": config.template, "pad_token": config.pad_token}
+    options = config.model_dump(include=load.TOKENIZER)
     tokenizer = load.load_tokenizer(config.model, **options)
     tokenizer.chat_template = templates.fix_date(tokenizer.chat_template)
     turns = [{"role": "user", "content": "?"}]
@@ -239,7 +239,8 @@ def write_4bit(source: str, folder: str, awq: bool, ids: list[list[int]]) -> Non
     from transformers import AutoModelForCausalLM
 
     dtype = "bfloat16" if awq else "auto"  # fp16 overflows in AWQ's search
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    options: Any = {"dtype": dtype, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(source, **options)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     widths = [layer.in_features for name, layer in layers if name != "lm_head"]
     if (size := math.gcd(128, *widths)) < 32:

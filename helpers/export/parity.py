@@ -22,7 +22,7 @@ from helpers.grpo.answers import is_correct
 from helpers.inference.chat import open_gguf
 from helpers.inference.generation import encode, inference
 from helpers.masking.dataset import mask_conversations
-from helpers.masking.templates import answer_marks
+from helpers.masking.templates import answer_marks, neutralise
 from helpers.models import adapters, load
 from helpers.runs import Run
 
@@ -85,9 +85,10 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
         if part in ("eval", "test_chat") or not texts:
             texts = lines[:16]
     rows.sort(key=lambda row: len(str(row["prompt"])))  # batches need little padding
-    questions = [*(r["prompt"] for r in rows), ask(PROBE, config.system_prompt)]
     adapter, options = run.require(f"{stage}/adapter"), load.options(config)
     model, tokenizer = load.load_model(config.model, adapter=adapter, **options)
+    questions = [*(r["prompt"] for r in rows), ask(PROBE, config.system_prompt)]
+    questions = [neutralise(tokenizer, question) for question in questions]
     chats, _ = to_conversations(texts, config.system_prompt)
     limits = config.loss_on, config.max_length
     masked = mask_conversations(tokenizer, chats, *limits, drop=True)
@@ -129,7 +130,8 @@ def ask_models(folders: list, trained: dict) -> list:
     for folder, values in zip(folders, results, strict=True):
         tokenizer = settings = model = None
         gc.collect()
-        form: dict = {"device_map": "auto"}
+        no_code: dict = {"trust_remote_code": False}
+        form: dict = {"device_map": "auto", **no_code}
         asked = trained | {"prompts": []}
         try:
             if os.path.exists(f"{folder}/model.gguf"):
@@ -143,7 +145,7 @@ def ask_models(folders: list, trained: dict) -> list:
                 weights = {"quant_method": "gguf", "dequantize": True}
                 form["quantization_config"] = weights
             else:
-                tokenizer = AutoTokenizer.from_pretrained(folder)
+                tokenizer = AutoTokenizer.from_pretrained(folder, **no_code)
                 settings = GenerationConfig.from_pretrained(folder)
                 chat: dict = {"add_generation_prompt": True, "return_dict": False}
                 ids = tokenizer.apply_chat_template(trained["questions"], **chat)

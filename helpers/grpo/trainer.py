@@ -11,6 +11,7 @@ from helpers.files import read_rows, write_json
 from helpers.grpo import answers, monitor, rewards
 from helpers.inference.generation import encode, generate, inference
 from helpers.inference.sampler import Sampler, choose_sampler
+from helpers.masking.templates import neutralise
 from helpers.runs import Run
 from helpers.training import callbacks, inputs
 
@@ -60,7 +61,7 @@ def training_prompts(run: Run, tokenizer: Any) -> list[data.Row]:
         raise ConfigError(f"{text} {min(lengths)} tokens")
     counts = {"prompts": len(rows), "left_out": len(problems) - len(rows)}
     write_json(run.path / "grpo" / "prompts.json", counts)
-    return rows
+    return [row | {"prompt": neutralise(tokenizer, row["prompt"])} for row in rows]
 
 
 def require_prompts(run: Run) -> None:

@@ -6,8 +6,10 @@ It imports nothing of this project: exported, the same file is a Space's `app.py
 import html
 import json
 import os
+import re
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +24,8 @@ NEUTRAL = {"temperature": 1, "top_p": 1, "top_k": 50, "min_p": 0, "repeat_penalt
 NEUTRAL["max_tokens"] = 256
 RENAMED = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "max_tokens"}
 START = {"temperature": 0, "top_p": 1, "max_new_tokens": 256}  # 0: greedy
+# the forms of control tokens, for a model whose tokenizer is out of reach
+CONTROL = r"<[|｜][^\s<>]+>|<[^\s<>|]+[|｜]>|</?s>|<\w+_of_turn>|\[/?[A-Z_]{4,}\]"
 CSS = ".message-content .md {white-space: pre-wrap; overflow-wrap: anywhere}"
 
 
@@ -30,6 +34,16 @@ def require(package: str) -> Any:
         return __import__(package)
     except ImportError:
         raise ImportError(f"{package} is missing: pip install {package}") from None
+
+
+def break_control(messages: Messages, pattern: Any = CONTROL) -> Messages:
+    """Returns turns with a joiner, not seen, in what a pattern finds: plain text."""
+
+    def split(token: re.Match[str]) -> str:
+        warnings.warn(f"{token[0]} in a text is read as plain text", stacklevel=2)
+        return token[0][0] + "\u2060" + token[0][1:]
+
+    return [m | {"content": re.sub(pattern, split, m["content"])} for m in messages]
 
 
 @contextmanager
@@ -56,7 +70,7 @@ def stream_gguf(url: str, messages: Messages, sampling: Row) -> Iterator[str]:
         raise ValueError(f"llama.cpp has no {', '.join(sorted(unknown))}")
     if not values.get("temperature", values.keys() - {"max_tokens"}):  # greedy
         values = {"temperature": 0, "max_tokens": values.get("max_tokens", 256)}
-    values = {**NEUTRAL, **values, "messages": messages}
+    values = {**NEUTRAL, **values, "messages": break_control(messages)}
     values |= {"stream": True, "timings_per_token": True}
     request = urllib.request.Request(f"{url}/v1/chat/completions")
     request.add_header("Content-Type", "application/json")

@@ -17,6 +17,7 @@ from helpers.data.formats import Messages, Row, ask
 from helpers.errors import DataError, JudgeError, ModelError
 from helpers.evaluation import metrics
 from helpers.files import fingerprint, write_json, write_rows
+from helpers.inference.chat import break_control
 from helpers.inference.generation import generate_batches
 from helpers.inference.items import answer_rows, find_adapters, model_print
 from helpers.llm_judge import judge as judges
@@ -179,9 +180,9 @@ def annotate(
 ) -> dict[str, Any]:
     """Returns the win rate over the reference by the package `alpaca_eval`."""
     files = str(outputs), str(reference)
+    runtime.hub_reachable()  # sets HF_HUB_OFFLINE
     client = {"timeout": judge.timeout_s, "max_retries": judge.retries}
     environment = {
-        "HF_HUB_OFFLINE": "0" if runtime.hub_reachable() else "1",
         "OPENAI_API_KEY": judge.api_key,
         "OPENAI_CLIENT_CONFIG_PATH": "",  # could name another judge
         "OPENAI_MAX_CONCURRENCY": str(judge.workers),
@@ -220,9 +221,8 @@ def run_alpaca_eval(
         JudgeError: the package is missing, stopped, or read no verdict.
     """
     if reference is None:
-        offline = not runtime.hub_reachable()  # else it would retry for minutes
-        file = hf_hub_download(*BASELINE, repo_type="dataset", local_files_only=offline)
-        reference = Path(file)
+        runtime.hub_reachable()  # else it would retry for minutes
+        reference = Path(hf_hub_download(*BASELINE, repo_type="dataset"))
     rows = judges.read_columns(reference, "instruction", "output")
     if not all(isinstance(text, str) for row in rows for text in row.values()):
         raise DataError(f"{reference}: not every instruction and output is a text")
@@ -237,7 +237,9 @@ def run_alpaca_eval(
         answers = answer(path.with_name("answers.jsonl"), prompts, sampling)
         del answer  # and its model
         runtime.free_memory()
-        outputs = pd.DataFrame({"instruction": texts, "output": answers})
+        turns = break_control([{"content": answer} for answer in answers])
+        plain = [turn["content"] for turn in turns]  # put into the judge's prompts
+        outputs = pd.DataFrame({"instruction": texts, "output": plain})
         outputs["generator"] = f"{run.config.name}-{label}"
         write_json(path, outputs.to_dict("records"))
         if judge is not None:

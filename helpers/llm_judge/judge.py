@@ -14,8 +14,9 @@ from typing import Any
 
 from helpers.data.formats import Messages, Row
 from helpers.data.sources import load_rows
-from helpers.errors import DataError, JudgeError
+from helpers.errors import DataError, JudgeError, mask_secrets
 from helpers.files import write_rows
+from helpers.inference.chat import break_control
 from helpers.runs import Run
 
 UNJUDGED = "No judge configured: answers were saved but not scored. Name one by "
@@ -65,6 +66,7 @@ class Judge:
                 with suppress(ValueError):  # empty, or torn by a kill
                     row = json.loads(line)
                     replies[row["request"]] = row["text"], ""
+            conversations = list(map(break_control, conversations))
             keys = [json.dumps([self.base_url, self.model, c]) for c in conversations]
             missing = dict(zip(keys, conversations, strict=True))
             missing = {key: missing[key] for key in missing if key not in replies}
@@ -88,7 +90,7 @@ class Judge:
             reason = f"empty answer, finished by {choice.finish_reason}"
             return choice.message.content or None, reason
         except openai.APIStatusError as error:
-            text, status = " ".join(str(error).split()), error.status_code
+            text, status = mask_secrets(" ".join(str(error).split())), error.status_code
             if status in (400, 422) and "temperature" in text and options:
                 return self.request(client, messages)  # OpenAI's newer models have one
             broke = NO_CREDIT.search(str(error.body))

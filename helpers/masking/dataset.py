@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from helpers.data.formats import Messages
 from helpers.errors import DataError, TemplateError
+from helpers.masking import templates
 from helpers.masking.templates import LossOn, Text, Tokenizer, answer_marks, find_spans
 
 NO_LOSS = -100
@@ -43,7 +44,8 @@ def mask_conversation(
     Raises:
         TemplateError: the template refuses it, or would have it teach another text.
     """
-    text = find_spans(tokenizer, messages, loss_on, answer_marks(tokenizer)[1])
+    plain, closing = templates.neutralise(tokenizer, messages), answer_marks(tokenizer)
+    text = find_spans(tokenizer, plain, loss_on, closing[1])
     (row,) = tokenise(tokenizer, [text])
     return {name: values[:max_length] for name, values in row.items()}
 
@@ -105,7 +107,9 @@ def mask_conversations(
     def render_all() -> Iterator[Text]:
         for number, messages in enumerate(conversations, 1):
             try:
-                yield find_spans(tokenizer, messages, loss_on, closing)
+                plain = templates.neutralise(tokenizer, messages)
+                counts["neutralised"] += plain is not messages
+                yield find_spans(tokenizer, plain, loss_on, closing)
             except TemplateError as error:
                 if not drop:
                     raise TemplateError(f"row {number}: {error}") from error
@@ -144,7 +148,8 @@ def mask_conversations(
     if share == 1 and loss_on != "all":
         raise DataError("every token would be learnt: no row has a prompt")
     figures = {"rows": len(rows), "dropped": len(numbers), "dropped_rows": numbers[:20]}
-    figures |= {"truncated": counts["truncated"], "supervised_fraction": share}
+    figures |= {name: counts[name] for name in ("truncated", "neutralised")}
+    figures["supervised_fraction"] = share
     return Masked(rows, summary if dropped else "", ends, figures)
 
 

@@ -4,12 +4,16 @@ import json
 import logging
 import os.path
 import re
+from contextlib import suppress
 from datetime import date
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 from helpers import runtime
 from helpers.data.formats import Messages
 from helpers.errors import TemplateError
+from helpers.inference.chat import break_control
 
 log = logging.getLogger(__name__)
 Tokenizer = Any  # one of transformers, which takes seconds to import
@@ -22,24 +26,8 @@ DAY = date(2024, 7, 26)
 FIXED = {"date_string": "26 Jul 2024", "strftime_now": DAY.strftime}
 # from a plane for private use: neither data nor templates have it
 MARK = "\U000f0000"
-
-TEMPLATES = {
-    "instruction": (  # for base models that ship none
-        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\n\n' }}"
-        "{% elif m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n\n' }}"
-        "{% else %}{{ '### Response:\n' + m.content + eos_token }}"
-        "{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-    ),
-    "llama-2": (  # each pair of turns is a text of its own, BOS to EOS
-        "{% set ns = namespace(system='') %}{% for m in messages %}"
-        "{% if m['role'] == 'system' %}"
-        "{% set ns.system = '<<SYS>>\n' + m['content'] | trim + '\n<</SYS>>\n\n' %}"
-        "{% elif m['role'] == 'user' %}{{ bos_token }}{{ '[INST] ' + ns.system + "
-        "m['content'] | trim + ' [/INST]' }}{% set ns.system = '' %}{% else %}"
-        "{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
-    ),
-}
+FILES = sorted(Path(__file__).parent.glob("*.jinja"))
+TEMPLATES = {path.stem: path.read_text("utf-8") for path in FILES}
 
 
 def template_text(template: str) -> str | None:
@@ -50,6 +38,33 @@ def template_text(template: str) -> str | None:
     if file is None or not file.is_file():
         raise TemplateError(f"{template=} is not own, {', '.join(TEMPLATES)} or a file")
     return file.read_text(encoding="utf-8-sig")
+
+
+@lru_cache(maxsize=4)
+def control_tokens(tokenizer: Tokenizer, template: str) -> re.Pattern[str]:
+    """Returns what finds special tokens, and others that are put around turns."""
+    turns, text = (
+        [{"role": r, "content": "?"} for r in ("user", "assistant", "user")],
+        "",
+    )
+    with suppress(TemplateError):  # it may refuse them
+        text = write_text(tokenizer, turns)
+    added = {str(t): t.special for t in tokenizer.added_tokens_decoder.values()}
+    names = sorted((n for n in added if added[n] or n in text), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
+def neutralise(tokenizer: Tokenizer, messages: Messages) -> Messages:
+    """Returns turns whose texts hold no control token, by the tokenizer's choice."""
+    choice = getattr(tokenizer, "control_in_texts", "neutralise")
+    pattern = control_tokens(tokenizer, str(tokenizer.chat_template))
+    token = next(filter(None, (pattern.search(m["content"]) for m in messages)), None)
+    if token is None or choice == "keep":
+        return messages
+    if choice == "refuse":
+        remedy = "remove it, or set special_tokens to neutralise"
+        raise TemplateError(f"control token {token[0]} in a text: {remedy}")
+    return break_control(messages, pattern)
 
 
 def render(
@@ -65,8 +80,12 @@ def render(
     Raises:
         TemplateError: the template refuses it.
     """
+    return write_text(tokenizer, neutralise(tokenizer, messages), for_generation)
+
+
+def write_text(tokenizer: Tokenizer, messages: Messages, ask: bool = False) -> str:
     plain = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
-    options = {"tokenize": False, "add_generation_prompt": for_generation, **FIXED}
+    options = {"tokenize": False, "add_generation_prompt": ask, **FIXED}
     try:
         text = tokenizer.apply_chat_template(plain, **options)
     except Exception as error:  # whatever Python raises on the template's expressions
@@ -79,7 +98,10 @@ def render(
 
 
 def prepare_tokenizer(
-    tokenizer: Tokenizer, template: str = "own", pad_token: str | None = None
+    tokenizer: Tokenizer,
+    template: str = "own",
+    pad_token: str | None = None,
+    special_tokens: str = "neutralise",
 ) -> None:
     """Makes a tokenizer fit to train with: a chat template, and a pad token of its own.
 
@@ -87,6 +109,7 @@ def prepare_tokenizer(
         tokenizer: it is changed in place.
         template: `own` (if it has none, `instruction`), `llama-2`, or a Jinja file.
         pad_token: of the vocabulary, None to choose one; EOS would never be learnt.
+        special_tokens: in texts: `neutralise`, `refuse`, or `keep` as control tokens.
 
     Raises:
         TemplateError: there is no such template or pad token, or no EOS token.
@@ -97,6 +120,7 @@ def prepare_tokenizer(
     if not text:
         log.info("no chat template: '### Instruction / ### Response' is used")
     tokenizer.chat_template = text or TEMPLATES["instruction"]
+    tokenizer.control_in_texts = special_tokens
     if pad_token in ("eos", tokenizer.eos_token):
         log.warning("answers padded with EOS would not end: another token pads")
     elif pad_token in tokenizer.get_vocab():
@@ -144,14 +168,14 @@ def find_spans(
     tokenizer: Tokenizer, messages: Messages, loss_on: LossOn, closing: str
 ) -> Text:
     """Returns the training text of a conversation and the character spans to learn."""
-    text = render(tokenizer, messages)
+    text = write_text(tokenizer, messages)
     spans: list[tuple[int, int]] = []
     turns = [(m["role"], m.get("weight") != 0) for m in messages]
     learnt = [n for n, turn in enumerate(turns) if turn == ("assistant", True)]
     if loss_on == "all" and not all(weight for _, weight in turns):
         raise TemplateError("loss_on='all' would learn a turn of weight 0")
     for number in learnt[-1:] if loss_on == "last" else learnt:
-        prompt = render(tokenizer, messages[:number], for_generation=True)
+        prompt = write_text(tokenizer, messages[:number], True)
         if not text.startswith(prompt):
             earlier = text[: spans[-1][1]] if spans else ""
             follows = loss_on == "all" and messages[number + 1 :]
@@ -173,7 +197,7 @@ def find_spans(
 
 def put_behind(tokenizer: Tokenizer, messages: Messages, prompt: str) -> str:
     """Returns inference's prompt, and the last answer with its end as rendered."""
-    text = render(tokenizer, messages)
+    text = write_text(tokenizer, messages)
     if text.startswith(prompt):
         return text
     before, _, after = mark(tokenizer, messages, len(messages) - 1).partition(MARK)
@@ -210,7 +234,7 @@ def find_end(
 def mark(tokenizer: Tokenizer, messages: Messages, number: int) -> str:
     """Returns the text of a conversation with MARK as the content of a turn."""
     turn = {**messages[number], "content": MARK}
-    return render(tokenizer, [*messages[:number], turn, *messages[number + 1 :]])
+    return write_text(tokenizer, [*messages[:number], turn, *messages[number + 1 :]])
 
 
 def holds(text: str, content: str) -> bool:

@@ -4,6 +4,8 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from helpers.masking.templates import Tokenizer, prepare_tokenizer, stop_token_i
 
 Model = Any  # a PreTrainedModel of transformers, which takes seconds to import
 OFFLINE = "smollm2-135m-offline"  # SmolLM2-135M-Instruct, Apache-2.0, as GGUF Q4_1
+TOKENIZER = {"template", "pad_token", "special_tokens", "trust_remote_code"}
+NO_HUB = f"the hub cannot be reached, and it is no folder; {OFFLINE!r} is here"
 
 
 def find_model(name: str) -> str:
@@ -31,11 +35,14 @@ def find_model(name: str) -> str:
     return str(folder)
 
 
-def unknown_model(name: str, error: Exception) -> ModelError:
-    reason = " ".join(str(error).split())[:300]
-    if not Path(name).is_dir() and not runtime.hub_reachable():
-        reason = f"the hub cannot be reached, and it is no folder; {OFFLINE!r} is here"
-    return ModelError(f"model {name!r} could not be loaded: {reason}")
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    known = Path(name).is_dir() or name == OFFLINE or runtime.hub_reachable()
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:400] if known else NO_HUB
+        raise ModelError(f"model {name!r} could not be loaded: {reason}") from error
 
 
 def convert_offline_model(folder: Path) -> None:
@@ -75,28 +82,28 @@ def resolve_weights(weights: str) -> str:
 def options(config: RunConfig) -> dict[str, Any]:
     """Returns the arguments of `load_model` that a config decides."""
     names = {"engine", "weights", "double_quant", "dtype", "max_length"}
-    return config.model_dump(include=names | {"template", "pad_token"})
+    return config.model_dump(include=names | TOKENIZER)
 
 
 def load_tokenizer(
-    name: str, *, template: str = "own", pad_token: str | None = None
+    name: str, *, trust_remote_code: bool = False, **preparation: Any
 ) -> Tokenizer:
     """Returns a model's tokenizer, ready to train with.
 
     Args:
         name: hub id, folder, or `smollm2-135m-offline`.
-        template, pad_token: as for `masking.prepare_tokenizer`.
+        trust_remote_code: run Python code that the model brings.
+        preparation: as for `masking.prepare_tokenizer`.
 
     Raises:
         ModelError: there is no such model, or the hub cannot be reached.
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(find_model(name))
-    except (OSError, ValueError) as error:
-        raise unknown_model(name, error) from error
-    prepare_tokenizer(tokenizer, template, pad_token)
+    trust: Any = {"trust_remote_code": trust_remote_code}
+    with loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(find_model(name), **trust)
+    prepare_tokenizer(tokenizer, **preparation)
     return tokenizer
 
 
@@ -108,14 +115,13 @@ def load_model(
     double_quant: bool = True,
     dtype: str = "auto",
     max_length: int = 1024,
-    template: str = "own",
-    pad_token: str | None = None,
     adapter: str | Path | None = None,
+    **more: Any,
 ) -> tuple[Model, Tokenizer]:
     """Returns a base model, frozen, and its tokenizer.
 
     Args:
-        name, template, pad_token: as for `load_tokenizer`.
+        name, more: as for `load_tokenizer`.
         engine: `auto`, `unsloth` or `transformers`.
         weights: `auto`, `4bit` (NF4), `8bit` or `16bit` (fp32 on a CPU).
         double_quant: with `4bit`, quantise the scales too.
@@ -137,6 +143,7 @@ def load_model(
     machine = runtime.find_machine()
     arithmetic, _ = runtime.choose_dtype(machine, dtype)
     arguments: dict[str, Any] = {"dtype": arithmetic}
+    arguments["trust_remote_code"] = more.get("trust_remote_code", False)
     bits = {f"load_in_{weights}": True} if weights != "16bit" else {}
     if weights == "4bit":
         bits["bnb_4bit_use_double_quant"] = double_quant
@@ -150,15 +157,13 @@ def load_model(
         # else a hub name stands for Unsloth's copy, made with double_quant
         arguments["use_exact_model_name"] = not double_quant
         arguments["max_seq_length"] = max_length
-    try:
+    with loading(name):
         model = Loader.from_pretrained(find_model(name), **arguments)
-    except (OSError, ValueError) as error:
-        raise unknown_model(name, error) from error
     model = model[0] if engine == "unsloth" else model
     loaded = model.config.to_dict().get("quantization_config", {})
     if not bits.items() <= loaded.items():
         raise ModelError(f"{engine} cannot load {weights=} with {double_quant=} here")
-    tokenizer = load_tokenizer(name, template=template, pad_token=pad_token)
+    tokenizer = load_tokenizer(name, **more)
     rows = model.get_input_embeddings().weight.shape[0]
     if max(tokenizer.get_vocab().values()) >= rows:
         raise ModelError(f"{name} has more tokens than rows of its embedding, {rows}")
@@ -192,7 +197,8 @@ def load_adapter(
     if not unsloth and getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, False)
     set_seed(seed)
-    tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    with loading(str(adapter)):
+        tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     set_adapter_weights(tuned, adapter)
     if unsloth and runtime.find_machine().device == "cuda":
         from unsloth import FastLanguageModel
