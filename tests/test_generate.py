@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -16,7 +15,8 @@ from transformers import LlamaConfig, set_seed
 from helpers import files
 from helpers.data.formats import Messages, ask
 from helpers.errors import DataError
-from helpers.inference import cpu, generation, items
+from helpers.inference import generation, items
+from helpers.inference.decoder import set_attention
 from helpers.models import load as models
 from helpers.runs import Run
 from tests.rows import turns, write
@@ -41,48 +41,29 @@ def test_batched_answers_equal_single_ones_in_the_prompts_order(tiny: Any) -> No
 def test_a_batch_that_does_not_fit_is_halved(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, sizes = cpu.decode, []
+    whole, sizes = tiny[0].generate, []
 
-    def small(model: Any, rows: list[list[int]], *limits: Any) -> Any:
-        sizes.append(len(rows))
+    def small(**arguments: Any) -> Any:
+        sizes.append(len(arguments["input_ids"]))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return whole(model, rows, *limits)
+        return whole(**arguments)
 
     prompts = [f"{n} and" for n in range(5)]
     expected = generation.generate(*tiny, prompts, max_new_tokens=2)
-    monkeypatch.setattr(cpu, "decode", small)
+    monkeypatch.setattr(tiny[0], "generate", small)
     assert generation.generate(*tiny, prompts, max_new_tokens=2) == expected
     assert sizes == [5, 2, 2, 1]
-
-
-def test_a_cpus_answers_are_those_of_transformers_generate(tiny: Any) -> None:
-    texts = [f"One begin, then {'more ' * n}" for n in range(4)]
-    model, limit = copy.deepcopy(tiny[0]), 40
-    for parameter in model.parameters():  # else every answer is one token repeated
-        parameter.data *= 4
-    prompts, rows = [tiny[1](text)["input_ids"] for text in texts], []
-    options: Any = {"do_sample": False, "max_new_tokens": limit}
-    for ids in prompts:
-        output = model.generate(torch.tensor([ids]), eos_token_id=[], **options)
-        rows.append(output[0, len(ids) :].tolist())
-    stops = [rows[1][3], rows[2][20]]  # so that rows end apart and are dropped
-    ends = [next((n for n, t in enumerate(r, 1) if t in stops), limit) for r in rows]
-    with torch.no_grad():
-        answers = cpu.decode(model, prompts, limit, stops)
-    assert len({*ends}) > 2
-    cut = [row[:end] for row, end in zip(answers, ends, strict=True)]
-    assert cut == [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
 def test_packed_rows_attend_as_under_sdpa(tiny: Any) -> None:
     form = {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 10]]), "use_cache": False}
     form["position_ids"] = torch.tensor([[0, 1, 0, 1, 2, 0]])
     with torch.no_grad():
-        ours = tiny[0](**form).logits
-        tiny[0].set_attn_implementation("sdpa")
         theirs = tiny[0](**form).logits
-    tiny[0].set_attn_implementation(cpu.ATTENTION)
+        set_attention(tiny[0])
+        ours = tiny[0](**form).logits
+    tiny[0].set_attn_implementation("sdpa")
     assert not ours.equal(theirs)
     torch.testing.assert_close(ours, theirs)
 

@@ -29,7 +29,7 @@ BOUNDS = {
 # A package may import from those left of it, never from those right of it. Names with
 # a dot are modules that stand elsewhere than their package.
 ORDER = """errors files runtime config recipes runs grpo.answers data
-    masking estimate inference.cpu inference.generation models inference grpo.rewards
+    masking estimate inference.generation models inference grpo.rewards
     checks evaluation training grpo llm_judge export stages widgets
     __main__""".split()
 

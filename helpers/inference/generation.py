@@ -66,8 +66,6 @@ def generate_batches(
     """Yields each batch's answers by their prompts' indices, longest prompts first."""
     import torch
 
-    from helpers.inference import cpu
-
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     drawing = dict(sampling or {})
@@ -75,7 +73,6 @@ def generate_batches(
     options = decoding(tokenizer, drawing)
     options |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
     stops = options["eos_token_id"]
-    fast = not (options["do_sample"] or streamer) and cpu.can_decode(model)
     while order:
         longest = len(encoded[order[0]]) + max_new_tokens
         size = batch_size or fitting_rows(model.config, longest, model.device.type)
@@ -84,18 +81,14 @@ def generate_batches(
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
         try:
             with inference(model):
-                if fast:
-                    form = rows["input_ids"], max_new_tokens, stops
-                    outputs = cpu.decode(model, *form)
-                else:
-                    output = model.generate(**inputs.to(model.device), **options)
-                    outputs = output[:, inputs["input_ids"].shape[1] :].tolist()
+                output = model.generate(**inputs.to(model.device), **options)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             batch_size = len(batch) // 2
             continue
         order = order[size:]
+        outputs = output[:, inputs["input_ids"].shape[1] :].tolist()
         answers = [cut_answer(tokenizer, ids, stops) for ids in outputs]
         yield dict(zip(batch, answers, strict=True))
 
@@ -161,14 +154,15 @@ def stream_answer(
 
 def fitting_rows(config: Any, tokens: int, device: str) -> int:
     """Returns the rows of so many tokens to answer at once: the same on any GPU."""
-    most, size = (256, 2) if device == "cuda" else (128, 4)  # bytes of a number
+    if device != "cuda":
+        return 32
     numbers = config.get_text_config()
     heads = numbers.num_attention_heads
     width = getattr(numbers, "head_dim", None) or numbers.hidden_size // heads
     width *= getattr(numbers, "num_key_value_heads", None) or heads
-    row_bytes = 2 * size * numbers.num_hidden_layers * width * tokens
+    row_bytes = 2 * 2 * numbers.num_hidden_layers * width * tokens
     # 2 GiB beside the weights; long batches wait for their longest answer
-    return max(1, min(most, 2 * 2**30 // row_bytes))
+    return max(1, min(256, 2 * 2**30 // row_bytes))
 
 
 def encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:

@@ -21,8 +21,7 @@ from helpers import runtime
 from helpers.config import RunConfig, complete, defaults
 from helpers.errors import ConfigError
 from helpers.files import write_json
-from helpers.inference.cpu import grouped_attention
-from helpers.inference.decoder import Decoder, Ids
+from helpers.inference.decoder import Decoder, Ids, grouped_attention
 from helpers.inference.generation import Answer, cut_answer, encode
 from helpers.masking.templates import stop_token_ids
 from helpers.runs import Run

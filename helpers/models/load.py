@@ -133,8 +133,6 @@ def load_model(
         from transformers import AutoModelForCausalLM as Loader
     from transformers import BitsAndBytesConfig
 
-    from helpers.inference import cpu
-
     runtime.free_memory()  # of models that are no longer in use
     machine = runtime.find_machine()
     arithmetic, _ = runtime.choose_dtype(machine, dtype)
@@ -172,8 +170,6 @@ def load_model(
     model.generation_config.eos_token_id = stop_token_ids(tokenizer)
     model.generation_config.max_length = None  # callers give max_new_tokens
     model.requires_grad_(False)
-    if machine.device == "cpu" and engine == "transformers":
-        cpu.set_attention(model)
     if adapter is not None:
         model = load_adapter(model, adapter, engine=engine)
     return model, tokenizer
