@@ -16,6 +16,7 @@ from helpers import files
 from helpers.data.formats import Messages, ask
 from helpers.errors import DataError
 from helpers.inference import generation, items
+from helpers.inference.decoder import set_attention
 from helpers.models import load as models
 from helpers.runs import Run
 from tests.rows import turns, write
@@ -53,6 +54,18 @@ def test_a_batch_that_does_not_fit_is_halved(
     monkeypatch.setattr(tiny[0], "generate", small)
     assert generation.generate(*tiny, prompts, max_new_tokens=2) == expected
     assert sizes == [5, 2, 2, 1]
+
+
+def test_packed_rows_attend_as_under_sdpa(tiny: Any) -> None:
+    form = {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 10]]), "use_cache": False}
+    form["position_ids"] = torch.tensor([[0, 1, 0, 1, 2, 0]])
+    with torch.no_grad():
+        theirs = tiny[0](**form).logits
+        set_attention(tiny[0])
+        ours = tiny[0](**form).logits
+    tiny[0].set_attn_implementation("sdpa")
+    assert not ours.equal(theirs)
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(16, 256), (512, 8), (100_000, 1)])

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor, nn
+from torch import nn
 from transformers import AttentionInterface
 
 from helpers import runtime
 from helpers.config import RunConfig, complete, defaults
 from helpers.errors import ConfigError
 from helpers.files import write_json
-from helpers.inference.decoder import Decoder, Ids
+from helpers.inference.decoder import Decoder, Ids, grouped_attention
 from helpers.inference.generation import Answer, cut_answer, encode
 from helpers.masking.templates import stop_token_ids
 from helpers.runs import Run
@@ -191,21 +191,3 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, list[Any]]:
             fused.weight = norm.weight
             net.set_submodule(name, fused)
     return net.to(model.device).eval(), merged
-
-
-def grouped_attention(
-    _: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any
-) -> tuple[Tensor, None]:
-    """Returns attention of shape (batch, length, heads, width), and no weights.
-
-    Heads that share keys are one matrix product, where SDPA would repeat the keys.
-    """
-    batch, heads, length, width = query.shape
-    kv_heads, seen = key.shape[1], mask.shape[-1]
-    key, value = key[:, :, :seen], value[:, :, :seen]
-    grouped = (query * options["scaling"]).reshape(batch, kv_heads, -1, width)
-    scores = (grouped @ key.transpose(2, 3)).view(batch, heads, length, seen)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    mixed = weights.view(batch, kv_heads, -1, seen) @ value
-    return mixed.view(batch, heads, length, width).transpose(1, 2), None

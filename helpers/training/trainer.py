@@ -22,6 +22,7 @@ from helpers.data import preparation as data
 from helpers.data.formats import ask
 from helpers.errors import ConfigError, TrainingError
 from helpers.files import read_json, stream_rows, write_json
+from helpers.inference.decoder import set_attention
 from helpers.inference.generation import encode
 from helpers.masking import dataset
 from helpers.models import adapters, load
@@ -59,6 +60,7 @@ def attach_lora(
     }
     options = run.config.model_dump(include={"engine", "seed"})
     recompute = complete(run.config, stage)["gradient_checkpointing"]
+    set_attention(model)
     return adapters.add_lora(model, values, checkpointing=recompute, **options)
 
 
