@@ -139,9 +139,8 @@ def start(engine: str | None = None) -> None:
     library.handlers = [logging.StreamHandler(sys.stdout)]
     library.setLevel(logging.INFO)
     library.propagate = False  # Colab's root logger would show it a second time
-    with suppress(ValueError):  # no JSON: whoever opens the run says so
-        path = runs_folder() / (current_run() or "none") / "config.json"
-        engine = engine or read_json(path).get("engine")
+    path = runs_folder() / (current_run() or "none") / "config.json"
+    engine = engine or read_json(path).get("engine")
     with suppress(ModelError):  # not installed: whoever loads a model says so
         if resolve_engine(engine or "auto") == "unsloth":
             # it patches TRL, PEFT and transformers, so it comes before them

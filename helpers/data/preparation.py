@@ -229,7 +229,11 @@ def ensure_data(run: Run) -> Path:
     changed = [path for path in new if old.get(path, new[path]) != new[path]]
     if known["made_from"] != origin["made_from"]:
         changed = ["its settings"]
-    if not all((folder / f"{n}.jsonl").exists() for n in parts_of(run.config.data)):
+    parts = known.get("fingerprints", {})  # without one, the report lost it
+    if not all(
+        n in parts and (folder / f"{n}.jsonl").exists()
+        for n in parts_of(run.config.data)
+    ):
         changed = ["a part is missing (notebook 01_data_prep makes it)"]
     if changed:
         log.info("%s is prepared now; changed: %s", folder, ", ".join(changed))

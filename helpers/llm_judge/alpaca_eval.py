@@ -19,7 +19,7 @@ from helpers.files import write_json
 from helpers.inference.items import find_adapters
 from helpers.llm_judge.judge import UNJUDGED, Judge, add_result
 from helpers.llm_judge.mt_bench import load_answering
-from helpers.runs import Run
+from helpers.runs import Run, writes
 
 # the answers that AlpacaEval 2 compares with; they hold the instructions
 BASELINE = ("tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json")
@@ -55,6 +55,7 @@ def annotate(
     return json.loads(process.stdout.splitlines()[-1])
 
 
+@writes
 def run_alpaca_eval(
     run: Run,
     judge: Judge | None,

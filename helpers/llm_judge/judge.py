@@ -18,7 +18,7 @@ from typing import Any
 
 from helpers.data.formats import Messages, Row
 from helpers.errors import DataError, JudgeError
-from helpers.files import read_rows, write_rows
+from helpers.files import stream_rows, write_rows
 from helpers.runs import Run
 
 UNJUDGED = "No judge configured: answers were saved but not scored. Name one by "
@@ -161,7 +161,7 @@ def read_fastchat(folder: Path | None) -> tuple[list[Row], dict[int, Any], Row]:
     parts = []
     for name, columns in FASTCHAT.items():
         try:
-            rows = read_rows(folder / name)
+            rows = [*stream_rows(folder / name)]
             parts.append([{column: row[column] for column in columns} for row in rows])
         except (OSError, ValueError, LookupError, TypeError) as error:
             message = f"{folder / name}: expected JSON lines with {', '.join(columns)}"
