@@ -31,6 +31,9 @@ def disk_space(folder: Path, need_gb: float | None = None) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if not re.search(FULL, str(error)):
             raise
+        for path in folder.glob("**/checkpoint-*"):
+            if not (path / "trainer_state.json").exists():  # it was written to half
+                shutil.rmtree(path)
         need = f", {need_gb:.2g} GB needed" if need_gb else ""
         text = f"{shutil.disk_usage(folder).free / 1e9:.2g} GB free{need}; make room"
         raise TunebookError(f"no space left for {folder}: {text}") from error

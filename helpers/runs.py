@@ -63,7 +63,7 @@ class Run(NamedTuple):
             raise MissingInput(f"{path} is missing: run the {notebook} notebook first")
         part = self.report().get("data", {}) if notebook == "data" else {}
         digest = part.get("fingerprints", {}).get(path.stem)
-        if digest not in (None, hash_file(path)[:12]):
+        if digest and digest != hash_file(path)[:12]:
             text = f"{path} has {path.read_bytes().count(10)} rows, not the "
             text += f"{part[path.stem]} written: move it away to prepare the data again"
             raise DataError(text)

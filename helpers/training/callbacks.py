@@ -28,7 +28,8 @@ def last_checkpoint(folder: Path) -> str | None:
     made_from = read_json(folder.with_name(NOTE)).get("fingerprint")
     for path in map(Path, reversed(sort_checkpoints(str(folder)))):
         state = path / "trainer_state.json"  # it is written last
-        note = read_json(state)["stateful_callbacks"] if is_whole(state) else {}
+        note = read_json(state) if is_whole(state) else {}
+        note = note.get("stateful_callbacks", {})
         files = [[*path.glob(p)] or [path / p] for p in note.get("parts", [])]
         damaged = [f.name for f in chain(*files) if not is_whole(f)]
         faults = [f"{name} is missing or damaged" for name in damaged]
