@@ -234,7 +234,7 @@ def test_damaged_rows_are_set_aside_and_whole_ones_stay(
     path, text = tmp_path / "test.jsonl", '{"id": 1}\n{"id": \n{"id": 3}\n{"id"'
     path.write_text(text)
     assert files.read_rows(path) == files.read_rows(path) == [{"id": 1}, {"id": 3}]
-    assert "2 rows are left, all are in" in caplog.text
+    assert "2 rows stay, all are in" in caplog.text
     assert (tmp_path / "test.jsonl.damaged-1").read_text() == text
 
 

@@ -28,11 +28,10 @@ def last_checkpoint(folder: Path) -> str | None:
     made_from = read_json(folder.with_name(NOTE)).get("fingerprint")
     for path in map(Path, reversed(sort_checkpoints(str(folder)))):
         state = path / "trainer_state.json"  # it is written last
-        note = read_json(state) if is_whole(state) else {}
-        note = note.get("stateful_callbacks", {})
+        values = read_json(state) if is_whole(state) else {}
+        note = values.get("stateful_callbacks", {})
         files = [[*path.glob(p)] or [path / p] for p in note.get("parts", [])]
-        damaged = [f.name for f in chain(*files) if not is_whole(f)]
-        faults = [f"{name} is missing or damaged" for name in damaged]
+        faults = [f"no whole {f.name}" for f in chain(*files) if not is_whole(f)]
         if note.get("made_from", "") != made_from:
             faults = ["it was not finished, or is of other settings"]
         if not faults:
@@ -42,9 +41,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 class Watch(TrainerCallback):
-    """Logs `seconds` and `skipped_steps` of all sessions; saves by the clock.
-
-    Checkpoints carry the fingerprint of the stage in `folder`.
+    """Logs `seconds` and `skipped_steps`; saves by the clock, with the stage's inputs.
 
     Raises:
         TrainingError: a gradient is not finite (it takes no step), or no folder left.
