@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from helpers import recipes
+from helpers import files, recipes
 from helpers.config import RunConfig, changed, read_config
 from helpers.errors import DataError, MissingInput, TunebookError
-from helpers.files import disk_space, hash_file, read_json, write_json, write_lines
+from helpers.files import disk_space, read_json, write_json, write_lines
 from helpers.runtime import current_run, find_machine, hub_reachable, runs_folder
 
 log = logging.getLogger(__name__)
@@ -61,9 +61,11 @@ class Run(NamedTuple):
         path, (notebook, *_) = self.path / relative, Path(relative).parts
         if not path.exists():
             raise MissingInput(f"{path} is missing: run the {notebook} notebook first")
+        if not all(map(files.is_whole, path.glob("*.safetensors"))):
+            raise MissingInput(f"{path} is damaged: train {path.parent.name} again")
         part = self.report().get("data", {}) if notebook == "data" else {}
         digest = part.get("fingerprints", {}).get(path.stem)
-        if digest and digest != hash_file(path)[:12]:
+        if digest and digest != files.hash_file(path)[:12]:
             text = f"{path} has {path.read_bytes().count(10)} rows, not the "
             text += f"{part[path.stem]} written: move it away to prepare the data again"
             raise DataError(text)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from helpers import files, recipes, runs, runtime
 from helpers.config import changed
@@ -278,3 +279,11 @@ def test_what_is_set_aside_overwrites_nothing_though_names_have_gaps(
     (tmp_path / "sft").mkdir()
     assert files.set_aside(tmp_path / "sft", "before").name == "sft.before-12"
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_damaged_adapter_is_named_before_a_model_is_loaded(run: Run) -> None:
+    file = run.path / "sft" / "adapter" / "adapter_model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(save({"lora": torch.ones(9)})[:-4])
+    with pytest.raises(MissingInput, match="sft/adapter is damaged: train sft again"):
+        evaluator.evaluate_run(run, ["sft"])
