@@ -36,7 +36,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a fork takes no threads along
 
 from helpers import checks, export, files, recipes, runs, stages  # noqa: E402
 from helpers.config import RunConfig, changed  # noqa: E402
-from helpers.data import load_rows, preparation  # noqa: E402
+from helpers.data import preparation  # noqa: E402
 from helpers.errors import TunebookError  # noqa: E402
 from helpers.evaluation import evaluator  # noqa: E402
 from helpers.inference import items  # noqa: E402
@@ -338,7 +338,7 @@ def use_input(field: str, value: Any, config: RunConfig) -> str:
     if field == "file":
         path = runs.runs_folder() / value
         path.write_bytes(FILES[value])
-        load_rows(str(path))
+        preparation.prepare(runs.save_run(changed(config, data__train=[str(path)])))
         return ""
     if field == "out":
         path = runs.runs_folder() / "prompts.jsonl"
@@ -351,6 +351,7 @@ def use_input(field: str, value: Any, config: RunConfig) -> str:
     advice = checks.advise(run.config, rows=24)
     checks.require(advice)
     preparation.ensure_data(run)
+    load_tokenizer(run.config.model)
     return "; ".join(a.text for a in advice if field.split("__")[-1] in a.field)
 
 
