@@ -162,8 +162,8 @@ def perform(action: Callable[[], Any]) -> Row:
     return row | {"log": "\n".join(lines)}
 
 
-def make_bases(home: Path) -> None:
-    """Makes the runs that cases start from: nothing, data alone, SFT as well."""
+def make_bases(home: Path, scenes: list[str]) -> None:
+    """Makes the runs that cases start from: nothing, then what each scene adds."""
     tokenizer = load_tokenizer("smollm2-135m-offline")
     model = save_tiny_model(
         "Llama", tokenizer, home / "model", max_position_embeddings=2048
@@ -171,11 +171,11 @@ def make_bases(home: Path) -> None:
     os.environ["TUNEBOOK_RUNS"] = str(home / "runs")
     small = changed(recipes.load("smoke"), name="base", model=str(model), **SMALL)
     run = runs.save_run(small)
-    for name, call in (("", None), ("data", "data"), ("sft", "sft")):
-        if call:
-            row = run_apart(lambda call=call: bool(SCENES[call][2](run)))
-            assert row and not row["error"], row
-        shutil.copytree(run.path, home / "runs" / f"with-{name}")
+    shutil.copytree(run.path, home / "runs" / "with-")
+    for scene in scenes:
+        row = run_apart(lambda scene=scene: bool(SCENES[scene][2](run)))
+        assert row and not row["error"], row
+        shutil.copytree(run.path, home / "runs" / f"with-{scene}")
 
 
 def copy_run(base: str, name: str) -> str:
@@ -424,7 +424,7 @@ def main() -> None:
     if options.only in SCENES:
         rows = [r for r in rows if (r["table"], r["case"]) != ("kills", options.only)]
     with tempfile.TemporaryDirectory() as home:
-        make_bases(Path(home))
+        make_bases(Path(home), ["data", "sft"][: 1 + (options.only != "bad_inputs")])
         for table, part in cases.items():
             rows += TABLES[table](part)
     report = summarise(rows)

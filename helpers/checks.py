@@ -57,6 +57,7 @@ SILENT: list[tuple[str, Callable[[Any], bool], str]] = [
     (POSITIVE, lambda x: type(x) in (int, float) and 0 < x < math.inf, "more than 0"),
     ("beta weight_decay", lambda x: 0 <= x < math.inf, "0 or more"),
     ("max_steps", bool, "more than 0, or -1 to go by num_train_epochs"),
+    ("top_p", lambda x: x is None or type(x) is not str and 0 <= x <= 1, "0 to 1"),
     ("lora_dropout", lambda x: 0 <= x < 1, "0 to less than 1"),
     ("lora_alpha", lambda x: x > 0, "more than 0: else nothing would be learnt"),
     ("inference_mode", lambda x: not x, "false: no parameter would be trained"),

@@ -105,6 +105,8 @@ def test_errors_come_first_and_are_raised_together(demo: RunConfig) -> None:
         ("inference.temperature", "hot", "found 'hot'; expected more than 0"),
         ("lora.lora_alpha", 0, "found 0; expected more than 0"),
         ("lora.lora_alpha", -16, "found -16; expected more than 0"),
+        ("inference.top_p", 2.0, "found 2.0; expected 0 to 1"),
+        ("inference.top_p", "x", "found 'x'; expected 0 to 1"),
         ("grpo.beta", -1, "found -1; expected 0 or more"),
         ("sft.weight_decay", -0.1, "expected 0 or more"),
         ("max_length", 10**9, "1000000000 tokens in a row, the model has 8192"),
