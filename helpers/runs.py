@@ -108,9 +108,8 @@ def open_run(name: str | None = None) -> Run:
     folder = runs_folder() / name
     if name in recipes.NAMES and not folder.exists():
         return save_run(recipes.load(name))
-    read_json(folder / "config.json")  # sets a damaged one aside
-    config = read_config(folder / "config.json")
-    return Run(folder, changed(config, name=folder.name))  # it may be a copy
+    read_json(folder / "config.json")  # sets a damaged one aside; a copy is renamed
+    return Run(folder, changed(read_config(folder / "config.json"), name=folder.name))
 
 
 @contextmanager

@@ -43,8 +43,7 @@ def last_checkpoint(folder: Path) -> str | None:
 class Watch(TrainerCallback):
     """Logs `seconds` and `skipped_steps`; saves by the clock, with the stage's inputs.
 
-    Raises:
-        TrainingError: a gradient is not finite (it takes no step), or no folder left.
+    TrainingError: a gradient is not finite (it takes no step), or the folder is gone.
     """
 
     in_a_row, reason = 0, ""
