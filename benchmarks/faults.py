@@ -157,7 +157,8 @@ def perform(action: Callable[[], Any]) -> Row:
     try:
         row["result"] = action()
     except (Exception, SystemExit) as error:
-        row |= {"error": f"{type(error).__name__}: {error}"[:400]}
+        text = f"{type(error).__name__}: {error}"[:400]
+        row["error"] = text.replace(f"{runs.runs_folder().parent}/", "")
         row["is_ours"] = isinstance(error, (TunebookError, SystemExit))
     return row | {"log": "\n".join(lines)}
 
