@@ -53,9 +53,11 @@ POSITIVE = "learning_rate num_train_epochs max_completion_length temperature "
 POSITIVE += "per_device_train_batch_size gradient_accumulation_steps"
 SILENT: list[tuple[str, Callable[[Any], bool], str]] = [
     (POSITIVE, lambda x: type(x) in (int, float) and 0 < x < math.inf, "more than 0"),
+    ("beta weight_decay", lambda x: 0 <= x < math.inf, "0 or more"),
     ("max_steps", bool, "more than 0, or -1 to go by num_train_epochs"),
+    ("top_p", lambda x: x is None or type(x) is not str and 0 <= x <= 1, "0 to 1"),
     ("lora_dropout", lambda x: 0 <= x < 1, "0 to less than 1"),
-    ("lora_alpha", bool, "other than 0: nothing would be learnt"),
+    ("lora_alpha", lambda x: x > 0, "more than 0: else nothing would be learnt"),
     ("inference_mode", lambda x: not x, "false: no parameter would be trained"),
     ("task_type", lambda x: x in (None, "CAUSAL_LM"), "CAUSAL_LM, the only task here"),
 ]

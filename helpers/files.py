@@ -1,16 +1,60 @@
-"""Files written whole or not at all, JSON and JSON lines, and hashes of contents."""
+"""Files written whole or not at all, what is damaged set aside, and hashes."""
 
 import hashlib
 import json
+import logging
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
+from safetensors import SafetensorError, safe_open
+
+from helpers.errors import TunebookError
+
+log = logging.getLogger(__name__)
 CONTENT = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
+FULL = "No space left|quota exceeded|File too large|file write failed"  # torch's
+
+
+@contextmanager
+def disk_space(folder: Path, need_gb: float | None = None) -> Iterator[None]:
+    """Raises TunebookError for a full disk, with what is free and what is needed."""
+    try:
+        yield
+    except Exception as error:  # tokenizers and safetensors have classes of their own
+        if not re.search(FULL, str(error)):
+            raise
+        for path in folder.glob("**/checkpoint-*"):
+            if not (path / "trainer_state.json").exists():  # it was written to half
+                shutil.rmtree(path)
+        need = f", {need_gb:.2g} GB needed" if need_gb else ""
+        text = f"{shutil.disk_usage(folder).free / 1e9:.2g} GB free{need}; make room"
+        raise TunebookError(f"no space left for {folder}: {text}") from error
+
+
+def set_aside(path: Path, mark: str) -> Path:
+    """Renames a file or folder to `<name>.<mark>-<number>`; returns the new path."""
+    former = [p.name[p.name.rindex("-") + 1 :] for p in path.parent.glob(f"*.{mark}-*")]
+    number = 1 + max(map(int, filter(str.isdigit, former)), default=0)
+    return path.rename(path.with_name(f"{path.name}.{mark}-{number}"))
+
+
+def is_whole(path: Path) -> bool:
+    """Returns whether JSON, safetensors or what torch saved can be read to its end."""
+    with suppress(OSError, ValueError, SafetensorError, BadZipFile):
+        if path.suffix == ".json":
+            return json.loads(path.read_text("utf-8")) is not None
+        if path.suffix == ".safetensors":
+            return safe_open(path, "np") is not None
+        return ZipFile(path).testzip() is None
+    return False
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -43,8 +87,13 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the content of a JSON file, empty when there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Returns a file's content, empty without one; TunebookError if it is damaged."""
+    with suppress(json.JSONDecodeError, UnicodeDecodeError):
+        values = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        if isinstance(values, dict):
+            return values
+    text = f"{path} is damaged and now named {set_aside(path, 'damaged').name}: mend it"
+    raise TunebookError(f"{text} and name it {path.name} again, or go on without it")
 
 
 def fingerprint(*values: Any) -> str:
@@ -59,12 +108,15 @@ def content_hash(path: Path | str | None) -> str:
     if path is None or not folder.is_dir():
         return str(path)
     files = sorted(f for f in folder.iterdir() if f.suffix in CONTENT and f.is_file())
-    stats = [(f, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return fingerprint([(path.name, hash_file(path, *stat)) for path, *stat in stats])
+    return fingerprint([(file.name, hash_file(file)) for file in files])
+
+
+def hash_file(path: Path) -> str:
+    return hash_version(path, path.stat().st_size, path.stat().st_mtime_ns)
 
 
 @cache
-def hash_file(path: Path, size: int, modified_ns: int) -> str:
+def hash_version(path: Path, size: int, modified_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -73,9 +125,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> tuple[int, str]:
     """Writes rows as JSON lines, whole or not at all; returns number, fingerprint."""
     write_lines(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        file.seek(0)
-        return sum(1 for _ in file), digest.hexdigest()[:12]
+        return sum(1 for _ in file), hash_file(path)[:12]
 
 
 def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -84,4 +134,14 @@ def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    return list(stream_rows(path))
+    """Returns the rows of a file; lines that are damaged stay in a copy set aside."""
+    text, rows = path.read_text("utf-8", errors="replace"), list[dict[str, Any]]()
+    lines = [line for line in text.split("\n") if line]
+    for line in lines:
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    if len(rows) < len(lines):
+        aside = set_aside(path, "damaged")
+        write_rows(path, rows)
+        log.warning(f"{path} was damaged: {len(rows)} rows stay, all are in {aside}")
+    return rows

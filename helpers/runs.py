@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from helpers import recipes
-from helpers.config import RunConfig, read_config
-from helpers.errors import MissingInput, TunebookError
-from helpers.files import read_json, write_json, write_lines
+from helpers import files, recipes
+from helpers.config import RunConfig, changed, read_config
+from helpers.errors import DataError, MissingInput, TunebookError
+from helpers.files import disk_space, read_json, write_json, write_lines
 from helpers.runtime import current_run, find_machine, hub_reachable, runs_folder
 
 log = logging.getLogger(__name__)
@@ -57,11 +57,18 @@ class Run(NamedTuple):
     config: RunConfig
 
     def require(self, relative: str) -> Path:
-        """Returns the path of something in the folder, MissingInput without it."""
-        path = self.path / relative
+        """Returns a path in the folder; MissingInput, or DataError for other rows."""
+        path, (notebook, *_) = self.path / relative, Path(relative).parts
         if not path.exists():
-            notebook = path.relative_to(self.path).parts[0]
             raise MissingInput(f"{path} is missing: run the {notebook} notebook first")
+        if not all(map(files.is_whole, path.glob("*.safetensors"))):
+            raise MissingInput(f"{path} is damaged: train {path.parent.name} again")
+        part = self.report().get("data", {}) if notebook == "data" else {}
+        digest = part.get("fingerprints", {}).get(path.stem)
+        if digest and digest != files.hash_file(path)[:12]:
+            text = f"{path} has {path.read_bytes().count(10)} rows, not the "
+            text += f"{part[path.stem]} written: move it away to prepare the data again"
+            raise DataError(text)
         return path
 
     def report(self, **changes: Any) -> dict[str, Any]:
@@ -82,9 +89,10 @@ class Run(NamedTuple):
 def save_run(config: RunConfig) -> Run:
     """Returns the run of a config: written to its folder, and now the current one."""
     run = Run(runs_folder() / config.name, config)
-    write_json(run.path / "config.json", config.model_dump(mode="json"))
-    write_lines(runs_folder() / "current", [config.name])
-    run.write_part("run", config.model_dump(include={"name", "recipe", "model"}))
+    with hold(run):
+        write_json(run.path / "config.json", config.model_dump(mode="json"))
+        write_lines(runs_folder() / "current", [config.name])
+        run.write_part("run", config.model_dump(include={"name", "recipe", "model"}))
     return run
 
 
@@ -100,16 +108,13 @@ def open_run(name: str | None = None) -> Run:
     folder = runs_folder() / name
     if name in recipes.NAMES and not folder.exists():
         return save_run(recipes.load(name))
-    return Run(folder, read_config(folder / "config.json"))
+    read_json(folder / "config.json")  # sets a damaged one aside; a copy is renamed
+    return Run(folder, changed(read_config(folder / "config.json"), name=folder.name))
 
 
 @contextmanager
 def hold(run: Run) -> Iterator[None]:
-    """Keeps other processes from writing to a run; again in one process it is held.
-
-    Raises:
-        TunebookError: a process that is alive, here or on another host, writes to it.
-    """
+    """Keeps others from writing to a run; TunebookError if a live process does."""
     path = run.path / "lock.json"
     me = {"host": socket.gethostname(), "pid": os.getpid()}
     holder = find_holder(path)
@@ -135,7 +140,8 @@ def hold(run: Run) -> Iterator[None]:
 
     threading.Thread(target=beat, daemon=True).start()
     try:
-        yield
+        with disk_space(run.path):
+            yield
     finally:
         done.set()
         path.unlink(missing_ok=True)
@@ -147,7 +153,7 @@ def find_holder(path: Path) -> dict[str, Any] | None:
 
     try:
         holder, silent_s = read_json(path), time.time() - path.stat().st_mtime
-    except (FileNotFoundError, json.JSONDecodeError):  # none, or written to half
+    except FileNotFoundError:
         return None
     here = holder["host"] == socket.gethostname()
     if silent_s < SILENT_S and (not here or psutil.pid_exists(holder["pid"])):
@@ -157,12 +163,12 @@ def find_holder(path: Path) -> dict[str, Any] | None:
 
 
 def writes(function: Callable[P, T]) -> Callable[P, T]:
-    """Has a function hold the run among its arguments while it works."""
+    """Has a function hold the last run among its arguments while it works."""
 
     @wraps(function)
     def held(*arguments: P.args, **options: P.kwargs) -> T:
         values = [*arguments, *options.values()]
-        with hold(next(value for value in values if isinstance(value, Run))):
+        with hold([value for value in values if isinstance(value, Run)][-1]):
             return function(*arguments, **options)
 
     return held

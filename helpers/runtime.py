@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers.errors import ConfigError, ModelError, TunebookError
-from helpers.files import read_json
 from helpers.install import ROOT, installed_version
 
 log = logging.getLogger(__name__)
@@ -176,9 +175,9 @@ def start(engine: str | None = None) -> None:
     library.handlers = [logging.StreamHandler(sys.stdout)]
     library.setLevel(logging.INFO)
     library.propagate = False  # Colab's root logger would show it a second time
-    with suppress(ValueError):  # no JSON: whoever opens the run says so
-        path = runs_folder() / (current_run() or "none") / "config.json"
-        engine = engine or read_json(path).get("engine")
+    path = runs_folder() / (current_run() or "none") / "config.json"
+    with suppress(OSError, ValueError):  # whoever opens the run says so
+        engine = engine or json.loads(path.read_text("utf-8")).get("engine")
     with suppress(ModelError):  # not installed: whoever loads a model says so
         if resolve_engine(engine or "auto") == "unsloth":
             # it patches TRL, PEFT and transformers, so it comes before them

@@ -98,18 +98,6 @@ def test_training_stops_with_a_reason_when_fp16_skips_every_step() -> None:
     assert 70 <= last["seconds"] < 80 and "seconds" not in logs
 
 
-def test_a_checkpoint_cut_short_is_passed_over(
-    tmp_path: Path,
-) -> None:
-    whole = '{{"global_step": {}, "max_steps": 8}}'
-    for step, state in ((2, whole), (4, '{{"global_st'), (6, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state:
-            file = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
-            file.write_text(state.format(step))
-    assert callbacks.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-
-
 def test_losses_are_drawn_though_steps_log_them_in_entries_of_their_own(
     tmp_path: Path,
 ) -> None:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, set_seed
 
 from helpers import files
 from helpers.data.formats import Messages, ask
-from helpers.errors import DataError
+from helpers.errors import ConfigError, DataError
 from helpers.inference import generation, items
 from helpers.inference.decoder import set_attention
 from helpers.models import load as models
@@ -186,6 +186,16 @@ def test_a_file_of_prompts_is_answered_as_each_would_be_alone(
     assert f"3 answers in {out}" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["prompts.jsonl", "mine.txt", "."])
+def test_answers_overwrite_nothing_that_exists(tmp_path: Path, name: str) -> None:
+    file = Path(write(tmp_path / "prompts.jsonl", ["Say one."]))
+    (tmp_path / "mine.txt").write_text("mine")
+    before = file.read_text()
+    with pytest.raises(ConfigError, match="exists: name another file, or move it away"):
+        items.generate_command("m", file=file, out=tmp_path / name)
+    assert file.read_text() == before and (tmp_path / "mine.txt").read_text() == "mine"
+
+
 def test_a_chat_remembers_what_was_said_until_a_new_one(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,4 +218,4 @@ def test_a_chat_remembers_what_was_said_until_a_new_one(
 def test_a_row_that_is_not_a_prompt_is_named_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('"Hello"\nnot json\n')
     with pytest.raises(DataError, match="row 2 is not a prompt: .*broken JSON"):
-        items.generate_command("m", file=tmp_path / "prompts.jsonl", out=tmp_path)
+        items.generate_command("m", file=tmp_path / "prompts.jsonl", out=tmp_path / "a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from helpers import files
+from helpers.errors import MissingInput
 from helpers.inference.generation import Answer
 from helpers.inference.items import answer_rows
 
@@ -81,3 +83,16 @@ def test_other_settings_or_prompts_are_answered_anew(
     again, rows = Adder(), [{**ROWS[0], "prompt": prompt}, *ROWS[1:]]
     answer_rows(path, rows, settings, again, judge)
     assert len(again.prompts) == count and again.prompts[0] == prompt
+
+
+def test_an_evaluation_whose_folder_is_removed_stops_at_once(tmp_path: Path) -> None:
+    folder, again = tmp_path / "run", Adder()
+
+    def generate(prompts: list[Any]) -> Iterator[dict[int, Answer]]:
+        for batch in again(prompts):
+            shutil.rmtree(folder, ignore_errors=True)
+            yield batch
+
+    with pytest.raises(MissingInput, match="a.part.jsonl is gone: start again"):
+        answer_rows(folder / "a.jsonl", ROWS, "s", generate, judge)
+    assert len(again.prompts) == 2 and not folder.exists()

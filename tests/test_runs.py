@@ -15,12 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from helpers import files, recipes, runs, runtime
 from helpers.config import changed
 from helpers.data import preparation
-from helpers.errors import ConfigError, MissingInput, TunebookError
+from helpers.errors import ConfigError, DataError, MissingInput, TunebookError
+from helpers.evaluation import evaluator
+from helpers.llm_judge import alpaca_eval, mt_bench, pairwise
 from helpers.runs import Run
+from helpers.widgets import blind_form
 
 PUBLISHED = sorted((runtime.ROOT / "results").glob("demo_*.json"))
 
@@ -169,8 +173,17 @@ def test_a_run_is_written_to_by_one_process_at_a_time(
     with subprocess.Popen(command, **pipes) as other:
         assert other.stdout.readline() == "held\n"
         fault = f"is written to by process {other.pid} on .*: wait for its end"
-        with pytest.raises(TunebookError, match=fault):
-            preparation.prepare(run)
+        for write in (
+            lambda: preparation.prepare(run),
+            lambda: runs.save_run(run.config),
+            lambda: evaluator.compare(run, "base", "sft"),
+            lambda: pairwise.judge_pairs(run, ("base", "sft"), None),
+            lambda: mt_bench.run_mt_bench(run, None),
+            lambda: alpaca_eval.run_alpaca_eval(run, None, reference=run.path),
+            lambda: blind_form.blind_results(run, ("base", "sft")),
+        ):
+            with pytest.raises(TunebookError, match=fault):
+                write()
         other.kill()
     with runs.hold(run), runs.hold(run):  # a killed one is no hindrance
         assert f"process {other.pid} on {socket.gethostname()} is gone" in caplog.text
@@ -192,3 +205,85 @@ def test_a_lock_of_another_host_is_taken_over_once_it_shows_no_sign_of_life(
     else:
         with runs.hold(run):
             assert files.read_json(lock)["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("name", ["config.json", "report.json", "lock.json"])
+@pytest.mark.parametrize("content", [b"", b'{"run": {', b"\xff\x00", b"[1]"])
+def test_a_damaged_state_file_is_named_and_kept_aside(
+    run: Run, name: str, content: bytes
+) -> None:
+    def use() -> None:
+        with runs.hold(runs.open_run("test")):
+            run.report()
+
+    (run.path / name).write_bytes(content)
+    aside = f"{name}.damaged-1"
+    fault = f"{name} is damaged and now named {aside}: mend it and name it {name} again"
+    with pytest.raises(TunebookError, match=fault):
+        use()
+    assert (run.path / aside).read_bytes() == content
+    if name == "config.json":
+        with pytest.raises(ConfigError, match="no config at .*; run notebook 00_setup"):
+            use()
+        runs.save_run(run.config)
+    use()
+
+
+def test_damaged_rows_are_set_aside_and_whole_ones_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, text = tmp_path / "test.jsonl", '{"id": 1}\n{"id": \n{"id": 3}\n{"id"'
+    path.write_text(text)
+    assert files.read_rows(path) == files.read_rows(path) == [{"id": 1}, {"id": 3}]
+    assert "2 rows stay, all are in" in caplog.text
+    assert (tmp_path / "test.jsonl.damaged-1").read_text() == text
+
+
+def test_rows_that_data_lost_are_noticed_and_prepared_again_once_moved_away(
+    run: Run,
+) -> None:
+    preparation.prepare(run)
+    path = run.require("data/train.jsonl")
+    whole = path.read_text()
+    path.write_text("\n".join(whole.splitlines()[:-2]) + "\n")
+    left, all_ = path.read_text().count("\n"), whole.count("\n")
+    fault = f"train.jsonl has {left} rows, not the {all_} written: move it away to prep"
+    with pytest.raises(DataError, match=fault):
+        run.require("data/train.jsonl")
+    path.rename(run.path / "data" / "mine.jsonl")
+    preparation.ensure_data(run)
+    assert run.require("data/train.jsonl").read_text() == whole
+
+
+def test_data_that_the_report_does_not_know_are_prepared_again(run: Run) -> None:
+    part = preparation.prepare(run)
+    (run.path / "report.json").unlink()  # killed between data and report, say
+    preparation.ensure_data(run)
+    assert run.report()["data"] == part
+
+
+def test_a_copied_run_goes_by_its_folders_name(run: Run) -> None:
+    shutil.copytree(run.path, run.path.with_name("copy"))
+    before = (run.path / "config.json").read_text()
+    copy = runs.open_run("copy")
+    assert (copy.path.name, copy.config.name) == ("copy", "copy")
+    runs.save_run(changed(copy.config, seed=8))
+    assert (run.path / "config.json").read_text() == before
+
+
+def test_what_is_set_aside_overwrites_nothing_though_names_have_gaps(
+    tmp_path: Path,
+) -> None:
+    for number in (2, 11):
+        (tmp_path / f"sft.before-{number}").mkdir()
+    (tmp_path / "sft").mkdir()
+    assert files.set_aside(tmp_path / "sft", "before").name == "sft.before-12"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_damaged_adapter_is_named_before_a_model_is_loaded(run: Run) -> None:
+    file = run.path / "sft" / "adapter" / "adapter_model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(save({"lora": torch.ones(9)})[:-4])
+    with pytest.raises(MissingInput, match="sft/adapter is damaged: train sft again"):
+        evaluator.evaluate_run(run, ["sft"])

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,12 +21,12 @@ from helpers import runtime, stages
 from helpers.config import Stage, changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError, TrainingError
-from helpers.files import read_json, write_json
+from helpers.files import read_json, read_rows, write_json
 from helpers.grpo import rewards
 from helpers.grpo import trainer as grpo
 from helpers.models import adapters
 from helpers.runs import Run
-from helpers.training import inputs
+from helpers.training import callbacks, inputs
 from helpers.training import trainer as train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,12 +110,144 @@ def test_a_killed_sft_goes_on_and_ends_where_it_would_have(
     part = stages.train_stage(prepared, "sft")
     assert re.search("going on from .*checkpoint-4", caplog.text)
     assert part["steps"] == 6
-    for name in ("loss", "eval_loss"):
+    for name in ("loss", "eval_loss", "num_tokens"):
         resumed, whole = losses(prepared, "sft", name), losses(prepared, "whole", name)
         assert [step for step, _ in resumed] == [step for step, _ in whole]
         assert [v for _, v in resumed] == pytest.approx([v for _, v in whole], rel=1e-5)
     seconds = [value for _, value in losses(prepared, "sft", "seconds")]
     assert seconds == sorted(seconds) and part["seconds"] == round(seconds[-1], 1)
+    # transformers' sums are of the last session alone
+    assert losses(prepared, "whole", "train_loss") and not losses(
+        prepared, "sft", "train_loss"
+    )
+    samples = [read_rows(prepared.path / s / "samples.jsonl") for s in ("sft", "whole")]
+    assert samples[0] == samples[1]
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def change_settings(file: Path) -> None:
+    file.write_text(file.read_text().replace('"made_from": "', '"made_from": "0'))
+
+
+DAMAGE = [
+    ("adapter_model.safetensors", cut),
+    ("adapter_model.safetensors", empty),
+    ("adapter_model.safetensors", Path.unlink),
+    ("adapter_config.json", cut),
+    ("optimizer.pt", Path.unlink),
+    ("optimizer.pt", cut),
+    ("optimizer.pt", flip),
+    ("scheduler.pt", empty),
+    ("rng_state.pth", Path.unlink),
+    ("rng_state.pth", cut),
+    ("trainer_state.json", Path.unlink),
+    ("trainer_state.json", cut),
+    ("trainer_state.json", change_settings),
+]
+
+
+def test_a_damaged_or_foreign_checkpoint_is_passed_over_with_a_word(
+    prepared: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    stages.train_stage(prepared, "sft")
+    folder = prepared.path / "sft" / "checkpoints"
+    files = {file: file.read_bytes() for file in (folder / "checkpoint-6").iterdir()}
+    assert callbacks.last_checkpoint(folder) == str(folder / "checkpoint-6")
+    for name, damage in DAMAGE:
+        caplog.clear()
+        damage(folder / "checkpoint-6" / name)
+        assert callbacks.last_checkpoint(folder) == str(folder / "checkpoint-4"), name
+        fault = f"checkpoint-6 is passed over: no whole .*{Path(name).suffix}"
+        if name == "trainer_state.json":
+            fault = "passed over: it was not finished, or is of other settings"
+        assert re.search(fault, caplog.text)
+        for file, content in files.items():
+            file.write_bytes(content)
+    # a run that lost its report goes on from there, to the same end
+    before, whole = adapter(prepared, "sft"), losses(prepared, "sft")
+    (prepared.path / "report.json").unlink()
+    cut(folder / "checkpoint-6" / "optimizer.pt")
+    shutil.rmtree(prepared.path / "sft" / "adapter")
+    (prepared.path / "sft" / "best.json").unlink()
+    stages.train_stage(prepared, "sft")
+    assert re.search("going on from .*checkpoint-4", caplog.text)
+    assert dict(losses(prepared, "sft")) == pytest.approx(dict(whole), rel=1e-5)
+    assert not (prepared.path / "sft.before-1").exists()
+    after = adapter(prepared, "sft")
+    assert all(after[name] == pytest.approx(before[name], abs=1e-6) for name in after)
+
+
+def test_training_stops_at_once_when_its_folder_is_removed(prepared: Run) -> None:
+    class Remove(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1:
+                shutil.rmtree(prepared.path)
+
+    trainer = train.build_sft(prepared, *train.load_for_training(prepared))
+    trainer.add_callback(Remove())
+    with pytest.raises(TrainingError, match="sft is gone: put it back, or start again"):
+        train.fit(trainer, prepared)
+    assert trainer.state.global_step == 2 and not prepared.path.exists()
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, {root!r})
+from helpers import runs, stages
+from helpers.errors import TunebookError
+from helpers.export import formats
+from helpers.grpo import rewards
+from helpers.training import callbacks
+from tests.test_train import length
+
+rewards.REWARDS["length"] = length
+
+def fill():
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
+
+class Full(callbacks.Watch):
+    def on_step_end(self, *_, **__):
+        fill()
+
+run, callbacks.Watch = runs.open_run("test"), Full
+try:
+    if {stage!r} == "export":
+        fill()
+        formats.export(run, "sft", ["adapter"])
+    stages.train_stage(run, {stage!r})
+except TunebookError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(
+    prepared: Run,
+) -> None:
+    def report(stage: str) -> str:
+        script = FULL.format(root=str(ROOT), size=300_000, stage=stage)
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, capture_output=True, text=True).stdout
+
+    free = r"[\d.e+]+ GB free"
+    fault = f"no space left for .*test/sft: {free}, [\\d.e-]+ GB needed; make room"
+    assert re.search(fault, report("sft"))
+    assert [*(prepared.path / "sft" / "checkpoints").glob("checkpoint-*")] == []
+    assert stages.train_stage(prepared, "sft")["steps"] == 6
+    assert re.search(f"no space left for .*test: {free}; make room", report("export"))
+    assert [*(prepared.path / "export").iterdir()] == []
 
 
 def test_a_finished_stage_is_reported_and_a_trainer_of_another_run_refused(
@@ -147,6 +280,7 @@ def test_a_killed_grpo_goes_on_with_the_rewards_and_weights_it_would_have_had(
     moved = max(float((start[n] - whole[n]).abs().max()) for n in start)
     assert 0 < moved < 0.1  # it started from SFT's matrices, and they were trained
     (prepared.path / "grpo").rename(prepared.path / "whole")
+    kill_at(1, "grpo")  # before its first checkpoint
     kill_at(2, "grpo")
     stages.train_stage(prepared, "grpo")
     assert re.search("going on from .*checkpoint-1", caplog.text)
@@ -170,7 +304,9 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("stage", "step"), [("sft", 1), ("sft", 5), ("grpo", 1)])
+@pytest.mark.parametrize(
+    ("stage", "step"), [("sft", 1), ("sft", 5), ("grpo", 1), ("grpo", 2)]
+)
 def test_a_cell_that_is_stopped_and_run_again_ends_as_if_it_was_not(
     prepared: Run, stage: Stage, step: int
 ) -> None:
@@ -183,8 +319,8 @@ def test_a_cell_that_is_stopped_and_run_again_ends_as_if_it_was_not(
     with pytest.raises(KeyboardInterrupt):
         train.fit(trainer, prepared)
     train.fit(trainer, prepared)
-    name = "loss" if stage == "sft" else "reward"
-    assert losses(prepared, stage, name) == losses(prepared, "whole", name)
+    for name in ["loss", "eval_loss"] if stage == "sft" else ["reward", "eval_reward"]:
+        assert losses(prepared, stage, name) == losses(prepared, "whole", name)
     again, whole = adapter(prepared, stage), adapter(prepared, "whole")
     assert all(bool((again[name] == whole[name]).all()) for name in whole)
 

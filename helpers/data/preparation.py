@@ -228,7 +228,8 @@ def ensure_data(run: Run) -> Path:
     changed = [path for path in new if old.get(path, new[path]) != new[path]]
     if known["made_from"] != origin["made_from"]:
         changed = ["its settings"]
-    if not all((folder / f"{n}.jsonl").exists() for n in parts_of(run.config.data)):
+    files = [folder / f"{name}.jsonl" for name in parts_of(run.config.data)]
+    if "fingerprints" not in known or not all(file.exists() for file in files):
         changed = ["a part is missing (notebook 01_data_prep makes it)"]
     if changed:
         log.info("%s is prepared now; changed: %s", folder, ", ".join(changed))

@@ -123,6 +123,7 @@ def evaluate_run(run: Run, labels: list[str] | None = None) -> pd.DataFrame:
     return tables.results_table(run.report())
 
 
+@writes
 def compare(run: Run, first: str, second: str) -> dict[str, Any]:
     """Returns how two models differ on the same items; in the report, `comparisons`.
 

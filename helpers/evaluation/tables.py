@@ -129,7 +129,7 @@ def runs_table() -> pd.DataFrame:
         for stage in [stage for stage in STAGES if stage in report]:
             part = report.get("eval", {}).get(stage, {})
             rows.append(names | to_row(stage, report[stage], part))
-            recipe = report["run"]["recipe"]
+            recipe = report.get("run", {}).get("recipe", "")
             published[recipe] = recipes.RECIPES.get(recipe, {}).get("published", {})
     for recipe, figures in published.items():
         rows.append({"run": f"{recipe}, published", **to_row("sft", figures, {})})

@@ -127,14 +127,13 @@ def grpo_arguments(run: Run) -> dict[str, Any]:
         ConfigError: the run has no grpo stage.
     """
     folder, default = inputs.open_stage(run, "grpo"), defaults("grpo")
-    is_new = callbacks.last_checkpoint(folder / "checkpoints") is None
     values: dict[str, Any] = {
         "reward_weights": list(run.config.rewards.values()),
         "num_generations_eval": 1,  # TRL would sample more to each; `evaluate` is ours
         "eval_strategy": "steps",
         "eval_steps": 0.25,  # of all steps
         # an adapter worse than the start must never take its place
-        "eval_on_start": is_new and run.config.grpo.get("eval_strategy") != "no",
+        "eval_on_start": run.config.grpo.get("eval_strategy") != "no",
         "log_completions": True,  # to parquet files
         "num_completions_to_print": -1,  # 0 would print an empty table
     }

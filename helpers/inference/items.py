@@ -16,8 +16,8 @@ from helpers.config import Gguf, RunConfig
 from helpers.data.formats import Messages, Row, ask
 from helpers.data.reading import Reader
 from helpers.data.sources import open_rows
-from helpers.errors import DataError, MissingInput
-from helpers.files import content_hash, fingerprint, write_rows
+from helpers.errors import ConfigError, DataError, MissingInput
+from helpers.files import content_hash, fingerprint, read_rows, write_rows
 from helpers.inference import chat, generation
 from helpers.inference.generation import Answer, Prompt, generate_batches
 from helpers.masking.templates import template_text
@@ -61,10 +61,8 @@ def answer_rows(
     has changed is answered again. Verdicts are always computed anew.
     """
     part, former = path.with_suffix(".part.jsonl"), dict[str, Row]()
-    texts = [f.read_text("utf-8", errors="replace") for f in (path, part) if f.exists()]
-    for line in "\n".join(texts).split("\n"):
-        with suppress(json.JSONDecodeError, KeyError, TypeError):  # torn, or no item
-            item = json.loads(line)
+    for item in [i for f in (path, part) if f.exists() for i in read_rows(f)]:
+        with suppress(KeyError, TypeError):  # it is no item
             former[item["made_from"]] = {name: item[name] for name in FIELDS}
     pairs = [(fingerprint(settings, r["id"], r["prompt"]), r) for r in rows]
     items = {key: former[key] for key, _ in pairs if key in former}
@@ -79,6 +77,8 @@ def answer_rows(
                 values = (row["id"], row["prompt"], *answer, seconds, key)
                 items[key] = dict(zip(FIELDS, values, strict=True))
                 file.write(json.dumps(items[key], ensure_ascii=False) + "\n")
+            if not part.exists():
+                raise MissingInput(f"{part} is gone: start again")
             file.flush()
             os.fsync(file.fileno())
             started = time.perf_counter()
@@ -124,6 +124,8 @@ def generate_command(
     model: str, *, file: Path, out: Path, batch_size: int | None = None, **options: Any
 ) -> None:
     """Answers the prompts of a file into another; options as of `resolve_model`."""
+    if out.exists():
+        raise ConfigError(f"{out} exists: name another file, or move it away")
     model, loading, sampling, system = resolve_model(model, **options)
     rows, reader = [], Reader(str(file), system_prompt=system)
     for number, row in open_rows(str(file)):  # before slow loading

@@ -22,7 +22,7 @@ from helpers.inference.generation import generate_batches
 from helpers.inference.items import answer_rows, find_adapters, model_print
 from helpers.llm_judge import judge as judges
 from helpers.models import load as models
-from helpers.runs import Run
+from helpers.runs import Run, writes
 
 # `temperature_config` and `NEED_REF_CATS` of fastchat/llm_judge/common.py
 TEMPERATURES = defaultdict(lambda: 0.7, {"stem": 0.1, "humanities": 0.1})
@@ -126,6 +126,8 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     return summary | {"by_category": {str(name): means(part) for name, part in groups}}
 
 
+@writes
+@writes
 def run_mt_bench(
     run: Run,
     judge: judges.Judge | None,
@@ -198,6 +200,7 @@ def annotate(
         raise JudgeError(text) from None
 
 
+@writes
 def run_alpaca_eval(
     run: Run,
     judge: judges.Judge | None,

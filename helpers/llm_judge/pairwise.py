@@ -18,7 +18,7 @@ from helpers.evaluation.metrics import proportion
 from helpers.evaluation.tables import percent
 from helpers.files import read_rows
 from helpers.llm_judge import judge as judges
-from helpers.runs import Run
+from helpers.runs import Run, writes
 
 SWAPPED = {None: None, "first": "second", "second": "first", "tie": "tie"}
 WORD = r"\w+|[^\w\s]"
@@ -70,6 +70,7 @@ def pair_prompts(pairs: pd.DataFrame, data: Path | None = None) -> list[Messages
     return prompts
 
 
+@writes
 def judge_pairs(
     run: Run,
     labels: tuple[str, str],

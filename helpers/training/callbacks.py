@@ -1,53 +1,65 @@
 """Callbacks for any `Trainer`; a stage's report takes in `reason` and `report()`."""
 
-import json
 import logging
 import math
 import time
-from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import sort_checkpoints
 
 from helpers.errors import TrainingError
-from helpers.files import read_json, read_rows, write_json
+from helpers.files import is_whole, read_json, read_rows, write_json, write_rows
 from helpers.inference.generation import reply
 from helpers.models.adapters import save_adapter
+from helpers.training.inputs import NOTE
 
 log = logging.getLogger(__name__)
 PROMPTS = read_rows(Path(__file__).with_name("eval_prompts.jsonl"))
+PARTS = ["*.json", "*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth"]
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Returns the newest checkpoint that was written to its end."""
-    complete = {}
-    for file in folder.glob("checkpoint-*/trainer_state.json"):  # it is written last
-        with suppress(json.JSONDecodeError):
-            state = read_json(file)
-            complete[state["global_step"]] = str(file.parent)
-    return complete[max(complete)] if complete else None
+    """Returns the newest checkpoint that is whole and of the stage's own settings."""
+    made_from = read_json(folder.with_name(NOTE)).get("fingerprint")
+    for path in map(Path, reversed(sort_checkpoints(str(folder)))):
+        state = path / "trainer_state.json"  # it is written last
+        values = read_json(state) if is_whole(state) else {}
+        note = values.get("stateful_callbacks", {})
+        files = [[*path.glob(p)] or [path / p] for p in note.get("parts", [])]
+        faults = [f"no whole {f.name}" for f in chain(*files) if not is_whole(f)]
+        if note.get("made_from", "") != made_from:
+            faults = ["it was not finished, or is of other settings"]
+        if not faults:
+            return str(path)
+        log.warning(f"{path} is passed over: {', '.join(faults)}")
+    return None
 
 
 class Watch(TrainerCallback):
-    """Logs `seconds` and `skipped_steps` of all sessions; saves by the clock.
+    """Logs `seconds` and `skipped_steps`; saves by the clock, with the stage's inputs.
 
-    Raises:
-        TrainingError: a gradient is not finite. The step is not taken.
+    TrainingError: a gradient is not finite (it takes no step), or the folder is gone.
     """
 
     in_a_row, reason = 0, ""
 
-    def __init__(self, save_minutes: float) -> None:
-        self.save_s = 60 * save_minutes
+    def __init__(self, save_minutes: float, folder: Path | None = None) -> None:
+        self.save_s, self.folder = 60 * save_minutes, folder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         before = state.log_history[-1] if state.log_history else {}
         self.skipped = before.get("skipped_steps", 0)
-        self.saved = time.monotonic()
+        self.resumed, self.saved = state.global_step > 0, time.monotonic()
         self.started = self.saved - before.get("seconds", 0.0)
+        if self.folder:
+            note = {"made_from": read_json(self.folder / NOTE)["fingerprint"]}
+            note["parts"] = [*PARTS, "scaler.pt"] if args.fp16 else PARTS
+            state.stateful_callbacks |= note
 
     def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **more: Any) -> Any:
         if args.fp16:  # the scaler leaves such a step out
@@ -55,11 +67,12 @@ class Watch(TrainerCallback):
         parameters = more["model"].parameters()
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not torch.nn.utils.get_total_norm(gradients).isfinite():
-            text = f"step {state.global_step + 1}: loss or gradient is not finite; "
-            text += "lower the learning rate, or look at the rows and the model of this"
-            raise TrainingError(f"{text} step")
+            text = "loss or gradient is not finite; lower the rate, or look at its rows"
+            raise TrainingError(f"step {state.global_step + 1}: {text}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if self.folder and not self.folder.exists():
+            raise TrainingError(f"{self.folder} is gone: put it back, or start again")
         if time.monotonic() - self.saved >= self.save_s:
             control.should_save, self.saved = True, time.monotonic()
         skipped = bool(getattr(more.get("optimizer"), "step_was_skipped", False))
@@ -75,6 +88,9 @@ class Watch(TrainerCallback):
         more["logs"]["skipped_steps"] = self.skipped  # for trackers and the panel
         seconds = round(time.monotonic() - self.started, 2)
         state.log_history[-1] |= {"skipped_steps": self.skipped, "seconds": seconds}
+        names = [n for n in more["logs"] if n.startswith("train_")] * self.resumed
+        for name in names:  # transformers divides a session's sums by all steps
+            del more["logs"][name], state.log_history[-1][name]
 
 
 class BestAdapter(TrainerCallback):
@@ -138,5 +154,6 @@ class LiveSamples(TrainerCallback):
         answer = reply(more["model"], self.tokenizer, prompt, **options)
         log.info(f"step {state.global_step} | {prompt}\n    -> {answer}")
         sample = {"step": state.global_step, "prompt": prompt, "answer": answer}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        rows = read_rows(self.path) if self.path.exists() else []
+        rows = [row for row in rows if row["step"] < state.global_step]  # not resumed
+        write_rows(self.path, [*rows, sample])

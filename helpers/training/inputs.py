@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from helpers import runtime
 from helpers.config import RunConfig, Stage, defaults
 from helpers.errors import ConfigError
-from helpers.files import content_hash, fingerprint, read_json, write_json
+from helpers.files import content_hash, fingerprint, read_json, set_aside, write_json
 from helpers.masking.templates import template_text
 from helpers.runs import Run
 
@@ -74,8 +74,7 @@ def open_stage(run: Run, stage: Stage) -> Path:
     if note and note["fingerprint"] != fingerprint(inputs):
         old, new = note["inputs"], json.loads(json.dumps(inputs))  # as it was written
         names = sorted(k for k in old | new if old.get(k) != new.get(k))
-        number = 1 + len(list(run.path.glob(f"{stage}.before-*")))
-        aside = folder.rename(run.path / f"{stage}.before-{number}")
+        aside = set_aside(folder, "before")
         log.info(f"{stage}: {', '.join(names)} changed; former result: {aside}")
     if not (folder / NOTE).exists():
         note = {"fingerprint": fingerprint(inputs), "finished": False, "inputs": inputs}
@@ -85,11 +84,11 @@ def open_stage(run: Run, stage: Stage) -> Path:
 
 def finished_part(run: Run, stage: Stage) -> dict[str, Any] | None:
     """Returns the report of a stage that was trained to its end from its inputs."""
-    folder = open_stage(run, stage)
-    if not read_json(folder / NOTE)["finished"]:
+    folder, part = open_stage(run, stage), run.report().get(stage)
+    if not (part and read_json(folder / NOTE)["finished"]):
         return None
     log.info(f"{stage} is finished; to train again, move {folder} away")
-    return run.report()[stage]
+    return part
 
 
 def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from helpers.config import Stage, complete
 from helpers.data import preparation as data
 from helpers.data.formats import ask
 from helpers.errors import ConfigError, TrainingError
-from helpers.files import read_json, stream_rows, write_json
+from helpers.files import disk_space, read_json, stream_rows, write_json
 from helpers.inference.decoder import set_attention
 from helpers.inference.generation import encode
 from helpers.masking import dataset
@@ -107,14 +107,20 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     begin(trainer)
     prompt = ask(callbacks.PROMPTS[0]["prompt"], "")
     model.witness = torch.tensor([encode(tokenizer, prompt)])
-    watch = callbacks.Watch(config.save_minutes)
+    watch = callbacks.Watch(config.save_minutes, folder)
     trainer.remove_callback(callbacks.Watch)  # of a call that was interrupted
     trainer.callback_handler.callbacks.insert(0, watch)  # the others see its count
     if checkpoint := callbacks.last_checkpoint(folder / "checkpoints"):
         log.info(f"{stage}: going on from {checkpoint}")
+        trainer.args.eval_on_start = False
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        tokens = (entry.get("num_tokens", 0) for entry in state.log_history)
+        trainer._total_train_tokens = max(tokens, default=0)  # TRL's is a session's
+    size = model.num_parameters(only_trainable=True)
     try:
         if not (checkpoint and restore_finished(trainer, checkpoint)):
-            train_within_memory(trainer, run, checkpoint)
+            with disk_space(folder, size * 12e-9):  # weights, AdamW's moments
+                train_within_memory(trainer, run, checkpoint)
     except RuntimeError as error:  # of sampling
         if "probability tensor" not in str(error):
             raise

@@ -13,7 +13,7 @@ from helpers.evaluation.metrics import proportion
 from helpers.evaluation.tables import percent
 from helpers.files import fingerprint, read_rows
 from helpers.llm_judge.pairwise import CELL, count_wins, read_pairs
-from helpers.runs import Run
+from helpers.runs import Run, writes
 
 ORDER = ("first", "second")  # of the models
 MARKS = ("coherent", "relevant", "creative", "biased")
@@ -92,6 +92,7 @@ class BlindForm(widgets.VBox):
         self.show_next()
 
 
+@writes
 def blind_results(run: Run, models: tuple[str, str]) -> pd.DataFrame:
     """Returns what people said so far, a column per model; writes it to the report.
 
