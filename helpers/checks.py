@@ -107,10 +107,7 @@ def require(advice: list[Advice]) -> None:
 
 
 def check_lengths(ends: list[int], max_length: int) -> Advice | None:
-    """Returns a warning when `max_length` cuts more than 1 % of the answers.
-
-    `ends` are the tokens of each conversation up to its last supervised one, uncut.
-    """
+    """Returns a warning when `max_length` cuts over 1 % of answers, by their ends."""
     allowed = len(ends) // 100
     cut = sum(end > max_length for end in ends)
     if cut <= allowed:
@@ -152,9 +149,8 @@ def schema(group: str) -> type[BaseModel]:
 def field_faults(group: str, values: dict[str, Any]) -> dict[str, str]:
     """Returns what is wrong with single values of a group, by name."""
     owners = {n: OWNER[f"{group}.{n}"] for n in values if f"{group}.{n}" in OWNER}
-    texts = {
-        n: f"the config's own {o} decides it. Remove it." for n, o in owners.items()
-    }
+    text = "the config's own {} decides it. Remove it."
+    texts = {name: text.format(owner) for name, owner in owners.items()}
     model = schema(group)
     try:  # as JSON, which has no tuples, sets or enums of its own
         model.model_validate_json(to_json(values, inf_nan_mode="constants"))

@@ -122,9 +122,8 @@ def hold(run: Run) -> Iterator[None]:
         yield  # of a call within a call; of several processes the first one holds it
         return
     if holder:
-        text = f"{run.path} is written to by process {holder['pid']} on "
-        text += f"{holder['host']}: wait for its end, or stop it"
-        raise TunebookError(text)
+        text = "process {pid} on {host}: wait for its end, or stop it".format(**holder)
+        raise TunebookError(f"{run.path} is written to by {text}")
     run.path.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     try:

@@ -20,6 +20,7 @@ from huggingface_hub import HfApi
 from helpers import runtime
 from helpers.config import Source
 from helpers.errors import DataError, MissingInput
+from helpers.files import hash_file
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(\w+))?")
@@ -93,8 +94,7 @@ def content_of(source: str | Source) -> str | None:
         return None
     digest = hashlib.sha256()
     for file in sorted(filter(Path.is_file, [path, *path.rglob("*")])):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(hash_file(file)))
     return digest.hexdigest()
 
 

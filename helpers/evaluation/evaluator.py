@@ -33,14 +33,11 @@ def read_sets(run: Run) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
     config, labels = run.config, run.config.evaluation.labels
     files = [run.require(f"data/{name}.jsonl") for name in held_out(config)]
     sets = {file.stem: read_rows(file) for file in files}
-    prompts = {
-        name: data.to_prompts(config, sets[name]) for name in data.answered(sets)
-    }
+    prompts = {n: data.to_prompts(config, sets[n]) for n in data.answered(sets)}
     if not prompts or (labels and prompts.keys() <= tables.ACCURACIES.keys()):
-        raise DataError(
-            f"run {config.name!r} has no held-out rows, or none for evaluation.labels: "
-            "set data.eval_share, data.test_share, data.eval or data.test"
-        )
+        remedy = "set data.eval_share, data.test_share, data.eval or data.test"
+        text = "has no held-out rows, or none for evaluation.labels"
+        raise DataError(f"run {config.name!r} {text}: {remedy}")
     return sets, prompts
 
 
@@ -115,8 +112,7 @@ def evaluate_run(run: Run, labels: list[str] | None = None) -> pd.DataFrame:
         labels: some of `base`, `sft` and `grpo`; by default all that the run has.
 
     Raises:
-        DataError: nothing is held out, or the labels do not fit the run or its data.
-        MissingInput: the data or an adapter is missing.
+        DataError, MissingInput: nothing is held out, labels do not fit, or files lack.
     """
     for label, adapter in find_adapters(run, labels).items():
         evaluate(run, label, adapter)
@@ -142,10 +138,8 @@ def compare(run: Run, first: str, second: str) -> dict[str, Any]:
         a, b = (pd.DataFrame(read_rows(file)) for file in files)
         measures = [k for k in (*metrics.VERDICTS, *metrics.OF_ITEMS) if k in a]
         if [*a["question"]] != [*b["question"]] or not {*measures} <= {*b}:
-            raise DataError(
-                f"{first} and {second} answered {name} with other data or other "
-                "evaluation.labels: evaluate both again"
-            )
+            text = f"answered {name} with other data or other evaluation.labels"
+            raise DataError(f"{first} and {second} {text}: evaluate both again")
         sets[name] = metrics.split_gain(a, b) if "strict_match" in a else {}
         for key in measures:
             sets[name][key] = metrics.paired_difference([*a[key]], [*b[key]])

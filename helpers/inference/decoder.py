@@ -173,11 +173,14 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Returns SDPA's attention: of new tokens without copies of their heads' keys, of
     packed rows a row at a time."""
-    length, parts, cuts = query.shape[2], [], list[int]()
-    if mask is not None and length == 1:
+    length, position = query.shape[2], options.get("position_ids")
+    # to find rows would break a compiled layer's graph
+    is_free = mask is not None and not torch.compiler.is_compiling()
+    if is_free and length == 1:
         return grouped_attention(module, query, key, value, mask, **options)
-    position = options.get("position_ids")
-    if mask is not None and position is not None and mask.shape[0] == len(query) == 1:
+    parts: list[Tensor] = []
+    cuts: list[int] = []
+    if is_free and position is not None and mask.shape[0] == len(query) == 1:
         cuts = (position[0, 1:] == 0).nonzero()[:, 0].tolist()
         alone = length == mask.shape[-1] and not mask[0, 0, 1:].diagonal()[cuts].any()
         cuts = cuts if alone else []

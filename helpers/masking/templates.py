@@ -43,12 +43,9 @@ def template_text(template: str) -> str | None:
 @lru_cache(maxsize=4)
 def control_tokens(tokenizer: Tokenizer, template: str) -> re.Pattern[str]:
     """Returns what finds special tokens, and others that are put around turns."""
-    turns, text = (
-        [{"role": r, "content": "?"} for r in ("user", "assistant", "user")],
-        "",
-    )
+    text, turn = "", {"role": "user", "content": "?"}
     with suppress(TemplateError):  # it may refuse them
-        text = write_text(tokenizer, turns)
+        text = write_text(tokenizer, [turn, turn | {"role": "assistant"}, turn])
     added = {str(t): t.special for t in tokenizer.added_tokens_decoder.values()}
     names = sorted((n for n in added if added[n] or n in text), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or "(?!)")

@@ -44,22 +44,17 @@ class Layout(NamedTuple):
 def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     """Gives a trainer the fastest layout that fits into memory; returns the tries.
 
-    A step's rows and losses stay the same. A pass has a fixed cost, larger than that of
-    recomputation: fewest passes come first, and among as many, activations kept. Each
-    is tried on the largest micro-batch that the run will draw. Rows are joined without
-    padding where they do not see one another.
-
-    In GRPO rows are completions; the same are sampled. The config's layout stays with
-    `layout="pinned"`, vLLM, several processes, a loss of means over a micro-batch, and
-    on a CPU, where time goes by tokens; so does a `gradient_checkpointing` or
-    `padding_free` that it sets. A choice holds until the machine changes.
+    A step's rows (GRPO: completions) and losses stay the same. Each layout is tried on
+    the largest micro-batch of the run, until one fits; a choice holds until the machine
+    changes. What the config sets stays, and its whole layout where `reason` says why.
 
     With `layout="compiled"` SFT's rows are packed first, so that all passes have one
     length and a step its rows on average, and decoder layers are compiled for it. That
     takes seconds and other rows a step: `auto` never chooses it.
 
     Args:
-        trainer: of TRL, constructed and not yet trained.
+        trainer: of TRL, constructed and not yet trained. Slower layouts are put into
+            its attribute `slower`.
         run: whose stage it trains.
 
     Raises:
@@ -71,17 +66,20 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     path, stays = Path(trainer.args.output_dir).with_name(NOTE), reason(trainer, run)
     machine, note = runtime.find_machine(), read_json(path)
     name = f"{machine.name}, {machine.memory_gb:.1f} GiB"
+    order = candidates(trainer, run)
     if stays or note.get("stays") or note.get("machine") != name:
         note = {"machine": name, "stays": stays, "tries": []}
-        for layout in candidates(trainer, run):
+        for layout in order:
             result = {"verdict": stays} if stays else attempt(trainer, layout)
             note["choice"] = layout._asdict()
             note["tries"].append(note["choice"] | result)
             if result["verdict"] in ("fits", stays):
                 break
         write_json(path, note)
+    choice = Layout(**note["choice"])
+    trainer.slower = order[order.index(choice) + 1 :]
     if not stays:
-        apply_layout(trainer, Layout(**note["choice"]))
+        apply_layout(trainer, choice)
     return pd.DataFrame(note["tries"])
 
 
@@ -105,7 +103,7 @@ def prepare_compiled(trainer: Trainer, run: Run) -> None:
     args, own = trainer.args, trainer.get_train_dataloader
     if lacks := why_not_compiled(trainer):
         raise ConfigError(f"layout='compiled' needs {lacks}; use layout='auto'")
-    if not candidates(trainer, run)[0].padding_free:
+    if not joins_rows(trainer, run):
         raise ConfigError("layout='compiled': rows cannot be joined; use layout='auto'")
     if "seq_lengths" not in trainer.train_dataset.column_names:
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -180,21 +178,25 @@ def forward(layer: Any, compiled: Any, hidden: Any, *args: Any, **more: Any) -> 
 
 def candidates(trainer: Trainer, run: Run) -> list[Layout]:
     """Returns the layouts of the same rows an optimiser step, fastest first."""
-    args, own = trainer.args, getattr(trainer.data_collator, "padding_free", False)
+    args, recompute = trainer.args, trainer.args.gradient_checkpointing
     size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
     if reason(trainer, run):
-        return [Layout(size, steps, args.gradient_checkpointing, own)]
-    rows, flat = size * steps, own or joins_rows(trainer, run)
+        flat = getattr(trainer.data_collator, "padding_free", False)
+        return [Layout(size, steps, recompute, flat)]
+    # a pass has a fixed cost, larger than that of recomputation
+    rows, flat = size * steps, joins_rows(trainer, run)
     sampled = getattr(args, "generation_batch_size", None)  # completions at a time
     fixed = "gradient_checkpointing" in (run.config.grpo if sampled else run.config.sft)
-    kinds = [args.gradient_checkpointing] if fixed else [False, True]
+    kinds = [recompute] if fixed else [False, True]
     sizes = [n for n in range(rows, 0, -1) if rows % n == 0 == (sampled or rows) % n]
     return [Layout(n, rows // n, kind, flat) for n in sizes for kind in kinds]
 
 
 def joins_rows(trainer: Trainer, run: Run) -> bool:
-    """Returns whether rows can be joined: they do not see one another."""
+    """Returns whether rows are joined, or can be: they do not see one another."""
     model, collator = trainer.model, trainer.data_collator
+    if getattr(collator, "padding_free", False):
+        return True
     takes = inspect.signature(model.get_base_model().forward).parameters
     is_set = "padding_free" in run.config.sft or hasattr(model, "for_training")
     if is_set or "position_ids" not in takes or not hasattr(collator, "padding_free"):
@@ -298,15 +300,24 @@ def attempt(trainer: Trainer, layout: Layout) -> dict[str, Any]:
     return result | {"verdict": "fits" if fits else f"too near to {limit_gb:.2f} GiB"}
 
 
-def slower_layouts(trainer: Trainer, run: Run) -> list[Layout]:
-    note = read_json(Path(trainer.args.output_dir).with_name(NOTE))
-    order = candidates(trainer, run)
-    return order[order.index(Layout(**note["choice"])) + 1 :]
+def train_within_memory(trainer: Trainer, run: Run, checkpoint: str | None) -> None:
+    """Trains in the fastest layout, and in slower ones from where memory runs out."""
+    choose_layout(trainer, run)
+    while True:
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return
+        except RuntimeError as error:
+            if not trainer.slower or not should_reduce_batch_size(error):
+                raise
+        # past the handler, which would hold the activations
+        checkpoint = go_slower(trainer) or checkpoint
 
 
-def go_slower(trainer: Trainer, layout: Layout) -> str | None:
-    """Takes another layout after a step failed; returns a checkpoint to go on from."""
+def go_slower(trainer: Trainer) -> str | None:
+    """Takes the next layout after a step failed; returns a checkpoint to go on from."""
     path, step = Path(trainer.args.output_dir), trainer.state.global_step
+    layout = trainer.slower.pop(0)
     clear_memory(trainer)
     if step:
         trainer._save_checkpoint(trainer.model, trial=None)

@@ -2,19 +2,16 @@
 
 import copy
 import logging
-import random
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers import Trainer, TrainerState
 
 from helpers import checks, runtime
 from helpers.config import Stage, complete
@@ -25,11 +22,17 @@ from helpers.files import disk_space, read_json, stream_rows, write_json
 from helpers.inference.decoder import set_attention
 from helpers.inference.generation import encode
 from helpers.masking import dataset
+from helpers.masking.templates import Tokenizer
 from helpers.models import adapters, load
+from helpers.models.load import Model
 from helpers.runs import Run, writes
 from helpers.training import callbacks, inputs, layout
 
 log = logging.getLogger(__name__)
+# transformers keeps packed rows apart by position ids, whatever TRL warns of
+logging.getLogger("trl.trainer.sft_trainer").addFilter(
+    lambda record: "supported Flash Attention variant" not in record.getMessage()
+)
 # what a config leaves open is PEFT's own default: Unsloth has others
 PEFT_OPEN = ("r", "lora_alpha", "lora_dropout", "bias")
 SCRATCH = tempfile.TemporaryDirectory(prefix="tunebook-")  # of tokenised rows
@@ -44,20 +47,15 @@ def lora_arguments(run: Run) -> dict[str, Any]:
     return {name: getattr(plain, name) for name in names} | run.config.lora
 
 
-def attach_lora(
-    run: Run, model: PreTrainedModel, lora: LoraConfig, stage: Stage = "sft"
-) -> PreTrainedModel:
+def attach_lora(run: Run, model: Any, lora: LoraConfig, stage: Stage = "sft") -> Model:
     """Returns the model with fresh LoRA matrices to train, the base frozen.
 
     Raises:
         ModelError: the model or a saved adapter cannot follow a setting.
     """
-    plain = type(lora)(task_type=lora.task_type)
-    values = {
-        name: sorted(value) if isinstance(value, set) else value
-        for name, value in vars(lora).items()
-        if name in PEFT_OPEN or value != getattr(plain, name)
-    }
+    plain = vars(type(lora)(task_type=lora.task_type))
+    values = {n: v for n, v in vars(lora).items() if n in PEFT_OPEN or v != plain[n]}
+    values |= {n: sorted(v) for n, v in values.items() if isinstance(v, set)}
     options = run.config.model_dump(include={"engine", "seed"})
     recompute = complete(run.config, stage)["gradient_checkpointing"]
     set_attention(model)
@@ -66,7 +64,7 @@ def attach_lora(
 
 def load_for_training(
     run: Run, stage: Stage = "sft", adapter: Path | str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[Model, Tokenizer]:
     """Returns the run's model with LoRA, fresh or an `adapter`'s, and its tokenizer."""
     model, tokenizer = load.load_model(run.config.model, **load.options(run.config))
     if adapter is None:
@@ -77,7 +75,7 @@ def load_for_training(
     return load.load_adapter(model, adapter, trainable=True, **options), tokenizer
 
 
-def keep_lora_fp32(model: PreTrainedModel) -> None:
+def keep_lora_fp32(model: Model) -> None:
     """Casts LoRA matrices to fp32: TRL makes them bf16, which a T4 and CPUs emulate."""
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -120,7 +118,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     try:
         if not (checkpoint and restore_finished(trainer, checkpoint)):
             with disk_space(folder, size * 12e-9):  # weights, AdamW's moments
-                train_within_memory(trainer, run, checkpoint)
+                layout.train_within_memory(trainer, run, checkpoint)
     except RuntimeError as error:  # of sampling
         if "probability tensor" not in str(error):
             raise
@@ -157,35 +155,17 @@ def begin(trainer: Trainer) -> None:
     if not hasattr(trainer, "start"):
         weights = {name: p.detach().cpu().clone() for name, p in trained.items()}
         counts = {name: getattr(trainer, name, None) for name in COUNTS}
-        on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu
-        trainer.start = weights, copy.deepcopy(counts), states
+        folder = tempfile.mkdtemp(dir=SCRATCH.name)
+        trainer._save_rng_state(folder)
+        trainer.start = weights, copy.deepcopy(counts), folder
         return
     log.info("interrupted before: from its last checkpoint, or from the start")
-    weights, counts, states = trainer.start
+    weights, counts, folder = trainer.start
     for name, parameter in trained.items():
         parameter.data.copy_(weights[name])
     trainer.model.zero_grad()
     vars(trainer).update(copy.deepcopy(counts), optimizer=None, lr_scheduler=None)
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
-    torch.cuda.set_rng_state_all(states[3])
-
-
-def train_within_memory(trainer: Trainer, run: Run, checkpoint: str | None) -> None:
-    """Trains in the fastest layout, and in slower ones from where memory runs out."""
-    layout.choose_layout(trainer, run)
-    slower = layout.slower_layouts(trainer, run)
-    while True:
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-            return
-        except RuntimeError as error:
-            if not slower or not should_reduce_batch_size(error):
-                raise
-        # past the handler, which would hold the activations
-        checkpoint = layout.go_slower(trainer, slower.pop(0)) or checkpoint
+    trainer._load_rng_state(folder)
 
 
 def restore_finished(trainer: Trainer, checkpoint: str) -> bool:
@@ -230,18 +210,12 @@ def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
 
 def sft_arguments(run: Run) -> dict[str, Any]:
     """Returns the arguments of `SFTConfig` for a run."""
-    logging.getLogger("trl.trainer.sft_trainer").addFilter(is_not_about_packing)
     options: dict[str, Any] = {"max_length": run.config.max_length}
     options["include_num_input_tokens_seen"] = "all"  # Unsloth logs no num_tokens
     return inputs.training_arguments(run, "sft", run.path / "sft") | options
 
 
-def is_not_about_packing(record: logging.LogRecord) -> bool:
-    # transformers keeps packed rows apart by position ids, whatever TRL warns of
-    return "supported Flash Attention variant" not in record.getMessage()
-
-
-def label_rows(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
+def label_rows(run: Run, tokenizer: Tokenizer) -> dict[str, Dataset]:
     """Returns `input_ids` and `labels` of the run's `train` and `eval` rows.
 
     Opens the stage's folder, and writes what was dropped and cut to `labels.json`.
@@ -270,9 +244,7 @@ def label_rows(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Datase
     return rows
 
 
-def build_sft(
-    run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Trainer:
+def build_sft(run: Run, model: Model, tokenizer: Tokenizer) -> Trainer:
     from trl import SFTConfig, SFTTrainer  # Unsloth's, where it has replaced them
 
     folder, rows = run.path / "sft", label_rows(run, tokenizer)
