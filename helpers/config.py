@@ -21,8 +21,6 @@ CLASSES |= {"inference": "transformers.GenerationConfig"}  # take a group's valu
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
 # fields of saved configs of before, and the values that changed nothing (None: any)
 RETIRED = {"few_shot": 0, "probe_samples": 0, "probe_problems": None}
 RETIRED_EVALUATION = {"protocol": "ours", "samples": 0}

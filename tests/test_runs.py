@@ -22,7 +22,7 @@ from helpers.config import changed
 from helpers.data import preparation
 from helpers.errors import ConfigError, DataError, MissingInput, TunebookError
 from helpers.evaluation import evaluator
-from helpers.llm_judge import alpaca_eval, mt_bench, pairwise
+from helpers.llm_judge import chat_benchmarks, pairwise
 from helpers.runs import Run
 from helpers.widgets import blind_form
 
@@ -178,8 +178,8 @@ def test_a_run_is_written_to_by_one_process_at_a_time(
             lambda: runs.save_run(run.config),
             lambda: evaluator.compare(run, "base", "sft"),
             lambda: pairwise.judge_pairs(run, ("base", "sft"), None),
-            lambda: mt_bench.run_mt_bench(run, None),
-            lambda: alpaca_eval.run_alpaca_eval(run, None, reference=run.path),
+            lambda: chat_benchmarks.run_mt_bench(run, None),
+            lambda: chat_benchmarks.run_alpaca_eval(run, None, reference=run.path),
             lambda: blind_form.blind_results(run, ("base", "sft")),
         ):
             with pytest.raises(TunebookError, match=fault):

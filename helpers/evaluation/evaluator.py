@@ -124,8 +124,7 @@ def compare(run: Run, first: str, second: str) -> dict[str, Any]:
     """Returns how two models differ on the same items; in the report, `comparisons`.
 
     Args:
-        run: with both models evaluated.
-        first, second: their labels, such as `base` and `sft`.
+        run, first, second: with two models evaluated, of these labels: `base`, `sft`.
 
     Raises:
         DataError: they answered different rows, or under other `evaluation.labels`.

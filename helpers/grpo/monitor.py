@@ -37,8 +37,7 @@ class Clock(TrainerCallback):
     that is used. A killed session's time counts.
 
     Args:
-        folder: of the stage.
-        minutes: None does nothing.
+        folder, minutes: of the stage; with None for minutes it does nothing.
     """
 
     def __init__(self, folder: Path, minutes: float | None) -> None:
@@ -234,12 +233,11 @@ def read_group(run: Run, step: int | None = None) -> pandas.DataFrame:
     """Returns a group of sampled answers, best first, from what TRL logged.
 
     Columns: `prompt`, `completion`, each reward, `advantage`, and `reward`, the
-    weighted sum. Empty where nothing is logged yet, or not of that step.
+    weighted sum. Of a step's groups it is the one of the largest spread of rewards;
+    empty where nothing is logged yet.
 
     Args:
-        run: in training, or trained.
-        step: of training, by default the last that was logged. Of its groups, the one
-            with the largest spread of rewards is returned.
+        run, step: in training, or trained; by default the last step that was logged.
     """
     name = "*" if step is None else f"*_{step:05d}"
     files = sorted((run.path / "grpo/checkpoints/completions").glob(f"{name}.parquet"))

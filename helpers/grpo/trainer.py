@@ -45,8 +45,7 @@ def training_prompts(run: Run, tokenizer: Any) -> list[data.Row]:
     """Returns the problems to train on, without overlong prompts, which are counted.
 
     Args:
-        run: with `data/` prepared; the counts go to its `grpo/prompts.json`.
-        tokenizer: of the model.
+        run, tokenizer: with `data/` prepared; counts go to its `grpo/prompts.json`.
 
     Raises:
         ConfigError: every prompt is longer than `max_prompt_length`, in tokens.
@@ -57,8 +56,8 @@ def training_prompts(run: Run, tokenizer: Any) -> list[data.Row]:
         lengths = [len(encode(tokenizer, row["prompt"])) for row in problems]
         rows = [row for row, n in zip(problems, lengths, strict=True) if n <= limit]
     if not rows:
-        text = f"no prompt fits into max_prompt_length={limit}: the shortest has"
-        raise ConfigError(f"{text} {min(lengths)} tokens")
+        text = f"no prompt fits into max_prompt_length={limit}"
+        raise ConfigError(f"{text}: the shortest has {min(lengths)} tokens")
     counts = {"prompts": len(rows), "left_out": len(problems) - len(rows)}
     write_json(run.path / "grpo" / "prompts.json", counts)
     return [row | {"prompt": neutralise(tokenizer, row["prompt"])} for row in rows]
@@ -152,8 +151,7 @@ def build_grpo(run: Run, model: Any, tokenizer: Any) -> Any:
 
     Args:
         run: with `data/` prepared.
-        model: with LoRA to train, from `load_for_training(run, "grpo", adapter)`.
-        tokenizer: of the model.
+        model, tokenizer: from `load_for_training(run, "grpo", adapter)`.
 
     Raises:
         ConfigError: the run has no grpo stage, or every prompt is too long.

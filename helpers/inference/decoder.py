@@ -1,6 +1,5 @@
-"""Fast batched sampling from a transformers model: a static cache, and one CUDA graph
-for a whole token, its drawing and bookkeeping. A CPU runs the code without a graph.
-Attention that is faster than SDPA in decoding, and on a CPU in packed training.
+"""Fast batched sampling: a static cache, and on a GPU one CUDA graph a token. Attention
+faster than SDPA in decoding, and on a CPU in packed training.
 """
 
 import logging
@@ -82,8 +81,7 @@ class Decoder:
         self.ended = torch.zeros(rows, 1, dtype=torch.bool, device=device)
         self.greedy = torch.zeros(1, dtype=torch.bool, device=device)
         self.stops = torch.zeros(stops, **numbers)
-        self.last = torch.zeros(rows, 1, **numbers)
-        self.position = torch.zeros(rows, 1, **numbers)
+        self.last, self.position = torch.zeros(2, rows, 1, **numbers)
         self.slot = torch.zeros(1, **numbers)
         self.tokens = torch.zeros(rows, length, **numbers)
         self.logps = torch.zeros(rows, length, device=device)
@@ -178,7 +176,6 @@ def attention(
     is_free = mask is not None and not torch.compiler.is_compiling()
     if is_free and length == 1:
         return grouped_attention(module, query, key, value, mask, **options)
-    parts: list[Tensor] = []
     cuts: list[int] = []
     if is_free and position is not None and mask.shape[0] == len(query) == 1:
         cuts = (position[0, 1:] == 0).nonzero()[:, 0].tolist()
@@ -186,7 +183,7 @@ def attention(
         cuts = cuts if alone else []
     if not cuts:
         return sdpa_attention_forward(module, query, key, value, mask, **options)
-    ends = [cut + 1 for cut in cuts]
+    ends, parts = [cut + 1 for cut in cuts], []
     for start, end in zip([0, *ends], [*ends, length], strict=True):
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
         seen = mask[:, :, start:end, start:end]

@@ -98,8 +98,7 @@ def choose_sampler(run: Run, model: nn.Module) -> Sampler | None:
     None is TRL's own sampling from the trained model; why is in `grpo/sampler.json`.
 
     Args:
-        run: with the config field `sampler`.
-        model: with LoRA attached, from `load_for_training`.
+        run, model: with the config field `sampler`; with LoRA attached.
 
     Raises:
         ConfigError: a copy that is asked for does not work with this model.

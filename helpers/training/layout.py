@@ -73,7 +73,7 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
             result = {"verdict": stays} if stays else attempt(trainer, layout)
             note["choice"] = layout._asdict()
             note["tries"].append(note["choice"] | result)
-            if result["verdict"] in ("fits", stays):
+            if result["verdict"] == "fits":
                 break
         write_json(path, note)
     choice = Layout(**note["choice"])

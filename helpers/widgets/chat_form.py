@@ -1,7 +1,5 @@
 """A chat with a model as it was before training and after it, side by side."""
 
-from __future__ import annotations
-
 import html
 import threading
 import time
@@ -33,7 +31,7 @@ class ChatForm(widgets.VBox):
         ModelError: the model has no adapter.
     """
 
-    opened: ClassVar[ChatForm | None] = None
+    opened: ClassVar["ChatForm | None"] = None
 
     def __init__(self, model: Any, tokenizer: Any, config: RunConfig) -> None:
         self.model, self.tokenizer = model, tokenizer
