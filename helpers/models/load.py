@@ -143,7 +143,7 @@ def load_model(
     machine = runtime.find_machine()
     arithmetic, _ = runtime.choose_dtype(machine, dtype)
     arguments: dict[str, Any] = {"dtype": arithmetic}
-    arguments["trust_remote_code"] = more.get("trust_remote_code", False)
+    arguments["trust_remote_code"] = bool(more.get("trust_remote_code"))
     bits = {f"load_in_{weights}": True} if weights != "16bit" else {}
     if weights == "4bit":
         bits["bnb_4bit_use_double_quant"] = double_quant

@@ -108,15 +108,10 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     watch = callbacks.Watch(config.save_minutes, folder)
     trainer.remove_callback(callbacks.Watch)  # of a call that was interrupted
     trainer.callback_handler.callbacks.insert(0, watch)  # the others see its count
-    if checkpoint := callbacks.last_checkpoint(folder / "checkpoints"):
-        log.info(f"{stage}: going on from {checkpoint}")
-        trainer.args.eval_on_start = False
-        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-        tokens = (entry.get("num_tokens", 0) for entry in state.log_history)
-        trainer._total_train_tokens = max(tokens, default=0)  # TRL's is a session's
+    checkpoint = callbacks.last_checkpoint(folder / "checkpoints")
     size = model.num_parameters(only_trainable=True)
     try:
-        if not (checkpoint and restore_finished(trainer, checkpoint)):
+        if not (checkpoint and resume(trainer, checkpoint)):
             with disk_space(folder, size * 12e-9):  # weights, AdamW's moments
                 layout.train_within_memory(trainer, run, checkpoint)
     except RuntimeError as error:  # of sampling
@@ -151,26 +146,28 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
 
 def begin(trainer: Trainer) -> None:
     """Keeps a trainer's start, or takes it back there after an interrupted `fit`."""
-    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     if not hasattr(trainer, "start"):
-        weights = {name: p.detach().cpu().clone() for name, p in trained.items()}
         counts = {name: getattr(trainer, name, None) for name in COUNTS}
-        folder = tempfile.mkdtemp(dir=SCRATCH.name)
-        trainer._save_rng_state(folder)
-        trainer.start = weights, copy.deepcopy(counts), folder
+        trainer.start = copy.deepcopy(counts), tempfile.mkdtemp(dir=SCRATCH.name)
+        trainer.model.save_pretrained(trainer.start[1])
+        trainer._save_rng_state(trainer.start[1])
         return
     log.info("interrupted before: from its last checkpoint, or from the start")
-    weights, counts, folder = trainer.start
-    for name, parameter in trained.items():
-        parameter.data.copy_(weights[name])
+    counts, folder = trainer.start
+    load.set_adapter_weights(trainer.model, folder)
     trainer.model.zero_grad()
     vars(trainer).update(copy.deepcopy(counts), optimizer=None, lr_scheduler=None)
     trainer._load_rng_state(folder)
 
 
-def restore_finished(trainer: Trainer, checkpoint: str) -> bool:
-    """Takes up a checkpoint of the last step, after which TRL would take one more."""
+def resume(trainer: Trainer, checkpoint: str) -> bool:
+    """Takes up a checkpoint's counts; returns whether it is of the last step."""
+    log.info(f"going on from {checkpoint}")
+    trainer.args.eval_on_start = False
     state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+    tokens = (entry.get("num_tokens", 0) for entry in state.log_history)
+    trainer._total_train_tokens = max(tokens, default=0)  # TRL's is a session's
+    # after the last step TRL would take one more
     if state.global_step < state.max_steps:
         return False
     load.set_adapter_weights(trainer.model, checkpoint)
