@@ -24,7 +24,7 @@ from helpers.errors import ConfigError, TrainingError
 from helpers.files import read_json, read_rows, write_json
 from helpers.grpo import rewards
 from helpers.grpo import trainer as grpo
-from helpers.models import adapters
+from helpers.models import adapters, load
 from helpers.runs import Run
 from helpers.training import callbacks, inputs
 from helpers.training import trainer as train
@@ -390,7 +390,8 @@ def test_lora_that_a_config_leaves_open_is_pefts_default_in_either_engine(
     passed: dict[str, Any] = {}
     monkeypatch.setattr(adapters, "add_lora", lambda _, lora, **__: passed.update(lora))
     run = run_factory(lora={"target_modules": ["v_proj", "q_proj"]})
-    train.attach_lora(run, None, LoraConfig(**train.lora_arguments(run)))  # type: ignore[arg-type]
+    model, _ = load.load_model(run.config.model, **load.options(run.config))
+    train.attach_lora(run, model, LoraConfig(**train.lora_arguments(run)))
     assert passed.pop("target_modules") == ["q_proj", "v_proj"]
     assert passed == {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none"}
 

@@ -20,6 +20,7 @@ from helpers.inference.decoder import set_attention
 from helpers.inference.generation import generate_batches, inference
 from helpers.inference.items import answer_rows, find_adapters, model_print
 from helpers.masking.dataset import NO_LOSS, Example, mask_conversations
+from helpers.models import adapters
 from helpers.models import load as models
 from helpers.runs import Run, writes
 
@@ -68,7 +69,7 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     set_attention(model)
     exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     if exact and hasattr(model, "merge_and_unload"):  # LoRA takes half of a CPU's time
-        model = model.merge_and_unload()
+        model = adapters.merge(model)
     part: dict[str, Any] = {"model_print": model_print(config, adapter)}
     limits, drop = (config.loss_on, config.max_length), config.data.drop_unusable
     for name in [name for name in sets if name not in tables.ACCURACIES]:

@@ -1,6 +1,5 @@
 """A trained stage as files for other programs: adapter, merged, GGUF, 4-bit, Space."""
 
-import copy
 import logging
 import os
 import shutil
@@ -20,7 +19,7 @@ from helpers.files import content_hash, new_folder, read_rows
 from helpers.masking import templates
 from helpers.masking.dataset import mask_conversations
 from helpers.masking.templates import answer_marks, render, stop_token_ids
-from helpers.models import load
+from helpers.models import adapters, load
 from helpers.runs import Run, writes
 from helpers.training.inputs import require_stage
 
@@ -171,12 +170,7 @@ def merge(config: RunConfig, adapter: Path | str, folder: Path) -> Any:
     if load.resolve_weights(config.weights) != "16bit":  # what it was trained on
         base = base.dequantize(dtype=base.dtype)
     tuned = load.load_adapter(base, adapter, engine="transformers")
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
-    plain = [getattr(m, "base_layer", getattr(m, "original_module", m)) for m in ends]
-    # PEFT would change both of tied weights where the adapter changes one alone
-    if plain != ends and plain[0].weight is plain[1].weight:
-        plain[1].weight = copy.deepcopy(plain[1].weight)
-    model = tuned.merge_and_unload()
+    model = adapters.merge(tuned)
     tokenizer = plain_tokenizer(config, model.generation_config)
     model.config.eos_token_id = tokenizer.eos_token_id
     with new_folder(folder) as scratch:

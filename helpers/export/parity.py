@@ -82,14 +82,14 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
         lines = read_rows(run.require(f"data/{part}.jsonl"))
         if new := lines[: count - len(rows)]:
             rows += to_prompts(config, new)
-        if part in ("eval", "test_chat") or not texts:
-            texts = lines[:16]
+        is_chat = part in ("eval", "test_chat")
+        texts = lines + texts if is_chat else texts + lines
     rows.sort(key=lambda row: len(str(row["prompt"])))  # batches need little padding
     adapter, options = run.require(f"{stage}/adapter"), load.options(config)
     model, tokenizer = load.load_model(config.model, adapter=adapter, **options)
     questions = [*(r["prompt"] for r in rows), ask(PROBE, config.system_prompt)]
     questions = [neutralise(tokenizer, question) for question in questions]
-    chats, _ = to_conversations(texts, config.system_prompt)
+    chats, _ = to_conversations(texts[:16], config.system_prompt)
     limits = config.loss_on, config.max_length
     masked = mask_conversations(tokenizer, chats, *limits, drop=True)
     base = model.config.to_dict()  # an adapter needs the weights it was trained on

@@ -127,7 +127,6 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
 
 
 @writes
-@writes
 def run_mt_bench(
     run: Run,
     judge: judges.Judge | None,

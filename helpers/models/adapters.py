@@ -1,5 +1,6 @@
 """LoRA adapters: attached, saved, and compared with the trained model."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,13 @@ def last_logits(model: Model, ids: Any) -> Any:
     ids, gpu = torch.as_tensor(ids, device=device), device.type == "cuda"
     with inference(model), torch.autocast(device.type, model.config.dtype, enabled=gpu):
         return model(input_ids=ids).logits[:, -1].float().cpu()
+
+
+def merge(tuned: Any) -> Any:
+    """Returns the model with its adapter's products in the weights themselves."""
+    ends = [tuned.get_input_embeddings(), tuned.get_output_embeddings()]
+    plain = [getattr(m, "base_layer", getattr(m, "original_module", m)) for m in ends]
+    # PEFT would change both of tied weights where the adapter changes one alone
+    if plain != ends and plain[0].weight is plain[1].weight:
+        plain[1].weight = copy.deepcopy(plain[1].weight)
+    return tuned.merge_and_unload()

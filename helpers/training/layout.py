@@ -93,6 +93,8 @@ def reason(trainer: Trainer, run: Run) -> str:
         means = means or trainer.aux_loss_enabled or trainer._entropy_bonus_enabled
         if means or args.use_vllm:
             return "vLLM, or a loss of means over a micro-batch"
+        if args.gradient_accumulation_steps == 1:
+            return "one pass already"  # Unsloth compiles anew after a try
     if args.world_size > 1:
         return "several processes"
     return "on a CPU" if runtime.find_machine().device == "cpu" else ""
