@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,8 +35,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 RESULT = Path(os.environ.get("OUT", ROOT / "results")) / "grpo_speed.json"
 GENERATIONS, TOKENS = 8, 256
 WARM, TIMED, PROFILED = 2, 8, 2
-LIMIT_S, TOTAL_S = 150, 350  # a process, and all: what takes longer is given up
-DEFAULT = ["ours", "ours-pinned", "unsloth", "trl-cb", "vllm"]
+LIMIT_S, TOTAL_S = 180, 560  # a process, and all: what takes longer is given up
+DEFAULT = ["ours", "unsloth", "trl-cb", "vllm"]
 
 
 class Way(NamedTuple):
@@ -46,23 +45,20 @@ class Way(NamedTuple):
     engine: str
     copied: bool = False
     compiled: bool = False
-    layout: str = "pinned"
     micro_batch: int = GENERATIONS
     sampling: str = ""  # a library's, by a switch of TRL's
 
 
 WAYS = {
-    "ours": Way("unsloth", copied=True, compiled=True, layout="auto"),
-    "ours-pinned": Way("unsloth", copied=True, compiled=True),
+    "ours": Way("unsloth", copied=True, compiled=True),
     "unsloth": Way("unsloth"),
     "trl": Way("transformers"),
     "trl-cb": Way("transformers", sampling="continuous"),
     "vllm": Way("transformers", sampling="vllm"),
     # what else ours could be
-    "ours-short": Way("unsloth", copied=True, layout="auto"),  # as in short runs
+    "ours-short": Way("unsloth", copied=True),  # as in short runs
     "ours-2x4": Way("unsloth", copied=True, compiled=True, micro_batch=2),
-    "ours-plain": Way("transformers", copied=True, layout="auto"),
-    "ours-plain-pinned": Way("transformers", copied=True),
+    "ours-plain": Way("transformers", copied=True),
 }
 # 64 blocks of 256 tokens hold all completions; else half of the GPU, whatever its cap
 CONTINUOUS = {"num_blocks": 64, "max_batch_tokens": 1024}
@@ -210,14 +206,7 @@ def one(name: str, model: str, out: Path, tokens: int) -> None:
     started = time.perf_counter()
     way = WAYS[name]
     trainer, sampler = build_trainer(way, model, out.with_suffix(""), tokens)
-    built, tries = time.perf_counter(), []
-    if way.layout == "auto":
-        from helpers import training
-
-        config = SimpleNamespace(layout="auto", sft={}, grpo={})
-        table = training.choose_layout(trainer, SimpleNamespace(config=config))
-        tries = table.to_dict("records")
-    chosen = time.perf_counter()
+    built = time.perf_counter()
     ends, phases = watch(trainer)
     trainer.train()
     steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
@@ -242,8 +231,6 @@ def one(name: str, model: str, out: Path, tokens: int) -> None:
         "step_s": [round(s, 3) for s in counted],
         "first_step_s": round(steps[0], 1),
         "load_s": round(built - started, 1),
-        "layout_s": round(chosen - built, 1),
-        "layouts": tries,  # the last one is taken
         "split_s": {k: round(v, 4) for k, v in split.items()},
         "parts_s": {k: round(v, 4) for k, v in parts.items()},
         "completion_tokens": mean(history, "completions/mean_length"),
@@ -254,7 +241,7 @@ def one(name: str, model: str, out: Path, tokens: int) -> None:
         record["peak_gb"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
         record["machine"] = torch.cuda.get_device_name()
         record["torch"] = torch.__version__
-    if sampler is not None and way.layout == "auto":
+    if sampler is not None:
         record["sampler"] = measure_sampler(trainer, sampler, tokens)
     elif sampler is None and way.engine == "unsloth" and torch.cuda.is_available():
         from unsloth.models import _decode_graphs

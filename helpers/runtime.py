@@ -107,7 +107,9 @@ def run_alone(
     values = json.dumps([value for value in arguments if not callable(value)])
     sources = [inspect.getsource(f) for f in (*arguments, function) if callable(f)]
     command, head = [sys.executable, "-"], list[str]()
+    apart = {"PYTHONSAFEPATH": "1"}
     if requirements:
+        apart["PYTHONPATH"] = ""
         command = [sys.executable, "-m", "uv", "run", "--no-project"]
         command += ["--python", sys.executable, "--script", "-"]
         head = ["# /// script", f"# dependencies = {json.dumps(requirements)}", "# ///"]
@@ -115,7 +117,6 @@ def run_alone(
     call = f"value = {function.__name__}(*json.loads({values!r}))"
     dump = "print(); print(json.dumps(value, default=lambda number: number.item()))"
     script = "\n".join([*head, *sources, "import json", call, dump])
-    apart = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
     variables = os.environ | apart | (environment or {})
     options: Any = {"env": variables, "capture_output": True, "text": True}
     done = subprocess.run(command, input=script, **options)

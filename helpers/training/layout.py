@@ -24,8 +24,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from helpers import runtime
 from helpers.errors import ConfigError
 from helpers.files import read_json, write_json
-from helpers.inference.generation import encode
-from helpers.inference.sampler import Sampler
 from helpers.install import installed_version
 from helpers.runs import Run
 
@@ -44,9 +42,10 @@ class Layout(NamedTuple):
 def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     """Gives a trainer the fastest layout that fits into memory; returns the tries.
 
-    A step's rows (GRPO: completions) and losses stay the same. Each layout is tried on
-    the largest micro-batch of the run, until one fits; a choice holds until the machine
-    changes. What the config sets stays, and its whole layout where `reason` says why.
+    A step's rows and losses stay the same. Each layout is tried on the largest
+    micro-batch of the run, until one fits; a choice holds until the machine changes.
+    What the config sets stays, and its whole layout where `reason` says why. So does
+    GRPO's: tries cost more than they gain where Unsloth compiles for each shape.
 
     With `layout="compiled"` SFT's rows are packed first, so that all passes have one
     length and a step its rows on average, and decoder layers are compiled for it. That
@@ -60,10 +59,10 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     Raises:
         ConfigError: layers cannot be compiled here, or rows cannot be packed.
     """
-    grpo, packed = hasattr(trainer.args, "num_generations"), hasattr(trainer, "packed")
-    if run.config.layout == "compiled" and not (grpo or packed):
-        prepare_compiled(trainer, run)
     path, stays = Path(trainer.args.output_dir).with_name(NOTE), reason(trainer, run)
+    is_packed = hasattr(trainer, "packed")
+    if run.config.layout == "compiled" and stays != "GRPO" and not is_packed:
+        prepare_compiled(trainer, run)
     machine, note = runtime.find_machine(), read_json(path)
     name = f"{machine.name}, {machine.memory_gb:.1f} GiB"
     order = candidates(trainer, run)
@@ -87,15 +86,9 @@ def reason(trainer: Trainer, run: Run) -> str:
     """Returns why the layout stays the config's, or an empty string."""
     if run.config.layout == "pinned":
         return "pinned"
-    args = trainer.args
-    if hasattr(args, "num_generations"):
-        means = args.loss_type == "bnpo" or args.top_entropy_quantile < 1
-        means = means or trainer.aux_loss_enabled or trainer._entropy_bonus_enabled
-        if means or args.use_vllm:
-            return "vLLM, or a loss of means over a micro-batch"
-        if args.gradient_accumulation_steps == 1:
-            return "one pass already"  # Unsloth compiles anew after a try
-    if args.world_size > 1:
+    if hasattr(trainer.args, "num_generations"):
+        return "GRPO"
+    if trainer.args.world_size > 1:
         return "several processes"
     return "on a CPU" if runtime.find_machine().device == "cpu" else ""
 
@@ -187,10 +180,9 @@ def candidates(trainer: Trainer, run: Run) -> list[Layout]:
         return [Layout(size, steps, recompute, flat)]
     # a pass has a fixed cost, larger than that of recomputation
     rows, flat = size * steps, joins_rows(trainer, run)
-    sampled = getattr(args, "generation_batch_size", None)  # completions at a time
-    fixed = "gradient_checkpointing" in (run.config.grpo if sampled else run.config.sft)
+    fixed = "gradient_checkpointing" in run.config.sft
     kinds = [recompute] if fixed else [False, True]
-    sizes = [n for n in range(rows, 0, -1) if rows % n == 0 == (sampled or rows) % n]
+    sizes = [n for n in range(rows, 0, -1) if rows % n == 0]
     return [Layout(n, rows // n, kind, flat) for n in sizes for kind in kinds]
 
 
@@ -221,8 +213,6 @@ def apply_layout(trainer: Trainer, layout: Layout) -> None:
     args.per_device_train_batch_size, args.gradient_accumulation_steps = layout[:2]
     args.gradient_checkpointing = layout.recompute
     trainer._train_batch_size = args.train_batch_size
-    if hasattr(args, "num_generations"):
-        args.steps_per_generation = args.generation_batch_size // layout.micro_batch
     if hasattr(trainer.data_collator, "padding_free"):
         trainer.data_collator.padding_free = layout.padding_free
     if hasattr(model, "for_training"):  # Unsloth's goes by a note of its own
@@ -243,8 +233,7 @@ def unchanged(trainer: Trainer) -> Iterator[None]:
             yield
         finally:
             clear_memory(trainer)
-            trainer._total_train_tokens = trainer._step = 0
-            vars(trainer).pop("_prepare_inputs", None)
+            trainer._total_train_tokens = 0
             for values in trainer._metrics.values():
                 values.clear()
 
@@ -254,9 +243,6 @@ def clear_memory(trainer: Trainer) -> None:
     buffers: Any = sys.modules.get("unsloth_zoo.gradient_checkpointing")
     if hasattr(buffers, "GPU_BUFFERS"):  # Unsloth's, which an error leaves in use
         buffers.reset_unsloth_gradient_checkpointing_buffers()
-    for name in list(vars(trainer.model)):  # its notes of what is too long for GRPO
-        if name.startswith(("_unsloth_seq_packing", "_unsloth_prefix_grouper")):
-            delattr(trainer.model, name)
     runtime.free_memory()
 
 
@@ -278,9 +264,8 @@ def attempt(trainer: Trainer, layout: Layout) -> dict[str, Any]:
     state *= trainer.model.get_nb_trainable_parameters()[0]
     trainer.current_gradient_accumulation_steps = 1
     apply_layout(trainer, layout)
-    is_grpo = hasattr(trainer.args, "num_generations")
     with unchanged(trainer):
-        batch = (largest_completions if is_grpo else largest_batch)(trainer, layout)
+        batch = largest_batch(trainer, layout)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
@@ -325,34 +310,8 @@ def go_slower(trainer: Trainer) -> str | None:
         trainer._save_checkpoint(trainer.model, trial=None)
     trainer.optimizer = None  # the next one has the checkpoint's state
     apply_layout(trainer, layout)
-    # GRPO samples anew to the prompts of the step that failed
-    trainer._step, trainer._buffered_inputs = step * layout.accumulation, None
     note, verdict = read_json(path.with_name(NOTE)), f"out of memory after step {step}"
     note["tries"].append(note["choice"] | {"verdict": verdict})
     write_json(path.with_name(NOTE), note | {"choice": layout._asdict()})
     log.info(f"{verdict}: going on with {layout}")
     return str(path / f"checkpoint-{step}") if step else None
-
-
-def largest_completions(trainer: Trainer, layout: Layout) -> dict[str, Any]:
-    """Returns completions as long as GRPO's can get; Unsloth would merge equal ones."""
-    tokenizer, length = trainer.processing_class, trainer.max_completion_length
-    if not hasattr(trainer, "longest"):
-        prompts = trainer.train_dataset["prompt"]
-        trainer.longest = max(prompts, key=lambda one: len(encode(tokenizer, one)))
-        if isinstance(trainer.rollout_func, Sampler):  # the memory that it will keep
-            trainer.model.eval()  # else it logs
-            prompts = [trainer.longest] * trainer.args.generation_batch_size
-            trainer.rollout_func(prompts, trainer)
-    tokens = len(encode(tokenizer, trainer.longest)) + length
-    shape, words = (layout.micro_batch, tokens), len(tokenizer)
-    ids = torch.randint(1, words, shape, device=trainer.args.device)
-    ids = (ids + tokenizer.pad_token_id) % words  # any token but padding
-    ones, inputs = torch.ones_like(ids), {"input_ids": ids}
-    for name, part in ("prompt", slice(-length)), ("completion", slice(-length, None)):
-        inputs |= {f"{name}_ids": ids[:, part], f"{name}_mask": ones[:, part]}
-    inputs |= {"advantages": ones[:, 0].float(), "num_items_in_batch": ones.sum()}
-    if trainer.beta:
-        inputs["ref_per_token_logps"] = ones[:, -length:].float()
-    trainer._prepare_inputs = dict  # not to sample
-    return inputs
