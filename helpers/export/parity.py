@@ -77,21 +77,23 @@ def check(
 def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
     """Returns the tokenizer, what models are asked, and the trained one's answers."""
     config, parts = run.config, parts_of(run.config.data)
-    rows, texts = list[Row](), list[Row]()
+    rows, chats = list[Row](), list[Any]()
     for part in [name for name in (*HELD_OUT, "train", "problems") if name in parts]:
         lines = read_rows(run.require(f"data/{part}.jsonl"))
         if new := lines[: count - len(rows)]:
             rows += to_prompts(config, new)
         is_chat = part in ("eval", "test_chat")
-        texts = lines + texts if is_chat else texts + lines
+        more = len(chats) < 16 and part != "problems"  # which may lack solutions
+        if is_chat or more or not chats:
+            told, _ = to_conversations(lines[:16], config.system_prompt)
+            chats = told + chats if is_chat else chats + told
     rows.sort(key=lambda row: len(str(row["prompt"])))  # batches need little padding
     adapter, options = run.require(f"{stage}/adapter"), load.options(config)
     model, tokenizer = load.load_model(config.model, adapter=adapter, **options)
     questions = [*(r["prompt"] for r in rows), ask(PROBE, config.system_prompt)]
     questions = [neutralise(tokenizer, question) for question in questions]
-    chats, _ = to_conversations(texts[:16], config.system_prompt)
     limits = config.loss_on, config.max_length
-    masked = mask_conversations(tokenizer, chats, *limits, drop=True)
+    masked = mask_conversations(tokenizer, chats[:16], *limits, drop=True)
     base = model.config.to_dict()  # an adapter needs the weights it was trained on
     with np.load(adapter / adapters.WITNESS) as file:
         trained: Row = {"witness": file["ids"].tolist(), "limit": float(file["limit"])}
