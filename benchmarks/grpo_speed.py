@@ -243,7 +243,7 @@ def one(name: str, model: str, out: Path, tokens: int) -> None:
         record["torch"] = torch.__version__
     if sampler is not None:
         record["sampler"] = measure_sampler(trainer, sampler, tokens)
-    elif sampler is None and way.engine == "unsloth" and torch.cuda.is_available():
+    elif way.engine == "unsloth" and torch.cuda.is_available():
         from unsloth.models import _decode_graphs
 
         record["unsloth_graphs"] = _decode_graphs.stats(trainer.model.get_base_model())

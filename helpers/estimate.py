@@ -111,7 +111,8 @@ def build(model: str, lora: str) -> Any:
             if known:
                 config = AutoConfig.for_model("llama", **KNOWN[known])
             else:
-                _ = folder or runtime.hub_reachable()  # else it tries for long
+                if not folder:
+                    runtime.hub_reachable()  # if not, it looks into its cache alone
                 config = AutoConfig.from_pretrained(model, trust_remote_code=False)
             base = AutoModelForCausalLM.from_config(config)
         except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:

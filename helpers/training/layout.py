@@ -65,7 +65,7 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
         prepare_compiled(trainer, run)
     machine, note = runtime.find_machine(), read_json(path)
     name = f"{machine.name}, {machine.memory_gb:.1f} GiB"
-    order = candidates(trainer, run)
+    order = [own_layout(trainer)] if stays else candidates(trainer, run)
     if stays or note.get("stays") or note.get("machine") != name:
         note = {"machine": name, "stays": stays, "tries": []}
         for layout in order:
@@ -171,17 +171,20 @@ def forward(layer: Any, compiled: Any, hidden: Any, *args: Any, **more: Any) -> 
     return compiled(hidden, *args, **more)
 
 
+def own_layout(trainer: Trainer) -> Layout:
+    """Returns the layout that a trainer has, at first the config's."""
+    args, flat = trainer.args, getattr(trainer.data_collator, "padding_free", False)
+    size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    return Layout(size, steps, args.gradient_checkpointing, flat)
+
+
 def candidates(trainer: Trainer, run: Run) -> list[Layout]:
     """Returns the layouts of the same rows an optimiser step, fastest first."""
-    args, recompute = trainer.args, trainer.args.gradient_checkpointing
-    size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    if reason(trainer, run):
-        flat = getattr(trainer.data_collator, "padding_free", False)
-        return [Layout(size, steps, recompute, flat)]
+    own, flat = own_layout(trainer), joins_rows(trainer, run)
+    rows = own.micro_batch * own.accumulation
     # a pass has a fixed cost, larger than that of recomputation
-    rows, flat = size * steps, joins_rows(trainer, run)
     fixed = "gradient_checkpointing" in run.config.sft
-    kinds = [recompute] if fixed else [False, True]
+    kinds = [own.recompute] if fixed else [False, True]
     sizes = [n for n in range(rows, 0, -1) if rows % n == 0]
     return [Layout(n, rows // n, kind, flat) for n in sizes for kind in kinds]
 
@@ -189,7 +192,7 @@ def candidates(trainer: Trainer, run: Run) -> list[Layout]:
 def joins_rows(trainer: Trainer, run: Run) -> bool:
     """Returns whether rows are joined, or can be: they do not see one another."""
     model, collator = trainer.model, trainer.data_collator
-    if getattr(collator, "padding_free", False):
+    if own_layout(trainer).padding_free:
         return True
     takes = inspect.signature(model.get_base_model().forward).parameters
     is_set = "padding_free" in run.config.sft or hasattr(model, "for_training")
