@@ -1,4 +1,4 @@
-"""The machine, its dtype with the reason, the engine, and a notebook's first cell."""
+"""The machine, its dtype with the reason, the engine, a first cell, several GPUs."""
 
 import gc
 import importlib.util
@@ -9,20 +9,24 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from helpers.errors import ConfigError, ModelError, TunebookError
+from helpers.errors import ConfigError, ModelError, TrainingError, TunebookError
 from helpers.install import ROOT, installed_version
 
 log = logging.getLogger(__name__)
 HOME = ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()  # of runs/ and data
 ON_DRIVE = "/content/drive/MyDrive/tunebook/runs"
 PACKAGES = "torch transformers trl peft bitsandbytes datasets accelerate unsloth"
+# CUDA starts, and sees what it is shown, only once a GPU has been chosen
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 class Machine(NamedTuple):
@@ -38,7 +42,7 @@ def find_machine() -> Machine:
     import torch
 
     if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
         total_gb, cap_gb = card.total_memory / 2**30, memory_cap_gb()
         gb = min(total_gb, cap_gb)
         if cap_gb < float("inf"):
@@ -72,6 +76,85 @@ def choose_dtype(machine: Machine, wanted: str = "auto") -> tuple[Any, str]:
         return torch.bfloat16, "compute capability 8.0 or newer has bf16 units"
     reason = "compute capability {}.{} has no bf16 units (they start at 8.0)"
     return torch.float16, reason.format(*machine.capability)
+
+
+def count_processes() -> int:
+    """Returns how many processes a launcher has started for one training run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def first_process() -> AbstractContextManager[Any]:
+    """Has the first of several processes go through a block before the others."""
+    if count_processes() == 1:
+        return nullcontext()
+    import torch
+    from accelerate import PartialState
+
+    options: Any = {"cpu": not torch.cuda.is_available(), "timeout": timedelta(hours=2)}
+    return PartialState(**options).main_process_first()
+
+
+def choose_gpu() -> None:
+    """Gives a process one GPU: its own of several processes, else the first."""
+    import torch
+
+    count, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if 0 < count <= rank:
+        raise ConfigError(f"process {rank} has no GPU: this machine has {count}")
+    if count and count_processes() > 1:
+        torch.cuda.set_device(rank)
+    elif count > 1:
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
+            map(str, range(count))
+        )
+        os.environ["TUNEBOOK_GPUS"] = gpus
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.partition(",")[0]
+        text = "`python -m helpers train RUN --gpus all` trains on all"
+        log.info(f"one of {count} GPUs is used here; {text}")
+
+
+def launch(arguments: list[str], gpus: str) -> None:
+    """Runs `python -m helpers` in a process for each GPU, by torch's launcher.
+
+    Args:
+        arguments: of the command line. The first process has the terminal.
+        gpus: how many of this machine's, or `all`; one needs no launcher.
+
+    Raises:
+        ConfigError: the machine has fewer GPUs.
+        TrainingError: a process ended early, and with it the others.
+    """
+    import torch
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if before := os.environ.pop("TUNEBOOK_GPUS", None):  # of the notebook that calls
+        os.environ["CUDA_VISIBLE_DEVICES"] = before
+    here = torch.cuda.device_count()
+    if os.environ.get("ACCELERATE_USE_CPU"):  # a dry run, whose processes share it
+        here = os.cpu_count() or 1
+    count = here if gpus == "all" else int(gpus) if gpus.isdigit() else 0
+    if not 1 <= count <= here:
+        raise ConfigError(f"--gpus {gpus}: expected all, or a number from 1 to {here}")
+    if count == 1:
+        return
+    # else a traceback for each process that ends
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str((os.cpu_count() or 1) // count or 1))
+    files = ",".join(f"{rank}:3" for rank in range(1, count))  # for what others print
+    with tempfile.TemporaryDirectory(prefix="tunebook-") as logs:
+        options = ["--standalone", f"--nproc-per-node={count}", "--log-dir", logs]
+        options += ["--redirects", files, "-m", "helpers"]
+        try:
+            run.run(run.parse_args([*options, *arguments]))
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            text = f"process {rank} of {count} ended with exit code {failure.exitcode}"
+            for file in Path(logs).glob(f"*/attempt_0/{rank}/stderr.log"):
+                lines = file.read_text().splitlines() or ["without a word"]
+                text += f" ({lines[-1]})"
+            text += ", so all were stopped: the same command goes on from the last"
+            raise TrainingError(f"{text} checkpoint") from None
 
 
 def peak_memory_gb() -> float:
@@ -174,8 +257,10 @@ def start(engine: str | None = None) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     library = logging.getLogger("helpers")
     library.handlers = [logging.StreamHandler(sys.stdout)]
-    library.setLevel(logging.INFO)
+    is_first = os.environ.get("RANK", "0") == "0"
+    library.setLevel(logging.INFO if is_first else logging.ERROR)
     library.propagate = False  # Colab's root logger would show it a second time
+    choose_gpu()
     path = runs_folder() / (current_run() or "none") / "config.json"
     with suppress(OSError, ValueError):  # whoever opens the run says so
         engine = engine or json.loads(path.read_text("utf-8")).get("engine")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
@@ -73,7 +74,8 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if self.folder and not self.folder.exists():
             raise TrainingError(f"{self.folder} is gone: put it back, or start again")
-        if time.monotonic() - self.saved >= self.save_s:
+        # of several processes the first one's clock counts
+        if broadcast_object_list([time.monotonic() - self.saved >= self.save_s])[0]:
             control.should_save, self.saved = True, time.monotonic()
         skipped = bool(getattr(more.get("optimizer"), "step_was_skipped", False))
         self.skipped += skipped

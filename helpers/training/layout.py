@@ -16,8 +16,11 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from torch.utils.data import BatchSampler
 from transformers import PreTrainedModel, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -29,6 +32,7 @@ from helpers.runs import Run
 
 log = logging.getLogger(__name__)
 NOTE = "layout.json"  # what was tried and chosen
+PREPARED = "_is_accelerate_prepared"  # a model's mark
 MARGIN = 0.92  # of the memory: the rest is for fragments
 
 
@@ -45,7 +49,8 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     A step's rows and losses stay the same. Each layout is tried on the largest
     micro-batch of the run, until one fits; a choice holds until the machine changes.
     What the config sets stays, and its whole layout where `reason` says why. So does
-    GRPO's: tries cost more than they gain where Unsloth compiles for each shape.
+    GRPO's: tries cost more than they gain where Unsloth compiles for each shape. Of
+    several processes all try, and what fits into each is chosen.
 
     With `layout="compiled"` SFT's rows are packed first, so that all passes have one
     length and a step its rows on average, and decoder layers are compiled for it. That
@@ -65,18 +70,26 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
         prepare_compiled(trainer, run)
     machine, note = runtime.find_machine(), read_json(path)
     name = f"{machine.name}, {machine.memory_gb:.1f} GiB"
-    order = [own_layout(trainer)] if stays else candidates(trainer, run)
+    if (count := trainer.args.world_size) > 1:
+        name += f", {count} processes"
+    with apart(trainer):
+        order = [own_layout(trainer)] if stays else candidates(trainer, run)
+    [order] = broadcast_object_list([order])
     if stays or note.get("stays") or note.get("machine") != name:
         note = {"machine": name, "stays": stays, "tries": []}
         for layout in order:
-            result = {"verdict": stays} if stays else attempt(trainer, layout)
+            with apart(trainer):
+                result = {"verdict": stays} if stays else attempt(trainer, layout)
+            verdicts = sorted(gather_object([result["verdict"]]), key="fits".__eq__)
+            result["verdict"] = verdicts[0]  # one that is not "fits" comes first
             note["choice"] = layout._asdict()
             note["tries"].append(note["choice"] | result)
             if result["verdict"] == "fits":
                 break
         write_json(path, note)
     choice = Layout(**note["choice"])
-    trainer.slower = order[order.index(choice) + 1 :]
+    # one of several processes cannot change it by itself
+    trainer.slower = order[order.index(choice) + 1 :] if count == 1 else []
     if not stays:
         apply_layout(trainer, choice)
     return pd.DataFrame(note["tries"])
@@ -88,8 +101,6 @@ def reason(trainer: Trainer, run: Run) -> str:
         return "pinned"
     if hasattr(trainer.args, "num_generations"):
         return "GRPO"
-    if trainer.args.world_size > 1:
-        return "several processes"
     return "on a CPU" if runtime.find_machine().device == "cpu" else ""
 
 
@@ -171,6 +182,44 @@ def forward(layer: Any, compiled: Any, hidden: Any, *args: Any, **more: Any) -> 
     return compiled(hidden, *args, **more)
 
 
+class FilledBatches(BatchSampler):
+    """Fills an epoch's end with a row of no loss: accelerate would repeat rows."""
+
+    def __init__(self, own: BatchSampler, row: int, count: int) -> None:
+        super().__init__(own.sampler, own.batch_size, False)
+        self.row, self.count = row, count
+
+    def __len__(self) -> int:
+        return -(-super().__len__() // self.count) * self.count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows, size = [*self.sampler], self.batch_size
+        rows += [self.row] * (len(self) * size - len(rows))
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def fill_epochs(trainer: Trainer) -> None:
+    """Has several processes draw each row of SFT once an epoch."""
+    make_loader = trainer.get_train_dataloader
+
+    def loader() -> Any:
+        loader = make_loader()
+        data, shard, count = (
+            loader.dataset,
+            loader.batch_sampler,
+            trainer.args.world_size,
+        )
+        if count > 1 and "labels" in data.column_names:
+            row = data[0] | {"labels": [-100] * len(data[0]["labels"])}
+            last = Dataset.from_list([row], features=data.features)
+            # a loader lets nobody assign its rows
+            vars(loader.base_dataloader)["dataset"] = concatenate_datasets([data, last])
+            shard.batch_sampler = FilledBatches(shard.batch_sampler, len(data), count)
+        return loader
+
+    trainer.get_train_dataloader = loader
+
+
 def own_layout(trainer: Trainer) -> Layout:
     """Returns the layout that a trainer has, at first the config's."""
     args, flat = trainer.args, getattr(trainer.data_collator, "padding_free", False)
@@ -228,6 +277,27 @@ def apply_layout(trainer: Trainer, layout: Layout) -> None:
 
 
 @contextmanager
+def apart(trainer: Trainer) -> Iterator[None]:
+    """Has a trainer count one process, which may run out of memory by itself."""
+    if trainer.args.world_size == 1:
+        yield
+        return
+    model = vars(trainer.model)
+    values = [AcceleratorState._shared_state, PartialState._shared_state, model]
+    copies = [dict(value) for value in values]
+    for state in values[:2]:
+        state |= {"num_processes": 1, "distributed_type": DistributedType.NO}
+    try:
+        yield
+    finally:
+        for value, copy in zip(values, copies, strict=True):
+            for name in ("num_processes", "distributed_type", "forward", PREPARED):
+                value.pop(name, None)
+                value |= {name: copy[name]} if name in copy else {}
+        trainer.accelerator._models.clear()
+
+
+@contextmanager
 def unchanged(trainer: Trainer) -> Iterator[None]:
     """Takes random states, gradients and TRL's counts back, and frees memory."""
     runtime.free_memory()
@@ -254,8 +324,10 @@ def largest_batch(trainer: Trainer, layout: Layout) -> dict[str, Any]:
     data, loader = trainer.train_dataset, trainer.get_train_dataloader()
     lengths = row_lengths(data)
     epochs, *_, steps = trainer.set_initial_training_values(trainer.args, loader)
-    batches = [batch for _ in range(epochs) for batch in loader.batch_sampler]
-    batches, flat = batches[: steps * layout.accumulation], layout.padding_free
+    shares = runtime.count_processes()  # each draws as many
+    batches = [batch for _ in range(epochs * shares) for batch in loader.batch_sampler]
+    batches = batches[: steps * layout.accumulation * shares]
+    flat = layout.padding_free
     tokens = [lengths[b].sum() if flat else lengths[b].max() * len(b) for b in batches]
     return loader.collate_fn([data[row] for row in batches[np.argmax(tokens)]])
 
@@ -264,6 +336,7 @@ def attempt(trainer: Trainer, layout: Layout) -> dict[str, Any]:
     """Returns tokens, seconds and peak GiB of a pass, and whether it fits."""
     optim, limit_gb = trainer.args.optim, runtime.find_machine().memory_gb
     state = 0 if "paged" in optim else 2 if "8bit" in optim else 8  # bytes a parameter
+    state += 4 * (runtime.count_processes() > 1)  # gradients on their way
     state *= trainer.model.get_nb_trainable_parameters()[0]
     trainer.current_gradient_accumulation_steps = 1
     apply_layout(trainer, layout)

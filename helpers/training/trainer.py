@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainerState
@@ -102,6 +103,9 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
         return part
     model, tokenizer = trainer.model, trainer.processing_class
     keep_lora_fp32(model)
+    if trainer.args.world_size > 1:
+        set_seed(trainer.args.seed, device_specific=True)  # of dropout
+        layout.fill_epochs(trainer)
     begin(trainer)
     prompt = ask(callbacks.PROMPTS[0]["prompt"], "")
     model.witness = torch.tensor([encode(tokenizer, prompt)])
@@ -125,12 +129,22 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
             tracked.finish()
     if trainer.state.global_step == 0:
         raise ConfigError(f"{stage} took no optimiser step: give more rows")
+    peaks_gb = gather_object([runtime.peak_memory_gb()])
+    if trainer.is_world_process_zero():
+        report(trainer, run, folder, max(peaks_gb))
+    trainer.accelerator.wait_for_everyone()
+    return run.report()[stage]
+
+
+def report(trainer: Trainer, run: Run, folder: Path, peak_gb: float) -> None:
+    """Writes a trained stage's adapter, curves and report, after reloading it."""
+    config, model, stage = run.config, trainer.model, folder.name
     adapter, history = folder / "adapter", trainer.state.log_history
     if not adapter.exists():  # no evaluation has chosen one
         adapters.save_adapter(model, adapter, model.witness)
     write_json(folder / "log_history.json", history)
     inputs.draw_diagnostics(history, folder / "curves.png")
-    part = stage_report(trainer, folder)
+    part = stage_report(trainer, folder, peak_gb)
     try:
         copy, _ = load.load_model(config.model, adapter=adapter, **load.options(config))
         part["reloaded"] = adapters.compare_saved(copy, adapter)
@@ -141,7 +155,6 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     run.write_part("environment", runtime.environment(engine, config.dtype))
     note = read_json(folder / inputs.NOTE)
     write_json(folder / inputs.NOTE, note | {"finished": True})
-    return part
 
 
 def begin(trainer: Trainer) -> None:
@@ -179,13 +192,14 @@ def resume(trainer: Trainer, checkpoint: str) -> bool:
     return True
 
 
-def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
+def stage_report(trainer: Trainer, folder: Path, peak_gb: float) -> dict[str, Any]:
     state, logged = trainer.state, pd.DataFrame(trainer.state.log_history)
     seconds = float(logged["seconds"].max())
     part: dict[str, Any] = {
         "steps": state.global_step,
         "seconds": round(seconds, 1),
-        "peak_memory_gb": round(runtime.peak_memory_gb(), 3),
+        "peak_memory_gb": round(peak_gb, 3),  # of the process that took most
+        "processes": trainer.args.world_size,
         "skipped_steps": int(logged["skipped_steps"].max()),
     }
     if folder.name == "sft":
