@@ -151,8 +151,8 @@ def launch(arguments: list[str], gpus: str) -> None:
             rank, failure = error.get_first_failure()
             text = f"process {rank} of {count} ended with exit code {failure.exitcode}"
             for file in Path(logs).glob(f"*/attempt_0/{rank}/stderr.log"):
-                lines = file.read_text().splitlines() or ["without a word"]
-                text += f" ({lines[-1]})"
+                lines = [x for x in file.read_text().splitlines() if "Error" in x]
+                text += "".join(f" ({line})" for line in lines[-1:])
             text += ", so all were stopped: the same command goes on from the last"
             raise TrainingError(f"{text} checkpoint") from None
 
