@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def measure_sft(
         processing_class=tokenizer,
     )
     sft.keep_lora_fp32(net)  # as `fit` does, like the next lines
-    layout.fill_epochs(trainer)
+    own = trainer.get_train_dataloader
+    trainer.get_train_dataloader = partial(layout.filled_loader, trainer, own)
     table = training.choose_layout(trainer, run)
     callback, ends = clock(WARM, STEPS)
     trainer.add_callback(callback)

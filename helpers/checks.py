@@ -4,6 +4,7 @@ Their classes say what they take; the tables here hold what they take in silence
 """
 
 import math
+import os
 import re
 import sys
 import typing
@@ -20,7 +21,7 @@ from helpers.errors import ConfigError, UnknownArchitecture, nearest
 from helpers.grpo.rewards import choose, margin
 from helpers.masking.templates import template_text
 from helpers.models.adapters import check_attached, check_lora
-from helpers.runtime import Machine, choose_dtype, count_processes, find_machine
+from helpers.runtime import Machine, choose_dtype, find_machine
 
 Fault = tuple[str, str]  # dotted field; what was found, why it matters, what to do
 
@@ -171,7 +172,7 @@ def field_faults(group: str, values: dict[str, Any]) -> dict[str, str]:
 def trial_fault(group: str, values: dict[str, Any]) -> dict[str, str]:
     """Returns what a group's class says when it is constructed, by the field named."""
     # of several processes each would start their group before a model is loaded
-    if count_processes() > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return {}
     import torch
     from accelerate.state import AcceleratorState, PartialState

@@ -49,7 +49,7 @@ def this_gpu() -> Gpu | None:
 
     if not torch.cuda.is_available():
         return None
-    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    card = torch.cuda.get_device_properties()
     free_gb = min(card.total_memory / GIB - 0.74, runtime.memory_cap_gb())
     # a multiprocessor's rate: Volta and Turing, Ampere and Ada, Hopper
     rate = 0.24 if card.major < 8 else 1.0 if card.major == 8 else 2.6

@@ -42,7 +42,7 @@ def find_machine() -> Machine:
     import torch
 
     if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        card = torch.cuda.get_device_properties()
         total_gb, cap_gb = card.total_memory / 2**30, memory_cap_gb()
         gb = min(total_gb, cap_gb)
         if cap_gb < float("inf"):
@@ -98,17 +98,12 @@ def choose_gpu() -> None:
     """Gives a process one GPU: its own of several processes, else the first."""
     import torch
 
-    count, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
-    if 0 < count <= rank:
-        raise ConfigError(f"process {rank} has no GPU: this machine has {count}")
+    count, gpus = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if count and count_processes() > 1:
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     elif count > 1:
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
-            map(str, range(count))
-        )
-        os.environ["TUNEBOOK_GPUS"] = gpus
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.partition(",")[0]
+        os.environ["TUNEBOOK_GPUS"] = gpus  # all of them, for `launch`
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.partition(",")[0] or "0"
         text = "`python -m helpers train RUN --gpus all` trains on all"
         log.info(f"one of {count} GPUs is used here; {text}")
 
@@ -128,12 +123,15 @@ def launch(arguments: list[str], gpus: str) -> None:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if before := os.environ.pop("TUNEBOOK_GPUS", None):  # of the notebook that calls
-        os.environ["CUDA_VISIBLE_DEVICES"] = before
+    if "TUNEBOOK_GPUS" in os.environ:  # a notebook's kernel has chosen one
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if every := os.environ.pop("TUNEBOOK_GPUS"):
+            os.environ["CUDA_VISIBLE_DEVICES"] = every
     here = torch.cuda.device_count()
     if os.environ.get("ACCELERATE_USE_CPU"):  # a dry run, whose processes share it
         here = os.cpu_count() or 1
-    count = here if gpus == "all" else int(gpus) if gpus.isdigit() else 0
+    number = str(here) if gpus == "all" else gpus
+    count = int(number) if number.isdigit() else 0
     if not 1 <= count <= here:
         raise ConfigError(f"--gpus {gpus}: expected all, or a number from 1 to {here}")
     if count == 1:

@@ -25,8 +25,8 @@ REPORTING = ("report_to", "save_steps", "save_strategy", "save_total_limit", "ru
 TRL_OPEN = """per_device_train_batch_size gradient_accumulation_steps packing optim
     learning_rate lr_scheduler_type warmup_steps weight_decay max_steps beta loss_type
     num_train_epochs mask_truncated_completions gradient_checkpointing""".split()
-EVAL = "per_device_eval_batch_size"
-SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+SIZES = """per_device_train_batch_size per_device_eval_batch_size
+    gradient_accumulation_steps""".split()
 PANELS = {  # titles, and regular expressions of what is logged
     "loss": "^(eval_)?loss$",
     "reward by component (band: spread)": "^rewards/.*/mean$|^eval_reward$",
@@ -94,20 +94,20 @@ def finished_part(run: Run, stage: Stage) -> dict[str, Any] | None:
     return part
 
 
-def share_rows(values: dict[str, Any], count: int) -> dict[str, int]:
+def share_rows(values: dict[str, Any], count: int) -> dict[str, Any]:
     """Returns the sizes with which processes share the rows of an optimiser step."""
-    micro, passes = (values[name] for name in SIZES)
+    micro, evaluation, passes = (values[name] for name in SIZES)
     rows, rest = divmod(micro * passes, count)
-    size = math.gcd(micro, rows)
-    shared = dict(zip(SIZES, (size, rows // max(1, size)), strict=True))
-    # together they score the rows of one batch: a loss is a mean over its tokens
-    shared["per_device_eval_batch_size"] = max(1, values.get(EVAL, micro) // count)
-    if batches := values.get("steps_per_generation"):
-        shared["steps_per_generation"] = batches * micro // max(1, size * count)
-        rest = rest or batches * micro % (size * count)
     if rest:
         text = f"{micro} x {passes} rows a step are not to be shared by {count} GPUs"
-        raise ConfigError(f"{text}: make {' x '.join(SIZES)} a multiple of {count}")
+        raise ConfigError(f"{text}: make {SIZES[0]} x {SIZES[2]} a multiple of {count}")
+    size = math.gcd(micro, rows)
+    # together they score the rows of one batch: a loss is a mean over its tokens
+    sizes = size, max(1, evaluation // count), rows // size
+    shared = dict(zip(SIZES, sizes, strict=True))
+    if batches := values.get("steps_per_generation"):
+        shared |= {"generation_batch_size": batches * micro}
+        shared["steps_per_generation"] = None
     return shared
 
 
@@ -117,6 +117,7 @@ def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
     on_gpu, count = machine.device == "cuda", runtime.count_processes()
     values = {n: default[n] for n in TRL_OPEN if default.get(n) is not None}
     values = {"report_to": "none", **values, **getattr(config, stage)}
+    values.setdefault(SIZES[1], values[SIZES[0]])
     if "wandb" in values["report_to"] or "all" in values["report_to"]:
         import wandb
 
@@ -136,7 +137,6 @@ def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
         "use_cpu": not on_gpu,
         "data_seed": config.seed,  # the same order of rows in all processes
         "ddp_find_unused_parameters": False,
-        "per_device_eval_batch_size": values["per_device_train_batch_size"],
         **values,
         **(share_rows(values, count) if count > 1 else {}),
         "gradient_checkpointing": on_gpu and values["gradient_checkpointing"],

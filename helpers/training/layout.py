@@ -6,18 +6,20 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import BatchSampler
@@ -32,7 +34,6 @@ from helpers.runs import Run
 
 log = logging.getLogger(__name__)
 NOTE = "layout.json"  # what was tried and chosen
-PREPARED = "_is_accelerate_prepared"  # a model's mark
 MARGIN = 0.92  # of the memory: the rest is for fragments
 
 
@@ -50,7 +51,7 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     micro-batch of the run, until one fits; a choice holds until the machine changes.
     What the config sets stays, and its whole layout where `reason` says why. So does
     GRPO's: tries cost more than they gain where Unsloth compiles for each shape. Of
-    several processes all try, and what fits into each is chosen.
+    several processes each tries, and the first one's choice counts.
 
     With `layout="compiled"` SFT's rows are packed first, so that all passes have one
     length and a step its rows on average, and decoder layers are compiled for it. That
@@ -69,24 +70,20 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     if run.config.layout == "compiled" and stays != "GRPO" and not is_packed:
         prepare_compiled(trainer, run)
     machine, note = runtime.find_machine(), read_json(path)
-    name = f"{machine.name}, {machine.memory_gb:.1f} GiB"
-    if (count := trainer.args.world_size) > 1:
-        name += f", {count} processes"
-    with apart(trainer):
+    count = trainer.args.world_size
+    name = f"{machine.name}, {machine.memory_gb:.1f} GiB, {count} processes"
+    with apart(trainer) if count > 1 else nullcontext():
         order = [own_layout(trainer)] if stays else candidates(trainer, run)
-    [order] = broadcast_object_list([order])
-    if stays or note.get("stays") or note.get("machine") != name:
-        note = {"machine": name, "stays": stays, "tries": []}
-        for layout in order:
-            with apart(trainer):
+        if stays or note.get("stays") or note.get("machine") != name:
+            note = {"machine": name, "stays": stays, "tries": []}
+            for layout in order:
                 result = {"verdict": stays} if stays else attempt(trainer, layout)
-            verdicts = sorted(gather_object([result["verdict"]]), key="fits".__eq__)
-            result["verdict"] = verdicts[0]  # one that is not "fits" comes first
-            note["choice"] = layout._asdict()
-            note["tries"].append(note["choice"] | result)
-            if result["verdict"] == "fits":
-                break
-        write_json(path, note)
+                note["choice"] = layout._asdict()
+                note["tries"].append(note["choice"] | result)
+                if result["verdict"] == "fits":
+                    break
+    [note] = broadcast_object_list([note])
+    write_json(path, note)
     choice = Layout(**note["choice"])
     # one of several processes cannot change it by itself
     trainer.slower = order[order.index(choice) + 1 :] if count == 1 else []
@@ -182,42 +179,35 @@ def forward(layer: Any, compiled: Any, hidden: Any, *args: Any, **more: Any) -> 
     return compiled(hidden, *args, **more)
 
 
-class FilledBatches(BatchSampler):
-    """Fills an epoch's end with a row of no loss: accelerate would repeat rows."""
+class FilledRows(NamedTuple):
+    """A sampler that ends in a row of no loss, where accelerate would repeat others."""
 
-    def __init__(self, own: BatchSampler, row: int, count: int) -> None:
-        super().__init__(own.sampler, own.batch_size, False)
-        self.row, self.count = row, count
+    sampler: Any
+    rows: list[int]
 
     def __len__(self) -> int:
-        return -(-super().__len__() // self.count) * self.count
+        return len(self.sampler) + len(self.rows)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        rows, size = [*self.sampler], self.batch_size
-        rows += [self.row] * (len(self) * size - len(rows))
-        yield from (rows[start : start + size] for start in range(0, len(rows), size))
+    def __iter__(self) -> Iterator[int]:
+        yield from chain(self.sampler, self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
 
 
-def fill_epochs(trainer: Trainer) -> None:
-    """Has several processes draw each row of SFT once an epoch."""
-    make_loader = trainer.get_train_dataloader
-
-    def loader() -> Any:
-        loader = make_loader()
-        data, shard, count = (
-            loader.dataset,
-            loader.batch_sampler,
-            trainer.args.world_size,
-        )
-        if count > 1 and "labels" in data.column_names:
-            row = data[0] | {"labels": [-100] * len(data[0]["labels"])}
-            last = Dataset.from_list([row], features=data.features)
-            # a loader lets nobody assign its rows
-            vars(loader.base_dataloader)["dataset"] = concatenate_datasets([data, last])
-            shard.batch_sampler = FilledBatches(shard.batch_sampler, len(data), count)
-        return loader
-
-    trainer.get_train_dataloader = loader
+def filled_loader(trainer: Trainer, make_loader: Any) -> Any:
+    """Returns batches of SFT in which several processes draw each row once an epoch."""
+    loader, count = make_loader(), trainer.args.world_size
+    data, batches = loader.dataset, loader.batch_sampler
+    if count > 1 and "labels" in data.column_names:
+        size, sampler = batches.batch_size, batches.batch_sampler.sampler
+        row = data[0] | {"labels": [-100] * len(data[0]["labels"])}
+        last = Dataset.from_list([row], features=data.features)
+        # a loader lets nobody assign its rows
+        vars(loader.base_dataloader)["dataset"] = concatenate_datasets([data, last])
+        rows = FilledRows(sampler, [len(data)] * (-len(data) % (size * count)))
+        batches.batch_sampler = BatchSampler(rows, size, False)
+    return loader
 
 
 def own_layout(trainer: Trainer) -> Layout:
@@ -278,23 +268,12 @@ def apply_layout(trainer: Trainer, layout: Layout) -> None:
 
 @contextmanager
 def apart(trainer: Trainer) -> Iterator[None]:
-    """Has a trainer count one process, which may run out of memory by itself."""
-    if trainer.args.world_size == 1:
-        yield
-        return
-    model = vars(trainer.model)
-    values = [AcceleratorState._shared_state, PartialState._shared_state, model]
-    copies = [dict(value) for value in values]
-    for state in values[:2]:
-        state |= {"num_processes": 1, "distributed_type": DistributedType.NO}
-    try:
-        yield
-    finally:
-        for value, copy in zip(values, copies, strict=True):
-            for name in ("num_processes", "distributed_type", "forward", PREPARED):
-                value.pop(name, None)
-                value |= {name: copy[name]} if name in copy else {}
-        trainer.accelerator._models.clear()
+    """Has one of several processes count as all: its memory alone may run out."""
+    one = {"num_processes": 1, "distributed_type": DistributedType.NO}
+    states = AcceleratorState._shared_state, PartialState._shared_state
+    with patch.dict(states[0], one), patch.dict(states[1], one):
+        with patch.dict(vars(trainer.model)):  # accelerate's marks
+            yield
 
 
 @contextmanager
@@ -324,10 +303,9 @@ def largest_batch(trainer: Trainer, layout: Layout) -> dict[str, Any]:
     data, loader = trainer.train_dataset, trainer.get_train_dataloader()
     lengths = row_lengths(data)
     epochs, *_, steps = trainer.set_initial_training_values(trainer.args, loader)
-    shares = runtime.count_processes()  # each draws as many
-    batches = [batch for _ in range(epochs * shares) for batch in loader.batch_sampler]
-    batches = batches[: steps * layout.accumulation * shares]
-    flat = layout.padding_free
+    count, flat = runtime.count_processes(), layout.padding_free  # each draws as many
+    batches = [batch for _ in range(epochs * count) for batch in loader.batch_sampler]
+    batches = batches[: steps * layout.accumulation * count]
     tokens = [lengths[b].sum() if flat else lengths[b].max() * len(b) for b in batches]
     return loader.collate_fn([data[row] for row in batches[np.argmax(tokens)]])
 
@@ -336,7 +314,6 @@ def attempt(trainer: Trainer, layout: Layout) -> dict[str, Any]:
     """Returns tokens, seconds and peak GiB of a pass, and whether it fits."""
     optim, limit_gb = trainer.args.optim, runtime.find_machine().memory_gb
     state = 0 if "paged" in optim else 2 if "8bit" in optim else 8  # bytes a parameter
-    state += 4 * (runtime.count_processes() > 1)  # gradients on their way
     state *= trainer.model.get_nb_trainable_parameters()[0]
     trainer.current_gradient_accumulation_steps = 1
     apply_layout(trainer, layout)

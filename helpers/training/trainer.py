@@ -4,6 +4,7 @@ import copy
 import logging
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     keep_lora_fp32(model)
     if trainer.args.world_size > 1:
         set_seed(trainer.args.seed, device_specific=True)  # of dropout
-        layout.fill_epochs(trainer)
+        own = trainer.get_train_dataloader
+        trainer.get_train_dataloader = partial(layout.filled_loader, trainer, own)
     begin(trainer)
     prompt = ask(callbacks.PROMPTS[0]["prompt"], "")
     model.witness = torch.tensor([encode(tokenizer, prompt)])
@@ -129,16 +131,10 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
             tracked.finish()
     if trainer.state.global_step == 0:
         raise ConfigError(f"{stage} took no optimiser step: give more rows")
-    peaks_gb = gather_object([runtime.peak_memory_gb()])
-    if trainer.is_world_process_zero():
-        report(trainer, run, folder, max(peaks_gb))
-    trainer.accelerator.wait_for_everyone()
-    return run.report()[stage]
-
-
-def report(trainer: Trainer, run: Run, folder: Path, peak_gb: float) -> None:
-    """Writes a trained stage's adapter, curves and report, after reloading it."""
-    config, model, stage = run.config, trainer.model, folder.name
+    peak_gb = max(gather_object([runtime.peak_memory_gb()]))
+    if not trainer.is_world_process_zero():
+        trainer.accelerator.wait_for_everyone()
+        return run.report()[stage]
     adapter, history = folder / "adapter", trainer.state.log_history
     if not adapter.exists():  # no evaluation has chosen one
         adapters.save_adapter(model, adapter, model.witness)
@@ -155,6 +151,8 @@ def report(trainer: Trainer, run: Run, folder: Path, peak_gb: float) -> None:
     run.write_part("environment", runtime.environment(engine, config.dtype))
     note = read_json(folder / inputs.NOTE)
     write_json(folder / inputs.NOTE, note | {"finished": True})
+    trainer.accelerator.wait_for_everyone()
+    return part
 
 
 def begin(trainer: Trainer) -> None:
