@@ -2,6 +2,7 @@
 
 import logging
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def train(config: RunConfig) -> Run:
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if alone and evaluator.held_out(config):
         evaluator.evaluate_run(run)
+        for pair in pairwise(run.report()["eval"]):
+            evaluator.compare(run, *pair)
     if alone and config.export:
         export(run)
     return run
