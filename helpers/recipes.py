@@ -136,7 +136,7 @@ def small(config: RunConfig) -> RunConfig:
     config = scaled(config, model=model, steps=10, rows=8, samples=True)
     # 4-bit weights save memory, which is not short here, and cost time on a CPU
     changes: dict[str, Any] = {"weights": "auto", "evaluation__max_new_tokens": 64}
-    # AWQ needs a GPU; without data the same files come from a CPU
+    # AWQ needs a GPU; GPTQ writes files of the same kind on a CPU
     changes["export"] = ["w4a16" if f == "awq" else f for f in config.export]
     for stage in config.stages:  # one micro-batch a step
         changes[f"{stage}__gradient_accumulation_steps"] = 1
