@@ -30,6 +30,7 @@ COMMANDS = {
     "--set --other --data --limit",
     "export": "export.formats:export run --stage --format --push --public",
     "demo": "__main__:demo recipe",
+    "doctor": "doctor:diagnose",
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "config": {"help": "a recipe's name, a config.json, or rows: mine.jsonl"},
