@@ -5,6 +5,7 @@
     ACCELERATE_USE_CPU=1 python benchmarks/scale.py run cpu --gpus 1 2 --shapes tiny
         --engines transformers                                # tries the program
     python benchmarks/scale.py table
+    python benchmarks/scale.py predict                    # the table of docs/scaling.md
 
 Random weights of the published shapes, 4-bit base, LoRA r 16 on all projections, fp16,
 under a cap of 14.0 GiB a GPU without FlashAttention, as on T4s. Each way has processes
@@ -44,12 +45,17 @@ import memory  # noqa: E402
 import sft_speed  # noqa: E402
 
 from helpers import runs  # noqa: E402
-from helpers.config import check_config  # noqa: E402
+from helpers.config import changed, check_config  # noqa: E402
 from helpers.files import read_json, write_json  # noqa: E402
 
 RESULT = Path(os.environ.get("OUT", ROOT / "results")) / "scale.json"
 PROGRAM = str(Path(__file__).resolve())
 PARTS = ("sft", "kill", "grpo")
+# fields of LlamaConfig, in the order of helpers.estimate.NAMES
+PREDICTED = {
+    "llama-3.1-8b": (4096, 32, 32, 8, 14336, 128256, 131072, False),
+    "llama-3.1-70b": (8192, 80, 64, 8, 28672, 128256, 131072, False),
+}
 ROWS, WARM, STEPS, REPEAT = 8, 4, 16, 4  # three repeats of four steps
 GRPO_WARM, GRPO_STEPS = 2, 6
 KEYS = ("part", "shape", "engine", "gpus", "rows")
@@ -103,9 +109,11 @@ def measure_sft(
     from helpers.training import layout
     from helpers.training import trainer as sft
 
+    arguments = training.sft_arguments(run)
+    arguments["include_num_input_tokens_seen"] = "non_padding"
     trainer = SFTTrainer(
         model=net,
-        args=SFTConfig(**training.sft_arguments(run)),
+        args=SFTConfig(**arguments),
         train_dataset=sft_speed.make_rows("chat", net.config.vocab_size),
         processing_class=tokenizer,
     )
@@ -321,7 +329,8 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
         if "kill" in options.parts and most > 1:
             yield "kill", shape, options.engines[-1], most
         if "grpo" in options.parts:
-            yield from (("grpo", shape, options.engines[0], n) for n in options.gpus)
+            for engine in reversed(options.engines):
+                yield from (("grpo", shape, engine, n) for n in options.gpus)
 
 
 def run_all(options: argparse.Namespace) -> None:
@@ -382,9 +391,42 @@ def show() -> None:
         print(text, {name: row[name] for name in names if name in row}, flush=True)
 
 
+def predict() -> None:
+    """Prints memory, communication and efficiency of more GPUs than were measured."""
+    from statistics import NormalDist
+
+    from helpers import estimate
+
+    names = estimate.NAMES.split()
+    for model, fields in PREDICTED.items():
+        estimate.KNOWN[model] = dict(zip(names, fields, strict=True))
+    mean, spread = 320, 0.53  # tokens of a chat row, and their deviation over the mean
+    for model in PREDICTED:
+        lora = {"r": 16, "target_modules": memory.ALL}
+        trained, _ = estimate.skeleton(model, lora).get_nb_trainable_parameters()
+        weights = estimate.skeleton(model).num_parameters()
+        config = sft_config("predict", "unsloth", model, ROWS, on_gpu=True)
+        settings: Any = {"sft__per_device_train_batch_size": 1}
+        peak = estimate.estimate_memory(changed(config, **settings))
+        compute_s = 6 * ROWS * mean * weights / (2.6e12 * 132)  # `this_gpu` of an H100
+        for gpus in (8, 64, 512):
+            link = 300e9 if gpus <= 8 else 50e9  # bytes/s a GPU: NVLink, 400 Gb/s
+            share = 2 * (gpus - 1) / gpus  # of what each GPU holds, in a ring
+            reduce_s, gather_s = (share * n / link for n in (4 * trained, weights / 2))
+            # the GPU of the longest rows is waited for
+            longest = NormalDist().inv_cdf(1 - 0.56 / gpus) * spread / ROWS**0.5
+            packed = compute_s / (compute_s + reduce_s)
+            sharded = compute_s / (compute_s + reduce_s + gather_s)
+            split = peak["weights"] / gpus + peak.drop("weights").sum()
+            text = f"| {model} | {gpus} | {peak.sum():.0f} | {split:.1f} "
+            text += f"| {compute_s:.2f} | {reduce_s:.3f} | {gather_s:.2f} "
+            shares = (packed, packed / (1 + longest), sharded)
+            print(f"{text}| " + " | ".join(f"{x:.0%}" for x in shares) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("command", choices=["run", "table", "predict"])
     parser.add_argument("machine", nargs="?", default="")
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--shapes", nargs="+", default=["1b", "3b"])
@@ -395,6 +437,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "table":
         show()
+        return
+    if options.command == "predict":
+        predict()
         return
     if unknown := {*options.shapes} - {*sft_speed.SHAPES}:
         sys.exit(f"{', '.join(unknown)}: there are {', '.join(sft_speed.SHAPES)}")

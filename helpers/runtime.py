@@ -17,6 +17,7 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from helpers.errors import ConfigError, ModelError, TrainingError, TunebookError
 from helpers.install import ROOT, installed_version
@@ -98,36 +99,24 @@ def choose_gpu() -> None:
     """Gives a process one GPU: its own of several processes, else the first."""
     import torch
 
-    count, gpus = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if count and count_processes() > 1:
+    if (count := torch.cuda.device_count()) and count_processes() > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     elif count > 1:
-        os.environ["TUNEBOOK_GPUS"] = gpus  # all of them, for `launch`
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.partition(",")[0] or "0"
+        every = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join("0123456789"[:count])
+        os.environ["TUNEBOOK_GPUS"] = every  # for `launch`
+        os.environ["CUDA_VISIBLE_DEVICES"] = every.partition(",")[0]
         text = "`python -m helpers train RUN --gpus all` trains on all"
         log.info(f"one of {count} GPUs is used here; {text}")
 
 
-def launch(arguments: list[str], gpus: str) -> None:
-    """Runs `python -m helpers` in a process for each GPU, by torch's launcher.
-
-    Args:
-        arguments: of the command line. The first process has the terminal.
-        gpus: how many of this machine's, or `all`; one needs no launcher.
-
-    Raises:
-        ConfigError: the machine has fewer GPUs.
-        TrainingError: a process ended early, and with it the others.
-    """
+def launch(arguments: list[str], gpus: str = "all") -> None:
+    """Runs `python -m helpers` in a process for each GPU, by torch's launcher."""
     import torch
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if "TUNEBOOK_GPUS" in os.environ:  # a notebook's kernel has chosen one
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-        if every := os.environ.pop("TUNEBOOK_GPUS"):
-            os.environ["CUDA_VISIBLE_DEVICES"] = every
-    here = torch.cuda.device_count()
+    every = os.environ.get("TUNEBOOK_GPUS")  # of a notebook's kernel, which sees one
+    here = len(every.split(",")) if every else torch.cuda.device_count()
     if os.environ.get("ACCELERATE_USE_CPU"):  # a dry run, whose processes share it
         here = os.cpu_count() or 1
     number = str(here) if gpus == "all" else gpus
@@ -138,9 +127,11 @@ def launch(arguments: list[str], gpus: str) -> None:
         return
     # else a traceback for each process that ends
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str((os.cpu_count() or 1) // count or 1))
+    variables = {"OMP_NUM_THREADS": str((os.cpu_count() or 1) // count or 1)}
+    variables |= os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    variables |= {"CUDA_VISIBLE_DEVICES": every} if every else {}
     files = ",".join(f"{rank}:3" for rank in range(1, count))  # for what others print
-    with tempfile.TemporaryDirectory(prefix="tunebook-") as logs:
+    with tempfile.TemporaryDirectory() as logs, patch.dict(os.environ, variables):
         options = ["--standalone", f"--nproc-per-node={count}", "--log-dir", logs]
         options += ["--redirects", files, "-m", "helpers"]
         try:

@@ -1,8 +1,7 @@
 """The stages of a run in order: the only place that trains what is missing."""
 
 import logging
-import subprocess
-import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from accelerate import PartialState
 from helpers import checks, runtime
 from helpers.config import RunConfig, Stage
 from helpers.data import preparation as data
-from helpers.errors import TrainingError
 from helpers.evaluation import evaluator
 from helpers.export.formats import export, require_formats
 from helpers.grpo import trainer as grpo
@@ -65,32 +63,8 @@ def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
     return part
 
 
-def train_apart(run: Run, stage: Stage, gpus: int | str = "all") -> dict[str, Any]:
-    """Trains a stage on several GPUs, in processes of their own; returns its report.
-
-    Args:
-        run, stage: saved as it is to be trained; no model should be loaded here.
-        gpus: how many of this machine's, or `all`.
-
-    Raises:
-        TrainingError: a process ended early.
-    """
-    runtime.free_memory()
-    command = [sys.executable, "-m", "helpers", "train", str(run.path / "config.json")]
-    command += ["--stage", stage, "--gpus", str(gpus)]
-    if subprocess.run(command, cwd=runtime.HOME).returncode:
-        text = f"{stage} ended early, see above: the same call goes on from its last"
-        raise TrainingError(f"{text} checkpoint")
-    return run.report()[stage]
-
-
 def train(config: RunConfig, stage: Stage | None = None) -> Run:
-    """Saves a run, trains its stages, evaluates and exports; returns the run.
-
-    Args:
-        config: of the run.
-        stage: the only one to train, without what follows training.
-    """
+    """Saves a run, trains its stages, evaluates and exports; or trains one stage."""
     with runtime.first_process():
         run = save_run(config)
     require_formats(config)  # before hours of training
@@ -101,6 +75,8 @@ def train(config: RunConfig, stage: Stage | None = None) -> Run:
     alone = count == 1 and not stage  # a launcher's processes would all do the rest
     if alone and evaluator.held_out(config):
         evaluator.evaluate_run(run)
+        for pair in pairwise(run.report()["eval"]):
+            evaluator.compare(run, *pair)
     if alone and config.export:
         export(run)
     return run

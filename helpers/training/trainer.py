@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainerState
@@ -131,7 +131,6 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
             tracked.finish()
     if trainer.state.global_step == 0:
         raise ConfigError(f"{stage} took no optimiser step: give more rows")
-    peak_gb = max(gather_object([runtime.peak_memory_gb()]))
     if not trainer.is_world_process_zero():
         trainer.accelerator.wait_for_everyone()
         return run.report()[stage]
@@ -140,7 +139,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
         adapters.save_adapter(model, adapter, model.witness)
     write_json(folder / "log_history.json", history)
     inputs.draw_diagnostics(history, folder / "curves.png")
-    part = stage_report(trainer, folder, peak_gb)
+    part = stage_report(trainer, folder)
     try:
         copy, _ = load.load_model(config.model, adapter=adapter, **load.options(config))
         part["reloaded"] = adapters.compare_saved(copy, adapter)
@@ -190,13 +189,13 @@ def resume(trainer: Trainer, checkpoint: str) -> bool:
     return True
 
 
-def stage_report(trainer: Trainer, folder: Path, peak_gb: float) -> dict[str, Any]:
+def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
     state, logged = trainer.state, pd.DataFrame(trainer.state.log_history)
     seconds = float(logged["seconds"].max())
     part: dict[str, Any] = {
         "steps": state.global_step,
         "seconds": round(seconds, 1),
-        "peak_memory_gb": round(peak_gb, 3),  # of the process that took most
+        "peak_memory_gb": round(runtime.peak_memory_gb(), 3),
         "processes": trainer.args.world_size,
         "skipped_steps": int(logged["skipped_steps"].max()),
     }
