@@ -1,10 +1,12 @@
-"""The same training in two processes: losses, gradients, resumption, who writes."""
+"""The same training in two processes: losses, gradients, resumption; launch files."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,8 +17,11 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
+from torch.distributed import run as torchrun
 
-from helpers import runtime, stages
+from helpers import recipes, runtime, stages
+from helpers.__main__ import COMMANDS
 from helpers.errors import ConfigError
 from helpers.runs import Run
 from helpers.training import inputs
@@ -163,3 +168,39 @@ def test_rows_that_do_not_divide_are_refused() -> None:
 def test_more_gpus_than_there_are_is_refused(gpus: str) -> None:
     with pytest.raises(ConfigError, match=f"--gpus {gpus}: expected all, or a number"):
         runtime.launch(["train", "demo"], gpus)
+
+
+def read_yaml(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "configs" / name).read_text())
+
+
+def test_launch_files_call_commands_that_exist(tmp_path: Path) -> None:
+    job = ROOT / "configs" / "slurm.sbatch"
+    subprocess.run(["bash", "-n", str(job)], check=True)
+    text = job.read_text()
+    assert re.search(r"^#SBATCH --nodes=\d+$", text, re.M)
+    [options] = re.findall(r"torchrun (.*?)'", text, re.S)
+    words = shlex.split(options.replace("\\\n", " "))
+    words = [word.replace("$SLURM_NNODES", "2") for word in words]
+    node = torchrun.parse_args(words)
+    assert (node.nnodes, node.nproc_per_node) == ("2", "gpu")
+    sky = read_yaml("skypilot.yaml")
+    assert sky["setup"] == "make setup" and "accelerators" in sky["resources"]
+    command = shlex.split(sky["run"].replace("$RUN", sky["envs"]["RUN"]))
+    assert command[1:4] == ["-m", "helpers", "train"]
+    for line in ([*node.training_script_args], command[3:]):
+        assert set(line[2:]) - {"all"} <= set(COMMANDS["train"].split())
+
+
+def test_axolotls_config_has_the_numbers_of_the_recipe() -> None:
+    theirs, ours = read_yaml("axolotl.yaml"), recipes.load("finetome-llama32-1b")
+    names = {"micro_batch_size": "per_device_train_batch_size", "optimizer": "optim"}
+    names |= {"lr_scheduler": "lr_scheduler_type"}
+    for name in "max_steps learning_rate warmup_steps weight_decay".split():
+        names[name] = name
+    assert {n: theirs[n] for n in names} == {n: ours.sft[m] for n, m in names.items()}
+    passes = "gradient_accumulation_steps"
+    assert theirs[passes] == ours.sft[passes]
+    assert theirs["sequence_len"] == ours.max_length and theirs["seed"] == ours.seed
+    assert theirs["lora_target_modules"] == ours.lora["target_modules"]
+    assert theirs["base_model"] == ours.model
