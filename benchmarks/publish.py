@@ -20,7 +20,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import adapters, export_parity, masks, memory, sft_speed  # noqa: E402
+from benchmarks import adapters, export_parity, masks, memory, scale, sft_speed  # noqa: E402  # noqa: E402
 from helpers import recipes  # noqa: E402
 from helpers.estimate import estimate_memory  # noqa: E402
 from helpers.evaluation.tables import percent, results_table  # noqa: E402
@@ -235,6 +235,8 @@ def page() -> str:
     if export_parity.TABLE.exists():
         sections["export_parity"] = export_parity.section()
     sections |= {"sft_speed": speed_section(), "chat_speed": chat_speed()}
+    if scale.RESULT.exists():
+        sections["scale"] = scale.section()
     lines = ["# Measured runs", "", "Made by `python benchmarks/publish.py`."]
     for name, section in sections.items():
         lines += ["", f"## {name}", "", *section]

@@ -58,6 +58,8 @@ PREDICTED = {
 }
 ROWS, WARM, STEPS, REPEAT = 8, 4, 16, 4  # three repeats of four steps
 GRPO_WARM, GRPO_STEPS = 2, 6
+SHOWN = ("speedup", "s_step", "tokens_per_second", "peak_gb", "loss_distance")
+SHOWN += ("s_to_end", "resumed", "error")
 KEYS = ("part", "shape", "engine", "gpus", "rows")
 LIMIT_S, LEAST_S = 200, 35  # of a way; what is left for one to be started
 
@@ -389,6 +391,24 @@ def show() -> None:
         names += ("loss_distance", "layout", "copy_from_trained_nats", "error")
         names += ("s_to_end", "exit_code", "last_line", "resumed", "processes_left")
         print(text, {name: row[name] for name in names if name in row}, flush=True)
+
+
+def section() -> list[str]:
+    """Returns the section of results/README.md."""
+    values, columns = read_json(RESULT), [*KEYS, *SHOWN]
+    lines = [
+        "Training on one GPU and on more: random weights, 4-bit, LoRA r 16, fp16, a cap",
+        f"of 14.0 GiB a GPU, {values['machine']}, by `python benchmarks/scale.py`.",
+        "`per_gpu`: eight rows a step on each GPU; `in_all`: eight on all together.",
+        "Speedup: of tokens a second, over one GPU's. Loss distance: the largest relative",
+        "one from one GPU's losses, step by step.",
+        *("", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"),
+    ]
+    for row in compare(values["rows"]):
+        cells = (row.get(name, "-") for name in columns)
+        texts = (f"{x:.2g}" if isinstance(x, float) and x < 0.01 else x for x in cells)
+        lines.append("| " + " | ".join(map(str, texts)) + " |")
+    return lines
 
 
 def predict() -> None:

@@ -102,7 +102,8 @@ def choose_gpu() -> None:
     if (count := torch.cuda.device_count()) and count_processes() > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     elif count > 1:
-        every = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join("0123456789"[:count])
+        every = ",".join(map(str, range(count)))
+        every = os.environ.get("CUDA_VISIBLE_DEVICES") or every
         os.environ["TUNEBOOK_GPUS"] = every  # for `launch`
         os.environ["CUDA_VISIBLE_DEVICES"] = every.partition(",")[0]
         text = "`python -m helpers train RUN --gpus all` trains on all"
