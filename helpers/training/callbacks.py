@@ -2,17 +2,22 @@
 
 import logging
 import math
+import shutil
+import tempfile
 import time
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
-from helpers.errors import TrainingError
+from helpers import files
+from helpers.errors import TrainingError, mask_secrets
 from helpers.files import is_whole, read_json, read_rows, write_json, write_rows
 from helpers.inference.generation import reply
 from helpers.models.adapters import save_adapter
@@ -30,8 +35,8 @@ def last_checkpoint(folder: Path) -> str | None:
         state = path / "trainer_state.json"  # it is written last
         values = read_json(state) if is_whole(state) else {}
         note = values.get("stateful_callbacks", {})
-        files = [[*path.glob(p)] or [path / p] for p in note.get("parts", [])]
-        faults = [f"no whole {f.name}" for f in chain(*files) if not is_whole(f)]
+        parts = [[*path.glob(p)] or [path / p] for p in note.get("parts", [])]
+        faults = [f"no whole {f.name}" for f in chain(*parts) if not is_whole(f)]
         if note.get("made_from", "") != made_from:
             faults = ["it was not finished, or is of other settings"]
         if not faults:
@@ -41,15 +46,26 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 class Watch(TrainerCallback):
-    """Logs `seconds` and `skipped_steps`; saves by the clock, with the stage's inputs.
+    """Logs `seconds` and `skipped_steps`; saves and stops by the clock.
 
     TrainingError: a gradient is not finite (it takes no step), or the folder is gone.
+
+    Args:
+        save_minutes: between checkpoints.
+        folder: of a stage, whose inputs each checkpoint notes.
+        session_minutes: from now on; the step that passes them is saved, and the last.
     """
 
     in_a_row, reason = 0, ""
 
-    def __init__(self, save_minutes: float, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        save_minutes: float = math.inf,
+        folder: Path | None = None,
+        session_minutes: float = math.inf,
+    ) -> None:
         self.save_s, self.folder = 60 * save_minutes, folder
+        self.end = time.monotonic() + 60 * session_minutes
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         before = state.log_history[-1] if state.log_history else {}
@@ -75,6 +91,9 @@ class Watch(TrainerCallback):
             raise TrainingError(f"{self.folder} is gone: put it back, or start again")
         if time.monotonic() - self.saved >= self.save_s:
             control.should_save, self.saved = True, time.monotonic()
+        if time.monotonic() >= self.end:
+            self.reason = f"stopped at step {state.global_step}: the session is over"
+            control.should_save = control.should_training_stop = True
         skipped = bool(getattr(more.get("optimizer"), "step_was_skipped", False))
         self.skipped += skipped
         self.in_a_row = self.in_a_row + 1 if skipped else 0
@@ -157,3 +176,53 @@ class LiveSamples(TrainerCallback):
         rows = read_rows(self.path) if self.path.exists() else []
         rows = [row for row in rows if row["step"] < state.global_step]  # not resumed
         write_rows(self.path, [*rows, sample])
+
+
+class SecondPlace(TrainerCallback):
+    """Sends a folder with its newest checkpoint to a second place, in the background.
+
+    A failure is logged once and stops nothing. `files.fetch_copy` brings a copy back.
+
+    Args:
+        place, name: as for `files.send_copy`.
+        folder: what to send; by default the trainer's `output_dir`.
+    """
+
+    copy: Future[None] | None = None
+    step, error = 0, ""
+
+    def __init__(self, place: str, name: str, folder: Path | None = None) -> None:
+        self.place, self.name, self.folder = place, name, folder
+
+    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if not state.is_world_process_zero or (self.copy and not self.copy.done()):
+            return
+        former = [Path(p).name for p in sort_checkpoints(args.output_dir)[:-1]]
+        ignore = shutil.ignore_patterns(".new-*", *former)
+        scratch, self.step = tempfile.mkdtemp(prefix="tunebook-"), state.global_step
+        try:  # training goes on writing to the folder
+            folder = self.folder or args.output_dir
+            shutil.copytree(folder, scratch, ignore=ignore, dirs_exist_ok=True)
+        except OSError as error:  # a full disk
+            shutil.rmtree(scratch)
+            return self.say(error)
+        self.copy = HfApi().run_as_future(self.send, Path(scratch))
+
+    def send(self, scratch: Path) -> None:
+        try:
+            files.send_copy(scratch, self.place, self.name)
+        except Exception as error:  # each file system has its own
+            self.say(error)
+        finally:
+            shutil.rmtree(scratch)
+
+    def say(self, error: Exception) -> None:
+        if not self.error:
+            self.error = mask_secrets(" ".join(str(error).split())[:300])
+            log.warning(f"no second copy in {self.place}: {self.error}")
+
+    def on_train_end(self, args: Any, state: Any, *more: Any, **_: Any) -> None:
+        wait([self.copy] if self.copy else [], timeout=600)
+        if self.step < state.global_step:
+            self.on_save(args, state)
+            wait([self.copy] if self.copy else [], timeout=600)
