@@ -45,32 +45,23 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
+@dataclass(eq=False)
 class Watch(TrainerCallback):
-    """Logs `seconds` and `skipped_steps`; saves and stops by the clock.
+    """Logs `seconds` and `skipped_steps`; saves by the clock, and stops by it.
 
     TrainingError: a gradient is not finite (it takes no step), or the folder is gone.
-
-    Args:
-        save_minutes: between checkpoints.
-        folder: of a stage, whose inputs each checkpoint notes.
-        session_minutes: from now on; the step that passes them is saved, and the last.
     """
 
+    save_minutes: float = math.inf  # between checkpoints
+    folder: Path | None = None  # of a stage, whose inputs each checkpoint notes
+    session_minutes: float = math.inf
     in_a_row, reason = 0, ""
-
-    def __init__(
-        self,
-        save_minutes: float = math.inf,
-        folder: Path | None = None,
-        session_minutes: float = math.inf,
-    ) -> None:
-        self.save_s, self.folder = 60 * save_minutes, folder
-        self.end = time.monotonic() + 60 * session_minutes
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         before = state.log_history[-1] if state.log_history else {}
         self.skipped = before.get("skipped_steps", 0)
         self.resumed, self.saved = state.global_step > 0, time.monotonic()
+        self.end = self.saved + 60 * self.session_minutes
         self.started = self.saved - before.get("seconds", 0.0)
         if self.folder:
             note = {"made_from": read_json(self.folder / NOTE)["fingerprint"]}
@@ -89,7 +80,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if self.folder and not self.folder.exists():
             raise TrainingError(f"{self.folder} is gone: put it back, or start again")
-        if time.monotonic() - self.saved >= self.save_s:
+        if time.monotonic() - self.saved >= 60 * self.save_minutes:
             control.should_save, self.saved = True, time.monotonic()
         if time.monotonic() >= self.end:
             self.reason = f"stopped at step {state.global_step}: the session is over"
@@ -178,24 +169,21 @@ class LiveSamples(TrainerCallback):
         write_rows(self.path, [*rows, sample])
 
 
+@dataclass(eq=False)
 class SecondPlace(TrainerCallback):
     """Sends a folder with its newest checkpoint to a second place, in the background.
 
     A failure is logged once and stops nothing. `files.fetch_copy` brings a copy back.
-
-    Args:
-        place, name: as for `files.send_copy`.
-        folder: what to send; by default the trainer's `output_dir`.
     """
 
-    copy: Future[None] | None = None
+    place: str
+    name: str  # as for `files.send_copy`
+    folder: Path | None = None  # by default the trainer's `output_dir`
+    copies: tuple[Future[None], ...] = ()
     step, error = 0, ""
 
-    def __init__(self, place: str, name: str, folder: Path | None = None) -> None:
-        self.place, self.name, self.folder = place, name, folder
-
     def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        if not state.is_world_process_zero or (self.copy and not self.copy.done()):
+        if not state.is_world_process_zero or wait(self.copies, timeout=0).not_done:
             return
         former = [Path(p).name for p in sort_checkpoints(args.output_dir)[:-1]]
         ignore = shutil.ignore_patterns(".new-*", *former)
@@ -206,7 +194,7 @@ class SecondPlace(TrainerCallback):
         except OSError as error:  # a full disk
             shutil.rmtree(scratch)
             return self.say(error)
-        self.copy = HfApi().run_as_future(self.send, Path(scratch))
+        self.copies = (HfApi().run_as_future(self.send, Path(scratch)),)
 
     def send(self, scratch: Path) -> None:
         try:
@@ -221,8 +209,8 @@ class SecondPlace(TrainerCallback):
             self.error = mask_secrets(" ".join(str(error).split())[:300])
             log.warning(f"no second copy in {self.place}: {self.error}")
 
-    def on_train_end(self, args: Any, state: Any, *more: Any, **_: Any) -> None:
-        wait([self.copy] if self.copy else [], timeout=600)
+    def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        wait(self.copies, timeout=600)
         if self.step < state.global_step:
             self.on_save(args, state)
-            wait([self.copy] if self.copy else [], timeout=600)
+            wait(self.copies, timeout=600)

@@ -74,15 +74,8 @@ def inputs_of(run: Run, stage: Stage) -> dict[str, Any]:
     return inputs | {f"lora.{name}": value for name, value in config.lora.items()}
 
 
-def name_copies(run: Run, stage: Stage) -> str:
-    return f"{run.config.name}/{stage}-{fingerprint(inputs_of(run, stage))}"
-
-
 def open_stage(run: Run, stage: Stage) -> Path:
-    """Returns a stage's folder, after renaming one that was made from other inputs.
-
-    One that is not there comes from the second place, TUNEBOOK_KEEP, if that has it.
-    """
+    """Returns a stage's folder, after renaming one that was made from other inputs."""
     folder, inputs = run.path / stage, inputs_of(run, stage)
     note = read_json(folder / NOTE)
     if note and note["fingerprint"] != fingerprint(inputs):
@@ -90,7 +83,8 @@ def open_stage(run: Run, stage: Stage) -> Path:
         names = sorted(k for k in old | new if old.get(k) != new.get(k))
         aside = set_aside(folder, "before")
         log.info(f"{stage}: {', '.join(names)} changed; former result: {aside}")
-    place, name = os.environ.get("TUNEBOOK_KEEP"), name_copies(run, stage)
+    name = f"{run.config.name}/{stage}-{fingerprint(inputs)}"
+    place = os.environ.get("TUNEBOOK_KEEP")
     if place and not folder.exists() and fetch_copy(place, name, folder):
         log.info(f"{stage}: brought back from {place}/{name}")
     if not (folder / NOTE).exists():
