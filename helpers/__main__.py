@@ -19,7 +19,7 @@ MODEL = "model --adapter --system --max-new-tokens --temperature"
 
 # command: function, and the parameters that it takes from the command line
 COMMANDS = {
-    "train": "stages:train config --small",
+    "train": "stages:train config --small --stage --gpus",
     "generate": f"inference.items:generate_command {MODEL} --file --out --batch-size",
     "chat": f"inference.items:chat_command {MODEL} --backend --host --port --terminal",
     "evaluate": "evaluation.evaluator:evaluate_run run --models",
@@ -55,7 +55,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--format": {"nargs": "+", "dest": "formats", "help": "gguf:q4_k_m ..."},
     "--push": {"metavar": "OWNER/NAME", "help": "upload it, privately"},
     "--public": {"action": "store_true", "default": None, "help": "what is pushed"},
-    "--stage": {"choices": ["sft", "grpo"], "help": "else the run's last one"},
+    "--stage": {"choices": ["sft", "grpo"], "help": "train: else all; else the last"},
+    "--gpus": {"metavar": "N", "help": "of this machine, or all; else one"},
 }
 
 
@@ -150,6 +151,8 @@ def main(arguments: list[str]) -> None:
     values = vars(parser.parse_args(arguments))
     values = {name: value for name, value in values.items() if value is not None}
     try:
+        if (gpus := values.pop("gpus", None)) and "LOCAL_RANK" not in os.environ:
+            runtime.launch(arguments, gpus)  # before CUDA starts in this process
         result = execute(command := values.pop("command"), values)
         show(result if command != "export" else None)  # which logs its table
     except (TunebookError, OSError, ImportError) as error:

@@ -62,7 +62,9 @@ def is_whole(path: Path) -> bool:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Writes a file whole or not at all: nobody meets half of it."""
+    """Writes a file whole or not at all; of several processes the first one does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:

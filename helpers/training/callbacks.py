@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
@@ -80,9 +81,13 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if self.folder and not self.folder.exists():
             raise TrainingError(f"{self.folder} is gone: put it back, or start again")
-        if time.monotonic() - self.saved >= 60 * self.save_minutes:
-            control.should_save, self.saved = True, time.monotonic()
-        if time.monotonic() >= self.end:
+        now = time.monotonic()
+        times = [now - self.saved >= 60 * self.save_minutes, now >= self.end]
+        # of several processes the first one's clock counts
+        is_due, is_over = broadcast_object_list(times)
+        if is_due:
+            control.should_save, self.saved = True, now
+        if is_over:
             self.reason = f"stopped at step {state.global_step}: the session is over"
             control.should_save = control.should_training_stop = True
         skipped = bool(getattr(more.get("optimizer"), "step_was_skipped", False))

@@ -5,11 +5,13 @@ import logging
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainerState
@@ -103,6 +105,10 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
         return part
     model, tokenizer = trainer.model, trainer.processing_class
     keep_lora_fp32(model)
+    if trainer.args.world_size > 1:
+        set_seed(trainer.args.seed, device_specific=True)  # of dropout
+        own = trainer.get_train_dataloader
+        trainer.get_train_dataloader = partial(layout.filled_loader, trainer, own)
     begin(trainer)
     prompt = ask(callbacks.PROMPTS[0]["prompt"], "")
     model.witness = torch.tensor([encode(tokenizer, prompt)])
@@ -130,6 +136,9 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
             tracked.finish()
     if trainer.state.global_step == 0:
         raise ConfigError(f"{stage} took no optimiser step: give more rows")
+    if not trainer.is_world_process_zero():
+        trainer.accelerator.wait_for_everyone()
+        return run.report()[stage]
     adapter, history = folder / "adapter", trainer.state.log_history
     if not adapter.exists():  # no evaluation has chosen one
         adapters.save_adapter(model, adapter, model.witness)
@@ -146,6 +155,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     run.write_part("environment", runtime.environment(engine, config.dtype))
     note = read_json(folder / inputs.NOTE)
     write_json(folder / inputs.NOTE, note | {"finished": True})
+    trainer.accelerator.wait_for_everyone()
     return part
 
 
@@ -191,6 +201,7 @@ def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
         "steps": state.global_step,
         "seconds": round(seconds, 1),
         "peak_memory_gb": round(runtime.peak_memory_gb(), 3),
+        "processes": trainer.args.world_size,
         "skipped_steps": int(logged["skipped_steps"].max()),
     }
     if folder.name == "sft":
