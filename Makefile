@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo outputs chat test lint notebooks-test repository clean
+.PHONY: setup demo outputs site chat test lint notebooks-test repository clean
 
 setup: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-gguf.txt
@@ -24,6 +24,11 @@ demo: setup
 outputs: demo
 	@$(BIN)/python helpers/install.py requirements-dev.txt
 	@$(BIN)/python benchmarks/outputs.py runs/demo
+
+# notebooks and docs as pages, in site/
+site: $(BIN)/python
+	@$(BIN)/python helpers/install.py requirements-dev.txt
+	@$(BIN)/python benchmarks/site.py
 
 chat: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-chat.txt requirements-gguf.txt
