@@ -46,19 +46,24 @@ lint:
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-# the notebooks themselves, in order, on the real offline model with every size cut down
+# the notebooks themselves, in order, with the answers to their exercises, on the real
+# offline model with every size cut down
 notebooks-test:
-	@rm -rf runs/smoke
+	@rm -rf runs/smoke runs/smoke-notebooks
+	@$(BIN)/python -m tests.lessons runs/smoke-notebooks
 	@TUNEBOOK_RUN=smoke $(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 \
-	  -p no:cacheprovider notebooks
+	  -p no:cacheprovider runs/smoke-notebooks
 
-# make repository URL=https://github.com/me/tunebook  writes the address everywhere
+# make repository URL=https://github.com/me/tunebook  writes the address everywhere; the
+# figures' too, as Colab has no files beside a notebook
 repository:
 	@old=$$(sed -n 's/^Repository = "\(.*\)"/\1/p' pyproject.toml); \
 	old=$${old#https://github.com/}; new=$(patsubst https://github.com/%,%,$(URL)); \
 	test -n "$$new" || { echo "give URL=https://github.com/owner/name"; exit 2; }; \
-	sed -i "s#github.com/$$old#github.com/$$new#g; s#github/$$old/#github/$$new/#g" \
-	  pyproject.toml README.md notebooks/*.ipynb
+	raw=https://raw.githubusercontent.com; \
+	sed -i "s#github.com/$$old#github.com/$$new#g; s#github/$$old/#github/$$new/#g; \
+	  s#$$raw/$$old/#$$raw/$$new/#g" pyproject.toml README.md notebooks/*.ipynb; \
+	sed -i "s#](figures/#]($$raw/$$new/main/notebooks/figures/#g" notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) runs
