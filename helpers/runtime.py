@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -25,6 +26,7 @@ from helpers.install import ROOT, installed_version
 log = logging.getLogger(__name__)
 HOME = ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()  # of runs/ and data
 ON_DRIVE = "/content/drive/MyDrive/tunebook/runs"
+PROBE = "/openai-community/gpt2/resolve/main/config.json"  # a small public file
 PACKAGES = "torch transformers trl peft bitsandbytes datasets accelerate unsloth"
 # CUDA starts, and sees what it is shown, only once a GPU has been chosen
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -271,9 +273,16 @@ def hub_reachable() -> bool:
     """Returns whether the hub answers, asked once; else libraries use their caches."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return False
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    with suppress(OSError), urllib.request.urlopen(endpoint, timeout=3.0):
-        return True
+    # a file: they may hang while pages answer
+    file = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + PROBE
+    try:
+        with urllib.request.urlopen(file, timeout=3.0):
+            return True
+    except urllib.error.HTTPError as error:
+        if error.code < 500:  # a refusal is an answer
+            return True
+    except OSError:
+        pass
     import huggingface_hub.constants
 
     os.environ["HF_HUB_OFFLINE"] = "1"  # else they ask for each file, for minutes

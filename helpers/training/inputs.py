@@ -13,7 +13,14 @@ from matplotlib.figure import Figure
 from helpers import runtime
 from helpers.config import RunConfig, Stage, defaults
 from helpers.errors import ConfigError
-from helpers.files import content_hash, fingerprint, read_json, set_aside, write_json
+from helpers.files import (
+    content_hash,
+    fetch_copy,
+    fingerprint,
+    read_json,
+    set_aside,
+    write_json,
+)
 from helpers.masking.templates import template_text
 from helpers.runs import Run
 
@@ -79,6 +86,10 @@ def open_stage(run: Run, stage: Stage) -> Path:
         names = sorted(k for k in old | new if old.get(k) != new.get(k))
         aside = set_aside(folder, "before")
         log.info(f"{stage}: {', '.join(names)} changed; former result: {aside}")
+    name = f"{run.config.name}/{stage}-{fingerprint(inputs)}"
+    place = os.environ.get("TUNEBOOK_KEEP")
+    if place and not folder.exists() and fetch_copy(place, name, folder):
+        log.info(f"{stage}: brought back from {place}/{name}")
     if not (folder / NOTE).exists():
         note = {"fingerprint": fingerprint(inputs), "finished": False, "inputs": inputs}
         write_json(folder / NOTE, note)

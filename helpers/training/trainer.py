@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import sys
 import tempfile
 from functools import partial
@@ -114,6 +115,10 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     watch = callbacks.Watch(config.save_minutes, folder)
     trainer.remove_callback(callbacks.Watch)  # of a call that was interrupted
     trainer.callback_handler.callbacks.insert(0, watch)  # the others see its count
+    trainer.remove_callback(callbacks.SecondPlace)
+    if place := os.environ.get("TUNEBOOK_KEEP"):
+        name = f"{config.name}/{stage}-{read_json(folder / inputs.NOTE)['fingerprint']}"
+        trainer.add_callback(callbacks.SecondPlace(place, name, folder))
     checkpoint = callbacks.last_checkpoint(folder / "checkpoints")
     size = model.num_parameters(only_trainable=True)
     try:
