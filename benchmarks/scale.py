@@ -397,11 +397,11 @@ def section() -> list[str]:
     """Returns the section of results/README.md."""
     values, columns = read_json(RESULT), [*KEYS, *SHOWN]
     lines = [
-        "Training on one GPU and on more: random weights, 4-bit, LoRA r 16, fp16, a cap",
+        "Training on one GPU and on more: random weights, 4-bit, r 16, fp16, a cap",
         f"of 14.0 GiB a GPU, {values['machine']}, by `python benchmarks/scale.py`.",
         "`per_gpu`: eight rows a step on each GPU; `in_all`: eight on all together.",
-        "Speedup: of tokens a second, over one GPU's. Loss distance: the largest relative",
-        "one from one GPU's losses, step by step.",
+        "Speedup: of tokens a second, over one GPU's. Loss distance: the largest",
+        "relative one from one GPU's losses, step by step.",
         *("", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"),
     ]
     for row in compare(values["rows"]):
