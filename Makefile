@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo chat test lint notebooks-test repository clean
+.PHONY: setup demo outputs site chat test lint notebooks-test repository clean
 
 setup: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-gguf.txt
@@ -19,6 +19,16 @@ $(BIN)/python:
 
 demo: setup
 	@$(BIN)/python -m helpers demo
+
+# the demo's outputs into notebooks/*.ipynb, cleaned
+outputs: demo
+	@$(BIN)/python helpers/install.py requirements-dev.txt
+	@$(BIN)/python benchmarks/outputs.py runs/demo
+
+# notebooks and docs as pages, in site/
+site: $(BIN)/python
+	@$(BIN)/python helpers/install.py requirements-dev.txt
+	@$(BIN)/python benchmarks/site.py
 
 chat: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-chat.txt requirements-gguf.txt
