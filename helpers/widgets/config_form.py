@@ -5,9 +5,11 @@ import json
 import math
 import tomllib
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal, get_args, get_origin
 
 import ipywidgets as widgets
+import pandas as pd
 
 from helpers import checks, estimate, recipes
 from helpers.config import DataConfig, RunConfig, check_config, defaults, library_fields
@@ -61,6 +63,13 @@ class ConfigForm(widgets.VBox):
         pairs = zip(self.fields.values(), self.notes.values(), strict=True)
         rows = [widgets.HBox(pair, layout={"flex_flow": "row wrap"}) for pair in pairs]
         super().__init__([self.recipe, *rows, self.button, self.message])
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        """What stands for the form where no kernel answers: its values as a table."""
+        rows = [(n, str(field.value)) for n, field in self.fields.items() if n != MORE]
+        table = pd.DataFrame(filter(itemgetter(1), rows), columns=["setting", "value"])
+        bundle = super()._repr_mimebundle_(**options)
+        return bundle | {"text/html": table.to_html(index=False, border=0)}
 
     def choose(self, recipe: str) -> None:
         config = self.run.config if recipe == SAVED else recipes.load(recipe)
