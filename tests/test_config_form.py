@@ -208,6 +208,6 @@ def test_a_table_of_its_values_stands_for_the_form_where_no_kernel_answers(
     form.fields["sft.max_steps"].value = "<7>"
     bundle = form._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
-    (table,) = pd.read_html(io.StringIO(bundle["text/html"]), index_col="setting")
+    (table,) = pd.read_html(io.StringIO(bundle["text/html"]), index_col=0)
     assert table.loc["sft.max_steps", "value"] == "<7>"
     assert "sft_adapter" not in table.index, "empty fields are left out"

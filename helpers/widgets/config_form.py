@@ -5,7 +5,6 @@ import json
 import math
 import tomllib
 from functools import partial
-from operator import itemgetter
 from typing import Any, Literal, get_args, get_origin
 
 import ipywidgets as widgets
@@ -49,8 +48,9 @@ class ConfigForm(widgets.VBox):
     def __init__(self, run: Run | str | None = None, page: str = "setup") -> None:
         self.run = run if isinstance(run, Run) else open_run(run)
         self.fields = {name: make_field(name) for name in [*PAGES[page].split(), MORE]}
-        beside = {"flex": "1 1 200px"}
-        self.notes = {name: widgets.HTML(layout=beside) for name in self.fields}
+        self.notes = {
+            n: widgets.HTML(layout={"flex": "1 1 200px"}) for n in self.fields
+        }
         self.recipe = widgets.Dropdown(description="start from")
         self.recipe.options, self.recipe.value = [SAVED, *recipes.NAMES], SAVED
         self.button = widgets.Button(description="Save", button_style="primary")
@@ -65,11 +65,10 @@ class ConfigForm(widgets.VBox):
         super().__init__([self.recipe, *rows, self.button, self.message])
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        """What stands for the form where no kernel answers: its values as a table."""
-        rows = [(n, str(field.value)) for n, field in self.fields.items() if n != MORE]
-        table = pd.DataFrame(filter(itemgetter(1), rows), columns=["setting", "value"])
-        bundle = super()._repr_mimebundle_(**options)
-        return bundle | {"text/html": table.to_html(index=False, border=0)}
+        """Adds a table, which stands for the form where no kernel answers."""
+        values = {n: field.value for n, field in self.fields.items() if field.value}
+        table = pd.Series(values, name="value").to_frame().to_html()
+        return super()._repr_mimebundle_(**options) | {"text/html": table}
 
     def choose(self, recipe: str) -> None:
         config = self.run.config if recipe == SAVED else recipes.load(recipe)
