@@ -48,9 +48,8 @@ class ConfigForm(widgets.VBox):
     def __init__(self, run: Run | str | None = None, page: str = "setup") -> None:
         self.run = run if isinstance(run, Run) else open_run(run)
         self.fields = {name: make_field(name) for name in [*PAGES[page].split(), MORE]}
-        self.notes = {
-            n: widgets.HTML(layout={"flex": "1 1 200px"}) for n in self.fields
-        }
+        beside = {"flex": "1 1 200px"}
+        self.notes = {name: widgets.HTML(layout=beside) for name in self.fields}
         self.recipe = widgets.Dropdown(description="start from")
         self.recipe.options, self.recipe.value = [SAVED, *recipes.NAMES], SAVED
         self.button = widgets.Button(description="Save", button_style="primary")
