@@ -58,7 +58,7 @@ outputs: demo
 # notebooks and docs as pages, in site/
 site: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-dev.txt
-	@$(BIN)/python benchmarks/site.py
+	@$(BIN)/python benchmarks/pages.py
 
 chat: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-chat.txt requirements-gguf.txt

@@ -1,6 +1,6 @@
 """Builds site/: the notebooks with their outputs, README and docs as pages.
 
-python benchmarks/site.py
+python benchmarks/pages.py
 """
 
 from __future__ import annotations
