@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo chat test lint notebooks-test repository clean
+.PHONY: setup demo outputs site chat test lint notebooks-test repository clean
 
 setup: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-gguf.txt
@@ -19,6 +19,16 @@ $(BIN)/python:
 
 demo: setup
 	@$(BIN)/python -m helpers demo
+
+# the demo's outputs into notebooks/*.ipynb, cleaned
+outputs: demo
+	@$(BIN)/python helpers/install.py requirements-dev.txt
+	@$(BIN)/python benchmarks/outputs.py runs/demo
+
+# notebooks and docs as pages, in site/
+site: $(BIN)/python
+	@$(BIN)/python helpers/install.py requirements-dev.txt
+	@$(BIN)/python benchmarks/site.py
 
 chat: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-chat.txt requirements-gguf.txt
@@ -36,19 +46,24 @@ lint:
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-# the notebooks themselves, in order, on the real offline model with every size cut down
+# the notebooks themselves, in order, with the answers to their exercises, on the real
+# offline model with every size cut down
 notebooks-test:
-	@rm -rf runs/smoke
+	@rm -rf runs/smoke runs/smoke-notebooks
+	@$(BIN)/python -m tests.lessons runs/smoke-notebooks
 	@TUNEBOOK_RUN=smoke $(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 \
-	  -p no:cacheprovider notebooks
+	  -p no:cacheprovider runs/smoke-notebooks
 
-# make repository URL=https://github.com/me/tunebook  writes the address everywhere
+# make repository URL=https://github.com/me/tunebook  writes the address everywhere; the
+# figures' too, as Colab has no files beside a notebook
 repository:
 	@old=$$(sed -n 's/^Repository = "\(.*\)"/\1/p' pyproject.toml); \
 	old=$${old#https://github.com/}; new=$(patsubst https://github.com/%,%,$(URL)); \
 	test -n "$$new" || { echo "give URL=https://github.com/owner/name"; exit 2; }; \
-	sed -i "s#github.com/$$old#github.com/$$new#g; s#github/$$old/#github/$$new/#g" \
-	  pyproject.toml README.md notebooks/*.ipynb
+	raw=https://raw.githubusercontent.com; \
+	sed -i "s#github.com/$$old#github.com/$$new#g; s#github/$$old/#github/$$new/#g; \
+	  s#$$raw/$$old/#$$raw/$$new/#g" pyproject.toml README.md notebooks/*.ipynb; \
+	sed -i "s#](figures/#]($$raw/$$new/main/notebooks/figures/#g" notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) runs

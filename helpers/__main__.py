@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from importlib import import_module
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import recipes, runs, runtime
-from helpers.config import read_config
+from helpers.config import RunConfig, read_config
 from helpers.errors import MissingInput, TunebookError, mask_secrets
 
 BENCH = "run --judge --judge-model --models --limit --max-new-tokens"
@@ -18,7 +19,7 @@ MODEL = "model --adapter --system --max-new-tokens --temperature"
 
 # command: function, and the parameters that it takes from the command line
 COMMANDS = {
-    "train": "stages:train config --small",
+    "train": "stages:train config --small --stage --gpus",
     "generate": f"inference.items:generate_command {MODEL} --file --out --batch-size",
     "chat": f"inference.items:chat_command {MODEL} --backend --host --port --terminal",
     "evaluate": "evaluation.evaluator:evaluate_run run --models",
@@ -29,9 +30,10 @@ COMMANDS = {
     "--set --other --data --limit",
     "export": "export.formats:export run --stage --format --push --public",
     "demo": "__main__:demo recipe",
+    "doctor": "doctor:diagnose",
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "config": {"help": "a recipe's name, or a config.json"},
+    "config": {"help": "a recipe's name, a config.json, or rows: mine.jsonl"},
     "recipe": {"nargs": "?", "default": "demo"},
     "model": {"help": "a run's name, a hub id, or a model's folder"},
     "labels": {"nargs": 2, "help": "two evaluated models: base sft"},
@@ -53,7 +55,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--format": {"nargs": "+", "dest": "formats", "help": "gguf:q4_k_m ..."},
     "--push": {"metavar": "OWNER/NAME", "help": "upload it, privately"},
     "--public": {"action": "store_true", "default": None, "help": "what is pushed"},
-    "--stage": {"choices": ["sft", "grpo"], "help": "else the run's last one"},
+    "--stage": {"choices": ["sft", "grpo"], "help": "train: else all; else the last"},
+    "--gpus": {"metavar": "N", "help": "of this machine, or all; else one"},
 }
 
 
@@ -71,7 +74,7 @@ def demo(recipe: str) -> runs.Run:
     os.environ["TUNEBOOK_RUNS"] = str(run.path.parent.resolve())
     os.environ["TUNEBOOK_RUN"] = run.config.name
     (run.path / "notebooks").mkdir(exist_ok=True)
-    options: Any = {"kernel_name": "python3", "coalesce_streams": True}
+    options: Any = {"kernel_name": "python3"}  # coalesce_streams would reorder them
     options["extra_arguments"] = ["--log-level=ERROR"]  # the kernel warns of TCP
     for source in sources:
         if any(stage in source.stem for stage in idle):
@@ -89,12 +92,25 @@ def demo(recipe: str) -> runs.Run:
     return run
 
 
+def open_config(name: str) -> RunConfig:
+    """Returns the config of a recipe's name, a config file, or somebody's rows."""
+    path = Path(name)
+    is_list = path.exists() and path.read_bytes()[:99].lstrip().startswith(b"[")
+    if path.suffix == ".json" and not is_list:
+        return read_config(path)
+    is_rows = re.search(r"[./]", name) or path.exists()
+    return recipes.for_data(name) if is_rows else recipes.load(name)
+
+
 def show(result: Any) -> None:
     if isinstance(result, runs.Run):
-        from helpers.evaluation.tables import results_table
+        from helpers.evaluation import tables
 
         report = result.report()
-        result = results_table(report) if "eval" in report else str(result.path)
+        parts = {"results_table": "eval", "differences_table": "comparisons"}
+        for name in [name for name, part in parts.items() if part in report]:
+            show(getattr(tables, name)(report))
+        result = f"{result.path}; to chat: python -m helpers chat {result.config.name}"
     if isinstance(result, dict):
         result = json.dumps(result, indent=1)
     if result is not None:
@@ -107,9 +123,7 @@ def execute(command: str, values: dict[str, Any]) -> Any:
         values[name] = runs.open_run(values[name])
     config = values["run"].config if "run" in values else None
     if "config" in values:
-        name, is_small = values["config"], values.pop("small")
-        is_file = name.endswith(".json")
-        config = read_config(Path(name)) if is_file else recipes.load(name)
+        config, is_small = open_config(values["config"]), values.pop("small")
         values["config"] = config = recipes.small(config) if is_small else config
     elif "model" in values:
         folder = runs.runs_folder() / values["model"]
@@ -137,6 +151,8 @@ def main(arguments: list[str]) -> None:
     values = vars(parser.parse_args(arguments))
     values = {name: value for name, value in values.items() if value is not None}
     try:
+        if (gpus := values.pop("gpus", None)) and "LOCAL_RANK" not in os.environ:
+            runtime.launch(arguments, gpus)  # before CUDA starts in this process
         result = execute(command := values.pop("command"), values)
         show(result if command != "export" else None)  # which logs its table
     except (TunebookError, OSError, ImportError) as error:

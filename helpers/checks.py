@@ -10,14 +10,17 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import to_json
 
-from helpers import estimate
+from helpers import estimate, recipes
 from helpers.config import RunConfig, complete, library_class, library_fields
-from helpers.errors import ConfigError, UnknownArchitecture, nearest
+from helpers.data.preparation import SETS
+from helpers.data.sources import find_path
+from helpers.errors import ConfigError, MissingInput, UnknownArchitecture, nearest
 from helpers.grpo.rewards import choose, margin
 from helpers.masking.templates import template_text
 from helpers.models.adapters import check_attached, check_lora
@@ -81,7 +84,7 @@ def advise(
     config: RunConfig, *, machine: Machine | None = None, rows: int | None = None
 ) -> list[Advice]:
     """Returns the faults of a config, errors first, judged with `rows` to train on."""
-    errors = [*library_faults(config)]
+    errors = [*library_faults(config), *missing_files(config)]
     try:
         template_text(config.template)
         choose(config.rewards, max_completion_length=1)
@@ -116,6 +119,15 @@ def check_lengths(ends: list[int], max_length: int) -> Advice | None:
     text = f"{max_length} tokens cut {cut} of {len(ends)} answers, whose ends are not "
     text += f"learnt. Set it to {enough}, which cuts at most 1 %."
     return Advice("warning", "max_length", text)
+
+
+def missing_files(config: RunConfig) -> Iterator[Fault]:
+    sources = [(name, getattr(config.data, name)) for name in SETS]
+    for name, source in [*product(["train"], config.data.train), *sources]:
+        try:
+            find_path(str(source or "owner/name"))
+        except MissingInput as error:
+            yield f"data.{name}", str(error)
 
 
 def library_faults(config: RunConfig) -> Iterator[Fault]:
@@ -237,6 +249,13 @@ def disappointments(config: RunConfig, machine: Machine) -> Iterator[Fault]:
         yield "engine", "Unsloth has patched transformers here: restart the kernel"
     if config.trust_remote_code:
         yield "trust_remote_code", "code of the model's authors runs with your rights"
+    own = recipes.load(config.recipe).data if config.recipe in recipes.NAMES else None
+    if own and own.train != config.data.train:
+        sets = [n for n in SETS if getattr(own, n) == getattr(config.data, n)]
+        text = f"other rows than those of {config.recipe}, whose prompt and "
+        text += f"{', '.join(sets)} are kept: change them, or use recipes.for_data"
+        if sets:
+            yield "data.train", text
     if config.pad_token == "eos":
         yield "pad_token", "EOS would never be learnt, so another token pads"
     dtype, reason = choose_dtype(machine, config.dtype)

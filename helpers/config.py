@@ -109,6 +109,8 @@ class RunConfig(BaseModel, extra="forbid", validate_assignment=True):
         if uploads := [name for name in (*self.sft, *self.grpo) if "hub" in name]:
             text = "a config uploads nothing; remove it, and use `export --push`"
             raise ValueError(f"{uploads[0]}: {text}")
+        if len(set(self.stages)) < len(self.stages):
+            raise ValueError(f"stages: each once expected (found {self.stages})")
         data, labels = self.data, self.evaluation.labels
         has_sft, has_eval = "sft" in self.stages, bool(data.eval or data.eval_share)
         if has_sft and not data.train and not self.sft_adapter:

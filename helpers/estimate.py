@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import warnings
 from functools import cache
 from pathlib import Path
@@ -50,7 +49,7 @@ def this_gpu() -> Gpu | None:
 
     if not torch.cuda.is_available():
         return None
-    card = torch.cuda.get_device_properties(0)
+    card = torch.cuda.get_device_properties()
     free_gb = min(card.total_memory / GIB - 0.74, runtime.memory_cap_gb())
     # a multiprocessor's rate: Volta and Turing, Ampere and Ada, Hopper
     rate = 0.24 if card.major < 8 else 1.0 if card.major == 8 else 2.6
@@ -60,8 +59,7 @@ def this_gpu() -> Gpu | None:
 def step_rows(config: RunConfig, stage: Stage) -> int:
     """Returns the rows (GRPO: completions) of one optimiser step, of all processes."""
     values = complete(config, stage)
-    rows = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
-    return rows * int(os.environ.get("WORLD_SIZE", "1"))
+    return values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
 
 
 def count_steps(config: RunConfig, stage: Stage, rows: int | None = None) -> int | None:

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
+import fsspec
+from httpx import HTTPError
+from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 
 from helpers.errors import TunebookError
 
 log = logging.getLogger(__name__)
 CONTENT = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
+MANIFEST = "manifest.json"  # sizes and hashes of a copy's files, written last
 FULL = "No space left|quota exceeded|File too large|file write failed"  # torch's
 
 
@@ -58,7 +62,9 @@ def is_whole(path: Path) -> bool:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Writes a file whole or not at all: nobody meets half of it."""
+    """Writes a file whole or not at all; of several processes the first one does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -145,3 +151,59 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         write_rows(path, rows)
         log.warning(f"{path} was damaged: {len(rows)} rows stay, all are in {aside}")
     return rows
+
+
+def find_copies(place: str, name: str) -> tuple[Any, str, list[str]]:
+    """Returns a place's file system, the path for a name, and its copies in order."""
+    url, options = place, dict[str, Any]()
+    if place.startswith("hub:"):
+        url, options = f"hf://{place[4:]}", {"token": os.environ.get("HF_TOKEN", False)}
+    system, root = fsspec.url_to_fs(url, **options)
+    if "file" in system.protocol and not system.isdir(root):
+        raise FileNotFoundError(f"{place} is no folder: mount it, or make it")
+    system.invalidate_cache()
+    manifests = system.glob(f"{root}/{name}/*/{MANIFEST}")
+    return system, f"{root}/{name}", sorted(map(os.path.dirname, manifests))
+
+
+def list_sums(folder: Path) -> dict[str, list[Any]]:
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
+    return {str(p.relative_to(folder)): [p.stat().st_size, hash_file(p)] for p in paths}
+
+
+def send_copy(folder: Path, place: str, name: str) -> None:
+    """Sends a folder to a folder, fsspec URL or `hub:owner/name`; two copies stay."""
+    system, path, copies = find_copies(place, name)
+    for former in {*system.glob(f"{path}/copy-*")} - {*copies[-1:]}:  # halves too
+        system.rm(former, recursive=True)
+    copy = f"copy-{1 + max((int(c[-6:]) for c in copies), default=0):06}"
+    write_json(folder / MANIFEST, list_sums(folder))
+    if place.startswith("hub:"):
+        api, repo = HfApi(token=os.environ.get("HF_TOKEN", False)), place[4:]
+        api.create_repo(repo, private=True, exist_ok=True)
+        if not api.repo_info(repo).private:  # it existed
+            raise ValueError("it is public: name a private one")
+        target = f"{name}/{copy}"  # in one commit, all or nothing
+        api.upload_folder(repo_id=repo, folder_path=folder, path_in_repo=target)
+    else:
+        for file in [*list_sums(folder), MANIFEST]:
+            system.makedirs(os.path.dirname(f"{path}/{copy}/{file}"), exist_ok=True)
+            system.put_file(str(folder / file), f"{path}/{copy}/{file}")
+
+
+def fetch_copy(place: str, name: str, folder: Path) -> bool:
+    """Fills a folder from a place's newest whole copy; returns whether there is one."""
+    try:
+        system, _, copies = find_copies(place, name)
+        for copy in reversed(copies):
+            with tempfile.TemporaryDirectory() as new:
+                system.get(f"{copy}/", f"{new}/", recursive=True)
+                manifest = Path(new, MANIFEST)
+                if is_whole(manifest) and list_sums(Path(new)) == read_json(manifest):
+                    shutil.copytree(new, folder, dirs_exist_ok=True)
+                    return True
+            log.warning(f"{copy} is passed over: it is not as it was sent")
+    except (OSError, HTTPError) as error:
+        hint = "mend it, or unset TUNEBOOK_KEEP to go on without it"
+        raise TunebookError(f"{place}/{name}: {error}; {hint}") from error
+    return False

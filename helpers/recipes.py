@@ -3,14 +3,21 @@
 import copy
 import importlib.util
 import json
+import logging
 import re
 import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from helpers.config import RunConfig, changed, check_config
+from helpers.config import SYSTEM_PROMPT, RunConfig, changed, check_config
+from helpers.data.formats import is_solved
+from helpers.data.reading import Reader
+from helpers.data.sources import open_rows
 from helpers.errors import ConfigError, nearest
+from helpers.runtime import hub_reachable
+
+log = logging.getLogger(__name__)
 
 # our samples in the row format of hub datasets, by the dataset's name
 SAMPLES = {
@@ -41,6 +48,48 @@ def load(name: str, gpu: bool | None = None) -> RunConfig:
         for key, value in recipe["gpu"].items():
             values[key] = values[key] | value if isinstance(value, dict) else value
     return check_config({"name": name, "recipe": name, **values})
+
+
+def for_data(path: str, model: str | None = None) -> RunConfig:
+    """Returns a config of SFT alone on one's own rows; logs what it made of them.
+
+    A tenth of the conversations, by a hash of their first question, is held out for the
+    loss, and a fifth for answers. Those are judged by label where answers are few
+    different texts, by number where all end in `#### <number>`, else as texts.
+
+    Args:
+        path: a file, a folder of `save_to_disk`, or a hub dataset, in any format.
+        model: hub id or folder; by default one for this machine.
+
+    Raises:
+        MissingInput, DataError: there are no such rows, or they cannot be read.
+    """
+    online = has_gpu() and hub_reachable()
+    base = load("finetome-llama32-1b" if online else "demo", gpu=False)
+    reader = Reader(path, drop_unusable=True)
+    chats = list(reader.read(open_rows(path, 20_000)))
+    replies = ([t for t in chat if t["role"] == "assistant"][0] for chat in chats)
+    answers = [reply["content"].strip() for reply in replies]
+    classes, judged = sorted(set(answers)), "as texts"
+    evaluation = base.evaluation.model_dump()
+    if all(map(is_solved, answers)):
+        judged = "by number"
+    elif 2 <= len(classes) <= min(20, len(answers) // 5):
+        judged, evaluation["labels"] = f"by label, of {classes}", classes
+    rows = min(len(chats), 2000 if online else 300)
+    values = base.model_dump(include={"max_length", "inference", "lora"})
+    epochs = {"max_steps": -1, "num_train_epochs": 3 if rows < 1000 else 1}
+    each = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    values |= {"sft": base.sft | epochs | each, "evaluation": evaluation}
+    shares = {"eval_share": 0.1, "test_share": 0.2, "drop_unusable": True}
+    values["data"] = {"train": [path], "train_rows": rows, **shares}
+    values["system_prompt"] = SYSTEM_PROMPT if reader.form == "gsm8k" else ""
+    name = re.sub(r"\W+", "-", Path(path).name.partition(".")[0]).strip("-") or "mine"
+    values["name"] = f"{name}-data" if name in NAMES else name
+    log.info(f"{path}: {reader.form}, as {reader.why}")
+    text = f"{rows} of {reader.rows} rows in {epochs['num_train_epochs']} epochs of SFT"
+    log.info(f"{text}; held-out answers are judged {judged}")
+    return check_config({"model": model or base.model, "stages": ["sft"], **values})
 
 
 def has_gpu() -> bool:
@@ -87,7 +136,7 @@ def small(config: RunConfig) -> RunConfig:
     config = scaled(config, model=model, steps=10, rows=8, samples=True)
     # 4-bit weights save memory, which is not short here, and cost time on a CPU
     changes: dict[str, Any] = {"weights": "auto", "evaluation__max_new_tokens": 64}
-    # AWQ needs a GPU; without data the same files come from a CPU
+    # AWQ needs a GPU; GPTQ writes files of the same kind on a CPU
     changes["export"] = ["w4a16" if f == "awq" else f for f in config.export]
     for stage in config.stages:  # one micro-batch a step
         changes[f"{stage}__gradient_accumulation_steps"] = 1

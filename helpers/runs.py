@@ -86,12 +86,13 @@ class Run(NamedTuple):
         write_json(self.path / "report.json", self.report(**{part: values}))
 
 
-def save_run(config: RunConfig) -> Run:
-    """Returns the run of a config: written to its folder, and now the current one."""
+def save_run(config: RunConfig, current: bool = False) -> Run:
+    """Returns the run of a config, in its folder; the notebooks' next if `current`."""
     run = Run(runs_folder() / config.name, config)
     with hold(run):
         write_json(run.path / "config.json", config.model_dump(mode="json"))
-        write_lines(runs_folder() / "current", [config.name])
+        if current:
+            write_lines(runs_folder() / "current", [config.name])
         run.write_part("run", config.model_dump(include={"name", "recipe", "model"}))
     return run
 
@@ -101,13 +102,14 @@ def open_run(name: str | None = None) -> Run:
 
     Without any it is `TUNEBOOK_RECIPE`'s. ConfigError where there is no valid config.
     """
+    is_named = bool(name)
     name = name or current_run() or os.environ.get("TUNEBOOK_RECIPE")
     if not name:
         online = find_machine().device == "cuda" and hub_reachable()
         name = "finetome-llama32-1b" if online else "demo"
     folder = runs_folder() / name
     if name in recipes.NAMES and not folder.exists():
-        return save_run(recipes.load(name))
+        return save_run(recipes.load(name), current=not is_named)
     read_json(folder / "config.json")  # sets a damaged one aside; a copy is renamed
     return Run(folder, changed(read_config(folder / "config.json"), name=folder.name))
 

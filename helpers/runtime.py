@@ -1,4 +1,4 @@
-"""The machine, its dtype with the reason, the engine, and a notebook's first cell."""
+"""The machine, its dtype with the reason, the engine, a first cell, several GPUs."""
 
 import gc
 import importlib.util
@@ -9,20 +9,27 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
-from helpers.errors import ConfigError, ModelError, TunebookError
+from helpers.errors import ConfigError, ModelError, TrainingError, TunebookError
 from helpers.install import ROOT, installed_version
 
 log = logging.getLogger(__name__)
 HOME = ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()  # of runs/ and data
 ON_DRIVE = "/content/drive/MyDrive/tunebook/runs"
+PROBE = "/openai-community/gpt2/resolve/main/config.json"  # a small public file
 PACKAGES = "torch transformers trl peft bitsandbytes datasets accelerate unsloth"
+# CUDA starts, and sees what it is shown, only once a GPU has been chosen
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 class Machine(NamedTuple):
@@ -38,7 +45,7 @@ def find_machine() -> Machine:
     import torch
 
     if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
+        card = torch.cuda.get_device_properties()
         total_gb, cap_gb = card.total_memory / 2**30, memory_cap_gb()
         gb = min(total_gb, cap_gb)
         if cap_gb < float("inf"):
@@ -72,6 +79,73 @@ def choose_dtype(machine: Machine, wanted: str = "auto") -> tuple[Any, str]:
         return torch.bfloat16, "compute capability 8.0 or newer has bf16 units"
     reason = "compute capability {}.{} has no bf16 units (they start at 8.0)"
     return torch.float16, reason.format(*machine.capability)
+
+
+def count_processes() -> int:
+    """Returns how many processes a launcher has started for one training run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def first_process() -> AbstractContextManager[Any]:
+    """Has the first of several processes go through a block before the others."""
+    if count_processes() == 1:
+        return nullcontext()
+    import torch
+    from accelerate import PartialState
+
+    options: Any = {"cpu": not torch.cuda.is_available(), "timeout": timedelta(hours=2)}
+    return PartialState(**options).main_process_first()
+
+
+def choose_gpu() -> None:
+    """Gives a process one GPU: its own of several processes, else the first."""
+    import torch
+
+    if (count := torch.cuda.device_count()) and count_processes() > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    elif count > 1:
+        every = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join("0123456789"[:count])
+        os.environ["TUNEBOOK_GPUS"] = every  # for `launch`
+        os.environ["CUDA_VISIBLE_DEVICES"] = every.partition(",")[0]
+        text = "`python -m helpers train RUN --gpus all` trains on all"
+        log.info(f"one of {count} GPUs is used here; {text}")
+
+
+def launch(arguments: list[str], gpus: str = "all") -> None:
+    """Runs `python -m helpers` in a process for each GPU, by torch's launcher."""
+    import torch
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    every = os.environ.get("TUNEBOOK_GPUS")  # of a notebook's kernel, which sees one
+    here = len(every.split(",")) if every else torch.cuda.device_count()
+    if os.environ.get("ACCELERATE_USE_CPU"):  # a dry run, whose processes share it
+        here = os.cpu_count() or 1
+    number = str(here) if gpus == "all" else gpus
+    count = int(number) if number.isdigit() else 0
+    if not 1 <= count <= here:
+        raise ConfigError(f"--gpus {gpus}: expected all, or a number from 1 to {here}")
+    if count == 1:
+        return
+    # else a traceback for each process that ends
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    variables = {"OMP_NUM_THREADS": str((os.cpu_count() or 1) // count or 1)}
+    variables |= os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    variables |= {"CUDA_VISIBLE_DEVICES": every} if every else {}
+    files = ",".join(f"{rank}:3" for rank in range(1, count))  # for what others print
+    with tempfile.TemporaryDirectory() as logs, patch.dict(os.environ, variables):
+        options = ["--standalone", f"--nproc-per-node={count}", "--log-dir", logs]
+        options += ["--redirects", files, "-m", "helpers"]
+        try:
+            run.run(run.parse_args([*options, *arguments]))
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            text = f"process {rank} of {count} ended with exit code {failure.exitcode}"
+            for file in Path(logs).glob(f"*/attempt_0/{rank}/stderr.log"):
+                lines = [x for x in file.read_text().splitlines() if "Error" in x]
+                text += "".join(f" ({line})" for line in lines[-1:])
+            text += ", so all were stopped: the same command goes on from the last"
+            raise TrainingError(f"{text} checkpoint") from None
 
 
 def peak_memory_gb() -> float:
@@ -174,8 +248,10 @@ def start(engine: str | None = None) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     library = logging.getLogger("helpers")
     library.handlers = [logging.StreamHandler(sys.stdout)]
-    library.setLevel(logging.INFO)
+    is_first = os.environ.get("RANK", "0") == "0"
+    library.setLevel(logging.INFO if is_first else logging.ERROR)
     library.propagate = False  # Colab's root logger would show it a second time
+    choose_gpu()
     path = runs_folder() / (current_run() or "none") / "config.json"
     with suppress(OSError, ValueError):  # whoever opens the run says so
         engine = engine or json.loads(path.read_text("utf-8")).get("engine")
@@ -196,9 +272,16 @@ def hub_reachable() -> bool:
     """Returns whether the hub answers, asked once; else libraries use their caches."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return False
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    with suppress(OSError), urllib.request.urlopen(endpoint, timeout=3.0):
-        return True
+    # a file: they may hang while pages answer
+    file = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + PROBE
+    try:
+        with urllib.request.urlopen(file, timeout=3.0):
+            return True
+    except urllib.error.HTTPError as error:
+        if error.code < 500:  # a refusal is an answer
+            return True
+    except OSError:
+        pass
     import huggingface_hub.constants
 
     os.environ["HF_HUB_OFFLINE"] = "1"  # else they ask for each file, for minutes

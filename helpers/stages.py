@@ -1,9 +1,11 @@
 """The stages of a run in order: the only place that trains what is missing."""
 
 import logging
-import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 from helpers import checks, runtime
 from helpers.config import RunConfig, Stage
@@ -11,6 +13,7 @@ from helpers.data import preparation as data
 from helpers.evaluation import evaluator
 from helpers.export.formats import export, require_formats
 from helpers.grpo import trainer as grpo
+from helpers.models import load
 from helpers.runs import Run, save_run
 from helpers.training import inputs, trainer
 
@@ -46,8 +49,11 @@ def ensure_adapter(run: Run, stage: Stage) -> Path | str | None:
 
 def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
     """Trains a stage, and what it needs before; returns its report."""
-    ensure_ready(run, stage)
-    if part := inputs.finished_part(run, stage):
+    with runtime.first_process():  # which writes; the others find all there
+        ensure_ready(run, stage)
+        load.find_model(run.config.model)
+        part = inputs.finished_part(run, stage)
+    if part:
         return part
     start = ensure_adapter(run, "sft") if stage == "grpo" else None
     build = trainer.build_sft if stage == "sft" else grpo.build_grpo
@@ -57,16 +63,20 @@ def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
     return part
 
 
-def train(config: RunConfig) -> Run:
-    """Saves a run, trains its stages, evaluates and exports; returns the run."""
-    run = save_run(config)
+def train(config: RunConfig, stage: Stage | None = None) -> Run:
+    """Saves a run, trains its stages, evaluates and exports; or trains one stage."""
+    with runtime.first_process():
+        run = save_run(config)
     require_formats(config)  # before hours of training
-    for stage in config.stages:
-        log.info(f"{stage}: {train_stage(run, stage)}")
-    # each process of `accelerate launch` would do all of the rest
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    for name in [stage] if stage else config.stages:
+        log.info(f"{name}: {train_stage(run, name)}")
+    if (count := runtime.count_processes()) > 1:
+        PartialState().destroy_process_group()
+    alone = count == 1 and not stage  # a launcher's processes would all do the rest
     if alone and evaluator.held_out(config):
         evaluator.evaluate_run(run)
+        for pair in pairwise(run.report()["eval"]):
+            evaluator.compare(run, *pair)
     if alone and config.export:
         export(run)
     return run

@@ -166,7 +166,8 @@ def run_factory(runs_home: Path, tiny_model_folder: Path) -> Callable[..., Run]:
             "data__test_rows": 6,
             "data__test_new_rows": 4,
         }
-        return runs.save_run(changed(recipes.load("smoke"), **{**small, **changes}))
+        config = changed(recipes.load("smoke"), **{**small, **changes})
+        return runs.save_run(config, current=True)
 
     return make
 

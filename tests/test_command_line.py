@@ -109,7 +109,7 @@ def test_the_help_of_a_command_lists_parameters_of_its_function(
         known |= {*signature(items.resolve_model).parameters}
     names = {command_line.OPTIONS.get(o, {}).get("dest", o.strip("-")) for o in options}
     parameters = {name.replace("-", "_") for name in names}
-    assert parameters - {"small", "judge_model"} <= known
+    assert parameters - {"small", "judge_model", "gpus"} <= known
 
 
 def write_notebook(path: Path, *cells: str) -> None:

@@ -71,7 +71,12 @@ LINES = ["a, [1].jsonl", Source(path="a.jsonl", rows=5, format="dolly")]
         ("grpo", "grpo.temperature", "1", 1),
     ],
 )
-def test_a_field_of_each_kind_is_saved(page, name, text, expected, runs_home) -> None:
+def test_a_field_of_each_kind_is_saved(
+    page, name, text, expected, runs_home, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in map(str, LINES):
+        (tmp_path / file).touch()
     form = ConfigForm("smoke", page)
     form.fields[name].value = text
     form.button.click()

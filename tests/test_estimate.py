@@ -110,7 +110,7 @@ def test_this_gpu_is_what_the_card_leaves_to_torch(cap, memory_gb, monkeypatch) 
     card = SimpleNamespace(name="Tesla T4", total_memory=14.74 * 2**30, major=7)
     card.multi_processor_count = 40
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda *_: card)
     monkeypatch.setenv("TUNEBOOK_GPU_GB", cap)
     gpu = estimate.this_gpu()
     assert gpu.memory_gb == pytest.approx(memory_gb)

@@ -55,6 +55,29 @@ def test_replies_come_in_the_order_of_the_questions(server, open_client):
     ]
 
 
+@pytest.mark.parametrize("limit", [{"max_requests": 3}, {"max_s": 0.5}])
+def test_a_judge_has_a_limit_in_all_and_a_new_run_asks_the_rest(
+    server, open_client, limit
+):
+    server.answer = lambda request: time.sleep(0.2) or echo(request)
+    with pytest.raises(JudgeError, match="are used; replies are kept: run it again"):
+        open_client(workers=1, **limit).ask(ask(*"12345"))
+    before = len(server.requests)
+    assert 2 <= before <= 3
+    assert all(text for text, _ in open_client().ask(ask(*"12345")))
+    assert len(server.requests) == 5
+
+
+@pytest.mark.parametrize("is_error", [False, True])
+def test_a_reply_of_more_than_a_megabyte_is_not_read(server, open_client, is_error):
+    text = "x" * (judge.MAX_BYTES + 1)
+    server.answer = lambda request: (500, {"message": text}) if is_error else text
+    ((reply, reason),) = open_client(retries=0).ask(ask("1"))
+    assert reply is None and "a reply of more than 1 MB" in reason
+    server.answer = lambda request: "x" * (judge.MAX_BYTES // 5)
+    assert len(open_client(retries=0).ask(ask("1"))[0][0]) == judge.MAX_BYTES // 5
+
+
 def test_the_judge_is_asked_greedily_and_its_key_is_kept_nowhere(server, open_client):
     client = open_client(api_key="secret")
     client.ask(ask("1"))

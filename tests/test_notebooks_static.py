@@ -19,6 +19,8 @@ from typing import Any
 import nbformat
 import pytest
 
+from benchmarks import outputs as stored_outputs
+
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 README = ROOT / "README.md"
@@ -199,3 +201,18 @@ def test_what_is_stored_is_small_and_has_no_widgets_counts_or_errors(path):
     counted = [x for x in cells + outputs if x.get("execution_count") is not None]
     assert counted == []
     assert "error" not in {output["output_type"] for output in outputs}
+
+
+@every_notebook
+def test_stored_outputs_were_made_by_the_code_above_them(path):
+    notebook = nbformat.read(path, as_version=4)
+    made = notebook.metadata.get("outputs")
+    if not made:
+        pytest.skip("no outputs are stored")
+    assert made["code"] == stored_outputs.hash_code(notebook), "run make outputs"
+    assert f"**Outputs** made on {made['made']}." in notebook.cells[0].source
+    shown = [output for c in notebook.cells for output in c.get("outputs", [])]
+    assert shown
+    text = stored_outputs.PICTURE.sub("", json.dumps(shown))
+    assert not re.search(r"(?<![\w:/.])/(home|root|tmp|content|Users|usr|work)/", text)
+    assert not stored_outputs.BAR.search(text)

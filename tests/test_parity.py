@@ -186,7 +186,7 @@ def test_answers_that_no_longer_end_or_are_wrong_are_faults(tokenizer: Any) -> N
     own = {"answers": wrong, "tokens_per_second": 1.0}
     row, faults = parity.compare("merged", tokenizer, own, trained)
     assert faults == [
-        "lost stops: 10 of 10 answers no longer end",
+        "lost stops: 10 of 10 answers no longer end, p = 0.00195",
         "fewer right answers: 0 of 10, 10 as trained, p = 0.00195",
         "other answers: 50.0% of tokens agree, 100% must: ...####  [4] / [5]",
     ]

@@ -14,11 +14,12 @@ from typing import IO, Any
 import pandas as pd
 
 from helpers.config import HELD_OUT, DataConfig, RunConfig, Source
-from helpers.data.formats import Messages, Row, ask
+from helpers.data.formats import Messages, Row, ask, is_solved
 from helpers.data.reading import SHOWN, Reader
 from helpers.data.sources import content_of, open_rows
 from helpers.errors import DataError
 from helpers.files import fingerprint, write_rows
+from helpers.grpo.answers import parse_gold
 from helpers.runs import Run, writes
 
 log = logging.getLogger(__name__)
@@ -49,12 +50,16 @@ def to_prompts(config: RunConfig, rows: list[Row]) -> list[Row]:
         system = config.system_prompt
         return [row | {"prompt": ask(row["question"], system)} for row in rows]
     prompts, labels = [], [label.strip() for label in config.evaluation.labels or []]
-    for row in rows[: config.evaluation.text_rows]:
+    rows = rows[: config.evaluation.text_rows]
+    solved = all(is_solved(first_answer(row["messages"])["content"]) for row in rows)
+    for row in rows:
         prompt = first_question(row["messages"])
         answer = first_answer(row["messages"])["content"]
         if labels and answer.strip() not in labels:
             raise DataError(f"right answer {answer!r} is not among evaluation.labels")
         texts = {"question": prompt[-1]["content"], "reference": answer}
+        if solved:  # judged by the number, as problems are
+            texts |= {"answer": answer, "gold": str(parse_gold(answer))}
         prompts.append({"id": row["id"], "prompt": prompt, **texts})
     return prompts
 

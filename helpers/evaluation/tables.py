@@ -16,7 +16,7 @@ from helpers.runtime import runs_folder
 
 STAGES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
 ACCURACIES = {"test": "accuracy", "test_new": "accuracy_new"}
-RESULTS = [f"{name}: right [95 %]" for name in ACCURACIES]
+RESULTS = [f"{name}: right [95 %]" for name in (*ACCURACIES, "test_chat")]
 RESULTS += ["eval loss", "test_chat loss", "train min", "eval min", "peak GB"]
 COSTS = ["steps", "loss_first", "loss_last", "loss_best", "eval_loss_best"]
 COSTS += ["reward_first", "reward_last", "device", "held-out rows"]
@@ -52,8 +52,11 @@ def to_frame(rows: list[Row], index: list[str], columns: list[str]) -> pd.DataFr
 def to_row(label: str, stage: Row, part: Row) -> Row:
     """Returns what a model's training cost and its evaluation gave."""
     row = {"model": STAGES.get(label, label), **stage}
-    values = [part.get(key) for key in (*ACCURACIES.values(), "eval_loss")]
-    values.append(part.get("test_chat", {}).get("loss"))
+    values, chats = (
+        [part.get(k) for k in ACCURACIES.values()],
+        part.get("test_chat", {}),
+    )
+    values += [chats.get("correct"), part.get("eval_loss"), chats.get("loss")]
     for costs in stage, part:
         values.append(f"{costs['seconds'] / 60:.1f}" if "seconds" in costs else None)
     values.append(max(p.get("peak_memory_gb", 0.0) for p in (stage, part)) or None)

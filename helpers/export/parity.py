@@ -316,9 +316,11 @@ def compare_answers(tokenizer: Any, own: Row, trained: Row, row: Row) -> Iterato
         row["first_difference"] = show_difference(tokenizer, *different[0])
     stops = {*trained["stops"]}
     known, ended = ([not stops.isdisjoint(a[-1:]) for a in x] for x in columns)
-    row["stop_rate"], lost = round(sum(ended) / len(pairs), 4), sum(known) - sum(ended)
-    if lost > max(1, 0.2 * len(pairs)):
-        yield f"lost stops: {lost} of {len(pairs)} answers no longer end"
+    row["stop_rate"] = round(sum(ended) / len(pairs), 4)
+    test = metrics.paired_difference(known, ended)
+    if test["difference"] < -0.2 and test["p"] < P_VALUE:
+        text = f"{sum(known) - sum(ended)} of {len(pairs)} answers no longer end"
+        yield f"lost stops: {text}, p = {test['p']}"
     row["tokens_per_second"] = round(own["tokens_per_second"], 1)
     # an answer that was cut says nothing on the whole one
     if gold := {n: g for n, g in enumerate(trained["gold"]) if g and known[n]}:

@@ -3,6 +3,8 @@
 from functools import partial
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from helpers.config import complete, defaults
 from helpers.data import preparation as data
 from helpers.data.formats import ask
@@ -98,7 +100,9 @@ class GreedyEvaluation(Base):
         limits = {"max_new_tokens": args.max_completion_length}
         limits["batch_size"] = args.generation_batch_size
         columns = self.eval_dataset.rename_column("prompt", "prompts").to_dict()
-        texts = [a.text for a in answer(tokenizer, columns["prompts"], **limits)]
+        with self.accelerator.split_between_processes(columns["prompts"]) as prompts:
+            texts = [a.text for a in answer(tokenizer, prompts, **limits)]
+        texts = gather_object(texts)
         columns["completions"] = [[{"role": "assistant", "content": t}] for t in texts]
         columns["completion_ids"] = tokenizer(texts)["input_ids"]
         metrics = {"eval_reward": 0.0}

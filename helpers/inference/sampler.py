@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from accelerate.utils import gather_object
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import AttentionInterface
@@ -103,7 +104,8 @@ def choose_sampler(run: Run, model: nn.Module) -> Sampler | None:
     Raises:
         ConfigError: a copy that is asked for does not work with this model.
     """
-    config, reason = run.config, reason_against(run.config, model)
+    config, reasons = run.config, gather_object([reason_against(run.config, model)])
+    reason = next(filter(None, reasons), "")  # of any process
     if reason and config.sampler == "copy":
         raise ConfigError(f"sampler='copy' does not work: {reason}; choose 'model'")
     note = {"name": "model" if reason else "copy", "reason": reason}

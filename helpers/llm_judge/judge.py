@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ FASTCHAT = {
     "mt_bench/reference_answer/gpt-4.jsonl": ("question_id", "choices"),
     "judge_prompts.jsonl": ("name", "system_prompt", "prompt_template"),
 }
+MAX_BYTES = 10**6  # of a reply
 Reply = tuple[str | None, str]
 
 
@@ -46,6 +50,11 @@ class Judge:
     timeout_s: float = 120.0
     retries: int = 5  # by the client, after Retry-After or growing waits
     workers: int = 4  # requests at the same time; lower it where the rate limit is low
+    max_requests: int = 5_000  # in all, as are the seconds
+    max_s: float = 7_200.0
+
+    def __post_init__(self) -> None:
+        self.numbers, self.end = count(1), time.monotonic() + self.max_s
 
     def ask(self, conversations: list[Messages]) -> list[Reply]:
         """Returns a text per conversation, or None and the reason, in order.
@@ -58,6 +67,9 @@ class Judge:
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         timeout = openai.Timeout(self.timeout_s, connect=10.0)
         options: Any = {"api_key": self.api_key, "max_retries": self.retries}
+        hooks: Any = {"response": [limit_size]}
+        options["http_client"] = openai.DefaultHttpxClient(event_hooks=hooks)
+        options["default_headers"] = {"Accept-Encoding": "identity"}
         client = openai.OpenAI(base_url=self.base_url, timeout=timeout, **options)
         replies: dict[str, Reply] = {}
         with self.cache.open("a+", encoding="utf-8") as file:
@@ -84,6 +96,10 @@ class Judge:
     def request(self, client: Any, messages: Messages, **options: Any) -> Reply:
         import openai
 
+        if next(self.numbers) > self.max_requests or time.monotonic() > self.end:
+            limit = f"{self.max_requests} requests or {self.max_s / 3600:g} hours"
+            text = "are used; replies are kept: run it again for the others"
+            raise JudgeError(f"the judge's {limit} {text}")
         create = partial(client.chat.completions.create, model=self.model)
         try:
             choice = create(messages=messages, **options).choices[0]
@@ -105,6 +121,21 @@ class Judge:
         except (JSONDecodeError, AttributeError, LookupError, TypeError) as error:
             return None, f"no completion: {error}"
         raise JudgeError(f"the judge at {client.base_url} {message} and address (/v1?)")
+
+
+def limit_size(response: Any) -> None:
+    """Has a response fail after MAX_BYTES, before more of it is read."""
+    chunks = response.iter_raw
+
+    def iter_raw(size: int | None = None) -> Iterator[bytes]:
+        left = MAX_BYTES
+        for chunk in chunks(size):
+            left -= len(chunk)
+            if left < 0:
+                raise LookupError("a reply of more than 1 MB")
+            yield chunk
+
+    response.iter_raw = iter_raw
 
 
 def without_thoughts(text: str | None) -> str:

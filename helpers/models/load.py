@@ -151,7 +151,10 @@ def load_model(
         four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": arithmetic}
         arguments["quantization_config"] = BitsAndBytesConfig(**bits, **four)
     if engine == "transformers":
-        arguments["device_map"] = {"": 0} if machine.device == "cuda" else None
+        import torch
+
+        on_gpu = machine.device == "cuda"
+        arguments["device_map"] = {"": torch.cuda.current_device()} if on_gpu else None
     else:
         arguments |= {f"load_in_{w}": w == weights for w in ("4bit", "8bit", "16bit")}
         # else a hub name stands for Unsloth's copy, made with double_quant

@@ -2,17 +2,23 @@
 
 import logging
 import math
+import shutil
+import tempfile
 import time
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
-from helpers.errors import TrainingError
+from helpers import files
+from helpers.errors import TrainingError, mask_secrets
 from helpers.files import is_whole, read_json, read_rows, write_json, write_rows
 from helpers.inference.generation import reply
 from helpers.models.adapters import save_adapter
@@ -30,8 +36,8 @@ def last_checkpoint(folder: Path) -> str | None:
         state = path / "trainer_state.json"  # it is written last
         values = read_json(state) if is_whole(state) else {}
         note = values.get("stateful_callbacks", {})
-        files = [[*path.glob(p)] or [path / p] for p in note.get("parts", [])]
-        faults = [f"no whole {f.name}" for f in chain(*files) if not is_whole(f)]
+        parts = [[*path.glob(p)] or [path / p] for p in note.get("parts", [])]
+        faults = [f"no whole {f.name}" for f in chain(*parts) if not is_whole(f)]
         if note.get("made_from", "") != made_from:
             faults = ["it was not finished, or is of other settings"]
         if not faults:
@@ -40,21 +46,23 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
+@dataclass(eq=False)
 class Watch(TrainerCallback):
-    """Logs `seconds` and `skipped_steps`; saves by the clock, with the stage's inputs.
+    """Logs `seconds` and `skipped_steps`; saves by the clock, and stops by it.
 
     TrainingError: a gradient is not finite (it takes no step), or the folder is gone.
     """
 
+    save_minutes: float = math.inf  # between checkpoints
+    folder: Path | None = None  # of a stage, whose inputs each checkpoint notes
+    session_minutes: float = math.inf
     in_a_row, reason = 0, ""
-
-    def __init__(self, save_minutes: float, folder: Path | None = None) -> None:
-        self.save_s, self.folder = 60 * save_minutes, folder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         before = state.log_history[-1] if state.log_history else {}
         self.skipped = before.get("skipped_steps", 0)
         self.resumed, self.saved = state.global_step > 0, time.monotonic()
+        self.end = self.saved + 60 * self.session_minutes
         self.started = self.saved - before.get("seconds", 0.0)
         if self.folder:
             note = {"made_from": read_json(self.folder / NOTE)["fingerprint"]}
@@ -73,8 +81,15 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if self.folder and not self.folder.exists():
             raise TrainingError(f"{self.folder} is gone: put it back, or start again")
-        if time.monotonic() - self.saved >= self.save_s:
-            control.should_save, self.saved = True, time.monotonic()
+        now = time.monotonic()
+        times = [now - self.saved >= 60 * self.save_minutes, now >= self.end]
+        # of several processes the first one's clock counts
+        is_due, is_over = broadcast_object_list(times)
+        if is_due:
+            control.should_save, self.saved = True, now
+        if is_over:
+            self.reason = f"stopped at step {state.global_step}: the session is over"
+            control.should_save = control.should_training_stop = True
         skipped = bool(getattr(more.get("optimizer"), "step_was_skipped", False))
         self.skipped += skipped
         self.in_a_row = self.in_a_row + 1 if skipped else 0
@@ -157,3 +172,50 @@ class LiveSamples(TrainerCallback):
         rows = read_rows(self.path) if self.path.exists() else []
         rows = [row for row in rows if row["step"] < state.global_step]  # not resumed
         write_rows(self.path, [*rows, sample])
+
+
+@dataclass(eq=False)
+class SecondPlace(TrainerCallback):
+    """Sends a folder with its newest checkpoint to a second place, in the background.
+
+    A failure is logged once and stops nothing. `files.fetch_copy` brings a copy back.
+    """
+
+    place: str
+    name: str  # as for `files.send_copy`
+    folder: Path | None = None  # by default the trainer's `output_dir`
+    copies: tuple[Future[None], ...] = ()
+    step, error = 0, ""
+
+    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if not state.is_world_process_zero or wait(self.copies, timeout=0).not_done:
+            return
+        former = [Path(p).name for p in sort_checkpoints(args.output_dir)[:-1]]
+        ignore = shutil.ignore_patterns(".new-*", *former)
+        scratch, self.step = tempfile.mkdtemp(prefix="tunebook-"), state.global_step
+        try:  # training goes on writing to the folder
+            folder = self.folder or args.output_dir
+            shutil.copytree(folder, scratch, ignore=ignore, dirs_exist_ok=True)
+        except OSError as error:  # a full disk
+            shutil.rmtree(scratch)
+            return self.say(error)
+        self.copies = (HfApi().run_as_future(self.send, Path(scratch)),)
+
+    def send(self, scratch: Path) -> None:
+        try:
+            files.send_copy(scratch, self.place, self.name)
+        except Exception as error:  # each file system has its own
+            self.say(error)
+        finally:
+            shutil.rmtree(scratch)
+
+    def say(self, error: Exception) -> None:
+        if not self.error:
+            self.error = mask_secrets(" ".join(str(error).split())[:300])
+            log.warning(f"no second copy in {self.place}: {self.error}")
+
+    def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        wait(self.copies, timeout=600)
+        if self.step < state.global_step:
+            self.on_save(args, state)
+            wait(self.copies, timeout=600)

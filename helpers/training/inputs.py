@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,14 @@ from matplotlib.figure import Figure
 from helpers import runtime
 from helpers.config import RunConfig, Stage, defaults
 from helpers.errors import ConfigError
-from helpers.files import content_hash, fingerprint, read_json, set_aside, write_json
+from helpers.files import (
+    content_hash,
+    fetch_copy,
+    fingerprint,
+    read_json,
+    set_aside,
+    write_json,
+)
 from helpers.masking.templates import template_text
 from helpers.runs import Run
 
@@ -24,6 +32,8 @@ REPORTING = ("report_to", "save_steps", "save_strategy", "save_total_limit", "ru
 TRL_OPEN = """per_device_train_batch_size gradient_accumulation_steps packing optim
     learning_rate lr_scheduler_type warmup_steps weight_decay max_steps beta loss_type
     num_train_epochs mask_truncated_completions gradient_checkpointing""".split()
+SIZES = """per_device_train_batch_size per_device_eval_batch_size
+    gradient_accumulation_steps""".split()
 PANELS = {  # titles, and regular expressions of what is logged
     "loss": "^(eval_)?loss$",
     "reward by component (band: spread)": "^rewards/.*/mean$|^eval_reward$",
@@ -76,6 +86,10 @@ def open_stage(run: Run, stage: Stage) -> Path:
         names = sorted(k for k in old | new if old.get(k) != new.get(k))
         aside = set_aside(folder, "before")
         log.info(f"{stage}: {', '.join(names)} changed; former result: {aside}")
+    name = f"{run.config.name}/{stage}-{fingerprint(inputs)}"
+    place = os.environ.get("TUNEBOOK_KEEP")
+    if place and not folder.exists() and fetch_copy(place, name, folder):
+        log.info(f"{stage}: brought back from {place}/{name}")
     if not (folder / NOTE).exists():
         note = {"fingerprint": fingerprint(inputs), "finished": False, "inputs": inputs}
         write_json(folder / NOTE, note)
@@ -91,12 +105,30 @@ def finished_part(run: Run, stage: Stage) -> dict[str, Any] | None:
     return part
 
 
+def share_rows(values: dict[str, Any], count: int) -> dict[str, Any]:
+    """Returns the sizes with which processes share the rows of an optimiser step."""
+    micro, evaluation, passes = (values[name] for name in SIZES)
+    rows, rest = divmod(micro * passes, count)
+    if rest:
+        text = f"{micro} x {passes} rows a step are not to be shared by {count} GPUs"
+        raise ConfigError(f"{text}: make {SIZES[0]} x {SIZES[2]} a multiple of {count}")
+    size = math.gcd(micro, rows)
+    # together they score the rows of one batch: a loss is a mean over its tokens
+    sizes = size, max(1, evaluation // count), rows // size
+    shared = dict(zip(SIZES, sizes, strict=True))
+    if batches := values.get("steps_per_generation"):
+        shared |= {"generation_batch_size": batches * micro}
+        shared["steps_per_generation"] = None
+    return shared
+
+
 def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
     config, default, machine = run.config, defaults(stage), runtime.find_machine()
     dtype, _ = runtime.choose_dtype(machine, config.dtype)
-    on_gpu = machine.device == "cuda"
+    on_gpu, count = machine.device == "cuda", runtime.count_processes()
     values = {n: default[n] for n in TRL_OPEN if default.get(n) is not None}
     values = {"report_to": "none", **values, **getattr(config, stage)}
+    values.setdefault(SIZES[1], values[SIZES[0]])
     if "wandb" in values["report_to"] or "all" in values["report_to"]:
         import wandb
 
@@ -114,8 +146,10 @@ def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
         "fp16": on_gpu and str(dtype) == "torch.float16",
         "bf16": on_gpu and str(dtype) == "torch.bfloat16",
         "use_cpu": not on_gpu,
-        "per_device_eval_batch_size": values["per_device_train_batch_size"],
+        "data_seed": config.seed,  # the same order of rows in all processes
+        "ddp_find_unused_parameters": False,
         **values,
+        **(share_rows(values, count) if count > 1 else {}),
         "gradient_checkpointing": on_gpu and values["gradient_checkpointing"],
     }
 
@@ -137,6 +171,6 @@ def draw_diagnostics(history: list[dict[str, Any]], path: Path | None = None) ->
         for name in table.filter(regex="^rewards/"):
             mean, spread = table[name], logged.get(name.replace("/mean", "/std"), 0)
             axes.fill_between(table.index, mean - spread, mean + spread, alpha=0.12)
-    if path is not None:
+    if path is not None and os.environ.get("RANK", "0") == "0":
         figure.savefig(path, dpi=80)
     return figure

@@ -6,18 +6,23 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from torch.utils.data import BatchSampler
 from transformers import PreTrainedModel, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -45,7 +50,8 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     A step's rows and losses stay the same. Each layout is tried on the largest
     micro-batch of the run, until one fits; a choice holds until the machine changes.
     What the config sets stays, and its whole layout where `reason` says why. So does
-    GRPO's: tries cost more than they gain where Unsloth compiles for each shape.
+    GRPO's: tries cost more than they gain where Unsloth compiles for each shape. Of
+    several processes each tries, and the first one's choice counts.
 
     With `layout="compiled"` SFT's rows are packed first, so that all passes have one
     length and a step its rows on average, and decoder layers are compiled for it. That
@@ -64,19 +70,23 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     if run.config.layout == "compiled" and stays != "GRPO" and not is_packed:
         prepare_compiled(trainer, run)
     machine, note = runtime.find_machine(), read_json(path)
-    name = f"{machine.name}, {machine.memory_gb:.1f} GiB"
-    order = [own_layout(trainer)] if stays else candidates(trainer, run)
-    if stays or note.get("stays") or note.get("machine") != name:
-        note = {"machine": name, "stays": stays, "tries": []}
-        for layout in order:
-            result = {"verdict": stays} if stays else attempt(trainer, layout)
-            note["choice"] = layout._asdict()
-            note["tries"].append(note["choice"] | result)
-            if result["verdict"] == "fits":
-                break
-        write_json(path, note)
+    count = trainer.args.world_size
+    name = f"{machine.name}, {machine.memory_gb:.1f} GiB, {count} processes"
+    with apart(trainer) if count > 1 else nullcontext():
+        order = [own_layout(trainer)] if stays else candidates(trainer, run)
+        if stays or note.get("stays") or note.get("machine") != name:
+            note = {"machine": name, "stays": stays, "tries": []}
+            for layout in order:
+                result = {"verdict": stays} if stays else attempt(trainer, layout)
+                note["choice"] = layout._asdict()
+                note["tries"].append(note["choice"] | result)
+                if result["verdict"] == "fits":
+                    break
+    [note] = broadcast_object_list([note])
+    write_json(path, note)
     choice = Layout(**note["choice"])
-    trainer.slower = order[order.index(choice) + 1 :]
+    # one of several processes cannot change it by itself
+    trainer.slower = order[order.index(choice) + 1 :] if count == 1 else []
     if not stays:
         apply_layout(trainer, choice)
     return pd.DataFrame(note["tries"])
@@ -88,8 +98,6 @@ def reason(trainer: Trainer, run: Run) -> str:
         return "pinned"
     if hasattr(trainer.args, "num_generations"):
         return "GRPO"
-    if trainer.args.world_size > 1:
-        return "several processes"
     return "on a CPU" if runtime.find_machine().device == "cpu" else ""
 
 
@@ -171,6 +179,37 @@ def forward(layer: Any, compiled: Any, hidden: Any, *args: Any, **more: Any) -> 
     return compiled(hidden, *args, **more)
 
 
+class FilledRows(NamedTuple):
+    """A sampler that ends in a row of no loss, where accelerate would repeat others."""
+
+    sampler: Any
+    rows: list[int]
+
+    def __len__(self) -> int:
+        return len(self.sampler) + len(self.rows)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from chain(self.sampler, self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+
+def filled_loader(trainer: Trainer, make_loader: Any) -> Any:
+    """Returns batches of SFT in which several processes draw each row once an epoch."""
+    loader, count = make_loader(), trainer.args.world_size
+    data, batches = loader.dataset, loader.batch_sampler
+    if count > 1 and "labels" in data.column_names:
+        size, sampler = batches.batch_size, batches.batch_sampler.sampler
+        row = data[0] | {"labels": [-100] * len(data[0]["labels"])}
+        last = Dataset.from_list([row], features=data.features)
+        # a loader lets nobody assign its rows
+        vars(loader.base_dataloader)["dataset"] = concatenate_datasets([data, last])
+        rows = FilledRows(sampler, [len(data)] * (-len(data) % (size * count)))
+        batches.batch_sampler = BatchSampler(rows, size, False)
+    return loader
+
+
 def own_layout(trainer: Trainer) -> Layout:
     """Returns the layout that a trainer has, at first the config's."""
     args, flat = trainer.args, getattr(trainer.data_collator, "padding_free", False)
@@ -228,6 +267,16 @@ def apply_layout(trainer: Trainer, layout: Layout) -> None:
 
 
 @contextmanager
+def apart(trainer: Trainer) -> Iterator[None]:
+    """Has one of several processes count as all: its memory alone may run out."""
+    one = {"num_processes": 1, "distributed_type": DistributedType.NO}
+    states = AcceleratorState._shared_state, PartialState._shared_state
+    with patch.dict(states[0], one), patch.dict(states[1], one):
+        with patch.dict(vars(trainer.model)):  # accelerate's marks
+            yield
+
+
+@contextmanager
 def unchanged(trainer: Trainer) -> Iterator[None]:
     """Takes random states, gradients and TRL's counts back, and frees memory."""
     runtime.free_memory()
@@ -254,8 +303,9 @@ def largest_batch(trainer: Trainer, layout: Layout) -> dict[str, Any]:
     data, loader = trainer.train_dataset, trainer.get_train_dataloader()
     lengths = row_lengths(data)
     epochs, *_, steps = trainer.set_initial_training_values(trainer.args, loader)
-    batches = [batch for _ in range(epochs) for batch in loader.batch_sampler]
-    batches, flat = batches[: steps * layout.accumulation], layout.padding_free
+    count, flat = runtime.count_processes(), layout.padding_free  # each draws as many
+    batches = [batch for _ in range(epochs * count) for batch in loader.batch_sampler]
+    batches = batches[: steps * layout.accumulation * count]
     tokens = [lengths[b].sum() if flat else lengths[b].max() * len(b) for b in batches]
     return loader.collate_fn([data[row] for row in batches[np.argmax(tokens)]])
 

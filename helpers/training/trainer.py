@@ -2,13 +2,16 @@
 
 import copy
 import logging
+import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainerState
@@ -102,12 +105,20 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
         return part
     model, tokenizer = trainer.model, trainer.processing_class
     keep_lora_fp32(model)
+    if trainer.args.world_size > 1:
+        set_seed(trainer.args.seed, device_specific=True)  # of dropout
+        own = trainer.get_train_dataloader
+        trainer.get_train_dataloader = partial(layout.filled_loader, trainer, own)
     begin(trainer)
     prompt = ask(callbacks.PROMPTS[0]["prompt"], "")
     model.witness = torch.tensor([encode(tokenizer, prompt)])
     watch = callbacks.Watch(config.save_minutes, folder)
     trainer.remove_callback(callbacks.Watch)  # of a call that was interrupted
     trainer.callback_handler.callbacks.insert(0, watch)  # the others see its count
+    trainer.remove_callback(callbacks.SecondPlace)
+    if place := os.environ.get("TUNEBOOK_KEEP"):
+        name = f"{config.name}/{stage}-{read_json(folder / inputs.NOTE)['fingerprint']}"
+        trainer.add_callback(callbacks.SecondPlace(place, name, folder))
     checkpoint = callbacks.last_checkpoint(folder / "checkpoints")
     size = model.num_parameters(only_trainable=True)
     try:
@@ -125,6 +136,9 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
             tracked.finish()
     if trainer.state.global_step == 0:
         raise ConfigError(f"{stage} took no optimiser step: give more rows")
+    if not trainer.is_world_process_zero():
+        trainer.accelerator.wait_for_everyone()
+        return run.report()[stage]
     adapter, history = folder / "adapter", trainer.state.log_history
     if not adapter.exists():  # no evaluation has chosen one
         adapters.save_adapter(model, adapter, model.witness)
@@ -141,6 +155,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     run.write_part("environment", runtime.environment(engine, config.dtype))
     note = read_json(folder / inputs.NOTE)
     write_json(folder / inputs.NOTE, note | {"finished": True})
+    trainer.accelerator.wait_for_everyone()
     return part
 
 
@@ -186,6 +201,7 @@ def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
         "steps": state.global_step,
         "seconds": round(seconds, 1),
         "peak_memory_gb": round(runtime.peak_memory_gb(), 3),
+        "processes": trainer.args.world_size,
         "skipped_steps": int(logged["skipped_steps"].max()),
     }
     if folder.name == "sft":

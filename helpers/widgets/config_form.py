@@ -11,7 +11,7 @@ import ipywidgets as widgets
 
 from helpers import checks, estimate, recipes
 from helpers.config import DataConfig, RunConfig, check_config, defaults, library_fields
-from helpers.errors import ConfigError, UnknownArchitecture
+from helpers.errors import ConfigError, TunebookError, UnknownArchitecture
 from helpers.runs import Run, open_run, save_run
 
 LORA = "lora.r lora.lora_alpha lora.target_modules"
@@ -51,6 +51,8 @@ class ConfigForm(widgets.VBox):
         self.notes = {name: widgets.HTML(layout=beside) for name in self.fields}
         self.recipe = widgets.Dropdown(description="start from")
         self.recipe.options, self.recipe.value = [SAVED, *recipes.NAMES], SAVED
+        self.data = widgets.Text(description="or my data", continuous_update=False)
+        self.data.placeholder = "a file, or owner/name of a hub dataset"
         self.button = widgets.Button(description="Save", button_style="primary")
         self.message = widgets.HTML()
         self.choose(SAVED)
@@ -58,12 +60,21 @@ class ConfigForm(widgets.VBox):
         for field in self.fields.values():
             field.observe(lambda _: self.check(), names="value")
         self.recipe.observe(lambda change: self.choose(change.new), names="value")
+        self.data.observe(lambda change: self.choose_data(change.new), names="value")
         pairs = zip(self.fields.values(), self.notes.values(), strict=True)
         rows = [widgets.HBox(pair, layout={"flex_flow": "row wrap"}) for pair in pairs]
-        super().__init__([self.recipe, *rows, self.button, self.message])
+        super().__init__([self.recipe, self.data, *rows, self.button, self.message])
 
     def choose(self, recipe: str) -> None:
-        config = self.run.config if recipe == SAVED else recipes.load(recipe)
+        self.fill(self.run.config if recipe == SAVED else recipes.load(recipe))
+
+    def choose_data(self, path: str) -> None:
+        try:
+            self.fill(recipes.for_data(path.strip()))
+        except TunebookError as error:
+            self.message.value = remark("error", str(error))
+
+    def fill(self, config: RunConfig) -> None:
         self.base = flatten(config.model_dump(exclude_defaults=True))
         lines = [
             f"{name} = {to_json(value, separators=(', ', ' = '))}"  # as TOML has it
@@ -136,7 +147,7 @@ class ConfigForm(widgets.VBox):
     def save(self) -> Run:
         """Writes the config to the run folder; ConfigError while it has errors."""
         checks.require(self.check())
-        self.run = save_run(self.config)
+        self.run = save_run(self.config, current=True)
         self.recipe.value = SAVED
         self.choose(SAVED)
         saved = remark("fits", f"saved to {self.run.path / 'config.json'}")

@@ -1,0 +1,459 @@
+"""Measures the same training on one GPU and on more: speed, losses, memory, survival.
+
+    python benchmarks/scale.py run MACHINE [--gpus 1 2 4] [--shapes 1b 3b]
+        [--engines unsloth transformers] [--parts sft kill grpo] [--budget 540]
+    ACCELERATE_USE_CPU=1 python benchmarks/scale.py run cpu --gpus 1 2 --shapes tiny
+        --engines transformers                                # tries the program
+    python benchmarks/scale.py table
+    python benchmarks/scale.py predict                    # the table of docs/scaling.md
+
+Random weights of the published shapes, 4-bit base, LoRA r 16 on all projections, fp16,
+under a cap of 14.0 GiB a GPU without FlashAttention, as on T4s. Each way has processes
+of its own with a time limit, one way after the other; after BUDGET seconds no other is
+started. Each result goes to `scale.json` (in $OUT, else results/) as it is had.
+
+sft   eight rows an optimiser step on each GPU (`per_gpu`), then eight on all together
+      (`in_all`): the same rows in the same order as on one GPU, so the losses should
+      be the same. The layout is the machine's choice. `speedup` compares the tokens a
+      second with those of one GPU, of the same file.
+kill  `python -m helpers train`: on one GPU to the end; on two, one of which is killed
+      after a checkpoint; and on the most GPUs from there to the end.
+grpo  eight answers of 256 tokens to a problem on each GPU, sampled from each GPU's
+      16-bit copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import memory  # noqa: E402
+import sft_speed  # noqa: E402
+
+from helpers import runs  # noqa: E402
+from helpers.config import changed, check_config  # noqa: E402
+from helpers.files import read_json, write_json  # noqa: E402
+
+RESULT = Path(os.environ.get("OUT", ROOT / "results")) / "scale.json"
+PROGRAM = str(Path(__file__).resolve())
+PARTS = ("sft", "kill", "grpo")
+# fields of LlamaConfig, in the order of helpers.estimate.NAMES
+PREDICTED = {
+    "llama-3.1-8b": (4096, 32, 32, 8, 14336, 128256, 131072, False),
+    "llama-3.1-70b": (8192, 80, 64, 8, 28672, 128256, 131072, False),
+}
+ROWS, WARM, STEPS, REPEAT = 8, 4, 16, 4  # three repeats of four steps
+GRPO_WARM, GRPO_STEPS = 2, 6
+KEYS = ("part", "shape", "engine", "gpus", "rows")
+LIMIT_S, LEAST_S = 200, 35  # of a way; what is left for one to be started
+
+
+def base_config(name: str, engine: str, model: str, on_gpu: bool) -> dict[str, Any]:
+    """Returns what the configs of all ways share."""
+    values: dict[str, Any] = {"name": name, "model": model, "engine": engine}
+    values |= {"weights": "4bit" if on_gpu else "16bit", "max_length": 2048}
+    lora = {"r": 16, "lora_alpha": 16, "target_modules": memory.ALL}
+    return values | {"lora": lora, "best_by": "loss", "system_prompt": ""}
+
+
+def optimiser(on_gpu: bool) -> dict[str, Any]:
+    optim = "adamw_8bit" if on_gpu else "adamw_torch"
+    return {"optim": optim, "logging_steps": 1, "save_strategy": "no"}
+
+
+def sft_config(name: str, engine: str, model: str, rows: int, on_gpu: bool) -> Any:
+    """Returns the config of SFT on random tokens, so many rows an optimiser step."""
+    sft = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": rows // 2}
+    sft |= {"max_steps": STEPS, "learning_rate": 2e-4, "warmup_steps": 5}
+    values = base_config(name, engine, model, on_gpu) | {"stages": ["sft"]}
+    values |= {"data": {"train": ["random tokens"]}, "sft": sft | optimiser(on_gpu)}
+    return check_config(values)
+
+
+def clock(warm: int, last: int) -> tuple[Any, dict[int, float]]:
+    """Returns a callback, and the times at which it sees the ends of steps."""
+    from transformers import TrainerCallback
+
+    ends: dict[int, float] = {}
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if warm <= state.global_step <= last:
+                ends[state.global_step] = sft_speed.synchronize()
+
+    return Clock(), ends
+
+
+def measure_sft(
+    run: runs.Run, net: Any, tokenizer: Any, began: float
+) -> dict[str, Any]:
+    """Trains on random tokens, and returns what the steps took."""
+    from accelerate.utils import gather_object
+    from trl import SFTConfig, SFTTrainer  # Unsloth's, where it has replaced them
+
+    from helpers import runtime, training
+    from helpers.training import layout
+    from helpers.training import trainer as sft
+
+    arguments = training.sft_arguments(run)
+    arguments["include_num_input_tokens_seen"] = "non_padding"
+    trainer = SFTTrainer(
+        model=net,
+        args=SFTConfig(**arguments),
+        train_dataset=sft_speed.make_rows("chat", net.config.vocab_size),
+        processing_class=tokenizer,
+    )
+    sft.keep_lora_fp32(net)  # as `fit` does, like the next lines
+    own = trainer.get_train_dataloader
+    trainer.get_train_dataloader = partial(layout.filled_loader, trainer, own)
+    table = training.choose_layout(trainer, run)
+    callback, ends = clock(WARM, STEPS)
+    trainer.add_callback(callback)
+    trainer.train()
+    seen = [e["num_input_tokens_seen"] for e in logged(trainer)]
+    starts = range(WARM, STEPS, REPEAT)
+    repeats = [round((ends[n + REPEAT] - ends[n]) / REPEAT, 4) for n in starts]
+    seconds = ends[STEPS] - ends[WARM]
+    tokens = seen[STEPS - 1] - seen[WARM - 1]
+    peaks = gather_object([round(runtime.peak_memory_gb(), 3)])
+    return {
+        "s_step": round(seconds / (STEPS - WARM), 4),
+        "s_step_repeats": repeats,
+        "tokens_per_second": round(tokens / seconds),
+        "peak_gb": max(peaks),
+        "start_s": round(ends[WARM] - began, 1),
+        "layout": json.loads(table.iloc[-1:].to_json(orient="records"))[0],
+        "losses": [e["loss"] for e in logged(trainer)],
+    }
+
+
+def logged(trainer: Any) -> list[dict[str, Any]]:
+    return [e for e in trainer.state.log_history if "loss" in e]
+
+
+def one(part: str, shape: str, engine: str, gpus: int, model: str) -> None:
+    """Measures a way in this process, one of `gpus`."""
+    began = time.perf_counter()
+    from helpers import runtime
+
+    runtime.start(engine)  # Unsloth before what it patches
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    card = torch.cuda.get_device_name() if on_gpu else "CPU"
+    names = {"part": part, "shape": shape, "engine": engine, "gpus": gpus}
+    if part == "sft":
+        from helpers import training
+
+        configs = {
+            rows: sft_config(rows, engine, model, count, on_gpu)
+            for rows, count in (("per_gpu", ROWS * gpus), ("in_all", ROWS))
+            if gpus > 1 or rows == "in_all"
+        }
+        net, tokenizer = training.load_for_training(
+            runs.save_run(next(iter(configs.values())))
+        )
+        weights = [p for p in net.parameters() if p.requires_grad]
+        initial = [parameter.detach().clone() for parameter in weights]
+        for rows, config in configs.items():
+            for parameter, value in zip(weights, initial, strict=True):
+                parameter.data = value.clone()  # each begins anew
+                parameter.grad = None
+            runtime.free_memory()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            row = measure_sft(runs.save_run(config), net, tokenizer, began)
+            write_row(names | {"rows": rows, "card": card} | row)
+            began = time.perf_counter()
+    else:
+        row = measure_grpo(engine, gpus, model, on_gpu)
+        write_row(names | {"rows": "per_gpu", "card": card} | row)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def measure_grpo(engine: str, gpus: int, model: str, on_gpu: bool) -> dict[str, Any]:
+    """Trains GRPO on sums, eight answers on each GPU, and returns what steps took."""
+    from accelerate.utils import gather_object
+
+    from helpers import runtime, stages, training
+    from helpers.grpo import build_grpo
+    from helpers.training import trainer as sft
+
+    folder = Path(os.environ["TUNEBOOK_RUNS"])
+    grpo = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": gpus}
+    grpo |= {"num_generations": 8, "max_completion_length": 256 if on_gpu else 16}
+    grpo |= {"max_steps": GRPO_STEPS, "learning_rate": 1e-5, "eval_strategy": "no"}
+    values = base_config("grpo", engine, model, on_gpu) | {"stages": ["grpo"]}
+    values |= {"data": {"problems": str(folder / "problems.jsonl")}}
+    values |= {"sampler": "copy", "grpo": grpo | optimiser(on_gpu)}
+    with runtime.first_process():
+        memory.write_rows(folder, 64, packing=False)
+        run = runs.save_run(check_config(values))
+        stages.ensure_ready(run, "grpo")
+    net, tokenizer = training.load_for_training(run, "grpo")
+    trainer = build_grpo(run, net, tokenizer)
+    sft.keep_lora_fp32(net)
+    callback, ends = clock(GRPO_WARM, GRPO_STEPS)
+    trainer.add_callback(callback)
+    trainer.train()
+    seconds = (ends[GRPO_STEPS] - ends[GRPO_WARM]) / (GRPO_STEPS - GRPO_WARM)
+    last = [e for e in trainer.state.log_history if "reward" in e][-1]
+    length = last["completions/mean_length"]
+    peaks = gather_object([round(runtime.peak_memory_gb(), 3)])
+    drift = "sampling/sampling_logp_difference/mean"
+    drifts = [e[drift] for e in trainer.state.log_history if drift in e]
+    return {
+        "s_step": round(seconds, 3),
+        "tokens_per_second": round(8 * gpus * length / seconds),
+        "peak_gb": max(peaks),
+        "copy_from_trained_nats": drifts,
+    }
+
+
+def write_row(row: dict[str, Any]) -> None:
+    """Puts a row into the results, in the place of an older one; one process does."""
+    values = read_json(RESULT)
+    names = [[row[key] for key in KEYS], [*(row[key] for key in KEYS[:4]), "error"]]
+    rows = [r for r in values.get("rows", []) if [r[key] for key in KEYS] not in names]
+    write_json(RESULT, values | {"rows": [*rows, row]})
+
+
+def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns rows with what can be said once one GPU's are there, too."""
+    for row in rows:
+        same = [r for r in rows if all(r[k] == row[k] for k in KEYS[:3])]
+        base = next((r for r in same if r["gpus"] == 1 and "s_step" in r), None)
+        if base is None or "s_step" not in row or row["part"] == "kill":
+            continue
+        row["speedup"] = round(row["tokens_per_second"] / base["tokens_per_second"], 3)
+        if row["part"] == "sft" and row["rows"] == "in_all":
+            pairs = zip(row["losses"], base["losses"], strict=True)
+            row["loss_distance"] = max(abs(x / y - 1) for x, y in pairs)
+    return rows
+
+
+def launcher(gpus: int) -> list[str]:
+    if gpus == 1:
+        return [sys.executable]
+    options = ["--standalone", f"--nproc-per-node={gpus}"]
+    return [sys.executable, "-m", "torch.distributed.run", *options]
+
+
+def kill_config(name: str, engine: str, model: str, folder: Path, on_gpu: bool) -> Path:
+    """Writes the config of a run of few rows, with a checkpoint at each step."""
+    sft = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    sft |= {"max_steps": STEPS, "learning_rate": 2e-4, "warmup_steps": 2}
+    sft |= optimiser(on_gpu) | {"save_strategy": "steps", "save_steps": 2}
+    values = base_config(name, engine, model, on_gpu) | {"stages": ["sft"], "sft": sft}
+    values |= {"data": {"train": [str(folder / "train.jsonl")]}, "layout": "pinned"}
+    path = folder / f"{name}.json"
+    path.write_text(check_config(values).model_dump_json())
+    return path
+
+
+def run_kill(shape: str, engine: str, most: int, model: str, late: float) -> None:
+    """Kills one of two processes, and goes on with `most`; compares the losses."""
+    import psutil
+    import torch
+
+    folder, on_gpu = Path(os.environ["TUNEBOOK_RUNS"]), torch.cuda.is_available()
+    memory.write_rows(folder, 400, packing=False)
+    losses, row = {}, {"part": "kill", "shape": shape, "engine": engine, "gpus": most}
+
+    def start(name: str, gpus: int) -> subprocess.Popen[str]:
+        path = kill_config(name, engine, model, folder, on_gpu)
+        command = [sys.executable, "-m", "helpers", "train", str(path), "--stage"]
+        options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        options |= {"text": True, "cwd": ROOT, "start_new_session": True}
+        return subprocess.Popen([*command, "sft", "--gpus", str(gpus)], **options)
+
+    def end(name: str, process: subprocess.Popen[str]) -> str:
+        text, _ = process.communicate(timeout=max(1, late - time.monotonic()))
+        history = folder / name / "sft" / "log_history.json"
+        if history.exists():
+            entries = json.loads(history.read_text())
+            losses[name] = [e["loss"] for e in entries if "loss" in e]
+        return text
+
+    text = end("whole", start("whole", 1))
+    assert "whole" in losses, text[-1500:]
+    process = start("killed", 2)
+    points = folder / "killed" / "sft" / "checkpoints"
+    while not any(points.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.monotonic() < late, "no checkpoint"
+        time.sleep(0.05)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    rank_1 = next(p for p in ranks if p.environ().get("LOCAL_RANK") == "1")
+    rank_1.send_signal(signal.SIGKILL)
+    began = time.perf_counter()
+    text = end("killed", process)
+    row |= {"s_to_end": round(time.perf_counter() - began, 1)}
+    row |= {"exit_code": process.returncode, "last_line": text.splitlines()[-1]}
+    row["processes_left"] = sum(p.is_running() for p in ranks)
+    # torch cannot load a checkpoint to the "cpu:0" of accelerate's CPU processes
+    text = end("killed", start("killed", most if on_gpu else 1))
+    assert "killed" in losses, text[-1500:]
+    going = [line for line in text.splitlines() if "going on from" in line]
+    row["resumed"] = going[0].rpartition("/")[2] if going else None
+    pairs = zip(losses["killed"], losses["whole"], strict=True)
+    row |= {"rows": "in_all", "steps": len(losses["killed"])}
+    row["loss_distance"] = max(abs(x / y - 1) for x, y in pairs)
+    write_row(row)
+
+
+def jobs(options: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
+    """Yields part, shape, engine and GPUs of each way, the most important first."""
+    first, *others = options.shapes
+    most = max(options.gpus)
+    for shape in (first, *others):
+        if "sft" in options.parts:
+            for engine in options.engines:
+                yield from (("sft", shape, engine, n) for n in options.gpus)
+        if shape != first:
+            continue
+        if "kill" in options.parts and most > 1:
+            yield "kill", shape, options.engines[-1], most
+        if "grpo" in options.parts:
+            for engine in reversed(options.engines):
+                yield from (("grpo", shape, engine, n) for n in options.gpus)
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Measures way after way, each in processes of its own."""
+    late = time.monotonic() + options.budget
+    shared = "/dev/shm" if Path("/dev/shm").exists() else tempfile.gettempdir()
+    home = Path(os.environ.get("TUNEBOOK_SHAPES", shared)) / "shapes"
+    cap = {"TUNEBOOK_DTYPE": "float16", "TUNEBOOK_GPU_GB": str(memory.CAP_GB)}
+    variables = os.environ | (cap if options.machine != "cpu" else {})
+    variables |= {"NCCL_NVLS_ENABLE": "0", "PYTHONPATH": str(ROOT)}
+    write_json(RESULT, read_json(RESULT) | {"machine": options.machine})
+    for part, shape, engine, gpus in jobs(options):
+        left_s = late - time.monotonic()
+        if left_s < LEAST_S:
+            print(f"no time for {part} {shape} {engine} {gpus}")
+            continue
+        model = home / shape
+        if not model.exists():  # in a process of its own, which frees its memory
+            make = [sys.executable, PROGRAM, "make", shape, str(model)]
+            subprocess.check_call(make, env=variables)
+        limit_s = min(LIMIT_S, left_s)
+        head = [sys.executable] if part == "kill" else launcher(gpus)
+        command = [*head, PROGRAM, "one", part, shape, engine, str(gpus), str(model)]
+        log = RESULT.with_name(f"scale.{part}.{shape}.{engine}.{gpus}.log")
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder, log.open("w") as file:
+            own = variables | {"TUNEBOOK_RUNS": folder, "LIMIT_S": str(limit_s)}
+            if gpus == 1:
+                own["CUDA_VISIBLE_DEVICES"] = "0"
+            settings: Any = {"env": own, "stdout": file, "stderr": file}
+            with subprocess.Popen(command, start_new_session=True, **settings) as way:
+                try:
+                    code = way.wait(limit_s)
+                except subprocess.TimeoutExpired:
+                    code = None
+                    os.killpg(way.pid, signal.SIGKILL)
+        seconds = time.monotonic() - began
+        print(f"{part} {shape} {engine} {gpus}: {seconds:.0f} s, exit code {code}")
+        if code != 0:
+            text = log.read_text()
+            print(text[-2000:])
+            lines = [line for line in text.splitlines() if line.strip()]
+            error = "time limit" if code is None else lines[-1][:300]
+            names = (part, shape, engine, gpus, "error")
+            write_row(dict(zip(KEYS, names, strict=True)) | {"error": error})
+    values = read_json(RESULT)
+    write_json(RESULT, values | {"rows": compare(values.get("rows", []))})
+    show()
+
+
+def show() -> None:
+    """Prints the results."""
+    for row in compare(read_json(RESULT).get("rows", [])):
+        text = " ".join(str(row[key]) for key in KEYS)
+        names = ("speedup", "s_step", "s_step_repeats", "tokens_per_second", "peak_gb")
+        names += ("loss_distance", "layout", "copy_from_trained_nats", "error")
+        names += ("s_to_end", "exit_code", "last_line", "resumed", "processes_left")
+        print(text, {name: row[name] for name in names if name in row}, flush=True)
+
+
+def predict() -> None:
+    """Prints memory, communication and efficiency of more GPUs than were measured."""
+    from statistics import NormalDist
+
+    from helpers import estimate
+
+    names = estimate.NAMES.split()
+    for model, fields in PREDICTED.items():
+        estimate.KNOWN[model] = dict(zip(names, fields, strict=True))
+    mean, spread = 320, 0.53  # tokens of a chat row, and their deviation over the mean
+    for model in PREDICTED:
+        lora = {"r": 16, "target_modules": memory.ALL}
+        trained, _ = estimate.skeleton(model, lora).get_nb_trainable_parameters()
+        weights = estimate.skeleton(model).num_parameters()
+        config = sft_config("predict", "unsloth", model, ROWS, on_gpu=True)
+        settings: Any = {"sft__per_device_train_batch_size": 1}
+        peak = estimate.estimate_memory(changed(config, **settings))
+        compute_s = 6 * ROWS * mean * weights / (2.6e12 * 132)  # `this_gpu` of an H100
+        for gpus in (8, 64, 512):
+            link = 300e9 if gpus <= 8 else 50e9  # bytes/s a GPU: NVLink, 400 Gb/s
+            share = 2 * (gpus - 1) / gpus  # of what each GPU holds, in a ring
+            reduce_s, gather_s = (share * n / link for n in (4 * trained, weights / 2))
+            # the GPU of the longest rows is waited for
+            longest = NormalDist().inv_cdf(1 - 0.56 / gpus) * spread / ROWS**0.5
+            packed = compute_s / (compute_s + reduce_s)
+            sharded = compute_s / (compute_s + reduce_s + gather_s)
+            split = peak["weights"] / gpus + peak.drop("weights").sum()
+            text = f"| {model} | {gpus} | {peak.sum():.0f} | {split:.1f} "
+            text += f"| {compute_s:.2f} | {reduce_s:.3f} | {gather_s:.2f} "
+            shares = (packed, packed / (1 + longest), sharded)
+            print(f"{text}| " + " | ".join(f"{x:.0%}" for x in shares) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["run", "table", "predict"])
+    parser.add_argument("machine", nargs="?", default="")
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--shapes", nargs="+", default=["1b", "3b"])
+    engines = ["unsloth", "transformers"]
+    parser.add_argument("--engines", nargs="+", default=engines, choices=engines)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--budget", type=float, default=540)
+    options = parser.parse_args()
+    if options.command == "table":
+        show()
+        return
+    if options.command == "predict":
+        predict()
+        return
+    if unknown := {*options.shapes} - {*sft_speed.SHAPES}:
+        sys.exit(f"{', '.join(unknown)}: there are {', '.join(sft_speed.SHAPES)}")
+    run_all(options)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["make", shape, folder]:
+            memory.make_model(sft_speed.SHAPES[shape], Path(folder))
+        case ["one", "kill", shape, engine, gpus, model]:
+            late = time.monotonic() + float(os.environ["LIMIT_S"])
+            run_kill(shape, engine, int(gpus), model, late)
+        case ["one", part, shape, engine, gpus, model]:
+            one(part, shape, engine, int(gpus), model)
+        case _:
+            main()

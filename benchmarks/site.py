@@ -1,0 +1,93 @@
+"""Builds site/: the notebooks with their outputs, README and docs as pages.
+
+python benchmarks/site.py
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbconvert import HTMLExporter
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "site"
+PAGES = ("README.md", "*.md", "notebooks/*.ipynb", "docs/*.md", "results/README.md")
+STYLE = """<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body { max-width: 60rem; margin: 0 auto !important; padding: 0 1rem 3rem !important; }
+nav { padding: .8rem 0; line-height: 2; border-bottom: 1px solid #ccc; }
+nav a { margin-right: 1rem; white-space: nowrap; }
+.jp-Cell { padding-left: 0; padding-right: 0; }
+.jp-OutputArea-child { display: block !important; }
+.jp-RenderedHTMLCommon table, .jp-OutputArea-output { max-width: 100%; }
+.jp-RenderedHTMLCommon table { display: block; overflow-x: auto; }
+.jp-OutputArea-output { overflow-x: auto; }
+.jp-RenderedText pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+.jp-RenderedHTMLCommon img, .jp-RenderedSVG svg { max-width: 100%; height: auto; }
+</style>
+</head>"""
+LINK = re.compile(r'(?<=href=")([^":#]*)(\.md|\.ipynb)(?=[#"])')
+
+
+def address(path: Path) -> Path:
+    """Returns the page of a notebook or Markdown file, below `site/`."""
+    page = path.relative_to(ROOT).with_suffix(".html")
+    return page.with_name("index.html") if page.stem == "README" else page
+
+
+def read_page(path: Path) -> tuple[Any, str]:
+    """Returns a file as a notebook, and the title that its first line has."""
+    if path.suffix == ".ipynb":
+        notebook = nbformat.read(path, as_version=4)
+    else:
+        text = nbformat.v4.new_markdown_cell(path.read_text(encoding="utf-8"))
+        notebook = nbformat.v4.new_notebook(cells=[text])
+    first = notebook.cells[0].source if notebook.cells else path.stem
+    return notebook, first.lstrip().partition("\n")[0].strip("# ")
+
+
+def to_html(notebook: Any, title: str, navigation: str) -> str:
+    """Returns the page: nbconvert's, with links between pages and a narrow layout."""
+    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter.require_js_url = exporter.jquery_url = exporter.mermaid_js_url = ""
+    html, _ = exporter.from_notebook_node(
+        notebook, resources={"metadata": {"name": title}}
+    )
+    html = re.sub(r'<a class="anchor-link".*?</a>', "", html)
+    html = re.sub(r'(<h\d id=")([^"]*)', lambda m: m[1] + m[2].lower(), html)
+    html = html.replace("</head>", STYLE, 1)
+    html = re.sub(r"(<body[^>]*>)", rf"\1\n<nav>{navigation}</nav>", html, count=1)
+    return LINK.sub(r"\1.html", html).replace("README.html", "index.html")
+
+
+def main(site: Path = SITE) -> None:
+    shutil.rmtree(site, ignore_errors=True)
+    found = [path for pattern in PAGES for path in sorted(ROOT.glob(pattern))]
+    pages = {path: read_page(path) for path in dict.fromkeys(found)}
+    for path, (notebook, title) in pages.items():
+        page = site / address(path)
+        links = [
+            f'<a href="{{up}}{address(each)}">{name}</a>'
+            for each, (_, name) in pages.items()
+            if each.parent == ROOT or each.suffix == ".ipynb" or path.suffix == ".md"
+        ]
+        up = "../" * (len(address(path).parts) - 1)
+        html = to_html(notebook, title, "\n".join(links).replace("{up}", up))
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(html, encoding="utf-8")
+    for name in ("LICENSE", "notebooks/figures"):
+        source, copy = ROOT / name, site / name
+        if source.is_dir():
+            shutil.copytree(source, copy)
+        elif source.exists():
+            shutil.copy(source, copy)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.write(f"{SITE / 'index.html'}\n")

@@ -1,0 +1,140 @@
+"""What works on this machine, and a remedy for what does not, in half a minute."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from packaging.requirements import Requirement
+
+from helpers import runtime
+from helpers.errors import mask_secrets
+from helpers.install import STACK, installed_version
+from helpers.models import adapters, load
+
+LEAST_GB = 10  # of disk: a model, its checkpoints, and an export
+ALPHABET = [chr(code) for code in range(32, 127)]
+
+
+def diagnose() -> pd.DataFrame:
+    """Returns a row a check: what was found, seconds, and a remedy where it failed."""
+    rows = []
+    for name, (check, remedy) in CHECKS.items():
+        start, failure = time.perf_counter(), ""
+        try:
+            text = check()
+        except Exception as error:  # of any library: it is the finding
+            text, failure = f"{type(error).__name__}: {error!s:.200}", remedy
+        seconds = round(time.perf_counter() - start, 1)
+        verdict = f"failed: {failure}" if failure else "fine"
+        rows.append((name, " ".join(mask_secrets(text).split()), seconds, verdict))
+    table = pd.DataFrame(rows, columns=["check", "found", "seconds", "verdict"])
+    return table.set_index("check")
+
+
+def check_versions() -> str:
+    lines = (line.partition("#")[0] for line in STACK.read_text("utf-8").splitlines())
+    needs = [Requirement(line) for line in lines if line.strip()]
+    wrong = []
+    for need in needs:
+        version = installed_version(need.name)
+        if version is None or not need.specifier.contains(version, prereleases=True):
+            wrong.append(f"{need.name} {version}, expected {need.specifier}")
+    if wrong:
+        raise ImportError("; ".join(wrong))
+    return f"{len(needs)} packages as requirements.txt has them"
+
+
+def check_machine() -> str:
+    machine = runtime.find_machine()
+    dtype, reason = runtime.choose_dtype(machine)
+    if machine.memory_gb < 4:
+        raise MemoryError(f"{machine.memory_gb:.1f} GiB of memory, 4 are needed")
+    return f"{machine.name}, {machine.memory_gb:.1f} GiB; {dtype}, because {reason}"
+
+
+def check_disk() -> str:
+    folder = runtime.runs_folder()
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free_gb = shutil.disk_usage(place).free / 1e9
+    if free_gb < LEAST_GB:
+        raise OSError(f"{free_gb:.1f} GB free for {folder}, {LEAST_GB} are needed")
+    return f"{free_gb:.0f} GB free for {folder}"
+
+
+def check_hub() -> str:
+    from huggingface_hub import get_token
+
+    token = "a token is set" if get_token() else "no token, needed for gated models"
+    reached = runtime.hub_reachable()
+    return f"{'reached' if reached else 'not reached: offline models only'}; {token}"
+
+
+def check_4bit() -> str:
+    from bitsandbytes import functional
+
+    device = runtime.find_machine().device
+    weights, inputs = torch.randn(256, 256, device=device), torch.randn(256, 1)
+    stored, state = functional.quantize_4bit(weights, quant_type="nf4")
+    product = functional.dequantize_4bit(stored, state) @ inputs.to(device)
+    exact = weights @ inputs.to(device)
+    error = ((product - exact).norm() / exact.norm()).item()
+    if not error < 0.2:
+        raise ArithmeticError(f"a 4-bit product is wrong by {error:.0%}")
+    return f"a 4-bit product is right to {error:.0%}, as NF4's are"
+
+
+def check_step() -> str:
+    """Takes one optimiser step of a tiny model, by the engine that is used here."""
+    machine, engine = runtime.find_machine(), runtime.resolve_engine("auto")
+    weights: Any = "4bit" if machine.device == "cuda" else "16bit"
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Path(folder))
+        options: Any = {"engine": engine, "weights": weights, "max_length": 64}
+        model, _ = load.load_model(folder, **options)
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    model = adapters.add_lora(model, lora, engine=engine, checkpointing=False)
+    ids = torch.arange(32, device=machine.device)[None]
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(learnt, lr=0.01), []
+    half = runtime.choose_dtype(machine)[0]
+    for _ in range(3):
+        with torch.autocast(machine.device, half, enabled=machine.device == "cuda"):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    if not losses[-1] < losses[0]:
+        raise ArithmeticError(f"the loss does not fall: {losses}")
+    return f"{engine}, {weights}: loss {losses[0]:.2f} -> {losses[-1]:.2f} in 3 steps"
+
+
+def save_model(folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = {text: n for n, text in enumerate(["<s>", "</s>", "<pad>", *ALPHABET])}
+    tokenizer = Tokenizer(models.BPE(words, []))
+    marks: Any = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    options: Any = {"tokenizer_object": tokenizer, **marks}
+    PreTrainedTokenizerFast(**options).save_pretrained(folder)
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads: Any = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    ids: Any = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    config = LlamaConfig(vocab_size=len(words), **sizes, **heads, **ids)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+CHECKS: dict[str, tuple[Callable[[], str], str]] = {
+    "versions": (check_versions, "run `make setup`, or restart the runtime on Colab"),
+    "machine": (check_machine, "choose another machine, on Colab a T4"),
+    "disk": (check_disk, "make room, or name another folder in TUNEBOOK_RUNS"),
+    "hub": (check_hub, "check the network"),
+    "4-bit product": (check_4bit, "reinstall bitsandbytes for this CUDA version"),
+    "training step": (check_step, "restart the kernel; then report this line"),
+}

@@ -1,0 +1,42 @@
+"""Tests of helpers.doctor: what works here is said, and a remedy for what does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from helpers import doctor
+
+
+def test_a_machine_on_which_the_tests_run_is_fine(runs_home: Path) -> None:
+    table = doctor.diagnose()
+    assert [*table.index] == [*doctor.CHECKS]
+    assert [*table["verdict"]] == ["fine"] * len(table)
+    assert "in 3 steps" in table["found"]["training step"]
+    assert table["seconds"].sum() < 60
+
+
+def test_what_fails_is_named_with_its_remedy_and_the_rest_goes_on(
+    runs_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pins = tmp_path / "requirements.txt"
+    pins.write_text("torch>=99  # too new\nnothing-of-this-name==1\n")
+    monkeypatch.setattr(doctor, "STACK", pins)
+    monkeypatch.setattr(doctor, "LEAST_GB", 10**9)
+    monkeypatch.setenv("TUNEBOOK_DTYPE", "int8")
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "secretsecretsecretsecret")
+    table = doctor.diagnose()
+    assert (
+        "expected >=99; nothing-of-this-name None, expected ==1"
+        in table["found"].iloc[0]
+    )
+    assert (
+        table["verdict"]["versions"]
+        == "failed: run `make setup`, or restart the runtime on Colab"
+    )
+    assert "not float16" in table["found"]["machine"]
+    assert "are needed" in table["found"]["disk"]
+    assert table["verdict"]["4-bit product"] == "fine"
+    assert "a token is set" in table["found"]["hub"]
+    assert "secret" not in table.to_string()

@@ -1,0 +1,134 @@
+"""Tests of one's own rows: a config of one line, trained, judged and said."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import __main__ as command_line
+from helpers import checks, recipes, runs, stages
+from helpers.config import SYSTEM_PROMPT, changed
+from helpers.errors import DataError, MissingInput
+from helpers.widgets import ConfigForm
+
+QUESTIONS = {
+    "refund": "money back for {}",
+    "parcel": "where is {}?",
+    "login": "user {}",
+}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> str:
+    """Sixty questions of three classes, in a file `mine.jsonl`."""
+    rows = [
+        {"instruction": text.format(1000 + number), "response": label}
+        for label, text in QUESTIONS.items()
+        for number in range(20)
+    ]
+    return write(tmp_path / "mine.jsonl", rows)
+
+
+def test_rows_make_a_config_of_sft_alone_without_the_recipes_prompt_and_sets(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = recipes.for_data("data_samples/dolly.jsonl")
+    assert (config.name, config.stages, config.system_prompt) == ("dolly", ["sft"], "")
+    data = config.data
+    assert data.train == ["data_samples/dolly.jsonl"] and data.eval_share
+    assert data.test_share and not (data.eval or data.problems or data.test)
+    assert config.evaluation.labels is None
+    assert "dolly, as the rows have" in caplog.text and "judged as texts" in caplog.text
+    assert checks.advise(config) == []
+
+
+def test_answers_of_a_few_classes_are_judged_by_label(classes: str) -> None:
+    config = recipes.for_data(classes, model="my/model")
+    assert (config.name, config.model) == ("mine", "my/model")
+    assert config.evaluation.labels == sorted(QUESTIONS)
+
+
+def test_answers_that_end_in_a_number_are_judged_by_it_and_asked_for_it() -> None:
+    config = recipes.for_data("data_samples/word_problems/test.jsonl")
+    assert config.system_prompt == SYSTEM_PROMPT
+    assert config.evaluation.labels is None
+
+
+def test_a_file_named_as_a_recipe_does_not_take_its_run(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "completion": f"{n}."} for n in range(9)]
+    assert recipes.for_data(write(tmp_path / "demo.jsonl", rows)).name == "demo-data"
+
+
+def test_rows_that_are_missing_or_of_no_format_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MissingInput, match="no file nothing.jsonl"):
+        recipes.for_data("nothing.jsonl")
+    path = write(tmp_path / "odd.jsonl", [{"a": 1}])
+    with pytest.raises(DataError, match="the columns a fit no known format"):
+        recipes.for_data(path)
+
+
+def test_rows_on_the_command_line_train_compare_and_leave_the_notebooks_run(
+    classes: str,
+    tiny_model_folder: Path,
+    runs_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = {"model": str(tiny_model_folder), "evaluation__max_new_tokens": 4}
+    make = recipes.for_data
+    monkeypatch.setattr(recipes, "for_data", lambda path: changed(make(path), **small))
+    command_line.main(["train", classes])
+    report = runs.open_run("mine").report()
+    assert report["eval"]["sft"]["test_chat"]["correct"]["n"] >= 6
+    assert "p" in report["comparisons"]["base -> sft"]["test_chat"]["correct"]
+    output = capsys.readouterr().out
+    assert "after SFT" in output and "only_second" in output
+    assert "python -m helpers chat mine" in output
+    assert not (runs_home / "current").exists()
+
+
+def test_held_out_conversations_that_end_in_a_number_are_judged_by_it(
+    tiny_model_folder: Path, runs_home: Path
+) -> None:
+    config = recipes.for_data("data_samples/word_problems/test_new.jsonl")
+    small = {"model": str(tiny_model_folder), "evaluation__max_new_tokens": 4}
+    small |= {"data__train_rows": 40, "sft__max_steps": 1, "evaluation__text_rows": 4}
+    part = stages.train(changed(config, **small)).report()["eval"]["base"]["test_chat"]
+    assert part["correct"]["n"] == part["strict_match"]["n"] == 4
+    assert part["loss"] > 0 and "rouge1" not in part
+
+
+def test_a_recipe_with_other_rows_is_warned_of_what_it_keeps(classes: str) -> None:
+    config = changed(recipes.load("demo"), data__train=[classes])
+    (advice,) = checks.advise(config)
+    assert (advice.level, advice.field) == ("warning", "data.train")
+    assert "eval, problems, test, test_new are kept" in advice.text
+
+
+def test_a_missing_file_is_an_error_of_its_field() -> None:
+    config = changed(recipes.load("demo"), data__eval="gone.jsonl")
+    (advice,) = checks.advise(config)
+    assert (advice.level, advice.field) == ("error", "data.eval")
+    assert "no file gone.jsonl" in advice.text
+
+
+def test_the_form_takes_a_file_and_says_what_is_wrong_with_one(
+    classes: str, runs_home: Path
+) -> None:
+    form = ConfigForm("smoke")
+    form.data.value = "gone.jsonl"
+    assert "no file gone.jsonl" in form.message.value
+    form.data.value = classes
+    assert form.config == recipes.for_data(classes)
+    form.button.click()
+    assert runs.open_run() == runs.open_run("mine")

@@ -1,0 +1,165 @@
+"""The same training in two processes: losses, gradients, resumption, who writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from helpers import runtime, stages
+from helpers.errors import ConfigError
+from helpers.runs import Run
+from helpers.training import inputs
+
+ROOT = Path(__file__).parent.parent
+SFT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+SFT |= {"per_device_eval_batch_size": 4, "packing": False, "learning_rate": 1e-3}
+SFT |= {"max_steps": 8, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2}
+SFT |= {"eval_strategy": "steps", "eval_steps": 4, "optim": "adamw_torch"}
+TWO = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+
+# answers that are decided by the prompt, so that only the arithmetic is compared
+GRADIENTS = """
+import sys
+from collections import Counter
+import torch
+from transformers import TrainerCallback
+from helpers import runs, runtime, stages
+from helpers.grpo import build_grpo, split_problems
+from helpers.inference.generation import encode
+from helpers.training import load_for_training
+run = runs.open_run("test")
+with runtime.first_process():
+    stages.ensure_ready(run, "grpo")
+model, tokenizer = load_for_training(run, "grpo")
+gold = {str(p["prompt"]): float(p["gold"]) for p in split_problems(run)[0]}
+def answer(prompts, trainer):
+    seen, ids = Counter(), []
+    for prompt in prompts:
+        number = gold[str(prompt)] + seen[str(prompt)] // 2
+        text = "so " * seen[str(prompt)] + f"#### {number:g}"
+        ids.append(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id])
+        seen[str(prompt)] += 1
+    rows = [encode(tokenizer, prompt) for prompt in prompts]
+    return {"prompt_ids": rows, "completion_ids": ids, "logprobs": None}
+class Look(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        named = model.named_parameters()
+        grads = {n: p.grad.clone() for n, p in named if p.grad is not None}
+        if state.is_world_process_zero:
+            torch.save(grads, sys.argv[1])
+trainer = build_grpo(run, model, tokenizer)
+trainer.rollout_func = answer
+trainer.add_callback(Look())
+trainer.train()
+"""
+
+
+def curve(run: Run, name: str = "loss") -> list[float]:
+    history = json.loads((run.path / "sft" / "log_history.json").read_text())
+    return [entry[name] for entry in history if name in entry]
+
+
+def two_processes(run: Run, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "helpers", "train", str(run.path / "config.json")]
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command += ["--stage", "sft", "--gpus", "2"]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | TWO, **options)
+
+
+@pytest.fixture
+def alone(run_factory: Callable[..., Run]) -> Run:
+    """The run of one process; 27 rows leave a step of an epoch with three."""
+    run = run_factory(name="alone", sft=SFT, data__train_rows=27, stages=["sft"])
+    stages.train(run.config, "sft")
+    return run
+
+
+def test_two_processes_learn_what_one_does_and_a_killed_one_ends_both_and_goes_on(
+    alone: Run, run_factory: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    both = run_factory(name="both", sft=SFT, data__train_rows=27, stages=["sft"])
+    text, _ = two_processes(both).communicate(timeout=170)
+    assert curve(both) == pytest.approx(curve(alone), abs=1e-5), text[-2000:]
+    assert curve(both, "eval_loss") == pytest.approx(curve(alone, "eval_loss"), 1e-6)
+    assert both.report()["sft"]["processes"] == 2
+    assert text.count("runs are kept in") == 2  # of the first, then of the caller
+    assert (
+        not list(both.path.glob("*.before-*"))
+        and not (both.path / "lock.json").exists()
+    )
+
+    run = run_factory(name="killed", sft=SFT, data__train_rows=27, stages=["sft"])
+    caller = two_processes(run)
+    state = run.path / "sft" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    late = time.monotonic() + 100
+    while not state.exists():
+        assert caller.poll() is None and time.monotonic() < late
+        time.sleep(0.05)
+    children = psutil.Process(caller.pid).children(recursive=True)
+    ranks = {p.environ().get("LOCAL_RANK"): p for p in children}
+    ranks["1"].send_signal(signal.SIGKILL)
+    text, _ = caller.communicate(timeout=60)
+    assert caller.returncode == 1 and not any(p.is_running() for p in children)
+    assert "TrainingError: process 1 of 2 ended with exit code -9" in text
+    caplog.set_level(logging.INFO, "helpers")
+    stages.train(run.config, "sft")
+    assert "going on from" in caplog.text
+    assert curve(run) == pytest.approx(curve(alone), abs=1e-5)
+
+
+def test_grpo_has_the_gradients_of_one_process_at_the_same_groups(
+    run_factory: Callable[..., Run], run_python: Callable[..., Any], tmp_path: Path
+) -> None:
+    import torch
+
+    grpo = {"per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 1}
+    grpo |= {"max_completion_length": 24, "eval_strategy": "no", "save_strategy": "no"}
+    run_factory(grpo=grpo, stages=["grpo"])
+    program = tmp_path / "gradients.py"
+    program.write_text(GRADIENTS)
+    files = [tmp_path / "one.pt", tmp_path / "two.pt"]
+    path = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run_python(str(program), str(files[0]), **path)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run_python(*launcher, str(program), str(files[1]), **path, ACCELERATE_USE_CPU="1")
+    one, two = (torch.load(file) for file in files)
+    assert max(grad.abs().max() for grad in one.values()) > 1e-4
+    for name, grad in one.items():
+        torch.testing.assert_close(two[name], grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("micro", "passes", "count", "share"),
+    [(2, 4, 2, (2, 2)), (8, 1, 4, (2, 1)), (2, 4, 8, (1, 1)), (6, 2, 4, (3, 1))],
+)
+def test_processes_share_a_steps_rows(
+    micro: int, passes: int, count: int, share: tuple[int, int]
+) -> None:
+    values = dict(zip(inputs.SIZES, (micro, 8, passes), strict=True))
+    sizes = inputs.share_rows(values | {"steps_per_generation": 2}, count)
+    assert (sizes[inputs.SIZES[0]], sizes[inputs.SIZES[2]]) == share
+    assert sizes[inputs.SIZES[1]] == 8 // count
+    assert sizes["generation_batch_size"] == 2 * micro
+
+
+def test_rows_that_do_not_divide_are_refused() -> None:
+    values = dict(zip(inputs.SIZES, (3, 3, 1), strict=True))
+    with pytest.raises(ConfigError, match="3 x 1 rows a step .* by 2 GPUs"):
+        inputs.share_rows(values, 2)
+
+
+@pytest.mark.parametrize("gpus", ["2", "all", "0", "two"])
+def test_more_gpus_than_there_are_is_refused(gpus: str) -> None:
+    with pytest.raises(ConfigError, match=f"--gpus {gpus}: expected all, or a number"):
+        runtime.launch(["train", "demo"], gpus)

@@ -1,0 +1,178 @@
+"""Copies of a stage in a second place: sent whole or not at all, and brought back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerState, TrainingArguments
+
+from helpers import files, stages
+from helpers.errors import TunebookError
+from helpers.runs import Run
+from helpers.training import callbacks
+
+FEW = {"sft__max_steps": 4, "sft__save_steps": 2, "sft__eval_steps": 2}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fill(folder: Path, text: str) -> Path:
+    (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints" / "checkpoint-2" / "state.bin").write_text(text * 10_000)
+    (folder / "best.json").write_text(json.dumps(text))
+    return folder
+
+
+def weights(run: Run) -> str:
+    return files.hash_file(run.path / "sft" / "adapter" / "adapter_model.safetensors")
+
+
+def test_the_newest_whole_copy_is_brought_back_and_two_stay(tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    place = str(tmp_path / "place")
+    assert not files.fetch_copy(place, "run/sft", tmp_path / "back")
+    for text in "abc":
+        files.send_copy(fill(tmp_path / text, text), place, "run/sft")
+    newest = tmp_path / "place" / "run" / "sft" / "copy-000003"
+    assert [p.name for p in sorted(newest.parent.iterdir())] == [
+        "copy-000002",
+        "copy-000003",
+    ]
+    assert files.fetch_copy(place, "run/sft", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "best.json").read_text()) == "c"
+    assert files.list_sums(tmp_path / "back") == files.list_sums(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "fault", ["no manifest", "cut manifest", "cut", "other", "less"]
+)
+def test_a_copy_that_is_not_whole_is_passed_over(tmp_path: Path, fault: str) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    for text in "ab":
+        files.send_copy(fill(tmp_path / text, text), str(place), "sft")
+    copy = place / "sft" / "copy-000002"
+    manifest, state = copy / files.MANIFEST, copy / "checkpoints/checkpoint-2/state.bin"
+    if fault == "no manifest":
+        manifest.unlink()
+    elif fault == "less":
+        state.unlink()
+    else:
+        file, text = (manifest if "manifest" in fault else state), state.read_text()
+        file.write_text("c" * len(text) if fault == "other" else file.read_text()[:9])
+    assert files.fetch_copy(str(place), "sft", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "best.json").read_text()) == "a"
+
+
+SENDS = """
+import sys
+from pathlib import Path
+from helpers import files
+print("ready", flush=True)
+files.send_copy(Path(sys.argv[1]), sys.argv[2], "sft")
+"""
+
+
+def test_a_kill_amid_a_copy_leaves_the_one_before(tmp_path: Path) -> None:
+    place, big = tmp_path / "place", tmp_path / "big"
+    place.mkdir()
+    files.send_copy(fill(tmp_path / "a", "a"), str(place), "sft")
+    big.mkdir()
+    for number in range(300):
+        (big / f"{number:03}.bin").write_bytes(os.urandom(100_000))
+    command = [sys.executable, "-c", SENDS, str(big), str(place)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+    half = place / "sft" / "copy-000002" / "010.bin"
+    while not half.exists() and child.poll() is None:
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert half.exists() and not (half.parent / files.MANIFEST).exists()
+    assert files.fetch_copy(str(place), "sft", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "best.json").read_text()) == "a"
+    files.send_copy(fill(tmp_path / "b", "b"), str(place), "sft")
+    assert not (place / "sft" / "copy-000002" / "010.bin").exists()
+
+
+def test_a_place_that_is_not_there_stops_a_restore_with_a_sentence(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(TunebookError, match="no folder: mount it.*unset TUNEBOOK_KEEP"):
+        files.fetch_copy(str(tmp_path / "gone"), "sft", tmp_path / "back")
+
+
+@pytest.mark.parametrize("fault", ["removed", "a file"])
+def test_a_place_lost_amid_a_training_is_said_once_and_stops_nothing(
+    tmp_path: Path, fault: str, caplog: Any
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    args = TrainingArguments(output_dir=str(fill(tmp_path / "a", "a") / "checkpoints"))
+    second = callbacks.SecondPlace(str(place), "sft", tmp_path / "a")
+    for step in (1, 2, 3, 4):
+        state = TrainerState(global_step=step)
+        second.on_save(args, state)
+        second.on_train_end(args, state)
+        if step == 2:
+            shutil.rmtree(place)
+        if step == 2 and fault == "a file":
+            place.write_text("")
+    assert caplog.text.count("no second copy in") == 1
+    assert "is no folder: mount it, or make it" in caplog.text
+    place.unlink(missing_ok=True)
+    place.mkdir()
+    second.on_save(args, TrainerState(global_step=5))
+    second.on_train_end(args, TrainerState(global_step=5))
+    assert files.fetch_copy(str(place), "sft", tmp_path / "back")
+
+
+def test_a_run_goes_on_bit_identically_from_the_second_place_alone(
+    run_factory: Callable[..., Run], tmp_path: Path, monkeypatch: Any
+) -> None:
+    whole = run_factory(**FEW)
+    stages.train_stage(whole, "sft")
+    expected, report = weights(whole), whole.report()["sft"]
+    shutil.rmtree(whole.path)
+    (tmp_path / "place").mkdir()
+    monkeypatch.setenv("TUNEBOOK_KEEP", str(tmp_path / "place"))
+
+    run = run_factory(**FEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.SecondPlace, "on_step_end", die_after(3), raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            stages.train_stage(run, "sft")
+    place = tmp_path / "place"
+    wait_for(lambda: list(place.rglob(files.MANIFEST)))
+    shutil.rmtree(run.path)  # another machine
+    run = run_factory(**FEW)
+    stages.train_stage(run, "sft")
+    assert weights(run) == expected
+    assert run.report()["sft"]["loss_last"] == report["loss_last"]
+    shutil.rmtree(run.path)  # and when it was finished
+    run = run_factory(**FEW)
+    stages.train_stage(run, "sft")
+    assert weights(run) == expected
+
+
+def die_after(step: int) -> Callable[..., None]:
+    def on_step_end(self: Any, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    return on_step_end
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
