@@ -342,7 +342,8 @@ def run_all(options: argparse.Namespace) -> None:
     home = Path(os.environ.get("TUNEBOOK_SHAPES", shared)) / "shapes"
     cap = {"TUNEBOOK_DTYPE": "float16", "TUNEBOOK_GPU_GB": str(memory.CAP_GB)}
     variables = os.environ | (cap if options.machine != "cpu" else {})
-    variables |= {"NCCL_NVLS_ENABLE": "0", "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    variables |= {"NCCL_NVLS_ENABLE": "0", "PYTHONPATH": os.pathsep.join(paths)}
     write_json(RESULT, read_json(RESULT) | {"machine": options.machine})
     for part, shape, engine, gpus in jobs(options):
         left_s = late - time.monotonic()
