@@ -196,7 +196,8 @@ def perform(action: Callable[[], Any]) -> Row:
         row["result"] = action()
     except (Exception, SystemExit) as error:
         text = f"{type(error).__name__}: {error}"[:400]
-        row["error"] = text.replace(f"{runs.runs_folder().parent}/", "")
+        text = text.replace(f"{runs.runs_folder().parent}/", "")
+        row["error"] = text.replace(str(ROOT), ".")
         row["is_ours"] = isinstance(error, (TunebookError, SystemExit))
     return row | {"log": "\n".join(lines)}
 

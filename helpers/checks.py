@@ -59,11 +59,7 @@ SILENT: list[tuple[str, Callable[[Any], bool], str]] = [
     ("lora_dropout", lambda x: 0 <= x < 1, "0 to less than 1"),
     ("lora_alpha", lambda x: x > 0, "more than 0: else nothing would be learnt"),
     ("inference_mode", lambda x: not x, "false: no parameter would be trained"),
-    (
-        "loss_type",
-        lambda x: x is None or f"'{x}'" in help_of("loss_type"),
-        "one of TRL's",
-    ),
+    ("loss_type", lambda x: x is None or is_loss(x), "one that TRL's classes name"),
     ("task_type", lambda x: x in (None, "CAUSAL_LM"), "CAUSAL_LM, the only task here"),
 ]
 # in a trial nothing is written, and nothing of this machine is judged
