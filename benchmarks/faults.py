@@ -4,11 +4,15 @@ Each case is a copy of a run and a process of its own, forked once the libraries
 loaded. A kill is SIGKILL at a seeded random moment; the same call is then made again,
 and its result compared with an uninterrupted one's. A fault is handled when the result
 is the same, or one sentence names the file. A bad input is clear when one sentence
-refuses it or warns of it, and silent when nothing is said.
+refuses it or warns of it, and silent when nothing is said. The stop button interrupts
+a training, which the same process then begins again.
 
     python benchmarks/faults.py                    # all, to results/faults.json
-    python benchmarks/faults.py --only kills       # the other tables' rows stay
+    python benchmarks/faults.py --minutes 5        # some of what is not in it yet
+    python benchmarks/faults.py --only kills       # one table, or one scene of kills
     python benchmarks/faults.py --share 3 --out FILE  # three seeded cases a table
+
+Rows that the file has are not made again: remove it to begin anew.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +39,18 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["OMP_NUM_THREADS"] = "1"  # a fork takes no threads along
 
+from fsspec.implementations.local import LocalFileSystem  # noqa: E402
+
 from helpers import checks, export, files, recipes, runs, stages  # noqa: E402
 from helpers.config import RunConfig, changed  # noqa: E402
 from helpers.data import preparation  # noqa: E402
 from helpers.errors import TunebookError  # noqa: E402
 from helpers.evaluation import evaluator  # noqa: E402
+from helpers.grpo import trainer as grpo  # noqa: E402
 from helpers.inference import items  # noqa: E402
 from helpers.models import load_tokenizer  # noqa: E402
 from helpers.runs import Run  # noqa: E402
-from helpers.training import inputs  # noqa: E402
+from helpers.training import callbacks, inputs, trainer  # noqa: E402
 from tests.tiny import save_tiny_model  # noqa: E402
 
 Row = dict[str, Any]
@@ -90,6 +98,13 @@ SCENES: dict[str, Scene] = {
         lambda run: weights(run.path / "sft" / "adapter"),
         True,
     ),
+    "second place": (
+        6,
+        "data",
+        lambda run: keep_elsewhere(run),
+        lambda run: weights(run.path / "sft" / "adapter"),
+        True,
+    ),
     "grpo": (
         8,
         "sft",
@@ -119,6 +134,29 @@ SCENES: dict[str, Scene] = {
         True,
     ),
 }
+
+
+PUTS = 60  # files that the second place is sent in a training, about
+
+
+def keep_elsewhere(run: Run) -> None:
+    """Trains SFT, copying it to a folder beside the run's."""
+    place = run.path.with_name(f"{run.path.name}-place")
+    place.mkdir(exist_ok=True)
+    os.environ["TUNEBOOK_KEEP"] = str(place)
+    stages.train_stage(run, "sft")
+
+
+def die_in_copy(number: int) -> None:
+    """Has this process kill itself when it sends a file of that number."""
+    numbers, put_file = count(), LocalFileSystem.put_file
+
+    def put(*arguments: Any, **options: Any) -> Any:
+        if next(numbers) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return put_file(*arguments, **options)
+
+    LocalFileSystem.put_file = put
 
 
 def by_minutes(run: Run) -> Run:
@@ -158,7 +196,8 @@ def perform(action: Callable[[], Any]) -> Row:
         row["result"] = action()
     except (Exception, SystemExit) as error:
         text = f"{type(error).__name__}: {error}"[:400]
-        row["error"] = text.replace(f"{runs.runs_folder().parent}/", "")
+        text = text.replace(f"{runs.runs_folder().parent}/", "")
+        row["error"] = text.replace(str(ROOT), ".")
         row["is_ours"] = isinstance(error, (TunebookError, SystemExit))
     return row | {"log": "\n".join(lines)}
 
@@ -192,9 +231,12 @@ def perform_scene(scene: str, name: str) -> Any:
     return result(runs.open_run(name))
 
 
-def plant_kills(cases: list[tuple[str, float]]) -> list[Row]:
-    """Returns a row for each kill at a share of the time that a scene takes."""
-    rows, whole = [], dict[str, tuple[Any, float]]()
+def plant_kills(cases: list[tuple[str, float]]) -> Iterator[Row]:
+    """Yields a row for each kill at a share of the time that a scene takes.
+
+    In a second-place save it is at a share of the files; the run's folder goes too.
+    """
+    whole: dict[str, tuple[Any, float]] = {}
     for number, (scene, share) in enumerate(cases):
         _, base, _, _, determined = SCENES[scene]
         if scene not in whole:
@@ -205,16 +247,66 @@ def plant_kills(cases: list[tuple[str, float]]) -> list[Row]:
         result, seconds = whole[scene]
         name = copy_run(base, f"kill-{number}")
         action = lambda s=scene, n=name: perform_scene(s, n)  # noqa: E731
-        was_killed = run_apart(action, share * seconds) is None
+        if scene == "second place":
+            dies = lambda a=action, s=share: (die_in_copy(int(s * PUTS)), a())  # noqa: E731
+            was_killed = run_apart(dies) is None
+            copy_run(base, name)  # another machine
+        else:
+            was_killed = run_apart(action, share * seconds) is None
         row = run_apart(action) or {"error": "killed"}
         same = row.get("result") == result
         case = {"table": "kills", "case": scene, "at": round(share, 3)}
         case |= {"killed": was_killed, "survived": not row["error"]}
-        case |= {"identical": same if determined else None, "error": row["error"]}
-        rows.append(case)
-        print(case, flush=True)
-        shutil.rmtree(runs.runs_folder() / name)
-    return rows
+        yield case | {"identical": same if determined else None, "error": row["error"]}
+        for folder in runs.runs_folder().glob(f"{name}*"):
+            shutil.rmtree(folder)
+
+
+class Stop(callbacks.TrainerCallback):
+    """Presses the stop button at an event of a step, once."""
+
+    def __init__(self, event: str, step: int) -> None:
+        self.step = step
+        setattr(self, event, self.press)
+
+    def press(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            self.step = -1
+            raise KeyboardInterrupt
+
+
+def stop_and_go(stage: str, name: str, event: str, step: int, anew: bool) -> Any:
+    """Returns a stage's weights after the cell, or all cells, are run again."""
+    run, button = runs.open_run(name), Stop(event, step)
+    build = trainer.build_sft if stage == "sft" else grpo.build_grpo
+    start = run.path / "sft" / "adapter" if stage == "grpo" else None
+    trained = build(run, *trainer.load_for_training(run, stage, start))  # type: ignore[arg-type]
+    trained.add_callback(button)
+    with suppress(KeyboardInterrupt):
+        trainer.fit(trained, run)
+    assert button.step == -1
+    if anew:
+        trained = build(run, *trainer.load_for_training(run, stage, start))  # type: ignore[arg-type]
+    trainer.fit(trained, run)
+    return weights(run.path / stage / "adapter")
+
+
+def plant_stops(cases: list[tuple[str, str, int, bool]]) -> Iterator[Row]:
+    """Yields a row for each interrupted training: whether its weights are right."""
+    whole: dict[str, Any] = {}
+    for stage, event, step, anew in cases:
+        base = "data" if stage == "sft" else "sft"
+        if stage not in whole:
+            name = copy_run(base, "whole")
+            row = run_apart(lambda s=stage, n=name: perform_scene(s, n))
+            assert row and not row["error"], row
+            whole[stage] = row["result"]
+        name = copy_run(base, "stopped")
+        again = lambda: stop_and_go(stage, name, event, step, anew)  # noqa: B023, E731
+        row = run_apart(again) or {"error": "killed", "result": None}
+        case = {"table": "stop_button", "case": stage, "at": f"{event} {step}"}
+        right = row["result"] == whole[stage]
+        yield case | {"anew": anew, "right": right, "error": row["error"]}
 
 
 def cut(file: Path) -> None:
@@ -254,8 +346,8 @@ def finish(name: str) -> Any:
     return weights(run.path / "sft" / "adapter"), answers(run)
 
 
-def plant_faults(cases: list[tuple[str, str]]) -> list[Row]:
-    """Returns a row for each damaged file: what came of the calls that read it."""
+def plant_faults(cases: list[tuple[str, str]]) -> Iterator[Row]:
+    """Yields a row for each damaged file: what came of the calls that read it."""
     name = copy_run("sft", "faulty")
     folder, whole = runs.runs_folder() / name, run_apart(lambda: finish(name))
     assert whole and not whole["error"], whole
@@ -264,16 +356,13 @@ def plant_faults(cases: list[tuple[str, str]]) -> list[Row]:
     note = files.read_json(folder / "sft" / inputs.NOTE)
     files.write_json(folder / "sft" / inputs.NOTE, note | {"finished": False})
     shutil.copytree(folder, runs.runs_folder() / "with-all")
-    rows = []
     for file, damage in cases:
         DAMAGE[damage](runs.runs_folder() / copy_run("all", name) / file)
         row = run_apart(lambda: finish(name)) or {"error": "killed", "is_ours": False}
         sentence = row["is_ours"] and file.split("/")[-1] in row["error"]
         is_handled = sentence or (not row["error"] and row["result"] == whole["result"])
         case = {"table": "faults", "case": file, "damage": damage}
-        rows.append(case | {"handled": is_handled, "error": row["error"]})
-        print(rows[-1], flush=True)
-    return rows
+        yield case | {"handled": is_handled, "error": row["error"]}
 
 
 def values(group: str, **fields: list[Any]) -> list[tuple[str, Any]]:
@@ -356,18 +445,16 @@ def use_input(field: str, value: Any, config: RunConfig) -> str:
     return "; ".join(a.text for a in advice if field.split("__")[-1] in a.field)
 
 
-def plant_inputs(cases: list[tuple[str, Any]]) -> list[Row]:
-    """Returns a row for each bad input: clear, a traceback, or silent."""
-    config, rows = runs.open_run("with-data").config, []
+def plant_inputs(cases: list[tuple[str, Any]]) -> Iterator[Row]:
+    """Yields a row for each bad input: clear, a traceback, or silent."""
+    config = runs.open_run("with-data").config
     for field, value in cases:
         action = lambda f=field, v=value: use_input(f, v, config)  # noqa: E731
         row = run_apart(action) or {"error": "killed", "is_ours": False, "result": ""}
         case = {"table": "bad_inputs", "case": field, "value": repr(value)}
         case["traceback"] = bool(row["error"]) and not row["is_ours"]
         case["silent"] = not row["error"] and not row["result"]
-        rows.append(case | {"said": row["error"] or row["result"]})
-        print(rows[-1], flush=True)
-    return rows
+        yield case | {"said": row["error"] or row["result"]}
 
 
 def summarise(rows: list[Row]) -> Row:
@@ -380,6 +467,10 @@ def summarise(rows: list[Row]) -> Row:
             "n": len(kills),
             "identical": sum(r["identical"] for r in asked),
             "asked": len(asked),
+        },
+        "stop_button": {
+            "right": sum(r["right"] for r in parts["stop_button"]),
+            "n": len(parts["stop_button"]),
         },
         "faults": {
             "handled": sum(r["handled"] for r in parts["faults"]),
@@ -395,42 +486,63 @@ def summarise(rows: list[Row]) -> Row:
     }
 
 
-TABLES: dict[str, Callable[[Any], list[Row]]] = {
-    "kills": plant_kills,
-    "faults": plant_faults,
+TABLES: dict[str, Callable[[Any], Iterator[Row]]] = {
     "bad_inputs": plant_inputs,
+    "stop_button": plant_stops,
+    "faults": plant_faults,
+    "kills": plant_kills,
 }
+
+
+def list_cases() -> dict[str, list[Any]]:
+    """Returns the cases of each table; which they are is decided by a seed."""
+    draw = random.Random(SEED)
+    kills = [(s, draw.uniform(0.02, 0.98)) for s in SCENES for _ in range(SCENES[s][0])]
+    bad = [*INPUTS, *(("file", name) for name in FILES), ("out", "prompts.jsonl")]
+    events = ["on_step_begin", "on_step_end", "on_pre_optimizer_step", "on_log"]
+    stops = []
+    for stage, steps in (("sft", 6), ("grpo", 3)):
+        for number, event in enumerate(events):
+            step = draw.randrange(1, steps)
+            stops.append((stage, event, step, bool(number % 2)))
+    cases: dict[str, list[Any]] = {"bad_inputs": bad, "stop_button": stops}
+    return cases | {"faults": FAULTS, "kills": kills}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=[*TABLES, *SCENES])
     parser.add_argument("--share", type=int, help="cases a table, drawn by a seed")
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "faults.json")
     options = parser.parse_args()
-    draw = random.Random(SEED)
-    kills = [(s, draw.uniform(0.02, 0.98)) for s in SCENES for _ in range(SCENES[s][0])]
-    bad = [*INPUTS, *(("file", name) for name in FILES), ("out", "prompts.jsonl")]
-    cases: dict[str, list[Any]] = {"kills": kills, "faults": FAULTS, "bad_inputs": bad}
-    if options.only in SCENES:
-        cases = {"kills": [kill for kill in kills if kill[0] == options.only]}
-    elif options.only:
-        cases = {options.only: cases[options.only]}
-    if options.share:
-        cases = {
-            t: draw.sample(c, min(options.share, len(c))) for t, c in cases.items()
-        }
-    rows = files.read_json(options.out).get("rows", []) if options.only else []
-    rows = [r for r in rows if r["table"] not in cases or options.only in SCENES]
-    if options.only in SCENES:
-        rows = [r for r in rows if (r["table"], r["case"]) != ("kills", options.only)]
+    end = time.monotonic() + 60 * options.minutes
+    rows = files.read_json(options.out).get("rows", [])
+    made = {(row["table"], row["number"]) for row in rows}
+    todo: dict[str, list[tuple[int, Any]]] = {}
+    for table, all_ in list_cases().items():
+        cases = [(n, c) for n, c in enumerate(all_) if (table, n) not in made]
+        if options.only in SCENES:
+            cases = [(n, c) for n, c in cases if c[0] == options.only]
+        if options.share:
+            draw = random.Random(SEED)
+            cases = draw.sample(cases, min(options.share, len(cases)))
+        if cases and options.only in (
+            None,
+            table,
+            *(SCENES if table == "kills" else []),
+        ):
+            todo[table] = cases
     with tempfile.TemporaryDirectory() as home:
-        make_bases(Path(home), ["data", "sft"][: 1 + (options.only != "bad_inputs")])
-        for table, part in cases.items():
-            rows += TABLES[table](part)
-    report = summarise(rows)
-    files.write_json(options.out, report)
-    print({name: part for name, part in report.items() if name != "rows"})
+        make_bases(Path(home), ["data", "sft"][: 1 + (set(todo) != {"bad_inputs"})])
+        for table, cases in todo.items():
+            planted = TABLES[table]([case for _, case in cases])
+            for (number, _), row in zip(cases, planted, strict=True):
+                rows.append({"number": number, **row})
+                print(rows[-1], flush=True)
+                files.write_json(options.out, summarise(rows))
+                if time.monotonic() > end:
+                    return
 
 
 if __name__ == "__main__":

@@ -256,6 +256,31 @@ def list_recipes() -> str:
     return to_markdown(rows)
 
 
+def faults_table() -> str:
+    """Returns docs/reliability.md's table: what was planted, and what came of it."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    good = {"kills": "survived", "stop_button": "right", "faults": "handled"}
+    for row in read(RESULTS / "faults.json")["rows"]:
+        table, case = row["table"], row["case"]
+        case = "" if table == "bad_inputs" else case.replace("sft/checkpoints/", "")
+        name = case.partition("/")[0] if table == "faults" else case
+        values = {"planted": table.replace("_", " "), "in": name, "n": 0, "good": 0}
+        line = rows.setdefault((table, name), values | {"identical": 0, "asked": 0})
+        line["n"] += 1
+        bad = row.get("traceback") or row.get("silent")
+        line["good"] += not bad if table == "bad_inputs" else row[good[table]]
+        if row.get("identical") is not None:
+            line["asked"] += 1
+            line["identical"] += row["identical"]
+    lines = []
+    for line in rows.values():
+        same = f"{line['identical']} of {line['asked']}" if line["asked"] else "-"
+        part = {name: line[name] for name in ("planted", "in")}
+        part["survived, right, handled or clear"] = f"{line['good']} of {line['n']}"
+        lines.append(part | {"bit-identical result": same})
+    return to_markdown(lines)
+
+
 def replace(path: Path, mark: str, table: str) -> None:
     """Puts a table between the marks in a page."""
     text = path.read_text(encoding="utf-8")
@@ -285,3 +310,5 @@ if __name__ == "__main__":
     mark = "table of results/demo_cpu.json"
     replace(ROOT / "README.md", mark, to_markdown(demo_table))
     replace(ROOT / "README.md", "speed of results/sft_speed.json", speed_table())
+    mark = "faults of results/faults.json"
+    replace(ROOT / "docs" / "reliability.md", mark, faults_table())

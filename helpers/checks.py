@@ -62,6 +62,7 @@ SILENT: list[tuple[str, Callable[[Any], bool], str]] = [
     ("lora_dropout", lambda x: 0 <= x < 1, "0 to less than 1"),
     ("lora_alpha", lambda x: x > 0, "more than 0: else nothing would be learnt"),
     ("inference_mode", lambda x: not x, "false: no parameter would be trained"),
+    ("loss_type", lambda x: x is None or is_loss(x), "one that TRL's classes name"),
     ("task_type", lambda x: x in (None, "CAUSAL_LM"), "CAUSAL_LM, the only task here"),
 ]
 # in a trial nothing is written, and nothing of this machine is judged
@@ -156,6 +157,11 @@ def schema(group: str) -> type[BaseModel]:
     settings = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
     settings["protected_namespaces"] = ()  # fields may begin with model_
     return create_model(kind.__name__, __config__=settings, **fields)
+
+
+def is_loss(name: Any) -> bool:
+    fields = [library_fields(group)["loss_type"] for group in ("sft", "grpo")]
+    return any(f"'{name}'" in field.metadata["help"] for field in fields)
 
 
 def field_faults(group: str, values: dict[str, Any]) -> dict[str, str]:

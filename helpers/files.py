@@ -162,7 +162,9 @@ def find_copies(place: str, name: str) -> tuple[Any, str, list[str]]:
     if "file" in system.protocol and not system.isdir(root):
         raise FileNotFoundError(f"{place} is no folder: mount it, or make it")
     system.invalidate_cache()
-    manifests = system.glob(f"{root}/{name}/*/{MANIFEST}")
+    manifests = list[str]()
+    with suppress(FileNotFoundError):  # of a repository that is still to be made
+        manifests = system.glob(f"{root}/{name}/*/{MANIFEST}")
     return system, f"{root}/{name}", sorted(map(os.path.dirname, manifests))
 
 
@@ -174,21 +176,22 @@ def list_sums(folder: Path) -> dict[str, list[Any]]:
 def send_copy(folder: Path, place: str, name: str) -> None:
     """Sends a folder to a folder, fsspec URL or `hub:owner/name`; two copies stay."""
     system, path, copies = find_copies(place, name)
-    for former in {*system.glob(f"{path}/copy-*")} - {*copies[-1:]}:  # halves too
-        system.rm(former, recursive=True)
     copy = f"copy-{1 + max((int(c[-6:]) for c in copies), default=0):06}"
-    write_json(folder / MANIFEST, list_sums(folder))
-    if place.startswith("hub:"):
-        api, repo = HfApi(token=os.environ.get("HF_TOKEN", False)), place[4:]
+    api, repo = HfApi(token=os.environ.get("HF_TOKEN", False)), place[4:]
+    if is_hub := place.startswith("hub:"):
         api.create_repo(repo, private=True, exist_ok=True)
         if not api.repo_info(repo).private:  # it existed
             raise ValueError("it is public: name a private one")
-        target = f"{name}/{copy}"  # in one commit, all or nothing
+    for former in {*system.glob(f"{path}/copy-*")} - {*copies[-1:]}:  # halves too
+        system.rm(former, recursive=True)
+    write_json(folder / MANIFEST, list_sums(folder))
+    if is_hub:  # in one commit, all or nothing
+        target = f"{name}/{copy}"
         api.upload_folder(repo_id=repo, folder_path=folder, path_in_repo=target)
-    else:
-        for file in [*list_sums(folder), MANIFEST]:
-            system.makedirs(os.path.dirname(f"{path}/{copy}/{file}"), exist_ok=True)
-            system.put_file(str(folder / file), f"{path}/{copy}/{file}")
+        return
+    for file in [*list_sums(folder), MANIFEST]:
+        system.makedirs(os.path.dirname(f"{path}/{copy}/{file}"), exist_ok=True)
+        system.put_file(str(folder / file), f"{path}/{copy}/{file}")
 
 
 def fetch_copy(place: str, name: str, folder: Path) -> bool:

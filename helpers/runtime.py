@@ -276,13 +276,11 @@ def hub_reachable() -> bool:
     # a file: they may hang while pages answer
     file = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + PROBE
     try:
-        with urllib.request.urlopen(file, timeout=3.0):
+        urllib.request.urlopen(file, timeout=3.0).close()
+        return True
+    except OSError as error:
+        if getattr(error, "code", 500) < 500:  # a refusal is an answer
             return True
-    except urllib.error.HTTPError as error:
-        if error.code < 500:  # a refusal is an answer
-            return True
-    except OSError:
-        pass
     import huggingface_hub.constants
 
     os.environ["HF_HUB_OFFLINE"] = "1"  # else they ask for each file, for minutes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def test_a_kill_a_damaged_file_and_a_bad_input_cost_nothing(
+def test_a_kill_a_stop_a_damaged_file_and_a_bad_input_cost_nothing(
     run_python: Callable[..., Any], tmp_path: Path
 ) -> None:
     out = tmp_path / "faults.json"
@@ -19,4 +19,5 @@ def test_a_kill_a_damaged_file_and_a_bad_input_cost_nothing(
     assert kills["identical"] == kills["asked"]
     assert report["faults"] == {"handled": 1, "n": 1}
     assert bad == {"clear": 1, "n": 1, "tracebacks": 0, "silent": 0}
-    assert len(report["rows"]) == 3
+    assert report["stop_button"] == {"right": 1, "n": 1}
+    assert len(report["rows"]) == 4

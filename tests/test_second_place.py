@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import http.server
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote
 
 import pytest
 from transformers import TrainerState, TrainingArguments
@@ -20,6 +24,7 @@ from helpers import files, stages
 from helpers.errors import TunebookError
 from helpers.runs import Run
 from helpers.training import callbacks
+from tests.test_card import Hub
 
 FEW = {"sft__max_steps": 4, "sft__save_steps": 2, "sft__eval_steps": 2}
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,3 +181,128 @@ def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+class Repository(Hub):
+    """A hub that keeps what is committed to `o/n`, and gives it back."""
+
+    def answer(self) -> None:
+        server: Any = self.server
+        path, _, query = unquote(self.path).partition("?")
+        if self.command == "GET" and "/tree/main" in path:
+            folder = path.partition("/tree/main")[2].strip("/")
+            entries = self.list_tree(folder, "recursive=true" in query.lower())
+            if not entries:
+                return self.send(b"{}", 404)
+            return self.send(json.dumps(entries).encode())
+        if "/paths-info/" in path:
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            (name,) = parse_qs(body)["paths"]
+            parent = name.rpartition("/")[0]
+            entries = [e for e in self.list_tree(parent, False) if e["path"] == name]
+            return self.send(json.dumps(entries).encode())
+        if "/resolve/main/" in path:
+            name = path.partition("/resolve/main/")[2]
+            body = server.files.get(name)
+            return self.send(body or b"", 200 if body is not None else 404)
+        super().answer()
+        body = server.calls[-1][2]
+        if "/commit/" in path:
+            for line in map(json.loads, body.splitlines()):
+                self.take(line["key"], line["value"])
+
+    def take(self, key: str, value: dict[str, Any]) -> None:
+        server: Any = self.server
+        stored = {p[5:]: body for p, _, body in server.calls if p.startswith("/lfs/")}
+        if key == "file":
+            server.files[value["path"]] = base64.b64decode(value["content"])
+        elif key == "lfsFile":
+            server.files[value["path"]] = stored[value["oid"]]
+        elif key.startswith("deleted"):
+            for name in [n for n in server.files if n.startswith(value["path"])]:
+                del server.files[name]
+        server.commits += key == "header"
+
+    def list_tree(self, folder: str, recursive: bool) -> list[dict[str, Any]]:
+        server: Any = self.server
+        entries: dict[str, dict[str, Any]] = {}
+        for name, body in server.files.items():
+            if folder and not name.startswith(folder + "/"):
+                continue
+            inner = name[len(folder) + 1 :] if folder else name
+            parts = inner.split("/")
+            for end in range(1, len(parts) if recursive else 2):
+                if end < len(parts):
+                    path = "/".join([*([folder] if folder else []), *parts[:end]])
+                    entries[path] = {"type": "directory", "path": path, "oid": "1"}
+            if recursive or len(parts) == 1:
+                entry = {"type": "file", "path": name, "size": len(body), "oid": "1"}
+                entries[name] = entry
+        return list(entries.values())
+
+    def send(self, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", '"1"')
+        self.send_header("X-Repo-Commit", "1")
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = answer
+
+
+KEEPS = """
+import sys
+from pathlib import Path
+from transformers import TrainerState, TrainingArguments
+from helpers import files
+from helpers.training import callbacks
+from tests.test_card import Hub
+
+folder, back = Path(sys.argv[1]), Path(sys.argv[2])
+args = TrainingArguments(output_dir=str(folder / "checkpoints"))
+second = callbacks.SecondPlace("hub:o/n", "run/sft", folder)
+for step in (1, 2, 3):
+    (folder / "best.json").write_text(str(step))
+    second.on_save(args, TrainerState(global_step=step))
+    second.on_train_end(args, TrainerState(global_step=step))
+print("ERROR", second.error)
+print(files.fetch_copy("hub:o/n", "run/sft", back))
+second = callbacks.SecondPlace("hub:o/public", "run/sft", folder)
+second.on_save(args, TrainerState(global_step=1))
+second.on_train_end(args, TrainerState(global_step=1))
+print("ERROR", second.error)
+"""
+
+
+def test_copies_go_to_a_private_repository_in_single_commits_and_come_back(
+    tmp_path: Path, run_python: Any
+) -> None:
+    folder = fill(tmp_path / "a", "a")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Repository) as server:
+        calls, server.files, server.commits = [], {}, 0  # type: ignore[attr-defined]
+        server.calls = calls  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        variables = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home")}
+        variables |= {"HF_HUB_OFFLINE": "0", "no_proxy": "127.0.0.1"}
+        variables |= {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
+        back = tmp_path / "back"
+        done = run_python("-c", KEEPS, str(folder), str(back), **variables)
+        server.shutdown()
+    assert done.stdout.splitlines() == [
+        "ERROR ",
+        "True",
+        "ERROR it is public: name a private one",
+    ], done.stdout + done.stderr
+    assert (back / "best.json").read_text() == "3"
+    assert files.list_sums(back) == files.list_sums(folder)
+    created = next(json.loads(body) for path, _, body in calls if "create" in path)
+    assert created["visibility"] == "private"
+    names = {"/".join(name.split("/")[:3]) for name in server.files}  # type: ignore[attr-defined]
+    assert names == {"run/sft/copy-000002", "run/sft/copy-000003"}
+    assert "hf_secret" not in done.stdout + done.stderr
