@@ -1,7 +1,16 @@
-# make demo    the whole series on the offline model, then its table
-# make chat    a web page to talk to a run's model, the demo's or RUN=name
-# make test    lint, types, tests, and every notebook
-# All set up .venv first; PYTHON=python3.12 chooses another interpreter.
+# `make` alone offers these. All set up .venv first; PYTHON=python3.12 chooses another
+# interpreter.
+define MENU
+  setup      install everything into .venv
+  try        the series in its smallest sizes, then its table (minutes)
+  demo       the series on the offline model, then its table (half an hour)
+  train      a recipe of docs/recipes.md, or a config.json:     FROM=guanaco-llama2-7b
+  evaluate   the models of a run on its held-out rows:          RUN=demo
+  chat       a web page to talk to a run's model:               RUN=demo
+  lab        the notebooks in JupyterLab (VS Code: open the folder, choose .venv)
+  test       lint, types, tests, and every notebook
+endef
+export MENU
 
 PYTHON ?= python3
 RUN ?= demo
@@ -9,13 +18,34 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo outputs site chat test lint notebooks-test repository clean
+.PHONY: menu setup try demo train evaluate outputs site chat lab test lint notebooks-test repository clean
+
+menu:
+	@$(PYTHON) -c "import sys; v = sys.version_info; print('Python', *v[:2], \
+	  '' if (3, 11) <= v < (3, 14) else '- 3.11 to 3.13 is needed: PYTHON=python3.12')"
+	@test -x $(BIN)/python && echo ".venv is there" || echo ".venv will be made"
+	@echo "$$MENU"
+	@if [ -t 0 ]; then printf "make "; read -r choice && [ -n "$$choice" ] \
+	  && $(MAKE) --no-print-directory $$choice; fi
 
 setup: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-gguf.txt
 
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
+
+try: setup
+	@$(BIN)/python -m helpers demo smoke
+
+train: setup
+	@$(BIN)/python -m helpers train $(FROM)
+
+evaluate: setup
+	@$(BIN)/python -m helpers evaluate $(RUN)
+
+lab: setup
+	@$(BIN)/python helpers/install.py requirements-dev.txt
+	@$(BIN)/jupyter lab notebooks
 
 demo: setup
 	@$(BIN)/python -m helpers demo
@@ -28,7 +58,7 @@ outputs: demo
 # notebooks and docs as pages, in site/
 site: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-dev.txt
-	@$(BIN)/python benchmarks/site.py
+	@$(BIN)/python benchmarks/pages.py
 
 chat: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-chat.txt requirements-gguf.txt
@@ -54,8 +84,10 @@ notebooks-test:
 	@TUNEBOOK_RUN=smoke $(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 \
 	  -p no:cacheprovider runs/smoke-notebooks
 
-# make repository URL=https://github.com/me/tunebook  writes the address everywhere; the
-# figures' too, as Colab has no files beside a notebook
+# writes the address everywhere: that of git's origin, or URL=https://github.com/me/tunebook;
+# the figures' too, as Colab has no files beside a notebook
+repository: URL ?= $(patsubst git@github.com:%,%,$(patsubst %.git,%,$(ORIGIN)))
+repository: ORIGIN = $(shell git remote get-url origin 2>/dev/null)
 repository:
 	@old=$$(sed -n 's/^Repository = "\(.*\)"/\1/p' pyproject.toml); \
 	old=$${old#https://github.com/}; new=$(patsubst https://github.com/%,%,$(URL)); \

@@ -72,6 +72,8 @@ def clean_output(output: Any) -> Any | None:
     is_widget = data.pop(WIDGET, None) is not None
     if BAR.search(data.get("text/plain", "")) or (is_widget and len(data) == 1):
         return None  # a widget without a static form
+    if is_widget:
+        data.pop("text/plain", None)
     for name, value in list(data.items()):
         if name == "image/png":
             data[name] = shrink(value)
@@ -93,10 +95,18 @@ def fill(path: Path, executed: Path, conditions: str) -> None:
     if hash_code(notebook) != hash_code(copy):
         sys.exit(f"{executed} ran other code than {path.name} has: run it again")
     copy, _ = CoalesceStreamsPreprocessor().preprocess(copy, {})
-    pairs = zip(notebook.cells, copy.cells, strict=True)
-    for cell, ran in [pair for pair in pairs if pair[0].cell_type == "code"]:
+    pairs, lesson = zip(notebook.cells, copy.cells, strict=True), ""
+    for cell, ran in pairs:
+        if cell.cell_type != "code":
+            words = re.sub(r"^#.*|[*`_]", "", cell.source, flags=re.M).split()
+            lesson = re.split(r"(?<=[.?!:]) ", " ".join(words))[0]
+            continue
         outputs = [clean_output(output) for output in ran.outputs]
         cell.outputs = [output for output in outputs if output is not None]
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):  # alt text, unless it has one
+                picture = output.metadata.setdefault("image/png", {})
+                picture.setdefault("alt", f"Picture: {lesson}")
     notebook.metadata["outputs"] = {"code": hash_code(notebook), "made": conditions}
     title = notebook.cells[0]
     title.source = MADE.sub("", title.source) + f"\n\n**Outputs** made on {conditions}."
@@ -109,7 +119,7 @@ def fill(path: Path, executed: Path, conditions: str) -> None:
 def main(run: Path) -> None:
     place = read_json(run / "report.json")["environment"]
     conditions = f"{place['device']}, {place['dtype']}, {place['engine']}"
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for path in sorted((ROOT / "notebooks").glob("0*.ipynb")):
         executed = run / "notebooks" / path.name
         if not executed.exists():
             sys.exit(f"{executed} is missing: run `make demo` first")

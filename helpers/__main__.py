@@ -74,8 +74,7 @@ def demo(recipe: str) -> runs.Run:
     os.environ["TUNEBOOK_RUNS"] = str(run.path.parent.resolve())
     os.environ["TUNEBOOK_RUN"] = run.config.name
     (run.path / "notebooks").mkdir(exist_ok=True)
-    options: Any = {"kernel_name": "python3"}  # coalesce_streams would reorder them
-    options["extra_arguments"] = ["--log-level=ERROR"]  # the kernel warns of TCP
+    options: Any = {"kernel_name": "python3", "extra_arguments": ["--log-level=ERROR"]}
     for source in sources:
         if any(stage in source.stem for stage in idle):
             continue

@@ -1,6 +1,6 @@
 """Copies of the notebooks in which the folded answers to exercises are code cells.
 
-    python -m tests.lessons FOLDER
+python -m tests.lessons FOLDER
 """
 
 from __future__ import annotations

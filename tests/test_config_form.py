@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import io
 import re
 
+import pandas as pd
 import pytest
 
 from helpers import estimate, recipes, runs
@@ -203,3 +205,14 @@ def test_a_model_of_unknown_architecture_can_be_saved(runs_home) -> None:
     assert "cannot be estimated" in form.message.value
     form.button.click()
     assert runs.open_run().config.model == "org/never-heard-of"
+
+
+def test_a_table_of_its_values_stands_for_the_form_where_no_kernel_answers(
+    form,
+) -> None:
+    form.fields["sft.max_steps"].value = "<7>"
+    bundle = form._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    (table,) = pd.read_html(io.StringIO(bundle["text/html"]), index_col=0)
+    assert table.loc["sft.max_steps", "value"] == "<7>"
+    assert "sft_adapter" not in table.index, "empty fields are left out"

@@ -15,11 +15,13 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
 
 from benchmarks import outputs as stored_outputs
+from tests.lessons import answer_code, is_answer, with_answers
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -135,10 +137,12 @@ def test_the_first_text_says_what_is_read_and_written_and_the_last_what_is_next(
 @every_notebook
 def test_cells_are_short_and_not_empty(path):
     code, texts = sources(path, "code"), sources(path, "markdown")
-    assert max(len(source.splitlines()) for source in code) <= 40
+    assert len(code) <= 45
+    assert max(len(source.splitlines()) for source in code) <= 25
     lines = [line for source in code for line in source.splitlines()]
     assert [line for line in lines if len(line) > 88] == []
-    assert [text[:40] for text in texts if len(text.split()) > 120] == []
+    prose = [re.sub(r"```.*?```", "", text, flags=re.S) for text in texts]
+    assert [text[:40] for text in prose if len(text.split()) > 120] == []
     assert all(source.strip() for source in [*code, *texts])
 
 
@@ -160,7 +164,43 @@ def test_no_function_of_the_helpers_is_defined_again(path):
 
 @every_notebook
 def test_every_name_is_bound_by_a_cell_above(path):
-    assert undefined("\n".join(s + "\n" for s in sources(path, "code"))) == ""
+    cells = [c for c in with_answers(path).cells if c["cell_type"] == "code"]
+    assert undefined("\n".join(cell["source"] + "\n" for cell in cells)) == ""
+
+
+@every_notebook
+def test_two_exercises_have_folded_answers_that_the_notebooks_test_runs(path):
+    cells = with_answers(path).cells
+    answers = [n for n, cell in enumerate(cells) if is_answer(cell)]
+    assert len(answers) == 2
+    for n in answers:
+        text = cells[n]["source"]
+        assert text.startswith("<details><summary>") and text.endswith("</details>")
+        assert cells[n + 1]["source"] == answer_code(cells[n])
+
+
+@every_notebook
+def test_the_figure_has_a_description_and_shows_on_any_background(path):
+    folder = "figures/"
+    if "/OWNER/" not in repository():  # Colab has no files beside a notebook
+        address = repository().replace("github.com", "raw.githubusercontent.com")
+        folder = f"{address}/main/notebooks/{folder}"
+    text = "\n".join(sources(path, "markdown"))
+    figures = re.findall(r"!\[(.{40,})\]\((?!http.*badge)(.*?)(\w+\.svg)\)", text)
+    assert figures and {place for _, place, _ in figures} == {folder}
+    for _, _, name in figures:
+        root = ElementTree.parse(ROOT / "notebooks" / "figures" / name).getroot()
+        _, _, width, height = map(float, root.get("viewBox", "").split())
+        card = next(each for each in root if each.tag.endswith("rect"))
+        assert float(card.get("width")) >= width - 2
+        assert float(card.get("height")) >= height - 2
+        assert re.fullmatch("#[0-9a-f]{6}", card.get("fill"))
+
+
+@every_notebook
+def test_links_to_read_on_are_given(path):
+    (reading,) = [s for s in sources(path, "markdown") if "ead on" in s]
+    assert len(re.findall(r"\]\(https://", reading)) >= 3
 
 
 def imported(path: Path) -> dict[str, Any]:

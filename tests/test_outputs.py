@@ -15,6 +15,7 @@ from PIL import Image
 from benchmarks import outputs
 
 CODE = "print(1)"
+TITLE = "# 0. A title\n\nThe *loss* falls. Why?"
 
 
 def stream(text: str, name: str = "stdout") -> Any:
@@ -28,7 +29,10 @@ def result(**data: str) -> Any:
 
 def fill(folder: Path, *executed: Any, code: str = CODE, runs: int = 1) -> Any:
     """A notebook with one code cell, after the outputs of its copy are put in."""
-    cells = [new_markdown_cell("# 0. A title"), new_code_cell(code)]
+    cells = [
+        new_markdown_cell(TITLE),
+        new_code_cell(code),
+    ]
     nbformat.write(new_notebook(cells=cells), folder / "a.ipynb")
     cells[1] = new_code_cell(CODE, execution_count=3, outputs=[*executed])
     nbformat.write(new_notebook(cells=cells), folder / "copy.ipynb")
@@ -56,7 +60,7 @@ def test_bars_banners_widgets_and_stderr_are_left_out(tmp_path: Path) -> None:
     stored = fill(tmp_path, bar, only_widget, *noise, form).cells[1].outputs
     assert [output.output_type for output in stored] == ["stream", "execute_result"]
     assert stored[0].text == "loss 1.0\n"
-    assert set(stored[1].data) == {"text/plain", "text/html"}
+    assert set(stored[1].data) == {"text/html"}
 
 
 def test_long_text_is_cut_with_a_word_and_paths_are_those_of_the_project(
@@ -81,11 +85,12 @@ def test_a_picture_is_stored_small(tmp_path: Path) -> None:
     stored = first.data["image/png"].replace("\n", "")
     assert Image.open(io.BytesIO(base64.b64decode(stored))).size == (1_000, 200)
     assert stored in second.data["text/html"]
+    assert first.metadata["image/png"] == {"alt": "Picture: The loss falls."}
 
 
 def test_the_title_says_once_which_machine_made_them(tmp_path: Path) -> None:
     notebook = fill(tmp_path, stream("1\n"), runs=2)
-    text = "# 0. A title\n\n**Outputs** made on two cores, float32."
+    text = f"{TITLE}\n\n**Outputs** made on two cores, float32."
     assert notebook.cells[0].source == text
     made = {"code": outputs.hash_code(notebook), "made": "two cores, float32"}
     assert notebook.metadata.outputs == made

@@ -9,11 +9,11 @@ import pytest
 
 soup = pytest.importorskip("bs4")
 
-from benchmarks import site  # noqa: E402
+from benchmarks import pages as builder  # noqa: E402
 
 
 def test_every_link_and_picture_between_pages_is_there(tmp_path: Path) -> None:
-    site.main(tmp_path / "site")
+    builder.main(tmp_path / "site")
     pages = {
         path: soup.BeautifulSoup(path.read_text("utf-8"), "html.parser")
         for path in sorted((tmp_path / "site").rglob("*.html"))

@@ -112,6 +112,7 @@ def plot_results(report: Row, path: Path) -> Figure:
         options = {"ylabel": "right answers, % (bars: 95 % interval)", "yerr": errors}
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     bars.plot.bar(ax=figure.add_subplot(), rot=0, width=0.8, capsize=4, **options)
+    figure.axes[0].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
     return figure
 

@@ -164,10 +164,11 @@ def draw_diagnostics(history: list[dict[str, Any]], path: Path | None = None) ->
     tables = {title: logged.filter(regex=names) for title, names in PANELS.items()}
     tables = {title: table for title, table in tables.items() if table.size}
     columns = -(-len(tables) // 2)
-    figure = Figure(figsize=(3.8 * columns, 5.6), layout="constrained")
+    figure = Figure(figsize=(3.8 * columns, 6.4), layout="constrained")
     for number, (title, table) in enumerate(tables.items(), start=1):
-        axes = figure.add_subplot(2, columns, number, xlabel="optimiser step")
-        table.plot(ax=axes, title=title, grid=True, marker=".")
+        axes = figure.add_subplot(2, columns, number)
+        table.plot(ax=axes, title=title, xlabel="optimiser step", grid=True, marker=".")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), fontsize="small")
         for name in table.filter(regex="^rewards/"):
             mean, spread = table[name], logged.get(name.replace("/mean", "/std"), 0)
             axes.fill_between(table.index, mean - spread, mean + spread, alpha=0.12)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 import ipywidgets as widgets
+import pandas as pd
 
 from helpers import checks, estimate, recipes
 from helpers.config import DataConfig, RunConfig, check_config, defaults, library_fields
@@ -64,6 +65,12 @@ class ConfigForm(widgets.VBox):
         pairs = zip(self.fields.values(), self.notes.values(), strict=True)
         rows = [widgets.HBox(pair, layout={"flex_flow": "row wrap"}) for pair in pairs]
         super().__init__([self.recipe, self.data, *rows, self.button, self.message])
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        """Adds a table, which stands for the form where no kernel answers."""
+        values = {n: field.value for n, field in self.fields.items() if field.value}
+        table = pd.Series(values, name="value").to_frame().to_html()
+        return super()._repr_mimebundle_(**options) | {"text/html": table}
 
     def choose(self, recipe: str) -> None:
         self.fill(self.run.config if recipe == SAVED else recipes.load(recipe))

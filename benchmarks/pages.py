@@ -1,6 +1,6 @@
 """Builds site/: the notebooks with their outputs, README and docs as pages.
 
-python benchmarks/site.py
+python benchmarks/pages.py
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main(site: Path = SITE) -> None:
         html = to_html(notebook, title, "\n".join(links).replace("{up}", up))
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(html, encoding="utf-8")
-    for name in ("LICENSE", "notebooks/figures"):
+    for name in ("LICENSE", "CITATION.cff", "notebooks/figures"):
         source, copy = ROOT / name, site / name
         if source.is_dir():
             shutil.copytree(source, copy)

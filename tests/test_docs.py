@@ -1,0 +1,97 @@
+"""README and docs: what they tell a reader to type, and what they quote, exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import __main__ as command_line
+from helpers import recipes
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+TARGETS = set(re.findall(r"^([a-z-]+):(?!=)", MAKEFILE, re.M))
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text("utf-8")
+
+
+def commands() -> list[str]:
+    """Every `python -m helpers ...` of the pages, on a line of its own."""
+    pattern = r"^ {4}\S*python -m helpers (.*?)(?: +#.*)?$"
+    texts = [re.sub(r"\\\n +", "", page.read_text("utf-8")) for page in PAGES]
+    return [line for text in texts for line in re.findall(pattern, text, re.M)]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_of_the_pages_is_understood(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []  # what would be executed, hours of it
+    monkeypatch.setattr(command_line, "execute", lambda *words: seen.append(words))
+    command_line.main(shlex.split(line))
+    ((command, values),) = seen
+    assert command in command_line.COMMANDS
+    if command == "train":
+        assert values["config"] in recipes.NAMES or "." in values["config"]
+
+
+def test_every_target_of_make_that_is_named_exists() -> None:
+    named = set()
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        named |= set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", text, re.M))
+    assert len(named) >= 4
+    assert named <= TARGETS
+
+
+def test_make_alone_prints_its_choices_without_a_terminal() -> None:
+    done = subprocess.run(
+        ["make"], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    choices = re.findall(r"^  ([a-z]+) ", done.stdout, re.M)
+    assert len(choices) == 8
+    assert set(choices) <= TARGETS
+    assert done.stdout.startswith("Python 3")
+
+
+def test_each_symptom_names_the_check_that_detects_it() -> None:
+    rows = re.findall(r"^\| .* \| (.*) \|$", read("docs/troubleshooting.md"), re.M)[1:]
+    assert len(rows) > 12
+    for cell in rows:
+        place, _, words = cell.partition(": ")
+        if place != "PyTorch":
+            assert words.strip('"') in read(place.strip("`")), cell
+
+
+def test_every_model_and_dataset_of_a_recipe_has_its_licence_named() -> None:
+    text = read("helpers/recipes.toml")
+    names = re.findall(r'^(?:model|\w+) = \[?"(\w[\w-]*/[\w.-]+)[":/]', text, re.M)
+    names = {name for name in names if not name.startswith("data_samples/")}
+    assert len(names) > 5
+    listed = read("docs/licences.md")
+    assert [name for name in sorted(names) if f"[{name}]" not in listed] == []
+
+
+def test_every_python_block_is_one_that_a_test_runs() -> None:
+    blocks = {p.name: len(re.findall("```python", p.read_text("utf-8"))) for p in PAGES}
+    ran = {"README.md": 2}  # by test_command_line.py and test_packaging.py
+    assert {name: count for name, count in blocks.items() if count} == ran
+
+
+def test_the_readme_is_short() -> None:
+    assert len(read("README.md").splitlines()) <= 150
+
+
+def test_the_version_is_that_of_the_project_everywhere() -> None:
+    (version,) = re.findall(r'^version = "(.*)"', read("pyproject.toml"), re.M)
+    assert f"\nversion: {version}\n" in read("CITATION.cff")
+    assert f"\n## {version}\n" in read("CHANGELOG.md")
