@@ -179,10 +179,7 @@ def forward(layer: Any, compiled: Any, hidden: Any, *args: Any, **more: Any) -> 
 
 
 class SharedRows(NamedTuple):
-    """A sampler for several processes: no row twice an epoch, as many tokens for each.
-
-    It ends in a row of no loss where accelerate would repeat others.
-    """
+    """Deals rows to processes; ends in blanks, where accelerate would repeat rows."""
 
     sampler: Any
     blanks: list[int]
