@@ -412,16 +412,32 @@ def section() -> list[str]:
     return lines
 
 
+def longest_share(gpus: int) -> tuple[float, float]:
+    """Returns the most tokens of a GPU over the mean: as rows come, and as dealt."""
+    import numpy as np
+
+    from helpers.training.layout import SharedRows
+
+    draw, ratios = np.random.default_rng(0), []
+    for _ in range(10):
+        sizes = draw.lognormal(np.log(320) - 0.125, 0.5, ROWS * gpus).clip(60, 1200)
+        shared = SharedRows(range(len(sizes)), [], sizes, ROWS, gpus, len(sizes))
+        dealt = sizes[[*shared]]
+        sums = [part.reshape(gpus, ROWS).sum(axis=1) for part in (sizes, dealt)]
+        ratios.append([part.max() / part.mean() for part in sums])
+    plain, dealt = np.mean(ratios, axis=0)
+    return float(plain), float(dealt)
+
+
 def predict() -> None:
     """Prints memory, communication and efficiency of more GPUs than were measured."""
-    from statistics import NormalDist
-
     from helpers import estimate
 
     names = estimate.NAMES.split()
     for model, fields in PREDICTED.items():
         estimate.KNOWN[model] = dict(zip(names, fields, strict=True))
-    mean, spread = 320, 0.53  # tokens of a chat row, and their deviation over the mean
+    mean = 320  # tokens of a chat row
+    waits = {gpus: longest_share(gpus) for gpus in (8, 64, 512)}
     for model in PREDICTED:
         lora = {"r": 16, "target_modules": memory.ALL}
         trained, _ = estimate.skeleton(model, lora).get_nb_trainable_parameters()
@@ -430,18 +446,16 @@ def predict() -> None:
         settings: Any = {"sft__per_device_train_batch_size": 1}
         peak = estimate.estimate_memory(changed(config, **settings))
         compute_s = 6 * ROWS * mean * weights / (2.6e12 * 132)  # `this_gpu` of an H100
-        for gpus in (8, 64, 512):
+        for gpus, wait in waits.items():
             link = 300e9 if gpus <= 8 else 50e9  # bytes/s a GPU: NVLink, 400 Gb/s
             share = 2 * (gpus - 1) / gpus  # of what each GPU holds, in a ring
             reduce_s, gather_s = (share * n / link for n in (4 * trained, weights / 2))
-            # the GPU of the longest rows is waited for
-            longest = NormalDist().inv_cdf(1 - 0.56 / gpus) * spread / ROWS**0.5
             packed = compute_s / (compute_s + reduce_s)
             sharded = compute_s / (compute_s + reduce_s + gather_s)
             split = peak["weights"] / gpus + peak.drop("weights").sum()
             text = f"| {model} | {gpus} | {peak.sum():.0f} | {split:.1f} "
             text += f"| {compute_s:.2f} | {reduce_s:.3f} | {gather_s:.2f} "
-            shares = (packed, packed / (1 + longest), sharded)
+            shares = (packed, packed / wait[0], packed / wait[1], sharded)
             print(f"{text}| " + " | ".join(f"{x:.0%}" for x in shares) + " |")
 
 

@@ -24,7 +24,7 @@ from helpers import recipes, runtime, stages
 from helpers.__main__ import COMMANDS
 from helpers.errors import ConfigError
 from helpers.runs import Run
-from helpers.training import inputs
+from helpers.training import inputs, layout
 
 ROOT = Path(__file__).parent.parent
 SFT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -156,6 +156,19 @@ def test_processes_share_a_steps_rows(
     assert (sizes[inputs.SIZES[0]], sizes[inputs.SIZES[2]]) == share
     assert sizes[inputs.SIZES[1]] == 8 // count
     assert sizes["generation_batch_size"] == 2 * micro
+
+
+def test_processes_draw_a_steps_rows_in_shares_of_equal_tokens() -> None:
+    tokens = [90, 10, 20, 80, 70, 30, 40, 60, 50, 50, 5, 95, 7, 7, 7, 7]
+    rows = layout.SharedRows(range(14), [14, 14], tokens, size=2, processes=2, step=8)
+    drawn = [*rows]
+    assert len(drawn) == len(rows) == 16
+    assert sorted(drawn[:8]) == [*range(8)]
+    assert sorted(drawn[8:]) == [8, 9, 10, 11, 12, 13, 14, 14]
+    for step in (drawn[:8], drawn[8:]):
+        passes = [step[n : n + 2] for n in range(0, 8, 2)]
+        shares = [rows.count_tokens(sum(passes[n::2], [])) for n in range(2)]
+        assert max(shares) - min(shares) <= 12
 
 
 def test_rows_that_do_not_divide_are_refused() -> None:

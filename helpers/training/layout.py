@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -179,17 +178,37 @@ def forward(layer: Any, compiled: Any, hidden: Any, *args: Any, **more: Any) -> 
     return compiled(hidden, *args, **more)
 
 
-class FilledRows(NamedTuple):
-    """A sampler that ends in a row of no loss, where accelerate would repeat others."""
+class SharedRows(NamedTuple):
+    """Deals rows to processes; ends in blanks, where accelerate would repeat rows."""
 
     sampler: Any
-    rows: list[int]
+    blanks: list[int]
+    tokens: list[int]  # of each row
+    size: int  # rows of a pass of one process
+    processes: int
+    step: int  # rows of an optimiser step
 
     def __len__(self) -> int:
-        return len(self.sampler) + len(self.rows)
+        return len(self.sampler) + len(self.blanks)
 
     def __iter__(self) -> Iterator[int]:
-        yield from chain(self.sampler, self.rows)
+        rows = [*self.sampler, *self.blanks]
+        for start in range(0, len(rows), self.step):
+            yield from self.deal(rows[start : start + self.step])
+
+    def deal(self, rows: list[int]) -> list[int]:
+        """Returns a step's rows as they are drawn: by pass, and then by process."""
+        shares: list[list[int]] = [[] for _ in range(self.processes)]
+        most = len(rows) // self.processes
+        for row in sorted(rows, key=self.tokens.__getitem__, reverse=True):
+            free = [share for share in shares if len(share) < most]
+            min(free, key=self.count_tokens).append(row)
+        passes = most // self.size
+        parts = [share[n::passes] for n in range(passes) for share in shares]
+        return [row for part in parts for row in part]
+
+    def count_tokens(self, rows: list[int]) -> int:
+        return sum(self.tokens[row] for row in rows)
 
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)
@@ -203,10 +222,13 @@ def filled_loader(trainer: Trainer, make_loader: Any) -> Any:
         size, sampler = batches.batch_size, batches.batch_sampler.sampler
         row = data[0] | {"labels": [-100] * len(data[0]["labels"])}
         last = Dataset.from_list([row], features=data.features)
+        filled, blanks = concatenate_datasets([data, last]), -len(data) % (size * count)
         # a loader lets nobody assign its rows
-        vars(loader.base_dataloader)["dataset"] = concatenate_datasets([data, last])
-        rows = FilledRows(sampler, [len(data)] * (-len(data) % (size * count)))
-        batches.batch_sampler = BatchSampler(rows, size, False)
+        vars(loader.base_dataloader)["dataset"] = filled
+        rows = [len(data)] * blanks, row_lengths(filled).tolist(), size, count
+        step = size * count * trainer.args.gradient_accumulation_steps
+        shared = SharedRows(sampler, *rows, step)
+        batches.batch_sampler = BatchSampler(shared, size, False)
     return loader
 
 
