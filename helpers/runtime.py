@@ -288,17 +288,34 @@ def hub_reachable() -> bool:
     return False
 
 
-def open_drive(wanted: bool) -> None:
-    """Keeps a Colab notebook's runs on Drive; TunebookError if that does not open."""
+def keep_runs(place: str) -> None:
+    """Keeps a notebook's work where it outlives the machine.
+
+    Args:
+        place: `drive`, on Colab; `hub:owner/name`, a private repository to which
+            checkpoints are copied, made if need be; or empty.
+
+    Raises:
+        ConfigError, TunebookError: another place, no token, or Drive does not open.
+    """
     if os.environ.get("TUNEBOOK_RUNS") == ON_DRIVE:  # the cell was run before
         del os.environ["TUNEBOOK_RUNS"]
-    if not wanted or "TUNEBOOK_RUNS" in os.environ or "google.colab" not in sys.modules:
+    if place.startswith("hub:"):
+        from huggingface_hub import get_token  # which asks Colab's secrets, too
+
+        if not (token := get_token()):
+            raise ConfigError(f"KEEP = {place!r} needs HF_TOKEN, on Colab a secret")
+        os.environ |= {"TUNEBOOK_KEEP": place, "HF_TOKEN": token}
+    elif place not in ("", "drive"):
+        raise ConfigError(f"KEEP = {place!r}: expected 'drive', 'hub:owner/name' or ''")
+    on_colab = "google.colab" in sys.modules
+    if place != "drive" or "TUNEBOOK_RUNS" in os.environ or not on_colab:
         return
     from google.colab import drive, errors
 
     try:
         drive.mount("/content/drive")
     except (ValueError, errors.Error) as error:
-        remedy = "allow it, or set KEEP_ON_DRIVE = False: runs then go with the machine"
+        remedy = "allow it, or set KEEP = '': runs then go with the machine"
         raise TunebookError(f"Drive was not opened ({error}); {remedy}") from error
     os.environ["TUNEBOOK_RUNS"] = ON_DRIVE

@@ -80,8 +80,8 @@ def test_a_notebook_is_valid_nbformat_4_5(path):
 
 def test_the_bootstrap_is_the_same_and_asks_before_installing():
     (code,) = {sources(path, "code")[0] for path in PATHS}
-    assert len(re.findall(r"^KEEP_ON_DRIVE = True  # on Colab: ", code, re.M)) == 1
-    opened = code.index("\nruntime.open_drive(KEEP_ON_DRIVE)\n")
+    assert len(re.findall(r'^KEEP = "drive"  # on Colab ', code, re.M)) == 1
+    opened = code.index("\nruntime.keep_runs(KEEP)\n")
     assert opened < code.index("\ninstall.ensure()\n")
     assert re.findall(r'^REPOSITORY = "(.*)"$', code, re.M) == [repository()]
 

@@ -206,15 +206,31 @@ HERE = runtime.ROOT / "runs"
 def test_a_colab_notebook_keeps_its_runs_on_drive_where_that_is_wanted(
     mounted: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime.open_drive(False)
+    runtime.keep_runs("")
     assert (mounted, runtime.runs_folder()) == ([], HERE)
-    runtime.open_drive(True)
+    runtime.keep_runs("drive")
     assert (mounted, runtime.runs_folder()) == (["/content/drive"], ON_DRIVE)
-    runtime.open_drive(False)  # the first cell, run again
+    runtime.keep_runs("")  # the first cell, run again
     assert runtime.runs_folder() == HERE
     monkeypatch.setenv("TUNEBOOK_RUNS", "/elsewhere")
-    runtime.open_drive(True)
+    runtime.keep_runs("drive")
     assert (len(mounted), runtime.runs_folder()) == (1, Path("/elsewhere"))
+
+
+def test_a_place_on_the_hub_needs_a_token_and_another_place_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "TUNEBOOK_KEEP"):
+        monkeypatch.setenv(name, "")  # to be put back afterwards
+        monkeypatch.delenv(name)
+    with pytest.raises(ConfigError, match="'hub:me/runs' needs HF_TOKEN"):
+        runtime.keep_runs("hub:me/runs")
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    runtime.keep_runs("hub:me/runs")
+    assert os.environ["TUNEBOOK_KEEP"] == "hub:me/runs"
+    with pytest.raises(ConfigError, match="KEEP = 'disk': expected 'drive', 'hub:owner"):
+        runtime.keep_runs("disk")
 
 
 @pytest.mark.parametrize("error", [ColabError("denied"), ValueError("mount failed")])
@@ -222,14 +238,14 @@ def test_a_drive_that_does_not_open_stops_the_first_cell_with_the_remedy(
     error: Exception, mounted: list[Any]
 ) -> None:
     mounted.append(error)
-    with pytest.raises(TunebookError, match=rf"\({error}\).*KEEP_ON_DRIVE = False"):
-        runtime.open_drive(True)
+    with pytest.raises(TunebookError, match=rf"\({error}\).*KEEP = ''"):
+        runtime.keep_runs("drive")
     assert runtime.runs_folder() == HERE
 
 
 def test_the_first_cell_asks_for_drive_before_anything_is_installed() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(runtime.ROOT)!r})\n"
-        "from helpers import install, runtime; runtime.open_drive(True)"
+        "from helpers import install, runtime; runtime.keep_runs('drive')"
     )
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True, env=os.environ)
