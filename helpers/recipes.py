@@ -31,6 +31,7 @@ SAMPLES = {
 RECIPES = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text("utf-8"))
 NOTES = ("source", "needs", "published")  # about a recipe, no part of its config
 NAMES = (*RECIPES, "smoke")
+COMMON = ("train", "test", "data", "main", "dataset")  # names that say nothing of rows
 
 
 def load(name: str, gpu: bool | None = None) -> RunConfig:
@@ -84,7 +85,10 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
     shares = {"eval_share": 0.1, "test_share": 0.2, "drop_unusable": True}
     values["data"] = {"train": [path], "train_rows": rows, **shares}
     values["system_prompt"] = SYSTEM_PROMPT if reader.form == "gsm8k" else ""
-    name = re.sub(r"\W+", "-", Path(path).name.partition(".")[0]).strip("-") or "mine"
+    *_, folder, file = ["mine", *Path(path).parts]
+    name = file.partition(".")[0]
+    name = f"{folder}-{name}" if name.partition(":")[0] in COMMON else name
+    name = re.sub(r"\W+", "-", name).strip("-") or "mine"
     values["name"] = f"{name}-data" if name in NAMES else name
     log.info(f"{path}: {reader.form}, as {reader.why}")
     text = f"{rows} of {reader.rows} rows in {epochs['num_train_epochs']} epochs of SFT"

@@ -132,3 +132,15 @@ def test_the_form_takes_a_file_and_says_what_is_wrong_with_one(
     assert form.config == recipes.for_data(classes)
     form.button.click()
     assert runs.open_run() == runs.open_run("mine")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("a/mine.jsonl", "mine"), ("a/train.jsonl", "a-train"), (".jsonl", "mine")],
+)
+def test_a_run_is_named_by_the_file_or_by_its_folder_where_that_says_more(
+    path: str, name: str, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{n}?", "completion": f"{n}."} for n in range(9)]
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    assert recipes.for_data(write(tmp_path / path, rows)).name == name
