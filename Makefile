@@ -53,6 +53,8 @@ demo: setup
 # the demo's outputs into notebooks/*.ipynb, cleaned
 outputs: demo
 	@$(BIN)/python helpers/install.py requirements-dev.txt
+	@$(BIN)/python -m nbconvert --log-level=ERROR --execute --to notebook \
+	  --output-dir runs/demo/notebooks notebooks/quickstart.ipynb
 	@$(BIN)/python benchmarks/outputs.py runs/demo
 
 # notebooks and docs as pages, in site/

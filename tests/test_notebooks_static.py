@@ -28,7 +28,9 @@ PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 README = ROOT / "README.md"
 COLAB = "https://colab.research.google.com/github/"
 
+SERIES = [path for path in PATHS if path.stem[0].isdigit()]
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+every_lesson = pytest.mark.parametrize("path", SERIES, ids=lambda path: path.stem)
 
 
 @cache
@@ -65,7 +67,7 @@ def undefined(code: str) -> str:
 
 
 def test_the_notebooks_are_numbered_without_a_gap():
-    numbers = [int(path.stem.split("_")[0]) for path in PATHS]
+    numbers = [int(path.stem.split("_")[0]) for path in SERIES]
     assert len(numbers) >= 7
     assert numbers == list(range(len(numbers)))
 
@@ -110,7 +112,7 @@ def test_the_badge_opens_this_notebook_of_the_repository(path):
     assert links == [f"{COLAB}{owner}/blob/main/notebooks/{path.name}"]
 
 
-@every_notebook
+@every_lesson
 def test_the_readme_lists_the_notebook_with_its_measured_minutes_and_its_memory(path):
     measured = json.loads((ROOT / "results" / "demo_cpu.json").read_text())
     minutes = f"{measured['notebooks']['seconds'][path.stem] / 60:.1f}"
@@ -121,7 +123,7 @@ def test_the_readme_lists_the_notebook_with_its_measured_minutes_and_its_memory(
     assert f"**Takes** {minutes} minutes and {memory_gb} GB on two CPU cores" in title
 
 
-@every_notebook
+@every_lesson
 def test_the_first_text_says_what_is_read_and_written_and_the_last_what_is_next(path):
     title, *_, close = sources(path, "markdown")
     assert load(path)["cells"][0]["cell_type"] == "markdown"
@@ -130,7 +132,7 @@ def test_the_first_text_says_what_is_read_and_written_and_the_last_what_is_next(
         1
     ] * 3
     assert close.startswith("## Done")
-    for following in PATHS[PATHS.index(path) + 1 :][:1]:
+    for following in SERIES[SERIES.index(path) + 1 :][:1]:
         assert f"**{following.stem}**" in close
 
 
@@ -168,7 +170,7 @@ def test_every_name_is_bound_by_a_cell_above(path):
     assert undefined("\n".join(cell["source"] + "\n" for cell in cells)) == ""
 
 
-@every_notebook
+@every_lesson
 def test_two_exercises_have_folded_answers_that_the_notebooks_test_runs(path):
     cells = with_answers(path).cells
     answers = [n for n, cell in enumerate(cells) if is_answer(cell)]
@@ -179,7 +181,7 @@ def test_two_exercises_have_folded_answers_that_the_notebooks_test_runs(path):
         assert cells[n + 1]["source"] == answer_code(cells[n])
 
 
-@every_notebook
+@every_lesson
 def test_the_figure_has_a_description_and_shows_on_any_background(path):
     folder = "figures/"
     if "/OWNER/" not in repository():  # Colab has no files beside a notebook
@@ -197,7 +199,7 @@ def test_the_figure_has_a_description_and_shows_on_any_background(path):
         assert re.fullmatch("#[0-9a-f]{6}", card.get("fill"))
 
 
-@every_notebook
+@every_lesson
 def test_links_to_read_on_are_given(path):
     (reading,) = [s for s in sources(path, "markdown") if "ead on" in s]
     assert len(re.findall(r"\]\(https://", reading)) >= 3

@@ -82,11 +82,14 @@ def test_the_environment_is_json_and_names_dtype_engine_and_versions(
 
 
 def test_the_hub_is_in_reach_when_its_address_answers(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from huggingface_hub import constants
 
-    page = (runtime.ROOT / "README.md").as_uri()
+    file = tmp_path / runtime.PROBE.strip("/")
+    file.parent.mkdir(parents=True)
+    file.touch()
+    page = tmp_path.as_uri()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for endpoint, offline, answer in [
         ("http://127.0.0.1:9", "0", False),  # nobody listens
@@ -229,7 +232,9 @@ def test_a_place_on_the_hub_needs_a_token_and_another_place_is_refused(
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     runtime.keep_runs("hub:me/runs")
     assert os.environ["TUNEBOOK_KEEP"] == "hub:me/runs"
-    with pytest.raises(ConfigError, match="KEEP = 'disk': expected 'drive', 'hub:owner"):
+    with pytest.raises(
+        ConfigError, match="KEEP = 'disk': expected 'drive', 'hub:owner"
+    ):
         runtime.keep_runs("disk")
 
 
