@@ -21,10 +21,6 @@ CLASSES |= {"inference": "transformers.GenerationConfig"}  # take a group's valu
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-# fields of saved configs of before, and the values that changed nothing (None: any)
-RETIRED = {"few_shot": 0, "probe_samples": 0, "probe_problems": None}
-RETIRED_EVALUATION = {"protocol": "ours", "samples": 0}
-RETIRED_EVALUATION |= {"temperature": None, "minutes": None}
 
 
 class Source(BaseModel, extra="forbid", frozen=True):
@@ -132,18 +128,8 @@ class RunConfig(BaseModel, extra="forbid", validate_assignment=True):
         return self
 
 
-def drop_retired(values: Any, retired: dict[str, Any]) -> Any:
-    if not isinstance(values, dict):
-        return values
-    inert = [n for n in values.keys() & retired if retired[n] in (None, values[n])]
-    return {name: value for name, value in values.items() if name not in inert}
-
-
 def check_config(values: dict[str, Any]) -> RunConfig:
     """Returns the config of a dictionary; ConfigError has a line for each fault."""
-    values = drop_retired(values, RETIRED)
-    if isinstance(values, dict) and "evaluation" in values:
-        values["evaluation"] = drop_retired(values["evaluation"], RETIRED_EVALUATION)
     try:
         return RunConfig.model_validate(values)
     except pydantic.ValidationError as error:

@@ -96,15 +96,6 @@ def test_a_file_that_holds_no_config_says_why(
         read_config(path)
 
 
-def test_a_saved_config_of_before_loads_where_what_is_gone_changed_nothing(
-    demo: RunConfig,
-) -> None:
-    values = {"few_shot": 0, "probe_samples": 0, "probe_problems": 9}
-    old = demo.model_dump() | values
-    old["evaluation"] |= {"protocol": "ours", "temperature": 0.7, "minutes": 3}
-    assert config.check_config(old) == demo
-
-
 def test_changed_reaches_into_a_group_and_leaves_the_rest_and_the_original(
     demo: RunConfig,
 ) -> None:

@@ -195,3 +195,26 @@ def test_a_way_that_failed_has_a_row_with_its_error(
     again.write_text(sft_speed.RESULT.read_text())
     sft_speed.merge([str(again)])
     assert len(publish.sft_rows()) == 2
+
+
+def test_the_page_on_scaling_has_the_measured_speedups() -> None:
+    page = (publish.ROOT / "docs" / "scaling.md").read_text("utf-8")
+    rows = publish.read(publish.RESULTS / "scale.json")["rows"]
+    lines = {}
+    for row in [row for row in rows if row["gpus"] > 1]:
+        place = 2 * (row["rows"] == "in_all") + (row["gpus"] > 2)
+        cells = lines.setdefault(f"| {row['shape']}, {row['engine']} |", ["-"] * 4)
+        cells[place] = f"{row['speedup']:.2f}"
+    assert lines
+    for start, cells in lines.items():
+        assert f"{start} {' | '.join(cells)} |" in page
+
+
+def test_the_page_on_reliability_has_what_a_gpu_gave() -> None:
+    page = (publish.ROOT / "docs" / "reliability.md").read_text("utf-8")
+    values = publish.read(publish.RESULTS / "gpu_kills.json")
+    assert {row["largest_difference"] for row in values["sft"]} == {0.0}
+    assert sum(row["killed"] for row in values["sft"]) == 6
+    assert "six SFT runs of 60 steps were killed" in page
+    (row,) = values["grpo"]
+    assert f"used {row['used_s']:.1f} of its {row['budget_s']:.0f} seconds" in page
