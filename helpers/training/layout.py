@@ -70,7 +70,8 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
         prepare_compiled(trainer, run)
     machine, note = runtime.find_machine(), read_json(path)
     count = trainer.args.world_size
-    name = f"{machine.name}, {machine.memory_gb:.1f} GiB, {count} processes"
+    name = f"{machine.name}, {machine.memory_gb:.1f} GiB"
+    name += f", {count} processes" if count > 1 else ""
     with apart(trainer) if count > 1 else nullcontext():
         order = [own_layout(trainer)] if stays else candidates(trainer, run)
         if stays or note.get("stays") or note.get("machine") != name:
