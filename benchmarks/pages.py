@@ -80,7 +80,7 @@ def main(site: Path = SITE) -> None:
         html = to_html(notebook, title, "\n".join(links).replace("{up}", up))
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(html, encoding="utf-8")
-    for name in ("LICENSE", "CITATION.cff", "notebooks/figures"):
+    for name in ("LICENSE", "CITATION.cff", "notebooks/figures", "configs"):
         source, copy = ROOT / name, site / name
         if source.is_dir():
             shutil.copytree(source, copy)
