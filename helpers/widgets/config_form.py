@@ -69,8 +69,10 @@ class ConfigForm(widgets.VBox):
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         """Adds a table, which stands for the form where no kernel answers."""
         values = {n: field.value for n, field in self.fields.items() if field.value}
-        table = pd.Series(values, name="value").to_frame().to_html()
-        return super()._repr_mimebundle_(**options) | {"text/html": table}
+        style = {"white-space": "pre-wrap", "text-align": "left"}
+        table = pd.Series(values, name="value").to_frame().style.format(escape="html")
+        page = table.set_properties(**style).to_html()
+        return super()._repr_mimebundle_(**options) | {"text/html": page}
 
     def choose(self, recipe: str) -> None:
         self.fill(self.run.config if recipe == SAVED else recipes.load(recipe))
