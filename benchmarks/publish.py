@@ -20,7 +20,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import adapters, export_parity, masks, memory, scale, sft_speed  # noqa: E402  # noqa: E402
+from benchmarks import adapters, export_parity, masks, memory, scale, sft_speed  # noqa: E402
 from helpers import recipes  # noqa: E402
 from helpers.estimate import estimate_memory  # noqa: E402
 from helpers.evaluation.tables import percent, results_table  # noqa: E402

@@ -118,8 +118,6 @@ def show(result: Any) -> None:
 
 def execute(command: str, values: dict[str, Any]) -> Any:
     function, *options = COMMANDS[command].split()
-    if (gpus := values.pop("gpus", None)) and "LOCAL_RANK" not in os.environ:
-        runtime.launch(sys.argv[1:], gpus)  # before CUDA starts in this process
     for name in values.keys() & {"run", "other"}:
         values[name] = runs.open_run(values[name])
     config = values["run"].config if "run" in values else None
@@ -152,6 +150,8 @@ def main(arguments: list[str]) -> None:
     values = vars(parser.parse_args(arguments))
     values = {name: value for name, value in values.items() if value is not None}
     try:
+        if (gpus := values.pop("gpus", None)) and "LOCAL_RANK" not in os.environ:
+            runtime.launch(arguments, gpus)  # before CUDA starts in this process
         result = execute(command := values.pop("command"), values)
         show(result if command != "export" else None)  # which logs its table
     except (TunebookError, OSError, ImportError) as error:

@@ -10,7 +10,6 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import product
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -18,7 +17,7 @@ from pydantic_core import to_json
 
 from helpers import estimate, recipes
 from helpers.config import RunConfig, complete, library_class, library_fields
-from helpers.data.preparation import SETS
+from helpers.data.preparation import sources_of
 from helpers.data.sources import find_path
 from helpers.errors import ConfigError, MissingInput, UnknownArchitecture, nearest
 from helpers.grpo.rewards import choose, margin
@@ -123,10 +122,9 @@ def check_lengths(ends: list[int], max_length: int) -> Advice | None:
 
 
 def missing_files(config: RunConfig) -> Iterator[Fault]:
-    sources = [(name, getattr(config.data, name)) for name in SETS]
-    for name, source in [*product(["train"], config.data.train), *sources]:
+    for name, source in sources_of(config.data):
         try:
-            find_path(str(source or "owner/name"))
+            find_path(str(source))
         except MissingInput as error:
             yield f"data.{name}", str(error)
 
@@ -255,12 +253,14 @@ def disappointments(config: RunConfig, machine: Machine) -> Iterator[Fault]:
         yield "engine", "Unsloth has patched transformers here: restart the kernel"
     if config.trust_remote_code:
         yield "trust_remote_code", "code of the model's authors runs with your rights"
-    own = recipes.load(config.recipe).data if config.recipe in recipes.NAMES else None
-    if own and own.train != config.data.train:
-        sets = [n for n in SETS if getattr(own, n) == getattr(config.data, n)]
-        text = f"other rows than those of {config.recipe}, whose prompt and "
-        text += f"{', '.join(sets)} are kept: change them, or use recipes.for_data"
-        if sets:
+    if config.recipe in recipes.NAMES:
+        own = recipes.load(config.recipe)
+        samples = recipes.scaled(own, samples=True)  # the rows of `--small`
+        sets = [n for n, s in sources_of(config.data) if s == getattr(own.data, n)]
+        kept = ["prompt"] * (config.system_prompt == own.system_prompt) + sets
+        text = f"other rows than those of {config.recipe}, whose {', '.join(kept)} "
+        text += "are kept: change them, or use recipes.for_data"
+        if sets and config.data.train not in (own.data.train, samples.data.train):
             yield "data.train", text
     if config.pad_token == "eos":
         yield "pad_token", "EOS would never be learnt, so another token pads"

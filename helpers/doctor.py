@@ -24,13 +24,15 @@ def diagnose() -> pd.DataFrame:
     """Returns a row a check: what was found, seconds, and a remedy where it failed."""
     rows = []
     for name, (check, remedy) in CHECKS.items():
-        start, failure = time.perf_counter(), ""
+        start, verdict = time.perf_counter(), "fine"
         try:
             text = check()
         except Exception as error:  # of any library: it is the finding
-            text, failure = f"{type(error).__name__}: {error!s:.200}", remedy
+            text, verdict = (
+                f"{type(error).__name__}: {error!s:.200}",
+                f"failed: {remedy}",
+            )
         seconds = round(time.perf_counter() - start, 1)
-        verdict = f"failed: {failure}" if failure else "fine"
         rows.append((name, " ".join(mask_secrets(text).split()), seconds, verdict))
     table = pd.DataFrame(rows, columns=["check", "found", "seconds", "verdict"])
     return table.set_index("check")
@@ -118,16 +120,14 @@ def save_model(folder: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words = {text: n for n, text in enumerate(["<s>", "</s>", "<pad>", *ALPHABET])}
-    tokenizer = Tokenizer(models.BPE(words, []))
+    # ids of BOS and EOS are those of `LlamaConfig`
+    words = {text: n for n, text in enumerate(["<pad>", "<s>", "</s>", *ALPHABET])}
     marks: Any = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    options: Any = {"tokenizer_object": tokenizer, **marks}
-    PreTrainedTokenizerFast(**options).save_pretrained(folder)
+    marks["tokenizer_object"] = Tokenizer(models.BPE(words, []))
+    PreTrainedTokenizerFast(**marks).save_pretrained(folder)
     sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads: Any = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    ids: Any = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    config = LlamaConfig(vocab_size=len(words), **sizes, **heads, **ids)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes |= {"num_attention_heads": 4, "vocab_size": len(words), "pad_token_id": 0}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
 
 
 CHECKS: dict[str, tuple[Callable[[], str], str]] = {

@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-import fsspec
-from httpx import HTTPError
-from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 
 from helpers.errors import TunebookError
@@ -155,6 +152,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def find_copies(place: str, name: str) -> tuple[Any, str, list[str]]:
     """Returns a place's file system, the path for a name, and its copies in order."""
+    import fsspec
+
     url, options = place, dict[str, Any]()
     if place.startswith("hub:"):
         url, options = f"hf://{place[4:]}", {"token": os.environ.get("HF_TOKEN", False)}
@@ -175,6 +174,8 @@ def list_sums(folder: Path) -> dict[str, list[Any]]:
 
 def send_copy(folder: Path, place: str, name: str) -> None:
     """Sends a folder to a folder, fsspec URL or `hub:owner/name`; two copies stay."""
+    from huggingface_hub import HfApi
+
     system, path, copies = find_copies(place, name)
     copy = f"copy-{1 + max((int(c[-6:]) for c in copies), default=0):06}"
     api, repo = HfApi(token=os.environ.get("HF_TOKEN", False)), place[4:]
@@ -196,6 +197,8 @@ def send_copy(folder: Path, place: str, name: str) -> None:
 
 def fetch_copy(place: str, name: str, folder: Path) -> bool:
     """Fills a folder from a place's newest whole copy; returns whether there is one."""
+    from httpx import HTTPError
+
     try:
         system, _, copies = find_copies(place, name)
         for copy in reversed(copies):

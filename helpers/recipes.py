@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.config import SYSTEM_PROMPT, RunConfig, changed, check_config
-from helpers.data.formats import is_solved
+from helpers.data.formats import first_answer, is_solved
 from helpers.data.reading import Reader
 from helpers.data.sources import open_rows
 from helpers.errors import ConfigError, nearest
@@ -69,8 +69,7 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
     base = load("finetome-llama32-1b" if online else "demo", gpu=False)
     reader = Reader(path, drop_unusable=True)
     chats = list(reader.read(open_rows(path, 20_000)))
-    replies = ([t for t in chat if t["role"] == "assistant"][0] for chat in chats)
-    answers = [reply["content"].strip() for reply in replies]
+    answers = [first_answer(chat)["content"].strip() for chat in chats]
     classes, judged = sorted(set(answers)), "as texts"
     evaluation = base.evaluation.model_dump()
     if all(map(is_solved, answers)):

@@ -75,7 +75,7 @@ def train(config: RunConfig, stage: Stage | None = None) -> Run:
     alone = count == 1 and not stage  # a launcher's processes would all do the rest
     if alone and evaluator.held_out(config):
         evaluator.evaluate_run(run)
-        for pair in pairwise(run.report()["eval"]):
+        for pair in pairwise(["base", *config.stages]):
             evaluator.compare(run, *pair)
     if alone and config.export:
         export(run)

@@ -115,6 +115,13 @@ def test_a_recipe_with_other_rows_is_warned_of_what_it_keeps(classes: str) -> No
     assert "eval, problems, test, test_new are kept" in advice.text
 
 
+def test_what_a_recipe_does_not_have_is_not_said_to_be_kept(classes: str) -> None:
+    config = changed(recipes.load("guanaco-llama2-7b"), data__train=[classes])
+    assert [a for a in checks.advise(config) if a.field == "data.train"] == []
+    small = recipes.small(recipes.load("finetome-llama32-1b"))
+    assert [a for a in checks.advise(small) if a.field == "data.train"] == []
+
+
 def test_a_missing_file_is_an_error_of_its_field() -> None:
     config = changed(recipes.load("demo"), data__eval="gone.jsonl")
     (advice,) = checks.advise(config)

@@ -69,6 +69,11 @@ def is_solved(answer: str) -> bool:
     return "\n" not in final and parse_gold(answer) is not None
 
 
+def first_answer(messages: Messages) -> Row:
+    answers = (m for m in messages if m["role"] == "assistant")
+    return next(m for m in answers if m.get("weight") != 0)
+
+
 def ask(question: str, system_prompt: str) -> Messages:
     """Returns the prompt for a problem: the same in training, GRPO and evaluation."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []

@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import pandas as pd
 
-from helpers.config import HELD_OUT, DataConfig, RunConfig, Source
-from helpers.data.formats import Messages, Row, ask, is_solved
+from helpers.config import HELD_OUT, DataConfig, Rows, RunConfig, Source
+from helpers.data.formats import Messages, Row, ask, first_answer, is_solved
 from helpers.data.reading import SHOWN, Reader
 from helpers.data.sources import content_of, open_rows
 from helpers.errors import DataError
@@ -33,11 +33,6 @@ def questions_of(row: Row) -> list[str]:
     return asked or [row["question"]]
 
 
-def first_answer(messages: Messages) -> Row:
-    answers = (m for m in messages if m["role"] == "assistant")
-    return next(m for m in answers if m.get("weight") != 0)
-
-
 def first_question(messages: Messages) -> Messages:
     """Returns a conversation up to its first answer that is learnt, a prompt."""
     number = messages.index(first_answer(messages))
@@ -51,10 +46,10 @@ def to_prompts(config: RunConfig, rows: list[Row]) -> list[Row]:
         return [row | {"prompt": ask(row["question"], system)} for row in rows]
     prompts, labels = [], [label.strip() for label in config.evaluation.labels or []]
     rows = rows[: config.evaluation.text_rows]
-    solved = all(is_solved(first_answer(row["messages"])["content"]) for row in rows)
-    for row in rows:
+    answers = [first_answer(row["messages"])["content"] for row in rows]
+    solved = not labels and all(map(is_solved, answers))
+    for row, answer in zip(rows, answers, strict=True):
         prompt = first_question(row["messages"])
-        answer = first_answer(row["messages"])["content"]
         if labels and answer.strip() not in labels:
             raise DataError(f"right answer {answer!r} is not among evaluation.labels")
         texts = {"question": prompt[-1]["content"], "reference": answer}
@@ -97,6 +92,11 @@ def by_weight(counts: list[int], weights: list[float | None]) -> list[int]:
     parts = [weight or 1.0 for weight in weights]
     unit = min(count / part for count, part in zip(counts, parts, strict=True))
     return [max(1, round(unit * part)) for part in parts]
+
+
+def sources_of(config: DataConfig) -> list[tuple[str, Rows]]:
+    named = [(name, getattr(config, name)) for name in SETS if getattr(config, name)]
+    return [*(("train", source) for source in config.train), *named]
 
 
 def parts_of(config: DataConfig) -> list[str]:
@@ -153,9 +153,7 @@ def prepare(run: Run, origin: Row | None = None) -> Row:
 def read_sources(run: Run, file: IO[bytes], report: Row) -> pd.DataFrame:
     """Returns each row's part, source, offset in the file, and places of questions."""
     config, table, seen = run.config.data, list[tuple[Any, ...]](), set[int]()
-    sources = [("train", source) for source in config.train]
-    sources += [(name, getattr(config, name)) for name in SETS if getattr(config, name)]
-    for number, (part, source) in enumerate(sources, start=1):
+    for number, (part, source) in enumerate(sources_of(config), start=1):
         form = source.format if isinstance(source, Source) else None
         reader = Reader(str(source), form, run.config.system_prompt)
         reader.drop_unusable = config.drop_unusable
@@ -218,8 +216,7 @@ def mix(run: Run, rows: pd.DataFrame, file: IO[bytes], report: Row) -> pd.DataFr
 def origin_of(run: Run) -> Row:
     """Returns hashes of what `data/` is made from: settings, contents of sources."""
     config, data = run.config, run.config.data
-    sources = [*data.train, *(getattr(data, name) for name in SETS)]
-    paths = dict.fromkeys(str(source) for source in sources if source)
+    paths = dict.fromkeys(str(source) for _, source in sources_of(data))
     contents = {path: content for path in paths if (content := content_of(path))}
     settings = fingerprint(data.model_dump(), config.system_prompt, config.seed)
     return {"made_from": settings, "inputs": contents}

@@ -14,9 +14,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow.parquet
-from huggingface_hub import HfApi
-
 from helpers import runtime
 from helpers.config import Source
 from helpers.errors import DataError, MissingInput
@@ -84,6 +81,8 @@ def find_path(path: str) -> Path | None:
 
 def content_of(source: str | Source) -> str | None:
     """Returns a hash of a source's files, its commit on the hub, None if unknown."""
+    from huggingface_hub import HfApi
+
     try:
         path = find_path(str(source))
         if path is None:
@@ -119,6 +118,8 @@ def read_dataset(source: Source, path: Path | None) -> Any:
 
 def read_file(path: Path) -> Iterator[Any]:
     """Yields the rows of a file: JSON values, cells of a table, or lines of a text."""
+    import pyarrow.parquet
+
     try:
         with path.open("rb") as packed:
             zipped = packed.peek(2)[:2] == b"\x1f\x8b"  # whatever its name says

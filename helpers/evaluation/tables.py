@@ -52,10 +52,8 @@ def to_frame(rows: list[Row], index: list[str], columns: list[str]) -> pd.DataFr
 def to_row(label: str, stage: Row, part: Row) -> Row:
     """Returns what a model's training cost and its evaluation gave."""
     row = {"model": STAGES.get(label, label), **stage}
-    values, chats = (
-        [part.get(k) for k in ACCURACIES.values()],
-        part.get("test_chat", {}),
-    )
+    values = [part.get(key) for key in ACCURACIES.values()]
+    chats = part.get("test_chat", {})
     values += [chats.get("correct"), part.get("eval_loss"), chats.get("loss")]
     for costs in stage, part:
         values.append(f"{costs['seconds'] / 60:.1f}" if "seconds" in costs else None)

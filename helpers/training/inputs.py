@@ -10,17 +10,10 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from helpers import runtime
+from helpers import files, runtime
 from helpers.config import RunConfig, Stage, defaults
 from helpers.errors import ConfigError
-from helpers.files import (
-    content_hash,
-    fetch_copy,
-    fingerprint,
-    read_json,
-    set_aside,
-    write_json,
-)
+from helpers.files import content_hash, fingerprint, read_json, set_aside, write_json
 from helpers.masking.templates import template_text
 from helpers.runs import Run
 
@@ -77,6 +70,10 @@ def inputs_of(run: Run, stage: Stage) -> dict[str, Any]:
     return inputs | {f"lora.{name}": value for name, value in config.lora.items()}
 
 
+def copies_name(run: Run, stage: Stage) -> str:
+    return f"{run.config.name}/{stage}-{fingerprint(inputs_of(run, stage))}"
+
+
 def open_stage(run: Run, stage: Stage) -> Path:
     """Returns a stage's folder, after renaming one that was made from other inputs."""
     folder, inputs = run.path / stage, inputs_of(run, stage)
@@ -86,10 +83,10 @@ def open_stage(run: Run, stage: Stage) -> Path:
         names = sorted(k for k in old | new if old.get(k) != new.get(k))
         aside = set_aside(folder, "before")
         log.info(f"{stage}: {', '.join(names)} changed; former result: {aside}")
-    name = f"{run.config.name}/{stage}-{fingerprint(inputs)}"
-    place = os.environ.get("TUNEBOOK_KEEP")
-    if place and not folder.exists() and fetch_copy(place, name, folder):
-        log.info(f"{stage}: brought back from {place}/{name}")
+    if (place := os.environ.get("TUNEBOOK_KEEP")) and not folder.exists():
+        name = copies_name(run, stage)
+        if files.fetch_copy(place, name, folder):
+            log.info(f"{stage}: brought back from {place}/{name}")
     if not (folder / NOTE).exists():
         note = {"fingerprint": fingerprint(inputs), "finished": False, "inputs": inputs}
         write_json(folder / NOTE, note)

@@ -117,7 +117,7 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     trainer.callback_handler.callbacks.insert(0, watch)  # the others see its count
     trainer.remove_callback(callbacks.SecondPlace)
     if place := os.environ.get("TUNEBOOK_KEEP"):
-        name = f"{config.name}/{stage}-{read_json(folder / inputs.NOTE)['fingerprint']}"
+        name = inputs.copies_name(run, stage)
         trainer.add_callback(callbacks.SecondPlace(place, name, folder))
     checkpoint = callbacks.last_checkpoint(folder / "checkpoints")
     size = model.num_parameters(only_trainable=True)
