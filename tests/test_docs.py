@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from helpers import __main__ as command_line
-from helpers import recipes
+from helpers import recipes, runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -37,6 +37,7 @@ def test_a_command_of_the_pages_is_understood(
 ) -> None:
     seen: list[Any] = []  # what would be executed, hours of it
     monkeypatch.setattr(command_line, "execute", lambda *words: seen.append(words))
+    monkeypatch.setattr(runtime, "launch", lambda *words: None)  # no GPUs here
     command_line.main(shlex.split(line))
     ((command, values),) = seen
     assert command in command_line.COMMANDS
