@@ -208,8 +208,7 @@ def training_ids(run: Run, tokenizer: Any, count: int) -> list[list[int]]:
     config = run.config
     part = "train" if config.data.train else "problems"
     rows = read_rows(run.require(f"data/{part}.jsonl"))[:count]
-    chats, _ = to_conversations(rows, config.system_prompt)
-    size = config.max_length
+    chats, size = to_conversations(rows, config.system_prompt)[0], config.max_length
     masked = mask_conversations(tokenizer, chats, config.loss_on, size, drop=True)
     ids = [*chain.from_iterable(masked.rows["input_ids"])]
     # each pass costs the same, whatever its length
@@ -219,8 +218,7 @@ def training_ids(run: Run, tokenizer: Any, count: int) -> list[list[int]]:
 def write_4bit(source: str, folder: str, awq: bool, ids: list[list[int]]) -> None:
     """Writes a model in 4 bit by GPTQ, after AWQ's scaling if asked.
 
-    Rounding to nearest alone costs small models their answers; both calibrate on blocks
-    of token ids. Another process runs this.
+    It runs in a process of its own. Without these, small models lose their answers.
     """
     import math
 
