@@ -105,10 +105,9 @@ def show(result: Any) -> None:
     if isinstance(result, runs.Run):
         from helpers.evaluation import tables
 
-        report = result.report()
-        parts = {"results_table": "eval", "differences_table": "comparisons"}
-        for name in [name for name, part in parts.items() if part in report]:
-            show(getattr(tables, name)(report))
+        for table in (tables.results_table, tables.differences_table):
+            if not (rows := table(result.report())).empty:
+                show(rows)
         result = f"{result.path}; to chat: python -m helpers chat {result.config.name}"
     if isinstance(result, dict):
         result = json.dumps(result, indent=1)

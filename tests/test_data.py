@@ -260,13 +260,14 @@ def test_a_turn_that_is_not_learnt_keeps_its_mark_and_is_part_of_the_prompt(
     run_factory: MakeRun, tmp_path: Path
 ) -> None:
     chat = turns("a?", "wrong", "again?", "right", "and?", "yes")
-    assert data.first_question(chat) == turns("a?")
     chat[1]["weight"] = 0
     source = write(tmp_path / "c.jsonl", [{"messages": chat}])
     data.prepare(run := run_factory(**{**CHATS_ONLY, "data__train": [source]}))
-    assert read_all(run)["train"][0]["messages"] == chat
-    assert data.first_question(chat) == turns("a?", "wrong", "again?")
-    assert data.first_answer(chat)["content"] == "right"
+    (row,) = read_all(run)["train"]
+    assert row["messages"] == chat
+    (prompt,) = data.to_prompts(run.config, [row])
+    assert prompt["prompt"] == turns("a?", "wrong", "again?")
+    assert prompt["reference"] == "right"
 
 
 def test_bad_rows_are_refused_by_the_source_or_dropped_and_ignored_by_choice(
