@@ -12,6 +12,7 @@ from typing import Any
 import nbformat
 import pytest
 
+from benchmarks import series
 from helpers import __main__ as command_line
 from helpers import recipes, runtime
 from helpers.inference import items
@@ -140,7 +141,7 @@ def test_the_series_executes_copies_of_the_notebooks_that_a_run_has_a_use_for(
     project: Path, runs_home: Path
 ) -> None:
     before = (project / "00_setup.ipynb").read_bytes()
-    run = command_line.demo("gsm8k-grpo-llama32-1b")  # it has no SFT
+    run = series.execute("gsm8k-grpo-llama32-1b")  # it has no SFT
     copies = run.path / "notebooks"
     assert [path.name for path in copies.iterdir()] == ["00_setup.ipynb"]
     assert outputs(copies / "00_setup.ipynb") == "gsm8k-grpo-llama32-1b\n"
@@ -152,7 +153,7 @@ def test_a_failing_notebook_ends_the_series_and_leaves_its_copy(
     project: Path, runs_home: Path
 ) -> None:
     with pytest.raises(SystemExit, match="(?s)02_sft_qlora.ipynb failed.*no"):
-        command_line.main(["demo"])
+        series.execute("demo")
     assert outputs(runs_home / "demo/notebooks/02_sft_qlora.ipynb") == "1\nno"
 
 

@@ -6,7 +6,7 @@ import logging
 import random
 import tempfile
 from bisect import bisect_right
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
@@ -102,14 +102,8 @@ def parts_of(config: DataConfig) -> list[str]:
     return [name for name in PARTS if parts[name]]
 
 
-def answered(parts: Container[str]) -> list[str]:
-    """Returns the held-out parts that models answer: of `eval` only if no others."""
-    known = [name for name in HELD_OUT if name in parts]
-    return [name for name in known if name != "eval"] or known
-
-
 @writes
-def prepare(run: Run) -> Row:
+def prepare(run: Run, origin: Row | None = None) -> Row:
     """Writes the run's `data/`; returns counts, fingerprints, and what was left out.
 
     Rows are `id`, `messages`, or of problems `id`, `question`, `answer`, `gold`. Where
@@ -117,12 +111,14 @@ def prepare(run: Run) -> Row:
 
     Args:
         run: with its config; what `data/` held before is replaced.
+        origin: `origin_of(run)`, where it is known.
 
     Raises:
         DataError: rows are unusable, or a held-out question would be trained on.
     """
     config = run.config.data
-    report: Row = {"sources": {}, "left_out": {}, "fingerprints": {}, **origin_of(run)}
+    report: Row = {"sources": {}, "left_out": {}, "fingerprints": {}}
+    report |= origin or origin_of(run)
     with tempfile.TemporaryFile() as file:
         rows = read_sources(run, file, report)
         if config.train:
@@ -230,5 +226,5 @@ def ensure_data(run: Run) -> Path:
         changed = ["a part is missing (notebook 01_data_prep makes it)"]
     if changed:
         log.info("%s is prepared now; changed: %s", folder, ", ".join(changed))
-        prepare(run)
+        prepare(run, origin)
     return folder

@@ -124,21 +124,30 @@ def require_space(folder: Path, parameters: int, names: list[Format]) -> None:
 
 
 def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
+    from transformers import GenerationConfig
+
     config, folder = run.config, run.path / "export"
     folder.mkdir(exist_ok=True)
     if "adapter" in paths:
-        write_adapter(config, adapter, paths["adapter"])
+        settings = GenerationConfig()
+        with suppress(OSError):  # some models come without
+            settings = GenerationConfig.from_pretrained(load.find_model(config.model))
+        with new_folder(paths["adapter"]) as new:
+            for file in adapter.glob("adapter_*"):
+                shutil.copy2(file, new)
+            plain_tokenizer(config, settings).save_pretrained(new)
+            settings.save_pretrained(new)
     if [*paths] == ["adapter"]:
         return
     with tempfile.TemporaryDirectory(dir=folder, prefix=".merged-") as scratch:
         merged = paths.get("merged", Path(scratch, "merged"))
         tokenizer = merge(config, adapter, merged)
         runtime.free_memory()
-        settings = config.system_prompt, config.inference
+        ours = config.system_prompt, config.inference
         if kinds := kinds_of([*paths]):
             for new in gguf.write_gguf(merged, folder, kinds):
                 try:
-                    gguf.write_modelfile(new, tokenizer, *settings)
+                    gguf.write_modelfile(new, tokenizer, *ours)
                 except TemplateError as error:
                     log.warning(f"{new} has no Modelfile for Ollama: {error}")
         for name in FOUR_BIT & {*paths}:
@@ -146,19 +155,6 @@ def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
             with new_folder(paths[name]) as new:
                 form = str(merged), str(new), name == "awq"
                 runtime.run_alone(write_4bit, *form, blocks)
-
-
-def write_adapter(config: RunConfig, adapter: Path, folder: Path) -> None:
-    from transformers import GenerationConfig
-
-    settings = GenerationConfig()
-    with suppress(OSError):  # some models come without
-        settings = GenerationConfig.from_pretrained(load.find_model(config.model))
-    with new_folder(folder) as new:
-        for file in adapter.glob("adapter_*"):
-            shutil.copy2(file, new)
-        plain_tokenizer(config, settings).save_pretrained(new)
-        settings.save_pretrained(new)
 
 
 def merge(config: RunConfig, adapter: Path | str, folder: Path) -> Any:
