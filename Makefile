@@ -35,7 +35,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 try: setup
-	@$(BIN)/python -m helpers demo smoke
+	@$(BIN)/python benchmarks/series.py smoke
 
 train: setup
 	@$(BIN)/python -m helpers train $(FROM)
@@ -48,7 +48,7 @@ lab: setup
 	@$(BIN)/jupyter lab notebooks
 
 demo: setup
-	@$(BIN)/python -m helpers demo
+	@$(BIN)/python benchmarks/series.py demo
 
 # the demo's outputs into notebooks/*.ipynb, cleaned
 outputs: demo

@@ -5,14 +5,13 @@ import json
 import os
 import re
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from helpers import recipes, runs, runtime
 from helpers.config import RunConfig, read_config
-from helpers.errors import MissingInput, TunebookError, mask_secrets
+from helpers.errors import TunebookError, mask_secrets
 
 BENCH = "run --judge --judge-model --models --limit --max-new-tokens"
 MODEL = "model --adapter --system --max-new-tokens --temperature"
@@ -23,18 +22,16 @@ COMMANDS = {
     "generate": f"inference.items:generate_command {MODEL} --file --out --batch-size",
     "chat": f"inference.items:chat_command {MODEL} --backend --host --port --terminal",
     "evaluate": "evaluation.evaluator:evaluate_run run --models",
-    "mt-bench": f"llm_judge.chat_benchmarks:run_mt_bench {BENCH} --data",
+    "mt-bench": f"llm_judge.chat_benchmarks:run_mt_bench {BENCH}",
     "alpaca-eval": f"llm_judge.chat_benchmarks:run_alpaca_eval {BENCH} --reference "
     "--evaluator",
     "judge-pairs": "llm_judge.pairwise:judge_pairs run --judge --judge-model labels "
-    "--set --other --data --limit",
+    "--set --other --limit",
     "export": "export.formats:export run --stage --format --push --public",
-    "demo": "__main__:demo recipe",
     "doctor": "doctor:diagnose",
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "config": {"help": "a recipe's name, a config.json, or rows: mine.jsonl"},
-    "recipe": {"nargs": "?", "default": "demo"},
     "model": {"help": "a run's name, a hub id, or a model's folder"},
     "labels": {"nargs": 2, "help": "two evaluated models: base sft"},
     "--small": {"action": "store_true", "help": "offline model, few sample rows"},
@@ -51,44 +48,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--judge-model": {"metavar": "NAME", "help": "else TUNEBOOK_JUDGE"},
     "--set": {"dest": "part", "help": "answers in eval/; else test_chat"},
     "--other": {"metavar": "RUN", "help": "the second model's run"},
-    "--data": {"type": Path, "help": "FastChat's llm_judge/data folder"},
     "--format": {"nargs": "+", "dest": "formats", "help": "gguf:q4_k_m ..."},
     "--push": {"metavar": "OWNER/NAME", "help": "upload it, privately"},
     "--public": {"action": "store_true", "default": None, "help": "what is pushed"},
     "--stage": {"choices": ["sft", "grpo"], "help": "train: else all; else the last"},
     "--gpus": {"metavar": "N", "help": "of this machine, or all; else one"},
 }
-
-
-def demo(recipe: str) -> runs.Run:
-    """Executes copies of the notebooks, below the run's folder; returns the run."""
-    sources = sorted((runtime.ROOT / "notebooks").glob("0*.ipynb"))
-    if not sources:
-        raise MissingInput("no notebooks: run this in a clone of the repository")
-    import nbclient
-    import nbformat
-
-    run, seconds = runs.save_run(recipes.load(recipe)), {}
-    idle = [f"_{s}_" for s in ("sft", "grpo") if s not in run.config.stages]
-    # a folder that is named keeps the notebooks from asking for Google Drive
-    os.environ["TUNEBOOK_RUNS"] = str(run.path.parent.resolve())
-    os.environ["TUNEBOOK_RUN"] = run.config.name
-    (run.path / "notebooks").mkdir(exist_ok=True)
-    options: Any = {"kernel_name": "python3", "extra_arguments": ["--log-level=ERROR"]}
-    for source in sources:
-        if any(stage in source.stem for stage in idle):
-            continue
-        notebook, start = nbformat.read(source, as_version=4), time.perf_counter()
-        try:
-            nbclient.execute(notebook, cwd=str(source.parent), **options)
-        except nbclient.exceptions.CellExecutionError as error:
-            raise TunebookError(f"{source.name} failed\n{error}") from None
-        finally:
-            nbformat.write(notebook, run.path / "notebooks" / source.name)
-        seconds[source.stem] = round(time.perf_counter() - start, 1)
-        show(f"{source.name} {seconds[source.stem] / 60:.1f} min")
-    run.write_part("notebooks", {"seconds": seconds})
-    return run
 
 
 def open_config(name: str) -> RunConfig:
@@ -105,10 +70,9 @@ def show(result: Any) -> None:
     if isinstance(result, runs.Run):
         from helpers.evaluation import tables
 
-        report = result.report()
-        parts = {"results_table": "eval", "differences_table": "comparisons"}
-        for name in [name for name, part in parts.items() if part in report]:
-            show(getattr(tables, name)(report))
+        for table in (tables.results_table, tables.differences_table):
+            if not (rows := table(result.report())).empty:
+                show(rows)
         result = f"{result.path}; to chat: python -m helpers chat {result.config.name}"
     if isinstance(result, dict):
         result = json.dumps(result, indent=1)
@@ -128,8 +92,8 @@ def execute(command: str, values: dict[str, Any]) -> Any:
         folder = runs.runs_folder() / values["model"]
         if folder.parent == runs.runs_folder() and folder.exists():
             config = runs.open_run(folder.name).config
-    if command != "demo":  # before what imports transformers
-        runtime.start(config.engine if config else "auto")
+    # before what imports transformers
+    runtime.start(config.engine if config else "auto")
     if "--judge" in options:
         from helpers.llm_judge.judge import open_judge
 

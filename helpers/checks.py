@@ -84,7 +84,12 @@ def advise(
     config: RunConfig, *, machine: Machine | None = None, rows: int | None = None
 ) -> list[Advice]:
     """Returns the faults of a config, errors first, judged with `rows` to train on."""
-    errors = [*library_faults(config), *missing_files(config)]
+    errors = [*library_faults(config)]
+    for name, source in sources_of(config.data):
+        try:
+            find_path(str(source))
+        except MissingInput as error:
+            errors.append((f"data.{name}", str(error)))
     try:
         template_text(config.template)
         choose(config.rewards, max_completion_length=1)
@@ -119,14 +124,6 @@ def check_lengths(ends: list[int], max_length: int) -> Advice | None:
     text = f"{max_length} tokens cut {cut} of {len(ends)} answers, whose ends are not "
     text += f"learnt. Set it to {enough}, which cuts at most 1 %."
     return Advice("warning", "max_length", text)
-
-
-def missing_files(config: RunConfig) -> Iterator[Fault]:
-    for name, source in sources_of(config.data):
-        try:
-            find_path(str(source))
-        except MissingInput as error:
-            yield f"data.{name}", str(error)
 
 
 def library_faults(config: RunConfig) -> Iterator[Fault]:

@@ -4,11 +4,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from huggingface_hub import get_token
 from packaging.requirements import Requirement
 
 from helpers import runtime
@@ -17,7 +17,6 @@ from helpers.install import STACK, installed_version
 from helpers.models import adapters, load
 
 LEAST_GB = 10  # of disk: a model, its checkpoints, and an export
-ALPHABET = [chr(code) for code in range(32, 127)]
 
 
 def diagnose() -> pd.DataFrame:
@@ -34,18 +33,19 @@ def diagnose() -> pd.DataFrame:
             )
         seconds = round(time.perf_counter() - start, 1)
         rows.append((name, " ".join(mask_secrets(text).split()), seconds, verdict))
-    table = pd.DataFrame(rows, columns=["check", "found", "seconds", "verdict"])
-    return table.set_index("check")
+    columns = ["check", "found", "seconds", "verdict"]
+    return pd.DataFrame(rows, columns=columns).set_index("check")
 
 
 def check_versions() -> str:
     lines = (line.partition("#")[0] for line in STACK.read_text("utf-8").splitlines())
     needs = [Requirement(line) for line in lines if line.strip()]
-    wrong = []
-    for need in needs:
-        version = installed_version(need.name)
-        if version is None or not need.specifier.contains(version, prereleases=True):
-            wrong.append(f"{need.name} {version}, expected {need.specifier}")
+    versions = {need: installed_version(need.name) for need in needs}
+    wrong = [
+        f"{need.name} {version}, expected {need.specifier}"
+        for need, version in versions.items()
+        if not need.specifier.contains(version or "0", prereleases=True)
+    ]
     if wrong:
         raise ImportError("; ".join(wrong))
     return f"{len(needs)} packages as requirements.txt has them"
@@ -69,11 +69,9 @@ def check_disk() -> str:
 
 
 def check_hub() -> str:
-    from huggingface_hub import get_token
-
     token = "a token is set" if get_token() else "no token, needed for gated models"
-    reached = runtime.hub_reachable()
-    return f"{'reached' if reached else 'not reached: offline models only'}; {token}"
+    hub = "reached" if runtime.hub_reachable() else "not reached: offline models only"
+    return f"{hub}; {token}"
 
 
 def check_4bit() -> str:
@@ -92,10 +90,21 @@ def check_4bit() -> str:
 
 def check_step() -> str:
     """Takes one optimiser step of a tiny model, by the engine that is used here."""
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     machine, engine = runtime.find_machine(), runtime.resolve_engine("auto")
     weights: Any = "4bit" if machine.device == "cuda" else "16bit"
+    # ids of BOS and EOS are those of `LlamaConfig`
+    texts = ["<pad>", "<s>", "</s>", *map(chr, range(32, 127))]
+    words = {text: n for n, text in enumerate(texts)}
+    marks: Any = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    marks["tokenizer_object"] = Tokenizer(models.BPE(words, []))
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "vocab_size": len(words), "pad_token_id": 0}
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder))
+        PreTrainedTokenizerFast(**marks).save_pretrained(folder)
+        LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
         options: Any = {"engine": engine, "weights": weights, "max_length": 64}
         model, _ = load.load_model(folder, **options)
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -114,20 +123,6 @@ def check_step() -> str:
     if not losses[-1] < losses[0]:
         raise ArithmeticError(f"the loss does not fall: {losses}")
     return f"{engine}, {weights}: loss {losses[0]:.2f} -> {losses[-1]:.2f} in 3 steps"
-
-
-def save_model(folder: Path) -> None:
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    # ids of BOS and EOS are those of `LlamaConfig`
-    words = {text: n for n, text in enumerate(["<pad>", "<s>", "</s>", *ALPHABET])}
-    marks: Any = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    marks["tokenizer_object"] = Tokenizer(models.BPE(words, []))
-    PreTrainedTokenizerFast(**marks).save_pretrained(folder)
-    sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "vocab_size": len(words), "pad_token_id": 0}
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
 
 
 CHECKS: dict[str, tuple[Callable[[], str], str]] = {

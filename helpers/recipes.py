@@ -68,7 +68,7 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
     online = has_gpu() and hub_reachable()
     base = load("finetome-llama32-1b" if online else "demo", gpu=False)
     reader = Reader(path, drop_unusable=True)
-    chats = list(reader.read(open_rows(path, 20_000)))
+    chats = reader.read(open_rows(path, 20_000))
     answers = [first_answer(chat)["content"].strip() for chat in chats]
     classes, judged = sorted(set(answers)), "as texts"
     evaluation = base.evaluation.model_dump()
@@ -76,13 +76,13 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
         judged = "by number"
     elif 2 <= len(classes) <= min(20, len(answers) // 5):
         judged, evaluation["labels"] = f"by label, of {classes}", classes
-    rows = min(len(chats), 2000 if online else 300)
+    rows = min(len(answers), 2000 if online else 300)
     values = base.model_dump(include={"max_length", "inference", "lora"})
     epochs = {"max_steps": -1, "num_train_epochs": 3 if rows < 1000 else 1}
     each = {"eval_strategy": "epoch", "save_strategy": "epoch"}
     values |= {"sft": base.sft | epochs | each, "evaluation": evaluation}
-    shares = {"eval_share": 0.1, "test_share": 0.2, "drop_unusable": True}
-    values["data"] = {"train": [path], "train_rows": rows, **shares}
+    values["data"] = {"train": [path], "train_rows": rows, "drop_unusable": True}
+    values["data"] |= {"eval_share": 0.1, "test_share": 0.2}
     values["system_prompt"] = SYSTEM_PROMPT if reader.form == "gsm8k" else ""
     *_, folder, file = ["mine", *Path(path).parts]
     name = file.partition(".")[0]

@@ -10,7 +10,6 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 Request = dict[str, Any]
 
 
-def completion(text: str | None) -> dict[str, Any]:
+def completion(text):
     """A chat completion as the protocol has it; its one token's log-probability too."""
     token = {"token": text, "bytes": None, "logprob": -0.1}
     choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
@@ -37,7 +36,7 @@ class JudgeServer:
     (the connection, amid the body), or seconds to wait before the answer.
     """
 
-    def __init__(self, answer: Callable[[Request], Any]) -> None:
+    def __init__(self, answer):
         self.answer = answer
         self.faults: list[Any] = []
         self.requests: list[Request] = []
@@ -46,25 +45,25 @@ class JudgeServer:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
+            def do_POST(self):
                 outer.handle(self)
 
-            def log_message(self, *_: Any) -> None:
+            def log_message(self, *_):
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
-    def __enter__(self) -> JudgeServer:
+    def __enter__(self):
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_):
         self.server.shutdown()
         self.server.server_close()
 
-    def handle(self, handler: BaseHTTPRequestHandler) -> None:
+    def handle(self, handler):
         length = int(handler.headers["Content-Length"])
         request = json.loads(handler.rfile.read(length))
         with self.lock:
@@ -86,9 +85,7 @@ class JudgeServer:
         return self.send(handler, 200, completion(answer))
 
     @staticmethod
-    def send(
-        handler: BaseHTTPRequestHandler, status: int, content: Any, size: int = 0
-    ) -> None:
+    def send(handler, status, content, size=0):
         body = content if isinstance(content, str) else json.dumps(content)
         kind = "text/html" if body.startswith("<") else "application/json"
         with suppress(ConnectionError):  # the client has given up waiting
@@ -99,7 +96,7 @@ class JudgeServer:
             handler.wfile.write(body.encode())
 
     @staticmethod
-    def cut(handler: BaseHTTPRequestHandler) -> None:
+    def cut(handler):
         JudgeServer.send(handler, 200, '{"id": "1", "choices": [', 4096)
         handler.wfile.flush()
         linger = struct.pack("ii", 1, 0)  # reset, not closed

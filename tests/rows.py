@@ -1,12 +1,7 @@
 """Rows that several tests make."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
-from helpers.data.formats import Messages
 from helpers.data.reading import Reader
 
 ROWS = [
@@ -22,13 +17,13 @@ CHATML = {
 """The special tokens of a ChatML tokenizer, for `make_tokenizer`."""
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
+def write(path, rows):
     """Writes JSON lines and returns the path as a source."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
-def turns(*contents: str, system: str = "") -> Messages:
+def turns(*contents, system=""):
     """Returns user and assistant turns in alternation."""
     messages = [{"role": "system", "content": system}] if system else []
     for number, content in enumerate(contents):
@@ -37,19 +32,19 @@ def turns(*contents: str, system: str = "") -> Messages:
     return messages
 
 
-def pair(question: str, answer: str = "Yes.") -> dict[str, str]:
+def pair(question, answer="Yes."):
     """Returns a prompt/completion row."""
     return {"prompt": question, "completion": answer}
 
 
-def problem(question: str, gold: int = 5) -> dict[str, Any]:
+def problem(question, gold=5):
     return {"question": question, "answer": f"Working.\n#### {gold}"}
 
 
-def messages_row(*roles: str) -> dict[str, Any]:
+def messages_row(*roles):
     """Returns an OpenAI row whose turns have these roles."""
     return {"messages": [{"role": role, "content": role} for role in roles]}
 
 
-def to_problems(rows: list[Any], source: str = "the rows") -> list[dict[str, Any]]:
+def to_problems(rows, source="the rows"):
     return list(Reader(source).read(enumerate(rows, start=1), problems=True))

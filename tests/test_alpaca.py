@@ -4,54 +4,48 @@ Tests marked `network` let uv make the package's environment, from its cache if 
 made before; the judge is a server on this machine.
 """
 
-from __future__ import annotations
-
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from helpers.errors import DataError, JudgeError
 from helpers.llm_judge import chat_benchmarks
 from helpers.llm_judge.judge import Judge
-from helpers.runs import Run
 from tests.judge_server import JudgeServer
 
 INSTRUCTIONS = ["Name a color.", "Sort 3, 1, 2.", "Was ist das?", "Say nothing."]
 
 
-def write(path: Path, values: Any) -> Path:
+def write(path, values):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values), encoding="utf-8")
     return path
 
 
-def outputs(path: Path, generator: str) -> Path:
+def outputs(path, generator):
     """Writes outputs as the package publishes them."""
     rows = [{"instruction": t, "output": f"{generator} on {t}"} for t in INSTRUCTIONS]
     return write(path, [{**row, "generator": generator} for row in rows])
 
 
 @pytest.fixture
-def reference(tmp_path: Path) -> Path:
+def reference(tmp_path):
     return outputs(tmp_path / "reference.json", "peer")
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> Path:
+def mine(tmp_path):
     return outputs(tmp_path / "mine" / "model_outputs.json", "mine")
 
 
 @pytest.fixture
-def server() -> Iterator[JudgeServer]:
+def server():
     with JudgeServer(lambda request: "m") as running:
         yield running
 
 
-def answer(run: Run, reference: Path, **changes: Any) -> list[dict[str, str]]:
+def answer(run, reference, **changes):
     settings = {"labels": ["base"], "max_new_tokens": 3, **changes}
     message = chat_benchmarks.run_alpaca_eval(
         run, None, reference=reference, **settings
@@ -63,11 +57,11 @@ def answer(run: Run, reference: Path, **changes: Any) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def answered(monkeypatch):
     """The instructions that a model has answered, in all calls so far."""
     batches, seen = chat_benchmarks.generate_batches, []
 
-    def spy(model: Any, tokenizer: Any, prompts: list[Any], **options: Any) -> Any:
+    def spy(model, tokenizer, prompts, **options):
         for batch in batches(model, tokenizer, prompts, **options):
             seen.extend(prompts[place][-1]["content"] for place in sorted(batch))
             yield batch
@@ -77,7 +71,7 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_outputs_have_the_form_of_published_ones_and_are_made_once(
-    run: Run, reference, answered
+    run, reference, answered
 ):
     rows = answer(run, reference)
     assert [row["instruction"] for row in rows] == INSTRUCTIONS
@@ -91,13 +85,13 @@ def test_outputs_have_the_form_of_published_ones_and_are_made_once(
 
 
 @pytest.mark.parametrize("output", [None, 5, ["a"]])
-def test_a_reference_without_texts_is_refused(run: Run, tmp_path, output):
+def test_a_reference_without_texts_is_refused(run, tmp_path, output):
     path = write(tmp_path / "bad.json", [{"instruction": "a", "output": output}])
     with pytest.raises(DataError, match="bad.json: not every .* is a text"):
         chat_benchmarks.run_alpaca_eval(run, None, reference=path)
 
 
-def annotate(mine: Path, reference: Path, server: Any, *more: str, **changes: Any):
+def annotate(mine, reference, server, *more, **changes):
     """`annotate`; skips where uv cannot fetch the package."""
     client = Judge("gpt-instruct", mine, server.url, retries=2, **changes)
     try:
@@ -112,7 +106,7 @@ def annotate(mine: Path, reference: Path, server: Any, *more: str, **changes: An
 @pytest.mark.network
 def test_the_package_reads_the_outputs_and_counts_the_wins(mine, reference, server):
     # the package shuffles which answer is shown first: the judge knows ours by its text
-    def judge(request: dict[str, Any]) -> str:
+    def judge(request):
         prompt = request["messages"][1]["content"]
         if "Say nothing." in prompt:
             return "neither"  # no verdict

@@ -1,7 +1,5 @@
 """The blind form's real widgets, without a browser, and the table of what was said."""
 
-from __future__ import annotations
-
 import html
 
 import pytest

@@ -10,8 +10,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,9 +35,7 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def exported(
-    tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Run]:
+def exported(tiny_model_folder, tmp_path_factory):
     """A run of the tiny model: trained, evaluated, exported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNEBOOK_RUNS", str(tmp_path_factory.mktemp("runs")))
@@ -52,11 +48,11 @@ def exported(
 
 
 @pytest.fixture
-def copy(exported: Run, tmp_path: Path) -> Run:
+def copy(exported, tmp_path):
     return Run(shutil.copytree(exported.path, tmp_path / "copy"), exported.config)
 
 
-def test_a_card_says_what_the_report_says(exported: Run) -> None:
+def test_a_card_says_what_the_report_says(exported):
     report, config = exported.report(), exported.config
     for name, library in (("adapter", "peft"), ("merged", "transformers")):
         file = exported.path / "export" / name / "README.md"
@@ -85,7 +81,7 @@ def test_a_card_says_what_the_report_says(exported: Run) -> None:
         assert str(exported.path.parent) not in text and config.model not in text
 
 
-def test_what_was_not_measured_is_left_out(copy: Run) -> None:
+def test_what_was_not_measured_is_left_out(copy):
     report, folder = copy.report(), copy.path / "export" / "merged"
     del report["eval"]
     card.write_card(folder, copy, "merged", report, parity_table(report))
@@ -95,7 +91,7 @@ def test_what_was_not_measured_is_left_out(copy: Run) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter", "merged"])
-def test_the_python_of_a_card_runs_in_its_folder(exported: Run, name: str) -> None:
+def test_the_python_of_a_card_runs_in_its_folder(exported, name):
     folder = exported.path / "export" / name
     text = (folder / "README.md").read_text("utf-8")
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
@@ -105,7 +101,7 @@ def test_the_python_of_a_card_runs_in_its_folder(exported: Run, name: str) -> No
     assert done.returncode == 0 and done.stdout, done.stderr[-2000:]
 
 
-def test_a_gguf_is_served_by_ollama_and_llama_cpp(copy: Run) -> None:
+def test_a_gguf_is_served_by_ollama_and_llama_cpp(copy):
     report, folder = copy.report(), copy.path / "export" / "gguf-q8_0"
     report["export"]["gguf:q8_0"] = report["export"]["merged"]
     folder.mkdir()
@@ -116,7 +112,7 @@ def test_a_gguf_is_served_by_ollama_and_llama_cpp(copy: Run) -> None:
     assert "```python" not in text and "vllm" not in text
 
 
-def test_licences_are_the_hubs_or_unknown_with_a_link(monkeypatch: Any) -> None:
+def test_licences_are_the_hubs_or_unknown_with_a_link(monkeypatch):
     assert card.origin_of("smollm2-135m-offline", "model")[1] == "apache-2.0"
     name, licence = card.origin_of("openai/gsm8k/main:train", "dataset")
     assert name == "openai/gsm8k"
@@ -126,7 +122,7 @@ def test_licences_are_the_hubs_or_unknown_with_a_link(monkeypatch: Any) -> None:
 class Hub(http.server.BaseHTTPRequestHandler):
     """The hub's API, as far as uploads ask for it; `server.calls` has what came."""
 
-    def answer(self) -> None:
+    def answer(self):
         server: Any = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         server.calls.append((self.path, self.headers.get("Authorization"), body))
@@ -156,7 +152,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_):
         pass
 
 
@@ -177,8 +173,8 @@ for name in ("o/n", "o/public", "o/denied"):
 
 
 def test_an_upload_is_private_and_sends_the_folder_and_the_token_alone(
-    exported: Run, tmp_path: Path, run_python: Any
-) -> None:
+    exported, tmp_path, run_python
+):
     folder = exported.path / "export" / "merged"
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         calls = server.calls = []  # type: ignore[attr-defined]
@@ -210,7 +206,7 @@ def test_an_upload_is_private_and_sends_the_folder_and_the_token_alone(
     assert sent == {f.name: f.read_bytes() for f in folder.iterdir()} and not commits
 
 
-def test_what_is_not_sound_or_of_no_use_to_others_is_not_uploaded(copy: Run) -> None:
+def test_what_is_not_sound_or_of_no_use_to_others_is_not_uploaded(copy):
     report, folder = copy.report(), copy.path / "export" / "merged"
     with pytest.raises(ModelError, match="local folder: push `merged`"):
         export.push_to_hub(folder.with_name("adapter"), "o/n", token="t")

@@ -18,7 +18,7 @@ from helpers.data.formats import ask
 from helpers.errors import ModelError
 from helpers.inference import generation
 from helpers.models import load as models
-from helpers.widgets import ChatForm, chat_form
+from helpers.widgets import ChatForm, answer_forms
 from tests.tiny import save_tiny_model
 
 LONG = {"temperature": 2.0, "min_new_tokens": 1000, "max_new_tokens": 1000}
@@ -132,7 +132,7 @@ def test_too_little_memory_is_said_with_a_remedy(form, loaded, monkeypatch):
 
 def test_what_is_written_by_user_and_model_is_never_markup(form, monkeypatch):
     bad = "<img src=x onerror=alert(1)></div><script>1</script> {0} **a**"
-    monkeypatch.setattr(chat_form, "stream_answer", lambda *_, **__: iter([bad]))
+    monkeypatch.setattr(answer_forms, "stream_answer", lambda *_, **__: iter([bad]))
     form.send(bad)
     for column in form.columns.values():
         assert column.value.count(html.escape(bad)) == 2

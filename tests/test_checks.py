@@ -1,17 +1,13 @@
 """Tests of helpers.checks: each fault is found, and a sound config is left alone."""
 
-from __future__ import annotations
-
 import ast
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from helpers import checks, recipes
-from helpers.checks import Advice
 from helpers.config import RunConfig, changed, library_fields
 from helpers.errors import ConfigError
 from helpers.runtime import Machine
@@ -22,17 +18,17 @@ LAPTOP = Machine("cpu", "x86_64, 2 cores", 8.0, None)
 
 
 @pytest.fixture(autouse=True)
-def no_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_overrides(monkeypatch):
     for name in ("TUNEBOOK_DTYPE", "TUNEBOOK_GPU_GB", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
-def demo() -> RunConfig:
+def demo():
     return recipes.load("demo")
 
 
-def advise(config: RunConfig, machine: Machine = T4, **changes: Any) -> list[Advice]:
+def advise(config, machine=T4, **changes):
     """Returns the faults of a changed config; `sft.r` is written `sft__r`, or as is."""
     rows = changes.pop("rows", None)
     changes = {name.replace(".", "__"): value for name, value in changes.items()}
@@ -40,9 +36,7 @@ def advise(config: RunConfig, machine: Machine = T4, **changes: Any) -> list[Adv
 
 
 @pytest.mark.parametrize("machine", [T4, A100, LAPTOP], ids=lambda m: m.name)
-def test_the_demo_recipe_is_sound_everywhere(
-    demo: RunConfig, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_demo_recipe_is_sound_everywhere(demo, machine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert checks.advise(demo, machine=machine, rows=2424) == []
     assert list(tmp_path.iterdir()) == []
@@ -58,13 +52,13 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)
-def test_a_recipe_has_the_known_faults_of_its_source_on_a_t4(name: str) -> None:
+def test_a_recipe_has_the_known_faults_of_its_source_on_a_t4(name):
     advice = checks.advise(recipes.load(name), machine=T4)
     assert {a.field for a in advice} == FAULTS.get(name, set())
     assert {a.level for a in advice} <= {"warning"}
 
 
-def test_errors_come_first_and_are_raised_together(demo: RunConfig) -> None:
+def test_errors_come_first_and_are_raised_together(demo):
     advice = advise(demo, pad_token="eos", sft__max_step=1, lora__rank=1)
     assert [a.level for a in advice] == ["error", "error", "warning"]
     with pytest.raises(ConfigError, match="^lora.rank: .*\nsft.max_step: [^\n]*$"):
@@ -131,18 +125,14 @@ def test_errors_come_first_and_are_raised_together(demo: RunConfig) -> None:
         ("rewards", {"correctness": 1.0, "corectness": 1.0}, "no reward 'corectness'"),
     ],
 )
-def test_a_value_that_cannot_be_used_is_an_error(
-    demo: RunConfig, field: str, value: Any, words: str
-) -> None:
+def test_a_value_that_cannot_be_used_is_an_error(demo, field, value, words):
     (advice,) = advise(demo, **{field: value})
     assert (advice.level, "\n" in advice.text) == ("error", False)
     assert advice.field == field and words in advice.text
 
 
 @pytest.mark.parametrize("key", checks.OWNER)
-def test_what_another_field_of_the_config_decides_is_an_error(
-    demo: RunConfig, key: str
-) -> None:
+def test_what_another_field_of_the_config_decides_is_an_error(demo, key):
     for value in (1, None):
         (advice,) = advise(demo, **{key: value})
         assert f"the config's own {checks.OWNER[key]} decides it" in advice.text
@@ -169,9 +159,7 @@ def test_what_another_field_of_the_config_decides_is_an_error(
         ("inference.stop_strings", ["Q:"]),
     ],
 )
-def test_a_value_that_the_class_takes_is_sound(
-    demo: RunConfig, field: str, value: Any
-) -> None:
+def test_a_value_that_the_class_takes_is_sound(demo, field, value):
     assert [a for a in advise(demo, **{field: value}) if a.level == "error"] == []
 
 
@@ -195,17 +183,13 @@ def test_a_value_that_the_class_takes_is_sound(
         ),
     ],
 )
-def test_values_that_do_not_go_together_are_an_error(
-    demo: RunConfig, changes: dict[str, Any], field: str, words: str
-) -> None:
+def test_values_that_do_not_go_together_are_an_error(demo, changes, field, words):
     (advice,) = advise(demo, **changes)
     assert (advice.level, advice.field) == ("error", field)
     assert words in advice.text and "\n" not in advice.text
 
 
-def test_a_trainer_built_before_can_still_train_after_advice(
-    demo: RunConfig, tmp_path: Path
-) -> None:
+def test_a_trainer_built_before_can_still_train_after_advice(demo, tmp_path):
     import torch
     from transformers import Trainer, TrainingArguments
 
@@ -215,12 +199,12 @@ def test_a_trainer_built_before_can_still_train_after_advice(
 
 
 @pytest.mark.parametrize("value", [1.0, "2e-4"])
-def test_a_stage_that_is_not_run_is_not_judged(demo: RunConfig, value: Any) -> None:
+def test_a_stage_that_is_not_run_is_not_judged(demo, value):
     assert advise(demo, stages=["sft"], grpo__learning_rate=value) == []
     assert advise(demo, stages=["grpo"], sft__max_steps=value) == []
 
 
-def test_no_default_of_a_class_is_written_down_a_second_time() -> None:
+def test_no_default_of_a_class_is_written_down_a_second_time():
     """A copy goes wrong when the library changes: `config.complete` has them all."""
     names = {name for g in ("sft", "grpo", "lora") for name in library_fields(g)}
     copies = []
@@ -236,8 +220,8 @@ def test_no_default_of_a_class_is_written_down_a_second_time() -> None:
 
 
 def test_modules_and_positions_of_a_local_model_are_read_from_its_folder(
-    demo: RunConfig, tiny_model_folder: Path
-) -> None:
+    demo, tiny_model_folder
+):
     config = changed(demo, model=str(tiny_model_folder), max_length=2048)
     assert advise(config) == []
     assert advise(config, max_length=2049)[0].field == "max_length"
@@ -257,9 +241,7 @@ def test_modules_and_positions_of_a_local_model_are_read_from_its_folder(
     ],
     ids=str,
 )
-def test_more_tokens_than_the_model_has_positions_are_an_error(
-    demo: RunConfig, changes: dict[str, Any]
-) -> None:
+def test_more_tokens_than_the_model_has_positions_are_an_error(demo, changes):
     (advice,) = advise(demo, **changes)
     assert (advice.level, advice.field) == ("error", next(iter(changes)))
     assert "8193 tokens in a row" in advice.text
@@ -277,33 +259,27 @@ def test_more_tokens_than_the_model_has_positions_are_an_error(
         ({"grpo.learning_rate": 5.1e-4}, T4, "grpo.learning_rate", "1e-06 to 5e-05"),
     ],
 )
-def test_what_will_disappoint_is_warned_of(
-    demo: RunConfig, changes: Any, machine: Machine, field: str, words: str
-) -> None:
+def test_what_will_disappoint_is_warned_of(demo, changes, machine, field, words):
     (advice,) = advise(demo, machine, **changes)
     assert (advice.level, advice.field) == ("warning", field)
     assert words in advice.text
 
 
-def test_what_will_do_is_not_warned_of(demo: RunConfig) -> None:
+def test_what_will_do_is_not_warned_of(demo):
     rates = {"sft.learning_rate": 1e-6, "grpo.learning_rate": 5e-4}
     rewards = {"correctness": 1.0, "number_present": 0.5}
     changes = {"pad_token": "<|endoftext|>", "dtype": "bfloat16", "rewards": rewards}
     assert advise(demo, A100, **changes, **rates) == []
 
 
-def test_an_engine_that_needs_another_kernel_is_warned_of(
-    demo: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_needs_another_kernel_is_warned_of(demo, monkeypatch):
     monkeypatch.setitem(sys.modules, "unsloth", None)
     (advice,) = advise(demo, engine="transformers")
     assert advice.level == "warning" and "restart the kernel" in advice.text
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 9, 10, 11, 0.5, 0.9, 0.91, 0.99])
-def test_it_warns_exactly_when_the_schedule_never_reaches_its_peak(
-    demo: RunConfig, warmup: float
-) -> None:
+def test_it_warns_exactly_when_the_schedule_never_reaches_its_peak(demo, warmup):
     import torch
     from transformers import TrainingArguments, get_scheduler
 
@@ -323,7 +299,7 @@ def test_it_warns_exactly_when_the_schedule_never_reaches_its_peak(
         assert [a.field for a in advise(demo, **changes)] == fields
 
 
-def test_epochs_are_steps_once_the_rows_are_known() -> None:
+def test_epochs_are_steps_once_the_rows_are_known():
     dolly = recipes.load("dolly-llama32-3b")
     few = 49 * 16  # a step is 2 x 8 rows, the warm-up 50 steps
     known = FAULTS["dolly-llama32-3b"]
@@ -334,9 +310,7 @@ def test_epochs_are_steps_once_the_rows_are_known() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 10, 99, 100, 101, 1000])
-def test_the_length_offered_is_the_least_multiple_of_64_that_will_do(
-    count: int,
-) -> None:
+def test_the_length_offered_is_the_least_multiple_of_64_that_will_do(count):
     ends = [1000 + 3 * n for n in range(count)]
     advice = checks.check_lengths(ends, 16)
     assert advice is not None and f"cut {count} of {count} answers" in advice.text

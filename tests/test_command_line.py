@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -12,28 +11,28 @@ from typing import Any
 import nbformat
 import pytest
 
+from benchmarks import series
 from helpers import __main__ as command_line
 from helpers import recipes, runtime
 from helpers.inference import items
-from helpers.runs import Run
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, dict[str, Any]]]:
+def call(monkeypatch):
     """Runs a command line; returns the function it would call and the arguments."""
     calls: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(runtime, "start", lambda engine: None)
 
     class Module:
-        def __init__(self, path: str) -> None:
+        def __init__(self, path):
             self.path = path
 
-        def __getattr__(self, name: str) -> Callable[..., None]:
+        def __getattr__(self, name):
             return lambda **given: calls.append((f"{self.path}.{name}", given))
 
     monkeypatch.setattr(command_line, "import_module", Module)
 
-    def run(*arguments: str) -> tuple[str, dict[str, Any]]:
+    def run(*arguments):
         command_line.main(list(arguments))
         return calls.pop()
 
@@ -41,8 +40,8 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, dict[str, 
 
 
 def test_options_go_to_the_parameters_of_their_name_and_the_rest_keeps_its_default(
-    call: Callable[..., Any], run: Run
-) -> None:
+    call, run
+):
     name, values = call("evaluate", "test", "--models", "base", "sft")
     assert name == "helpers.evaluation.evaluator.evaluate_run"
     assert values == {"run": run, "labels": ["base", "sft"]}
@@ -53,9 +52,7 @@ def test_options_go_to_the_parameters_of_their_name_and_the_rest_keeps_its_defau
     assert call("export", "test", "--stage", "sft")[1] == {"run": run, "stage": "sft"}
 
 
-def test_a_judge_is_opened_for_the_commands_that_take_one(
-    call: Callable[..., Any], run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_judge_is_opened_for_the_commands_that_take_one(call, run, monkeypatch):
     from helpers.llm_judge import judge
 
     monkeypatch.setattr(judge, "open_judge", lambda *arguments: arguments)
@@ -68,9 +65,7 @@ def test_a_judge_is_opened_for_the_commands_that_take_one(
     assert call("alpaca-eval", "test")[1]["judge"] == (run, None, None)
 
 
-def test_training_takes_a_recipe_or_a_file_and_a_small_version(
-    call: Callable[..., Any], run: Run
-) -> None:
+def test_training_takes_a_recipe_or_a_file_and_a_small_version(call, run):
     assert call("train", "demo")[1] == {"config": recipes.load("demo")}
     assert call("train", str(run.path / "config.json"))[1] == {"config": run.config}
     small = call("train", "dolly-llama2-7b", "--small")[1]["config"]
@@ -87,17 +82,13 @@ def test_training_takes_a_recipe_or_a_file_and_a_small_version(
         (["evaluate", "nowhere"], "^ConfigError: no config at .*nowhere"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(
-    arguments: list[str], message: str, runs_home: Path
-) -> None:
+def test_what_is_wrong_is_one_sentence(arguments, message, runs_home):
     with pytest.raises(SystemExit, match=message):
         command_line.main(arguments)
 
 
 @pytest.mark.parametrize("command", command_line.COMMANDS)
-def test_the_help_of_a_command_lists_parameters_of_its_function(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_help_of_a_command_lists_parameters_of_its_function(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         command_line.main([command, "--help"])
     function, *options = command_line.COMMANDS[command].split()
@@ -112,19 +103,19 @@ def test_the_help_of_a_command_lists_parameters_of_its_function(
     assert parameters - {"small", "judge_model", "gpus"} <= known
 
 
-def write_notebook(path: Path, *cells: str) -> None:
+def write_notebook(path, *cells):
     path.parent.mkdir(exist_ok=True)
     sources = [nbformat.v4.new_code_cell(cell) for cell in cells]
     nbformat.write(nbformat.v4.new_notebook(cells=sources), path)
 
 
-def outputs(path: Path) -> str:
+def outputs(path):
     cells = nbformat.read(path, as_version=4).cells
     return "".join(o.get("text", o.get("evalue", "")) for c in cells for o in c.outputs)
 
 
 @pytest.fixture
-def project(tmp_path: Path, runs_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path, runs_home, monkeypatch):
     """A project with two notebooks; the second fails for the run of another name."""
     monkeypatch.setattr(runtime, "ROOT", tmp_path)
     monkeypatch.setenv("TUNEBOOK_RUN", "")  # to be put back afterwards
@@ -137,10 +128,10 @@ def project(tmp_path: Path, runs_home: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_series_executes_copies_of_the_notebooks_that_a_run_has_a_use_for(
-    project: Path, runs_home: Path
-) -> None:
+    project, runs_home
+):
     before = (project / "00_setup.ipynb").read_bytes()
-    run = command_line.demo("gsm8k-grpo-llama32-1b")  # it has no SFT
+    run = series.execute("gsm8k-grpo-llama32-1b")  # it has no SFT
     copies = run.path / "notebooks"
     assert [path.name for path in copies.iterdir()] == ["00_setup.ipynb"]
     assert outputs(copies / "00_setup.ipynb") == "gsm8k-grpo-llama32-1b\n"
@@ -148,15 +139,13 @@ def test_the_series_executes_copies_of_the_notebooks_that_a_run_has_a_use_for(
     assert list(run.report()["notebooks"]["seconds"]) == ["00_setup"]
 
 
-def test_a_failing_notebook_ends_the_series_and_leaves_its_copy(
-    project: Path, runs_home: Path
-) -> None:
+def test_a_failing_notebook_ends_the_series_and_leaves_its_copy(project, runs_home):
     with pytest.raises(SystemExit, match="(?s)02_sft_qlora.ipynb failed.*no"):
-        command_line.main(["demo"])
+        series.execute("demo")
     assert outputs(runs_home / "demo/notebooks/02_sft_qlora.ipynb") == "1\nno"
 
 
-def test_the_readmes_example_of_own_data_runs(tmp_path: Path, run_python: Any) -> None:
+def test_the_readmes_example_of_own_data_runs(tmp_path, run_python):
     readme = (runtime.ROOT / "README.md").read_text(encoding="utf-8")
     example = re.search(
         r"## Your own data\n.*?```python\n(.*?)```", readme, flags=re.DOTALL

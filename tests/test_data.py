@@ -6,7 +6,6 @@ import logging
 import os
 import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,28 +24,28 @@ NO_SETS = ("eval", "problems", "test", "test_new", "train_rows")
 CHATS_ONLY |= {f"data__{name}": None for name in NO_SETS}
 
 
-def read_all(run: Run) -> dict[str, list[dict[str, Any]]]:
+def read_all(run):
     paths = sorted((run.path / "data").glob("*"))
     return {path.stem: files.read_rows(path) for path in paths}
 
 
-def questions(run: Run, part: str = "train") -> list[str]:
+def questions(run, part="train"):
     """Returns the first questions of a part."""
     rows = files.read_rows(run.path / "data" / f"{part}.jsonl")
     return [data.questions_of(row)[0] for row in rows]
 
 
 @pytest.fixture(autouse=True)
-def messages(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def messages(caplog):
     caplog.set_level(logging.INFO, "helpers")
     return caplog
 
 
 @pytest.fixture
-def own_files(tmp_path: Path) -> dict[str, Any]:
+def own_files(tmp_path):
     """A few problems in files, as the fields that a config takes."""
 
-    def source(part: str, count: int) -> str:
+    def source(part, count):
         rows = [problem(f"{part} {i}: how many?", i) for i in range(count)]
         return write(tmp_path / f"{part}.jsonl", rows)
 
@@ -62,7 +61,7 @@ def own_files(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def two_files(tmp_path: Path) -> list[str]:
+def two_files(tmp_path):
     """Sources of 100 and 30 rows."""
     return [
         write(tmp_path / f"{word}.jsonl", [pair(f"{word} {i}?") for i in range(count)])
@@ -70,7 +69,7 @@ def two_files(tmp_path: Path) -> list[str]:
     ]
 
 
-def test_all_bad_rows_are_counted_by_reason_and_the_first_three_shown() -> None:
+def test_all_bad_rows_are_counted_by_reason_and_the_first_three_shown():
     rows = [*ROWS, *[pair("a", None)] * 5, {"title": "a"}, "c", DataError("broken: b")]
     with pytest.raises(DataError, match="^mine: 8 of 10 rows cannot be used") as error:
         to_conversations(rows, source="mine")
@@ -89,7 +88,7 @@ def test_all_bad_rows_are_counted_by_reason_and_the_first_three_shown() -> None:
         to_conversations([pair("a", " ")], source="mine")
 
 
-def test_what_cannot_teach_is_always_left_out_and_counted_by_reason() -> None:
+def test_what_cannot_teach_is_always_left_out_and_counted_by_reason():
     rows = [*ROWS, pair("a", " "), ROWS[0], pair("long?", "c" * 1234)]
     rows += [pair("d") | {"weight": 0}, pair("d", "1"), pair("d", "2")]
     kept, left_out = to_conversations(rows, max_chars=1000)
@@ -112,7 +111,7 @@ def test_what_cannot_teach_is_always_left_out_and_counted_by_reason() -> None:
         ("-3", "-3", "#### -3"),
     ],
 )
-def test_a_problem_carries_its_gold_number(answer: Any, gold: str, text: str) -> None:
+def test_a_problem_carries_its_gold_number(answer, gold, text):
     row = {"id": "p1", "question": "How many?", "answer": answer}
     assert to_problems([row]) == [row | {"gold": gold, "answer": text}]
 
@@ -132,7 +131,7 @@ def test_a_problem_carries_its_gold_number(answer: Any, gold: str, text: str) ->
         ("c", "a row or turn is not an object"),
     ],
 )
-def test_a_row_that_is_no_problem_is_refused_or_dropped(row: Any, reason: str) -> None:
+def test_a_row_that_is_no_problem_is_refused_or_dropped(row, reason):
     rows = [problem("a"), row]
     with pytest.raises(DataError, match=f"^mine: 1 of 2 rows .*; row 2: {reason}"):
         to_problems(rows, "mine")
@@ -141,7 +140,7 @@ def test_a_row_that_is_no_problem_is_refused_or_dropped(row: Any, reason: str) -
     assert [part["rows"] for part in reader.left_out.values()] == [1]
 
 
-def test_problems_are_told_apart_by_their_ids_or_questions() -> None:
+def test_problems_are_told_apart_by_their_ids_or_questions():
     rows = [problem("a"), problem("b"), problem("a")]
     first, second, third = [row["id"] for row in to_problems(rows)]
     assert first == third != second
@@ -152,7 +151,7 @@ def test_problems_are_told_apart_by_their_ids_or_questions() -> None:
 SHARES = {"test_chat": 0.1, "eval": 0.05}
 
 
-def splits_of(asked: list[str], shares: dict[str, float]) -> dict[str, list[str]]:
+def splits_of(asked, shares):
     """Returns the questions of each split."""
     parts: dict[str, list[str]] = {}
     for q, name in zip(asked, split(map(place_of, asked), shares), strict=True):
@@ -160,7 +159,7 @@ def splits_of(asked: list[str], shares: dict[str, float]) -> dict[str, list[str]
     return parts
 
 
-def test_a_row_keeps_its_split_when_data_or_shares_change() -> None:
+def test_a_row_keeps_its_split_when_data_or_shares_change():
     asked = [f"Question {n}?" for n in range(4000)]
     parts = splits_of(asked, SHARES)
     assert len(parts["test_chat"]) == pytest.approx(400, abs=60)
@@ -171,13 +170,13 @@ def test_a_row_keeps_its_split_when_data_or_shares_change() -> None:
     assert parts["test_chat"] == other["test_chat"]
 
 
-def test_white_space_in_a_question_does_not_count() -> None:
+def test_white_space_in_a_question_does_not_count():
     assert place_of(" \tSame?\n") == place_of("Same?") != place_of("same")
     with pytest.raises(DataError, match="^1 questions of test are in .*, like 'Same"):
         assert_disjoint({place_of(" \tSame?\n")}, "test", ["Same?", "y"])
 
 
-def test_a_small_set_leaves_no_split_empty() -> None:
+def test_a_small_set_leaves_no_split_empty():
     asked = [f"Question {n // 3}?" for n in range(36)]
     parts = splits_of(asked, {"test_chat": 0.001, "eval": 0.001})
     assert sorted(map(len, parts.values())) == [3, 3, 30]
@@ -185,7 +184,7 @@ def test_a_small_set_leaves_no_split_empty() -> None:
         splits_of(["a", "b"], SHARES)
 
 
-def test_preparing_writes_what_the_next_notebooks_read(run: Run) -> None:
+def test_preparing_writes_what_the_next_notebooks_read(run):
     report = data.prepare(run)
     parts = read_all(run)
     # train: 24 rows of the problems, and the two sample files of 12 rows
@@ -203,8 +202,8 @@ def test_preparing_writes_what_the_next_notebooks_read(run: Run) -> None:
 @pytest.mark.parametrize("part", ["eval", "test", "test_new"])
 @pytest.mark.parametrize("where", ["train", "problems"])
 def test_a_held_out_question_that_is_trained_on_stops_the_preparation(
-    run_factory: MakeRun, own_files: Any, tmp_path: Path, part: str, where: str
-) -> None:
+    run_factory, own_files, tmp_path, part, where
+):
     rows = [problem("fresh?"), problem("leaky?")]
     source: Any = write(tmp_path / "more.jsonl", rows)
     own_files[f"data__{where}"] = [source] if where == "train" else source
@@ -217,8 +216,8 @@ def test_a_held_out_question_that_is_trained_on_stops_the_preparation(
 
 
 def test_one_source_for_problems_and_eval_is_cut_in_two(
-    run_factory: MakeRun, own_files: dict[str, Any], tmp_path: Path
-) -> None:
+    run_factory, own_files, tmp_path
+):
     own_files["data__train"] = [write(tmp_path / "chat.jsonl", ROWS)]
     own_files |= {"data__eval": own_files["data__problems"], "data__eval_rows": 4}
     run = run_factory(**own_files)
@@ -231,8 +230,8 @@ def test_one_source_for_problems_and_eval_is_cut_in_two(
 
 
 def test_shares_of_the_training_rows_are_held_out_and_capped(
-    run_factory: MakeRun, own_files: dict[str, Any], tmp_path: Path
-) -> None:
+    run_factory, own_files, tmp_path
+):
     again = [{"messages": turns(f"train {i}: how many?", "So.")} for i in range(12)]
     sources = [*own_files["data__train"], write(tmp_path / "again.jsonl", again)]
     shares = {"data__eval_share": 0.2, "data__test_share": 0.3}
@@ -245,9 +244,7 @@ def test_shares_of_the_training_rows_are_held_out_and_capped(
     assert (report["eval"] > 1, report["test_chat"]) == (True, 1)
 
 
-def test_a_run_has_the_parts_of_its_config_and_no_others(
-    run_factory: MakeRun, own_files: dict[str, Any]
-) -> None:
+def test_a_run_has_the_parts_of_its_config_and_no_others(run_factory, own_files):
     data.prepare(run_factory(**own_files))
     values = {**own_files, "data__train": [], "data__eval": None}
     run = run_factory(**values, stages=["grpo"])
@@ -257,21 +254,22 @@ def test_a_run_has_the_parts_of_its_config_and_no_others(
 
 
 def test_a_turn_that_is_not_learnt_keeps_its_mark_and_is_part_of_the_prompt(
-    run_factory: MakeRun, tmp_path: Path
-) -> None:
+    run_factory, tmp_path
+):
     chat = turns("a?", "wrong", "again?", "right", "and?", "yes")
-    assert data.first_question(chat) == turns("a?")
     chat[1]["weight"] = 0
     source = write(tmp_path / "c.jsonl", [{"messages": chat}])
     data.prepare(run := run_factory(**{**CHATS_ONLY, "data__train": [source]}))
-    assert read_all(run)["train"][0]["messages"] == chat
-    assert data.first_question(chat) == turns("a?", "wrong", "again?")
-    assert data.first_answer(chat)["content"] == "right"
+    (row,) = read_all(run)["train"]
+    assert row["messages"] == chat
+    (prompt,) = data.to_prompts(run.config, [row])
+    assert prompt["prompt"] == turns("a?", "wrong", "again?")
+    assert prompt["reference"] == "right"
 
 
 def test_bad_rows_are_refused_by_the_source_or_dropped_and_ignored_by_choice(
-    run_factory: MakeRun, own_files: dict[str, Any], tmp_path: Path, messages: Any
-) -> None:
+    run_factory, own_files, tmp_path, messages
+):
     rows = [problem("new?"), {"question": "b", "answer": "#### 8:30"}]
     own_files["data__test"] = write(tmp_path / "bad.jsonl", rows)
     row = {"messages": turns("a?", "b"), "tools": [{"name": "look"}], "context": "c"}
@@ -297,8 +295,8 @@ def test_bad_rows_are_refused_by_the_source_or_dropped_and_ignored_by_choice(
     ],
 )
 def test_sources_are_mixed_by_count_or_weight_and_shuffled(
-    run_factory: MakeRun, two_files: list[str], options: list[Any], counts: Any
-) -> None:
+    run_factory, two_files, options, counts
+):
     sources = [{"path": p} | o for p, o in zip(two_files, options, strict=True)]
     run = run_factory(**{**CHATS_ONLY, "data__train": sources})
     report = data.prepare(run)
@@ -310,9 +308,7 @@ def test_sources_are_mixed_by_count_or_weight_and_shuffled(
     assert sum(a != b for a, b in zip(words, words[1:], strict=False)) > 5
 
 
-def test_a_row_of_two_sources_is_trained_on_once(
-    run_factory: MakeRun, two_files: list[str]
-) -> None:
+def test_a_row_of_two_sources_is_trained_on_once(run_factory, two_files):
     sources = [{"path": two_files[0], "rows": rows} for rows in (20, 80)]
     run = run_factory(**{**CHATS_ONLY, "data__train": sources})
     report = data.prepare(run)
@@ -324,8 +320,8 @@ def test_a_row_of_two_sources_is_trained_on_once(
 
 
 def test_a_conversation_that_asks_later_what_is_held_out_is_not_trained_on(
-    run_factory: MakeRun, two_files: list[str], tmp_path: Path
-) -> None:
+    run_factory, two_files, tmp_path
+):
     values = {**CHATS_ONLY, "data__eval_share": 0.1}
     first = run_factory(**values, data__train=two_files[:1])
     data.prepare(first)
@@ -342,8 +338,8 @@ def test_a_conversation_that_asks_later_what_is_held_out_is_not_trained_on(
 
 
 def test_missing_or_other_data_are_prepared_with_a_note_and_good_ones_left(
-    run_factory: MakeRun, own_files: dict[str, Any], messages: Any, monkeypatch: Any
-) -> None:
+    run_factory, own_files, messages, monkeypatch
+):
     run, hashed = run_factory(**own_files), list[str]()
     monkeypatch.setattr(data, "content_of", lambda source: hashed.append(source))
     assert data.ensure_data(run) == run.require("data/test_new.jsonl").parent
@@ -360,8 +356,8 @@ def test_missing_or_other_data_are_prepared_with_a_note_and_good_ones_left(
 
 @pytest.mark.parametrize("part", ["train", "eval", "problems"])
 def test_a_file_that_was_edited_is_noticed_by_its_content_and_named(
-    run_factory: MakeRun, own_files: Any, tmp_path: Path, messages: Any, part: str
-) -> None:
+    run_factory, own_files, tmp_path, messages, part
+):
     path = tmp_path / "edited.jsonl"
     value: Any = [str(path)] if part == "train" else str(path)
     run = run_factory(**own_files | {f"data__{part}": value})
@@ -375,9 +371,7 @@ def test_a_file_that_was_edited_is_noticed_by_its_content_and_named(
     assert "by now?" in (run.path / "data" / f"{part}.jsonl").read_text()
 
 
-def test_the_memory_of_preparing_does_not_grow_with_the_data(
-    run_factory: MakeRun, tmp_path: Path
-) -> None:
+def test_the_memory_of_preparing_does_not_grow_with_the_data(run_factory, tmp_path):
     peaks = []
     for count in (200, 2000):
         rows = [pair(f"Question {n}?", f"{n} " + "so " * 3000) for n in range(count)]
@@ -392,7 +386,7 @@ def test_the_memory_of_preparing_does_not_grow_with_the_data(
     assert peaks[1] - peaks[0] < 2e6
 
 
-def test_rows_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_rows_are_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"id": "1", "messages": turns("Zoë\u2028?", "a\nb 🎉")}, {"id": "2"}]
     count, fingerprint = files.write_rows(path, iter(rows))

@@ -20,11 +20,11 @@ MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):(?!=)", MAKEFILE, re.M))
 
 
-def read(name: str) -> str:
+def read(name):
     return (ROOT / name).read_text("utf-8")
 
 
-def commands() -> list[str]:
+def commands():
     """Every `python -m helpers ...` of the pages, on a line of its own."""
     pattern = r"^ {4}\S*python -m helpers (.*?)(?: +#.*)?$"
     texts = [re.sub(r"\\\n +", "", page.read_text("utf-8")) for page in PAGES]
@@ -32,9 +32,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("line", commands())
-def test_a_command_of_the_pages_is_understood(
-    line: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_of_the_pages_is_understood(line, monkeypatch):
     seen: list[Any] = []  # what would be executed, hours of it
     monkeypatch.setattr(command_line, "execute", lambda *words: seen.append(words))
     monkeypatch.setattr(runtime, "launch", lambda *words: None)  # no GPUs here
@@ -45,7 +43,7 @@ def test_a_command_of_the_pages_is_understood(
         assert values["config"] in recipes.NAMES or "." in values["config"]
 
 
-def test_every_target_of_make_that_is_named_exists() -> None:
+def test_every_target_of_make_that_is_named_exists():
     named = set()
     for page in PAGES:
         text = page.read_text("utf-8")
@@ -54,7 +52,7 @@ def test_every_target_of_make_that_is_named_exists() -> None:
     assert named <= TARGETS
 
 
-def test_make_alone_prints_its_choices_without_a_terminal() -> None:
+def test_make_alone_prints_its_choices_without_a_terminal():
     # `make test` is one itself, of which this one is not to know
     alone = {
         k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))
@@ -68,7 +66,7 @@ def test_make_alone_prints_its_choices_without_a_terminal() -> None:
     assert done.stdout.startswith("Python 3")
 
 
-def test_each_symptom_names_the_check_that_detects_it() -> None:
+def test_each_symptom_names_the_check_that_detects_it():
     rows = re.findall(r"^\| .* \| (.*) \|$", read("docs/troubleshooting.md"), re.M)[1:]
     assert len(rows) > 12
     for cell in rows:
@@ -77,7 +75,7 @@ def test_each_symptom_names_the_check_that_detects_it() -> None:
             assert words.strip('"') in read(place.strip("`")), cell
 
 
-def test_every_model_and_dataset_of_a_recipe_has_its_licence_named() -> None:
+def test_every_model_and_dataset_of_a_recipe_has_its_licence_named():
     text = read("helpers/recipes.toml")
     names = re.findall(r'^(?:model|\w+) = \[?"(\w[\w-]*/[\w.-]+)[":/]', text, re.M)
     names = {name for name in names if not name.startswith("data_samples/")}
@@ -86,18 +84,18 @@ def test_every_model_and_dataset_of_a_recipe_has_its_licence_named() -> None:
     assert [name for name in sorted(names) if f"[{name}]" not in listed] == []
 
 
-def test_every_python_block_is_one_that_a_test_runs() -> None:
+def test_every_python_block_is_one_that_a_test_runs():
     blocks = {p.name: len(re.findall("```python", p.read_text("utf-8"))) for p in PAGES}
     ran = {"README.md": 2, "reliability.md": 7}  # by tests of the command line,
     # packaging and reliability
     assert {name: count for name, count in blocks.items() if count} == ran
 
 
-def test_the_readme_is_short() -> None:
+def test_the_readme_is_short():
     assert len(read("README.md").splitlines()) <= 150
 
 
-def test_the_version_is_that_of_the_project_everywhere() -> None:
+def test_the_version_is_that_of_the_project_everywhere():
     (version,) = re.findall(r'^version = "(.*)"', read("pyproject.toml"), re.M)
     assert f"\nversion: {version}\n" in read("CITATION.cff")
     assert f"\n## {version}\n" in read("CHANGELOG.md")

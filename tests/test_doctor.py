@@ -1,15 +1,9 @@
 """Tests of helpers.doctor: what works here is said, and a remedy for what does not."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
-import pytest
-
 from helpers import doctor
 
 
-def test_a_machine_on_which_the_tests_run_is_fine(runs_home: Path) -> None:
+def test_a_machine_on_which_the_tests_run_is_fine(runs_home):
     table = doctor.diagnose()
     assert [*table.index] == [*doctor.CHECKS]
     assert [*table["verdict"]] == ["fine"] * len(table)
@@ -18,8 +12,8 @@ def test_a_machine_on_which_the_tests_run_is_fine(runs_home: Path) -> None:
 
 
 def test_what_fails_is_named_with_its_remedy_and_the_rest_goes_on(
-    runs_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    runs_home, monkeypatch, tmp_path
+):
     pins = tmp_path / "requirements.txt"
     pins.write_text("torch>=99  # too new\nnothing-of-this-name==1\n")
     monkeypatch.setattr(doctor, "STACK", pins)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,10 +43,10 @@ Prepare = Callable[..., Run]
 
 
 @pytest.fixture
-def prepared(run_factory: Prepare) -> Prepare:
+def prepared(run_factory):
     """Makes a run with its data."""
 
-    def make(changes: dict[str, Any], **more: Any) -> Run:
+    def make(changes, **more):
         run = run_factory(**changes | more)
         data.prepare(run)
         return run
@@ -55,11 +54,11 @@ def prepared(run_factory: Prepare) -> Prepare:
     return make
 
 
-def read_items(run: Run, label: str, name: str) -> list[dict[str, Any]]:
+def read_items(run, label, name):
     return files.read_rows(run.path / "eval" / label / f"{name}.jsonl")
 
 
-def test_held_out_conversations_get_losses_and_text_metrics(prepared: Prepare) -> None:
+def test_held_out_conversations_get_losses_and_text_metrics(prepared):
     run = prepared(CHATS)
     part = evaluate(run, "base")
     test, items = part["test_chat"], read_items(run, "base", "test_chat")
@@ -75,9 +74,7 @@ def test_held_out_conversations_get_losses_and_text_metrics(prepared: Prepare) -
     assert run.report()["eval"]["base"] == part
 
 
-def test_the_response_loss_is_over_all_supervised_tokens(
-    tiny_model_folder: Path,
-) -> None:
+def test_the_response_loss_is_over_all_supervised_tokens(tiny_model_folder):
     import torch
 
     model, tokenizer = models.load_model(str(tiny_model_folder))
@@ -93,7 +90,7 @@ def test_the_response_loss_is_over_all_supervised_tokens(
     assert evaluator.response_loss(model, rows) == pytest.approx(expected, abs=1e-5)
 
 
-def test_an_item_says_all_that_decided_its_verdicts(prepared: Prepare) -> None:
+def test_an_item_says_all_that_decided_its_verdicts(prepared):
     run = prepared(PROBLEMS)
     run.write_part("eval", {"base": {"mt_bench": {"score": 5.0}}})
     part = evaluate(run, "base")
@@ -114,15 +111,15 @@ def test_an_item_says_all_that_decided_its_verdicts(prepared: Prepare) -> None:
 
 
 def test_evaluating_again_answers_nothing_again_unless_the_adapter_changed(
-    prepared: Prepare, tiny_model_folder: Path, tmp_path: Path
-) -> None:
+    prepared, tiny_model_folder, tmp_path
+):
     import torch
 
     run = prepared(PROBLEMS)
     model, _ = models.load_model(str(tiny_model_folder))
     model = add_lora(model, {"r": 2, "target_modules": ["q_proj"]})
 
-    def answer(seed: int) -> list[Any]:
+    def answer(seed):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 draw = torch.manual_seed(seed)
@@ -137,9 +134,7 @@ def test_evaluating_again_answers_nothing_again_unless_the_adapter_changed(
     assert not {key for key, _ in answer(1)} & {key for key, _ in first}
 
 
-def test_the_models_of_a_run_are_evaluated_in_order(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_models_of_a_run_are_evaluated_in_order(run, monkeypatch):
     calls: list[Any] = []
     monkeypatch.setattr(evaluator, "evaluate", lambda *call: calls.append(call[1:]))
     with pytest.raises(MissingInput, match="run the sft notebook first"):
@@ -154,7 +149,7 @@ def test_the_models_of_a_run_are_evaluated_in_order(
 
 
 @pytest.fixture
-def labelled(prepared: Prepare, tmp_path: Path) -> Callable[..., Run]:
+def labelled(prepared, tmp_path):
     """Prepares a run on a classification set with the labels that are passed."""
     rows = [
         {"prompt": f"Which language has {n} fans?", "completion": "C" + "+" * (n % 3)}
@@ -164,10 +159,8 @@ def labelled(prepared: Prepare, tmp_path: Path) -> Callable[..., Run]:
     return lambda labels: prepared(CHATS, data__train=source, evaluation__labels=labels)
 
 
-def test_labels_that_the_config_names_are_counted_as_they_are(
-    labelled: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def answer(model: Any, tokenizer: Any, prompts: list[Any], **_: Any) -> Any:
+def test_labels_that_the_config_names_are_counted_as_they_are(labelled, monkeypatch):
+    def answer(model, tokenizer, prompts, **_):
         # "C" is right for a third; SQuAD's normaliser would take it for all
         if prompts:
             yield {n: Answer(" C\n", 2, True) for n in range(len(prompts))}
@@ -192,8 +185,8 @@ def test_labels_that_the_config_names_are_counted_as_they_are(
 
 
 def test_what_cannot_be_evaluated_is_refused_before_the_model_is_loaded(
-    labelled: Callable[..., Run], prepared: Prepare, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    labelled, prepared, monkeypatch
+):
     monkeypatch.setattr(models, "load_model", None)
     with pytest.raises(DataError, match=r"'C\+.*' is not among evaluation.labels"):
         evaluate(labelled(["C", "c+"]), "base")
@@ -207,13 +200,13 @@ def test_what_cannot_be_evaluated_is_refused_before_the_model_is_loaded(
         evaluate(prepared(CHATS, data__eval_share=None, **nothing), "base")
 
 
-def write_items(run: Run, label: str, name: str, rows: list[dict[str, Any]]) -> None:
+def write_items(run, label, name, rows):
     """Writes the items of an evaluated model, with ids and questions."""
     items = [{"id": n, "question": f"{n}?", **row} for n, row in enumerate(rows)]
     files.write_rows(run.path / "eval" / label / f"{name}.jsonl", items)
 
 
-def test_two_models_are_compared_on_the_same_items(run: Run) -> None:
+def test_two_models_are_compared_on_the_same_items(run):
     for label, verdicts in (("base", (0, 0, 1, 0)), ("sft", (1, 1, 1, 0))):
         items = [dict.fromkeys(metrics.VERDICTS, bool(verdict)) for verdict in verdicts]
         write_items(run, label, "test", items)

@@ -16,26 +16,26 @@ HI = turns("Hi", "Hi.")
 BRIEF = turns("Hi", "Hi.", system="Be brief.")
 
 
-def read(row: Any, **options: Any) -> Any:
+def read(row, **options):
     """Returns the messages of one row."""
     return to_conversations([row], **options)[0][0]
 
 
-def said(**fields: Any) -> dict[str, Any]:
+def said(**fields):
     """Returns a row whose answer has these fields, too."""
     return {"messages": [HI[0], HI[1] | fields]}
 
 
-def asked(content: Any) -> dict[str, Any]:
+def asked(content):
     return {"messages": [{"role": "user", "content": content}, HI[1]]}
 
 
-def spelt(who: str, says: str, *names: str) -> list[dict[str, str]]:
+def spelt(who, says, *names):
     pairs = zip(names, ("Be brief.", "Hi", "Hi."), strict=True)
     return [{who: name, says: text} for name, text in pairs]
 
 
-def chatml(*pairs: tuple[str, str]) -> str:
+def chatml(*pairs):
     return "".join(f"<|im_start|>{who}\n{says}<|im_end|>\n" for who, says in pairs)
 
 
@@ -71,13 +71,13 @@ READ: list[tuple[Any, Any]] = [
 
 
 @pytest.mark.parametrize(("row", "messages"), READ)
-def test_a_row_becomes_turns_with_a_role_and_a_text(row: Any, messages: Any) -> None:
+def test_a_row_becomes_turns_with_a_role_and_a_text(row, messages):
     assert read(json.loads(json.dumps(row))) == messages
 
 
 @pytest.mark.parametrize("row", [row for row, messages in READ if messages == HI])
 @pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
-def test_system_and_history_columns_come_first(row: Any, column: str) -> None:
+def test_system_and_history_columns_come_first(row, column):
     for text in ("Be brief.", "", None):
         assert read(row | {column: text}) == turns("Hi", "Hi.", system=text or "")
     history = [["a?", "b"], ["c?", "d"]]
@@ -87,14 +87,14 @@ def test_system_and_history_columns_come_first(row: Any, column: str) -> None:
 
 @pytest.mark.parametrize("mark", LEARNT)
 @pytest.mark.parametrize("value", [0, False, 0.0, "0", "False"])
-def test_a_turn_that_is_marked_so_is_not_learnt(mark: str, value: Any) -> None:
+def test_a_turn_that_is_marked_so_is_not_learnt(mark, value):
     row = turns("Hi", "Wrong.", "Again?", "Right.")
     row[0][mark], row[1][mark], row[3][mark] = None, value, "true"
     weights = [message.get("weight") for message in read({"messages": row})]
     assert weights == [None, 0, None, None]
 
 
-def test_an_answer_before_the_first_question_is_dropped_and_counted() -> None:
+def test_an_answer_before_the_first_question_is_dropped_and_counted():
     reader = Reader()
     row = {"messages": [*turns("", "Welcome!")[1:], *HI]}
     assert list(reader.read([(1, row)])) == [HI]
@@ -147,28 +147,26 @@ REFUSED: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("row", "reason"), REFUSED)
-def test_a_row_that_cannot_be_trusted_is_refused_with_its_reason(
-    row: Any, reason: str
-) -> None:
+def test_a_row_that_cannot_be_trusted_is_refused_with_its_reason(row, reason):
     with pytest.raises(DataError, match=f"1 of 1 rows .*; row 1: {reason}"):
         to_conversations([row])
 
 
-def test_an_answer_that_is_marked_as_unwanted_is_not_learnt() -> None:
+def test_an_answer_that_is_marked_as_unwanted_is_not_learnt():
     rows = [pair("Hi") | {mark: False} for mark in ("label", "weight", "train")]
     kept, left_out = to_conversations([pair("Hi") | {"label": True}, *rows])
     assert (len(kept), left_out["no answer is learnt"]["rows"]) == (1, 3)
 
 
 @pytest.mark.parametrize("value", [None, "", [], "[]", {}, {"name": None}, " "])
-def test_a_field_without_a_value_changes_nothing(value: Any) -> None:
+def test_a_field_without_a_value_changes_nothing(value):
     reader = Reader()
     row = said(tool_calls=value, name=value) | {"tools": value, "x": value}
     assert list(reader.read([(1, row)])) == [HI]
     assert reader.unused == {}
 
 
-def test_fields_are_ignored_by_choice_and_counted_where_they_are_not_used() -> None:
+def test_fields_are_ignored_by_choice_and_counted_where_they_are_not_used():
     reader = Reader(ignore=("tools", "thinking", "label"))
     row = {"messages": [HI[0] | {"name": "Ann"}, HI[1] | {"thinking": "Hm."}]}
     row |= {"tools": CALL, "label": False, "id": 7, "score": 0.5}
@@ -189,9 +187,7 @@ DETECTED: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("row", "name", "columns"), DETECTED)
-def test_a_format_is_detected_with_its_reason(
-    row: dict[str, Any], name: str, columns: str
-) -> None:
+def test_a_format_is_detected_with_its_reason(row, name, columns):
     assert detect_format([row]) == (name, f"the rows have {columns}")
     assert detect_format([{"text": ""}, row])[0] == name
 
@@ -205,14 +201,12 @@ def test_a_format_is_detected_with_its_reason(
         ([DataError("broken JSON")], "broken JSON"),
     ],
 )
-def test_rows_of_no_known_format_are_refused_with_the_known_ones(
-    rows: Any, reason: str
-) -> None:
+def test_rows_of_no_known_format_are_refused_with_the_known_ones(rows, reason):
     with pytest.raises(DataError, match=reason):
         detect_format(rows)
 
 
-def test_a_format_that_is_asked_for_is_taken_or_refused() -> None:
+def test_a_format_that_is_asked_for_is_taken_or_refused():
     row = {**ROWS[0], "instruction": "Say ho.", "response": "ho"}
     assert read(row) == turns("Say ho.", "ho")
     assert read(row, form="prompt-completion") == turns("Say hi, twice.", 'hi "hi"')
@@ -223,7 +217,7 @@ def test_a_format_that_is_asked_for_is_taken_or_refused() -> None:
         to_conversations(ROWS, form="alpacca")
 
 
-def test_problems_are_asked_in_training_as_in_evaluation() -> None:
+def test_problems_are_asked_in_training_as_in_evaluation():
     reader = Reader(system_prompt="Solve it.")
     rows = [problem("a"), {"question": "b", "answer": "Many.\n#### 8:30"}]
     rows.append(problem("c") | {"system": "S"})

@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ TALK = turns("Hi", "Hello.", "Grüße 🎉")
 NOT_LLAMA_CPP = "llama.cpp's converter refuses .*: "
 
 
-def serve(file: Path) -> tuple[Any, Callable[..., dict[str, Any]]]:
+def serve(file):
     """Returns llama.cpp's server on a file, and what asks it."""
     import xllamacpp
 
@@ -46,7 +45,7 @@ def serve(file: Path) -> tuple[Any, Callable[..., dict[str, Any]]]:
     parameters.n_parallel = parameters.cpuparams.n_threads = 1
     server = xllamacpp.Server(parameters)
 
-    def ask(path: str, **values: Any) -> dict[str, Any]:
+    def ask(path, **values):
         header = {"Content-Type": "application/json"}
         address, body = server.listening_address + path, json.dumps(values).encode()
         request = urllib.request.Request(address, body, header)
@@ -57,7 +56,7 @@ def serve(file: Path) -> tuple[Any, Callable[..., dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def small_tokenizer() -> Any:
+def small_tokenizer():
     """Bytes and printable ASCII as Llama 2 has them: the converter knows the form."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
@@ -72,7 +71,7 @@ def small_tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: Any, small_tokenizer: Any) -> Path:
+def merged(tmp_path_factory, small_tokenizer):
     """A model as Llama-3.2 is: scaled rotations, and a template that prints a date."""
     tokenizer = chats.fit_tokenizer(small_tokenizer, TRL["trl/llama3_2"])
     tokenizer.chat_template = fix_date(tokenizer.chat_template)
@@ -83,18 +82,18 @@ def merged(tmp_path_factory: Any, small_tokenizer: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def files(merged: Path, tmp_path_factory: Any) -> dict[str, Path]:
+def files(merged, tmp_path_factory):
     kinds = ["q8_0", "q4_k_m"]
     folders = write_gguf(merged, tmp_path_factory.mktemp("export"), kinds)
     return {k: f / "model.gguf" for k, f in zip(kinds, folders, strict=True)}
 
 
 @pytest.fixture(scope="module")
-def readers(files: dict[str, Path]) -> dict[str, Any]:
+def readers(files):
     return {kind: gguf.GGUFReader(file) for kind, file in files.items()}
 
 
-def changed_copy(folder: Path, target: Path, name: str, old: str, new: str) -> Path:
+def changed_copy(folder, target, name, old, new):
     shutil.copytree(folder, target)
     text = (target / name).read_text(encoding="utf-8")
     assert old in text
@@ -102,9 +101,7 @@ def changed_copy(folder: Path, target: Path, name: str, old: str, new: str) -> P
     return target
 
 
-def test_every_tensor_has_the_bytes_of_llama_cpps_quantiser(
-    tokenizer: Any, tmp_path: Path
-) -> None:
+def test_every_tensor_has_the_bytes_of_llama_cpps_quantiser(tokenizer, tmp_path):
     family, shape = gguf_quants.SHAPES["llama-untied-wide"]
     merged = save_tiny_model(family, tokenizer, tmp_path / "merged", **shape)
     kinds = ["q8_0", "q4_k_m"]
@@ -116,9 +113,7 @@ def test_every_tensor_has_the_bytes_of_llama_cpps_quantiser(
     assert heads == ["Q6_K", "Q4_K"]
 
 
-def test_only_the_kinds_asked_for_stay_and_say_what_they_are(
-    files: dict[str, Path], readers: dict[str, Any]
-) -> None:
+def test_only_the_kinds_asked_for_stay_and_say_what_they_are(files, readers):
     folder = files["q8_0"].parent.parent
     assert {path.name for path in folder.iterdir()} == {"gguf-q8_0", "gguf-q4_k_m"}
     fields = {kind: reader.fields for kind, reader in readers.items()}
@@ -128,16 +123,14 @@ def test_only_the_kinds_asked_for_stay_and_say_what_they_are(
     assert version.contents() == 2
 
 
-def test_rope_scaling_is_in_every_kind(readers: dict[str, Any]) -> None:
+def test_rope_scaling_is_in_every_kind(readers):
     for reader in readers.values():
         tensors = {tensor.name: tensor.data for tensor in reader.tensors}
         factors = tensors["rope_freqs.weight"]
         assert (factors.min(), factors.max()) == (1, 32)
 
 
-def test_llama_cpp_prints_the_date_and_the_prompt_of_training(
-    merged: Path, files: dict[str, Path]
-) -> None:
+def test_llama_cpp_prints_the_date_and_the_prompt_of_training(merged, files):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(merged)
@@ -151,16 +144,14 @@ def test_llama_cpp_prints_the_date_and_the_prompt_of_training(
     assert printed == prompt.removeprefix(tokenizer.bos_token)
 
 
-def test_a_date_is_fixed_in_calls_and_refused_where_its_form_is_worked_out() -> None:
+def test_a_date_is_fixed_in_calls_and_refused_where_its_form_is_worked_out():
     assert fix_date("{{ strftime_now('%Y-%m-%d') }}") == "{{ '2024-07-26' }}"
     assert fix_date("{{ messages }}") == "{{ messages }}"
     with pytest.raises(TemplateError, match="takes no plain string"):
         fix_date("{{ strftime_now(form) }}")
 
 
-def test_a_failure_leaves_the_files_of_before_and_no_others(
-    files: dict[str, Path], merged: Path, tmp_path: Path
-) -> None:
+def test_a_failure_leaves_the_files_of_before_and_no_others(files, merged, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     broken = shutil.copytree(merged, tmp_path / "broken")
@@ -189,15 +180,15 @@ def test_a_failure_leaves_the_files_of_before_and_no_others(
     ],
 )
 def test_what_the_converter_does_not_know_is_refused_with_its_reason(
-    tiny_model_folder: Path, tmp_path: Path, file: str, old: str, new: str, reason: str
-) -> None:
+    tiny_model_folder, tmp_path, file, old, new, reason
+):
     folder = changed_copy(tiny_model_folder, tmp_path / "m", file, old, new)
     with pytest.raises(ModelError, match=NOT_LLAMA_CPP + reason):
         write_gguf(folder, tmp_path / "out", ["f16"])
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_models_with_rules_of_their_own_are_not_quantised(tmp_path: Path) -> None:
+def test_models_with_rules_of_their_own_are_not_quantised(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "moe.gguf", "qwen2moe")
     writer.add_block_count(1)
     name = "blk.0.ffn_gate_exps.weight"
@@ -211,8 +202,8 @@ def test_models_with_rules_of_their_own_are_not_quantised(tmp_path: Path) -> Non
 
 
 def test_the_offline_models_file_answers_as_transformers_and_has_upstreams_bytes(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     model, tokenizer = load_model(
         "smollm2-135m-offline", engine="transformers", weights="16bit"
     )

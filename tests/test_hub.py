@@ -1,12 +1,7 @@
 """Gated models, against a server that answers as the hub does."""
 
-from __future__ import annotations
-
 import http.server
 import threading
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,7 +20,7 @@ except errors.ModelError as error:
 class GatedHub(http.server.BaseHTTPRequestHandler):
     """Every model is gated."""
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         self.send_response(200 if self.path == "/" else 401)
         if self.path != "/":
             self.send_header("X-Error-Code", "GatedRepo")
@@ -35,12 +30,12 @@ class GatedHub(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_):
         pass
 
 
 @pytest.fixture
-def endpoint() -> Iterator[str]:
+def endpoint():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), GatedHub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -48,9 +43,7 @@ def endpoint() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
-def test_a_gated_model_says_how_to_get_access(
-    endpoint: str, tmp_path: Path, run_python: Any, engine: str
-) -> None:
+def test_a_gated_model_says_how_to_get_access(endpoint, tmp_path, run_python, engine):
     # read when the libraries are imported, so a Python of its own
     variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
     variables |= {"HF_HUB_OFFLINE": "0", "no_proxy": "127.0.0.1"}

@@ -1,47 +1,41 @@
 """The judge client against a real server with its faults, and how verdicts are read."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import socket
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from helpers.errors import JudgeError
 from helpers.llm_judge import judge
 from helpers.llm_judge.judge import Judge
-from helpers.runs import Run
 from tests.judge_server import JudgeServer
 
 ONE_MORE = {"retries": 1, "timeout_s": 1.0}
 TOO_LATE = 3.0  # seconds after which the server answers
 
 
-def echo(request: dict[str, Any]) -> str:
+def echo(request):
     return f"about {request['messages'][-1]['content']} [[8]]"
 
 
 @pytest.fixture
-def server() -> Iterator[JudgeServer]:
+def server():
     with JudgeServer(echo) as running:
         yield running
 
 
 @pytest.fixture
-def open_client(server: JudgeServer, tmp_path: Path):
-    def make(**changes: Any) -> Judge:
+def open_client(server, tmp_path):
+    def make(**changes):
         settings = {"base_url": server.url, "retries": 2, "timeout_s": 5.0}
         return Judge("local", tmp_path / "judge.jsonl", **{**settings, **changes})
 
     return make
 
 
-def ask(*texts: str) -> list[list[dict[str, str]]]:
+def ask(*texts):
     return [[{"role": "user", "content": text}] for text in texts]
 
 
@@ -225,7 +219,7 @@ def test_a_winner_is_read_or_missing_but_never_made_up(text, winner):
     assert judge.read_winner(text) == winner
 
 
-def test_a_judge_is_named_by_the_environment_or_none_is_opened(run: Run, monkeypatch):
+def test_a_judge_is_named_by_the_environment_or_none_is_opened(run, monkeypatch):
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "TUNEBOOK_JUDGE"):
         monkeypatch.delenv(name, raising=False)
     assert judge.open_judge(run) is None

@@ -1,12 +1,9 @@
 """Verdicts, text metrics and intervals, against their packages and formulas."""
 
-from __future__ import annotations
-
 import math
 import random
 import sys
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -19,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 # verdicts
 
 
-def test_our_verdicts_are_those_of_lm_eval_on_changed_and_random_outputs() -> None:
+def test_our_verdicts_are_those_of_lm_eval_on_changed_and_random_outputs():
     pytest.importorskip("lm_eval")
     import gsm8k_agreement
 
@@ -50,14 +47,14 @@ QUESTION = "How many hens are there in all, if Ann counts 1080?"
         (QUESTION, (False, False, True, False)),
     ],
 )
-def test_the_four_verdicts_on_an_answer(text: str, verdicts: tuple[bool, ...]) -> None:
+def test_the_four_verdicts_on_an_answer(text, verdicts):
     prompt = [{"role": "user", "content": QUESTION}]
     problem = {"gold": "1080", "answer": "2 * 540 = 1080\n#### 1080", "prompt": prompt}
     item = metrics.check_answer(text, problem)
     assert tuple(item[name] for name in metrics.VERDICTS) == verdicts
 
 
-def test_a_strict_gain_is_split_into_format_and_reasoning() -> None:
+def test_a_strict_gain_is_split_into_format_and_reasoning():
     names = ["correct", "strict_match"]
     right, loose, wrong = (True, True), (True, False), (False, False)
     first = [loose, loose, wrong, right, right, wrong, right]
@@ -72,7 +69,7 @@ def test_a_strict_gain_is_split_into_format_and_reasoning() -> None:
 # texts
 
 
-def summary(labels: list[str] | None, *pairs: tuple[str, str]) -> dict[str, Any]:
+def summary(labels, *pairs):
     """The metrics of a set of outputs and references."""
     items = []
     for output, reference in pairs:
@@ -92,9 +89,7 @@ def summary(labels: list[str] | None, *pairs: tuple[str, str]) -> dict[str, Any]
         (" ... ", "...", 1.0, 1.0),
     ],
 )
-def test_exact_match_and_token_f1_are_those_of_squad(
-    output: str, reference: str, match: float, f1: float
-) -> None:
+def test_exact_match_and_token_f1_are_those_of_squad(output, reference, match, f1):
     values = metrics.score(output, reference)
     assert values["exact_match"] == match
     assert values["token_f1"] == pytest.approx(f1, abs=1e-4)
@@ -107,7 +102,7 @@ TEXTS = """今天的天气很好，我们去公园。|ねこが古い塀の上�
 
 
 @pytest.mark.parametrize("text", TEXTS.replace("\n", "|").split("|"))
-def test_a_text_of_any_script_against_itself_has_the_highest_metrics(text: str) -> None:
+def test_a_text_of_any_script_against_itself_has_the_highest_metrics(text):
     values = summary(None, (text, text), (text, text))
     assert all(values[name]["mean"] == 1.0 for name in metrics.OF_ITEMS)
     assert (values["bleu"]["score"], values["chrf"]["score"]) == (100.0, 100.0)
@@ -124,14 +119,14 @@ def test_a_text_of_any_script_against_itself_has_the_highest_metrics(text: str) 
     ],
 )
 def test_what_texts_of_any_script_share_counts_and_the_rest_does_not(
-    output: str, reference: str, other: str
-) -> None:
+    output, reference, other
+):
     for name in ("rouge1", "token_f1"):
         assert 0 < metrics.score(output, reference)[name] < 1
         assert metrics.score(other, reference)[name] == 0
 
 
-def test_the_metrics_of_english_are_those_of_the_packages() -> None:
+def test_the_metrics_of_english_are_those_of_the_packages():
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
     from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
@@ -164,14 +159,12 @@ def test_the_metrics_of_english_are_those_of_the_packages() -> None:
         (["The word 猫 stands for a cat in both of these languages."], "13a", "yes"),
     ],
 )
-def test_the_result_names_the_tokenizer_of_the_script(
-    references: list[str], tokenizer: str, effective: str
-) -> None:
+def test_the_result_names_the_tokenizer_of_the_script(references, tokenizer, effective):
     values = summary(None, *((text, text) for text in references))
     assert f"eff:{effective}|tok:{tokenizer}|" in values["bleu"]["signature"]
 
 
-def test_classes_that_occur_get_f1_and_their_mean() -> None:
+def test_classes_that_occur_get_f1_and_their_mean():
     references = ["positive", "positive", "positive", "negative", "negative"]
     outputs = [" positive\n", "negative", "I like it", "negative", "positive"]
     pairs = zip(outputs, references, strict=True)
@@ -188,7 +181,7 @@ def test_classes_that_occur_get_f1_and_their_mean() -> None:
         *(("C#", "C"), ("yes", "Yes"), ("Yes.", "Yes"), ("a cat", "cat"), ("是", "否")),
     ],
 )
-def test_a_label_is_compared_as_it_is(output: str, label: str) -> None:
+def test_a_label_is_compared_as_it_is(output, label):
     values = summary([label, "other"], (output, label), (f"\n {label} ", label))
     assert (values["correct"]["k"], values["no_label"]) == (1, 1)
 
@@ -196,13 +189,13 @@ def test_a_label_is_compared_as_it_is(output: str, label: str) -> None:
 # intervals
 
 
-def test_a_proportion_has_the_published_wilson_interval() -> None:
+def test_a_proportion_has_the_published_wilson_interval():
     # Newcombe, Statistics in Medicine 17 (1998), 857-872, table I, score method
     interval = metrics.proportion(81, 263)
     assert interval == {"k": 81, "n": 263, "low": 0.2553, "high": 0.3662}
 
 
-def test_a_paired_difference_has_mcnemars_test_and_an_interval() -> None:
+def test_a_paired_difference_has_mcnemars_test_and_an_interval():
     counts = {
         (True, True): 100,
         (True, False): 60,

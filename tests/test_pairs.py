@@ -1,13 +1,8 @@
 """Two models' answers: paired, judged in both orders, decided, shown side by side."""
 
-from __future__ import annotations
-
 import contextlib
 import html
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,31 +12,30 @@ from helpers.errors import DataError, JudgeError, MissingInput
 from helpers.files import read_rows, write_rows
 from helpers.llm_judge import pairwise
 from helpers.llm_judge.judge import Judge
-from helpers.runs import Run
 from tests.judge_server import JudgeServer
 
 MODELS = ("base", "sft")
 
 
-def item(n: int, output: str, correct: bool | None = None, **more: Any) -> Any:
+def item(n, output, correct=None, **more):
     """An item as an evaluation writes it."""
     known = {} if correct is None else {"correct": correct, "gold": "7"}
     question = {"id": f"test-{n}", "question": f"How many, {n}?"}
     return {**question, "output": output, **known, **more}
 
 
-def write_items(run: Run, label: str, *items: Any, part: str = "test") -> None:
+def write_items(run, label, *items, part="test"):
     write_rows(run.path / "eval" / label / f"{part}.jsonl", list(items))
 
 
-def write_chats(run: Run, **outputs: list[str]) -> None:
+def write_chats(run, **outputs):
     for label, texts in outputs.items():
         rows = [item(n, text) for n, text in enumerate(texts)]
         write_items(run, label, *rows, part="test_chat")
 
 
 @pytest.fixture
-def run(runs_home) -> Run:
+def run(runs_home):
     """A run whose base model and SFT model have answered four problems."""
     run = runs.save_run(recipes.load("smoke"))
     base = [(1, "5 eggs", False), (2, "7", True), (3, "9", False), (4, "1", False)]
@@ -73,7 +67,7 @@ def test_models_without_a_question_in_common_are_refused(run):
             pairwise.read_pairs(run, MODELS)
 
 
-def shown(*arguments: Any, **options: Any) -> tuple[str, list[list[str]]]:
+def shown(*arguments, **options):
     """The summary and the cells of a table, as texts."""
     page = pairwise.side_by_side(*arguments, **options).data
     summary, _, table = page.partition("</b>")
@@ -117,10 +111,10 @@ def test_words_that_the_other_answer_lacks_are_marked_and_all_is_escaped(
 
 
 @pytest.fixture
-def server() -> Iterator[JudgeServer]:
+def server():
     """A judge that prefers the longer answer, and the first where they are alike."""
 
-    def prefer(request: dict[str, Any]) -> str:
+    def prefer(request):
         _, a, b, *_ = request["messages"][1]["content"].split("|")
         return "[[B]]" if len(b) > len(a) else "[[A]]"
 
@@ -129,7 +123,7 @@ def server() -> Iterator[JudgeServer]:
 
 
 @pytest.fixture
-def judged(run: Run, server: JudgeServer, tmp_path: Path, monkeypatch):
+def judged(run, server, tmp_path, monkeypatch):
     """Judges the test set of chats by short prompts."""
     text = "{question}|{answer_a}|{answer_b}"
     texts = {"pair-v2": text, "pair-math-v1": f"{text}|{{ref_answer_1}}"}
@@ -138,7 +132,7 @@ def judged(run: Run, server: JudgeServer, tmp_path: Path, monkeypatch):
         for name, text in texts.items()
     }
     fastchat = [], {}, prompts
-    monkeypatch.setattr(pairwise.judges, "read_fastchat", lambda folder: fastchat)
+    monkeypatch.setattr(pairwise.judges, "read_fastchat", lambda: fastchat)
     client = Judge("local", tmp_path / "judge.jsonl", server.url, retries=0, workers=1)
     return lambda models=MODELS, **options: pairwise.judge_pairs(
         run, models, client, **options

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ModelError
 from helpers.export import formats, parity
-from helpers.runs import Run
 from tests.tiny import save_tiny_model
 
 Folders = dict[str, Path]
@@ -25,9 +23,7 @@ FORMATS = ["adapter", "merged", "gguf:f16", "gguf:q8_0", "gguf:q4_k_m", "w4a16"]
 
 
 @pytest.fixture(scope="module")
-def exported(
-    tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Run, Folders]:
+def exported(tokenizer, tmp_path_factory):
     """A trained run of a tiny model with scaled rope, and a folder of each format."""
     home = tmp_path_factory.mktemp("parity")
     scaled = ROPE | {"original_max_position_embeddings": 512}
@@ -48,10 +44,10 @@ def exported(
 
 
 @pytest.fixture
-def plant(exported: tuple[Run, Folders], tmp_path: Path) -> Callable[..., Path]:
+def plant(exported, tmp_path):
     """Copies a format's folder and changes a JSON file in it."""
 
-    def change(name: str, file: str = "", **values: Any) -> Path:
+    def change(name, file="", **values):
         folder = tmp_path / str(len([*tmp_path.iterdir()]))
         shutil.copytree(exported[1][name], folder)
         if file:
@@ -62,7 +58,7 @@ def plant(exported: tuple[Run, Folders], tmp_path: Path) -> Callable[..., Path]:
     return change
 
 
-def rewrite(folder: Path, drop: tuple[str, ...] = (), **values: Any) -> Path:
+def rewrite(folder, drop=(), **values):
     """Writes a GGUF anew with other metadata, without some fields or tensors."""
     import gguf
 
@@ -88,12 +84,12 @@ def rewrite(folder: Path, drop: tuple[str, ...] = (), **values: Any) -> Path:
     return folder
 
 
-def find_fault(faults: list[str], name: str, fault: str) -> str:
+def find_fault(faults, name, fault):
     """The sentence on a format's fault."""
     return next((f for f in faults if f.startswith(f"{name}: {fault}")), "")
 
 
-def test_sound_exports_of_every_format_pass(exported: tuple[Run, Folders]) -> None:
+def test_sound_exports_of_every_format_pass(exported):
     run, folders = exported
     rows, faults = parity.check(run, "sft", folders, 6)
     assert faults == []
@@ -111,9 +107,7 @@ def test_sound_exports_of_every_format_pass(exported: tuple[Run, Folders]) -> No
     assert table["prompts_equal"]["merged"] == "6/6"
 
 
-def test_faults_of_folders_for_transformers_are_named(
-    exported: tuple[Run, Folders], plant: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_faults_of_folders_for_transformers_are_named(exported, plant, tmp_path):
     run, settings = exported[0], "generation_config.json"
     template = plant("merged")
     (template / "chat_template.jinja").write_text(
@@ -152,9 +146,7 @@ def test_faults_of_folders_for_transformers_are_named(
     assert "plain transformers fails" in find_fault(faults, "empty", "")
 
 
-def test_faults_of_ggufs_are_named(
-    exported: tuple[Run, Folders], plant: Callable[..., Path]
-) -> None:
+def test_faults_of_ggufs_are_named(exported, plant):
     name = "gguf:f16"
     template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
     lost = ("eos_token_id", "eot_token_id", "rope_freqs.weight")
@@ -177,7 +169,7 @@ def test_faults_of_ggufs_are_named(
     assert "[system] / [<|im_start|>]" in find_fault(faults, "gguf:bos", "doubled BOS")
 
 
-def test_answers_that_no_longer_end_or_are_wrong_are_faults(tokenizer: Any) -> None:
+def test_answers_that_no_longer_end_or_are_wrong_are_faults(tokenizer):
     texts = ["#### 4<|im_end|>", "#### 5 and on"]
     right, wrong = ([tokenizer(text).input_ids] * 10 for text in texts)
     loading = {"loading": {"dtype": "float32"}, "gold": ["4"] * 10}
@@ -193,10 +185,10 @@ def test_answers_that_no_longer_end_or_are_wrong_are_faults(tokenizer: Any) -> N
     assert (row["right"]["k"], row["right"]["n"], row["stop_rate"]) == (0, 10, 0.0)
 
 
-def test_a_process_that_fails_is_an_error() -> None:
+def test_a_process_that_fails_is_an_error():
     with pytest.raises(ModelError, match="refuse fails alone: .*not today"):
         runtime.run_alone(refuse, "not today")
 
 
-def refuse(reason: str) -> None:
+def refuse(reason):
     raise SystemExit(reason)

@@ -7,14 +7,12 @@ real offline model takes about an hour: `python -m pytest -m slow`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from helpers import files, recipes, runs, stages
-from helpers.config import RunConfig, changed
+from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.data.sources import load_rows
 from helpers.evaluation import evaluator
@@ -45,11 +43,11 @@ class Trained(NamedTuple):
     trainers: dict[str, Any]
 
     @property
-    def config(self) -> RunConfig:
+    def config(self):
         return self.run.config
 
 
-def small(name: str, model: str) -> RunConfig:
+def small(name, model):
     """A recipe on another model and our samples, every size cut down."""
     config = recipes.scaled(
         recipes.load(name), model=model, steps=STEPS, rows=4, samples=True
@@ -62,11 +60,7 @@ def small(name: str, model: str) -> RunConfig:
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def trained(
-    request: pytest.FixtureRequest,
-    tiny_model_folder: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Trained]:
+def trained(request, tiny_model_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp(request.param)
         patch.setenv("TUNEBOOK_RUNS", str(home))
@@ -85,7 +79,7 @@ def trained(
 with_sft = pytest.mark.parametrize("trained", SFT, indirect=True)
 
 
-def source_text(source: str, row: dict[str, Any], tokenizer: Any) -> str:
+def source_text(source, row, tokenizer):
     """A row as the system that we reproduce wrote it, with this model's BOS and EOS."""
     if "dolly" in source:
         context = f"### Context:\n{row['context']}\n\n" if row["context"] else ""
@@ -104,7 +98,7 @@ def source_text(source: str, row: dict[str, Any], tokenizer: Any) -> str:
 
 
 @with_sft
-def test_training_texts_are_in_the_format_of_the_source(trained: Trained) -> None:
+def test_training_texts_are_in_the_format_of_the_source(trained):
     tokenizer, part = trained.tokenizer, trained.run.report()["data"]
     rows = trained.trainers["sft"].train_dataset
     together = "\n".join(tokenizer.decode(row["input_ids"]) for row in rows)
@@ -121,9 +115,7 @@ def test_training_texts_are_in_the_format_of_the_source(trained: Trained) -> Non
 
 
 @with_sft
-def test_the_loss_covers_what_the_recipe_says_and_padding_never(
-    trained: Trained,
-) -> None:
+def test_the_loss_covers_what_the_recipe_says_and_padding_never(trained):
     tokenizer, trainer = trained.tokenizer, trained.trainers["sft"]
     rows = files.read_rows(trained.run.path / "data" / "train.jsonl")
     answers = [
@@ -147,7 +139,7 @@ def test_the_loss_covers_what_the_recipe_says_and_padding_never(
         assert (labels[ids == tokenizer.pad_token_id] == NO_LOSS).all()
 
 
-def test_lora_and_weights_are_as_the_recipe_says(trained: Trained) -> None:
+def test_lora_and_weights_are_as_the_recipe_says(trained):
     from peft.tuners.lora import LoraLayer
 
     lora, four_bit = trained.config.lora, trained.config.weights == "4bit"
@@ -171,7 +163,7 @@ def test_lora_and_weights_are_as_the_recipe_says(trained: Trained) -> None:
             assert quantised.bnb_4bit_use_double_quant == trained.config.double_quant
 
 
-def test_optimiser_schedule_and_batch_are_the_recipes(trained: Trained) -> None:
+def test_optimiser_schedule_and_batch_are_the_recipes(trained):
     for stage, trainer in trained.trainers.items():
         values = getattr(trained.config, stage)
         optimiser = trainer.optimizer.optimizer
@@ -199,7 +191,7 @@ def test_optimiser_schedule_and_batch_are_the_recipes(trained: Trained) -> None:
         assert (trained.run.path / stage / "adapter").is_dir()
 
 
-def test_what_the_recipe_holds_out_is_measured(trained: Trained) -> None:
+def test_what_the_recipe_holds_out_is_measured(trained):
     run, stage = trained.run, trained.config.stages[-1]
     names, adapter = evaluator.held_out(trained.config), run.path / stage / "adapter"
     if not names:
@@ -214,8 +206,8 @@ def test_what_the_recipe_holds_out_is_measured(trained: Trained) -> None:
 
 
 def test_the_one_that_ends_in_four_bits_trains_and_exports_in_one_call(
-    tiny_model_folder: Path, runs_home: Path
-) -> None:
+    tiny_model_folder, runs_home
+):
     config = small("dolly-llama32-3b", str(tiny_model_folder))
     part = stages.train(config).report()["export"]
     assert part["adapter"]["tokens_agree"] > 0.5
@@ -227,8 +219,8 @@ def test_the_one_that_ends_in_four_bits_trains_and_exports_in_one_call(
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_runs_on_the_real_model_with_either_engine(
-    name: str, engine: str, tmp_path: Path, run_python: Any
-) -> None:
+    name, engine, tmp_path, run_python
+):
     config = changed(small(name, "smollm2-135m-offline"), engine=engine)
     path = tmp_path / "config.json"
     path.write_text(config.model_dump_json(), encoding="utf-8")

@@ -1,25 +1,20 @@
 """Tests of helpers.recipes: the values that are promised, and their small versions."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 
 from benchmarks import publish
 from helpers import recipes, runtime
-from helpers.config import RunConfig
 from helpers.errors import ConfigError
 from helpers.grpo import rewards
 
 
-def sources_of(config: RunConfig) -> list[Any]:
+def sources_of(config):
     data = config.data
     sources = [*data.train, data.eval, data.problems, data.test, data.test_new]
     return [source for source in sources if source]
 
 
-def test_an_unknown_recipe_gets_the_nearest_name_and_all_known_ones() -> None:
+def test_an_unknown_recipe_gets_the_nearest_name_and_all_known_ones():
     with pytest.raises(ConfigError) as caught:
         recipes.load("finetome-lama32-1b")
     assert "did you mean 'finetome-llama32-1b'?" in str(caught.value)
@@ -27,7 +22,7 @@ def test_an_unknown_recipe_gets_the_nearest_name_and_all_known_ones() -> None:
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)
-def test_a_recipe_names_itself_and_what_exists(name: str) -> None:
+def test_a_recipe_names_itself_and_what_exists(name):
     config = recipes.load(name)
     assert (config.name, config.recipe) == (name, name)
     config.lora["target_modules"].clear()  # what is changed leaves the next one alone
@@ -84,7 +79,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_recipe_has_the_published_values(name: str) -> None:
+def test_a_recipe_has_the_published_values(name):
     config = recipes.load(name)
     lora, part = config.lora, config.grpo if config.stages == ["grpo"] else config.sft
     assert TRAINED[name] == (
@@ -102,7 +97,7 @@ def test_a_recipe_has_the_published_values(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)
-def test_our_samples_stand_for_every_dataset_of_the_recipes(name: str) -> None:
+def test_our_samples_stand_for_every_dataset_of_the_recipes(name):
     config = recipes.scaled(recipes.load(name), samples=True)
     assert all((runtime.ROOT / source).is_file() for source in sources_of(config))
     small = recipes.small(recipes.load(name))
@@ -113,22 +108,20 @@ def test_our_samples_stand_for_every_dataset_of_the_recipes(name: str) -> None:
     ("steps", "sft", "grpo", "every"), [(6, 6, 3, 3), (1, 1, 2, 1)]
 )
 def test_scaled_steps_shorten_both_stages_and_still_evaluate_and_save(
-    steps: int, sft: int, grpo: int, every: int
-) -> None:
+    steps, sft, grpo, every
+):
     small = recipes.scaled(recipes.load("demo"), steps=steps)
     assert (small.sft["max_steps"], small.grpo["max_steps"]) == (sft, grpo)
     assert (small.sft["eval_steps"], small.sft["save_steps"]) == (every, every)
 
 
-def test_the_one_that_ends_in_awq_ends_in_four_bits_without_a_gpu_too() -> None:
+def test_the_one_that_ends_in_awq_ends_in_four_bits_without_a_gpu_too():
     config = recipes.load("dolly-llama32-3b")
     assert config.export == ["adapter", "merged", "awq"]
     assert recipes.small(config).export == ["adapter", "merged", "w4a16"]
 
 
-def test_the_demo_takes_larger_sizes_where_there_is_a_gpu(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_demo_takes_larger_sizes_where_there_is_a_gpu(monkeypatch):
     usual, larger = (recipes.load("demo", gpu=gpu) for gpu in (False, True))
     assert (usual.engine, larger.engine) == ("auto", "transformers")
     sizes = ("per_device_train_batch_size", "num_generations")
@@ -143,13 +136,13 @@ def test_the_demo_takes_larger_sizes_where_there_is_a_gpu(
         assert recipes.load("smoke").grpo["per_device_train_batch_size"] == 8
 
 
-def test_a_warm_up_in_steps_shrinks_with_the_run_and_a_share_stays() -> None:
+def test_a_warm_up_in_steps_shrinks_with_the_run_and_a_share_stays():
     for name, warmup in (("finetome-llama32-1b", 2), ("guanaco-llama2-7b", 0.03)):
         small = recipes.scaled(recipes.load(name), steps=24)
         assert small.sft["warmup_steps"] == warmup
 
 
-def test_scaled_changes_what_it_is_asked_to_and_leaves_the_rest() -> None:
+def test_scaled_changes_what_it_is_asked_to_and_leaves_the_rest():
     config = recipes.load("demo")
     assert recipes.scaled(config) == config
     data = recipes.scaled(config, rows=5).data
@@ -160,7 +153,7 @@ def test_scaled_changes_what_it_is_asked_to_and_leaves_the_rest() -> None:
     assert other.model_dump(exclude={"model"}) == config.model_dump(exclude={"model"})
 
 
-def test_the_docs_list_every_recipe_with_what_is_estimated_today() -> None:
+def test_the_docs_list_every_recipe_with_what_is_estimated_today():
     text = (runtime.ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     between = text.split("<!-- recipes -->")[1].split("<!-- end of recipes -->")[0]
     assert between.strip() == publish.list_recipes()

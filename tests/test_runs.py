@@ -24,7 +24,7 @@ from helpers.errors import ConfigError, DataError, MissingInput, TunebookError
 from helpers.evaluation import evaluator
 from helpers.llm_judge import chat_benchmarks, pairwise
 from helpers.runs import Run
-from helpers.widgets import blind_form
+from helpers.widgets import answer_forms
 
 PUBLISHED = sorted((runtime.ROOT / "results").glob("demo_*.json"))
 
@@ -180,7 +180,7 @@ def test_a_run_is_written_to_by_one_process_at_a_time(
             lambda: pairwise.judge_pairs(run, ("base", "sft"), None),
             lambda: chat_benchmarks.run_mt_bench(run, None),
             lambda: chat_benchmarks.run_alpaca_eval(run, None, reference=run.path),
-            lambda: blind_form.blind_results(run, ("base", "sft")),
+            lambda: answer_forms.blind_results(run, ("base", "sft")),
         ):
             with pytest.raises(TunebookError, match=fault):
                 write()

@@ -1,12 +1,8 @@
 """Tests of data.sources: any file name, any encoding that says so, no cache."""
 
-from __future__ import annotations
-
 import gzip
 import json
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -21,7 +17,7 @@ CUT = gzip.compress(LINES.encode(), mtime=0)[:-30]
 MANY = [pair(f"{i}?") for i in range(200)]
 
 
-def save(path: Path, content: str | bytes) -> str:
+def save(path, content):
     """Writes a file and returns its path as a source."""
     if isinstance(content, str):
         content = content.encode()
@@ -39,14 +35,12 @@ def save(path: Path, content: str | bytes) -> str:
         "".join(json.dumps(row) + "\r\n\r\n" for row in ROWS),
     ],
 )
-def test_json_is_told_by_what_is_in_the_file(
-    tmp_path: Path, name: str, text: str
-) -> None:
+def test_json_is_told_by_what_is_in_the_file(tmp_path, name, text):
     assert load_rows(save(tmp_path / name, text)) == ROWS
     assert load_rows(save(tmp_path / name, gzip.compress(text.encode()))) == ROWS
 
 
-def test_parquet_is_read_with_any_types(tmp_path: Path) -> None:
+def test_parquet_is_read_with_any_types(tmp_path):
     import pandas
 
     path = tmp_path / "rows.parquet"
@@ -61,14 +55,12 @@ def test_parquet_is_read_with_any_types(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
 @pytest.mark.parametrize("sign", [";", "\t", "|", ","])
-def test_a_table_is_cut_by_the_sign_that_cuts_its_header(
-    tmp_path: Path, name: str, sign: str
-) -> None:
+def test_a_table_is_cut_by_the_sign_that_cuts_its_header(tmp_path, name, sign):
     text = f'prompt{sign}completion\n"a{sign} ""b""\n?"{sign}c\n'
     assert load_rows(save(tmp_path / name, text)) == [pair(f'a{sign} "b"\n?', "c")]
 
 
-def test_the_text_of_a_cell_stays_text(tmp_path: Path) -> None:
+def test_the_text_of_a_cell_stays_text(tmp_path):
     cells = ["None", "NA", "null", "nan", "007", "1.0", "true", "", " x ", "[]"]
     cells.append("b" * 200_000)
     text = "prompt,completion\n" + "".join(f"q,{cell}\n" for cell in cells)
@@ -76,9 +68,7 @@ def test_the_text_of_a_cell_stays_text(tmp_path: Path) -> None:
     assert [row["completion"] for row in rows] == cells
 
 
-def test_spaces_after_separators_do_not_count_where_the_header_has_them(
-    tmp_path: Path,
-) -> None:
+def test_spaces_after_separators_do_not_count_where_the_header_has_them(tmp_path):
     text = 'prompt, completion\n"a", "b, c"\nd, e\n   \n'
     path = save(tmp_path / "rows.csv", text)
     assert load_rows(path) == [pair("a", "b, c"), pair("d", "e")]
@@ -88,7 +78,7 @@ def test_spaces_after_separators_do_not_count_where_the_header_has_them(
 
 
 @pytest.mark.parametrize("line", ["[1] Why?", '"Why" is asked.', "{name}, why?", "42"])
-def test_a_text_file_may_begin_like_json(tmp_path: Path, line: str) -> None:
+def test_a_text_file_may_begin_like_json(tmp_path, line):
     path = save(tmp_path / "prompts.txt", f"{line}\nHow?\n")
     assert load_rows(path) == [line, "How?"]
 
@@ -97,9 +87,7 @@ def test_a_text_file_may_begin_like_json(tmp_path: Path, line: str) -> None:
     "encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
 )
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
-def test_an_encoding_that_shows_itself_is_read(
-    tmp_path: Path, encoding: str, name: str
-) -> None:
+def test_an_encoding_that_shows_itself_is_read(tmp_path, encoding, name):
     text = "prompt,completion\nCafé?,Ja.\n"
     if name == "rows.jsonl":
         text = json.dumps(pair("Café?", "Ja."), ensure_ascii=False)
@@ -128,13 +116,13 @@ def test_an_encoding_that_shows_itself_is_read(
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_in_words(
-    tmp_path: Path, name: str, content: Any, reason: str
-) -> None:
+    tmp_path, name, content, reason
+):
     with pytest.raises(DataError, match=reason):
         load_rows(save(tmp_path / name, content))
 
 
-def test_a_row_that_cannot_be_read_spoils_no_other(tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_read_spoils_no_other(tmp_path):
     path = save(tmp_path / "a.jsonl", '{"a": oops}\n{"a": 1}\n{"a": oops}\n')
     (_, first), second, (number, third) = open_rows(path)
     assert isinstance(first, DataError) and isinstance(third, DataError)
@@ -149,7 +137,7 @@ def test_a_row_that_cannot_be_read_spoils_no_other(tmp_path: Path) -> None:
         ("nobody/no-such-set:train", "^nobody/no-such-set:train could not be read: "),
     ],
 )
-def test_a_source_that_is_not_there_is_refused(source: str, reason: str) -> None:
+def test_a_source_that_is_not_there_is_refused(source, reason):
     with pytest.raises((DataError, FileNotFoundError), match=reason):
         load_rows(source)
     assert content_of(source) is None
@@ -162,7 +150,7 @@ def test_a_source_that_is_not_there_is_refused(source: str, reason: str) -> None
         *("Öl für 1 €.jsonl", "~a.jsonl", "v=1/[2]#3/a.jsonl"),
     ],
 )
-def test_a_name_is_a_file_whatever_signs_are_in_it(tmp_path: Path, name: str) -> None:
+def test_a_name_is_a_file_whatever_signs_are_in_it(tmp_path, name):
     other = write(tmp_path / "a1.jsonl", [pair("another file?")])
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,8 +159,8 @@ def test_a_name_is_a_file_whatever_signs_are_in_it(tmp_path: Path, name: str) ->
 
 
 def test_a_path_is_looked_for_in_the_working_folder_then_in_the_project(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert len(load_rows("data_samples/alpaca.jsonl")) == 12
     (tmp_path / "data_samples").mkdir()
@@ -181,7 +169,7 @@ def test_a_path_is_looked_for_in_the_working_folder_then_in_the_project(
 
 
 @pytest.mark.parametrize("name", ["saved", "a [1]#b"])
-def test_a_folder_that_save_to_disk_wrote_is_read(tmp_path: Path, name: str) -> None:
+def test_a_folder_that_save_to_disk_wrote_is_read(tmp_path, name):
     import datasets
 
     rows = datasets.Dataset.from_list([pair(f"{i}?") for i in range(5)])
@@ -196,7 +184,7 @@ def test_a_folder_that_save_to_disk_wrote_is_read(tmp_path: Path, name: str) -> 
         load_rows(str(tmp_path))
 
 
-def test_a_limit_takes_the_first_rows_or_draws_by_a_seed(tmp_path: Path) -> None:
+def test_a_limit_takes_the_first_rows_or_draws_by_a_seed(tmp_path):
     path = write(tmp_path / "rows.jsonl", MANY)
     assert load_rows(path, limit=2) == MANY[:2]
     assert load_rows(path, limit=999) == load_rows(path, limit=999, seed=1) == MANY
@@ -211,17 +199,15 @@ def test_a_limit_takes_the_first_rows_or_draws_by_a_seed(tmp_path: Path) -> None
     assert list(open_rows(stream, 3, seed=1)) == list(enumerate(MANY[:3], 1))
 
 
-def test_of_a_hub_dataset_the_revision_decides_and_is_the_one_that_is_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_of_a_hub_dataset_the_revision_decides_and_is_the_one_that_is_read(monkeypatch):
     import datasets
     import huggingface_hub
 
-    def load(*names: str, **options: Any) -> list[dict[str, str]]:
+    def load(*names, **options):
         assert (names, options["split"]) == (("owner/name", "main"), "test")
         return [pair(f"of {options['revision']}?")]
 
-    def info(api: Any, name: str, **options: Any) -> Any:
+    def info(api, name, **options):
         return SimpleNamespace(sha=f"sha-of-{name}")
 
     monkeypatch.setattr("helpers.runtime.hub_reachable", lambda: True)

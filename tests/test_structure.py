@@ -15,9 +15,9 @@ import structure  # noqa: E402
 
 # 8,000 lines and 45 modules are for all that is planned: lower these with deletions.
 BOUNDS = {
-    "lines": 9_251,
+    "lines": 9_164,
     "lines of masking": 445,
-    "modules": 46,
+    "modules": 45,
     "packages": 10,
     "modules in circles": 0,
     "import levels": 9,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ Report = dict[str, Any]
 
 
 @pytest.fixture
-def report() -> Report:
+def report():
     """The report of a run with three evaluated models, and one that was judged only."""
     report: Report = {"sft": {"seconds": 150.0, "peak_memory_gb": 2.25}, "eval": {}}
     for label, k, k_new in (("base", 10, 5), ("sft", 90, 20), ("mine", 0, 99)):
@@ -34,7 +33,7 @@ def report() -> Report:
 
 
 @pytest.fixture
-def chats() -> Report:
+def chats():
     """The report of a run that holds conversations out and no problems."""
     costs = {"seconds": 60.0, "peak_memory_gb": 1.0}
     losses = {"base": 2.5, "sft": 1.75}
@@ -45,9 +44,7 @@ def chats() -> Report:
     return {"eval": parts}
 
 
-def test_the_results_table_has_accuracies_losses_and_costs(
-    report: Report, chats: Report
-) -> None:
+def test_the_results_table_has_accuracies_losses_and_costs(report, chats):
     table = tables.results_table(report)
     assert list(table.index) == ["base", "after SFT", "mine"]
     assert table.loc["after SFT"].to_dict() == {
@@ -65,9 +62,7 @@ def test_the_results_table_has_accuracies_losses_and_costs(
     assert list(table["test_chat loss"]) == [2.6, 1.85]
 
 
-def test_the_scores_table_has_every_verdict_and_metric_of_every_model(
-    report: Report, chats: Report
-) -> None:
+def test_the_scores_table_has_every_verdict_and_metric_of_every_model(report, chats):
     table = tables.scores_table(report)
     sets = [(m, s) for m in ("base", "after SFT", "mine") for s in ("test", "test_new")]
     assert list(table.index) == sets
@@ -86,7 +81,7 @@ def test_the_scores_table_has_every_verdict_and_metric_of_every_model(
     assert table[names].to_numpy().tolist() == expected
 
 
-def test_differences_are_shown_set_by_set() -> None:
+def test_differences_are_shown_set_by_set():
     right = metrics.paired_difference([False, True], [True, True])
     gain = {"only_first": 0, "only_second": 1}
     rouge = {"difference": 0.125, "n": 8, "low": -0.01, "high": 0.25}
@@ -102,15 +97,15 @@ def test_differences_are_shown_set_by_set() -> None:
     assert len(tables.differences_table({})) == len(tables.results_table({})) == 0
 
 
-def heights(axes: Any) -> list[list[float]]:
+def heights(axes):
     """The heights of the bars of each model."""
     groups = [group for group in axes.containers if hasattr(group, "patches")]
     return [[bar.get_height() for bar in group] for group in groups]
 
 
 def test_the_plot_has_a_bar_with_its_interval_for_every_model_and_set(
-    report: Report, chats: Report, tmp_path: Path
-) -> None:
+    report, chats, tmp_path
+):
     axes = tables.plot_results(report, tmp_path / "results.png").axes[0]
     assert heights(axes) == [[5.0, 5.0], [45.0, 20.0], [0.0, 99.0]]
     assert (tmp_path / "results.png").stat().st_size > 0
@@ -123,7 +118,7 @@ def test_the_plot_has_a_bar_with_its_interval_for_every_model_and_set(
     assert "lower is better" in axes.get_ylabel()
 
 
-def make_run(name: str, recipe: str = "smoke", **parts: Any) -> None:
+def make_run(name, recipe="smoke", **parts):
     """Makes a run whose SFT stage is trained and evaluated, with other values."""
     run = runs.save_run(changed(recipes.load(recipe), name=name))
     measured = {"eval_loss": 0.787, "accuracy": metrics.proportion(45, 100)}
@@ -138,7 +133,7 @@ def make_run(name: str, recipe: str = "smoke", **parts: Any) -> None:
             run.write_part(part, value)
 
 
-def test_every_stage_of_every_trained_run_has_a_row(runs_home: Path) -> None:
+def test_every_stage_of_every_trained_run_has_a_row(runs_home):
     assert len(tables.runs_table()) == 0
     published = "finetome-llama32-3b-b"
     make_run("b", published, grpo={"steps": 8, "reward_first": 0.25})
@@ -156,7 +151,7 @@ def test_every_stage_of_every_trained_run_has_a_row(runs_home: Path) -> None:
     }
 
 
-def test_other_machines_and_other_held_out_rows_are_seen(runs_home: Path) -> None:
+def test_other_machines_and_other_held_out_rows_are_seen(runs_home):
     make_run("a")
     make_run("b", environment={"device": "cpu: 2 cores"})
     make_run("c", data={"fingerprints": {"eval": "e2", "test": "t1"}})
@@ -166,7 +161,7 @@ def test_other_machines_and_other_held_out_rows_are_seen(runs_home: Path) -> Non
     assert list(table["device"]) == ["cuda: Tesla T4", "cpu: 2 cores", "cuda: Tesla T4"]
 
 
-def test_the_speed_tables_are_those_of_the_results() -> None:
+def test_the_speed_tables_are_those_of_the_results():
     readme = (runtime.ROOT / "README.md").read_text("utf-8")
     marks = readme.partition("<!-- speed of results/sft_speed.json -->")[2]
     assert marks.partition("<!-- end of speed -->")[0].strip() == publish.speed_table()
@@ -174,7 +169,7 @@ def test_the_speed_tables_are_those_of_the_results() -> None:
     assert "\n".join(publish.speed_section()) in results
 
 
-def test_a_ratio_to_stock_has_the_spread_of_both() -> None:
+def test_a_ratio_to_stock_has_the_spread_of_both():
     stock = {"tokens_per_second": 1000, "s_step": 2.0, "s_step_repeats": [1.0, 3.0]}
     row = {"tokens_per_second": 4000, "s_step": 0.5, "s_step_repeats": [0.5, 0.5]}
     assert sft_speed.times_stock(row, stock) == (4.0, 2.0, 6.0)
@@ -182,9 +177,7 @@ def test_a_ratio_to_stock_has_the_spread_of_both() -> None:
     assert sft_speed.run_seconds(row) == 10.0 + 199 * 0.5
 
 
-def test_a_way_that_failed_has_a_row_with_its_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_way_that_failed_has_a_row_with_its_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sft_speed, "RESULT", tmp_path / "sft_speed.json")
     monkeypatch.setattr(publish, "RESULTS", tmp_path)
     sft_speed.write_errors("one GPU", "1b", "compiled", "chat,long", "no Triton")
@@ -197,7 +190,7 @@ def test_a_way_that_failed_has_a_row_with_its_error(
     assert len(publish.sft_rows()) == 2
 
 
-def test_the_page_on_scaling_has_the_measured_speedups() -> None:
+def test_the_page_on_scaling_has_the_measured_speedups():
     page = (publish.ROOT / "docs" / "scaling.md").read_text("utf-8")
     rows = publish.read(publish.RESULTS / "scale.json")["rows"]
     lines = {}
@@ -210,7 +203,7 @@ def test_the_page_on_scaling_has_the_measured_speedups() -> None:
         assert f"{start} {' | '.join(cells)} |" in page
 
 
-def test_the_page_on_reliability_has_what_a_gpu_gave() -> None:
+def test_the_page_on_reliability_has_what_a_gpu_gave():
     page = (publish.ROOT / "docs" / "reliability.md").read_text("utf-8")
     values = publish.read(publish.RESULTS / "gpu_kills.json")
     assert {row["largest_difference"] for row in values["sft"]} == {0.0}

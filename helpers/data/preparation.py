@@ -6,7 +6,7 @@ import logging
 import random
 import tempfile
 from bisect import bisect_right
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +14,7 @@ from typing import IO, Any
 import pandas as pd
 
 from helpers.config import HELD_OUT, DataConfig, Rows, RunConfig, Source
-from helpers.data.formats import Messages, Row, ask, first_answer, is_solved
+from helpers.data.formats import Row, ask, first_answer, is_solved
 from helpers.data.reading import SHOWN, Reader
 from helpers.data.sources import content_of, open_rows
 from helpers.errors import DataError
@@ -33,12 +33,6 @@ def questions_of(row: Row) -> list[str]:
     return asked or [row["question"]]
 
 
-def first_question(messages: Messages) -> Messages:
-    """Returns a conversation up to its first answer that is learnt, a prompt."""
-    number = messages.index(first_answer(messages))
-    return [{"role": m["role"], "content": m["content"]} for m in messages[:number]]
-
-
 def to_prompts(config: RunConfig, rows: list[Row]) -> list[Row]:
     """Returns problems with their `prompt`, or the first turns of conversations."""
     if "question" in rows[0]:
@@ -46,12 +40,14 @@ def to_prompts(config: RunConfig, rows: list[Row]) -> list[Row]:
         return [row | {"prompt": ask(row["question"], system)} for row in rows]
     prompts, labels = [], [label.strip() for label in config.evaluation.labels or []]
     rows = rows[: config.evaluation.text_rows]
-    answers = [first_answer(row["messages"])["content"] for row in rows]
-    solved = not labels and all(map(is_solved, answers))
-    for row, answer in zip(rows, answers, strict=True):
-        prompt = first_question(row["messages"])
+    firsts = [first_answer(row["messages"]) for row in rows]
+    solved = not labels and all(is_solved(turn["content"]) for turn in firsts)
+    for row, turn in zip(rows, firsts, strict=True):
+        turns, answer = row["messages"], turn["content"]
         if labels and answer.strip() not in labels:
             raise DataError(f"right answer {answer!r} is not among evaluation.labels")
+        before = turns[: turns.index(turn)]
+        prompt = [{"role": m["role"], "content": m["content"]} for m in before]
         texts = {"question": prompt[-1]["content"], "reference": answer}
         if solved:  # judged by the number, as problems are
             texts |= {"answer": answer, "gold": str(parse_gold(answer))}
@@ -106,12 +102,6 @@ def parts_of(config: DataConfig) -> list[str]:
     return [name for name in PARTS if parts[name]]
 
 
-def answered(parts: Container[str]) -> list[str]:
-    """Returns the held-out parts that models answer: of `eval` only if no others."""
-    known = [name for name in HELD_OUT if name in parts]
-    return [name for name in known if name != "eval"] or known
-
-
 @writes
 def prepare(run: Run, origin: Row | None = None) -> Row:
     """Writes the run's `data/`; returns counts, fingerprints, and what was left out.
@@ -137,9 +127,10 @@ def prepare(run: Run, origin: Row | None = None) -> Row:
         parts = {name: rows[rows["part"] == name] for name in parts_of(config)}
         learnt = rows["part"].isin(["train", "problems"])
         trained = set(rows[learnt]["places"].explode())
-        for name in [n for n in ("eval", "test", "test_new") if getattr(config, n)]:
-            firsts = (questions_of(row)[0] for row in load(file, parts[name]))
-            assert_disjoint(trained, name, firsts)
+        for name in ("eval", "test", "test_new"):
+            if getattr(config, name):
+                firsts = (questions_of(row)[0] for row in load(file, parts[name]))
+                assert_disjoint(trained, name, firsts)
         paths = {name: run.path / "data" / f"{name}.jsonl" for name in PARTS}
         for path in paths.values():  # first all, so that a kill leaves no old part
             path.unlink(missing_ok=True)

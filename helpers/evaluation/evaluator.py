@@ -34,7 +34,8 @@ def read_sets(run: Run) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
     config, labels = run.config, run.config.evaluation.labels
     files = [run.require(f"data/{name}.jsonl") for name in held_out(config)]
     sets = {file.stem: read_rows(file) for file in files}
-    prompts = {n: data.to_prompts(config, sets[n]) for n in data.answered(sets)}
+    names = [name for name in sets if name != "eval"] or sets  # eval is the last resort
+    prompts = {name: data.to_prompts(config, sets[name]) for name in names}
     if not prompts or (labels and prompts.keys() <= tables.ACCURACIES.keys()):
         remedy = "set data.eval_share, data.test_share, data.eval or data.test"
         text = "has no held-out rows, or none for evaluation.labels"

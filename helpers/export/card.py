@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from httpx import HTTPError
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, HfApi, ModelCard, ModelCardData
 
 from helpers import runtime
 from helpers.config import HELD_OUT, RunConfig, complete
@@ -108,10 +108,9 @@ def write_space(folder: Path, config: RunConfig, model: Path) -> None:
     licence, files = origin_of(config.model, "model")[1], ("chat", "gguf")
     texts = [(ROOT / f"requirements-{x}.txt").read_text("utf-8") for x in files]
     pins = re.findall(r"^(?:gradio|xllamacpp)==[\d.]+", "\n".join(texts), re.M)
-    text = f'---\ntitle: "{config.name}"\nlicense: {licence.partition(":")[0]}\n'
-    text += f"sdk: gradio\nsdk_version: {pins[0].partition('==')[2]}\n"
-    text += 'python_version: "3.12"\n'
-    text += f"app_file: app.py\n---\n\n# {config.name}\n"
+    card: Any = {"title": config.name, "license": licence.partition(":")[0]}
+    card |= {"sdk": "gradio", "sdk_version": pins[0].partition("==")[2]}
+    card |= {"python_version": "3.12", "app_file": "app.py"}
     settings: Any = {"title": config.name, "system_prompt": config.system_prompt}
     settings |= {"sampling": config.inference, "model": model.name}
     with new_folder(folder) as new:
@@ -119,6 +118,7 @@ def write_space(folder: Path, config: RunConfig, model: Path) -> None:
         write_lines(new / "requirements.txt", [f"{pin}\n" for pin in pins])
         shutil.copy(model, new)
         write_json(new / "settings.json", settings)
+        text = f"---\n{CardData(**card)}\n---\n\n# {config.name}\n"
         write_lines(new / "README.md", [text])
 
 

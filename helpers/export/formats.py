@@ -124,21 +124,30 @@ def require_space(folder: Path, parameters: int, names: list[Format]) -> None:
 
 
 def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
+    from transformers import GenerationConfig
+
     config, folder = run.config, run.path / "export"
     folder.mkdir(exist_ok=True)
     if "adapter" in paths:
-        write_adapter(config, adapter, paths["adapter"])
+        settings = GenerationConfig()
+        with suppress(OSError):  # some models come without
+            settings = GenerationConfig.from_pretrained(load.find_model(config.model))
+        with new_folder(paths["adapter"]) as new:
+            for file in adapter.glob("adapter_*"):
+                shutil.copy2(file, new)
+            plain_tokenizer(config, settings).save_pretrained(new)
+            settings.save_pretrained(new)
     if [*paths] == ["adapter"]:
         return
     with tempfile.TemporaryDirectory(dir=folder, prefix=".merged-") as scratch:
         merged = paths.get("merged", Path(scratch, "merged"))
         tokenizer = merge(config, adapter, merged)
         runtime.free_memory()
-        settings = config.system_prompt, config.inference
+        ours = config.system_prompt, config.inference
         if kinds := kinds_of([*paths]):
             for new in gguf.write_gguf(merged, folder, kinds):
                 try:
-                    gguf.write_modelfile(new, tokenizer, *settings)
+                    gguf.write_modelfile(new, tokenizer, *ours)
                 except TemplateError as error:
                     log.warning(f"{new} has no Modelfile for Ollama: {error}")
         for name in FOUR_BIT & {*paths}:
@@ -146,19 +155,6 @@ def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
             with new_folder(paths[name]) as new:
                 form = str(merged), str(new), name == "awq"
                 runtime.run_alone(write_4bit, *form, blocks)
-
-
-def write_adapter(config: RunConfig, adapter: Path, folder: Path) -> None:
-    from transformers import GenerationConfig
-
-    settings = GenerationConfig()
-    with suppress(OSError):  # some models come without
-        settings = GenerationConfig.from_pretrained(load.find_model(config.model))
-    with new_folder(folder) as new:
-        for file in adapter.glob("adapter_*"):
-            shutil.copy2(file, new)
-        plain_tokenizer(config, settings).save_pretrained(new)
-        settings.save_pretrained(new)
 
 
 def merge(config: RunConfig, adapter: Path | str, folder: Path) -> Any:
@@ -208,8 +204,7 @@ def training_ids(run: Run, tokenizer: Any, count: int) -> list[list[int]]:
     config = run.config
     part = "train" if config.data.train else "problems"
     rows = read_rows(run.require(f"data/{part}.jsonl"))[:count]
-    chats, _ = to_conversations(rows, config.system_prompt)
-    size = config.max_length
+    chats, size = to_conversations(rows, config.system_prompt)[0], config.max_length
     masked = mask_conversations(tokenizer, chats, config.loss_on, size, drop=True)
     ids = [*chain.from_iterable(masked.rows["input_ids"])]
     # each pass costs the same, whatever its length
@@ -219,8 +214,7 @@ def training_ids(run: Run, tokenizer: Any, count: int) -> list[list[int]]:
 def write_4bit(source: str, folder: str, awq: bool, ids: list[list[int]]) -> None:
     """Writes a model in 4 bit by GPTQ, after AWQ's scaling if asked.
 
-    Rounding to nearest alone costs small models their answers; both calibrate on blocks
-    of token ids. Another process runs this.
+    It runs in a process of its own. Without these, small models lose their answers.
     """
     import math
 

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from importlib.resources import files
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,7 @@ def convert(merged: Path, file: Path) -> None:
     command += ["--outtype", "f16"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        reason = done.stderr.strip().rpartition("\n")[2]
-        reason = reason.removeprefix("ERROR:hf-to-gguf:")
+        reason = done.stderr.strip().splitlines()[-1].removeprefix("ERROR:hf-to-gguf:")
         raise ModelError(f"llama.cpp's converter refuses {merged}: {reason}")
 
 
@@ -125,11 +125,7 @@ def choose_type(tensor: Any, kind: str, head: str, family: str, layers: int) -> 
 def write_modelfile(
     folder: Path, tokenizer: Tokenizer, system: str, sampling: dict[str, Any]
 ) -> None:
-    """Writes Ollama's `Modelfile` for the `model.gguf` of a folder.
-
-    TemplateError if the chat template does more than put texts around contents. That it
-    trims them is no error, though Ollama's cannot.
-    """
+    """Writes Ollama's `Modelfile`; TemplateError for a template that Go's cannot be."""
     options = {RENAMED.get(name, name): value for name, value in sampling.items()}
     if not options.pop("do_sample", True):
         options["temperature"] = 0
@@ -150,12 +146,11 @@ def write_modelfile(
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     lines += [f"PARAMETER {k} {v}" for k, v in (PARAMETERS | options).items()]
     modelfile = "\n".join([*lines, ""])
-    for text in systems:
-        for talk in (TALK[:1], TALK[:3], TALK):
-            chat = [*ask("", text)[:-1], *talk]
-            prompt = render_modelfile(modelfile, talk if text == system else chat)
-            if prompt != render_prompt(tokenizer, chat):
-                raise TemplateError(BEYOND)
+    for text, talk in product(systems, (TALK[:1], TALK[:3], TALK)):
+        chat = [*ask("", text)[:-1], *talk]
+        prompt = render_modelfile(modelfile, talk if text == system else chat)
+        if prompt != render_prompt(tokenizer, chat):
+            raise TemplateError(BEYOND)
     write_lines(folder / "Modelfile", [modelfile])
 
 

