@@ -13,7 +13,7 @@ from helpers import files
 from helpers.data import preparation as data
 from helpers.inference import generation
 from helpers.masking import dataset as masking
-from helpers.masking.templates import stop_token_ids
+from helpers.masking.templates import neutralise, stop_token_ids
 from helpers.models.load import load_tokenizer
 from helpers.runs import Run
 from helpers.training import trainer as sft
@@ -67,3 +67,10 @@ def test_another_family_is_masked_trained_and_answers(
     asked = [rows[0]["messages"][:-1]]
     (answered,) = generation.generate(model, tokenizer, asked, max_new_tokens=6)
     assert 0 < answered.tokens <= 6
+
+
+def test_a_newline_among_gemmas_added_tokens_is_left_in_texts(folder: Path) -> None:
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens(["\n", "\n\n", "  ", "<table>"])  # as Gemma's vocabulary has
+    messages = [{"role": "user", "content": "One.\n\n  <table>\nTwo."}]
+    assert neutralise(tokenizer, messages) is messages

@@ -47,7 +47,8 @@ def control_tokens(tokenizer: Tokenizer, template: str) -> re.Pattern[str]:
     with suppress(TemplateError):  # it may refuse them
         text = write_text(tokenizer, [turn, turn | {"role": "assistant"}, turn])
     added = {str(t): t.special for t in tokenizer.added_tokens_decoder.values()}
-    names = sorted((n for n in added if added[n] or n in text), key=len, reverse=True)
+    names = [n for n in added if n.strip() and (added[n] or n in text)]  # not a "\n"
+    names.sort(key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
 
