@@ -14,7 +14,6 @@ taken, each after the GPU has done what was asked of it. Writes `callback_cost.j
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from typing import Any
 
 import sft_speed
 
-from helpers.files import write_json
+from helpers.files import read_json, write_json
 
 RESULT = Path(os.environ.get("OUT", sft_speed.ROOT / "results")) / "callback_cost.json"
 REPEATS = 3
@@ -63,7 +62,6 @@ def measure(machine: str, model: str, engine: str) -> None:
     import torch
 
     from helpers import training
-    from helpers.files import read_json
     from helpers.training import callbacks, layout
     from helpers.training import trainer as sft
 
@@ -97,31 +95,23 @@ def measure(machine: str, model: str, engine: str) -> None:
         steps[way] += step_seconds(trainer)
     seconds = {way: round(median(values), 5) for way, values in steps.items()}
     count = REPEATS * sft_speed.STEPS
-    write_json(
-        RESULT,
-        {
-            "machine": machine,
-            "engine": engine,
-            "layout": read_json(folder / layout.NOTE),
-            "s_step": seconds,
-            "apart": round(seconds["with"] / seconds["without"] - 1, 5),
-            "in_callbacks_s_step": round(sum(inside) / count, 6),
-            "share": round(sum(inside) / count / mean(steps["without"]), 6),
-            "steps": {way: [round(v, 5) for v in vs] for way, vs in steps.items()},
-        },
-    )
-    print({k: v for k, v in read_json(RESULT).items() if k != "steps"})
+    table = {
+        "machine": machine,
+        "engine": engine,
+        "layout": read_json(folder / layout.NOTE),
+        "s_step": seconds,
+        "apart": round(seconds["with"] / seconds["without"] - 1, 5),
+        "in_callbacks_s_step": round(sum(inside) / count, 6),
+        "share": round(sum(inside) / count / mean(steps["without"]), 6),
+    }
+    print(table)
+    rounded = {way: [round(v, 5) for v in vs] for way, vs in steps.items()}
+    write_json(RESULT, table | {"steps": rounded})
 
 
 def main(machine: str, shape: str = "1b", engine: str = "unsloth") -> None:
-    shared = "/dev/shm" if Path("/dev/shm").exists() else tempfile.gettempdir()
-    home = Path(os.environ.get("TUNEBOOK_SHAPES", shared)) / "shapes"
-    if not (folder := home / shape).exists():
-        program = sft_speed.__file__  # a process that frees its memory
-        subprocess.check_call([sys.executable, program, "make", shape, str(folder)])
-    if machine != "cpu":
-        os.environ["TUNEBOOK_DTYPE"] = "float16"
-        os.environ["TUNEBOOK_GPU_GB"] = str(sft_speed.memory.CAP_GB)
+    folder = sft_speed.find_shape(shape)
+    os.environ |= sft_speed.limits(machine)
     with tempfile.TemporaryDirectory() as runs_folder:
         os.environ["TUNEBOOK_RUNS"] = runs_folder
         measure(machine, str(folder), engine)

@@ -1,6 +1,6 @@
 """Executes copies of the notebooks for a recipe, below its run's folder.
 
-python benchmarks/series.py demo        # what `make demo` does
+python benchmarks/series.py [demo]      # what `make demo` does
 python benchmarks/series.py smoke
 """
 
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from helpers import recipes, runs, runtime  # noqa: E402
 from helpers.__main__ import show  # noqa: E402
+from helpers.errors import TunebookError  # noqa: E402
 
 
 def execute(recipe: str) -> runs.Run:
@@ -46,4 +47,7 @@ def execute(recipe: str) -> runs.Run:
 
 
 if __name__ == "__main__":
-    show(execute(sys.argv[1]))
+    try:
+        show(execute(*sys.argv[1:] or ["demo"]))
+    except TunebookError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -250,20 +250,31 @@ def write_row(machine: str, row: dict[str, Any]) -> None:
     write_json(RESULT, {"machine": machine, "rows": [*rows, row]})
 
 
+def find_shape(shape: str) -> Path:
+    """Returns the folder of a shape's model, made first where it is missing."""
+    shared = "/dev/shm" if Path("/dev/shm").exists() else tempfile.gettempdir()
+    folder = Path(os.environ.get("TUNEBOOK_SHAPES", shared)) / "shapes" / shape
+    if not folder.exists():  # in a process of its own, which frees its memory
+        subprocess.check_call([sys.executable, __file__, "make", shape, str(folder)])
+    return folder
+
+
+def limits(machine: str) -> dict[str, str]:
+    """Returns the variables that hold a GPU to a T4's arithmetic and memory."""
+    cap = {"TUNEBOOK_DTYPE": "float16", "TUNEBOOK_GPU_GB": str(memory.CAP_GB)}
+    return cap if machine != "cpu" else {}
+
+
 def run_all(machine: str, shapes: str, ways: str, profiles: str) -> None:
     """Measures each way in a process of its own, one after the other."""
-    shared = "/dev/shm" if Path("/dev/shm").exists() else tempfile.gettempdir()
-    home = Path(os.environ.get("TUNEBOOK_SHAPES", shared)) / "shapes"
-    logs = Path(os.environ.get("OUT", home))
-    cap = {"TUNEBOOK_DTYPE": "float16", "TUNEBOOK_GPU_GB": str(memory.CAP_GB)}
-    environment = os.environ | (cap if machine != "cpu" else {})
+    environment = os.environ | limits(machine)
     with tempfile.TemporaryDirectory() as runs_folder:
         for shape, name in itertools.product(shapes.split(","), ways.split(",")):
-            folder, program = home / shape, [sys.executable, __file__]
-            if not folder.exists():  # in a process of its own, which frees its memory
-                subprocess.check_call([*program, "make", shape, str(folder)])
-            command = [*program, "one", shape, name, str(folder), machine, profiles]
+            folder = find_shape(shape)
+            command = [sys.executable, __file__, "one", shape, name, str(folder)]
+            command += [machine, profiles]
             variables = environment | {"TUNEBOOK_RUNS": runs_folder}
+            logs = Path(os.environ.get("OUT", folder.parent))
             log = logs / f"sft_speed.{shape}.{name}.log"
             options: Any = {"env": variables, "check": True}
             options["timeout"] = LOAD_S + LIMIT_S * len(profiles.split(","))

@@ -27,10 +27,8 @@ def diagnose() -> pd.DataFrame:
         try:
             text = check()
         except Exception as error:  # of any library: it is the finding
-            text, verdict = (
-                f"{type(error).__name__}: {error!s:.200}",
-                f"failed: {remedy}",
-            )
+            text = f"{type(error).__name__}: {error!s:.200}"
+            verdict = f"failed: {remedy}"
         seconds = round(time.perf_counter() - start, 1)
         rows.append((name, " ".join(mask_secrets(text).split()), seconds, verdict))
     columns = ["check", "found", "seconds", "verdict"]
@@ -44,7 +42,7 @@ def check_versions() -> str:
     wrong = [
         f"{need.name} {version}, expected {need.specifier}"
         for need, version in versions.items()
-        if not need.specifier.contains(version or "0", prereleases=True)
+        if version is None or not need.specifier.contains(version, prereleases=True)
     ]
     if wrong:
         raise ImportError("; ".join(wrong))

@@ -109,8 +109,9 @@ def cut_turns(form: str, text: str) -> Messages:
     parts = [turn.groupdict() for turn in READY_MADE[form].finditer(text)]
     if rest := READY_MADE[form].sub("", text).strip():
         raise DataError(f"broken markers: {rest[:40]!r} is no whole turn of {form}")
-    turns = [{"role": r, "content": t} for part in parts for r, t in part.items() if t]
-    return parts if form == "chatml" else turns
+    if form == "chatml":
+        return parts
+    return [{"role": r, "content": t} for part in parts for r, t in part.items() if t]
 
 
 def arrange(turns: Messages) -> Messages:

@@ -214,7 +214,7 @@ def training_ids(run: Run, tokenizer: Any, count: int) -> list[list[int]]:
 def write_4bit(source: str, folder: str, awq: bool, ids: list[list[int]]) -> None:
     """Writes a model in 4 bit by GPTQ, after AWQ's scaling if asked.
 
-    It runs in a process of its own. Without these, small models lose their answers.
+    Rounding to nearest alone costs small models their answers. Another process runs it.
     """
     import math
 

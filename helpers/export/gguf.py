@@ -63,7 +63,8 @@ def convert(merged: Path, file: Path) -> None:
     command += ["--outtype", "f16"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1].removeprefix("ERROR:hf-to-gguf:")
+        reason = done.stderr.strip().rpartition("\n")[2]
+        reason = reason.removeprefix("ERROR:hf-to-gguf:")
         raise ModelError(f"llama.cpp's converter refuses {merged}: {reason}")
 
 
@@ -125,7 +126,7 @@ def choose_type(tensor: Any, kind: str, head: str, family: str, layers: int) -> 
 def write_modelfile(
     folder: Path, tokenizer: Tokenizer, system: str, sampling: dict[str, Any]
 ) -> None:
-    """Writes Ollama's `Modelfile`; TemplateError for a template that Go's cannot be."""
+    """Writes Ollama's `Modelfile`; TemplateError where its template cannot follow."""
     options = {RENAMED.get(name, name): value for name, value in sampling.items()}
     if not options.pop("do_sample", True):
         options["temperature"] = 0

@@ -126,8 +126,8 @@ class ChatForm(widgets.VBox):
         self.show(label, turns, "is answering ...")
         work = self.model, self.tokenizer, messages, sampling, label == "tuned"
         try:
-            for count, answer["content"] in enumerate(stream_answer(*work), start=1):
-                self.turns[label] = turns
+            for count, text in enumerate(stream_answer(*work), start=1):
+                answer["content"], self.turns[label] = text, turns
                 if count % REDRAW == 1:
                     self.show(label, turns, "is answering ...")
                 if self.halt.is_set():
