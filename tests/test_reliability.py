@@ -34,7 +34,7 @@ def names(
         quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
         return plain(str(folder), **quiet, logging_steps=1, **values)
 
-    monkeypatch.setattr(transformers, "TrainingArguments", arguments)
+    monkeypatch.setattr("transformers.TrainingArguments", arguments)
     model, tokenizer = models.load_model(str(tiny_model_folder))
     torch.manual_seed(0)
     model = adapters.add_lora(model, {"r": 4, "target_modules": ["q_proj"]})
@@ -101,8 +101,9 @@ def test_sigterm_saves(
                 os.kill(os.getpid(), signal.SIGTERM)
 
     plain = transformers.Trainer
+    # by name: this file's `transformers` is not always the one that a page imports
     monkeypatch.setattr(
-        transformers, "Trainer", lambda *a, **o: plain(*a, **o, callbacks=[Terminate])
+        "transformers.Trainer", lambda *a, **o: plain(*a, **o, callbacks=[Terminate])
     )
     run(6, names)
     name = checkpoints(tmp_path / "out")[-1]
