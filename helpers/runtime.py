@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+from IPython import get_ipython
+
 from helpers.errors import ConfigError, ModelError, TrainingError, TunebookError
 from helpers.install import ROOT, installed_version
 
@@ -180,7 +182,6 @@ def progress(items: Any, what: str, *, total: int | None = None, done: int = 0) 
     It is gone at its end. Where nobody looks there is none: in files, and under
     TQDM_DISABLE, as in executed copies of notebooks.
     """
-    from IPython import get_ipython
     from tqdm.auto import tqdm
 
     options: Any = {"desc": what, "total": total, "initial": done, "leave": False}
@@ -205,20 +206,17 @@ def run_command(command: list[str], what: str, text: str = "", **options: Any) -
                 try:
                     output, errors = process.communicate(text, timeout=0.5)
                 except subprocess.TimeoutExpired as running:
-                    last = (running.stderr or b"").strip().replace(b"\r", b"\n")
-                    bar.set_postfix_str(
-                        last.split(b"\n")[-1][:60].decode("utf-8", "replace")
-                    )
+                    lines = re.split(rb"[\r\n]+", (running.stderr or b"").strip())
+                    bar.set_postfix_str(lines[-1][:60].decode(errors="replace"))
         except BaseException:
             process.kill()
             raise
     if process.returncode:
-        lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
-        named = (
-            n for n, x in enumerate(lines) if re.match(r"[\w.]*(Error|ERROR)\b", x)
-        )
-        reason = " ".join(" ".join(lines[max(named, default=-1) :]).split())[:400]
-        raise ModelError(f"{what} fails: {reason}")
+        texts = errors.strip().splitlines() or [f"exit code {process.returncode}"]
+        is_error = re.compile(r"[\w.]*(Error|ERROR)\b").match
+        first = max((n for n, x in enumerate(texts) if is_error(x)), default=-1)
+        reason = " ".join(" ".join(texts[first:]).split())
+        raise ModelError(f"{what} fails: {reason[:400]}")
     return output
 
 
@@ -295,6 +293,8 @@ def start(engine: str | None = None) -> None:
     # lengths change from step to step; blocks for each took 13 GiB in the demo, not 5.6
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not (hasattr(get_ipython(), "kernel") or sys.stderr.isatty()):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # no library's bars in a log file
     # on import these warn of GPU kernels that a CPU machine has no use for
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)

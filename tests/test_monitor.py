@@ -153,7 +153,7 @@ def test_outside_a_notebook_the_most_urgent_is_logged_and_all_at_the_end(
     panel.on_train_end(ARGUMENTS, state, None)
     assert "50% of the answers" in caplog.text
     assert "near zero by construction" in caplog.text
-    assert (grpo_run.path / "grpo/diagnostics.png").stat().st_size > 5_000
+    assert (grpo_run.path / "grpo/curves.png").stat().st_size > 5_000
 
 
 def test_a_run_whose_reward_collapses_is_stopped_with_the_reason(
