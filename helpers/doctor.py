@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
+import psutil
 import torch
 from huggingface_hub import get_token
 from packaging.requirements import Requirement
@@ -17,6 +18,7 @@ from helpers.install import STACK, installed_version
 from helpers.models import adapters, load
 
 LEAST_GB = 10  # of disk: a model, its checkpoints, and an export
+LEAST_RAM_GB = 2
 
 
 def diagnose() -> pd.DataFrame:
@@ -54,7 +56,19 @@ def check_machine() -> str:
     dtype, reason = runtime.choose_dtype(machine)
     if machine.memory_gb < 4:
         raise MemoryError(f"{machine.memory_gb:.1f} GiB of memory, 4 are needed")
-    return f"{machine.name}, {machine.memory_gb:.1f} GiB; {dtype}, because {reason}"
+    part = "no GPU"
+    if machine.capability:
+        part = "compute capability {}.{}".format(*machine.capability)
+    name = f"{machine.name}, {machine.memory_gb:.1f} GiB, {part}"
+    return f"{name}; {str(dtype).removeprefix('torch.')}, because {reason}"
+
+
+def check_memory() -> str:
+    memory = psutil.virtual_memory()
+    total_gb, free_gb = memory.total / 2**30, memory.available / 2**30
+    if free_gb < LEAST_RAM_GB:
+        raise MemoryError(f"{free_gb:.1f} GiB of RAM free, {LEAST_RAM_GB} are needed")
+    return f"{free_gb:.1f} of {total_gb:.1f} GiB of RAM are free"
 
 
 def check_disk() -> str:
@@ -126,6 +140,7 @@ def check_step() -> str:
 CHECKS: dict[str, tuple[Callable[[], str], str]] = {
     "versions": (check_versions, "run `make setup`, or restart the runtime on Colab"),
     "machine": (check_machine, "choose another machine, on Colab a T4"),
+    "memory": (check_memory, "close other notebooks and programs"),
     "disk": (check_disk, "make room, or name another folder in TUNEBOOK_RUNS"),
     "hub": (check_hub, "check the network"),
     "4-bit product": (check_4bit, "reinstall bitsandbytes for this CUDA version"),
