@@ -1,5 +1,9 @@
 """Tests of helpers.doctor: what works here is said, and a remedy for what does not."""
 
+import time
+
+import torch
+
 from helpers import doctor
 
 
@@ -43,3 +47,14 @@ def test_a_machine_with_too_little_memory_is_told_what_is_there(runs_home, monke
     row = doctor.diagnose().loc["machine"]
     assert "of RAM free: 1000000000 and half of it are needed" in row["found"]
     assert row["verdict"].startswith("failed: close other programs")
+
+
+def test_on_the_command_line_the_doctor_is_quick_and_no_library_adds_noise(
+    runs_home, run_python
+):
+    began = time.monotonic()
+    done = run_python("-m", "helpers", "doctor")
+    assert done.stdout.count("fine") == len(doctor.CHECKS)
+    assert time.monotonic() - began < 60  # twice what it takes, on a busy machine
+    if not torch.cuda.is_available():  # Unsloth has its banner
+        assert done.stderr == ""

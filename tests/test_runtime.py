@@ -82,7 +82,9 @@ def test_on_windows_which_has_no_resource_module_memory_is_measured_too(
 
 def on_terminal(script: str, **more: str) -> str:
     """What a script shows on a terminal of its own."""
+    termios = pytest.importorskip("termios")  # Windows has none
     main, side = os.openpty()
+    termios.tcsetwinsize(side, (24, 100))
     command, root = [sys.executable, "-c", script], Path(__file__).parent.parent
     done = subprocess.Popen(command, stderr=side, cwd=root, env=os.environ | more)
     os.close(side)
@@ -105,7 +107,6 @@ runtime.run_command([sys.executable, "-c", child + "time.sleep(1.2)"], "conversi
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals to be had")
 def test_a_bar_shows_count_and_time_left_and_goes_and_a_programs_last_words() -> None:
     text = on_terminal(BARS)
     assert re.search(r"answers:.*3/4 \[00:00<00:0", text)
