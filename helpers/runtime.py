@@ -176,6 +176,10 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
+def in_notebook() -> bool:
+    return hasattr(get_ipython(), "kernel")
+
+
 def progress(items: Any, what: str, *, total: int | None = None, done: int = 0) -> Any:
     """Returns a bar of count and time left over items, or by its `update` over None.
 
@@ -185,7 +189,7 @@ def progress(items: Any, what: str, *, total: int | None = None, done: int = 0) 
     from tqdm.auto import tqdm
 
     options: Any = {"desc": what, "total": total, "initial": done, "leave": False}
-    if not (hasattr(get_ipython(), "kernel") or "TQDM_DISABLE" in os.environ):
+    if not (in_notebook() or "TQDM_DISABLE" in os.environ):
         options["disable"] = None  # unless stderr is a terminal
     if items is None and total is None:
         options["bar_format"] = "{desc}: {elapsed}{postfix}"
@@ -208,9 +212,8 @@ def run_command(command: list[str], what: str, text: str = "", **options: Any) -
                 except subprocess.TimeoutExpired as running:
                     lines = re.split(rb"[\r\n]+", (running.stderr or b"").strip())
                     bar.set_postfix_str(lines[-1][:60].decode(errors="replace"))
-        except BaseException:
-            process.kill()
-            raise
+        finally:
+            process.kill()  # if it was interrupted
     if process.returncode:
         texts = errors.strip().splitlines() or [f"exit code {process.returncode}"]
         is_error = re.compile(r"[\w.]*(Error|ERROR)\b").match
@@ -293,7 +296,7 @@ def start(engine: str | None = None) -> None:
     # lengths change from step to step; blocks for each took 13 GiB in the demo, not 5.6
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if not (hasattr(get_ipython(), "kernel") or sys.stderr.isatty()):
+    if not (in_notebook() or sys.stderr.isatty()):
         os.environ.setdefault("TQDM_DISABLE", "1")  # no library's bars in a log file
     # on import these warn of GPU kernels that a CPU machine has no use for
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):

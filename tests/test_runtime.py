@@ -86,7 +86,8 @@ def on_terminal(script: str, **more: str) -> str:
     main, side = os.openpty()
     termios.tcsetwinsize(side, (24, 100))
     command, root = [sys.executable, "-c", script], Path(__file__).parent.parent
-    done = subprocess.Popen(command, stderr=side, cwd=root, env=os.environ | more)
+    env = {n: v for n, v in os.environ.items() if n != "TQDM_DISABLE"} | more
+    done = subprocess.Popen(command, stderr=side, cwd=root, env=env)
     os.close(side)
     text = b""
     with suppress(OSError):  # at the end of a terminal

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from IPython import get_ipython
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -205,10 +204,10 @@ class Panel(TrainerCallback):
         return {}
 
     def title(self, state: Any) -> str:
-        step = state.global_step
+        step, text = state.global_step, f"step {state.global_step} of {state.max_steps}"
         used_s = max((e.get("seconds", 0.0) for e in state.log_history), default=0.0)
-        left = tqdm.format_interval(used_s / max(1, step) * (state.max_steps - step))
-        return f"step {step} of {state.max_steps}, {left} left"
+        left_s = used_s * (state.max_steps - step) / max(1, step)
+        return f"{text}, {tqdm.format_interval(left_s)} left" if step else text
 
     def explain(self, history: list[dict[str, Any]]) -> list[str]:
         """Returns what the logs mean, most urgent first."""
@@ -227,7 +226,7 @@ class Panel(TrainerCallback):
         return ""
 
     def show(self, state: Any, last: bool = False) -> None:
-        is_notebook, began = hasattr(get_ipython(), "kernel"), time.monotonic()
+        is_notebook, began = runtime.in_notebook(), time.monotonic()
         path = self.folder / "curves.png"
         lines = [self.title(state), *self.explain(state.log_history)]
         if not is_notebook:
