@@ -206,7 +206,8 @@ def test_in_a_notebook_the_curve_is_drawn_in_one_place(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
     nbclient.execute(notebook, cwd=str(tmp_path), kernel_name="python3")
-    (output,) = notebook.cells[0].outputs
+    outputs = notebook.cells[0].outputs  # among them what loaders write to stderr
+    (output,) = (o for o in outputs if o.output_type == "display_data")
     assert "step 2 of 3, 01:00 left" in output.data["text/html"]
     assert "Loss 2.000 -> 1.000." in output.data["text/html"]
     assert "data:image/png;base64" in output.data["text/html"]
