@@ -216,7 +216,7 @@ def run_command(command: list[str], what: str, text: str = "", **options: Any) -
             process.kill()  # if it was interrupted
     if process.returncode:
         texts = errors.strip().splitlines() or [f"exit code {process.returncode}"]
-        is_error = re.compile(r"[\w.]*(Error|ERROR)\b").match
+        is_error = re.compile(r"(?i)[\w.]*error\b|\s*×").match  # uv's
         first = max((n for n, x in enumerate(texts) if is_error(x)), default=-1)
         reason = " ".join(" ".join(texts[first:]).split())
         raise ModelError(f"{what} fails: {reason[:400]}")

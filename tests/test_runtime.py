@@ -128,6 +128,7 @@ def test_in_a_file_there_is_no_bar(
         ("raise ValueError('no\\n such thing')", "ValueError: no such thing"),
         ("import sys; sys.exit(3)", "exit code 3"),
         ("import sys; print('a note', file=sys.stderr); sys.exit('too wide')", "too w"),
+        ("import sys; sys.exit('note\\n  × no uv:\\n  because')", "× no uv: because"),
         ("import os; os.write(2, b'Error: \\xff\\n'); os._exit(1)", "Error: "),
     ],
 )
