@@ -53,7 +53,7 @@ demo: setup
 # the demo's outputs into notebooks/*.ipynb, cleaned
 outputs: demo
 	@$(BIN)/python helpers/install.py requirements-dev.txt
-	@$(BIN)/python -m nbconvert --log-level=ERROR --execute --to notebook \
+	@TQDM_DISABLE=1 $(BIN)/python -m nbconvert --log-level=ERROR --execute --to notebook \
 	  --output-dir runs/demo/notebooks notebooks/quickstart.ipynb
 	@$(BIN)/python benchmarks/outputs.py runs/demo
 

@@ -4,7 +4,7 @@
     python benchmarks/callback_cost.py cpu tiny transformers      # tries the program
 
 Two trainings of the same rows in one process, three times in turn: TRL's trainer as it
-is, and with all that `fit` adds (clock, best adapter, second place), with the shapes,
+is, and with all that `fit` adds (clock, best adapter, copies, panel), with the shapes,
 limits and layout of `sft_speed.py`. No step saves or evaluates: what a checkpoint takes
 depends on the disk. Apart from that, the time within the callbacks themselves is
 taken, each after the GPU has done what was asked of it. Writes `callback_cost.json`
@@ -64,6 +64,7 @@ def measure(machine: str, model: str, engine: str) -> None:
     from helpers import training
     from helpers.training import callbacks, layout
     from helpers.training import trainer as sft
+    from helpers.training.inputs import Panel
 
     run = sft_speed.make_run(
         model, sft_speed.Way(engine, "auto"), torch.cuda.is_available()
@@ -87,7 +88,7 @@ def measure(machine: str, model: str, engine: str) -> None:
         if way == "with":
             place = tempfile.mkdtemp()
             ours = [callbacks.Watch(100), callbacks.BestAdapter(folder / "adapter")]
-            ours += [callbacks.SecondPlace(place, "copy", folder)]
+            ours += [callbacks.SecondPlace(place, "copy", folder), Panel(folder)]
         for callback in ours:
             for name in [n for n in dir(callback) if n.startswith("on_")]:
                 setattr(callback, name, timed(getattr(callback, name), inside))

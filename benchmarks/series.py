@@ -10,15 +10,22 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import nbclient
 import nbformat
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import recipes, runs, runtime  # noqa: E402
+from helpers import files, recipes, runs, runtime  # noqa: E402
 from helpers.__main__ import show  # noqa: E402
 from helpers.errors import TunebookError  # noqa: E402
+
+
+def published_seconds() -> dict[str, float]:
+    """Returns how long each notebook of the demo took on two CPU cores."""
+    report = files.read_json(runtime.ROOT / "results" / "demo_cpu.json")
+    return report.get("notebooks", {}).get("seconds", {})
 
 
 def execute(recipe: str) -> runs.Run:
@@ -26,22 +33,33 @@ def execute(recipe: str) -> runs.Run:
     run, seconds = runs.save_run(recipes.load(recipe)), {}
     idle = [f"_{s}_" for s in ("sft", "grpo") if s not in run.config.stages]
     # a folder that is named keeps the notebooks from asking for Google Drive
-    os.environ["TUNEBOOK_RUNS"] = str(run.path.parent.resolve())
-    os.environ["TUNEBOOK_RUN"] = run.config.name
+    place = {"TUNEBOOK_RUNS": str(run.path.parent.resolve())}
+    place["TUNEBOOK_RUN"] = run.config.name
+    variables = os.environ | place | {"TQDM_DISABLE": "1"}  # no bars in the copies
     (run.path / "notebooks").mkdir(exist_ok=True)
-    for source in sorted((runtime.ROOT / "notebooks").glob("0*.ipynb")):
-        if any(stage in source.stem for stage in idle):
-            continue
+    sources = sorted((runtime.ROOT / "notebooks").glob("0*.ipynb"))
+    sources = [s for s in sources if not any(stage in s.stem for stage in idle)]
+    ahead = {s.stem: published_seconds().get(s.stem, 60.0) for s in sources}
+    options: Any = {"extra_arguments": ["--log-level=ERROR"]}
+    for source in sources:
         notebook, start = nbformat.read(source, as_version=4), time.perf_counter()
-        options = {"kernel_name": "python3", "extra_arguments": ["--log-level=ERROR"]}
+        cells = sum(cell.cell_type == "code" for cell in notebook.cells)
+        bar = runtime.progress(None, source.stem, total=cells)
+        options["on_cell_executed"] = lambda bar=bar, **_: bar.update()
+        options["resources"] = {"metadata": {"path": str(source.parent)}}
+        client = nbclient.NotebookClient(notebook, kernel_name="python3", **options)
         try:
-            nbclient.execute(notebook, cwd=str(source.parent), **options)
+            with bar:
+                client.execute(env=variables)
         except nbclient.exceptions.CellExecutionError as error:
             sys.exit(f"{source.name} failed\n{error}")
         finally:
             nbformat.write(notebook, run.path / "notebooks" / source.name)
         seconds[source.stem] = round(time.perf_counter() - start, 1)
-        print(f"{source.name} {seconds[source.stem] / 60:.1f} min", flush=True)
+        pace = sum(seconds.values()) / sum(ahead[name] for name in seconds)
+        left = pace * sum(s for name, s in ahead.items() if name not in seconds) / 60
+        line = f"{seconds[source.stem] / 60:.1f} min, about {left:.0f} min left"
+        print(f"{source.name} {line}", flush=True)
     run.write_part("notebooks", {"seconds": seconds})
     return run
 

@@ -1,7 +1,6 @@
 """The command line: `python -m helpers COMMAND ...`, `--help` after any command."""
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -74,8 +73,6 @@ def show(result: Any) -> None:
             if not (rows := table(result.report())).empty:
                 show(rows)
         result = f"{result.path}; to chat: python -m helpers chat {result.config.name}"
-    if isinstance(result, dict):
-        result = json.dumps(result, indent=1)
     if result is not None:
         print(getattr(result, "to_string", lambda: result)(), flush=True)  # noqa: T201
 

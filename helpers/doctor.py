@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
+import psutil
 import torch
 from huggingface_hub import get_token
 from packaging.requirements import Requirement
@@ -17,6 +18,7 @@ from helpers.install import STACK, installed_version
 from helpers.models import adapters, load
 
 LEAST_GB = 10  # of disk: a model, its checkpoints, and an export
+LEAST_MEMORY_GB = 4
 
 
 def diagnose() -> pd.DataFrame:
@@ -50,11 +52,16 @@ def check_versions() -> str:
 
 
 def check_machine() -> str:
-    machine = runtime.find_machine()
+    machine, ram_gb = runtime.find_machine(), psutil.virtual_memory().available / 2**30
     dtype, reason = runtime.choose_dtype(machine)
-    if machine.memory_gb < 4:
-        raise MemoryError(f"{machine.memory_gb:.1f} GiB of memory, 4 are needed")
-    return f"{machine.name}, {machine.memory_gb:.1f} GiB; {dtype}, because {reason}"
+    if min(machine.memory_gb, 2 * ram_gb) < LEAST_MEMORY_GB:
+        text = f"{machine.memory_gb:.1f} GiB of memory, {ram_gb:.1f} GiB of RAM free"
+        raise MemoryError(f"{text}: {LEAST_MEMORY_GB} and half of it are needed")
+    kind = "no GPU"
+    if machine.capability:
+        kind = "compute capability {}.{}".format(*machine.capability)
+    text = f"{machine.name}, {machine.memory_gb:.1f} GiB, {kind}, {ram_gb:.1f} GiB of"
+    return f"{text} RAM free; {dtype}, because {reason}"
 
 
 def check_disk() -> str:
@@ -125,7 +132,7 @@ def check_step() -> str:
 
 CHECKS: dict[str, tuple[Callable[[], str], str]] = {
     "versions": (check_versions, "run `make setup`, or restart the runtime on Colab"),
-    "machine": (check_machine, "choose another machine, on Colab a T4"),
+    "machine": (check_machine, "close other programs, or choose another machine"),
     "disk": (check_disk, "make room, or name another folder in TUNEBOOK_RUNS"),
     "hub": (check_hub, "check the network"),
     "4-bit product": (check_4bit, "reinstall bitsandbytes for this CUDA version"),

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
+
+from IPython import get_ipython
 
 from helpers.errors import ConfigError, ModelError, TrainingError, TunebookError
 from helpers.install import ROOT, installed_version
@@ -155,8 +158,13 @@ def peak_memory_gb() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
-    import resource  # Windows has none
+    try:
+        import resource
+    except ImportError:  # on Windows
+        import psutil
 
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / 2**30
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -166,6 +174,53 @@ def free_memory() -> None:
 
     gc.collect()  # of deleted models, so that the next one fits
     torch.cuda.empty_cache()
+
+
+def in_notebook() -> bool:
+    return hasattr(get_ipython(), "kernel")
+
+
+def progress(items: Any, what: str, *, total: int | None = None, done: int = 0) -> Any:
+    """Returns a bar of count and time left over items, or by its `update` over None.
+
+    It is gone at its end. Where nobody looks there is none: in files, and under
+    TQDM_DISABLE, as in executed copies of notebooks.
+    """
+    from tqdm.auto import tqdm
+
+    options: Any = {"desc": what, "total": total, "initial": done, "leave": False}
+    if not (in_notebook() or "TQDM_DISABLE" in os.environ):
+        options["disable"] = None  # unless stderr is a terminal
+    if items is None and total is None:
+        options["bar_format"] = "{desc}: {elapsed}{postfix}"
+    return tqdm(items, **options)
+
+
+def run_command(command: list[str], what: str, text: str = "", **options: Any) -> str:
+    """Returns what a program prints; its time and last words are shown meanwhile.
+
+    Raises:
+        ModelError: it fails, with the last error that it tells.
+    """
+    options |= dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    options |= {"text": True, "errors": "replace"}
+    with progress(None, what) as bar, subprocess.Popen(command, **options) as process:
+        try:
+            while process.returncode is None:
+                try:
+                    output, errors = process.communicate(text, timeout=0.5)
+                except subprocess.TimeoutExpired as running:
+                    lines = re.split(rb"[\r\n]+", (running.stderr or b"").strip())
+                    bar.set_postfix_str(lines[-1][:60].decode(errors="replace"))
+        finally:
+            process.kill()  # if it was interrupted
+    if process.returncode:
+        texts = errors.strip().splitlines() or [f"exit code {process.returncode}"]
+        is_error = re.compile(r"(?i)[\w.]*error\b|\s*×").match  # uv's
+        first = max((n for n, x in enumerate(texts) if is_error(x)), default=-1)
+        reason = " ".join(" ".join(texts[first:]).split())
+        raise ModelError(f"{what} fails: {reason[:400]}")
+    return output
 
 
 def run_alone(
@@ -193,12 +248,9 @@ def run_alone(
     dump = "print(); print(json.dumps(value, default=lambda number: number.item()))"
     script = "\n".join([*head, *sources, "import json", call, dump])
     variables = os.environ | apart | (environment or {})
-    options: Any = {"env": variables, "capture_output": True, "text": True}
-    done = subprocess.run(command, input=script, **options)
-    if done.returncode:
-        reason = " ".join(done.stderr.split())[-600:]
-        raise ModelError(f"{function.__name__} fails alone: {reason}")
-    return json.loads(done.stdout.splitlines()[-1])
+    what = function.__name__.replace("_", " ")
+    output = run_command(command, what, script, env=variables)
+    return json.loads(output.splitlines()[-1])
 
 
 def environment(engine: str, dtype: str = "auto") -> dict[str, Any]:
@@ -244,6 +296,8 @@ def start(engine: str | None = None) -> None:
     # lengths change from step to step; blocks for each took 13 GiB in the demo, not 5.6
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not (in_notebook() or sys.stderr.isatty()):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # no library's bars in a log file
     # on import these warn of GPU kernels that a CPU machine has no use for
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)

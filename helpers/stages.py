@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from accelerate import PartialState
 
 from helpers import checks, runtime
@@ -69,7 +70,8 @@ def train(config: RunConfig, stage: Stage | None = None) -> Run:
         run = save_run(config)
     require_formats(config)  # before hours of training
     for name in [stage] if stage else config.stages:
-        log.info(f"{name}: {train_stage(run, name)}")
+        part = pd.json_normalize(train_stage(run, name)).T
+        log.info(f"{name}\n{part.to_string(header=False)}")
     if (count := runtime.count_processes()) > 1:
         PartialState().destroy_process_group()
     alone = count == 1 and not stage  # a launcher's processes would all do the rest

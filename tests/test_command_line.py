@@ -118,7 +118,6 @@ def outputs(path):
 def project(tmp_path, runs_home, monkeypatch):
     """A project with two notebooks; the second fails for the run of another name."""
     monkeypatch.setattr(runtime, "ROOT", tmp_path)
-    monkeypatch.setenv("TUNEBOOK_RUN", "")  # to be put back afterwards
     folder = tmp_path / "notebooks"
     write_notebook(
         folder / "00_setup.ipynb", "import os", "print(os.environ['TUNEBOOK_RUN'])"
@@ -128,7 +127,7 @@ def project(tmp_path, runs_home, monkeypatch):
 
 
 def test_the_series_executes_copies_of_the_notebooks_that_a_run_has_a_use_for(
-    project, runs_home
+    project, runs_home, capsys
 ):
     before = (project / "00_setup.ipynb").read_bytes()
     run = series.execute("gsm8k-grpo-llama32-1b")  # it has no SFT
@@ -137,6 +136,7 @@ def test_the_series_executes_copies_of_the_notebooks_that_a_run_has_a_use_for(
     assert outputs(copies / "00_setup.ipynb") == "gsm8k-grpo-llama32-1b\n"
     assert (project / "00_setup.ipynb").read_bytes() == before
     assert list(run.report()["notebooks"]["seconds"]) == ["00_setup"]
+    assert "00_setup.ipynb 0.0 min, about 0 min left" in capsys.readouterr().out
 
 
 def test_a_failing_notebook_ends_the_series_and_leaves_its_copy(project, runs_home):

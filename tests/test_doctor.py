@@ -1,5 +1,9 @@
 """Tests of helpers.doctor: what works here is said, and a remedy for what does not."""
 
+import time
+
+import torch
+
 from helpers import doctor
 
 
@@ -7,6 +11,8 @@ def test_a_machine_on_which_the_tests_run_is_fine(runs_home):
     table = doctor.diagnose()
     assert [*table.index] == [*doctor.CHECKS]
     assert [*table["verdict"]] == ["fine"] * len(table)
+    assert any(x in table["found"]["machine"] for x in ("no GPU", "capability"))
+    assert "GiB of RAM free; torch." in table["found"]["machine"]
     assert "in 3 steps" in table["found"]["training step"]
     assert table["seconds"].sum() < 60
 
@@ -34,3 +40,21 @@ def test_what_fails_is_named_with_its_remedy_and_the_rest_goes_on(
     assert table["verdict"]["4-bit product"] == "fine"
     assert "a token is set" in table["found"]["hub"]
     assert "secret" not in table.to_string()
+
+
+def test_a_machine_with_too_little_memory_is_told_what_is_there(runs_home, monkeypatch):
+    monkeypatch.setattr(doctor, "LEAST_MEMORY_GB", 10**9)
+    row = doctor.diagnose().loc["machine"]
+    assert "of RAM free: 1000000000 and half of it are needed" in row["found"]
+    assert row["verdict"].startswith("failed: close other programs")
+
+
+def test_on_the_command_line_the_doctor_is_quick_and_no_library_adds_noise(
+    runs_home, run_python
+):
+    began = time.monotonic()
+    done = run_python("-m", "helpers", "doctor")
+    assert done.stdout.count("fine") == len(doctor.CHECKS)
+    assert time.monotonic() - began < 60  # twice what it takes, on a busy machine
+    if not torch.cuda.is_available():  # Unsloth has its banner
+        assert done.stderr == ""

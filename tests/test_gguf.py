@@ -33,7 +33,7 @@ ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0}
 ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE |= {"original_max_position_embeddings": 8192}
 TALK = turns("Hi", "Hello.", "Grüße 🎉")
-NOT_LLAMA_CPP = "llama.cpp's converter refuses .*: "
+NOT_LLAMA_CPP = "llama.cpp's converter fails: .*"
 
 
 def serve(file):

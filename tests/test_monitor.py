@@ -7,13 +7,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nbclient
+import nbformat
 import pandas
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState, get_scheduler
 
+from helpers.files import write_json
 from helpers.grpo import monitor
 from helpers.runs import Run
+from helpers.training.inputs import Panel
 
 ARGUMENTS = SimpleNamespace(eval_strategy="steps", warmup_steps=2)
 
@@ -153,7 +157,60 @@ def test_outside_a_notebook_the_most_urgent_is_logged_and_all_at_the_end(
     panel.on_train_end(ARGUMENTS, state, None)
     assert "50% of the answers" in caplog.text
     assert "near zero by construction" in caplog.text
-    assert (grpo_run.path / "grpo/diagnostics.png").stat().st_size > 5_000
+    assert (grpo_run.path / "grpo/curves.png").stat().st_size > 5_000
+
+
+def test_the_title_shows_the_time_left_by_steps_or_by_the_clock(
+    run_factory: Any, tmp_path: Path
+) -> None:
+    history = [{"step": 4, "loss": 2.0, "seconds": 60.0}]
+    state = TrainerState(global_step=4, max_steps=10, log_history=history)
+    assert Panel(tmp_path).title(state) == "step 4 of 10, 01:30 left"
+    run = run_factory(grpo_minutes=5.0)
+    assert monitor.LivePanel(run).title(state) == "step 4 of 10, 01:30 left"
+    write_json(run.path / "grpo" / "clock.json", {"used_s": 100.0})
+    state.max_steps = monitor.ENDLESS
+    assert monitor.LivePanel(run).title(state) == "step 4, 03:20 left"
+
+
+def test_the_panel_tells_sfts_loss_and_when_the_held_out_one_rises(
+    tmp_path: Path,
+) -> None:
+    history: list[dict[str, Any]] = [{"step": 1, "loss": 2.0}]
+    assert Panel(tmp_path).explain(history) == ["Loss 2.000 -> 2.000."]
+    for step, held in ((1, 1.5), (2, 1.25), (3, 1.75)):
+        history += [{"step": step, "loss": 1.0}, {"step": step, "eval_loss": held}]
+    held_out = "Held-out loss 1.500 at first, 1.250 at best, step 2; it rises to 1.750"
+    lines = ["Loss 2.000 -> 1.000.", f"{held_out}: fewer epochs, or more rows."]
+    assert Panel(tmp_path).explain(history) == lines
+    assert Panel(tmp_path).explain(history[:-1])[1].endswith("at best, step 2.")
+
+
+CELL = """
+from pathlib import Path
+from types import SimpleNamespace
+from helpers.training.inputs import Panel
+panel, history = Panel(Path.cwd()), []
+state = SimpleNamespace(is_world_process_zero=True, max_steps=3, log_history=history)
+for state.global_step in (1, 2):
+    step = state.global_step
+    history.append({"step": step, "loss": 3.0 - step, "seconds": 60.0 * step})
+    panel.on_log(None, state, None)
+    if step == 2: panel.on_train_end(None, state)
+"""
+
+
+def test_in_a_notebook_the_curve_is_drawn_in_one_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
+    nbclient.execute(notebook, cwd=str(tmp_path), kernel_name="python3")
+    outputs = notebook.cells[0].outputs  # among them what loaders write to stderr
+    (output,) = (o for o in outputs if o.output_type == "display_data")
+    assert "step 2 of 3, 01:00 left" in output.data["text/html"]
+    assert "Loss 2.000 -> 1.000." in output.data["text/html"]
+    assert "data:image/png;base64" in output.data["text/html"]
 
 
 def test_a_run_whose_reward_collapses_is_stopped_with_the_reason(

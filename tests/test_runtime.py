@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +70,76 @@ def test_a_machine_without_a_gpu_is_named_as_such() -> None:
     assert machine.memory_gb > 0.5
     tensor = torch.ones(64 * 2**20, dtype=torch.uint8)
     assert runtime.peak_memory_gb() > tensor.nbytes / 2**30
+
+
+def test_on_windows_which_has_no_resource_module_memory_is_measured_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert 0.05 < runtime.peak_memory_gb() < 1_000
+
+
+def on_terminal(script: str, **more: str) -> str:
+    """What a script shows on a terminal of its own."""
+    termios = pytest.importorskip("termios")  # Windows has none
+    main, side = os.openpty()
+    termios.tcsetwinsize(side, (24, 100))
+    command, root = [sys.executable, "-c", script], Path(__file__).parent.parent
+    env = {n: v for n, v in os.environ.items() if n != "TQDM_DISABLE"} | more
+    done = subprocess.Popen(command, stderr=side, cwd=root, env=env)
+    os.close(side)
+    text = b""
+    with suppress(OSError):  # at the end of a terminal
+        while new := os.read(main, 4096):
+            text += new
+    os.close(main)
+    assert done.wait() == 0, text
+    return text.decode()
+
+
+BARS = """
+import sys, time
+from helpers import runtime
+for _ in runtime.progress(range(4), "answers"):
+    time.sleep(0.15)
+child = "import sys, time; sys.stderr.write('Writing: 45%'); sys.stderr.flush(); "
+runtime.run_command([sys.executable, "-c", child + "time.sleep(1.2)"], "conversion")
+"""
+
+
+def test_a_bar_shows_count_and_time_left_and_goes_and_a_programs_last_words() -> None:
+    text = on_terminal(BARS)
+    assert re.search(r"answers:.*3/4 \[00:00<00:0", text)
+    assert re.search(r"conversion: 00:0\d, Writing: 45%", text)
+    assert text.rstrip("\r").endswith(" ")  # the line is blank again
+    assert on_terminal(BARS, TQDM_DISABLE="1") == ""
+
+
+def test_in_a_file_there_is_no_bar(
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    assert run_python("-c", BARS).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("raise ValueError('no\\n such thing')", "ValueError: no such thing"),
+        ("import sys; sys.exit(3)", "exit code 3"),
+        ("import sys; print('a note', file=sys.stderr); sys.exit('too wide')", "too w"),
+        ("import sys; sys.exit('note\\n  × no uv:\\n  because')", "× no uv: because"),
+        ("import os; os.write(2, b'Error: \\xff\\n'); os._exit(1)", "Error: "),
+    ],
+)
+def test_a_program_that_fails_is_told_in_one_sentence(code: str, reason: str) -> None:
+    with pytest.raises(ModelError, match=f"^the quantiser fails: {reason}"):
+        runtime.run_command([sys.executable, "-c", code], "the quantiser")
+
+
+def test_a_program_is_given_a_text_and_its_output_returned() -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(1); print(input()[::-1])"]
+    assert runtime.run_command(command, "mirror", "abc") == "cba\n"
 
 
 def test_the_environment_is_json_and_names_dtype_engine_and_versions(

@@ -104,6 +104,8 @@ def test_a_killed_sft_goes_on_and_ends_where_it_would_have(
     for name in ("log_history.json", "curves.png", "samples.jsonl", "best.json"):
         assert (prepared.path / "sft" / name).stat().st_size > 0
     assert prepared.report()["sft"] == part
+    # the first logged step is shown at once
+    assert re.search(r"step 1 of 6, \d\d:\d\d left: Loss \d", caplog.text)
 
     (prepared.path / "sft").rename(prepared.path / "whole")
     kill_at(5, "sft")

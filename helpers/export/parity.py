@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
         "reloaded": adapters.compare_saved(model, adapter),
     }
     with inference(model):
-        trained |= measure(model, tokenizer, model.generation_config, trained)
+        bar = partial(runtime.progress, what="trained model")
+        trained |= measure(model, tokenizer, model.generation_config, trained, bar)
         witness = trained | {"prompts": [], "examples": []}
         with model.disable_adapter():
             trained["base"] = measure(model, tokenizer, None, witness)["logits"]
@@ -164,7 +166,9 @@ def ask_models(folders: list, trained: dict) -> list:
     return results
 
 
-def measure(model: Any, tokenizer: Any, settings: Any, asked: dict) -> dict:
+def measure(
+    model: Any, tokenizer: Any, settings: Any, asked: dict, bar: Any = iter
+) -> dict:
     """Returns greedy answers to prompts (ids), perplexity, and logits of a witness."""
     import math
     import time
@@ -177,7 +181,7 @@ def measure(model: Any, tokenizer: Any, settings: Any, asked: dict) -> dict:
     device = next((p.device for p in model.parameters() if p.is_cuda), model.device)
     prompts, length = asked["prompts"][:-1], asked["length"]  # without the probe
     answers, start = [], time.perf_counter()
-    for first in range(0, len(prompts), 32):
+    for first in bar(range(0, len(prompts), 32)):
         rows = {"input_ids": prompts[first : first + 32]}
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
         settings.update(do_sample=False, repetition_penalty=1.0, max_new_tokens=length)
@@ -234,7 +238,8 @@ def ask_llama(folder: Path, trained: Row) -> Row:
         prompts = [post("/tokenize", content=x, **options)["tokens"] for x in texts]
         options = {"n_predict": trained["length"], "temperature": 0}
         answers, start = list[list[int]](), time.perf_counter()
-        for ids in prompts[: len(questions) - 1]:  # several at a time take as long
+        # several at a time take as long
+        for ids in runtime.progress(prompts[: len(questions) - 1], folder.name):
             output = post("/completion", prompt=ids, return_tokens=True, **options)
             answers.append(output["tokens"])
         rate = sum(map(len, answers)) / (time.perf_counter() - start)

@@ -1,6 +1,5 @@
 """Watches a GRPO run: its clock, what its logged values mean, when it collapses."""
 
-import base64
 import logging
 import math
 import time
@@ -11,15 +10,14 @@ from typing import Any
 
 import pandas
 from accelerate.utils import broadcast_object_list
-from IPython import get_ipython
-from IPython.display import HTML, display
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from helpers.config import complete
 from helpers.files import read_json, write_json
 from helpers.grpo.rewards import ALL_RIGHT, ALL_WRONG
 from helpers.runs import Run
-from helpers.training.inputs import draw_diagnostics
+from helpers.training.inputs import Panel
 
 log = logging.getLogger(__name__)
 ENDLESS = 100_000  # steps, for a run that ends by the clock
@@ -174,16 +172,16 @@ def collapse(history: list[Entry]) -> str:
     return next((fault for fault, applies in faults.items() if applies), "")
 
 
-class LivePanel(TrainerCallback):
+class LivePanel(Panel):
     """Shows the diagnostics while training, and stops a run that collapses.
 
     Args:
-        run: in training. In a notebook the panel is drawn in place, else as text.
+        run: in training.
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.folder = run, run.path / "grpo"
-        self.reason, self.shown = "", 0.0
+        super().__init__(run.path / "grpo")
+        self.run, self.reason = run, ""
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         fault = collapse(state.log_history)
@@ -191,12 +189,7 @@ class LivePanel(TrainerCallback):
             self.reason = f"stopped at step {state.global_step}: {fault}"
             log.info(self.reason)
             control.should_training_stop = True
-        if state.is_world_process_zero and time.monotonic() - self.shown >= 10:
-            self.show(state)
-
-    def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        if state.is_world_process_zero and state.log_history:
-            self.show(state, last=True)
+        super().on_log(args, state, control)
 
     def report(self, history: list[Entry]) -> dict[str, Any]:
         rewards = [entry["reward"] for entry in history if "reward" in entry]
@@ -209,24 +202,18 @@ class LivePanel(TrainerCallback):
             "sampler": read_json(self.folder / "sampler.json")["name"],
         }
 
-    def show(self, state: Any, last: bool = False) -> None:
-        """Draws the panel in its place; as text the most urgent, and all at the end."""
-        is_notebook = hasattr(get_ipython(), "kernel")
-        path = self.folder / "diagnostics.png"
-        end = f" of {state.max_steps}" if state.max_steps < ENDLESS else ""
-        lines = [f"step {state.global_step}{end}"]
-        lines += explain(state.log_history)
-        if not is_notebook:
-            log.info("\n".join(lines if last else lines[:2]))
-        if is_notebook or last:
-            draw_diagnostics(state.log_history, path)
-        if is_notebook:
-            picture = base64.b64encode(path.read_bytes()).decode()
-            page = "".join(f"<li>{line}</li>" for line in lines)
-            page += f'<img src="data:image/png;base64,{picture}">'
-            page += read_group(self.run).to_html(index=False)
-            display(HTML(page), display_id=str(id(self)), update=self.shown > 0)
-        self.shown = time.monotonic()
+    def title(self, state: Any) -> str:
+        if state.max_steps < ENDLESS:
+            return super().title(state)
+        used_s = read_json(self.folder / "clock.json").get("used_s", 0.0)
+        left_s = max(0.0, 60 * (self.run.config.grpo_minutes or 0) - used_s)
+        return f"step {state.global_step}, {tqdm.format_interval(left_s)} left"
+
+    def explain(self, history: list[Entry]) -> list[str]:
+        return explain(history)
+
+    def page(self) -> str:
+        return read_group(self.run).to_html(index=False)
 
 
 def read_group(run: Run, step: int | None = None) -> pandas.DataFrame:

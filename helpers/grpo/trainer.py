@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 from accelerate.utils import gather_object
+from transformers import PrinterCallback
 
 from helpers.config import complete, defaults
 from helpers.data import preparation as data
@@ -82,15 +83,12 @@ class GreedyEvaluation(Base):
     """Goes before TRL's class, `class Trainer(GreedyEvaluation, GRPOTrainer)`.
 
     `evaluate` pays greedy answers to the held-out problems: TRL's own samples, which
-    adds noise, and computes a loss, which is zero in GRPO. The loss table is hidden.
+    adds noise, and computes a loss, which is zero in GRPO. The loss is not shown.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        for callback in list(self.callback_handler.callbacks):
-            name = type(callback).__name__
-            if name.endswith(("ProgressCallback", "PrinterCallback")):
-                self.remove_callback(callback)
+        self.remove_callback(PrinterCallback)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         args, tokenizer = self.args, self.processing_class

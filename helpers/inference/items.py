@@ -68,8 +68,9 @@ def answer_rows(
     items = {key: former[key] for key, _ in pairs if key in former}
     missing = [(key, row) for key, row in pairs if key not in items]
     write_rows(part, items.values())  # without a torn last line
-    started = time.perf_counter()
-    with part.open("a", encoding="utf-8") as file:
+    started, name = time.perf_counter(), f"{path.parent.name}/{path.stem}"
+    bar = runtime.progress(None, name, total=len(pairs), done=len(items))
+    with bar, part.open("a", encoding="utf-8") as file:
         for batch in generate([row["prompt"] for _, row in missing]):
             seconds = round((time.perf_counter() - started) / len(batch), 4)
             for number, answer in batch.items():
@@ -81,6 +82,7 @@ def answer_rows(
                 raise MissingInput(f"{part} is gone: start again")
             file.flush()
             os.fsync(file.fileno())
+            bar.update(len(batch))
             started = time.perf_counter()
     results = [items[key] | judge(items[key]["output"], row) for key, row in pairs]
     write_rows(path, results)

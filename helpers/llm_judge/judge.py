@@ -15,6 +15,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
+from helpers import runtime
 from helpers.data.formats import Messages, Row
 from helpers.data.sources import load_rows
 from helpers.errors import DataError, JudgeError, mask_secrets
@@ -85,7 +86,8 @@ class Judge:
             with client, ThreadPoolExecutor(self.workers) as pool:
                 request = partial(self.request, client, temperature=0)
                 new = pool.map(request, missing.values())
-                for key, reply in zip(missing, new, strict=True):
+                pairs = zip(missing, new, strict=True)
+                for key, reply in runtime.progress(pairs, "judge", total=len(missing)):
                     replies[key] = reply
                     if reply[0]:
                         row = {"request": key, "text": reply[0]}

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,9 +28,7 @@ def find_model(name: str) -> str:
     if not (folder / "model.safetensors").exists():
         # in a process of its own, where Unsloth has not patched transformers
         command = [sys.executable, "-m", "helpers.models.load", str(folder)]
-        done = subprocess.run(command, cwd=runtime.ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise ModelError(f"{OFFLINE} cannot be converted: {done.stderr[-300:]}")
+        runtime.run_command(command, f"conversion of {OFFLINE}", cwd=runtime.ROOT)
     return str(folder)
 
 

@@ -1,14 +1,19 @@
-"""A stage's folder: its training arguments, what it was made from, its curves."""
+"""A stage's folder: its training arguments, what it was made from, its panel."""
 
+import base64
 import json
 import logging
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from IPython.display import HTML, display
 from matplotlib.figure import Figure
+from tqdm import tqdm
+from transformers import TrainerCallback
 
 from helpers import files, runtime
 from helpers.config import RunConfig, Stage, defaults
@@ -136,6 +141,7 @@ def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
         "output_dir": str(folder / "checkpoints"),
         "run_name": f"{config.name}-{stage}",
         "project": "tunebook",
+        "disable_tqdm": True,  # `Panel` shows the losses and the time left
         "seed": config.seed,
         "save_total_limit": 2,
         "logging_first_step": True,
@@ -172,3 +178,65 @@ def draw_diagnostics(history: list[dict[str, Any]], path: Path | None = None) ->
     if path is not None and os.environ.get("RANK", "0") == "0":
         figure.savefig(path, dpi=80)
     return figure
+
+
+class Panel(TrainerCallback):
+    """Shows a stage's step, its time left, what its logs mean, and their curves.
+
+    In a notebook it is drawn in its place from the first logged step on, else told.
+
+    Args:
+        folder: of the stage, for `curves.png`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.due = folder, 0.0
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero and time.monotonic() >= self.due:
+            self.show(state)
+
+    def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.is_world_process_zero and state.log_history:
+            self.show(state, last=True)
+
+    def report(self, history: list[dict[str, Any]]) -> dict[str, Any]:
+        return {}
+
+    def title(self, state: Any) -> str:
+        step, text = state.global_step, f"step {state.global_step} of {state.max_steps}"
+        used_s = max((e.get("seconds", 0.0) for e in state.log_history), default=0.0)
+        left_s = used_s * (state.max_steps - step) / max(1, step)
+        return f"{text}, {tqdm.format_interval(left_s)} left" if step else text
+
+    def explain(self, history: list[dict[str, Any]]) -> list[str]:
+        """Returns what the logs mean, most urgent first."""
+        losses = [entry["loss"] for entry in history if "loss" in entry]
+        held = [(e["eval_loss"], e["step"]) for e in history if "eval_loss" in e]
+        lines = [f"Loss {losses[0]:.3f} -> {losses[-1]:.3f}."] if losses else []
+        if len(held) > 1:
+            (start, _), (last, _), (best, at) = held[0], held[-1], min(held)
+            text = f"Held-out loss {start:.3f} at first, {best:.3f} at best, step {at}"
+            rise = f"; it rises to {last:.3f}: fewer epochs, or more rows"
+            lines.append(text + (rise if last > best else "") + ".")
+        return lines
+
+    def page(self) -> str:
+        """Returns what else a notebook shows, as HTML."""
+        return ""
+
+    def show(self, state: Any, last: bool = False) -> None:
+        is_notebook, began = runtime.in_notebook(), time.monotonic()
+        path = self.folder / "curves.png"
+        lines = [self.title(state), *self.explain(state.log_history)]
+        if not is_notebook:
+            log.info("\n".join(lines) if last else ": ".join(lines[:2]))
+        if is_notebook or last:
+            draw_diagnostics(state.log_history, path)
+        if is_notebook:
+            picture = base64.b64encode(path.read_bytes()).decode()
+            page = "".join(f"<li>{line}</li>" for line in lines)
+            page += f'<img src="data:image/png;base64,{picture}">{self.page()}'
+            display(HTML(page), display_id=str(id(self)), update=self.due > 0)
+        now = time.monotonic()
+        self.due = now + max(10, 30 * (now - began))  # a drawing takes half a second

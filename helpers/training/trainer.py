@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import Trainer, TrainerState
+from transformers import PrinterCallback, Trainer, TrainerState
 
 from helpers import checks, runtime
 from helpers.config import Stage, complete
@@ -115,6 +115,10 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     watch = callbacks.Watch(config.save_minutes, folder)
     trainer.remove_callback(callbacks.Watch)  # of a call that was interrupted
     trainer.callback_handler.callbacks.insert(0, watch)  # the others see its count
+    if stage == "sft":
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(inputs.Panel)
+        trainer.add_callback(inputs.Panel(folder))
     trainer.remove_callback(callbacks.SecondPlace)
     if place := os.environ.get("TUNEBOOK_KEEP"):
         name = inputs.copies_name(run, stage)
@@ -143,7 +147,6 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     if not adapter.exists():  # no evaluation has chosen one
         adapters.save_adapter(model, adapter, model.witness)
     write_json(folder / "log_history.json", history)
-    inputs.draw_diagnostics(history, folder / "curves.png")
     part = stage_report(trainer, folder)
     try:
         copy, _ = load.load_model(config.model, adapter=adapter, **load.options(config))
