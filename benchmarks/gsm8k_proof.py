@@ -38,10 +38,9 @@ from helpers.data import preparation as data  # noqa: E402
 from helpers.data.formats import Row, ask  # noqa: E402
 from helpers.evaluation import evaluator, metrics  # noqa: E402
 from helpers.grpo import answers, rewards  # noqa: E402
-from helpers.inference.generation import cut_answer, encode, generate_batches  # noqa: E402
+from helpers.inference.generation import encode, generate_batches  # noqa: E402
 from helpers.inference.items import answer_rows, model_print  # noqa: E402
 from helpers.inference.sampler import Sampler  # noqa: E402
-from helpers.masking.templates import stop_token_ids  # noqa: E402
 from helpers.models import load  # noqa: E402
 from helpers.runs import Run  # noqa: E402
 from helpers.training import trainer as training  # noqa: E402
@@ -51,6 +50,7 @@ VERDICTS = {"strict": "strict_match", "flexible": "flexible_extract", "ours": "c
 TRAINED = """steps seconds peak_memory_gb loss_last reward_first reward_last stopped
     held_out_first held_out_best best_step solved_at_times rows sampler layout"""
 SHOTS = 4
+DRAWN = (1.0, 0, 1.0, None)  # temperature, top-k, top-p, min-p: as in GRPO
 KEEP = 4  # drawn answers to one problem, at most
 FEW = 32  # solved at times: with fewer GRPO takes all that were tried
 NOTES = re.compile(r"<<[^<>]*>>")  # GSM8K's for a calculator
@@ -80,6 +80,9 @@ SFT: dict[str, Any] = {
     "save_strategy": "no",
 }
 GRPO = {
+    "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 8,
+    "gradient_checkpointing": False,
     "num_generations": 16,
     "max_completion_length": 256,
     "learning_rate": 5e-5,
@@ -129,13 +132,8 @@ def count_rows(path: Path) -> int:
 
 def answer_base(run: Run) -> list[Row]:
     """Returns the items of the base model, which continues four solved problems."""
-    config, (shots, rows) = (
-        run.config,
-        [
-            files.read_rows(run.path / "data" / f"{name}.jsonl")
-            for name in ("eval", "test")
-        ],
-    )
+    config, folder = run.config, run.path / "data"
+    shots, rows = (files.read_rows(folder / f"{n}.jsonl") for n in ("eval", "test"))
     solved = [[turn["content"] for turn in row["messages"][-2:]] for row in shots]
     texts = [f"Question: {q}\nAnswer: {a}\n\n" for q, a in solved[:SHOTS]]
     for row in rows:
@@ -168,32 +166,27 @@ def draw_answers(given: argparse.Namespace, start: Run) -> list[Row]:
     if path.exists():
         return files.read_rows(path)
     rows = [json.loads(line) for line in Path(str(start.config.data.train[0])).open()]
-    if not given.rejection:
-        rows = random.Random(start.config.seed).sample(
-            rows, min(given.probe, len(rows))
-        )
     count, config = given.rejection or 8, start.config
+    random.Random(config.seed).shuffle(rows)
+    rows = rows if given.rejection else rows[: given.probe]
     adapter = start.path / "sft" / "adapter"
     model, tokenizer = training.load_for_training(start, "sft", adapter)
-    sampler, stops = Sampler(model), stop_token_ids(tokenizer)
-    sampler.refresh()
-    for row in rows:
-        row["ids"] = encode(tokenizer, ask(row["question"], config.system_prompt))
+    prompts = [ask(row["question"], config.system_prompt) for row in rows]
+    lengths = [len(encode(tokenizer, prompt)) for prompt in prompts]
     longest = config.max_prompt_length or config.max_length
-    rows = [row for row in rows if len(row["ids"]) <= longest]
-    rows.sort(key=lambda row: len(row["ids"]), reverse=True)
-    limit, size = config.grpo["max_completion_length"], max(1, given.batch // count)
-    for first in range(0, len(rows), size):
-        batch = rows[first : first + size]
-        prompts = [row.pop("ids") for row in batch for _ in range(count)]
-        drawn = sampler.decoder.generate(prompts, limit, stops, (1.0, 0, 1.0, None))[0]
-        texts = [cut_answer(tokenizer, ids, stops).text for ids in drawn]
-        for number, row in enumerate(batch):
-            own = texts[number * count : (number + 1) * count]
-            gold = str(answers.parse_gold(row["answer"]))
-            scores = rewards.correctness(own, [gold] * count)
-            right = [text for text, score in zip(own, scores, strict=True) if score]
-            row |= {"drawn": count, "right": len(right), "texts": right}
+    order = sorted(range(len(rows)), key=lambda n: -lengths[n])
+    order = [number for number in order if lengths[number] <= longest]
+    rows = [rows[number] for number in order]
+    prompts = [prompts[number] for number in order for _ in range(count)]
+    limit = config.grpo["max_completion_length"]
+    drawn = Sampler(model).generate(tokenizer, prompts, given.batch, limit, DRAWN)
+    for number, row in enumerate(rows):
+        own = [answer.text for answer in drawn[number * count : (number + 1) * count]]
+        scores = rewards.correctness(
+            own, [str(answers.parse_gold(row["answer"]))] * count
+        )
+        right = [text for text, score in zip(own, scores, strict=True) if score]
+        row |= {"drawn": count, "right": len(right), "texts": right}
     files.write_rows(path, rows)
     return rows
 
