@@ -38,9 +38,10 @@ from helpers.data import preparation as data  # noqa: E402
 from helpers.data.formats import Row, ask  # noqa: E402
 from helpers.evaluation import evaluator, metrics  # noqa: E402
 from helpers.grpo import answers, rewards  # noqa: E402
-from helpers.inference.generation import encode, generate_batches  # noqa: E402
+from helpers.inference.generation import cut_answer, encode, generate_batches  # noqa: E402
 from helpers.inference.items import answer_rows, model_print  # noqa: E402
 from helpers.inference.sampler import Sampler  # noqa: E402
+from helpers.masking.templates import stop_token_ids  # noqa: E402
 from helpers.models import load  # noqa: E402
 from helpers.runs import Run  # noqa: E402
 from helpers.training import trainer as training  # noqa: E402
@@ -171,22 +172,26 @@ def draw_answers(given: argparse.Namespace, start: Run) -> list[Row]:
     rows = rows if given.rejection else rows[: given.probe]
     adapter = start.path / "sft" / "adapter"
     model, tokenizer = training.load_for_training(start, "sft", adapter)
-    prompts = [ask(row["question"], config.system_prompt) for row in rows]
-    lengths = [len(encode(tokenizer, prompt)) for prompt in prompts]
-    longest = config.max_prompt_length or config.max_length
-    order = sorted(range(len(rows)), key=lambda n: -lengths[n])
-    order = [number for number in order if lengths[number] <= longest]
-    rows = [rows[number] for number in order]
-    prompts = [prompts[number] for number in order for _ in range(count)]
-    limit = config.grpo["max_completion_length"]
-    drawn = Sampler(model).generate(tokenizer, prompts, given.batch, limit, DRAWN)
-    for number, row in enumerate(rows):
-        own = [answer.text for answer in drawn[number * count : (number + 1) * count]]
-        scores = rewards.correctness(
-            own, [str(answers.parse_gold(row["answer"]))] * count
-        )
-        right = [text for text, score in zip(own, scores, strict=True) if score]
-        row |= {"drawn": count, "right": len(right), "texts": right}
+    sampler, stops = Sampler(model), stop_token_ids(tokenizer)
+    sampler.refresh()
+    for row in rows:
+        row["ids"] = encode(tokenizer, ask(row["question"], config.system_prompt))
+    longest, limit = config.max_prompt_length, config.grpo["max_completion_length"]
+    rows = [row for row in rows if not longest or len(row["ids"]) <= longest]
+    rows.sort(key=lambda row: len(row["ids"]), reverse=True)
+    size = max(1, given.batch // count)
+    for batch in (rows[n : n + size] for n in range(0, len(rows), size)):
+        ids = [row["ids"] for row in batch for _ in range(count)]
+        drawn = iter(sampler.decoder.generate(ids, limit, stops, DRAWN)[0])
+        for row in batch:
+            texts = [
+                cut_answer(tokenizer, next(drawn), stops).text for _ in range(count)
+            ]
+            golds = [str(answers.parse_gold(row["answer"]))] * count
+            scores = rewards.correctness(texts, golds)
+            right = [text for text, score in zip(texts, scores, strict=True) if score]
+            row |= {"drawn": count, "right": len(right), "texts": right}
+            del row["ids"]
     files.write_rows(path, rows)
     return rows
 

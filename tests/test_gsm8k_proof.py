@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gsm8k_proof
+from benchmarks import gsm8k_proof, publish
 from helpers.files import read_rows, write_rows
 
 PROBLEMS = Path(__file__).parent.parent / "data_samples" / "word_problems"
@@ -50,6 +50,9 @@ def test_all_stages_are_trained_compared_and_not_repeated(
     assert rows["rejection"]["trained"]["steps"] == rows["sft"]["trained"]["steps"] == 5
     assert rows["grpo"]["trained"]["solved_at_times"] == [0, 20]
     assert rows["grpo"]["settings"]["num_generations"] == 2
+    lines = publish.proof(out)
+    assert lines[0].startswith("Real GSM8K's first 4 test") and len(lines) == 7
+    assert lines[-1].count("| control ") == 1
     again = run_python(*command)
     assert again.stdout == "" and json.loads(out.read_text()) == report
 

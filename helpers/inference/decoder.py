@@ -77,9 +77,8 @@ class Decoder:
         runtime.free_memory()
         device = self.net.device
         self.cache = StaticCache(self.net.config, max_cache_len=length)
-        if (window := min(layer.max_cache_len for layer in self.cache.layers)) < length:
-            text = f"{length} tokens of prompt and answer leave the model's window"
-            raise ConfigError(f"{text} of {window}: lower max_prompt_length")
+        if min(layer.max_cache_len for layer in self.cache.layers) < length:
+            raise ConfigError(f"{length} tokens leave the window: shorten the prompts")
         numbers = {"dtype": torch.long, "device": device}
         self.mask = torch.zeros(rows, 1, 1, length, dtype=torch.bool, device=device)
         self.ended = torch.zeros(rows, 1, dtype=torch.bool, device=device)

@@ -5,7 +5,6 @@ takes a 4-bit model with LoRA hundreds of kernels, and a merged copy one CUDA gr
 import copy
 import importlib.util
 import logging
-import math
 import os
 import re
 from typing import Any
@@ -21,7 +20,7 @@ from helpers import runtime
 from helpers.config import RunConfig, complete, defaults
 from helpers.errors import ConfigError
 from helpers.files import write_json
-from helpers.inference.decoder import Decoder, Ids, Settings, grouped_attention
+from helpers.inference.decoder import Decoder, Ids, grouped_attention
 from helpers.inference.generation import Answer, cut_answer, encode
 from helpers.masking.templates import stop_token_ids
 from helpers.runs import Run
@@ -68,21 +67,16 @@ class Sampler:
         return {"prompt_ids": ids, "completion_ids": completions, "logprobs": logps}
 
     def generate(
-        self,
-        tokenizer: Any,
-        prompts: list[Any],
-        batch_size: int,
-        max_new_tokens: int,
-        settings: Settings | None = None,
+        self, tokenizer: Any, prompts: list[Any], batch_size: int, max_new_tokens: int
     ) -> list[Answer]:
-        """Returns greedy or drawn answers as `generation.generate`, but faster."""
+        """Returns greedy answers as `generation.generate` does, but faster."""
         ids = [encode(tokenizer, prompt) for prompt in prompts]
         stops = stop_token_ids(tokenizer)
         self.refresh()
         rows: list[list[int]] = []
         for start in range(0, len(ids), batch_size):
             batch = ids[start : start + batch_size]
-            rows += self.decoder.generate(batch, max_new_tokens, stops, settings)[0]
+            rows += self.decoder.generate(batch, max_new_tokens, stops, None)[0]
         return [cut_answer(tokenizer, row, stops) for row in rows]
 
 
@@ -139,8 +133,8 @@ def reason_against(config: RunConfig, model: nn.Module) -> str:
             return f"it does not know grpo.{name}"
     numbers = model.config.get_text_config()
     kinds = {*(getattr(numbers, "layer_types", None) or [])} - {"full_attention"}
-    longest = complete(config, "grpo")["max_completion_length"]
-    longest += config.max_prompt_length or math.inf
+    longest = config.max_prompt_length or 10**9
+    longest += complete(config, "grpo")["max_completion_length"]
     if longest <= (getattr(numbers, "sliding_window", None) or 0):
         kinds.discard("sliding_attention")  # nothing leaves the window
     rope = getattr(numbers, "rope_parameters", None) or {}
