@@ -220,55 +220,55 @@ def way_of(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[\d.,]+(?:[-+*/x=][\d.,]*\d)+", text))
 
 
-def train(run: Run, stage: str, adapter: Path | None = None) -> Row:
-    """Returns the report of a stage; SFT is fresh, or goes on from an adapter."""
-    data.ensure_data(run)
-    if adapter is None or stage == "grpo":
-        return stages.train_stage(run, "grpo" if stage == "grpo" else "sft")
+def train_more(run: Run) -> Row:
+    """Returns the report of SFT that goes on from the run's adapter."""
+    adapter = run.config.sft_adapter
     model, tokenizer = training.load_for_training(run, "sft", adapter)
-    part = training.fit(training.build_sft(run, model, tokenizer), run)
-    del model
-    runtime.free_memory()
-    return part
+    return training.fit(training.build_sft(run, model, tokenizer), run)
+
+
+def go_on(given: argparse.Namespace, stage: str, seed: int) -> tuple[Row, Row]:
+    """Returns what a stage after SFT changes in the config, and notes on its rows."""
+    sft = runs.open_run(f"{given.name}-{seed}-sft")
+    if stage == "rejection":
+        place, steps = add_drawn(given, sft), sft.report()["sft"]["steps"]
+        changes = {"data__train": [str(place)], "sft__max_steps": steps}
+        return changes, {"rows": count_rows(place)}
+    start = sft
+    if given.rejection:
+        start = runs.open_run(f"{given.name}-{seed}-rejection")
+    changes = {"sft_adapter": str(start.path / "sft" / "adapter")}
+    if stage == "control":
+        done = start.report()["sft"]
+        steps = max(1, round(60 * given.minutes * done["steps"] / done["seconds"]))
+        each = -(-steps // 4)
+        return changes | {"sft__max_steps": steps, "sft__logging_steps": each}, {}
+    rows = draw_answers(given, sft)
+    at_times = [row for row in rows if 0 < row["right"] < row["drawn"]]
+    used = at_times if len(at_times) >= FEW else rows
+    problems = sft.path / "at_times.jsonl"
+    files.write_rows(
+        problems, [{n: r[n] for n in ("question", "answer")} for r in used]
+    )
+    changes |= {"stages": ["grpo"], "data__problems": str(problems)}
+    return changes, {"solved_at_times": [len(at_times), len(rows)]}
 
 
 def run_stage(given: argparse.Namespace, stage: str, seed: int) -> Row:
     """Trains and evaluates one stage; returns its result."""
     config, part, began = configure(given, stage, seed), Row(), time.perf_counter()
+    if stage not in ("base", "sft"):
+        changes, part = go_on(given, stage, seed)
+        config = changed(config, **changes)
+    run = runs.save_run(config)
+    data.ensure_data(run)
     if stage == "base":
-        run = runs.save_run(config)
-        data.ensure_data(run)
         items = answer_base(run)
-    elif stage == "sft":
-        run = runs.save_run(config)
-        part, items = train(run, stage), evaluate(run, "sft")
+    elif stage == "control":
+        part, items = train_more(run), evaluate(run, "sft")
     else:
-        sft = runs.open_run(f"{given.name}-{seed}-sft")
-        start = sft
-        if given.rejection and stage != "rejection":
-            start = runs.open_run(f"{given.name}-{seed}-rejection")
-        adapter = start.path / "sft" / "adapter"
-        if stage == "grpo":
-            rows = draw_answers(given, sft)
-            at_times = [row for row in rows if 0 < row["right"] < row["drawn"]]
-            problems = sft.path / "at_times.jsonl"
-            names = ("question", "answer")
-            used = at_times if len(at_times) >= FEW else rows
-            files.write_rows(problems, [{n: r[n] for n in names} for r in used])
-            changes: Row = {"stages": ["grpo"], "sft_adapter": str(adapter)}
-            changes["data__problems"] = str(problems)
-            part["solved_at_times"] = [len(at_times), len(rows)]
-        elif stage == "rejection":
-            place, steps = add_drawn(given, sft), sft.report()["sft"]["steps"]
-            changes = {"data__train": [str(place)], "sft__max_steps": steps}
-            part["rows"] = count_rows(place)
-        else:
-            done = start.report()["sft"]
-            steps = max(1, round(60 * given.minutes * done["steps"] / done["seconds"]))
-            changes = {"sft__max_steps": steps, "sft__logging_steps": -(-steps // 4)}
-        run = runs.save_run(changed(config, **changes))
-        part |= train(run, stage, adapter if stage == "control" else None)
-        items = evaluate(run, "grpo" if stage == "grpo" else "sft")
+        (kind,) = config.stages
+        part, items = part | stages.train_stage(run, kind), evaluate(run, kind)
     own = run.config.grpo if stage == "grpo" else run.config.sft
     settings = own | {n: run.config.lora[n] for n in ("r", "lora_alpha")}
     return {
