@@ -62,7 +62,7 @@ SIZES: dict[str, Any] = {
     "save_minutes": 2.0,
     "best_by": "loss",  # the mean of an epoch: the last one's
     "grpo_held_out": 200,
-    "evaluation__max_new_tokens": 256,
+    "evaluation__max_new_tokens": 320,
     "evaluation__batch_size": 330,
     "lora__r": 128,
     "lora__lora_alpha": 64,
