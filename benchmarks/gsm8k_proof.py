@@ -61,7 +61,7 @@ SIZES: dict[str, Any] = {
     "max_prompt_length": 256,
     "save_minutes": 2.0,
     "best_by": "loss",  # the mean of an epoch: the last one's
-    "grpo_held_out": 200,
+    "grpo_held_out": 300,
     "evaluation__max_new_tokens": 320,
     "evaluation__batch_size": 330,
     "lora__r": 128,
@@ -73,7 +73,7 @@ SFT: dict[str, Any] = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 32,
     "gradient_accumulation_steps": 1,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "linear",
     "warmup_steps": 20,
     "optim": "adamw_torch",
@@ -335,7 +335,7 @@ def main() -> None:
     parser.add_argument(
         "--plain", action="store_true", help="no <<48/2=24>> in answers"
     )
-    parser.add_argument("--held-out", type=int, default=200, help="rows of TRAIN")
+    parser.add_argument("--held-out", type=int, default=300, help="rows of TRAIN")
     parser.add_argument("--rows", type=int, help="test problems; else all")
     parser.add_argument("--batch", type=int, default=512, help="answers drawn at once")
     parser.add_argument(
