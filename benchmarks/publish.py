@@ -124,6 +124,27 @@ def learning(path: Path) -> list[str]:
     ]
 
 
+def proof(path: Path) -> list[str]:
+    """Returns the section on what small models learn of real GSM8K."""
+    values, rows = read(path), []
+    for part in values["rows"]:
+        seed = "-" if part["stage"] == "base" else part["seed"]
+        row = {"model": part["model"], "seed": seed, "stage": part["stage"]}
+        row |= {"right": percent(part["ours"])}
+        row |= {name: part[name]["k"] for name in ("strict", "flexible")}
+        for label in ("base", "sft"):
+            p = part.get(f"p_vs_{label}")
+            row[f"p, {label}"] = "-" if p is None else f"{p:.2g}"
+        rows.append(row | {"minutes": f"{part['seconds'] / 60:.1f}"})
+    return [
+        f"Real GSM8K's first {values['rows'][0]['ours']['n']} test problems on",
+        f"{values['machine']}, by `python benchmarks/gsm8k_proof.py`: base after four",
+        "examples, SFT on the train split, GRPO from it, and as long a further SFT.",
+        "p: McNemar's exact test of the same items. Strict and flexible are counts of",
+        *("lm-evaluation-harness's matches.", "", to_markdown(rows)),
+    ]
+
+
 def memory_section() -> list[str]:
     """Returns the section on estimated and measured memory."""
     table, rows = read(memory.TABLE), []
@@ -230,6 +251,8 @@ def page() -> str:
         paths = sorted(RESULTS.glob(f"{name}*.json"))
         sections |= {path.stem: rate(path, name) for path in paths}
     sections["grpo_learning"] = learning(RESULTS / "grpo_learning.json")
+    if (path := RESULTS / "gsm8k_proof.json").exists():
+        sections["gsm8k_proof"] = proof(path)
     sections["memory"] = memory_section()
     sections |= {"masks": masks.table(), "adapters": adapters.table()}
     if export_parity.TABLE.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from helpers.inference.generation import generate
 from helpers.models import adapters
 from helpers.models import load as models
 from helpers.runs import Run
+from tests.tiny import save_tiny_model
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [20]]
 DRAWN = (1.0, 0, 1.0, None)  # temperature, top-k, top-p, min-p
@@ -142,6 +144,27 @@ def test_sampled_tokens_follow_the_models_probabilities(load: Load) -> None:
     shares = (torch.tensor(rows) == best.indices).float().mean(0)
     assert shares.sum() == 1
     assert shares.tolist() == pytest.approx(best.values.softmax(0).tolist(), abs=0.04)
+
+
+def test_a_window_that_nothing_leaves_is_full_attention(
+    tokenizer: Any, run: Run, tmp_path: Path
+) -> None:
+    kinds = ["sliding_attention"] * 2 + ["full_attention"]
+    sizes = {"num_hidden_layers": 3, "sliding_window": 64, "layer_types": kinds}
+    folder = save_tiny_model("Gemma3", tokenizer, tmp_path, head_dim=16, **sizes)
+    model, _ = models.load_model(str(folder), engine="transformers")
+    tuned = adapters.add_lora(model, LORA, engine="transformers").eval()
+    shake(tuned, 0.3)
+    lengths = {"grpo__max_completion_length": 12, "sampler": "copy"}
+    sampler = choose(run, tuned, **lengths, max_prompt_length=52)
+    assert isinstance(sampler, sampling.Sampler)
+    sampler.refresh()
+    assert greedy(sampler) == [greedy_of(tuned, p, 12, stop=2) for p in PROMPTS]
+    with pytest.raises(ConfigError, match="128 tokens leave the window: shorten"):
+        sampler.decoder.generate(PROMPTS, 60, [2], None)
+    for prompt in (53, None):
+        with pytest.raises(ConfigError, match="does not know .* sliding_attention"):
+            choose(run, tuned, **lengths, max_prompt_length=prompt)
 
 
 def test_a_patched_class_does_not_change_the_copy(

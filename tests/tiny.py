@@ -18,7 +18,8 @@ def save_tiny_model(family: str, tokenizer: Any, folder: Path, **more: Any) -> P
     import torch
     import transformers
 
-    config = getattr(transformers, f"{family}Config")(
+    text = "Text" if family == "Gemma3" else ""  # else it reads pictures, too
+    config = getattr(transformers, f"{family}{text}Config")(
         **{
             "vocab_size": len(tokenizer),
             "hidden_size": 64,

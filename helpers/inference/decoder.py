@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from helpers import runtime
+from helpers.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class Decoder:
         runtime.free_memory()
         device = self.net.device
         self.cache = StaticCache(self.net.config, max_cache_len=length)
+        if min(layer.max_cache_len for layer in self.cache.layers) < length:
+            raise ConfigError(f"{length} tokens leave the window: shorten the prompts")
         numbers = {"dtype": torch.long, "device": device}
         self.mask = torch.zeros(rows, 1, 1, length, dtype=torch.bool, device=device)
         self.ended = torch.zeros(rows, 1, dtype=torch.bool, device=device)

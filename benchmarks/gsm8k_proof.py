@@ -1,0 +1,389 @@
+"""Proves, or not, that a small model learns GSM8K: base, SFT, GRPO, and more SFT.
+
+    python benchmarks/gsm8k_proof.py TRAIN TEST --model NAME_OR_FOLDER --budget SECONDS
+
+TRAIN and TEST are GSM8K's JSON lines. Stages: `base` answers after four examples, as
+text; `sft` trains on the whole split but for the last rows, by which GRPO's adapter is
+chosen; `rejection`, with `--rejection K`, draws K answers to each problem, and trains
+anew on the right and different ones, too, in as many steps; `grpo` goes on for some
+minutes with the problems that SFT solves at times; `control` is more SFT for as long.
+All answer the same test problems greedily; p is of McNemar's exact test on them.
+
+A stage that is finished in `--runs` is not repeated, one that was killed goes on, and
+one that does not fit into the budget is left out: call again. After each stage OUT gets
+gsm8k_proof.json, with the stages of all processes that share `--runs`: seeds can run
+side by side, and `grpo` beside `control`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from helpers import files, recipes, runs, runtime, stages  # noqa: E402
+from helpers.config import RunConfig, changed  # noqa: E402
+from helpers.data import preparation as data  # noqa: E402
+from helpers.data.formats import Row, ask  # noqa: E402
+from helpers.evaluation import evaluator, metrics  # noqa: E402
+from helpers.grpo import answers, rewards  # noqa: E402
+from helpers.inference.generation import cut_answer, encode, generate_batches  # noqa: E402
+from helpers.inference.items import answer_rows, model_print  # noqa: E402
+from helpers.inference.sampler import Sampler  # noqa: E402
+from helpers.masking.templates import stop_token_ids  # noqa: E402
+from helpers.models import load  # noqa: E402
+from helpers.runs import Run  # noqa: E402
+from helpers.training import trainer as training  # noqa: E402
+
+STAGES = ("base", "sft", "rejection", "grpo", "control")
+VERDICTS = {"strict": "strict_match", "flexible": "flexible_extract", "ours": "correct"}
+TRAINED = """steps seconds peak_memory_gb loss_last reward_first reward_last stopped
+    held_out_first held_out_best best_step solved_at_times rows sampler layout"""
+SHOTS = 4
+DRAWN = (1.0, 0, 1.0, None)  # temperature, top-k, top-p, min-p: as in GRPO
+KEEP = 4  # drawn answers to one problem, at most
+FEW = 32  # solved at times: with fewer GRPO takes all that were tried
+NOTES = re.compile(r"<<[^<>]*>>")  # GSM8K's for a calculator
+SIZES: dict[str, Any] = {
+    "weights": "16bit",
+    "max_length": 1024,
+    "max_prompt_length": 256,
+    "save_minutes": 2.0,
+    "best_by": "loss",  # the mean of an epoch: the last one's
+    "grpo_held_out": 300,
+    "evaluation__max_new_tokens": 320,
+    "evaluation__batch_size": 330,
+    "lora__r": 128,
+    "lora__lora_alpha": 64,
+    "lora__target_modules": "all-linear",
+}
+SFT: dict[str, Any] = {
+    "num_train_epochs": 4,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 32,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 20,
+    "optim": "adamw_torch",
+    "eval_strategy": "no",
+    "save_strategy": "no",
+}
+GRPO = {
+    "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 8,
+    "gradient_checkpointing": False,
+    "num_generations": 16,
+    "max_completion_length": 256,
+    "learning_rate": 5e-5,
+    "save_strategy": "no",
+}
+
+
+def write_parts(given: argparse.Namespace) -> dict[str, Path]:
+    """Writes train and eval rows, without a calculator's notes if asked to."""
+    text = Path(given.train).read_text(encoding="utf-8")
+    lines = (NOTES.sub("", text) if given.plain else text).splitlines(True)
+    parts = {"train": lines[: -given.held_out], "eval": lines[-given.held_out :]}
+    places = {n: given.runs / f"{given.name}-{n}.jsonl" for n in parts}
+    for name, part in parts.items():
+        files.write_lines(places[name], part)
+    return places
+
+
+def configure(given: argparse.Namespace, stage: str, seed: int) -> RunConfig:
+    """Returns the config of SFT; other stages change it."""
+    places, recipe = write_parts(given), recipes.load("demo", gpu=True)
+    steps = math.ceil(count_rows(places["train"]) / SFT["per_device_train_batch_size"])
+    config = changed(
+        recipe,
+        **SIZES,
+        name=f"{given.name}-{seed}-{stage}",
+        model=given.model,
+        stages=["sft"],
+        seed=seed,
+        dtype=given.dtype,
+        sft=SFT | {"logging_steps": steps},
+        grpo=recipe.grpo | GRPO,
+        grpo_minutes=given.minutes,
+        data={
+            "train": [str(places["train"])],
+            "eval": str(places["eval"]),
+            "test": str(Path(given.test).resolve()),
+            "test_rows": given.rows,
+        },
+    )
+    return changed(config, **dict(given.set))
+
+
+def count_rows(path: Path) -> int:
+    return path.read_bytes().count(b"\n")
+
+
+def answer_base(run: Run) -> list[Row]:
+    """Returns the items of the base model, which continues four solved problems."""
+    config, folder = run.config, run.path / "data"
+    shots, rows = (files.read_rows(folder / f"{n}.jsonl") for n in ("eval", "test"))
+    solved = [[turn["content"] for turn in row["messages"][-2:]] for row in shots]
+    texts = [f"Question: {q}\nAnswer: {a}\n\n" for q, a in solved[:SHOTS]]
+    for row in rows:
+        row["prompt"] = "".join([*texts, f"Question: {row['question']}\nAnswer:"])
+    model, tokenizer = load.load_model(config.model, **load.options(config))
+    decoding = config.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
+    settings = files.fingerprint(model_print(config, None), decoding["max_new_tokens"])
+    path = run.path / "eval" / "base" / "test.jsonl"
+    generate = partial(generate_batches, model, tokenizer, **decoding)
+    return answer_rows(path, rows, settings, generate, judge_continued)
+
+
+def judge_continued(text: str, row: Row) -> Row:
+    """Returns the verdicts on an answer, up to where the model asks by itself."""
+    text = text.partition("Question:")[0]
+    return metrics.check_answer(text, row | {"prompt": ask(row["question"], "")})
+
+
+def evaluate(run: Run, label: str) -> list[Row]:
+    evaluator.evaluate(run, label, run.path / label / "adapter")
+    return files.read_rows(run.path / "eval" / label / "test.jsonl")
+
+
+def draw_answers(given: argparse.Namespace, start: Run) -> list[Row]:
+    """Returns training problems with the right ones of an adapter's drawn answers.
+
+    A row is `question`, `answer`, `right` (how many of `drawn`) and their `texts`.
+    """
+    path = start.path / "drawn.jsonl"
+    if path.exists():
+        return files.read_rows(path)
+    rows = [json.loads(line) for line in Path(str(start.config.data.train[0])).open()]
+    count, config = given.rejection or 8, start.config
+    random.Random(config.seed).shuffle(rows)
+    rows = rows if given.rejection else rows[: given.probe]
+    adapter = start.path / "sft" / "adapter"
+    model, tokenizer = training.load_for_training(start, "sft", adapter)
+    sampler, stops = Sampler(model), stop_token_ids(tokenizer)
+    sampler.refresh()
+    for row in rows:
+        row["ids"] = encode(tokenizer, ask(row["question"], config.system_prompt))
+    longest, limit = config.max_prompt_length, config.grpo["max_completion_length"]
+    rows = [row for row in rows if not longest or len(row["ids"]) <= longest]
+    rows.sort(key=lambda row: len(row["ids"]), reverse=True)
+    size = max(1, given.batch // count)
+    for batch in (rows[n : n + size] for n in range(0, len(rows), size)):
+        ids = [row["ids"] for row in batch for _ in range(count)]
+        drawn = iter(sampler.decoder.generate(ids, limit, stops, DRAWN)[0])
+        for row in batch:
+            texts = [
+                cut_answer(tokenizer, next(drawn), stops).text for _ in range(count)
+            ]
+            golds = [str(answers.parse_gold(row["answer"]))] * count
+            scores = rewards.correctness(texts, golds)
+            right = [text for text, score in zip(texts, scores, strict=True) if score]
+            row |= {"drawn": count, "right": len(right), "texts": right}
+            del row["ids"]
+    files.write_rows(path, rows)
+    return rows
+
+
+def add_drawn(given: argparse.Namespace, start: Run) -> Path:
+    """Writes the training rows, and drawn answers that reckon in other ways."""
+    path, lines = start.path / "rejection.jsonl", []
+    for row in draw_answers(given, start):
+        lines.append({"question": row["question"], "answer": row["answer"]})
+        ways = {way_of(row["answer"])}
+        for text in filter(answers.has_strict_format, row["texts"]):
+            if way_of(text) not in ways and len(ways) <= KEEP:
+                ways.add(way_of(text))
+                lines.append({"question": row["question"], "answer": text})
+    files.write_rows(path, lines)
+    return path
+
+
+def way_of(text: str) -> tuple[str, ...]:
+    """Returns the reckoning of an answer, which its words do not change.
+
+    >>> way_of("He has 2 + 3 = <<2+3=5>>5, so 5*2=10.")
+    ('2+3=5', '5*2=10')
+    """
+    text = NOTES.sub("", text).replace(" ", "").replace("$", "")
+    return tuple(re.findall(r"[\d.,]+(?:[-+*/x=][\d.,]*\d)+", text))
+
+
+def train_more(run: Run) -> Row:
+    """Returns the report of SFT that goes on from the run's adapter."""
+    adapter = run.config.sft_adapter
+    model, tokenizer = training.load_for_training(run, "sft", adapter)
+    return training.fit(training.build_sft(run, model, tokenizer), run)
+
+
+def go_on(given: argparse.Namespace, stage: str, seed: int) -> tuple[Row, Row]:
+    """Returns what a stage after SFT changes in the config, and notes on its rows."""
+    sft = runs.open_run(f"{given.name}-{seed}-sft")
+    if stage == "rejection":
+        place, steps = add_drawn(given, sft), sft.report()["sft"]["steps"]
+        changes = {"data__train": [str(place)], "sft__max_steps": steps}
+        return changes, {"rows": count_rows(place)}
+    start = sft
+    if given.rejection:
+        start = runs.open_run(f"{given.name}-{seed}-rejection")
+    changes = {"sft_adapter": str(start.path / "sft" / "adapter")}
+    if stage == "control":
+        done = start.report()["sft"]
+        steps = max(1, round(60 * given.minutes * done["steps"] / done["seconds"]))
+        each = -(-steps // 4)
+        return changes | {"sft__max_steps": steps, "sft__logging_steps": each}, {}
+    rows = draw_answers(given, sft)
+    at_times = [row for row in rows if 0 < row["right"] < row["drawn"]]
+    used = at_times if len(at_times) >= FEW else rows
+    problems = sft.path / "at_times.jsonl"
+    files.write_rows(
+        problems, [{n: r[n] for n in ("question", "answer")} for r in used]
+    )
+    changes |= {"stages": ["grpo"], "data__problems": str(problems)}
+    return changes, {"solved_at_times": [len(at_times), len(rows)]}
+
+
+def run_stage(given: argparse.Namespace, stage: str, seed: int) -> Row:
+    """Trains and evaluates one stage; returns its result."""
+    config, part, began = configure(given, stage, seed), Row(), time.perf_counter()
+    if stage not in ("base", "sft"):
+        changes, part = go_on(given, stage, seed)
+        config = changed(config, **changes)
+    run = runs.save_run(config)
+    data.ensure_data(run)
+    if stage == "base":
+        items = answer_base(run)
+    elif stage == "control":
+        part, items = train_more(run), evaluate(run, "sft")
+    else:
+        (kind,) = config.stages
+        part, items = part | stages.train_stage(run, kind), evaluate(run, kind)
+    own = run.config.grpo if stage == "grpo" else run.config.sft
+    settings = own | {n: run.config.lora[n] for n in ("r", "lora_alpha")}
+    return {
+        "model": given.name,
+        "seed": seed,
+        "stage": stage,
+        **{name: rate(items, key) for name, key in VERDICTS.items()},
+        "seconds": round(time.perf_counter() - began, 1),
+        "trained": {name: part[name] for name in TRAINED.split() if name in part},
+        "settings": {} if stage == "base" else settings | {"dtype": given.dtype},
+        "right": "".join(str(int(item["correct"])) for item in items),
+    }
+
+
+def rate(items: list[Row], key: str) -> dict[str, float]:
+    return metrics.proportion(sum(item[key] for item in items), len(items))
+
+
+def write_results(given: argparse.Namespace) -> None:
+    """Joins the results of all stages that are finished, with their paired tests."""
+    paths = sorted((given.runs / "results").glob("*.json"))
+    rows = [files.read_json(path) for path in paths]
+    for row in rows:
+        known = {r["stage"]: r["right"] for r in rows if is_sibling(r, row)}
+        starts = (
+            ("rejection", "sft") if row["stage"] in ("grpo", "control") else ("sft",)
+        )
+        for label, names in (("base", ("base",)), ("sft", starts)):
+            first = next((known[n] for n in names if n in known), None)
+            if first and row["stage"] not in ("base", label):
+                pair = ([mark == "1" for mark in r] for r in (first, row["right"]))
+                row[f"p_vs_{label}"] = metrics.paired_difference(*pair)["p"]
+    values = {"machine": runtime.find_machine().name, "rows": rows}
+    files.write_json(Path(given.out) / "gsm8k_proof.json", values)
+
+
+def is_sibling(other: Row, row: Row) -> bool:
+    seed = other["seed"] == row["seed"] or other["stage"] == "base"
+    return seed and other["model"] == row["model"]
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("train")
+    parser.add_argument("test")
+    parser.add_argument(
+        "--model", required=True, help="smollm2-135m-offline, or a folder"
+    )
+    parser.add_argument(
+        "--budget", type=float, required=True, help="seconds for it all"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument(
+        "--minutes", type=float, default=4.0, help="of GRPO, of control"
+    )
+    parser.add_argument("--rejection", type=int, default=0, metavar="K")
+    parser.add_argument(
+        "--probe", type=int, default=4096, help="problems tried for GRPO"
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="no <<48/2=24>> in answers"
+    )
+    parser.add_argument("--held-out", type=int, default=300, help="rows of TRAIN")
+    parser.add_argument("--rows", type=int, help="test problems; else all")
+    parser.add_argument("--batch", type=int, default=512, help="answers drawn at once")
+    parser.add_argument(
+        "--dtype", default="auto", help="bfloat16, or float16 as a T4's"
+    )
+    parser.add_argument("--name", help="of the runs; else the model's")
+    parser.add_argument(
+        "--set",
+        type=read_setting,
+        nargs="+",
+        default=[],
+        metavar="sft__learning_rate=1e-3",
+    )
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "gsm8k_proof")
+    parser.add_argument("--out", default=os.environ.get("OUT", "outputs"))
+    given = parser.parse_args()
+    given.runs, given.name = given.runs.resolve(), given.name or Path(given.model).name
+    os.environ["TUNEBOOK_RUNS"] = str(given.runs)
+    began, minutes = time.monotonic(), 60 * given.minutes
+    costs = {"base": 60, "sft": 300, "rejection": 400}
+    costs |= {"grpo": minutes + 150, "control": minutes + 90}
+    load.find_model(given.model)
+    for seed in given.seeds:
+        for stage in given.stages:
+            file = given.runs / "results" / f"{given.name}-{seed}-{stage}.json"
+            if stage == "base":  # needs no seed
+                file = file.with_name(f"{given.name}-base.json")
+            if file.exists() or (stage == "rejection" and not given.rejection):
+                continue
+            if time.monotonic() - began + costs[stage] > given.budget:
+                print(f"{seed} {stage}: no time is left for it, call again", flush=True)
+                break
+            row = run_stage(given, stage, seed)
+            files.write_json(file, row)
+            text = ", ".join(f"{name} {row[name]['k']}" for name in VERDICTS)
+            print(
+                f"{file.stem}: {text} of {row['ours']['n']}, {row['seconds']} s",
+                flush=True,
+            )
+            write_results(given)
+            runtime.free_memory()
+    write_results(given)
+
+
+def read_setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    return name, json.loads(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Tests of benchmarks/gsm8k_proof.py: all its stages, on a tiny model and a CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gsm8k_proof, publish
+from helpers.files import read_rows, write_rows
+
+PROBLEMS = Path(__file__).parent.parent / "data_samples" / "word_problems"
+SIZES = """lora__r=4 sft__num_train_epochs=1 sft__per_device_train_batch_size=4
+    sft__logging_steps=2 sft__warmup_steps=1 evaluation__max_new_tokens=8
+    grpo__per_device_train_batch_size=4 grpo__num_generations=2 grpo_held_out=2
+    grpo__gradient_accumulation_steps=1 grpo__max_completion_length=8""".split()
+
+
+@pytest.fixture(scope="module")
+def command(
+    tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
+    """The command line of all stages, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("proof")
+    for name, count in (("train", 24), ("test", 4)):
+        write_rows(folder / name, read_rows(PROBLEMS / f"{name}.jsonl")[:count])
+    sizes = "--budget 3000 --held-out 4 --probe 6 --minutes 0.05 --rejection 2".split()
+    places = ["--runs", str(folder / "runs"), "--out", str(folder / "out")]
+    options = ["--model", str(tiny_model_folder), *sizes, *places, "--set", *SIZES]
+    program = "benchmarks/gsm8k_proof.py"
+    return [program, str(folder / "train"), str(folder / "test"), *options]
+
+
+def test_all_stages_are_trained_compared_and_not_repeated(
+    command: list[str], run_python: Callable[..., Any]
+) -> None:
+    run_python(*command)
+    out = Path(command[command.index("--out") + 1]) / "gsm8k_proof.json"
+    report = json.loads(out.read_text())
+    rows = {row["stage"]: row for row in report["rows"]}
+    assert report["machine"] and set(rows) == set(gsm8k_proof.STAGES)
+    for stage, row in rows.items():
+        assert row["ours"]["n"] == row["strict"]["n"] == len(row["right"]) == 4
+        assert row["seconds"] > 0 and ("p_vs_base" in row) == (stage != "base")
+        assert ("p_vs_sft" in row) == (stage not in ("base", "sft"))
+        assert (row["trained"].get("steps", 0) > 0) == (stage != "base")
+    assert rows["rejection"]["trained"]["steps"] == rows["sft"]["trained"]["steps"] == 5
+    assert rows["grpo"]["trained"]["solved_at_times"] == [0, 20]
+    assert rows["grpo"]["settings"]["num_generations"] == 2
+    lines = publish.proof(out)
+    assert lines[0].startswith("Real GSM8K's first 4 test") and len(lines) == 7
+    assert lines[-1].count("| control ") == 1
+    again = run_python(*command)
+    assert again.stdout == "" and json.loads(out.read_text()) == report
+
+
+def test_a_stage_that_does_not_fit_into_the_budget_is_left_out(
+    command: list[str], run_python: Callable[..., Any], tmp_path: Path
+) -> None:
+    more = ["--budget", "50", "--runs", str(tmp_path), "--out", str(tmp_path)]
+    done = run_python(*command[:3], "--model", command[4], *more)
+    assert "base: no time is left for it" in done.stdout
+    assert json.loads((tmp_path / "gsm8k_proof.json").read_text())["rows"] == []
+
+
+def test_a_base_model_is_judged_up_to_its_next_question() -> None:
+    row = {"question": "1 + 1?", "gold": "2", "answer": "#### 2"}
+    text = "1 + 1 = 2\n#### 2\n\nQuestion: 3 + 4?\nAnswer: 7\n#### 7"
+    verdicts = gsm8k_proof.judge_continued(text, row)
+    assert verdicts["correct"] and verdicts["flexible_extract"]
+
+
+def test_answers_with_other_words_reckon_in_the_same_way() -> None:
+    way = gsm8k_proof.way_of("He has 2 + 3 = <<2+3=5>>5, and $5*2=$10.\n#### 10")
+    assert way == gsm8k_proof.way_of("2+3=5 then 5 * 2 = 10\n#### 10")
+    assert way == ("2+3=5", "5*2=10")
+    assert way != gsm8k_proof.way_of("2*2=4, 3*2=6, 4+6=10\n#### 10")
