@@ -202,13 +202,16 @@ def run_command(command: list[str], what: str, text: str = "", **options: Any) -
     Raises:
         ModelError: it fails, with the last error that it tells.
     """
-    options |= dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    options |= dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
     options |= {"text": True, "errors": "replace"}
-    with progress(None, what) as bar, subprocess.Popen(command, **options) as process:
+    with tempfile.TemporaryFile() as file, progress(None, what) as bar:
+        file.write(text.encode())  # `communicate` would send a part before its timeout
+        file.seek(0)
+        process = subprocess.Popen(command, stdin=file, **options)
         try:
             while process.returncode is None:
                 try:
-                    output, errors = process.communicate(text, timeout=0.5)
+                    output, errors = process.communicate(timeout=0.5)
                 except subprocess.TimeoutExpired as running:
                     lines = re.split(rb"[\r\n]+", (running.stderr or b"").strip())
                     bar.set_postfix_str(lines[-1][:60].decode(errors="replace"))

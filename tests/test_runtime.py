@@ -138,8 +138,9 @@ def test_a_program_that_fails_is_told_in_one_sentence(code: str, reason: str) ->
 
 
 def test_a_program_is_given_a_text_and_its_output_returned() -> None:
-    command = [sys.executable, "-c", "import time; time.sleep(1); print(input()[::-1])"]
-    assert runtime.run_command(command, "mirror", "abc") == "cba\n"
+    late = "import sys, time; time.sleep(1); print(len(sys.stdin.read()))"
+    command = [sys.executable, "-c", late]  # longer than a pipe holds
+    assert runtime.run_command(command, "count", "abc" * 10**6) == "3000000\n"
 
 
 def test_the_environment_is_json_and_names_dtype_engine_and_versions(
