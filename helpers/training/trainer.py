@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from transformers import Trainer, TrainerState
 
@@ -237,6 +237,7 @@ def label_rows(run: Run, tokenizer: Tokenizer) -> dict[str, Dataset]:
         ConfigError, MissingInput: the run has no sft stage, or no prepared data.
         DataError: the labels would be wrong (see `masking`).
     """
+    disable_progress_bars()  # of packing, a bar for each of its steps
     config, folder = run.config, inputs.open_stage(run, "sft")
     limits, drop = (config.loss_on, config.max_length), config.data.drop_unusable
     rows: dict[str, Dataset] = {}
