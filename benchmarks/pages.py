@@ -32,10 +32,11 @@ nav a { margin-right: 1rem; white-space: nowrap; }
 .jp-OutputArea-output { overflow-x: auto; }
 .jp-RenderedText pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 .jp-RenderedHTMLCommon img, .jp-RenderedSVG svg { max-width: 100%; height: auto; }
-math[display="block"] { overflow-x: auto; padding: .5rem 0; }
+.formula { display: block; overflow-x: auto; padding: .5rem 0; font-size: 115%; }
+@media (max-width: 40rem) { .jp-RenderedHTMLCommon td { min-width: 5.5rem; } }
 @media print {
   nav { display: none; }
-  .jp-RenderedHTMLCommon table, details { display: table; width: 100%; }
+  .jp-RenderedHTMLCommon table { display: table; width: 100%; }
   .jp-RenderedHTMLCommon td, .jp-RenderedHTMLCommon th { overflow-wrap: anywhere; }
   .jp-OutputArea-output, .jp-RenderedHTMLCommon div { overflow: visible !important;
     max-height: none !important; }
@@ -52,7 +53,7 @@ class Renderer(IPythonRenderer):
     """Writes formulas as MathML, which needs no script and no network."""
 
     def block_math(self, body: str) -> str:
-        return convert(body, display="block")
+        return f'<span class="formula">{convert(body, display="block")}</span>'
 
     def inline_math(self, body: str) -> str:
         return convert(body)

@@ -8,18 +8,24 @@ from urllib.parse import unquote
 
 import pytest
 
+from tests.test_chat_browser import CHROMIUM
+
 soup = pytest.importorskip("bs4")
 
 from benchmarks import pages as builder  # noqa: E402
 
 
-def test_links_and_pictures_are_there_and_formulas_need_no_network(
-    tmp_path: Path,
-) -> None:
-    builder.main(tmp_path / "site")
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pages") / "site"
+    builder.main(folder)
+    return folder
+
+
+def test_links_and_pictures_are_there_and_formulas_need_no_network(site: Path) -> None:
     pages = {
         path: soup.BeautifulSoup(path.read_text("utf-8"), "html.parser")
-        for path in sorted((tmp_path / "site").rglob("*.html"))
+        for path in sorted(site.rglob("*.html"))
     }
     assert len(pages) >= 13
     broken, followed, formulas = [], 0, 0
@@ -44,3 +50,26 @@ def test_links_and_pictures_are_there_and_formulas_need_no_network(
     assert broken == [], "\n".join(broken)
     assert formulas > 50
     assert followed > 100
+
+
+CUT = """() => [...document.querySelectorAll("table, pre, .jp-OutputArea-output, div")]
+.filter(e => e.scrollWidth > e.clientWidth + 2 || e.scrollHeight > e.clientHeight + 2)
+.filter(e => getComputedStyle(e).overflow != "visible").map(e => e.outerHTML)"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_nothing_is_cut_in_print_and_no_page_is_wider_than_a_phone(site: Path) -> None:
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        for path in sorted((site / "notebooks").glob("*.html")):
+            page.emulate_media(media="screen")
+            page.set_viewport_size({"width": 400, "height": 800})
+            page.goto(path.as_uri())
+            width = page.evaluate("document.documentElement.scrollWidth")
+            assert width == 400, path.name
+            page.emulate_media(media="print")
+            page.set_viewport_size({"width": 780, "height": 1000})
+            assert page.evaluate(CUT) == [], path.name
+        browser.close()
