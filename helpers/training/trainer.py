@@ -264,11 +264,12 @@ def build_sft(run: Run, model: Model, tokenizer: Tokenizer) -> Trainer:
     folder, rows = run.path / "sft", label_rows(run, tokenizer)
     best = callbacks.BestAdapter(folder / "adapter", run.config.best_by)
     samples, system = folder / "samples.jsonl", run.config.system_prompt
+    asked = data.held_out_questions(run)
     return SFTTrainer(
         model=model,
         args=SFTConfig(**sft_arguments(run)),
         train_dataset=rows["train"],
         eval_dataset=rows.get("eval"),
         processing_class=tokenizer,
-        callbacks=[best, callbacks.LiveSamples(tokenizer, samples, system)],
+        callbacks=[best, callbacks.LiveSamples(tokenizer, samples, system, asked)],
     )
