@@ -13,6 +13,7 @@ import base64
 import io
 import re
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -95,18 +96,24 @@ def fill(path: Path, executed: Path, conditions: str) -> None:
     if hash_code(notebook) != hash_code(copy):
         sys.exit(f"{executed} ran other code than {path.name} has: run it again")
     copy, _ = CoalesceStreamsPreprocessor().preprocess(copy, {})
-    pairs, lesson = zip(notebook.cells, copy.cells, strict=True), ""
-    for cell, ran in pairs:
+    for cell, ran in zip(notebook.cells, copy.cells, strict=True):
         if cell.cell_type != "code":
-            words = re.sub(r"^#.*|[*`_]", "", cell.source, flags=re.M).split()
-            lesson = re.split(r"(?<=[.?!:]) ", " ".join(words))[0]
             continue
         outputs = [clean_output(output) for output in ran.outputs]
         cell.outputs = [output for output in outputs if output is not None]
-        for output in cell.outputs:
-            if "image/png" in output.get("data", {}):  # alt text, unless it has one
-                picture = output.metadata.setdefault("image/png", {})
-                picture.setdefault("alt", f"Picture: {lesson}")
+        alt = cell.metadata.get("alt", "")
+        for data, metadata in [
+            (x.data, x.metadata) for x in cell.outputs if "data" in x
+        ]:
+            if not alt and ("image/png" in data or PICTURE.search(str(data))):
+                sys.exit(
+                    f"{path.name}: {cell.id} draws: say what, in its metadata's alt"
+                )
+            if "image/png" in data:
+                metadata["image/png"] = {"alt": alt}
+            if "text/html" in data:
+                image = f'<img alt="{escape(alt)}" src="data:'
+                data["text/html"] = data["text/html"].replace('<img src="data:', image)
     notebook.metadata["outputs"] = {"code": hash_code(notebook), "made": conditions}
     title = notebook.cells[0]
     title.source = MADE.sub("", title.source) + f"\n\n**Outputs** made on {conditions}."

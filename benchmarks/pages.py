@@ -5,6 +5,7 @@ python benchmarks/pages.py
 
 from __future__ import annotations
 
+import html as escapes
 import re
 import shutil
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "site"
@@ -29,9 +32,31 @@ nav a { margin-right: 1rem; white-space: nowrap; }
 .jp-OutputArea-output { overflow-x: auto; }
 .jp-RenderedText pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 .jp-RenderedHTMLCommon img, .jp-RenderedSVG svg { max-width: 100%; height: auto; }
+.formula { display: block; overflow-x: auto; padding: .5rem 0; font-size: 115%; }
+@media (max-width: 40rem) { .jp-RenderedHTMLCommon td { min-width: 5.5rem; } }
+@media print {
+  nav { display: none; }
+  .jp-RenderedHTMLCommon table { display: table; width: 100%; }
+  .jp-RenderedHTMLCommon td, .jp-RenderedHTMLCommon th { overflow-wrap: anywhere; }
+  .jp-OutputArea-output, .jp-RenderedHTMLCommon div { overflow: visible !important;
+    max-height: none !important; }
+  pre { white-space: pre-wrap !important; overflow-wrap: anywhere; }
+  tr, img, svg { break-inside: avoid; }
+}
 </style>
 </head>"""
+SCRIPT = re.compile(r"<script.*?</script>", re.S)  # for formulas, diagrams, widgets
 LINK = re.compile(r'(?<=href=")([^":#]*)(\.md|\.ipynb)(?=[#"])')
+
+
+class Renderer(IPythonRenderer):
+    """Writes formulas as MathML, which needs no script and no network."""
+
+    def block_math(self, body: str) -> str:
+        return f'<span class="formula">{convert(body, display="block")}</span>'
+
+    def inline_math(self, body: str) -> str:
+        return convert(body)
 
 
 def address(path: Path) -> Path:
@@ -51,14 +76,31 @@ def read_page(path: Path) -> tuple[Any, str]:
     return notebook, first.lstrip().partition("\n")[0].strip("# ")
 
 
+def render(text: str) -> str:
+    """Returns the HTML of a Markdown cell."""
+    return MarkdownWithMath(renderer=Renderer(escape=False)).render(text)
+
+
+def describe(output: Any) -> None:
+    """Gives a stored picture its alt text, which nbconvert leaves out."""
+    picture = output.get("data", {}).pop("image/png", None)
+    if picture:
+        alt = escapes.escape(output.metadata["image/png"]["alt"])
+        picture = f'<img alt="{alt}" src="data:image/png;base64,{picture}">'
+        output.data["text/html"] = picture
+
+
 def to_html(notebook: Any, title: str, navigation: str) -> str:
     """Returns the page: nbconvert's, with links between pages and a narrow layout."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            describe(output)
     exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
-    exporter.require_js_url = exporter.jquery_url = exporter.mermaid_js_url = ""
+    exporter.register_filter("markdown2html", render)
     html, _ = exporter.from_notebook_node(
         notebook, resources={"metadata": {"name": title}}
     )
-    html = re.sub(r'<a class="anchor-link".*?</a>', "", html)
+    html = re.sub(r'<a class="anchor-link".*?</a>', "", SCRIPT.sub("", html))
     html = re.sub(r'(<h\d id=")([^"]*)', lambda m: m[1] + m[2].lower(), html)
     html = html.replace("</head>", STYLE, 1)
     html = re.sub(r"(<body[^>]*>)", rf"\1\n<nav>{navigation}</nav>", html, count=1)

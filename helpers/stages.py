@@ -1,6 +1,8 @@
 """The stages of a run in order: the only place that trains what is missing."""
 
 import logging
+import math
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,10 @@ from typing import Any
 import pandas as pd
 from accelerate import PartialState
 
-from helpers import checks, runtime
+from helpers import checks, estimate, runtime
 from helpers.config import RunConfig, Stage
 from helpers.data import preparation as data
+from helpers.errors import UnknownArchitecture
 from helpers.evaluation import evaluator
 from helpers.export.formats import export, require_formats
 from helpers.grpo import trainer as grpo
@@ -43,9 +46,23 @@ def ensure_adapter(run: Run, stage: Stage) -> Path | str | None:
     if stage == "sft" and (config.sft_adapter or "sft" not in config.stages):
         return config.sft_adapter
     if inputs.finished_part(run, stage) is None:
-        log.info(f"no finished {path}: training it now")
+        log.info(f"makes {path} first: {say_minutes(run, stage)}")
         train_stage(run, stage)
     return path
+
+
+def say_minutes(run: Run, stage: Stage) -> str:
+    """Returns how long training takes up to a stage, of those that are missing."""
+    config, place = run.config, estimate.this_gpu() or estimate.CPU
+    minutes = {"sft": None, "grpo": config.grpo_minutes}
+    with suppress(UnknownArchitecture):
+        rows = run.report().get("data", {}).get("train")
+        minutes["sft"] = estimate.sft_minutes(config, place, rows)
+    stages = config.stages[: config.stages.index(stage) + 1]
+    missing = [each for each in stages if inputs.finished_part(run, each) is None]
+    total = sum(minutes[each] or math.nan for each in missing)
+    known = f"roughly {math.ceil(total)} min" if total > 0 else "time unknown"
+    return f"{known}, on {place.name}"
 
 
 def train_stage(run: Run, stage: Stage) -> dict[str, Any]:

@@ -61,6 +61,10 @@ def test_a_sample_is_logged_and_kept_at_each_epochs_end(
     assert [sample["step"] for sample in samples] == [5, 10]
     prompts = [row["prompt"] for row in callbacks.PROMPTS]
     assert [sample["prompt"] for sample in samples] == prompts[1:3]
+    live.prompts = ["Why?"]
+    live.on_epoch_end(None, state, None, model=lora_model)  # the same step: replaced
+    assert json.loads(path.read_text().splitlines()[-1])["prompt"] == "Why?"
+    assert len(path.read_text().splitlines()) == 2
     assert "step 10 | " in caplog.text and lora_model.training
 
 

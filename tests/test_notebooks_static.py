@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
+import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -18,9 +21,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import nbformat
+import pandas
 import pytest
+import torch
 
 from benchmarks import outputs as stored_outputs
+from helpers import estimate, recipes
 from tests.lessons import answer_code, is_answer, with_answers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,15 +118,45 @@ def test_the_badge_opens_this_notebook_of_the_repository(path):
     assert links == [f"{COLAB}{owner}/blob/main/notebooks/{path.name}"]
 
 
+def result(name: str) -> Any:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
 @every_lesson
 def test_the_readme_lists_the_notebook_with_its_measured_minutes_and_its_memory(path):
-    measured = json.loads((ROOT / "results" / "demo_cpu.json").read_text())
-    minutes = f"{measured['notebooks']['seconds'][path.stem] / 60:.1f}"
+    minutes = f"{result('demo_cpu')['notebooks']['seconds'][path.stem] / 60:.1f}"
     (line,) = re.findall(rf"^\| \[{path.stem}\].*", README.read_text(), re.M)
     said, memory_gb = line.strip("| ").split(" | ")[-2:]
     title = "".join(load(path)["cells"][0]["source"])
     assert said == minutes
-    assert f"**Takes** {minutes} minutes and {memory_gb} GB on two CPU cores" in title
+    takes = f"**Takes** {minutes} minutes and {memory_gb} GB on two CPU cores (demo"
+    assert f"{takes} recipe){on_gpus(path.stem)}. **Reads**" in title
+
+
+def on_gpus(notebook: str) -> str:
+    """A notebook's minutes on an H100, as measured, and on a T4: docs/speed.md."""
+    demo = result("demo_gpu")
+    if (seconds := demo["notebooks"]["seconds"].get(notebook)) is None:
+        return ""
+    text = f", {seconds / 60:.1f} minutes on an H100"
+    config = recipes.load("finetome-llama32-1b")
+    rows = (config.data.test_rows, config.data.test_new_rows)
+    batches = sum(math.ceil(n / config.evaluation.batch_size) for n in rows)
+    tokens = batches * config.evaluation.max_new_tokens * len(demo["eval"])
+    # a token costs one reading of the weights, at 3,350 and at 320 GB/s
+    token_ms = (
+        result("grpo_speed")["runs"]["ours"]["sampler"]["ms_a_token"] * 3350 / 320
+    )
+    stages = {
+        "02_sft_qlora": (estimate.sft_minutes(config, estimate.T4), [demo["sft"]]),
+        "03_grpo_gsm8k": (config.grpo_minutes, [demo["grpo"]]),
+        "04_evaluation": (tokens * token_ms / 60_000, demo["eval"].values()),
+    }
+    if notebook not in stages:
+        return text
+    minutes, parts = stages[notebook]
+    minutes += (seconds - sum(part["seconds"] for part in parts)) / 60
+    return f"{text}; {minutes:.1f} on a T4 (default recipe), predicted, not measured"
 
 
 @every_lesson
@@ -258,3 +294,75 @@ def test_stored_outputs_were_made_by_the_code_above_them(path):
     text = stored_outputs.PICTURE.sub("", json.dumps(shown))
     assert not re.search(r"(?<![\w:/.])/(home|root|tmp|content|Users|usr|work)/", text)
     assert not stored_outputs.BAR.search(text)
+
+
+PROSE = re.compile(r"```.*?```|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\]\([^)]*\)", re.S)
+
+
+def value_of(source: str, path: Path) -> str:
+    """What a cell shows, or `results/<name>.json` has under keys, times a factor.
+
+    An answer that needs nothing of the cells above is run.
+    """
+    if not source.startswith("results/"):
+        (cell,) = [c for c in load(path)["cells"] if c["id"] == source]
+        if cell["cell_type"] == "code":
+            return json.dumps(cell["outputs"], ensure_ascii=False)
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            code = answer_code(cell | {"source": "".join(cell["source"])})
+            exec(code, {"torch": torch, "pandas": pandas})
+        return shown.getvalue()
+    name, *keys, factor = source.removeprefix("results/").split(" | ")
+    value = result(name)
+    for key in keys:
+        value = value[int(key) if isinstance(value, list) else key]
+    return f"{value * float(factor):.6f}"
+
+
+@every_notebook
+def test_numbers_in_the_prose_are_those_of_outputs_and_results(path):
+    """A text's metadata name the source of each number that a run gave."""
+    for cell in load(path)["cells"]:
+        text = PROSE.sub("", "".join(cell["source"]))
+        for number, source in cell["metadata"].get("numbers", {}).items():
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d])", text), number
+            value = value_of(source, path)
+            if source.startswith("results/"):
+                digits = len(number.partition(".")[2])
+                assert f"{float(value):.{digits}f}" == number, source
+            elif value != "[]":  # outputs are made by `make outputs`
+                assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", value), source
+
+
+@every_notebook
+def test_a_text_with_a_measured_number_names_its_source(path):
+    """Rates and decimals are measured, unless the code or a formula has them."""
+    written = sources(path, "code")
+    written += re.findall(
+        r"```.*?```|\$[^$]*\$", "".join(sources(path, "markdown")), re.S
+    )
+    written.append("95")  # the level of all intervals
+    known = {float(n) for n in re.findall(r"\d+\.?\d*(?:e-?\d+)?", " ".join(written))}
+    for number, cell in enumerate(load(path)["cells"]):
+        if cell["cell_type"] == "code" or number == 0 or cell["id"].endswith("done"):
+            continue
+        text = PROSE.sub("", "".join(cell["source"]))
+        names = cell["metadata"].get("numbers", {})
+        decimals = re.findall(r"(?<![\w.,])\d+\.\d+(?!\.?\d)|\d+(?= ?%)", text)
+        unnamed = {n for n in decimals if n not in names and float(n) not in known}
+        assert unnamed <= set(cell["metadata"].get("constants", [])), cell["id"]
+
+
+DRAWS = re.compile(r"plt\.show\(|Image\(|training\.fit\(|train_stage\(")
+
+
+@every_notebook
+def test_a_cell_that_draws_says_in_words_what_its_picture_shows(path):
+    for cell in load(path)["cells"]:
+        if cell["cell_type"] != "code" or not DRAWS.search("".join(cell["source"])):
+            continue
+        assert len(cell["metadata"].get("alt", "")) > 80, cell["id"]
+        for output in cell["outputs"]:
+            if "image/png" in output.get("data", {}):
+                picture = output["metadata"]["image/png"]
+                assert picture["alt"] == cell["metadata"]["alt"], cell["id"]

@@ -27,11 +27,13 @@ def result(**data: str) -> Any:
     return new_output("execute_result", data, execution_count=3)
 
 
-def fill(folder: Path, *executed: Any, code: str = CODE, runs: int = 1) -> Any:
+def fill(
+    folder: Path, *executed: Any, code: str = CODE, alt: str = "", runs: int = 1
+) -> Any:
     """A notebook with one code cell, after the outputs of its copy are put in."""
     cells = [
         new_markdown_cell(TITLE),
-        new_code_cell(code),
+        new_code_cell(code, metadata={"alt": alt} if alt else {}),
     ]
     nbformat.write(new_notebook(cells=cells), folder / "a.ipynb")
     cells[1] = new_code_cell(CODE, execution_count=3, outputs=[*executed])
@@ -78,14 +80,18 @@ def test_a_picture_is_stored_small(tmp_path: Path) -> None:
     picture = base64.b64encode(buffer.getvalue()).decode()
     html = f'<img src="data:image/png;base64,{picture}">'
     first, second = (
-        fill(tmp_path, result(image_png=picture), result(text_html=html))
+        fill(tmp_path, result(image_png=picture), result(text_html=html), alt="A < B")
         .cells[1]
         .outputs
     )
     stored = first.data["image/png"].replace("\n", "")
     assert Image.open(io.BytesIO(base64.b64decode(stored))).size == (1_000, 200)
     assert stored in second.data["text/html"]
-    assert first.metadata["image/png"] == {"alt": "Picture: The loss falls."}
+    assert first.metadata["image/png"] == {"alt": "A < B"}
+    assert second.data["text/html"].startswith('<img alt="A &lt; B" src="data:image')
+    for drawn in (result(image_png=picture), result(text_html=html)):
+        with pytest.raises(SystemExit, match="draws: say what, in its metadata's alt"):
+            fill(tmp_path, drawn)
 
 
 def test_the_title_says_once_which_machine_made_them(tmp_path: Path) -> None:

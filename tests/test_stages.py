@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers import files, stages
+from helpers import estimate, files, stages
 from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
@@ -120,6 +121,17 @@ def test_what_cannot_be_trained_is_refused_and_what_is_questionable_is_logged(
     assert "warning: sft.warmup_steps: 9 in a run of 4 steps" in caplog.text
 
 
+def test_what_a_notebook_makes_first_comes_with_its_minutes(
+    run_factory: Callable[..., Run],
+) -> None:
+    places = estimate.CPU, estimate.T4
+    run = run_factory(grpo_minutes=3)
+    sft, both = (stages.say_minutes(run, stage) for stage in ("sft", "grpo"))
+    known = [estimate.sft_minutes(run.config, place) for place in places]
+    assert sft.startswith(tuple(f"roughly {math.ceil(m)} min, on" for m in known))
+    assert both.startswith(tuple(f"roughly {math.ceil(m + 3)} min, on" for m in known))
+
+
 def test_a_run_without_sft_trains_grpo_from_fresh_lora(
     run_factory: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,7 +139,7 @@ def test_a_run_without_sft_trains_grpo_from_fresh_lora(
     run = run_factory(stages=["grpo"], data__train=[], data__eval=None, grpo=grpo)
     assert stages.ensure_adapter(run, "sft") is None
     assert stages.ensure_adapter(run, "grpo") == run.path / "grpo" / "adapter"
-    assert "grpo/adapter: training it now" in caplog.text
+    assert "grpo/adapter first: time unknown" in caplog.text
     part = run.report()["grpo"]
     assert (part["steps"], part["prompts_left_out"]) == (1, 0)
     assert not (run.path / "sft").exists()

@@ -7,7 +7,7 @@ import random
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +18,7 @@ from helpers.data.formats import Row, ask, first_answer, is_solved
 from helpers.data.reading import SHOWN, Reader
 from helpers.data.sources import content_of, open_rows
 from helpers.errors import DataError
-from helpers.files import fingerprint, write_rows
+from helpers.files import fingerprint, stream_rows, write_rows
 from helpers.grpo.answers import parse_gold
 from helpers.runs import Run, writes
 
@@ -31,6 +31,13 @@ def questions_of(row: Row) -> list[str]:
     """Returns the questions of a row of `data/`, by which leaks are found."""
     asked = [t["content"] for t in row.get("messages", []) if t["role"] == "user"]
     return asked or [row["question"]]
+
+
+def held_out_questions(run: Run, count: int = 8) -> list[str]:
+    """Returns questions of a run's first held-out set; of `train` where it has none."""
+    files = (run.path / "data" / f"{name}.jsonl" for name in (*HELD_OUT, "train"))
+    rows = islice(stream_rows(next(filter(Path.exists, files))), count)
+    return [questions_of(row)[0] for row in rows]
 
 
 def to_prompts(config: RunConfig, rows: list[Row]) -> list[Row]:

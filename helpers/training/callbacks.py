@@ -155,16 +155,19 @@ class LiveSamples(TrainerCallback):
         tokenizer: of the model in training.
         path: a JSON-lines file that collects step, prompt and answer.
         system_prompt: the system turn that the model is trained with.
+        prompts: questions; by default word problems and general ones of our own.
     """
 
     tokenizer: PreTrainedTokenizerBase
     path: Path
     system_prompt: str = ""
+    prompts: list[str] | None = None
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if not state.is_world_process_zero:
             return
-        prompt = PROMPTS[round(state.epoch) % len(PROMPTS)]["prompt"]
+        prompts = self.prompts or [row["prompt"] for row in PROMPTS]
+        prompt = prompts[round(state.epoch) % len(prompts)]
         options: Any = {"system_prompt": self.system_prompt, "max_new_tokens": 96}
         answer = reply(more["model"], self.tokenizer, prompt, **options)
         log.info(f"step {state.global_step} | {prompt}\n    -> {answer}")

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from transformers import PrinterCallback, Trainer, TrainerState
 
@@ -240,6 +240,7 @@ def label_rows(run: Run, tokenizer: Tokenizer) -> dict[str, Dataset]:
         ConfigError, MissingInput: the run has no sft stage, or no prepared data.
         DataError: the labels would be wrong (see `masking`).
     """
+    disable_progress_bars()  # of packing, a bar for each of its steps
     config, folder = run.config, inputs.open_stage(run, "sft")
     limits, drop = (config.loss_on, config.max_length), config.data.drop_unusable
     rows: dict[str, Dataset] = {}
@@ -266,11 +267,12 @@ def build_sft(run: Run, model: Model, tokenizer: Tokenizer) -> Trainer:
     folder, rows = run.path / "sft", label_rows(run, tokenizer)
     best = callbacks.BestAdapter(folder / "adapter", run.config.best_by)
     samples, system = folder / "samples.jsonl", run.config.system_prompt
+    asked = data.held_out_questions(run)
     return SFTTrainer(
         model=model,
         args=SFTConfig(**sft_arguments(run)),
         train_dataset=rows["train"],
         eval_dataset=rows.get("eval"),
         processing_class=tokenizer,
-        callbacks=[best, callbacks.LiveSamples(tokenizer, samples, system)],
+        callbacks=[best, callbacks.LiveSamples(tokenizer, samples, system, asked)],
     )
