@@ -8,9 +8,10 @@ import re
 import shutil
 import tomllib
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from helpers.config import SYSTEM_PROMPT, RunConfig, changed, check_config
+from helpers.config import SYSTEM_PROMPT, RunConfig, changed, check_config, flatten
 from helpers.data.formats import first_answer, is_solved
 from helpers.data.reading import Reader
 from helpers.data.sources import open_rows
@@ -49,6 +50,21 @@ def load(name: str, gpu: bool | None = None) -> RunConfig:
         for key, value in recipe["gpu"].items():
             values[key] = values[key] | value if isinstance(value, dict) else value
     return check_config({"name": name, "recipe": name, **values})
+
+
+def differences(config: RunConfig) -> str:
+    """Returns what differs from a config's recipe, or what is set, in ten lines."""
+    known = config.recipe in NAMES
+    theirs = flatten(load(config.recipe).model_dump()) if known else {}
+    ours = flatten(config.model_dump(exclude_defaults=not known))
+    names = [n for n in ours | theirs if n != "name" and ours.get(n) != theirs.get(n)]
+    former = {n: f", not {theirs.get(n)!r}" if known else "" for n in names}
+    lines = [f"{n} = {ours.get(n)!r}{former[n]}" for n in names]
+    if names[9:]:
+        lines[8:] = [f"and {len(names) - 8} more: {', '.join(names[8:])}"]
+    text = f"differ from the recipe {config.recipe}" if known else "are set"
+    lines.insert(0, f"{config.name}: {len(names)} settings {text}")
+    return "\n".join(shorten(line, 88, placeholder=" ...") for line in lines)
 
 
 def for_data(path: str, model: str | None = None) -> RunConfig:
