@@ -62,8 +62,8 @@ def differences(config: RunConfig) -> str:
     lines = [f"{n} = {ours.get(n)!r}{former[n]}" for n in names]
     if names[9:]:
         lines[8:] = [f"and {len(names) - 8} more: {', '.join(names[8:])}"]
-    text = f"differ from the recipe {config.recipe}" if known else "are set"
-    lines.insert(0, f"{config.name}: {len(names)} settings {text}")
+    title = f"changes to the recipe {config.recipe}" if known else "settings"
+    lines.insert(0, f"{config.name}, {title}: {len(names)}")
     return "\n".join(shorten(line, 88, placeholder=" ...") for line in lines)
 
 

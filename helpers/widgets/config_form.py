@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import ipywidgets as widgets
 import pandas as pd
+from IPython.display import display
 
 from helpers import checks, estimate, recipes
 from helpers.config import RunConfig, check_config, defaults, flatten, library_fields
@@ -45,21 +46,24 @@ COSTS = {  # where the library's own words say nothing of it
     "r": "higher learns more and takes memory",
     "lora_alpha": "the update counts alpha / r",
     "target_modules": "more of them learn more and take memory",
-    "lora_dropout": "above 0 it learns less by heart, and more slowly",
-    "max_steps": "time grows with them",
-    "num_train_epochs": "time grows with them; after many, rows are known by heart",
-    "learning_rate": "too low learns little, too high destroys",
-    "warmup_steps": "without them the first steps may destroy",
+    "lora_dropout": "above 0 less is memorised, and learnt more slowly",
+    "max_steps": "time grows with the steps",
+    "num_train_epochs": "time grows with them; many memorise the rows",
+    "learning_rate": "too low learns little, too high makes the loss jump",
+    "warmup_steps": "without them the first steps may do harm",
     "per_device_train_batch_size": "memory grows with it",
     "gradient_accumulation_steps": "time a step grows with them, memory does not",
     "optim": "8-bit ones take less memory",
     "num_generations": "more compare better and take time",
     "max_completion_length": "memory and time grow with it; shorter cuts answers",
     "max_new_tokens": "answers are cut here; time grows with it",
-    "temperature": "higher varies more; 0 is the likeliest token, but not in GRPO",
+    "temperature": "higher varies more; a chat may take 0, the likeliest token",
 }
 WRAP = {"flex_flow": "row wrap"}
-FIELD = WRAP | {"flex": "1 1 300px", "max_width": "520px", "height": "auto"}
+FIELD = WRAP | {"flex": "1 1 300px", "min_width": "0", "max_width": "520px"}
+FIELD["height"] = "auto"  # on a phone the label stands above
+TITLE = "<b>%s</b><style>.widget-dropdown select {height: 28px}</style>"
+TITLE += "<style>.as-table {display: none}</style>"  # while the form itself is there
 HELD = "edited: Save or Discard before you run the next cell or choose another recipe"
 COLORS = {"error": "#d32f2f", "warning": "#b26a00", "hint": "gray", "fits": "#2e7d32"}
 to_json = partial(json.dumps, ensure_ascii=False)
@@ -75,8 +79,6 @@ class ConfigForm(widgets.VBox):
         page: `setup`, `sft` or `grpo`: which fields are shown.
     """
 
-    _ipython_display_ = None  # ipywidgets 7 would show no more than the widget
-
     def __init__(self, run: Run | str | None = None, page: str = "setup") -> None:
         self.saved = run if isinstance(run, Run) else open_run(run)
         self.fields = {name: make_field(name) for name in [*PAGES[page].split(), MORE]}
@@ -89,7 +91,7 @@ class ConfigForm(widgets.VBox):
         sources = (self.recipe, recipes.load), (self.data, recipes.for_data)
         self.button = widgets.Button(description="Save", button_style="primary")
         self.undo = widgets.Button(description="Discard")
-        self.message = widgets.HTML()
+        self.message, self.table = widgets.HTML(), None
         self.discard()
         self.button.on_click(lambda _: self.save())
         self.undo.on_click(lambda _: self.discard())
@@ -97,24 +99,28 @@ class ConfigForm(widgets.VBox):
             field.observe(lambda _: self.check(), names="value")
         for source, make in sources:
             source.observe(lambda c, m=make: self.choose(m, c.new.strip()), "value")
+            source.layout = {"width": "auto", "max_width": "520px"}
         rows: list[widgets.Widget] = [self.recipe, self.data]
         for title, names in groupby(self.fields, title_of):
-            rows.append(widgets.HTML(f"<b>{title}</b>"))
+            rows.append(widgets.HTML(TITLE % title))
             pairs = ([self.fields[name], self.notes[name]] for name in names)
             rows += [widgets.HBox(pair, layout=WRAP) for pair in pairs]
         super().__init__([*rows, widgets.HBox([self.button, self.undo]), self.message])
 
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        """Returns the form and, for where no kernel answers, tables of its values."""
+    def _ipython_display_(self) -> None:
+        """Displays the form and a table, which shows where no kernel has the form."""
+        self.table = display(self.tabulate(), raw=True, display_id=True)
         view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
+        bundle = {"application/vnd.jupyter.widget-view+json": view}
+        display(bundle | {"text/plain": "Run this cell for the form."}, raw=True)
+
+    def tabulate(self) -> dict[str, str]:
         values = {n: field.value for n, field in self.fields.items() if field.value}
         style = {"white-space": "pre-wrap", "text-align": "left"}
         table = pd.Series(values, name="value").to_frame().style.format(escape="html")
-        return {
-            "application/vnd.jupyter.widget-view+json": view,
-            "text/html": table.set_properties(**style).to_html(),
-            "text/plain": recipes.differences(self.saved.config),
-        }
+        page = table.set_properties(**style).to_html()
+        text = recipes.differences(self.saved.config)
+        return {"text/html": f'<div class="as-table">{page}</div>', "text/plain": text}
 
     @property
     def run(self) -> Run:
@@ -226,6 +232,8 @@ class ConfigForm(widgets.VBox):
         page = remark("fits", f"saved to {self.saved.path / 'config.json'}")
         page += remark("hint", recipes.differences(self.saved.config))
         self.message.value = page + self.message.value
+        if self.table:
+            self.table.update(self.tabulate(), raw=True)
         return self.saved
 
 
@@ -244,7 +252,7 @@ def describe(name: str) -> tuple[Any, Any, str]:
         return field.annotation, None, text.replace("null", "empty")
     if group == "rewards":
         text = PAID[leaf].__doc__ or ""
-        return None, None, text.replace("Returns", "weight of what pays", 1)
+        return None, None, text.replace("Returns", "weight; pays", 1)
     option = library_fields(group).get(leaf)  # GenerationConfig has none
     text = option.metadata.get("help", "") if option else ""
     words = [text.partition(". ")[0].rstrip("."), COSTS.get(leaf)]
@@ -292,7 +300,7 @@ def parse(text: str | bool, name: str) -> Any:
 
 
 def remark(level: str, text: str) -> str:
-    style = f"color:{COLORS[level]};white-space:pre-wrap"
+    style = f"color:{COLORS[level]};white-space:pre-wrap;line-height:1.5"
     return f'<div style="{style}">{html.escape(text)}</div>'
 
 
