@@ -141,11 +141,9 @@ class RunConfig(
 
 def flatten(values: dict[str, Any]) -> dict[str, Any]:
     """Returns a dumped config's values by dotted name, like `sft.max_steps`."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = isinstance(value, dict)
-        flat |= {f"{name}.{k}": v for k, v in value.items()} if inner else {name: value}
-    return flat
+    groups = {k: v for k, v in values.items() if isinstance(v, dict)}
+    pairs = {f"{g}.{k}": v for g, inner in groups.items() for k, v in inner.items()}
+    return {k: v for k, v in values.items() if k not in groups} | pairs
 
 
 def check_config(values: dict[str, Any]) -> RunConfig:

@@ -156,12 +156,11 @@ def estimate_memory(
     bits = config.weights.replace("auto", "16bit" if on_cpu else "4bit")
     embeddings = vocab * hidden * (1 if base.config.tie_word_embeddings else 2)
     # NF4 has a scale for 64 weights: in fp32, or in a byte with double quantisation
-    sizes = {"4bit": 0.516 if config.double_quant else 0.5625, "8bit": 1}
-    sizes["16bit"] = 4 if on_cpu else 2
+    full = 4 if on_cpu else 2
+    sizes = {"4bit": 0.516 if config.double_quant else 0.5625, "8bit": 1, "16bit": full}
     state = 0 if "paged" in values["optim"] else 2 if "8bit" in values["optim"] else 8
     if not by_unsloth:
-        # PEFT casts what is not quantised to fp32
-        other = sizes["16bit"] if bits == "16bit" else 4
+        other = full if bits == "16bit" else 4  # PEFT casts the unquantised to fp32
         # Without FlashAttention grouped heads and no mask are left to SDPA's math
         # kernel, which makes the matrix of all scores; packed rows come with a mask.
         whole = kv_heads != heads and not values.get("packing")

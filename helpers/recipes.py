@@ -55,11 +55,10 @@ def load(name: str, gpu: bool | None = None) -> RunConfig:
 def differences(config: RunConfig) -> str:
     """Returns what differs from a config's recipe, or what is set, in ten lines."""
     known = config.recipe in NAMES
-    theirs = flatten(load(config.recipe).model_dump()) if known else {}
-    ours = flatten(config.model_dump(exclude_defaults=not known))
-    names = [n for n in ours | theirs if n != "name" and ours.get(n) != theirs.get(n)]
-    former = {n: f", not {theirs.get(n)!r}" if known else "" for n in names}
-    lines = [f"{n} = {ours.get(n)!r}{former[n]}" for n in names]
+    old = flatten(load(config.recipe).model_dump()) if known else {}
+    new = flatten(config.model_dump(exclude_defaults=not known))
+    names = [n for n in new | old if n != "name" and new.get(n) != old.get(n)]
+    lines = [f"{n} = {new.get(n)!r}" + f", not {old.get(n)!r}" * known for n in names]
     if names[9:]:
         lines[8:] = [f"and {len(names) - 8} more: {', '.join(names[8:])}"]
     title = f"changes to the recipe {config.recipe}" if known else "settings"

@@ -16,7 +16,7 @@ from helpers import estimate, recipes, runs
 from helpers.config import Source, changed
 from helpers.errors import ConfigError
 from helpers.widgets import ConfigForm
-from helpers.widgets.config_form import COLORS, COSTS, MORE, PAGES, SAVED, describe
+from helpers.widgets.config_form import COLORS, COSTS, MORE, PAGES, describe
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_choosing_a_recipe_shows_its_values_and_writes_nothing(form) -> None:
     assert (form.run.path.name, path.name) == ("guanaco-llama2-7b", "smoke")
     assert (path / "config.json").read_text(encoding="utf-8") == before
     form.recipe.value = "demo"
-    form.recipe.value = SAVED
+    form.recipe.value = ""
     assert form.config == runs.open_run().config == recipes.load("guanaco-llama2-7b")
     form.recipe.value = "smoke"
     assert f"Save replaces {path / 'config.json'}" in form.notes[MORE].value
@@ -230,7 +230,7 @@ def test_the_next_cell_and_another_recipe_wait_for_save_or_discard(kind, end, fo
         form.undo.click()
         assert stored(form) == before
         assert form.run.config == form.config == recipes.load("smoke")
-    assert (form.recipe.value, form.data.value) == (SAVED, "")
+    assert (form.recipe.value, form.data.value) == ("", "")
     assert form.undo.disabled and not form.recipe.disabled
 
 

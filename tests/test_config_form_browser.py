@@ -48,7 +48,7 @@ def test_a_value_typed_into_the_page_is_what_the_next_cell_and_the_file_have(
     form.get_by_label("sft.gradient_accumulation_steps", exact=True).fill("3")
     form.get_by_label("sft.learning_rate", exact=True).click()
     expect(form.get_by_text("SFT: 6 rows a step")).to_be_visible()
-    expect(run_cell(page, 1)).to_contain_text("Save or Discard before you run")
+    expect(run_cell(page, 1)).to_contain_text("Save or Discard, then go on")
     expect(form.get_by_label("start from")).to_be_disabled()
     save.click()
     expect(form.get_by_text("saved to")).to_be_visible()

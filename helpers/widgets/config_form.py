@@ -37,11 +37,9 @@ PAGES = {  # what a notebook asks about; all the rest is set as TOML
     "grpo.gradient_accumulation_steps grpo.max_completion_length grpo.temperature "
     + " ".join(f"rewards.{name}" for name in PAID),
 }
-SAVED, MORE = "as saved", "more settings (TOML)"
+MORE = "more settings (TOML)"
 TITLES = {"data": "Data", "lora": "LoRA", "sft": "SFT", "grpo": "GRPO", MORE: ""}
 TITLES |= {"rewards": "Rewards", "inference": "Chat", "evaluation": "Evaluation"}
-OURS: dict[str, Any] = {"": RunConfig}
-OURS |= {n: RunConfig.model_fields[n].annotation for n in ("data", "evaluation")}
 COSTS = {  # where the library's own words say nothing of it
     "r": "higher learns more and takes memory",
     "lora_alpha": "the update counts alpha / r",
@@ -64,7 +62,7 @@ FIELD = WRAP | {"flex": "1 1 300px", "min_width": "0", "max_width": "520px"}
 FIELD["height"] = "auto"  # on a phone the label stands above
 TITLE = "<b>%s</b><style>.widget-dropdown select {height: 28px}</style>"
 TITLE += "<style>.as-table {display: none}</style>"  # while the form itself is there
-HELD = "edited: Save or Discard before you run the next cell or choose another recipe"
+HELD = "not saved yet: Save or Discard, then go on to the next cell or another recipe"
 COLORS = {"error": "#d32f2f", "warning": "#b26a00", "hint": "gray", "fits": "#2e7d32"}
 to_json = partial(json.dumps, ensure_ascii=False)
 
@@ -85,7 +83,7 @@ class ConfigForm(widgets.VBox):
         beside = {"flex": "1 1 200px"}
         self.notes = {name: widgets.HTML(layout=beside) for name in self.fields}
         self.recipe = widgets.Dropdown(description="start from")
-        self.recipe.options = [SAVED, *recipes.NAMES]
+        self.recipe.options = [("as saved", ""), *((n, n) for n in recipes.NAMES)]
         self.data = widgets.Text(description="or my data", continuous_update=False)
         self.data.placeholder = "a file, or owner/name of a hub dataset"
         sources = (self.recipe, recipes.load), (self.data, recipes.for_data)
@@ -101,7 +99,8 @@ class ConfigForm(widgets.VBox):
             source.observe(lambda c, m=make: self.choose(m, c.new.strip()), "value")
             source.layout = {"width": "auto", "max_width": "520px"}
         rows: list[widgets.Widget] = [self.recipe, self.data]
-        for title, names in groupby(self.fields, title_of):
+        titles = {n: TITLES.get(n.partition(".")[0], "Run") for n in self.fields}
+        for title, names in groupby(titles, titles.get):
             rows.append(widgets.HTML(TITLE % title))
             pairs = ([self.fields[name], self.notes[name]] for name in names)
             rows += [widgets.HBox(pair, layout=WRAP) for pair in pairs]
@@ -125,30 +124,23 @@ class ConfigForm(widgets.VBox):
     @property
     def run(self) -> Run:
         """The run as it is saved; ConfigError while the form shows something else."""
-        if self.is_edited():
+        if self.is_edited:
             raise ConfigError(f"the form is {HELD}")
         return self.saved
 
-    def is_edited(self) -> bool:
-        return self.has_edits() or self.origin != self.saved.config
-
-    def has_edits(self) -> bool:
-        return any(self.fields[n].value != value for n, value in self.shown.items())
-
     def choose(self, make: Callable[[str], RunConfig], source: str) -> None:
         """Shows a recipe or what is made of one's rows, unless edits would be lost."""
-        if self.has_edits():
+        if self.recipe.disabled:
             return
         try:
-            is_new = source not in ("", SAVED)
-            self.fill(make(source) if is_new else self.saved.config)
+            self.fill(make(source) if source else self.saved.config)
         except TunebookError as error:
             self.message.value = remark("error", str(error))
 
     def discard(self) -> None:
         """Shows the run's config as it is saved."""
         self.fill(self.saved.config)
-        self.recipe.value, self.data.value = SAVED, ""
+        self.recipe.value = self.data.value = ""
 
     def fill(self, config: RunConfig) -> None:
         self.origin = config
@@ -204,24 +196,24 @@ class ConfigForm(widgets.VBox):
                 advice.append(checks.Advice("warning", "name", text))
         beside = dict.fromkeys(self.fields, "")
         for level, name, text in advice:
-            # data.train.0 is of data.train, rewards of the first of them; what has no
-            # field is of the last one
-            dotted = f"{name}."
-            owners = [f for f in self.fields if f"{f}.".startswith(dotted)]
-            owners += [f for f in self.fields if dotted.startswith(f"{f}.")]
+            # data.train.0 is of data.train, rewards of the first; the rest of the last
+            path = f"{name}."
+            owners = [f for f in self.fields if path.startswith(f"{f}.") or path in f]
             text = text if owners else f"{name}: {text}".rstrip(": ")
             beside[owners[0] if owners else MORE] += remark(level, text)
         for name, note in self.notes.items():
             note.value = beside[name] or remark("hint", describe(name)[2])
         errors = [item for item in advice if item.level == "error"]
-        self.button.disabled, self.undo.disabled = bool(errors), not self.is_edited()
-        self.recipe.disabled = self.data.disabled = self.has_edits()
+        edits = [n for n, value in self.shown.items() if self.fields[n].value != value]
+        self.is_edited = bool(edits) or self.origin != self.saved.config
+        self.button.disabled, self.undo.disabled = bool(errors), not self.is_edited
+        self.recipe.disabled = self.data.disabled = bool(edits)
         if errors:
             names = ", ".join(dict.fromkeys(item.field for item in errors))
             page = remark("error", f"cannot be saved; to correct: {names}")
         else:
             page = summarize(config, rows)
-        self.message.value = remark("warning", HELD) * self.is_edited() + page
+        self.message.value = remark("warning", HELD) * self.is_edited + page
         return errors
 
     def save(self) -> Run:
@@ -237,17 +229,14 @@ class ConfigForm(widgets.VBox):
         return self.saved
 
 
-def title_of(name: str) -> str:
-    return TITLES.get(name.partition(".")[0], "Run")
-
-
 def describe(name: str) -> tuple[Any, Any, str]:
     """Returns a field's type (None: a library's), a library's default, and its help."""
     group, _, leaf = name.rpartition(".")
     if name == MORE:
         return str, None, "any other field, like sft.weight_decay = 0.01"
-    if group in OURS:
-        field = OURS[group].model_fields[leaf]
+    owner: Any = RunConfig.model_fields[group].annotation if group else RunConfig
+    if hasattr(owner, "model_fields"):
+        field = owner.model_fields[leaf]
         text = field.description or ""
         return field.annotation, None, text.replace("null", "empty")
     if group == "rewards":
