@@ -240,7 +240,7 @@ def test_every_field_has_a_hint_and_its_librarys_name_and_belongs_to_a_title(
 ) -> None:
     form = ConfigForm("demo", page)
     texts = [getattr(row, "value", "") for row in form.children]
-    titles = {re.sub("<style.*/style>|<.*?>", "", text) for text in texts}
+    titles = {re.sub("(?s)<style.*/style>|<.*?>", "", text) for text in texts}
     split = {"GRPO", "Chat", "Evaluation"}
     assert titles >= {"setup": split, "sft": {"SFT"}, "grpo": {"Rewards"}}[page]
     for name, field in form.fields.items():

@@ -60,8 +60,10 @@ COSTS = {  # where the library's own words say nothing of it
 WRAP = {"flex_flow": "row wrap"}
 FIELD = WRAP | {"flex": "1 1 300px", "min_width": "0", "max_width": "520px"}
 FIELD["height"] = "auto"  # on a phone the label stands above
-TITLE = "<b>%s</b><style>.widget-dropdown select {height: 28px}</style>"
-TITLE += "<style>.as-table {display: none}</style>"  # while the form itself is there
+TITLE = """<b>%s</b><style>
+.as-table {display: none} /* the form itself is there */
+.widget-dropdown select {height: 28px}
+@media (max-width: 600px) {.widget-label {text-align: left !important}}</style>"""
 HELD = "not saved yet: Save or Discard, then go on to the next cell or another recipe"
 COLORS = {"error": "#d32f2f", "warning": "#b26a00", "hint": "gray", "fits": "#2e7d32"}
 to_json = partial(json.dumps, ensure_ascii=False)
@@ -115,8 +117,8 @@ class ConfigForm(widgets.VBox):
 
     def tabulate(self) -> dict[str, str]:
         values = {n: field.value for n, field in self.fields.items() if field.value}
+        table = pd.DataFrame({"value": values}).style.format(escape="html")
         style = {"white-space": "pre-wrap", "text-align": "left"}
-        table = pd.Series(values, name="value").to_frame().style.format(escape="html")
         page = table.set_properties(**style).to_html()
         text = recipes.differences(self.saved.config)
         return {"text/html": f'<div class="as-table">{page}</div>', "text/plain": text}
@@ -138,7 +140,6 @@ class ConfigForm(widgets.VBox):
             self.message.value = remark("error", str(error))
 
     def discard(self) -> None:
-        """Shows the run's config as it is saved."""
         self.fill(self.saved.config)
         self.recipe.value = self.data.value = ""
 
@@ -237,11 +238,9 @@ def describe(name: str) -> tuple[Any, Any, str]:
     owner: Any = RunConfig.model_fields[group].annotation if group else RunConfig
     if hasattr(owner, "model_fields"):
         field = owner.model_fields[leaf]
-        text = field.description or ""
-        return field.annotation, None, text.replace("null", "empty")
+        return field.annotation, None, field.description.replace("null", "empty")
     if group == "rewards":
-        text = PAID[leaf].__doc__ or ""
-        return None, None, text.replace("Returns", "weight; pays", 1)
+        return None, None, str(PAID[leaf].__doc__).replace("Returns", "weight; pays")
     option = library_fields(group).get(leaf)  # GenerationConfig has none
     text = option.metadata.get("help", "") if option else ""
     words = [text.partition(". ")[0].rstrip("."), COSTS.get(leaf)]
