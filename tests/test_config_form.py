@@ -11,7 +11,9 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import display
 from IPython.utils.capture import capture_output
+from nbformat.v4 import new_output
 
+from benchmarks import outputs
 from helpers import estimate, recipes, runs
 from helpers.config import Source, changed
 from helpers.errors import ConfigError
@@ -292,7 +294,12 @@ def test_a_table_of_its_values_stands_for_the_form_where_no_kernel_answers(
         form.button.click()
     shell.clear_instance()
     first, widget, updated = (output.data for output in captured.outputs)
-    assert "application/vnd.jupyter.widget-view+json" in widget
+    assert outputs.WIDGET in widget
+    stored = [
+        outputs.clean_output(new_output("display_data", dict(x)))
+        for x in (first, widget)
+    ]
+    assert [bool(output) for output in stored] == [True, False]
     for bundle, steps in ((first, "4"), (updated, "7")):
         (table,) = pd.read_html(io.StringIO(bundle["text/html"]), index_col=0)
         assert table.loc["sft.max_steps", "value"] == steps
