@@ -63,31 +63,42 @@ class EvaluationConfig(BaseModel, extra="forbid", validate_assignment=True):
     labels: list[str] | None = Field(None, min_length=1)  # classes of the answers
 
 
-class RunConfig(BaseModel, extra="forbid", validate_assignment=True):
+class RunConfig(
+    BaseModel, extra="forbid", validate_assignment=True, use_attribute_docstrings=True
+):
     """One run: model, data, and how both are put together."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$", description="the folder below runs/")
     recipe: str = Field("", description="the recipe it started from")
-    model: str = Field(min_length=1, description="hub id or folder")
+    model: str = Field(min_length=1, description="hub id or folder; size takes memory")
     engine: Literal["auto", "unsloth", "transformers"] = "auto"
+    "unsloth is faster and takes less memory; auto: that, on a GPU that has it"
     stages: list[Stage] = Field(["sft", "grpo"], min_length=1)
-    weights: Literal["auto", "4bit", "8bit", "16bit"] = "auto"  # auto: 4bit on a GPU
+    "one a line: sft learns from answers, grpo from rewards, which takes longer"
+    weights: Literal["auto", "4bit", "8bit", "16bit"] = "auto"
+    "of the frozen model: fewer bits save memory and lose precision; auto: 4, on a GPU"
     double_quant: bool = Field(True, description="4bit: quantise the scales too")
-    dtype: Literal["auto", "float16", "bfloat16"] = "auto"  # of arithmetic
+    dtype: Literal["auto", "float16", "bfloat16"] = "auto"
+    "of arithmetic: float16 may overflow; auto: what this GPU computes fast"
     template: str = Field("own", description="own, instruction, llama-2, or a file")
     pad_token: str | None = Field(None, description="null = chosen; never eos")
     special_tokens: Literal["neutralise", "refuse", "keep"] = "neutralise"  # in texts
     trust_remote_code: bool = Field(False, description="run Python of the model's")
-    max_length: int = Field(1024, ge=16, description="tokens a (packed) row")
+    max_length: int = Field(1024, ge=16, description="tokens a row; takes memory")
     max_prompt_length: Count | None = Field(None, description="for problems, in tokens")
     grpo_minutes: Positive | None = Field(None, description="null = by max_steps")
     grpo_held_out: Count = Field(32, description="problems to choose the adapter by")
-    sampler: Literal["auto", "copy", "model"] = "auto"  # copy: 16-bit, on a GPU
+    sampler: Literal["auto", "copy", "model"] = "auto"
+    "copy: 16-bit weights on a GPU are faster and take memory; auto: if they fit"
     loss_on: Literal["all", "assistant", "last"] = "assistant"
+    "whose words are learnt: everybody's, the assistant's, or its last answer's"
     system_prompt: str = SYSTEM_PROMPT
-    seed: int = Field(3407, ge=0)
+    "stands before every conversation, here and later; its tokens take time"
+    seed: int = Field(3407, ge=0, description="of all that is drawn by chance")
     best_by: Literal["eval_loss", "loss"] = "eval_loss"
-    layout: Literal["auto", "pinned", "compiled"] = "auto"  # of a step's rows
+    "the adapter with the lowest is kept; an eval loss takes time, and is honest"
+    layout: Literal["auto", "pinned", "compiled"] = "auto"
+    "of a step's rows: auto tries which is fastest, pinned does not, compiled packs"
     save_minutes: Positive = Field(10.0, description="minutes between checkpoints")
     sft_adapter: str | None = Field(None, description="to use instead of training SFT")
     export: list[Format] = Field([], description="formats that `train` ends in")
@@ -126,6 +137,13 @@ class RunConfig(BaseModel, extra="forbid", validate_assignment=True):
         if labels is not None and len({x.strip() for x in labels} - {""}) < len(labels):
             raise ValueError("evaluation.labels: different labels expected, or null")
         return self
+
+
+def flatten(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a dumped config's values by dotted name, like `sft.max_steps`."""
+    groups = {k: v for k, v in values.items() if isinstance(v, dict)}
+    pairs = {f"{g}.{k}": v for g, inner in groups.items() for k, v in inner.items()}
+    return {k: v for k, v in values.items() if k not in groups} | pairs
 
 
 def check_config(values: dict[str, Any]) -> RunConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import psutil
 
 from helpers import runtime
 from helpers.config import RunConfig, Stage, complete
@@ -31,16 +32,17 @@ SCORE, KEPT_SCORE = 14.5, 3.0  # bytes an attention score: at the peak, and kept
 LOGIT, LOGIT_UNSLOTH = 10.0, 3.3  # bytes a logit
 CACHE = 4.4  # grown by copying: blocks of all sizes stay reserved
 WORKSPACE_GB = 0.39
+CPU_FACTOR, PROCESS_GB = 2, 0.75  # fp32 activations; Python with its libraries
 
 
 class Gpu(NamedTuple):
     name: str
-    memory_gb: float  # GiB that torch may reserve: the card's, less the CUDA context
+    memory_gb: float  # GiB that torch may reserve, less the CUDA context; a CPU's RAM
     tflops: float  # 10**12 operations a second that QLoRA training reaches
 
 
 T4 = Gpu("Tesla T4", 14.0, 9.75)
-CPU = Gpu("two CPU cores", math.inf, 0.11)
+CPU = Gpu("two CPU cores", psutil.virtual_memory().total / GIB, 0.11)
 
 
 def this_gpu() -> Gpu | None:
@@ -129,7 +131,7 @@ def estimate_memory(
 
     The peak is in the loss, with the activations of all layers waiting, or in the last
     layer's backward pass. With gradient checkpointing only the inputs of layers wait;
-    Unsloth moves all but three of them to RAM.
+    Unsloth moves all but three of them to RAM. On a CPU all is fp32, and kept.
     """
     if stage is None:
         peaks = [estimate_memory(config, gpu, each) for each in config.stages]
@@ -149,13 +151,16 @@ def estimate_memory(
         logit_rows = batch * length
         length += config.max_prompt_length or 200
     tokens = batch * length
-    bits = config.weights.replace("auto", "4bit")
+    on_cpu = gpu.name == CPU.name
+    by_unsloth = config.engine != "transformers" and not on_cpu
+    bits = config.weights.replace("auto", "16bit" if on_cpu else "4bit")
     embeddings = vocab * hidden * (1 if base.config.tie_word_embeddings else 2)
     # NF4 has a scale for 64 weights: in fp32, or in a byte with double quantisation
-    sizes = {"4bit": 0.516 if config.double_quant else 0.5625, "8bit": 1, "16bit": 2}
+    full = 4 if on_cpu else 2
+    sizes = {"4bit": 0.516 if config.double_quant else 0.5625, "8bit": 1, "16bit": full}
     state = 0 if "paged" in values["optim"] else 2 if "8bit" in values["optim"] else 8
-    if config.engine == "transformers":
-        other = 2 if bits == "16bit" else 4  # PEFT casts what is not quantised to fp32
+    if not by_unsloth:
+        other = full if bits == "16bit" else 4  # PEFT casts the unquantised to fp32
         # Without FlashAttention grouped heads and no mask are left to SDPA's math
         # kernel, which makes the matrix of all scores; packed rows come with a mask.
         whole = kv_heads != heads and not values.get("packing")
@@ -167,8 +172,8 @@ def estimate_memory(
         other, scores, layer, inputs = 2, 0, KEPT_UNSLOTH, 6 * tokens * hidden
         logit_rows = 1024 + tokens // 2 if bits == "8bit" else max(512, tokens // 8)
         loss = LOGIT_UNSLOTH * logit_rows * vocab
-    layer *= tokens * (20 * hidden + 8 * inner)
-    if not values["gradient_checkpointing"]:
+    layer *= tokens * (20 * hidden + 8 * inner) * (CPU_FACTOR if on_cpu else 1)
+    if on_cpu or not values["gradient_checkpointing"]:
         inputs = layers * (layer + KEPT_SCORE * scores)
     backward = layer + max(BACKWARD * layer, SCORE * scores)
     parts = {
@@ -178,9 +183,9 @@ def estimate_memory(
         "optimiser": state * trained,
         "activations": inputs,
         "loss or backward pass": max(loss, backward),
-        "workspace": WORKSPACE_GB * GIB,
+        "workspace": (PROCESS_GB if on_cpu else WORKSPACE_GB) * GIB,
     }
-    if stage == "grpo":
+    if stage == "grpo" and not on_cpu:  # which samples from the model itself
         rounds = values["steps_per_generation"] or values["gradient_accumulation_steps"]
         cache = 4 * batch * rounds * length * layers * width
         copy = 2 * (base.num_parameters() - (embeddings if other == 2 else 0))
@@ -188,6 +193,6 @@ def estimate_memory(
         fits = sum(copied.values()) < gpu.memory_gb * GIB / 1.07  # its error
         if config.sampler == "copy" or (config.sampler == "auto" and fits):
             parts = copied
-        elif config.engine != "transformers":  # transformers frees it before the loss
+        elif by_unsloth:  # transformers frees it before the loss
             parts["KV cache"] = CACHE * cache
     return pd.Series(parts) / GIB

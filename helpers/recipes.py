@@ -8,9 +8,10 @@ import re
 import shutil
 import tomllib
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from helpers.config import SYSTEM_PROMPT, RunConfig, changed, check_config
+from helpers.config import SYSTEM_PROMPT, RunConfig, changed, check_config, flatten
 from helpers.data.formats import first_answer, is_solved
 from helpers.data.reading import Reader
 from helpers.data.sources import open_rows
@@ -49,6 +50,20 @@ def load(name: str, gpu: bool | None = None) -> RunConfig:
         for key, value in recipe["gpu"].items():
             values[key] = values[key] | value if isinstance(value, dict) else value
     return check_config({"name": name, "recipe": name, **values})
+
+
+def differences(config: RunConfig) -> str:
+    """Returns what differs from a config's recipe, or what is set, in ten lines."""
+    known = config.recipe in NAMES
+    old = flatten(load(config.recipe).model_dump()) if known else {}
+    new = flatten(config.model_dump(exclude_defaults=not known))
+    names = [n for n in new | old if n != "name" and new.get(n) != old.get(n)]
+    lines = [f"{n} = {new.get(n)!r}" + f", not {old.get(n)!r}" * known for n in names]
+    if names[9:]:
+        lines[8:] = [f"and {len(names) - 8} more: {', '.join(names[8:])}"]
+    title = f"changes to the recipe {config.recipe}" if known else "settings"
+    lines.insert(0, f"{config.name}, {title}: {len(names)}")
+    return "\n".join(shorten(line, 88, placeholder=" ...") for line in lines)
 
 
 def for_data(path: str, model: str | None = None) -> RunConfig:

@@ -8,12 +8,17 @@ import re
 
 import pandas as pd
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.display import display
+from IPython.utils.capture import capture_output
+from nbformat.v4 import new_output
 
+from benchmarks import outputs
 from helpers import estimate, recipes, runs
 from helpers.config import Source, changed
 from helpers.errors import ConfigError
 from helpers.widgets import ConfigForm
-from helpers.widgets.config_form import COLORS, MORE, PAGES, SAVED
+from helpers.widgets.config_form import COLORS, COSTS, MORE, PAGES, describe
 
 
 @pytest.fixture
@@ -27,14 +32,14 @@ def note(form: ConfigForm, name: str) -> str:
 
 
 def stored(form: ConfigForm) -> str:
-    return (form.run.path / "config.json").read_text(encoding="utf-8")
+    return (form.saved.path / "config.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("recipe", recipes.NAMES)
 def test_every_recipe_is_shown_and_saved_unchanged(page, recipe, runs_home) -> None:
     form = ConfigForm(recipe, page)
-    assert 12 <= len(form.fields) - 1 <= 20
+    assert 12 <= len(form.fields) - 1 <= 23
     assert form.config == recipes.load(recipe)
     form.button.click()
     assert runs.open_run(recipe).config == recipes.load(recipe)
@@ -45,7 +50,6 @@ def test_a_change_leaves_every_other_value_alone_and_saves_nothing(form) -> None
     form.fields["sft.max_steps"].value = "7"
     assert form.config == changed(before, sft__max_steps=7)
     assert stored(form) == file
-    assert "not saved yet" in form.message.value
 
 
 SOURCE = '{"path": "a.jsonl", "rows": 5, "format": "dolly"}'
@@ -69,7 +73,9 @@ LINES = ["a, [1].jsonl", Source(path="a.jsonl", rows=5, format="dolly")]
         ("sft", "sft.warmup_steps", "0.5", 0.5),
         ("sft", "sft.gradient_checkpointing", False, False),
         ("sft", "lora.lora_dropout", "", None),
-        ("grpo", "rewards", '{"correctness": 2}', {"correctness": 2.0}),
+        ("grpo", "rewards.correctness", "2", 2.0),
+        ("grpo", "rewards.strict_format", "0.5", 0.5),
+        ("sft", "layout", "pinned", "pinned"),
         ("grpo", "grpo.temperature", "1", 1),
     ],
 )
@@ -109,6 +115,7 @@ def test_other_settings_are_added_changed_and_removed_as_toml(runs_home) -> None
 @pytest.mark.parametrize(
     ("page", "name", "text", "words"),
     [
+        ("grpo", "rewards.overlong", "much", "valid number.*found 'much'"),
         ("setup", "seed", "eleven", "valid integer.*found 'eleven'"),
         ("setup", "name", "a/b", "should match pattern"),
         ("sft", "sft.max_steps", "4.5", "found 4.5; expected"),
@@ -155,7 +162,7 @@ def test_advice_stands_in_amber_beside_its_field_and_does_not_forbid_saving(form
 
 
 def test_choosing_a_recipe_shows_its_values_and_writes_nothing(form) -> None:
-    before, path = stored(form), form.run.path
+    before, path = stored(form), form.saved.path
     form.recipe.value = "guanaco-llama2-7b"
     assert form.config == recipes.load("guanaco-llama2-7b")
     assert stored(form) == before
@@ -163,7 +170,7 @@ def test_choosing_a_recipe_shows_its_values_and_writes_nothing(form) -> None:
     assert (form.run.path.name, path.name) == ("guanaco-llama2-7b", "smoke")
     assert (path / "config.json").read_text(encoding="utf-8") == before
     form.recipe.value = "demo"
-    form.recipe.value = SAVED
+    form.recipe.value = ""
     assert form.config == runs.open_run().config == recipes.load("guanaco-llama2-7b")
     form.recipe.value = "smoke"
     assert f"Save replaces {path / 'config.json'}" in form.notes[MORE].value
@@ -189,6 +196,75 @@ def test_the_steps_are_counted_from_the_rows_of_prepared_data(runs_home) -> None
     assert "steps unknown" in form.message.value
 
 
+def test_a_machine_without_a_gpu_is_measured_by_its_ram(form, monkeypatch) -> None:
+    monkeypatch.setattr(estimate, "this_gpu", lambda: None)
+    peak_gb = estimate.estimate_memory(form.config, estimate.CPU, "sft").sum()
+    form.check()
+    text = f"{peak_gb:.1f} of {estimate.CPU.memory_gb:.1f} GiB of RAM"
+    assert text in form.message.value and "T4" not in form.message.value
+
+
+EDITS = {"typed": "sft.max_steps", "mistyped": "sft.optim", "chosen": None}
+
+
+@pytest.mark.parametrize("kind", EDITS)
+@pytest.mark.parametrize("end", ["Save", "Discard"])
+def test_the_next_cell_and_another_recipe_wait_for_save_or_discard(kind, end, form):
+    assert form.run.config == form.config and form.undo.disabled
+    if field := EDITS[kind]:
+        form.fields[field].value = "7"
+        edited = form.fields[MORE].value, form.fields[field].value
+        assert form.recipe.disabled and form.data.disabled
+        form.recipe.value = "demo"
+        form.data.value = "gone.jsonl"
+        assert (form.fields[MORE].value, form.fields[field].value) == edited
+    else:
+        form.recipe.value = "demo"
+        assert form.config == recipes.load("demo") and not form.recipe.disabled
+    with pytest.raises(ConfigError, match="Save or Discard"):
+        assert form.run
+    before = stored(form)
+    if end == "Save" and kind != "mistyped":
+        shown = form.config
+        form.button.click()
+        assert form.run.config == shown == runs.open_run().config
+    else:
+        form.undo.click()
+        assert stored(form) == before
+        assert form.run.config == form.config == recipes.load("smoke")
+    assert (form.recipe.value, form.data.value) == ("", "")
+    assert form.undo.disabled and not form.recipe.disabled
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_field_has_a_hint_and_its_librarys_name_and_belongs_to_a_title(
+    page, runs_home
+) -> None:
+    form = ConfigForm("demo", page)
+    texts = [getattr(row, "value", "") for row in form.children]
+    titles = {re.sub("(?s)<style.*/style>|<.*?>", "", text) for text in texts}
+    split = {"GRPO", "Chat", "Evaluation"}
+    assert titles >= {"setup": split, "sft": {"SFT"}, "grpo": {"Rewards"}}[page]
+    for name, field in form.fields.items():
+        assert field.description == name
+        assert len(describe(name)[2].split()) > 2, name
+    if page != "setup":
+        batch = describe(f"{page}.per_device_train_batch_size")[2]
+        assert batch == "The batch size per device for training; memory grows with it"
+
+
+def test_own_words_are_of_fields_that_the_form_shows() -> None:
+    names = " ".join(PAGES.values()).split()
+    assert set(COSTS) <= {name.rpartition(".")[2] for name in names}
+
+
+def test_saving_says_what_differs_from_the_recipe(form) -> None:
+    form.fields["sft.max_steps"].value = "7"
+    form.button.click()
+    assert "smoke, changes to the recipe smoke: 1" in form.message.value
+    assert "sft.max_steps = 7, not 4" in html.unescape(form.message.value)
+
+
 def test_the_estimated_peak_is_red_where_it_does_not_fit(runs_home, monkeypatch):
     monkeypatch.setattr(estimate, "this_gpu", lambda: estimate.T4)
     form = ConfigForm("dolly-llama2-7b")
@@ -210,9 +286,23 @@ def test_a_model_of_unknown_architecture_can_be_saved(runs_home) -> None:
 def test_a_table_of_its_values_stands_for_the_form_where_no_kernel_answers(
     form,
 ) -> None:
-    form.fields["sft.max_steps"].value = "<7>"
-    bundle = form._repr_mimebundle_()
-    assert "application/vnd.jupyter.widget-view+json" in bundle
-    (table,) = pd.read_html(io.StringIO(bundle["text/html"]), index_col=0)
-    assert table.loc["sft.max_steps", "value"] == "<7>"
-    assert "sft_adapter" not in table.index, "empty fields are left out"
+    form.fields[MORE].value += '\nsft.run_name = "<7>"'
+    shell = InteractiveShell.instance()
+    with capture_output() as captured:
+        display(form)
+        form.fields["sft.max_steps"].value = "7"
+        form.button.click()
+    shell.clear_instance()
+    first, widget, updated = (output.data for output in captured.outputs)
+    assert outputs.WIDGET in widget
+    stored = [
+        outputs.clean_output(new_output("display_data", dict(x)))
+        for x in (first, widget)
+    ]
+    assert [bool(output) for output in stored] == [True, False]
+    for bundle, steps in ((first, "4"), (updated, "7")):
+        (table,) = pd.read_html(io.StringIO(bundle["text/html"]), index_col=0)
+        assert table.loc["sft.max_steps", "value"] == steps
+        assert 'sft.run_name = "<7>"' in table.loc[MORE, "value"]
+        assert "lora.lora_dropout" not in table.index, "empty fields are left out"
+    assert updated["text/plain"] == recipes.differences(form.saved.config)

@@ -16,7 +16,12 @@ from helpers import runs, widgets
 
 form = widgets.ConfigForm(runs.open_run(), "sft")
 form"""
-READ = "print(form.config.sft['max_steps'])"
+READ = "print(form.run.config.sft['max_steps'])"
+END_KERNELS = """async () => {
+  const headers = {"X-XSRFToken": document.cookie.match(/_xsrf=([^;]*)/)[1]};
+  for (const session of await (await fetch("/api/sessions")).json())
+    await fetch("/api/sessions/" + session.id, {method: "DELETE", headers});
+}"""
 
 
 @pytest.fixture
@@ -43,10 +48,41 @@ def test_a_value_typed_into_the_page_is_what_the_next_cell_and_the_file_have(
     form.get_by_label("sft.gradient_accumulation_steps", exact=True).fill("3")
     form.get_by_label("sft.learning_rate", exact=True).click()
     expect(form.get_by_text("SFT: 6 rows a step")).to_be_visible()
+    expect(run_cell(page, 1)).to_contain_text("Save or Discard, then go on")
+    expect(form.get_by_label("start from")).to_be_disabled()
     save.click()
     expect(form.get_by_text("saved to")).to_be_visible()
+    expect(form.get_by_text("sft.max_steps = 7, not 4")).to_be_visible()
+    steps.fill("8")
+    steps.press("Tab")
+    form.get_by_role("button", name="Discard").click()
+    expect(steps).to_have_value("7")
 
     expect(run_cell(page, 1)).to_have_text("7")
     saved = json.loads((runs_home / "smoke" / "config.json").read_text())
     assert saved["sft"]["max_steps"] == 7
     assert saved["sft"]["gradient_accumulation_steps"] == 3
+
+    table = form.locator(".as-table")
+    expect(table).to_be_hidden()
+    page.keyboard.press("Control+s")
+    page.get_by_text("Saving completed").wait_for()
+    page.evaluate(END_KERNELS)
+    page.reload()
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+    expect(table.get_by_role("row", name="sft.max_steps 7")).to_be_visible()
+
+
+def test_every_field_can_be_read_and_reached_in_400_pixels(page):
+    form = run_cell(page, 0)
+    form.get_by_role("button", name="Save").wait_for()
+    page.keyboard.press("Control+b")  # away with the list of files
+    page.set_viewport_size({"width": 400, "height": 1250})
+    page.wait_for_timeout(1000)
+    right = form.bounding_box()["x"] + form.bounding_box()["width"]
+    fields = form.locator("input, select, textarea, button, .widget-label")
+    boxes = [field.bounding_box() for field in fields.all() if field.is_visible()]
+    assert len(boxes) > 40
+    assert max(box["x"] + box["width"] for box in boxes) <= right
+    inputs = form.locator("input[type=text], select, textarea").all()
+    assert min(field.bounding_box()["width"] for field in inputs) > 150

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from benchmarks import memory
@@ -103,6 +104,18 @@ def test_measured_trainings_are_estimated_within_a_factor_of_1_5(recipe, place) 
     seconds = report["sft"]["seconds"] if place is CPU else 394.6  # published
     minutes = estimate.sft_minutes(recipes.load(recipe), place)
     assert 1 / 1.5 < 60 * minutes / seconds < 1.5
+
+
+def test_memory_without_a_gpu_is_that_of_fp32_and_of_ram() -> None:
+    report = json.loads((runtime.ROOT / "results" / "demo_cpu.json").read_text())
+    demo = recipes.load("demo", gpu=False)
+    sft, grpo = (estimate_memory(demo, CPU, s).sum() for s in ("sft", "grpo"))
+    assert sft == pytest.approx(report["sft"]["peak_memory_gb"], rel=0.15)
+    # its prompts have 100 tokens at most, 200 are assumed
+    assert 1 < grpo / report["grpo"]["peak_memory_gb"] < 2
+    for change in ({"sampler": "copy"}, {"engine": "transformers"}):
+        assert estimate_memory(changed(demo, **change), CPU, "grpo").sum() == grpo
+    assert CPU.memory_gb == pytest.approx(psutil.virtual_memory().total / 2**30)
 
 
 @pytest.mark.parametrize(("cap", "memory_gb"), [("inf", 14.0), ("8", 8.0)])

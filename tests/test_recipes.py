@@ -1,9 +1,12 @@
 """Tests of helpers.recipes: the values that are promised, and their small versions."""
 
+import re
+
 import pytest
 
 from benchmarks import publish
 from helpers import recipes, runtime
+from helpers.config import changed
 from helpers.errors import ConfigError
 from helpers.grpo import rewards
 
@@ -151,6 +154,24 @@ def test_scaled_changes_what_it_is_asked_to_and_leaves_the_rest():
     other = recipes.scaled(config, model="some/other")
     assert other.model == "some/other"
     assert other.model_dump(exclude={"model"}) == config.model_dump(exclude={"model"})
+
+
+def test_what_differs_from_a_recipe_is_at_most_ten_lines():
+    demo = recipes.load("demo")
+    assert recipes.differences(demo) == "demo, changes to the recipe demo: 0"
+    changes = {"sft__max_steps": 7, "sft__save_steps": None, "lora__r": 16}
+    assert recipes.differences(changed(demo, name="mine", **changes)).splitlines() == [
+        "mine, changes to the recipe demo: 2",
+        "sft.max_steps = 7, not 120",
+        "sft.save_steps = None, not 40",
+    ]
+    small = recipes.differences(recipes.small(recipes.load("finetome-llama32-1b")))
+    *lines, last = small.splitlines()
+    assert (len(lines), max(map(len, small.splitlines())) <= 88) == (9, True)
+    total, more = re.findall(r"recipe.*: (\d+)|and (\d+)", lines[0] + last)
+    assert int(total[0]) == int(more[1]) + 8
+    own = recipes.differences(changed(demo, recipe=""))
+    assert own.startswith("demo, settings: 39\nmodel = ")
 
 
 def test_the_docs_list_every_recipe_with_what_is_estimated_today():

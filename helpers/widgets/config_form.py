@@ -4,33 +4,67 @@ import html
 import json
 import math
 import tomllib
+from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from typing import Any, Literal, get_args, get_origin
 
 import ipywidgets as widgets
 import pandas as pd
+from IPython.display import display
 
 from helpers import checks, estimate, recipes
-from helpers.config import DataConfig, RunConfig, check_config, defaults, library_fields
+from helpers.config import RunConfig, check_config, defaults, flatten, library_fields
 from helpers.errors import ConfigError, TunebookError, UnknownArchitecture
+from helpers.grpo.rewards import REWARDS, punish_overlong
 from helpers.runs import Run, open_run, save_run
 
 LORA = "lora.r lora.lora_alpha lora.target_modules"
+PAID = REWARDS | {"overlong": punish_overlong}
 PAGES = {  # what a notebook asks about; all the rest is set as TOML
     "setup": "name model engine weights dtype stages max_length system_prompt seed "
     f"data.train data.eval data.problems data.test data.train_rows {LORA} "
-    "inference.max_new_tokens inference.temperature",
-    "sft": f"max_length loss_on template best_by data.train data.eval {LORA} "
+    "grpo.max_completion_length grpo.temperature "
+    "inference.max_new_tokens inference.temperature "
+    "evaluation.max_new_tokens evaluation.batch_size",
+    "sft": f"max_length loss_on template best_by layout data.train data.eval {LORA} "
     "lora.lora_dropout sft.max_steps sft.num_train_epochs sft.learning_rate "
     "sft.warmup_steps sft.per_device_train_batch_size sft.gradient_accumulation_steps "
     "sft.packing sft.gradient_checkpointing sft.optim",
-    "grpo": "sampler grpo_minutes grpo_held_out max_prompt_length rewards sft_adapter "
+    "grpo": "sampler grpo_minutes grpo_held_out max_prompt_length sft_adapter "
     f"data.problems data.test {LORA} grpo.max_steps grpo.learning_rate "
     "grpo.num_generations grpo.per_device_train_batch_size "
-    "grpo.gradient_accumulation_steps grpo.max_completion_length grpo.temperature",
+    "grpo.gradient_accumulation_steps grpo.max_completion_length grpo.temperature "
+    + " ".join(f"rewards.{name}" for name in PAID),
 }
-GROUPS = ("data", "evaluation", "inference", "lora", "sft", "grpo")
-SAVED, MORE = "as saved", "more settings (TOML)"
+MORE = "more settings (TOML)"
+TITLES = {"data": "Data", "lora": "LoRA", "sft": "SFT", "grpo": "GRPO", MORE: ""}
+TITLES |= {"rewards": "Rewards", "inference": "Chat", "evaluation": "Evaluation"}
+COSTS = {  # where the library's own words say nothing of it
+    "r": "higher learns more and takes memory",
+    "lora_alpha": "the update counts alpha / r",
+    "target_modules": "more of them learn more and take memory",
+    "lora_dropout": "above 0 less is memorised, and learnt more slowly",
+    "max_steps": "time grows with the steps",
+    "num_train_epochs": "time grows with them; many memorise the rows",
+    "learning_rate": "too low learns little, too high makes the loss jump",
+    "warmup_steps": "without them the first steps may do harm",
+    "per_device_train_batch_size": "memory grows with it",
+    "gradient_accumulation_steps": "time a step grows with them, memory does not",
+    "optim": "8-bit ones take less memory",
+    "num_generations": "more compare better and take time",
+    "max_completion_length": "memory and time grow with it; shorter cuts answers",
+    "max_new_tokens": "answers are cut here; time grows with it",
+    "temperature": "higher varies more; a chat may take 0, the likeliest token",
+}
+WRAP = {"flex_flow": "row wrap"}
+FIELD = WRAP | {"flex": "1 1 300px", "min_width": "0", "max_width": "520px"}
+FIELD["height"] = "auto"  # on a phone the label stands above
+TITLE = """<b>%s</b><style>
+.as-table {display: none} /* the form itself is there */
+.widget-dropdown select {height: 28px}
+@media (max-width: 600px) {.widget-label {text-align: left !important}}</style>"""
+HELD = "not saved yet: Save or Discard, then go on to the next cell or another recipe"
 COLORS = {"error": "#d32f2f", "warning": "#b26a00", "hint": "gray", "fits": "#2e7d32"}
 to_json = partial(json.dumps, ensure_ascii=False)
 
@@ -46,45 +80,73 @@ class ConfigForm(widgets.VBox):
     """
 
     def __init__(self, run: Run | str | None = None, page: str = "setup") -> None:
-        self.run = run if isinstance(run, Run) else open_run(run)
+        self.saved = run if isinstance(run, Run) else open_run(run)
         self.fields = {name: make_field(name) for name in [*PAGES[page].split(), MORE]}
         beside = {"flex": "1 1 200px"}
         self.notes = {name: widgets.HTML(layout=beside) for name in self.fields}
         self.recipe = widgets.Dropdown(description="start from")
-        self.recipe.options, self.recipe.value = [SAVED, *recipes.NAMES], SAVED
+        self.recipe.options = [("as saved", ""), *((n, n) for n in recipes.NAMES)]
         self.data = widgets.Text(description="or my data", continuous_update=False)
         self.data.placeholder = "a file, or owner/name of a hub dataset"
+        sources = (self.recipe, recipes.load), (self.data, recipes.for_data)
         self.button = widgets.Button(description="Save", button_style="primary")
-        self.message = widgets.HTML()
-        self.choose(SAVED)
+        self.undo = widgets.Button(description="Discard")
+        self.message, self.table = widgets.HTML(), None
+        self.discard()
         self.button.on_click(lambda _: self.save())
+        self.undo.on_click(lambda _: self.discard())
         for field in self.fields.values():
             field.observe(lambda _: self.check(), names="value")
-        self.recipe.observe(lambda change: self.choose(change.new), names="value")
-        self.data.observe(lambda change: self.choose_data(change.new), names="value")
-        pairs = zip(self.fields.values(), self.notes.values(), strict=True)
-        rows = [widgets.HBox(pair, layout={"flex_flow": "row wrap"}) for pair in pairs]
-        super().__init__([self.recipe, self.data, *rows, self.button, self.message])
+        for source, make in sources:
+            source.observe(lambda c, m=make: self.choose(m, c.new.strip()), "value")
+            source.layout = {"width": "auto", "max_width": "520px"}
+        rows: list[widgets.Widget] = [self.recipe, self.data]
+        titles = {n: TITLES.get(n.partition(".")[0], "Run") for n in self.fields}
+        for title, names in groupby(titles, titles.get):
+            rows.append(widgets.HTML(TITLE % title))
+            pairs = ([self.fields[name], self.notes[name]] for name in names)
+            rows += [widgets.HBox(pair, layout=WRAP) for pair in pairs]
+        super().__init__([*rows, widgets.HBox([self.button, self.undo]), self.message])
 
-    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        """Adds a table, which stands for the form where no kernel answers."""
+    def _ipython_display_(self) -> None:
+        """Displays the form and a table, which shows where no kernel has the form."""
+        self.table = display(self.tabulate(), raw=True, display_id=True)
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
+        bundle = {"application/vnd.jupyter.widget-view+json": view}
+        display(bundle | {"text/plain": "Run this cell for the form."}, raw=True)
+
+    def tabulate(self) -> dict[str, str]:
         values = {n: field.value for n, field in self.fields.items() if field.value}
+        table = pd.DataFrame({"value": values}).style.format(escape="html")
         style = {"white-space": "pre-wrap", "text-align": "left"}
-        table = pd.Series(values, name="value").to_frame().style.format(escape="html")
         page = table.set_properties(**style).to_html()
-        return super()._repr_mimebundle_(**options) | {"text/html": page}
+        text = recipes.differences(self.saved.config)
+        return {"text/html": f'<div class="as-table">{page}</div>', "text/plain": text}
 
-    def choose(self, recipe: str) -> None:
-        self.fill(self.run.config if recipe == SAVED else recipes.load(recipe))
+    @property
+    def run(self) -> Run:
+        """The run as it is saved; ConfigError while the form shows something else."""
+        if self.is_edited:
+            raise ConfigError(f"the form is {HELD}")
+        return self.saved
 
-    def choose_data(self, path: str) -> None:
+    def choose(self, make: Callable[[str], RunConfig], source: str) -> None:
+        """Shows a recipe or what is made of one's rows, unless edits would be lost."""
+        if self.recipe.disabled:
+            return
         try:
-            self.fill(recipes.for_data(path.strip()))
+            self.fill(make(source) if source else self.saved.config)
         except TunebookError as error:
             self.message.value = remark("error", str(error))
 
+    def discard(self) -> None:
+        self.fill(self.saved.config)
+        self.recipe.value = self.data.value = ""
+
     def fill(self, config: RunConfig) -> None:
-        self.base = flatten(config.model_dump(exclude_defaults=True))
+        self.origin = config
+        values = config.model_dump(exclude_defaults=True)
+        self.base = flatten(values | {"rewards": config.rewards})  # not default + edits
         lines = [
             f"{name} = {to_json(value, separators=(', ', ' = '))}"  # as TOML has it
             for name, value in self.base.items()
@@ -126,42 +188,46 @@ class ConfigForm(widgets.VBox):
             lines = [line.partition(": ") for line in str(error).splitlines()]
             advice = [checks.Advice("error", name, text) for name, _, text in lines]
         else:
-            prepared = self.run.report().get("data", {})
-            rows = prepared if config.data == self.run.config.data else {}
+            prepared = self.saved.report().get("data", {})
+            rows = prepared if config.data == self.saved.config.data else {}
             advice = checks.advise(config, rows=rows.get("train"))
-            place = self.run.path.with_name(config.name) / "config.json"
-            if config.name != self.run.config.name and place.exists():
+            place = self.saved.path.with_name(config.name) / "config.json"
+            if config.name != self.saved.config.name and place.exists():
                 text = f"Save replaces {place}, of a run of that name; give it another"
                 advice.append(checks.Advice("warning", "name", text))
         beside = dict.fromkeys(self.fields, "")
         for level, name, text in advice:
-            # data.train.0 is of data.train; what has no field is of the last one
-            owners = [f for f in self.fields if f"{name}.".startswith(f"{f}.")]
+            # data.train.0 is of data.train, rewards of the first; the rest of the last
+            path = f"{name}."
+            owners = [f for f in self.fields if path.startswith(f"{f}.") or path in f]
             text = text if owners else f"{name}: {text}".rstrip(": ")
             beside[owners[0] if owners else MORE] += remark(level, text)
         for name, note in self.notes.items():
             note.value = beside[name] or remark("hint", describe(name)[2])
         errors = [item for item in advice if item.level == "error"]
-        self.button.disabled = bool(errors)
+        edits = [n for n, value in self.shown.items() if self.fields[n].value != value]
+        self.is_edited = bool(edits) or self.origin != self.saved.config
+        self.button.disabled, self.undo.disabled = bool(errors), not self.is_edited
+        self.recipe.disabled = self.data.disabled = bool(edits)
         if errors:
             names = ", ".join(dict.fromkeys(item.field for item in errors))
             page = remark("error", f"cannot be saved; to correct: {names}")
         else:
-            is_new = config != self.run.config
-            page = remark("hint", "edited, not saved yet") if is_new else ""
-            page += summarize(config, rows)
-        self.message.value = page
+            page = summarize(config, rows)
+        self.message.value = remark("warning", HELD) * self.is_edited + page
         return errors
 
     def save(self) -> Run:
         """Writes the config to the run folder; ConfigError while it has errors."""
         checks.require(self.check())
-        self.run = save_run(self.config, current=True)
-        self.recipe.value = SAVED
-        self.choose(SAVED)
-        saved = remark("fits", f"saved to {self.run.path / 'config.json'}")
-        self.message.value = saved + self.message.value
-        return self.run
+        self.saved = save_run(self.config, current=True)
+        self.discard()
+        page = remark("fits", f"saved to {self.saved.path / 'config.json'}")
+        page += remark("hint", recipes.differences(self.saved.config))
+        self.message.value = page + self.message.value
+        if self.table:
+            self.table.update(self.tabulate(), raw=True)
+        return self.saved
 
 
 def describe(name: str) -> tuple[Any, Any, str]:
@@ -169,18 +235,21 @@ def describe(name: str) -> tuple[Any, Any, str]:
     group, _, leaf = name.rpartition(".")
     if name == MORE:
         return str, None, "any other field, like sft.weight_decay = 0.01"
-    if group in ("", "data"):
-        field = (DataConfig if group else RunConfig).model_fields[leaf]
-        text = field.description or ""
-        return field.annotation, None, text.replace("null", "empty")
+    owner: Any = RunConfig.model_fields[group].annotation if group else RunConfig
+    if hasattr(owner, "model_fields"):
+        field = owner.model_fields[leaf]
+        return field.annotation, None, field.description.replace("null", "empty")
+    if group == "rewards":
+        return None, None, str(PAID[leaf].__doc__).replace("Returns", "weight; pays")
     option = library_fields(group).get(leaf)  # GenerationConfig has none
     text = option.metadata.get("help", "") if option else ""
-    return None, defaults(group).get(leaf), text.partition(". ")[0]
+    words = [text.partition(". ")[0].rstrip("."), COSTS.get(leaf)]
+    return None, defaults(group).get(leaf), "; ".join(filter(None, words))
 
 
 def make_field(name: str) -> widgets.Widget:
     kind, default, _ = describe(name)
-    options: dict[str, Any] = {"description": name, "layout": {"width": "520px"}}
+    options: dict[str, Any] = {"description": name, "layout": FIELD}
     options["style"] = {"description_width": "240px"}
     if isinstance(default, bool):
         return widgets.Checkbox(**options)
@@ -218,19 +287,13 @@ def parse(text: str | bool, name: str) -> Any:
         return text.strip() or None
 
 
-def flatten(values: dict[str, Any]) -> dict[str, Any]:
-    groups = {group: values.pop(group, {}) for group in GROUPS}
-    pairs = {f"{g}.{k}": v for g, inner in groups.items() for k, v in inner.items()}
-    return values | pairs
-
-
 def remark(level: str, text: str) -> str:
-    return f'<div style="color:{COLORS[level]}">{html.escape(text)}</div>'
+    style = f"color:{COLORS[level]};white-space:pre-wrap;line-height:1.5"
+    return f'<div style="{style}">{html.escape(text)}</div>'
 
 
 def summarize(config: RunConfig, rows: dict[str, Any]) -> str:
-    gpu = estimate.this_gpu()
-    card, place = gpu or estimate.T4, gpu or estimate.CPU
+    card = estimate.this_gpu() or estimate.CPU
     try:
         tuned = estimate.skeleton(config.model, config.lora)
         peaks = [estimate.estimate_memory(config, card, s) for s in config.stages]
@@ -243,9 +306,10 @@ def summarize(config: RunConfig, rows: dict[str, Any]) -> str:
         steps = estimate.count_steps(config, stage, count)
         text = f"{stage.upper()}: {estimate.step_rows(config, stage)} rows a step, "
         text += f"{steps:,} steps" if steps else "steps unknown until data are prepared"
-        if stage == "sft" and (minutes := estimate.sft_minutes(config, place, count)):
-            text += f", roughly {math.ceil(minutes):,} minutes on {place.name}"
-        text += f", {peak.sum():.1f} of {card.memory_gb:.1f} GiB of {card.name}"
+        if stage == "sft" and (minutes := estimate.sft_minutes(config, card, count)):
+            text += f", roughly {math.ceil(minutes):,} minutes on {card.name}"
+        memory = "RAM" if card == estimate.CPU else card.name
+        text += f", {peak.sum():.1f} of {card.memory_gb:.1f} GiB of {memory}"
         fits = peak.sum() <= card.memory_gb
         page += remark("fits", text) if fits else remark("error", f"{text}: too large")
         page += remark("hint", ", ".join(f"{n} {gb:.2f}" for n, gb in peak.items()))
