@@ -10,6 +10,7 @@ import pytest
 from rows import turns, write
 
 from helpers import evaluation, files, stages
+from helpers.config import SETS
 from helpers.data import preparation as data
 from helpers.data.formats import ask
 from helpers.errors import DataError, MissingInput
@@ -21,7 +22,7 @@ from helpers.models import load as models
 from helpers.models.adapters import add_lora
 from helpers.runs import Run
 
-NOTHING = dict.fromkeys(f"data__{n}" for n in ("eval", "problems", "test", "test_new"))
+NOTHING = dict.fromkeys(f"data__{name}" for name in SETS)
 CHATS = NOTHING | {
     "stages": ["sft"],
     "data__train": ["data_samples/dolly.jsonl"],
@@ -34,6 +35,7 @@ PROBLEMS = {
     "data__train": [],
     "data__eval": None,
     "data__test_new": None,
+    "data__general": None,
     "data__test_rows": 2,
     "best_by": "loss",
     "sft__eval_strategy": "no",
@@ -198,6 +200,56 @@ def test_what_cannot_be_evaluated_is_refused_before_the_model_is_loaded(
     nothing = {"data__test_share": None, "best_by": "loss", "sft__eval_strategy": "no"}
     with pytest.raises(DataError, match="no held-out rows.*: set data.eval_share"):
         evaluate(prepared(CHATS, data__eval_share=None, **nothing), "base")
+
+
+def test_a_set_that_is_not_trained_for_says_what_was_forgotten(
+    prepared, tmp_path, monkeypatch
+):
+    rows = [
+        {"question": f"Is {n} even?", "answer": "no" if n % 2 else "yes"}
+        for n in range(8)
+    ]
+    rows = [row | {"history": [["Is 100 even?", "yes"]]} for row in rows]
+    source, limits = write(tmp_path / "general.jsonl", rows), []
+
+    def answer(model, tokenizer, prompts, max_new_tokens, **_):
+        limits.append(max_new_tokens)
+        if prompts:
+            yield {n: Answer(" Yes.", 2, True) for n in range(len(prompts))}
+
+    run = prepared(CHATS, data__general=source, data__general_rows=8)
+    before = evaluate(run, "base")
+    items = read_items(run, "base", "general")
+    assert [len(item["prompt"]) for item in items] == [3] * 8  # after the example
+    assert [item["question"] for item in items] == [row["question"] for row in rows]
+    assert [item["reference"] for item in items] == [row["answer"] for row in rows]
+    losses = [item["loss"] for item in items]
+    assert before["general"]["loss"] == metrics.mean(losses) and min(losses) > 0
+    assert before["general"]["exact_match"]["k"] == 0  # a random model's
+    monkeypatch.setattr(evaluator, "generate_batches", answer)
+    after = evaluate(run, "mine")
+    assert limits[-1] == run.config.evaluation.general_tokens != limits[0]
+    assert after["general"]["exact_match"] == metrics.proportion(4, 8)
+    lost = evaluation.compare(run, "base", "mine")["general"]
+    assert (lost["exact_match"]["difference"], lost["exact_match"]["p"]) == (0.5, 0.125)
+    assert lost["loss"]["difference"] == lost["loss"]["high"] == 0
+    table = evaluation.results_table(run.report())
+    assert table.loc["mine", "general: right [95 %]"].startswith("4/8 = 50.0 % [")
+    assert "general" in evaluation.scores_table(run.report()).loc["mine"].index
+
+
+def test_a_set_not_trained_for_takes_no_labels_and_is_no_test(labelled, prepared):
+    run = labelled(["C", "C+", "C++"])
+    general = {"data__general": "data_samples/general.jsonl", "data__general_rows": 2}
+    changes = CHATS | {"data__train": run.config.data.train} | general
+    run = prepared(changes, evaluation__labels=["C", "C+", "C++"])
+    part = evaluate(run, "base")
+    assert "correct" in part["test_chat"] and "correct" not in part["general"]
+    problems = PROBLEMS | general
+    with pytest.raises(DataError, match="or none for evaluation.labels: set"):
+        evaluate(prepared(problems, evaluation__labels=["a", "b"]), "base")
+    run = prepared(CHATS | general, data__test_share=None)
+    assert {"eval_text", "general"} <= evaluate(run, "base").keys()  # as without it
 
 
 def write_items(run, label, name, rows):

@@ -16,7 +16,7 @@ from helpers import runtime
 from helpers.config import HELD_OUT, RunConfig
 from helpers.data import preparation as data
 from helpers.data.formats import Row
-from helpers.errors import DataError
+from helpers.errors import DataError, MissingInput
 from helpers.evaluation import metrics, tables
 from helpers.files import fingerprint, read_json, read_rows, write_json
 from helpers.inference.decoder import set_attention
@@ -140,11 +140,14 @@ def evaluate_run(run: Run, labels: list[str] | None = None) -> pd.DataFrame:
 def board_row(run: Run) -> Row:
     """Returns what a run cost and gave, from its report: a row of a board of runs."""
     config, label = run.config, run.config.stages[-1]
-    lost = compare(run, "base", label).get("general", {})
     report = run.report()
+    costs = [report[stage] for stage in config.stages if stage in report]
+    if not costs or not {"base", label} <= report.get("eval", {}).keys():
+        text = f"run {config.name!r} has no trained stage, or base and {label} are not"
+        raise MissingInput(f"{text} evaluated: train it, then evaluate {config.name}")
+    lost = compare(run, "base", label).get("general", {})
     base, tuned = (report["eval"][name] for name in ("base", label))
     part = next((name for name in tables.COUNTED[:-1] if tables.right(tuned, name)), "")
-    costs = [report[stage] for stage in config.stages if stage in report]
     row: Row = {"recipe": config.recipe or config.name, "model": config.model}
     row |= {"machine": report["environment"]["device"], "date": str(date.today())}
     row |= {"minutes": round(sum(cost["seconds"] for cost in costs) / 60, 1)}
