@@ -262,9 +262,9 @@ def board_section() -> list[str]:
             cells[name] = percent(rate) if rate else "-"
         rows.append(cells | {"forgetting": forgetting(row), "date": row["date"]})
     return [
-        "Minutes and peak memory of training; right answers to held-out rows, before and",
-        "after; forgetting: points lost on `data_samples/general.jsonl`, which no recipe",
-        "trains for (negative: gained; p: McNemar's exact test of the same items).",
+        "Minutes and peak memory of training; right answers to held-out rows, before",
+        "and after; forgetting: points lost on `data_samples/general.jsonl`, which no",
+        "recipe trains for (negative: gained; p: McNemar's exact test, same items).",
         "",
         to_markdown(rows) if rows else "No rows yet.",
         "",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from rows import turns, write
 
-from helpers import evaluation, files, stages
+from benchmarks import publish
+from helpers import __main__ as command_line
+from helpers import evaluation, files, runtime, stages
 from helpers.config import SETS
 from helpers.data import preparation as data
 from helpers.data.formats import ask
@@ -274,3 +277,50 @@ def test_two_models_are_compared_on_the_same_items(run):
     write_items(run, "sft", "test", items[:1])
     with pytest.raises(DataError, match="answered test with other data .*again"):
         evaluation.compare(run, "base", "sft")
+
+
+@pytest.fixture
+def measured(run_factory):
+    """A run that is trained and evaluated, as its report says."""
+    run = run_factory(recipe="demo")
+    run.write_part("environment", {"device": "cuda: Tesla T4"})
+    for stage, seconds in (("sft", 90.0), ("grpo", 150.0)):
+        run.write_part(stage, {"seconds": seconds, "peak_memory_gb": seconds / 50})
+    parts = {"base": metrics.proportion(1, 8), "grpo": metrics.proportion(6, 8)}
+    run.write_part("eval", {label: {"accuracy": k} for label, k in parts.items()})
+    for label, right in (("base", [True] * 7 + [False]), ("grpo", [False] * 8)):
+        write_items(run, label, "general", [{"exact_match": k} for k in right])
+    return run
+
+
+def test_the_board_has_one_row_a_recipe_model_and_machine(
+    measured, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(runtime, "HOME", tmp_path)
+    monkeypatch.setattr(runtime, "start", lambda engine: None)
+    command_line.main(["report", "test"])
+    assert not (tmp_path / "results").exists()
+    assert "1/8 = 12.5 %" in capsys.readouterr().out
+    command_line.main(["report", "test", "--board"])
+    measured.write_part("environment", {"device": "cpu: 2 cores"})
+    for _ in range(2):
+        command_line.main(["report", "test", "--board"])
+    cpu, gpu = files.read_json(tmp_path / "results" / "board.json")["rows"]
+    assert (cpu["machine"], gpu["machine"]) == ("cpu: 2 cores", "cuda: Tesla T4")
+    assert (gpu["recipe"], gpu["minutes"], gpu["gib"]) == ("demo", 4.0, 3.0)
+    assert (gpu["base"]["k"], gpu["right"]["k"], gpu["general"]["n"]) == (1, 6, 8)
+    monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
+    *_, low, high = re.findall(r"[-+][\d.]+", text := publish.forgetting(gpu))
+    assert text == f"+87.5 [{low}, {high}], p 0.016" and "-" not in text
+    (line,) = (
+        x for x in "\n".join(publish.board_section()).splitlines() if "T4 |" in x
+    )
+    for cell in ("demo", "4.0", "3.0", "6/8 = 75.0 % [40.9, 92.9]", text, gpu["date"]):
+        assert f"| {cell} |" in line
+    first, *others = publish.list_recipes().splitlines()[2:]
+    assert first.endswith(f"| {text} |") and all(x.endswith("| - |") for x in others)
+
+
+def test_a_run_that_was_not_evaluated_gets_no_row(run):
+    with pytest.raises(MissingInput, match="'test' has no trained stage, or base and"):
+        evaluator.report(run, board=True)
