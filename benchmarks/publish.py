@@ -281,7 +281,7 @@ def board_section() -> list[str]:
 
 def list_recipes() -> str:
     """Returns docs/recipes.md's table: what recipes reproduce and what they need."""
-    board = {row["recipe"]: row for row in read(RESULTS / "board.json")["rows"]}
+    board = {(r["recipe"], r["model"]): r for r in read(RESULTS / "board.json")["rows"]}
     rows = []
     for name in recipes.RECIPES:
         config, notes = recipes.load(name, gpu=True), recipes.RECIPES[name]
@@ -291,7 +291,8 @@ def list_recipes() -> str:
         peak_gb = estimate_memory(config).sum()
         row |= {"needs": notes["needs"], "GiB on a T4": f"{peak_gb:.1f}"}
         if board:
-            row["forgetting"] = forgetting(board[name]) if name in board else "-"
+            part = board.get((name, config.model), {"general": None})
+            row["forgetting"] = forgetting(part)
         rows.append(row)
     return to_markdown(rows)
 
