@@ -251,7 +251,7 @@ def test_a_run_has_the_parts_of_its_config_and_no_others(run_factory, own_files)
     values = {**own_files, "data__train": [], "data__eval": None}
     run = run_factory(**values, stages=["grpo"])
     report = data.prepare(run)
-    parts = ["problems", "test", "test_new"]
+    parts = ["general", "problems", "test", "test_new"]
     assert sorted(read_all(run)) == sorted(report["sources"]) == parts
 
 
