@@ -61,6 +61,7 @@ SMALL: Row = {
     "data__eval_rows": 4,
     "data__test_rows": 6,
     "data__test_new_rows": 4,
+    "data__general_rows": 4,
     "evaluation__max_new_tokens": 8,
     "sft__max_steps": 6,
     "sft__save_steps": 2,

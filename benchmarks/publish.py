@@ -247,6 +247,7 @@ def chat_speed() -> list[str]:
 def page() -> str:
     """Returns results/README.md, made from the JSON files beside it."""
     sections = {path.stem: demo(path) for path in sorted(RESULTS.glob("demo_*.json"))}
+    sections["board"] = board_section()
     for name in RATES:
         paths = sorted(RESULTS.glob(f"{name}*.json"))
         sections |= {path.stem: rate(path, name) for path in paths}
@@ -266,8 +267,44 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def forgetting(row: dict[str, Any]) -> str:
+    """Returns the points lost on a set not trained for [95 %], with McNemar's p."""
+    if not (lost := row["general"]):
+        return "-"
+    points = [0 - 100 * lost[name] for name in ("difference", "high", "low")]
+    return "{:+.1f} [{:+.1f}, {:+.1f}], p {:.2g}".format(*points, lost["p"])
+
+
+def board_section() -> list[str]:
+    """Returns the section on what recipes cost and gave on people's machines."""
+    rows = []
+    for row in read(RESULTS / "board.json")["rows"]:
+        cells = {name: row[name] for name in ("recipe", "model", "machine", "minutes")}
+        cells["GiB"] = f"{row['gib']:.1f}"
+        for name, rate in (("base", row["base"]), ("right [95 %]", row["right"])):
+            cells[name] = percent(rate) if rate else "-"
+        rows.append(cells | {"forgetting": forgetting(row), "date": row["date"]})
+    return [
+        "Minutes and peak memory of training; right answers to held-out rows, before",
+        "and after; forgetting: points lost on `data_samples/general.jsonl`, which no",
+        "recipe trains for (negative: gained; p: McNemar's exact test, same items).",
+        "",
+        to_markdown(rows) if rows else "No rows yet.",
+        "",
+        "To add the row of your machine, a free T4 say, by a pull request:",
+        "",
+        "    python -m helpers train finetome-llama32-1b",
+        "    python -m helpers report finetome-llama32-1b --board",
+        "    python benchmarks/publish.py",
+        "",
+        "The first one trains and evaluates; the others write `results/board.json` and",
+        "this page. Commit both, and say in the request what else the machine did.",
+    ]
+
+
 def list_recipes() -> str:
     """Returns docs/recipes.md's table: what recipes reproduce and what they need."""
+    board = {(r["recipe"], r["model"]): r for r in read(RESULTS / "board.json")["rows"]}
     rows = []
     for name in recipes.RECIPES:
         config, notes = recipes.load(name, gpu=True), recipes.RECIPES[name]
@@ -275,7 +312,11 @@ def list_recipes() -> str:
         row["stages"] = " + ".join(config.stages).upper()
         row["engine"] = config.engine.replace("auto", "Unsloth")
         peak_gb = estimate_memory(config).sum()
-        rows.append(row | {"needs": notes["needs"], "GiB on a T4": f"{peak_gb:.1f}"})
+        row |= {"needs": notes["needs"], "GiB on a T4": f"{peak_gb:.1f}"}
+        if board:
+            part = board.get((name, config.model), {"general": None})
+            row["forgetting"] = forgetting(part)
+        rows.append(row)
     return to_markdown(rows)
 
 

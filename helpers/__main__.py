@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": f"inference.items:generate_command {MODEL} --file --out --batch-size",
     "chat": f"inference.items:chat_command {MODEL} --backend --host --port --terminal",
     "evaluate": "evaluation.evaluator:evaluate_run run --models",
+    "report": "evaluation.evaluator:report run --board",
     "mt-bench": f"llm_judge.chat_benchmarks:run_mt_bench {BENCH}",
     "alpaca-eval": f"llm_judge.chat_benchmarks:run_alpaca_eval {BENCH} --reference "
     "--evaluator",
@@ -35,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "labels": {"nargs": 2, "help": "two evaluated models: base sft"},
     "--small": {"action": "store_true", "help": "offline model, few sample rows"},
     "--models": {"nargs": "+", "dest": "labels", "help": "base sft ...; else all"},
+    "--board": {"action": "store_true", "help": "write the run's row of results/"},
     "--adapter": {"help": "folder, hub id, a run's stage, or none; else its last"},
     **dict.fromkeys(("--file", "--out"), {"type": Path, "required": True}),
     "--temperature": {"type": float},

@@ -253,7 +253,8 @@ def disappointments(config: RunConfig, machine: Machine) -> Iterator[Fault]:
     if config.recipe in recipes.NAMES:
         own = recipes.load(config.recipe)
         samples = recipes.scaled(own, samples=True)  # the rows of `--small`
-        sets = [n for n, s in sources_of(config.data) if s == getattr(own.data, n)]
+        pairs = [p for p in sources_of(config.data) if p[0] != "general"]
+        sets = [name for name, source in pairs if source == getattr(own.data, name)]
         kept = ["prompt"] * (config.system_prompt == own.system_prompt) + sets
         text = f"other rows than those of {config.recipe}, whose {', '.join(kept)} "
         text += "are kept: change them, or use recipes.for_data"

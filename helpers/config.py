@@ -14,7 +14,8 @@ from helpers.errors import ConfigError, nearest
 Stage = Literal["sft", "grpo"]
 Gguf = Literal["gguf:f16", "gguf:q8_0", "gguf:q4_k_m"]
 Format = Literal["adapter", "merged", Gguf, "w4a16", "awq", "space"]
-HELD_OUT = ("test", "test_new", "test_chat", "eval")  # problems, then conversations
+HELD_OUT = ("test", "test_new", "test_chat", "eval", "general")  # problems, then chats
+SETS = ("eval", "problems", "test", "test_new", "general")  # with sources of their own
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
 CLASSES = {"sft": "trl.SFTConfig", "grpo": "trl.GRPOConfig", "lora": "peft.LoraConfig"}
 CLASSES |= {"inference": "transformers.GenerationConfig"}  # take a group's values
@@ -47,6 +48,7 @@ class DataConfig(BaseModel, extra="forbid", validate_assignment=True):
     problems: Rows | None = Field(None, description="questions with answers, for GRPO")
     test: Rows | None = Field(None, description="held-out problems like training's")
     test_new: Rows | None = Field(None, description="held-out problems of another kind")
+    general: Rows | None = Field(None, description="not trained for: was it forgotten?")
     train_rows: Count | None = Field(None, description="cap a source; null = all")
     drop_unusable: bool = Field(False, description="leave bad rows out, counted")
     ignore: list[str] = Field([], description="columns and fields to leave out: tools")
@@ -54,12 +56,16 @@ class DataConfig(BaseModel, extra="forbid", validate_assignment=True):
     eval_rows: Count | None = None
     test_rows: Count | None = None
     test_new_rows: Count | None = None
+    general_rows: Count | None = None
 
 
 class EvaluationConfig(BaseModel, extra="forbid", validate_assignment=True):
     batch_size: Count | None = Field(None, description="null = by machine and model")
     max_new_tokens: Count = Field(256, description="answers are cut here")
     text_rows: Count = Field(100, description="held-out conversations to answer")
+    general_tokens: Count = Field(
+        16, description="answers to data.general are cut here"
+    )
     labels: list[str] | None = Field(None, min_length=1)  # classes of the answers
 
 
@@ -131,7 +137,7 @@ class RunConfig(
         if has_sft and self.best_by == "eval_loss" and not has_eval:
             needs = "best_by='eval_loss' needs data.eval or data.eval_share"
             raise ValueError(f"{needs}; or use best_by='loss'")
-        for name in ("eval", "problems", "test", "test_new"):
+        for name in SETS:
             if getattr(getattr(data, name), "weight", None) is not None:
                 raise ValueError(f"data.{name}: a weight is of data.train alone")
         if labels is not None and len({x.strip() for x in labels} - {""}) < len(labels):

@@ -12,7 +12,7 @@ from textwrap import shorten
 from typing import Any
 
 from helpers.config import SYSTEM_PROMPT, RunConfig, changed, check_config, flatten
-from helpers.data.formats import first_answer, is_solved
+from helpers.data.formats import answer_places, is_solved
 from helpers.data.reading import Reader
 from helpers.data.sources import open_rows
 from helpers.errors import ConfigError, nearest
@@ -84,7 +84,7 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
     base = load("finetome-llama32-1b" if online else "demo", gpu=False)
     reader = Reader(path, drop_unusable=True)
     chats = reader.read(open_rows(path, 20_000))
-    answers = [first_answer(chat)["content"].strip() for chat in chats]
+    answers = [chat[answer_places(chat)[0]]["content"].strip() for chat in chats]
     classes, judged = sorted(set(answers)), "as texts"
     evaluation = base.evaluation.model_dump()
     if all(map(is_solved, answers)):
@@ -98,6 +98,7 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
     values |= {"sft": base.sft | epochs | each, "evaluation": evaluation}
     values["data"] = {"train": [path], "train_rows": rows, "drop_unusable": True}
     values["data"] |= {"eval_share": 0.1, "test_share": 0.2}
+    values["data"] |= base.data.model_dump(include={"general", "general_rows"})
     values["system_prompt"] = SYSTEM_PROMPT if reader.form == "gsm8k" else ""
     *_, folder, file = ["mine", *Path(path).parts]
     name = file.partition(".")[0]
@@ -144,7 +145,8 @@ def scaled(
     if rows is not None:  # to score; more to train on, fewer to choose by
         values["grpo_held_out"] = max(1, rows // 4)
         values["data"] |= {"train_rows": 8 * rows, "eval_rows": rows}
-        values["data"] |= {"test_rows": rows, "test_new_rows": rows}
+        names = ("test_rows", "test_new_rows", "general_rows")
+        values["data"] |= dict.fromkeys(names, rows)
     return check_config(values)
 
 

@@ -165,6 +165,7 @@ def run_factory(runs_home: Path, tiny_model_folder: Path) -> Callable[..., Run]:
             "data__eval_rows": 4,
             "data__test_rows": 6,
             "data__test_new_rows": 4,
+            "data__general_rows": 4,
         }
         config = changed(recipes.load("smoke"), **{**small, **changes})
         return runs.save_run(config, current=True)

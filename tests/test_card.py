@@ -30,6 +30,7 @@ CHANGES = {
     "sft__max_steps": 2,
     "sft__eval_steps": 2,
     "evaluation__max_new_tokens": 4,
+    "data__general": None,
     **{f"data__{name}_rows": 4 for name in ("train", "eval", "test", "test_new")},
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from helpers import files
+from helpers.config import SETS
 from helpers.data import preparation as data
 from helpers.data.preparation import assert_disjoint, place_of, split
 from helpers.data.reading import Reader, to_conversations
@@ -20,7 +21,7 @@ from tests.rows import ROWS, pair, problem, to_problems, turns, write
 
 MakeRun = Callable[..., Run]
 CHATS_ONLY = {"stages": ["sft"], "best_by": "loss", "sft__eval_strategy": "no"}
-NO_SETS = ("eval", "problems", "test", "test_new", "train_rows")
+NO_SETS = (*SETS, "train_rows")
 CHATS_ONLY |= {f"data__{name}": None for name in NO_SETS}
 
 
@@ -189,6 +190,7 @@ def test_preparing_writes_what_the_next_notebooks_read(run):
     parts = read_all(run)
     # train: 24 rows of the problems, and the two sample files of 12 rows
     counts = {"train": 48, "eval": 4, "problems": 2400, "test": 6, "test_new": 4}
+    counts["general"] = 4
     assert {n: len(p) for n, p in parts.items()} == counts
     assert {n: report[n] for n in counts} == counts
     assert set(parts["train"][0]) == set(parts["eval"][0]) == {"id", "messages"}
@@ -199,7 +201,7 @@ def test_preparing_writes_what_the_next_notebooks_read(run):
     assert (part["format"], part["read"], part["rows"]) == ("sharegpt", 12, 12)
 
 
-@pytest.mark.parametrize("part", ["eval", "test", "test_new"])
+@pytest.mark.parametrize("part", ["eval", "test", "test_new", "general"])
 @pytest.mark.parametrize("where", ["train", "problems"])
 def test_a_held_out_question_that_is_trained_on_stops_the_preparation(
     run_factory, own_files, tmp_path, part, where
@@ -249,7 +251,7 @@ def test_a_run_has_the_parts_of_its_config_and_no_others(run_factory, own_files)
     values = {**own_files, "data__train": [], "data__eval": None}
     run = run_factory(**values, stages=["grpo"])
     report = data.prepare(run)
-    parts = ["problems", "test", "test_new"]
+    parts = ["general", "problems", "test", "test_new"]
     assert sorted(read_all(run)) == sorted(report["sources"]) == parts
 
 

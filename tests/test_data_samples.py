@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from helpers.data.reading import to_conversations
+from helpers.evaluation import metrics
+
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "data_samples"
 COUNTS = {"train": 2400, "eval": 200, "test": 400, "test_new": 200}
@@ -81,3 +84,29 @@ def test_generating_again_gives_the_same_bytes_and_another_seed_others(
     assert generator.generate(tmp_path, seed=1)["train"] != problems["train"]
     with pytest.raises(ValueError, match="wrong arithm"):
         generator.check({"question": "How many?", "answer": "2 + 3 = 6.\n#### 6"})
+
+
+def test_the_general_questions_are_different_short_and_checkable() -> None:
+    rows = read(SAMPLES / "general.jsonl")
+    kinds = [row["id"].partition("-")[0] for row in rows]
+    assert len(rows) == len({row["question"] for row in rows}) == 200
+    assert len({row["id"] for row in rows}) == 200
+    assert set(Counter(kinds).values()) == {40}
+    assert len(set(kinds[:5])) == 5 and kinds == kinds[:5] * 40  # the first are mixed
+    for row in rows:
+        answer = row["answer"]
+        # an article, as `A`, would be normalised away
+        values = metrics.score(f"{answer.capitalize()}.", answer)
+        assert values["exact_match"] and len(answer.split()) <= 2, row
+        assert row["question"] not in dict(row["history"])
+    for answer in ("yes", "no", "Answer with one word."):  # nothing is always right
+        right = [metrics.score(answer, row["answer"])["exact_match"] for row in rows]
+        assert sum(right) <= 20
+    chats, left_out = to_conversations(rows)
+    assert not left_out and all(len(chat) == 10 for chat in chats)
+
+
+def test_no_general_question_is_in_the_other_samples() -> None:
+    texts = [path.read_text("utf-8") for path in SAMPLES.rglob("*.jsonl")]
+    rows = read(SAMPLES / "general.jsonl")
+    assert [r["id"] for r in rows if sum(r["question"] in t for t in texts) > 1] == []

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from rows import turns, write
 
-from helpers import evaluation, files, stages
+from benchmarks import publish
+from helpers import __main__ as command_line
+from helpers import evaluation, files, recipes, runtime, stages
+from helpers.config import SETS
 from helpers.data import preparation as data
 from helpers.data.formats import ask
 from helpers.errors import DataError, MissingInput
@@ -21,7 +25,7 @@ from helpers.models import load as models
 from helpers.models.adapters import add_lora
 from helpers.runs import Run
 
-NOTHING = dict.fromkeys(f"data__{n}" for n in ("eval", "problems", "test", "test_new"))
+NOTHING = dict.fromkeys(f"data__{name}" for name in SETS)
 CHATS = NOTHING | {
     "stages": ["sft"],
     "data__train": ["data_samples/dolly.jsonl"],
@@ -34,6 +38,7 @@ PROBLEMS = {
     "data__train": [],
     "data__eval": None,
     "data__test_new": None,
+    "data__general": None,
     "data__test_rows": 2,
     "best_by": "loss",
     "sft__eval_strategy": "no",
@@ -200,6 +205,56 @@ def test_what_cannot_be_evaluated_is_refused_before_the_model_is_loaded(
         evaluate(prepared(CHATS, data__eval_share=None, **nothing), "base")
 
 
+def test_a_set_that_is_not_trained_for_says_what_was_forgotten(
+    prepared, tmp_path, monkeypatch
+):
+    rows = [
+        {"question": f"Is {n} even?", "answer": "no" if n % 2 else "yes"}
+        for n in range(8)
+    ]
+    rows = [row | {"history": [["Is 100 even?", "yes"]]} for row in rows]
+    source, limits = write(tmp_path / "general.jsonl", rows), []
+
+    def answer(model, tokenizer, prompts, max_new_tokens, **_):
+        limits.append(max_new_tokens)
+        if prompts:
+            yield {n: Answer(" Yes.", 2, True) for n in range(len(prompts))}
+
+    run = prepared(CHATS, data__general=source, data__general_rows=8)
+    before = evaluate(run, "base")
+    items = read_items(run, "base", "general")
+    assert [len(item["prompt"]) for item in items] == [3] * 8  # after the example
+    assert [item["question"] for item in items] == [row["question"] for row in rows]
+    assert [item["reference"] for item in items] == [row["answer"] for row in rows]
+    losses = [item["loss"] for item in items]
+    assert before["general"]["loss"] == metrics.mean(losses) and min(losses) > 0
+    assert before["general"]["exact_match"]["k"] == 0  # a random model's
+    monkeypatch.setattr(evaluator, "generate_batches", answer)
+    after = evaluate(run, "mine")
+    assert limits[-1] == run.config.evaluation.general_tokens != limits[0]
+    assert after["general"]["exact_match"] == metrics.proportion(4, 8)
+    lost = evaluation.compare(run, "base", "mine")["general"]
+    assert (lost["exact_match"]["difference"], lost["exact_match"]["p"]) == (0.5, 0.125)
+    assert lost["loss"]["difference"] == lost["loss"]["high"] == 0
+    table = evaluation.results_table(run.report())
+    assert table.loc["mine", "general: right [95 %]"].startswith("4/8 = 50.0 % [")
+    assert "general" in evaluation.scores_table(run.report()).loc["mine"].index
+
+
+def test_a_set_not_trained_for_takes_no_labels_and_is_no_test(labelled, prepared):
+    run = labelled(["C", "C+", "C++"])
+    general = {"data__general": "data_samples/general.jsonl", "data__general_rows": 2}
+    changes = CHATS | {"data__train": run.config.data.train} | general
+    run = prepared(changes, evaluation__labels=["C", "C+", "C++"])
+    part = evaluate(run, "base")
+    assert "correct" in part["test_chat"] and "correct" not in part["general"]
+    problems = PROBLEMS | general
+    with pytest.raises(DataError, match="or none for evaluation.labels: set"):
+        evaluate(prepared(problems, evaluation__labels=["a", "b"]), "base")
+    run = prepared(CHATS | general, data__test_share=None)
+    assert {"eval_text", "general"} <= evaluate(run, "base").keys()  # as without it
+
+
 def write_items(run, label, name, rows):
     """Writes the items of an evaluated model, with ids and questions."""
     items = [{"id": n, "question": f"{n}?", **row} for n, row in enumerate(rows)]
@@ -222,3 +277,50 @@ def test_two_models_are_compared_on_the_same_items(run):
     write_items(run, "sft", "test", items[:1])
     with pytest.raises(DataError, match="answered test with other data .*again"):
         evaluation.compare(run, "base", "sft")
+
+
+@pytest.fixture
+def measured(run_factory):
+    """A run that is trained and evaluated, as its report says."""
+    run = run_factory(recipe="demo", model=recipes.load("demo").model)
+    run.write_part("environment", {"device": "cuda: Tesla T4"})
+    for stage, seconds in (("sft", 90.0), ("grpo", 150.0)):
+        run.write_part(stage, {"seconds": seconds, "peak_memory_gb": seconds / 50})
+    parts = {"base": metrics.proportion(1, 8), "grpo": metrics.proportion(6, 8)}
+    run.write_part("eval", {label: {"accuracy": k} for label, k in parts.items()})
+    for label, right in (("base", [True] * 7 + [False]), ("grpo", [False] * 8)):
+        write_items(run, label, "general", [{"exact_match": k} for k in right])
+    return run
+
+
+def test_the_board_has_one_row_a_recipe_model_and_machine(
+    measured, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(runtime, "HOME", tmp_path)
+    monkeypatch.setattr(runtime, "start", lambda engine: None)
+    command_line.main(["report", "test"])
+    assert not (tmp_path / "results").exists()
+    assert "1/8 = 12.5 %" in capsys.readouterr().out
+    command_line.main(["report", "test", "--board"])
+    measured.write_part("environment", {"device": "cpu: 2 cores"})
+    for _ in range(2):
+        command_line.main(["report", "test", "--board"])
+    cpu, gpu = files.read_json(tmp_path / "results" / "board.json")["rows"]
+    assert (cpu["machine"], gpu["machine"]) == ("cpu: 2 cores", "cuda: Tesla T4")
+    assert (gpu["recipe"], gpu["minutes"], gpu["gib"]) == ("demo", 4.0, 3.0)
+    assert (gpu["base"]["k"], gpu["right"]["k"], gpu["general"]["n"]) == (1, 6, 8)
+    monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
+    *_, low, high = re.findall(r"[-+][\d.]+", text := publish.forgetting(gpu))
+    assert text == f"+87.5 [{low}, {high}], p 0.016" and "-" not in text
+    (line,) = (
+        x for x in "\n".join(publish.board_section()).splitlines() if "T4 |" in x
+    )
+    for cell in ("demo", "4.0", "3.0", "6/8 = 75.0 % [40.9, 92.8]", text, gpu["date"]):
+        assert f"| {cell} |" in line
+    first, *others = publish.list_recipes().splitlines()[2:]
+    assert first.endswith(f"| {text} |") and all(x.endswith("| - |") for x in others)
+
+
+def test_a_run_that_was_not_evaluated_gets_no_row(run):
+    with pytest.raises(MissingInput, match="'test' has no trained stage, or base and"):
+        evaluator.report(run, board=True)

@@ -29,6 +29,7 @@ SFT_ONLY = {
     "data__problems": None,
     "data__test": None,
     "data__test_new": None,
+    "data__general": None,
     "best_by": "loss",
     "template": "llama-2",
     "sft": {"max_steps": 2, "learning_rate": 5e-3},

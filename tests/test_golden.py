@@ -180,6 +180,7 @@ def small_run() -> runs.Run:
             data__eval_rows=8,
             data__test_rows=20,
             data__test_new=None,
+            data__general=None,
             evaluation__max_new_tokens=32,
             sft__max_steps=10,
             sft__eval_strategy="no",

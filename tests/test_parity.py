@@ -29,6 +29,7 @@ def exported(tokenizer, tmp_path_factory):
     scaled = ROPE | {"original_max_position_embeddings": 512}
     base = save_tiny_model("Llama", tokenizer, home / "base", rope_parameters=scaled)
     small = {"train_rows": 24, "eval_rows": 4, "test_rows": 6, "test_new_rows": 4}
+    small["general_rows"] = 4
     changes: dict[str, Any] = {f"data__{name}": rows for name, rows in small.items()}
     changes |= {"sft__max_steps": 3, "sft__eval_steps": 3, "sft__learning_rate": 5e-3}
     changes |= {"model": str(base), "max_length": 256, "evaluation__max_new_tokens": 8}

@@ -6,15 +6,14 @@ import pytest
 
 from benchmarks import publish
 from helpers import recipes, runtime
-from helpers.config import changed
+from helpers.config import SETS, changed
 from helpers.errors import ConfigError
 from helpers.grpo import rewards
 
 
 def sources_of(config):
     data = config.data
-    sources = [*data.train, data.eval, data.problems, data.test, data.test_new]
-    return [source for source in sources if source]
+    return [*data.train, *filter(None, (getattr(data, name) for name in SETS))]
 
 
 def test_an_unknown_recipe_gets_the_nearest_name_and_all_known_ones():
@@ -149,8 +148,8 @@ def test_scaled_changes_what_it_is_asked_to_and_leaves_the_rest():
     config = recipes.load("demo")
     assert recipes.scaled(config) == config
     data = recipes.scaled(config, rows=5).data
-    sizes = (data.train_rows, data.eval_rows, data.test_rows, data.test_new_rows)
-    assert sizes == (40, 5, 5, 5)
+    assert data.train_rows == 40
+    assert {getattr(data, f"{n}_rows") for n in SETS if n != "problems"} == {5}
     other = recipes.scaled(config, model="some/other")
     assert other.model == "some/other"
     assert other.model_dump(exclude={"model"}) == config.model_dump(exclude={"model"})

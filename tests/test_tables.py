@@ -75,10 +75,12 @@ def test_the_scores_table_has_every_verdict_and_metric_of_every_model(report, ch
     chats["eval"]["sft"]["test_chat"] |= {"rougeL": rouge, "bleu": {"score": 7.25}}
     chats["eval"]["base"]["eval_text"] = {"macro_f1": 0.25, "no_label": 1}
     table = tables.scores_table(chats)
-    assert list(table.index) == [("base", "eval"), ("after SFT", "test_chat")]
-    names = ["macro_f1", "no_label", "rougeL", "bleu"]
-    expected = [[0.25, 1, "-", "-"], ["-", "-", "0.500 [0.000, 1.000]", "7.2"]]
-    assert table[names].to_numpy().tolist() == expected
+    names = ["loss", "macro_f1", "no_label", "rougeL", "bleu"]
+    assert {place: list(row[names]) for place, row in table.iterrows()} == {
+        ("base", "test_chat"): [2.6, *"----"],
+        ("base", "eval"): ["-", 0.25, 1, "-", "-"],
+        ("after SFT", "test_chat"): [1.85, "-", "-", "0.500 [0.000, 1.000]", "7.2"],
+    }
 
 
 def test_differences_are_shown_set_by_set():
@@ -167,6 +169,11 @@ def test_the_speed_tables_are_those_of_the_results():
     assert marks.partition("<!-- end of speed -->")[0].strip() == publish.speed_table()
     results = (publish.RESULTS / "README.md").read_text("utf-8")
     assert "\n".join(publish.speed_section()) in results
+
+
+def test_the_board_is_that_of_its_file():
+    results = (publish.RESULTS / "README.md").read_text("utf-8")
+    assert "\n".join(["## board", "", *publish.board_section()]) + "\n" in results
 
 
 def test_a_ratio_to_stock_has_the_spread_of_both():

@@ -69,9 +69,10 @@ def is_solved(answer: str) -> bool:
     return "\n" not in final and parse_gold(answer) is not None
 
 
-def first_answer(messages: Messages) -> Row:
-    answers = (m for m in messages if m["role"] == "assistant")
-    return next(m for m in answers if m.get("weight") != 0)
+def answer_places(messages: Messages) -> list[int]:
+    """Returns where the answers stand that are learnt."""
+    turns = enumerate(messages)
+    return [n for n, m in turns if m["role"] == "assistant" and m.get("weight") != 0]
 
 
 def ask(question: str, system_prompt: str) -> Messages:

@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import pandas as pd
 
-from helpers.config import HELD_OUT, DataConfig, Rows, RunConfig, Source
-from helpers.data.formats import Row, ask, first_answer, is_solved
+from helpers.config import HELD_OUT, SETS, DataConfig, Rows, RunConfig, Source
+from helpers.data.formats import Row, answer_places, ask, is_solved
 from helpers.data.reading import SHOWN, Reader
 from helpers.data.sources import content_of, open_rows
 from helpers.errors import DataError
@@ -24,7 +24,6 @@ from helpers.runs import Run, writes
 
 log = logging.getLogger(__name__)
 PARTS = ["train", "problems", *HELD_OUT]  # the files of a run's `data/`
-SETS = ("eval", "problems", "test", "test_new")  # those with sources of their own
 
 
 def questions_of(row: Row) -> list[str]:
@@ -40,21 +39,25 @@ def held_out_questions(run: Run, count: int = 8) -> list[str]:
     return [questions_of(row)[0] for row in rows]
 
 
-def to_prompts(config: RunConfig, rows: list[Row]) -> list[Row]:
-    """Returns problems with their `prompt`, or the first turns of conversations."""
+def to_prompts(config: RunConfig, rows: list[Row], general: bool = False) -> list[Row]:
+    """Returns problems with their `prompt`, or conversations up to an answer.
+
+    That is the first answer; of `general` sets, which have no labels, it is the last.
+    """
     if "question" in rows[0]:
         system = config.system_prompt
         return [row | {"prompt": ask(row["question"], system)} for row in rows]
     prompts, labels = [], [label.strip() for label in config.evaluation.labels or []]
-    rows = rows[: config.evaluation.text_rows]
-    firsts = [first_answer(row["messages"]) for row in rows]
-    solved = not labels and all(is_solved(turn["content"]) for turn in firsts)
-    for row, turn in zip(rows, firsts, strict=True):
-        turns, answer = row["messages"], turn["content"]
+    labels = [] if general else labels
+    rows = rows if general else rows[: config.evaluation.text_rows]
+    places = [answer_places(row["messages"])[-1 if general else 0] for row in rows]
+    pairs = list(zip([row["messages"] for row in rows], places, strict=True))
+    solved = not labels and all(is_solved(turns[n]["content"]) for turns, n in pairs)
+    for row, (turns, n) in zip(rows, pairs, strict=True):
+        answer = turns[n]["content"]
         if labels and answer.strip() not in labels:
             raise DataError(f"right answer {answer!r} is not among evaluation.labels")
-        before = turns[: turns.index(turn)]
-        prompt = [{"role": m["role"], "content": m["content"]} for m in before]
+        prompt = [{"role": m["role"], "content": m["content"]} for m in turns[:n]]
         texts = {"question": prompt[-1]["content"], "reference": answer}
         if solved:  # judged by the number, as problems are
             texts |= {"answer": answer, "gold": str(parse_gold(answer))}
@@ -134,10 +137,11 @@ def prepare(run: Run, origin: Row | None = None) -> Row:
         parts = {name: rows[rows["part"] == name] for name in parts_of(config)}
         learnt = rows["part"].isin(["train", "problems"])
         trained = set(rows[learnt]["places"].explode())
-        for name in ("eval", "test", "test_new"):
+        for name in [name for name in SETS if name != "problems"]:
             if getattr(config, name):
-                firsts = (questions_of(row)[0] for row in load(file, parts[name]))
-                assert_disjoint(trained, name, firsts)
+                place = -1 if name == "general" else 0  # of the question to answer
+                asked = (questions_of(row)[place] for row in load(file, parts[name]))
+                assert_disjoint(trained, name, asked)
         paths = {name: run.path / "data" / f"{name}.jsonl" for name in PARTS}
         for path in paths.values():  # first all, so that a kill leaves no old part
             path.unlink(missing_ok=True)
@@ -169,7 +173,7 @@ def read_sources(run: Run, file: IO[bytes], report: Row) -> pd.DataFrame:
         label = str(source) if part == "train" else part
         if label in report["sources"]:  # another part of it, or in another format
             label += f" ({number})"
-        chats = part in ("train", "eval")
+        chats = part in ("train", "eval", "general")
         for row in reader.read(numbered, problems=not chats):
             row = {"id": fingerprint(row), "messages": row} if chats else row
             places = list(map(place_of, questions_of(row)))

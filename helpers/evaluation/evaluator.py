@@ -1,8 +1,11 @@
 """Held-out accuracy, loss and text metrics of models, which answer the same prompts."""
 
+import logging
 import math
 import time
+from datetime import date
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,9 @@ from helpers import runtime
 from helpers.config import HELD_OUT, RunConfig
 from helpers.data import preparation as data
 from helpers.data.formats import Row
-from helpers.errors import DataError
+from helpers.errors import DataError, MissingInput
 from helpers.evaluation import metrics, tables
-from helpers.files import fingerprint, read_rows
+from helpers.files import fingerprint, read_json, read_rows, write_json
 from helpers.inference.decoder import set_attention
 from helpers.inference.generation import generate_batches, inference
 from helpers.inference.items import answer_rows, find_adapters, model_print
@@ -23,6 +26,8 @@ from helpers.masking.dataset import NO_LOSS, Example, mask_conversations
 from helpers.models import adapters
 from helpers.models import load as models
 from helpers.runs import Run, writes
+
+log = logging.getLogger(__name__)
 
 
 def held_out(config: RunConfig) -> list[str]:
@@ -34,12 +39,15 @@ def read_sets(run: Run) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
     config, labels = run.config, run.config.evaluation.labels
     files = [run.require(f"data/{name}.jsonl") for name in held_out(config)]
     sets = {file.stem: read_rows(file) for file in files}
-    names = [name for name in sets if name != "eval"] or sets  # eval is the last resort
+    names = [name for name in sets if name not in ("eval", "general")]
+    names = names or [name for name in sets if name == "eval"]  # the last resort
     prompts = {name: data.to_prompts(config, sets[name]) for name in names}
-    if not prompts or (labels and prompts.keys() <= tables.ACCURACIES.keys()):
+    if not sets or (labels and prompts.keys() <= tables.ACCURACIES.keys()):
         remedy = "set data.eval_share, data.test_share, data.eval or data.test"
         text = "has no held-out rows, or none for evaluation.labels"
         raise DataError(f"run {config.name!r} {text}: {remedy}")
+    if "general" in sets:
+        prompts["general"] = data.to_prompts(config, sets["general"], general=True)
     return sets, prompts
 
 
@@ -73,21 +81,29 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     if exact and hasattr(model, "merge_and_unload"):  # LoRA takes half of a CPU's time
         model = adapters.merge(model)
     part: dict[str, Any] = {"model_print": model_print(config, adapter)}
-    limits, drop = (config.loss_on, config.max_length), config.data.drop_unusable
+    drop = config.data.drop_unusable
     for name in [name for name in sets if name not in tables.ACCURACIES]:
         chats = [row["messages"] for row in sets[name]]
+        limits = "last" if name == "general" else config.loss_on, config.max_length
         masked = mask_conversations(tokenizer, chats, *limits, drop=drop)
+        if name == "general":
+            if len(masked.rows) == len(chats):  # so that each loss has its item
+                for item, row in zip(prompts[name], masked.rows, strict=True):
+                    item["loss"] = round(response_loss(model, [row]), 4)
+            continue
         loss = response_loss(model, masked.rows)
         key = "eval_loss" if name == "eval" else "loss"
         measures = {key: round(loss, 4), "perplexity": round(math.exp(loss), 3)}
         part |= measures if name == "eval" else {name: measures}
     seconds = time.perf_counter() - started
     decoding = config.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
-    settings = fingerprint(part["model_print"], decoding["max_new_tokens"])
-    answer = partial(generate_batches, model, tokenizer, **decoding)
-    judge = partial(metrics.judge, labels=labels)
     for name, rows in prompts.items():
+        if name == "general":  # the last
+            labels, decoding["max_new_tokens"] = None, config.evaluation.general_tokens
+        settings = fingerprint(part["model_print"], decoding["max_new_tokens"])
+        answer = partial(generate_batches, model, tokenizer, **decoding)
         path = run.path / "eval" / label / f"{name}.jsonl"
+        judge = partial(metrics.judge, labels=labels)
         items = answer_rows(path, rows, settings, answer, judge)
         seconds += sum(item["seconds"] for item in items)  # those of former calls too
         summary = metrics.summarise(items, labels)
@@ -122,6 +138,40 @@ def evaluate_run(run: Run, labels: list[str] | None = None) -> pd.DataFrame:
     return tables.results_table(run.report())
 
 
+def board_row(run: Run) -> Row:
+    """Returns what a run cost and gave, from its report: a row of a board of runs."""
+    config, label = run.config, run.config.stages[-1]
+    report = run.report()
+    costs = [report[stage] for stage in config.stages if stage in report]
+    if not costs or not {"base", label} <= report.get("eval", {}).keys():
+        text = f"run {config.name!r} has no trained stage, or base and {label} are not"
+        raise MissingInput(f"{text} evaluated: train it, then evaluate {config.name}")
+    lost = compare(run, "base", label).get("general", {})
+    base, tuned = (report["eval"][name] for name in ("base", label))
+    part = next((name for name in tables.COUNTED[:-1] if tables.right(tuned, name)), "")
+    row: Row = {"recipe": config.recipe or config.name, "model": config.model}
+    row |= {"machine": report["environment"]["device"], "date": str(date.today())}
+    row |= {"minutes": round(sum(cost["seconds"] for cost in costs) / 60, 1)}
+    row |= {"gib": max(cost["peak_memory_gb"] for cost in costs)}
+    row |= {"base": tables.right(base, part), "right": tables.right(tuned, part)}
+    return row | {"general": lost.get("correct", lost.get("exact_match"))}
+
+
+def report(run: Run, board: bool = False) -> Run:
+    """Returns a run, to show its tables; `board` writes its row to the board first.
+
+    The board is `results/board.json` of the project. A row replaces the former one of
+    the same recipe, model and machine.
+    """
+    if board:
+        path, row = runtime.HOME / "results" / "board.json", board_row(run)
+        place = itemgetter("recipe", "model", "machine")
+        rows = [x for x in read_json(path).get("rows", []) if place(x) != place(row)]
+        write_json(path, {"rows": sorted([*rows, row], key=place)})
+        log.info("%s has the run's row", path)
+    return run
+
+
 @writes
 def compare(run: Run, first: str, second: str) -> dict[str, Any]:
     """Returns how two models differ on the same items; in the report, `comparisons`.
@@ -138,7 +188,7 @@ def compare(run: Run, first: str, second: str) -> dict[str, Any]:
         if not all(file.exists() for file in files):
             continue
         a, b = (pd.DataFrame(read_rows(file)) for file in files)
-        measures = [k for k in (*metrics.VERDICTS, *metrics.OF_ITEMS) if k in a]
+        measures = [k for k in metrics.MEASURES if k in a]
         if [*a["question"]] != [*b["question"]] or not {*measures} <= {*b}:
             text = f"answered {name} with other data or other evaluation.labels"
             raise DataError(f"{first} and {second} {text}: evaluate both again")

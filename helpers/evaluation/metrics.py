@@ -21,6 +21,7 @@ IGNORED = re.compile(r"[,$]|\.(?=[,$]*$)")
 VERDICTS = ("correct", "strict_match", "flexible_extract", "strict_format")
 ROUGE = ("rouge1", "rouge2", "rougeL")
 OF_ITEMS = (*ROUGE, "exact_match", "token_f1")
+MEASURES = (*VERDICTS, *OF_ITEMS, "loss")
 # Each character of the scripts without spaces is a word.
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 WORD = regex.compile(rf"(?V1){UNSPACED}|[[\p{{L}}\p{{M}}\p{{N}}]--{UNSPACED}]+")
@@ -69,20 +70,21 @@ def score(output: str, reference: str) -> dict[str, float]:
     from transformers.data.metrics.squad_metrics import normalize_answer
 
     if output.strip() == reference.strip():  # one word has no ROUGE-2, an emoji no word
-        return dict.fromkeys(OF_ITEMS, 1.0)
+        return dict.fromkeys(OF_ITEMS, 1.0) | {"exact_match": True}
     words = SimpleNamespace(tokenize=WORD.findall)  # its own are of ASCII letters alone
     scorer = RougeScorer(ROUGE, tokenizer=words)
     rouge = scorer.score(reference.lower(), output.lower())
     values = {name: rouge[name].fmeasure for name in ROUGE}
     right, plain = normalize_answer(reference), normalize_answer(output)
-    values["exact_match"] = float(bool(right) and right == plain)
     values["token_f1"] = scorer.score(right, plain)["rouge1"].fmeasure
-    return {name: round(value, 4) for name, value in values.items()}
+    values = {name: round(value, 4) for name, value in values.items()}
+    return values | {"exact_match": bool(right) and right == plain}
 
 
 def judge(text: str, row: Row, labels: Sequence[str] | None) -> Row:
     """Returns the verdicts on an answer to a problem, or its text metrics."""
-    values = {name: row[name] for name in ("question", "reference") if name in row}
+    names = [name for name in ("question", "reference", "loss") if name in row]
+    values = {name: row[name] for name in names}
     if "gold" in row:
         return values | check_answer(text, row)
     if labels:
@@ -93,9 +95,11 @@ def judge(text: str, row: Row, labels: Sequence[str] | None) -> Row:
 def summarise(items: list[Row], labels: Sequence[str] | None) -> dict[str, Any]:
     """Returns rates and means of a set's items, and metrics of the whole set."""
     columns, n = {name: [item[name] for item in items] for name in items[0]}, len(items)
-    rates = [name for name in VERDICTS if name in columns]
-    values: dict[str, Any] = {k: proportion(sum(columns[k]), n) for k in rates}
-    values |= {name: mean(columns[name]) for name in OF_ITEMS if name in columns}
+    values: dict[str, Any] = {}
+    for name in [name for name in MEASURES if name in columns]:
+        column = columns[name]
+        is_rate = isinstance(column[0], bool)
+        values[name] = proportion(sum(column), n) if is_rate else mean(column)
     stopped, tokens = sum(columns["stopped"]), sum(columns["tokens"])
     values |= {"answers": n, "stop_rate": round(stopped / n, 4), "tokens": tokens}
     values["truncated"] = n - stopped

@@ -16,12 +16,12 @@ from helpers.runtime import runs_folder
 
 STAGES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
 ACCURACIES = {"test": "accuracy", "test_new": "accuracy_new"}
-RESULTS = [f"{name}: right [95 %]" for name in (*ACCURACIES, "test_chat")]
+COUNTED = (*ACCURACIES, "test_chat", "general")  # sets with a rate of right answers
+RESULTS = [f"{name}: right [95 %]" for name in COUNTED]
 RESULTS += ["eval loss", "test_chat loss", "train min", "eval min", "peak GB"]
 COSTS = ["steps", "loss_first", "loss_last", "loss_best", "eval_loss_best"]
 COSTS += ["reward_first", "reward_last", "device", "held-out rows"]
-MEASURES = [*metrics.VERDICTS, "macro_f1", "no_label", *metrics.OF_ITEMS]
-MEASURES += ["bleu", "chrf", "stop_rate"]
+MEASURES = [*metrics.MEASURES, "macro_f1", "no_label", "bleu", "chrf", "stop_rate"]
 DIFFERENCES = ["only_first", "only_second", "difference", "n", "low", "high", "p"]
 
 
@@ -49,12 +49,20 @@ def to_frame(rows: list[Row], index: list[str], columns: list[str]) -> pd.DataFr
     return frame.fillna("-").map(show)
 
 
+def right(part: Row, name: str) -> Row | None:
+    """Returns a set's rate of right answers, of a model's part of the report."""
+    if name in ACCURACIES:
+        return part.get(ACCURACIES[name])
+    values = part.get(name, {})
+    exact = values.get("exact_match") if name == "general" else None
+    return values.get("correct", exact)
+
+
 def to_row(label: str, stage: Row, part: Row) -> Row:
     """Returns what a model's training cost and its evaluation gave."""
     row = {"model": STAGES.get(label, label), **stage}
-    values = [part.get(key) for key in ACCURACIES.values()]
-    chats = part.get("test_chat", {})
-    values += [chats.get("correct"), part.get("eval_loss"), chats.get("loss")]
+    values: list[Any] = [right(part, name) for name in COUNTED]
+    values += [part.get("eval_loss"), part.get("test_chat", {}).get("loss")]
     for costs in stage, part:
         values.append(f"{costs['seconds'] / 60:.1f}" if "seconds" in costs else None)
     values.append(max(p.get("peak_memory_gb", 0.0) for p in (stage, part)) or None)
@@ -75,9 +83,10 @@ def scores_table(report: Row) -> pd.DataFrame:
     are of the whole set, 0 to 100.
     """
     rows = [
-        {"model": STAGES.get(label, label), "set": name, **part.get(key, {})}
+        {"model": STAGES.get(label, label), "set": name}
+        | part.get("eval_text" if name == "eval" else name, {})
         for label, part in report.get("eval", {}).items()
-        for name, key in zip(HELD_OUT, [*HELD_OUT[:-1], "eval_text"], strict=True)
+        for name in HELD_OUT
     ]
     return to_frame(rows, ["model", "set"], MEASURES)
 
