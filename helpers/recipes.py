@@ -28,10 +28,31 @@ SAMPLES = {
     "openai/gsm8k/main:train": "data_samples/word_problems/train.jsonl",
     "openai/gsm8k/main:test": "data_samples/word_problems/test.jsonl",
 }
-RECIPES = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text("utf-8"))
 NOTES = ("source", "needs", "published")  # about a recipe, no part of its config
-NAMES = (*RECIPES, "smoke")
 COMMON = ("train", "test", "data", "main", "dataset")  # names that say nothing of rows
+
+
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    groups = {k: values.get(k, {}) | v for k, v in changes.items() if type(v) is dict}
+    return values | changes | groups
+
+
+def read_recipes(text: str) -> dict[str, dict[str, Any]]:
+    """Returns the recipes of a TOML text, each with what it has from its `like`."""
+    recipes: dict[str, dict[str, Any]] = {}
+    for name, values in tomllib.loads(text).items():
+        like = values.pop("like", None)
+        if like and like not in recipes:
+            known = f"(known: {', '.join(recipes)})"
+            raise ConfigError(f"{name}: like={like!r} is no recipe above it {known}")
+        parent = recipes.get(like, {})
+        parent = {k: v for k, v in parent.items() if k not in NOTES}
+        recipes[name] = merged(parent, values)
+    return recipes
+
+
+RECIPES = read_recipes(Path(__file__).with_name("recipes.toml").read_text("utf-8"))
+NAMES = (*RECIPES, "smoke")
 
 
 def load(name: str, gpu: bool | None = None) -> RunConfig:
@@ -46,8 +67,7 @@ def load(name: str, gpu: bool | None = None) -> RunConfig:
     recipe = copy.deepcopy(RECIPES[name])
     values = {k: v for k, v in recipe.items() if k not in (*NOTES, "gpu")}
     if "gpu" in recipe and (has_gpu() if gpu is None else gpu):
-        for key, value in recipe["gpu"].items():
-            values[key] = values[key] | value if isinstance(value, dict) else value
+        values = merged(values, recipe["gpu"])
     return check_config({"name": name, "recipe": name, **values})
 
 
