@@ -14,28 +14,13 @@ from helpers.config import RunConfig, Stage, complete
 from helpers.errors import UnknownArchitecture
 
 GIB = 2**30
-NAMES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads"
-NAMES += " intermediate_size vocab_size max_position_embeddings tie_word_embeddings"
-LLAMAS = {  # fields of LlamaConfig, for use offline
-    "llama-3.2-1b": (2048, 16, 32, 8, 8192, 128256, 131072, True),
-    "llama-3.2-3b": (3072, 28, 24, 8, 8192, 128256, 131072, True),
-    "llama-2-7b": (4096, 32, 32, 32, 11008, 32000, 4096, False),
-    "smollm2-135m": (576, 30, 9, 3, 1536, 49152, 8192, True),
-}
-KNOWN = {n: dict(zip(NAMES.split(), x, strict=True)) for n, x in LLAMAS.items()}
-OTHERS = {  # their type, and the same fields
-    "qwen3-0.6b": ("qwen3", 1024, 28, 16, 8, 3072, 151936, 40960, True),
-    "qwen3-1.7b": ("qwen3", 2048, 28, 16, 8, 6144, 151936, 40960, True),
-    "qwen3-4b": ("qwen3", 2560, 36, 32, 8, 9728, 151936, 40960, True),
-    "gemma-3-1b": ("gemma3_text", 1152, 26, 4, 1, 6912, 262144, 32768, True),
-    "gemma-3-4b": ("gemma3_text", 2560, 34, 8, 4, 10240, 262208, 131072, True),
-    "smollm3-3b": ("smollm3", 2048, 36, 16, 4, 11008, 128256, 65536, True),
-}
-OTHER_NAMES = ["model_type", *NAMES.split()]
-KNOWN |= {n: dict(zip(OTHER_NAMES, x, strict=True)) for n, x in OTHERS.items()}
-SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
-SIGLIP |= {"num_attention_heads": 16, "image_size": 896, "patch_size": 14}
-GEMMA3 = {"model_type": "gemma3", "vision_config": SIGLIP | {"vision_use_head": False}}
+# fields of the configs of models, for use offline
+SHAPES = pd.read_csv(Path(__file__).with_name("shapes.csv"), index_col="name")
+NAMES = [*SHAPES.columns]
+KNOWN: dict[str, dict[str, Any]] = SHAPES.to_dict("index")
+TOWER = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
+TOWER |= {"num_attention_heads": 16, "image_size": 896, "patch_size": 14}
+GEMMA3 = {"model_type": "gemma3", "vision_config": TOWER | {"vision_use_head": False}}
 KNOWN["gemma-3-4b"] = {**GEMMA3, "text_config": KNOWN["gemma-3-4b"]}
 # Fitted by least squares to the calibration half of results/memory.json
 KEPT, KEPT_UNSLOTH = 1.56, 0.66  # times what a layer keeps at least
@@ -121,7 +106,7 @@ def build(model: str, lora: str) -> Any:
         warnings.simplefilter("ignore")  # training warns, too
         try:
             if known:
-                config = AutoConfig.for_model(**{"model_type": "llama"} | KNOWN[known])
+                config = AutoConfig.for_model(**KNOWN[known])
             else:
                 if not folder:
                     runtime.hub_reachable()  # if not, it looks into its cache alone

@@ -39,16 +39,14 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def read_recipes(text: str) -> dict[str, dict[str, Any]]:
     """Returns the recipes of a TOML text, each with what it has from its `like`."""
-    recipes: dict[str, dict[str, Any]] = {}
+    recipes: dict[str, dict[str, Any]] = {"": {}}
     for name, values in tomllib.loads(text).items():
-        like = values.pop("like", None)
-        if like and like not in recipes:
-            known = f"(known: {', '.join(recipes)})"
-            raise ConfigError(f"{name}: like={like!r} is no recipe above it {known}")
-        parent = recipes.get(like, {})
-        parent = {k: v for k, v in parent.items() if k not in NOTES}
+        if (like := values.pop("like", "")) not in recipes:
+            remedy = "correct the name, or move it up"
+            raise ConfigError(f"{name}: {like=} is no recipe above it: {remedy}")
+        parent = {k: v for k, v in recipes[like].items() if k not in NOTES}
         recipes[name] = merged(parent, values)
-    return recipes
+    return {name: recipe for name, recipe in recipes.items() if name}
 
 
 RECIPES = read_recipes(Path(__file__).with_name("recipes.toml").read_text("utf-8"))
@@ -159,6 +157,7 @@ def small(config: RunConfig) -> RunConfig:
     config = scaled(config, model=model, steps=10, rows=8, samples=True)
     # 4-bit weights save memory, which is not short here, and cost time on a CPU
     changes: dict[str, Any] = {"weights": "auto", "evaluation__max_new_tokens": 64}
+    changes["thinking"] = None  # for which this model's template has no switch
     # AWQ needs a GPU; GPTQ writes files of the same kind on a CPU
     changes["export"] = ["w4a16" if f == "awq" else f for f in config.export]
     for stage in config.stages:  # one micro-batch a step

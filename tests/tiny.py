@@ -10,7 +10,7 @@ def save_tiny_model(family: str, tokenizer: Any, folder: Path, **more: Any) -> P
     """Writes a model of a family's architecture and its tokenizer; returns the folder.
 
     Args:
-        family: as its classes begin, like `Llama`.
+        family: as its classes begin, like `Llama`; `Gemma3` has a vision tower, too.
         tokenizer: decides the vocabulary.
         folder: where to.
         more: fields of the family's config.
@@ -18,24 +18,25 @@ def save_tiny_model(family: str, tokenizer: Any, folder: Path, **more: Any) -> P
     import torch
     import transformers
 
-    config = getattr(transformers, f"{family}Config")(
-        **{
-            "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            **more,
-        }
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes["num_attention_heads"] = 4
+    fields = {
+        "vocab_size": len(tokenizer),
+        **sizes,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        **more,
+    }
+    if family == "Gemma3":
+        vision = {**sizes, "image_size": 28, "patch_size": 14, "vision_use_head": False}
+        fields = {"text_config": fields, "vision_config": vision}
+    config = getattr(transformers, f"{family}Config")(**fields)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

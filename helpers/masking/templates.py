@@ -24,7 +24,7 @@ LOST = f"the template moves or leaves out text of this answer; {LAST}"
 # Llama-3.x templates print today's date; a fixed one keeps tokens the same tomorrow.
 DAY = date(2024, 7, 26)
 FIXED = {"date_string": "26 Jul 2024", "strftime_now": DAY.strftime}
-THINKING = "{%- set enable_thinking = VALUE %}"
+THINKING = "{%%- set enable_thinking = %s %%}"
 # from a plane for private use: neither data nor templates have it
 MARK = "\U000f0000"
 FILES = sorted(Path(__file__).parent.glob("*.jinja"))
@@ -117,16 +117,15 @@ def prepare_tokenizer(
     """
     if tokenizer.eos_token_id is None:
         raise TemplateError("the tokenizer has no EOS token; set tokenizer.eos_token")
-    text = template_text(template) or tokenizer.chat_template
-    if not text:
+    if not (text := template_text(template) or tokenizer.chat_template):
         log.info("no chat template: '### Instruction / ### Response' is used")
-    text = text or TEMPLATES["instruction"]
+        text = TEMPLATES["instruction"]
     if thinking is not None:
-        text = re.sub(THINKING.replace("VALUE", r"\w+"), "", text)  # of an earlier run
         if "enable_thinking" not in text:
             reason = "the chat template has no enable_thinking; set it to null"
             raise TemplateError(f"{thinking=}: {reason}")
-        text = THINKING.replace("VALUE", str(thinking).lower()) + text
+        earlier, now = (THINKING % x for x in (r"\w+", str(thinking).lower()))
+        text = now + re.sub(earlier, "", text)
     tokenizer.chat_template = text
     tokenizer.control_in_texts = special_tokens
     if pad_token in ("eos", tokenizer.eos_token):
