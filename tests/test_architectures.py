@@ -122,7 +122,7 @@ def test_a_recipe_of_today_has_and_trains_the_known_numbers_of_parameters(
     assert config.lora["r"] * numbers.num_hidden_layers * layer == trained
 
 
-@pytest.mark.parametrize("recipe", [n for n in TODAY if not n.startswith("qwen3-0.6b")])
+@pytest.mark.parametrize("recipe", TODAY)
 def test_a_recipe_of_today_runs_on_its_own_architecture(
     recipe: str, make_folder: Callable[[str], Path], runs_home: Path
 ) -> None:
@@ -136,22 +136,20 @@ def test_a_recipe_of_today_runs_on_its_own_architecture(
 
 
 SWITCHED = [
-    ("qwen3-0.6b", False, turns("1 + 1?", "2", "1 + 2?", "3")),
-    ("qwen3-0.6b-thinking", True, turns("1 + 1?", "<think>\nEasy.\n</think>\n\n2")),
+    (False, turns("1 + 1?", "2", "1 + 2?", "3")),
+    (True, turns("1 + 1?", "<think>\nEasy.\n</think>\n\n2")),
 ]
 
 
-@pytest.mark.parametrize(("recipe", "thinking", "messages"), SWITCHED)
+@pytest.mark.parametrize(("thinking", "messages"), SWITCHED)
 def test_thinking_is_the_same_in_training_evaluation_chat_and_export(
-    recipe: str,
     thinking: bool,
     messages: Any,
     make_folder: Callable[[str], Path],
     runs_home: Path,
 ) -> None:
-    folder = make_folder(recipes.load(recipe).model)
-    config = changed(small(recipe, str(folder)), export=["merged"])
-    assert config.thinking is thinking
+    folder, shown = make_folder("qwen3"), {"stages": ["sft"], "export": ["merged"]}
+    config = changed(small("qwen3-0.6b", str(folder)), thinking=thinking, **shown)
     tokenizer = load_tokenizer(str(folder), thinking=thinking)
     prompt = tokenizer.decode(generation.encode(tokenizer, messages[:1]))
     row = masking.mask_conversation(tokenizer, messages, "last")
@@ -159,7 +157,7 @@ def test_thinking_is_the_same_in_training_evaluation_chat_and_export(
     assert prompt.endswith(EMPTY) is not thinking
     assert learnt.startswith("<think>\nEasy.") if thinking else learnt.startswith("3")
     run = stages.train(config)
-    assert "accuracy" in run.report()["eval"][config.stages[-1]]
+    assert "accuracy" in run.report()["eval"]["sft"]
     plain = AutoTokenizer.from_pretrained(run.path / "export" / "merged")
     chat = {"tokenize": False, "add_generation_prompt": True}
     assert plain.apply_chat_template(messages[:1], **chat) == prompt
@@ -168,7 +166,7 @@ def test_thinking_is_the_same_in_training_evaluation_chat_and_export(
     assert plain.apply_chat_template(messages[:1], **chat) != prompt
 
 
-def test_thinking_without_a_switch_or_thoughts_is_said(tokenizer: Any) -> None:
+def test_thinking_without_a_switch_or_thoughts_is_said() -> None:
     with pytest.raises(TemplateError, match="thinking=True: the chat template has no"):
         load_tokenizer("smollm2-135m-offline", thinking=True)
     config = changed(recipes.load("qwen3-0.6b"), thinking=True)
