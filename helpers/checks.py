@@ -259,9 +259,6 @@ def disappointments(config: RunConfig, machine: Machine) -> Iterator[Fault]:
         text += "are kept: change them, or use recipes.for_data"
         if sets and config.data.train not in (own.data.train, samples.data.train):
             yield "data.train", text
-    if config.thinking and "sft" in config.stages:
-        text = "answers without <think>...</think> teach not to think: have thoughts in"
-        yield "thinking", f"{text} the rows, or stages = ['grpo'] alone"
     if config.pad_token == "eos":
         yield "pad_token", "EOS would never be learnt, so another token pads"
     dtype, reason = choose_dtype(machine, config.dtype)

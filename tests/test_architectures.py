@@ -11,7 +11,7 @@ from peft import load_peft_weights
 from transformers import AddedToken, AutoTokenizer
 
 from benchmarks.chats import fit_tokenizer, trl_templates
-from helpers import checks, files, recipes, stages
+from helpers import files, recipes, stages
 from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import TemplateError
@@ -166,11 +166,24 @@ def test_thinking_is_the_same_in_training_evaluation_chat_and_export(
     assert plain.apply_chat_template(messages[:1], **chat) != prompt
 
 
-def test_thinking_without_a_switch_or_thoughts_is_said() -> None:
+def test_thinking_without_a_switch_is_refused() -> None:
     with pytest.raises(TemplateError, match="thinking=True: the chat template has no"):
         load_tokenizer("smollm2-135m-offline", thinking=True)
-    config = changed(recipes.load("qwen3-0.6b"), thinking=True)
-    assert "teach not to think" in checks.report(checks.advise(config))
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_answers_without_thoughts_are_warned_of_where_the_model_thinks(
+    thinking: bool | None,
+    make_folder: Callable[[str], Path],
+    run_factory: Callable[..., Run],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = str(make_folder("qwen3"))
+    run = run_factory(model=folder, thinking=thinking, loss_on="last")
+    data.prepare(run)
+    with caplog.at_level("INFO"):
+        train.label_rows(run, load_tokenizer(folder, thinking=thinking))
+    assert ("learns not to think" in caplog.text) is (thinking is not False)
 
 
 def test_a_change_of_thinking_trains_anew(run_factory: Callable[..., Run]) -> None:
