@@ -88,7 +88,7 @@ def labels_of(tokenizer: Any, thinking: bool | None) -> dict[str, str]:
     tags = "yes" if "{% generation" in own or "{%- generation" in own else "no"
     return {
         "the prompt ends in": quote(header),
-        "learnt before the answer": quote(before),
+        "learnt before a plain answer": quote(before),
         "learnt after it": quote(after),
         "system turn": place,
         "thoughts of earlier answers": "kept" if kept else "left out",
