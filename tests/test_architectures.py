@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 from peft import load_peft_weights
-from transformers import AddedToken, AutoTokenizer
+from transformers import AutoTokenizer
 
-from benchmarks.chats import fit_tokenizer, trl_templates
 from helpers import files, recipes, stages
 from helpers.config import changed
 from helpers.data import preparation as data
@@ -25,41 +24,15 @@ from helpers.training import trainer as sft
 from helpers.training import trainer as train
 from tests.rows import turns
 from tests.test_recipe_runs import TODAY, small
-from tests.tiny import save_tiny_model
+from tests.tiny import save_family
 
-HEADS = {"head_dim": 16}
-# a model's name begins -> its classes, trl's template for it, and more of its config
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "qwen2.5": ("Qwen2", "qwen2_5", {}),
-    "phi-3": ("Phi3", "phi3", {}),
-    "llama-3.2": ("Llama", "llama3_2", {}),
-    "qwen3": ("Qwen3", "qwen3", HEADS),
-    "gemma-3-1b": ("Gemma3Text", "gemma3", HEADS | {"sliding_window": 32}),
-    "gemma-3-4b": ("Gemma3", "gemma3", HEADS | {"sliding_window": 32}),
-    # its own template is on the hub alone; this one has the same switch
-    "smollm3": ("SmolLM3", "qwen3", {}),
-}
 EMPTY = "<think>\n\n</think>\n\n"
 
 
 @pytest.fixture(scope="module")
 def make_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Writes a model of random weights with the chat template of its family."""
-
-    def make(model: str) -> Path:
-        name = model.rpartition("/")[2].lower()
-        kind, template, more = next(
-            v for k, v in FAMILIES.items() if name.startswith(k)
-        )
-        base = load_tokenizer("smollm2-135m-offline")
-        texts = {n: t for t in trl_templates() for n in t.names}
-        tokenizer = fit_tokenizer(base, texts[f"trl/{template}"])
-        # as Qwen3's tokenizer has them
-        tags = [AddedToken(t, special=False) for t in ("<think>", "</think>")]
-        tokenizer.add_tokens(tags)
-        return save_tiny_model(kind, tokenizer, tmp_path_factory.mktemp("m"), **more)
-
-    return make
+    return lambda model: save_family(model, tmp_path_factory.mktemp("m"))
 
 
 @pytest.mark.parametrize("family", ["qwen2.5", "phi-3"])

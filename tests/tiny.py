@@ -40,3 +40,35 @@ def save_tiny_model(family: str, tokenizer: Any, folder: Path, **more: Any) -> P
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+HEADS = {"head_dim": 16}
+# a model's name begins -> its classes, trl's template for it, and more of its config
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen2.5": ("Qwen2", "qwen2_5", {}),
+    "phi-3": ("Phi3", "phi3", {}),
+    "llama-3.2": ("Llama", "llama3_2", {}),
+    "qwen3": ("Qwen3", "qwen3", HEADS),
+    "gemma-3-1b": ("Gemma3Text", "gemma3", HEADS | {"sliding_window": 32}),
+    "gemma-3-4b": ("Gemma3", "gemma3", HEADS | {"sliding_window": 32}),
+    # its own template is on the hub alone; this one has the same switch
+    "smollm3": ("SmolLM3", "qwen3", {}),
+}
+
+
+def save_family(model: str, folder: Path) -> Path:
+    """Writes a model of a hub id's architecture, with trl's template for it."""
+    from transformers import AddedToken
+
+    from benchmarks.chats import fit_tokenizer, trl_templates
+    from helpers.models import load_tokenizer
+
+    family = next(filter(model.rpartition("/")[2].lower().startswith, FAMILIES))
+    kind, template, more = FAMILIES[family]
+    texts = {name: t for t in trl_templates() for name in t.names}
+    base = load_tokenizer("smollm2-135m-offline")
+    tokenizer = fit_tokenizer(base, texts[f"trl/{template}"])
+    # as Qwen3's tokenizer has them
+    tags = [AddedToken(tag, special=False) for tag in ("<think>", "</think>")]
+    tokenizer.add_tokens(tags)
+    return save_tiny_model(kind, tokenizer, folder, **more)
