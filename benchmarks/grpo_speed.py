@@ -408,8 +408,8 @@ def make(shape: str, folder: Path) -> None:
 
     from helpers.estimate import KNOWN, NAMES
 
-    tiny = (64, 2, 4, 2, 128, 300, 8192, True)
-    KNOWN["tiny"] = dict(zip(NAMES.split(), tiny, strict=True))
+    tiny = ("llama", 64, 2, 4, 2, 128, 300, 8192, True)
+    KNOWN["tiny"] = dict(zip(NAMES, tiny, strict=True))
     shape = {"1b": "llama-3.2-1b"}.get(shape, shape)
     memory.make_model(shape, folder)
 

@@ -349,7 +349,9 @@ def replace(path: Path, mark: str, table: str) -> None:
     """Puts a table between the marks in a page."""
     text = path.read_text(encoding="utf-8")
     pattern = rf"(<!-- {mark} -->).*(<!-- end of {mark.split()[0]} -->)"
-    text, count = re.subn(pattern, rf"\1\n\n{table}\n\n\2", text, flags=re.DOTALL)
+    text, count = re.subn(
+        pattern, lambda m: f"{m[1]}\n\n{table}\n\n{m[2]}", text, flags=re.DOTALL
+    )
     if not count:
         sys.exit(f"{path} lacks the marks {pattern}")
     write_lines(path, [text])

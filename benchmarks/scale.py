@@ -51,7 +51,7 @@ from helpers.files import read_json, write_json  # noqa: E402
 RESULT = Path(os.environ.get("OUT", ROOT / "results")) / "scale.json"
 PROGRAM = str(Path(__file__).resolve())
 PARTS = ("sft", "kill", "grpo")
-# fields of LlamaConfig, in the order of helpers.estimate.NAMES
+# fields of LlamaConfig, in the order of helpers.estimate.NAMES after the type
 PREDICTED = {
     "llama-3.1-8b": (4096, 32, 32, 8, 14336, 128256, 131072, False),
     "llama-3.1-70b": (8192, 80, 64, 8, 28672, 128256, 131072, False),
@@ -433,9 +433,10 @@ def predict() -> None:
     """Prints memory, communication and efficiency of more GPUs than were measured."""
     from helpers import estimate
 
-    names = estimate.NAMES.split()
     for model, fields in PREDICTED.items():
-        estimate.KNOWN[model] = dict(zip(names, fields, strict=True))
+        estimate.KNOWN[model] = dict(
+            zip(estimate.NAMES, ("llama", *fields), strict=True)
+        )
     mean = 320  # tokens of a chat row
     waits = {gpus: longest_share(gpus) for gpus in (8, 64, 512)}
     for model in PREDICTED:

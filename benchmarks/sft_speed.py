@@ -42,8 +42,8 @@ from helpers.files import read_json, write_json  # noqa: E402
 RESULT = Path(os.environ.get("OUT", ROOT / "results")) / "sft_speed.json"
 SHAPES = {"1b": "llama-3.2-1b", "3b": "llama-3.2-3b", "7b": "llama-2-7b"}
 SHAPES["tiny"] = "tiny"
-TINY = (64, 2, 4, 2, 128, 300, 8192, True)
-KNOWN["tiny"] = dict(zip(NAMES.split(), TINY, strict=True))
+TINY = ("llama", 64, 2, 4, 2, 128, 300, 8192, True)
+KNOWN["tiny"] = dict(zip(NAMES, TINY, strict=True))
 # mean, least and most tokens of a row; 60 % of them are learnt
 PROFILES = {"short": (80, 20, 240), "chat": (320, 60, 1200), "long": (1000, 250, 2048)}
 ROWS, STEPS, WARM, REPEAT = 8, 24, 6, 6  # three repeats

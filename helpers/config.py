@@ -87,6 +87,7 @@ class RunConfig(
     dtype: Literal["auto", "float16", "bfloat16"] = "auto"
     "of arithmetic: float16 may overflow; auto: what this GPU computes fast"
     template: str = Field("own", description="own, instruction, llama-2, or a file")
+    thinking: bool | None = Field(None, description="null = as the template does")
     pad_token: str | None = Field(None, description="null = chosen; never eos")
     special_tokens: Literal["neutralise", "refuse", "keep"] = "neutralise"  # in texts
     trust_remote_code: bool = Field(False, description="run Python of the model's")

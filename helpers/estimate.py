@@ -15,15 +15,14 @@ from helpers.config import RunConfig, Stage, complete
 from helpers.errors import UnknownArchitecture
 
 GIB = 2**30
-NAMES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads"
-NAMES += " intermediate_size vocab_size max_position_embeddings tie_word_embeddings"
-LLAMAS = {  # fields of LlamaConfig, for use offline
-    "llama-3.2-1b": (2048, 16, 32, 8, 8192, 128256, 131072, True),
-    "llama-3.2-3b": (3072, 28, 24, 8, 8192, 128256, 131072, True),
-    "llama-2-7b": (4096, 32, 32, 32, 11008, 32000, 4096, False),
-    "smollm2-135m": (576, 30, 9, 3, 1536, 49152, 8192, True),
-}
-KNOWN = {n: dict(zip(NAMES.split(), x, strict=True)) for n, x in LLAMAS.items()}
+# fields of the configs of models, for use offline
+SHAPES = pd.read_csv(Path(__file__).with_name("shapes.csv"), index_col="name")
+NAMES = [*SHAPES.columns]
+KNOWN: dict[str, dict[str, Any]] = SHAPES.to_dict("index")
+TOWER = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
+TOWER |= {"num_attention_heads": 16, "image_size": 896, "patch_size": 14}
+GEMMA3 = {"model_type": "gemma3", "vision_config": TOWER | {"vision_use_head": False}}
+KNOWN["gemma-3-4b"] = {**GEMMA3, "text_config": KNOWN["gemma-3-4b"]}
 # Fitted by least squares to the calibration half of results/memory.json
 KEPT, KEPT_UNSLOTH = 1.56, 0.66  # times what a layer keeps at least
 INT8 = 6.0  # times KEPT, of transformers' 8-bit layers
@@ -109,7 +108,7 @@ def build(model: str, lora: str) -> Any:
         warnings.simplefilter("ignore")  # training warns, too
         try:
             if known:
-                config = AutoConfig.for_model("llama", **KNOWN[known])
+                config = AutoConfig.for_model(**KNOWN[known])
             else:
                 if not folder:
                     runtime.hub_reachable()  # if not, it looks into its cache alone

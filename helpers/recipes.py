@@ -29,10 +29,29 @@ SAMPLES = {
     "openai/gsm8k/main:train": "data_samples/word_problems/train.jsonl",
     "openai/gsm8k/main:test": "data_samples/word_problems/test.jsonl",
 }
-RECIPES = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text("utf-8"))
 NOTES = ("source", "needs", "published")  # about a recipe, no part of its config
-NAMES = (*RECIPES, "smoke")
 COMMON = ("train", "test", "data", "main", "dataset")  # names that say nothing of rows
+
+
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    groups = {k: values.get(k, {}) | v for k, v in changes.items() if type(v) is dict}
+    return values | changes | groups
+
+
+def read_recipes(text: str) -> dict[str, dict[str, Any]]:
+    """Returns the recipes of a TOML text, each with what it has from its `like`."""
+    recipes: dict[str, dict[str, Any]] = {"": {}}
+    for name, values in tomllib.loads(text).items():
+        if (like := values.pop("like", "")) not in recipes:
+            remedy = "correct the name, or move it up"
+            raise ConfigError(f"{name}: {like=} is no recipe above it: {remedy}")
+        parent = {k: v for k, v in recipes[like].items() if k not in NOTES}
+        recipes[name] = merged(parent, values)
+    return {name: recipe for name, recipe in recipes.items() if name}
+
+
+RECIPES = read_recipes(Path(__file__).with_name("recipes.toml").read_text("utf-8"))
+NAMES = (*RECIPES, "smoke")
 
 
 def load(name: str, gpu: bool | None = None) -> RunConfig:
@@ -47,8 +66,7 @@ def load(name: str, gpu: bool | None = None) -> RunConfig:
     recipe = copy.deepcopy(RECIPES[name])
     values = {k: v for k, v in recipe.items() if k not in (*NOTES, "gpu")}
     if "gpu" in recipe and (has_gpu() if gpu is None else gpu):
-        for key, value in recipe["gpu"].items():
-            values[key] = values[key] | value if isinstance(value, dict) else value
+        values = merged(values, recipe["gpu"])
     return check_config({"name": name, "recipe": name, **values})
 
 
@@ -156,6 +174,7 @@ def small(config: RunConfig) -> RunConfig:
     config = scaled(config, model=model, steps=10, rows=8, samples=True)
     # 4-bit weights save memory, which is not short here, and cost time on a CPU
     changes: dict[str, Any] = {"weights": "auto", "evaluation__max_new_tokens": 64}
+    changes["thinking"] = None  # for which this model's template has no switch
     # AWQ needs a GPU; GPTQ writes files of the same kind on a CPU
     changes["export"] = ["w4a16" if f == "awq" else f for f in config.export]
     for stage in config.stages:  # one micro-batch a step

@@ -358,7 +358,7 @@ def test_rows_are_cut_dropped_and_counted(tokenizer: Any) -> None:
     labels = [label for row in masked.rows for label in row["labels"]]
     fraction = sum(label != NO_LOSS for label in labels) / len(labels)
     counts = {"rows": 3, "dropped": 2, "dropped_rows": [2, 4], "truncated": 1}
-    counts["neutralised"] = 0
+    counts["neutralised"] = counts["thoughts"] = 0
     assert masked.counts == counts | {"supervised_fraction": fraction}
     cut = mask_conversation(tokenizer, long, max_length=40)
     assert cut == {name: values[:40] for name, values in whole[2].items()}

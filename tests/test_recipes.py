@@ -104,6 +104,20 @@ def test_our_samples_stand_for_every_dataset_of_the_recipes(name):
     assert all((runtime.ROOT / source).is_file() for source in sources_of(config))
     small = recipes.small(recipes.load(name))
     assert small.name == f"{name}-small" and small.model == "smollm2-135m-offline"
+    assert small.thinking is None  # its template has no such switch
+
+
+PARENT = '[a]\nsource = "s"\nmodel = "m"\n[a.sft]\nmax_steps = 1\noptim = "o"\n'
+
+
+def test_a_recipe_has_what_it_does_not_set_from_the_one_it_is_like():
+    child = '[b]\nlike = "a"\nmodel = "n"\n[b.sft]\nmax_steps = 2\n'
+    values = recipes.read_recipes(f"{PARENT}{child}")
+    assert values["b"] == {"model": "n", "sft": {"max_steps": 2, "optim": "o"}}
+    assert values["a"]["sft"] == {"max_steps": 1, "optim": "o"}
+    for text in (child, f"{child}{PARENT}", f'{PARENT}[b]\nlike = "A"'):
+        with pytest.raises(ConfigError, match="b: like='[aA]' is no recipe above it"):
+            recipes.read_recipes(text)
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_a_window_that_nothing_leaves_is_full_attention(
 ) -> None:
     kinds = ["sliding_attention"] * 2 + ["full_attention"]
     sizes = {"num_hidden_layers": 3, "sliding_window": 64, "layer_types": kinds}
-    folder = save_tiny_model("Gemma3", tokenizer, tmp_path, head_dim=16, **sizes)
+    folder = save_tiny_model("Gemma3Text", tokenizer, tmp_path, head_dim=16, **sizes)
     model, _ = models.load_model(str(folder), engine="transformers")
     tuned = adapters.add_lora(model, LORA, engine="transformers").eval()
     shake(tuned, 0.3)

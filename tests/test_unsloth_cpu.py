@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from helpers.data import preparation as data
@@ -78,3 +79,30 @@ def test_unsloth_without_a_gpu_says_which_weights_it_does_not_load(
     assert (weights["4bit"], weights["16bit"]) == ("torch.uint8", "torch.float32")
     assert "unsloth cannot load weights='8bit'" in weights["8bit"]
     assert "weights='4bit' with double_quant=False" in weights["single"]
+
+
+LORA = """
+import unsloth
+import sys
+from pathlib import Path
+from helpers import recipes
+from helpers.models import adapters, load
+from tests.tiny import save_family
+
+for name in ("gemma3-4b", "qwen3-4b", "smollm3-3b"):
+    config = recipes.load(name)
+    folder = save_family(config.model, Path(sys.argv[1], name))
+    options = load.options(config) | {"weights": "16bit", "engine": "unsloth"}
+    model, _ = load.load_model(str(folder), **options)
+    tuned = adapters.add_lora(model, config.lora, engine="unsloth")
+    names = [n for n, p in tuned.named_parameters() if p.requires_grad]
+    print(name, len(names), sum("vision" in n for n in names))
+"""
+
+
+def test_unsloth_trains_the_language_layers_of_todays_models(
+    tmp_path: Path, run_python: Any
+) -> None:
+    done = run_python("-c", LORA, str(tmp_path))
+    for name in ("gemma3-4b", "qwen3-4b", "smollm3-3b"):
+        assert f"{name} 28 0\n" in done.stdout  # A and B of 2 layers, 7 modules

@@ -97,7 +97,7 @@ def held_out_results(config: RunConfig, part: dict[str, Any]) -> list[Any]:
         numbers = {k.replace("correct", "accuracy"): v for k, v in numbers.items()}
         if name == "eval" and "eval_loss" in part:
             numbers["loss"] = part["eval_loss"]
-        source = str(getattr(config.data, name, None) or config.data.train[0])
+        source = str(getattr(config.data, name, None) or [*config.data.train, ""][0])
         places = "text-generation", source, f"{source} ({name})"
         results += [EvalResult(*places, k, round(v, 4)) for k, v in numbers.items()]
     return results

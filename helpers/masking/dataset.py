@@ -109,6 +109,7 @@ def mask_conversations(
             try:
                 plain = templates.neutralise(tokenizer, messages)
                 counts["neutralised"] += plain is not messages
+                counts["thoughts"] += any("</think>" in m["content"] for m in messages)
                 yield find_spans(tokenizer, plain, loss_on, closing)
             except TemplateError as error:
                 if not drop:
@@ -148,7 +149,7 @@ def mask_conversations(
     if share == 1 and loss_on != "all":
         raise DataError("every token would be learnt: no row has a prompt")
     figures = {"rows": len(rows), "dropped": len(numbers), "dropped_rows": numbers[:20]}
-    figures |= {name: counts[name] for name in ("truncated", "neutralised")}
+    figures |= {name: counts[name] for name in ("truncated", "neutralised", "thoughts")}
     figures["supervised_fraction"] = share
     return Masked(rows, summary if dropped else "", ends, figures)
 

@@ -24,6 +24,7 @@ LOST = f"the template moves or leaves out text of this answer; {LAST}"
 # Llama-3.x templates print today's date; a fixed one keeps tokens the same tomorrow.
 DAY = date(2024, 7, 26)
 FIXED = {"date_string": "26 Jul 2024", "strftime_now": DAY.strftime}
+THINKING = "{%%- set enable_thinking = %s %%}"
 # from a plane for private use: neither data nor templates have it
 MARK = "\U000f0000"
 FILES = sorted(Path(__file__).parent.glob("*.jinja"))
@@ -100,6 +101,7 @@ def prepare_tokenizer(
     template: str = "own",
     pad_token: str | None = None,
     special_tokens: str = "neutralise",
+    thinking: bool | None = None,
 ) -> None:
     """Makes a tokenizer fit to train with: a chat template, and a pad token of its own.
 
@@ -108,16 +110,23 @@ def prepare_tokenizer(
         template: `own` (if it has none, `instruction`), `llama-2`, or a Jinja file.
         pad_token: of the vocabulary, None to choose one; EOS would never be learnt.
         special_tokens: in texts: `neutralise`, `refuse`, or `keep` as control tokens.
+        thinking: the template's `enable_thinking`, None for the template's own choice.
 
     Raises:
-        TemplateError: there is no such template or pad token, or no EOS token.
+        TemplateError: there is no such template, switch or pad token, or no EOS token.
     """
     if tokenizer.eos_token_id is None:
         raise TemplateError("the tokenizer has no EOS token; set tokenizer.eos_token")
-    text = template_text(template) or tokenizer.chat_template
-    if not text:
+    if not (text := template_text(template) or tokenizer.chat_template):
         log.info("no chat template: '### Instruction / ### Response' is used")
-    tokenizer.chat_template = text or TEMPLATES["instruction"]
+        text = TEMPLATES["instruction"]
+    if thinking is not None:
+        if "enable_thinking" not in text:
+            reason = "the chat template has no enable_thinking; set it to null"
+            raise TemplateError(f"{thinking=}: {reason}")
+        earlier, now = (THINKING % x for x in (r"\w+", str(thinking).lower()))
+        text = now + re.sub(earlier, "", text)
+    tokenizer.chat_template = text
     tokenizer.control_in_texts = special_tokens
     if pad_token in ("eos", tokenizer.eos_token):
         log.warning("answers padded with EOS would not end: another token pads")

@@ -16,7 +16,7 @@ from helpers.masking.templates import Tokenizer, prepare_tokenizer, stop_token_i
 
 Model = Any  # a PreTrainedModel of transformers, which takes seconds to import
 OFFLINE = "smollm2-135m-offline"  # SmolLM2-135M-Instruct, Apache-2.0, as GGUF Q4_1
-TOKENIZER = {"template", "pad_token", "special_tokens", "trust_remote_code"}
+TOKENIZER = {"template", "thinking", "pad_token", "special_tokens", "trust_remote_code"}
 NO_HUB = f"the hub cannot be reached, and it is no folder; {OFFLINE!r} is here"
 
 

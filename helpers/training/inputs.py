@@ -60,7 +60,7 @@ def inputs_of(run: Run, stage: Stage) -> dict[str, Any]:
     if stage == "grpo":
         own = {"grpo_minutes", "grpo_held_out", "sampler", "rewards"}
         own |= {"max_prompt_length", "system_prompt"}
-    inputs = config.model_dump(include=names | own | {"special_tokens"})
+    inputs = config.model_dump(include=names | own | {"special_tokens", "thinking"})
     inputs["model"] = content_hash(config.model)
     inputs["template"] = fingerprint(template_text(config.template))
     rows = run.report().get("data", {}).get("fingerprints", {})

@@ -32,6 +32,10 @@ from helpers.runs import Run, writes
 from helpers.training import callbacks, inputs, layout
 
 log = logging.getLogger(__name__)
+THOUGHTLESS = (
+    "thinking: no answer has a <think>...</think>, so the model learns not to "
+)
+THOUGHTLESS += "think: write thoughts into the rows, set it to false, or use GRPO alone"
 # transformers keeps packed rows apart by position ids, whatever TRL warns of
 logging.getLogger("trl.trainer.sft_trainer").addFilter(
     lambda record: "supported Flash Attention variant" not in record.getMessage()
@@ -243,7 +247,7 @@ def label_rows(run: Run, tokenizer: Tokenizer) -> dict[str, Dataset]:
     disable_progress_bars()  # of packing, a bar for each of its steps
     config, folder = run.config, inputs.open_stage(run, "sft")
     limits, drop = (config.loss_on, config.max_length), config.data.drop_unusable
-    rows: dict[str, Dataset] = {}
+    rows, template = dict[str, Dataset](), str(tokenizer.chat_template)
     parts = data.parts_of(config.data)
     for part in [name for name in ("train", "eval") if name in parts]:
         file = Path(SCRATCH.name) / f"{config.name}-{part}.arrow"
@@ -258,6 +262,9 @@ def label_rows(run: Run, tokenizer: Tokenizer) -> dict[str, Dataset]:
             write_json(folder / "labels.json", masked.counts)
             if cut := checks.check_lengths(masked.ends, config.max_length):
                 log.info(checks.report([cut]))
+            thinks = config.thinking is not False and "enable_thinking" in template
+            if thinks and not masked.counts["thoughts"]:
+                log.info(THOUGHTLESS)
     return rows
 
 
