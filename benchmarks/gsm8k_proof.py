@@ -12,7 +12,7 @@ All answer the same test problems greedily; p is of McNemar's exact test on them
 A stage that is finished in `--runs` is not repeated, one that was killed goes on, and
 one that does not fit into the budget is left out: call again. After each stage OUT gets
 gsm8k_proof.json, with the stages of all processes that share `--runs`: seeds can run
-side by side, and `grpo` beside `control`.
+side by side, and `grpo` beside `control`. Give other settings another `--name`.
 """
 
 from __future__ import annotations
