@@ -12,14 +12,13 @@ All answer the same test problems greedily; p is of McNemar's exact test on them
 A stage that is finished in `--runs` is not repeated, one that was killed goes on, and
 one that does not fit into the budget is left out: call again. After each stage OUT gets
 gsm8k_proof.json, with the stages of all processes that share `--runs`: seeds can run
-side by side, and `grpo` beside `control`.
+side by side, and `grpo` beside `control`. Give other settings another `--name`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import re
@@ -60,7 +59,6 @@ SIZES: dict[str, Any] = {
     "max_length": 1024,
     "max_prompt_length": 256,
     "save_minutes": 2.0,
-    "best_by": "loss",  # the mean of an epoch: the last one's
     "grpo_held_out": 300,
     "evaluation__max_new_tokens": 320,
     "evaluation__batch_size": 330,
@@ -77,7 +75,8 @@ SFT: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "warmup_steps": 20,
     "optim": "adamw_torch",
-    "eval_strategy": "no",
+    "logging_steps": 20,
+    "eval_strategy": "no",  # the last adapter counts
     "save_strategy": "no",
 }
 GRPO = {
@@ -105,7 +104,6 @@ def write_parts(given: argparse.Namespace) -> dict[str, Path]:
 def configure(given: argparse.Namespace, stage: str, seed: int) -> RunConfig:
     """Returns the config of SFT; other stages change it."""
     places, recipe = write_parts(given), recipes.load("demo", gpu=True)
-    steps = math.ceil(count_rows(places["train"]) / SFT["per_device_train_batch_size"])
     config = changed(
         recipe,
         **SIZES,
@@ -114,7 +112,7 @@ def configure(given: argparse.Namespace, stage: str, seed: int) -> RunConfig:
         stages=["sft"],
         seed=seed,
         dtype=given.dtype,
-        sft=SFT | {"logging_steps": steps},
+        sft=SFT,
         grpo=recipe.grpo | GRPO,
         grpo_minutes=given.minutes,
         data={
@@ -240,9 +238,8 @@ def go_on(given: argparse.Namespace, stage: str, seed: int) -> tuple[Row, Row]:
     changes = {"sft_adapter": str(start.path / "sft" / "adapter")}
     if stage == "control":
         done = start.report()["sft"]
-        steps = max(1, round(60 * given.minutes * done["steps"] / done["seconds"]))
-        each = -(-steps // 4)
-        return changes | {"sft__max_steps": steps, "sft__logging_steps": each}, {}
+        steps = 60 * given.minutes * done["steps"] / done["seconds"]
+        return changes | {"sft__max_steps": max(1, round(steps))}, {}
     rows = draw_answers(given, sft)
     at_times = [row for row in rows if 0 < row["right"] < row["drawn"]]
     used = at_times if len(at_times) >= FEW else rows

@@ -14,7 +14,7 @@ from helpers.files import read_rows, write_rows
 
 PROBLEMS = Path(__file__).parent.parent / "data_samples" / "word_problems"
 SIZES = """lora__r=4 sft__num_train_epochs=1 sft__per_device_train_batch_size=4
-    sft__logging_steps=2 sft__warmup_steps=1 evaluation__max_new_tokens=8
+    sft__warmup_steps=1 evaluation__max_new_tokens=8
     grpo__per_device_train_batch_size=4 grpo__num_generations=2 grpo_held_out=2
     grpo__gradient_accumulation_steps=1 grpo__max_completion_length=8""".split()
 
@@ -48,6 +48,7 @@ def test_all_stages_are_trained_compared_and_not_repeated(
         assert ("p_vs_sft" in row) == (stage not in ("base", "sft"))
         assert (row["trained"].get("steps", 0) > 0) == (stage != "base")
     assert rows["rejection"]["trained"]["steps"] == rows["sft"]["trained"]["steps"] == 5
+    assert rows["control"]["settings"]["max_steps"] >= 1
     assert rows["grpo"]["trained"]["solved_at_times"] == [0, 20]
     assert rows["grpo"]["settings"]["num_generations"] == 2
     lines = publish.proof(out)
