@@ -35,6 +35,7 @@ from helpers import files, recipes, runs, runtime, stages  # noqa: E402
 from helpers.config import RunConfig, changed  # noqa: E402
 from helpers.data import preparation as data  # noqa: E402
 from helpers.data.formats import Row, ask  # noqa: E402
+from helpers.errors import TrainingError  # noqa: E402
 from helpers.evaluation import evaluator, metrics  # noqa: E402
 from helpers.grpo import answers, rewards  # noqa: E402
 from helpers.inference.generation import cut_answer, encode, generate_batches  # noqa: E402
@@ -298,7 +299,12 @@ def write_results(given: argparse.Namespace) -> None:
             if first and row["stage"] not in ("base", label):
                 pair = ([mark == "1" for mark in r] for r in (first, row["right"]))
                 row[f"p_vs_{label}"] = metrics.paired_difference(*pair)["p"]
-    values = {"machine": runtime.find_machine().name, "rows": rows}
+    rows.sort(key=lambda r: (r["model"], STAGES.index(r["stage"]), r["seed"]))
+    failed = [
+        files.read_json(path)
+        for path in sorted((given.runs / "results").glob("*.failed"))
+    ]
+    values = {"machine": runtime.find_machine().name, "rows": rows, "failed": failed}
     files.write_json(Path(given.out) / "gsm8k_proof.json", values)
 
 
@@ -365,8 +371,17 @@ def main() -> None:
             if time.monotonic() - began + costs[stage] > given.budget:
                 print(f"{seed} {stage}: no time is left for it, call again", flush=True)
                 break
-            row = run_stage(given, stage, seed)
+            try:
+                row = run_stage(given, stage, seed)
+            except TrainingError as error:  # told in the table; tried again next time
+                row = {"model": given.name, "seed": seed, "stage": stage}
+                files.write_json(
+                    file.with_suffix(".failed"), row | {"error": str(error)}
+                )
+                print(f"{file.stem}: {error}", flush=True)
+                continue
             files.write_json(file, row)
+            file.with_suffix(".failed").unlink(missing_ok=True)
             text = ", ".join(f"{name} {row[name]['k']}" for name in VERDICTS)
             print(
                 f"{file.stem}: {text} of {row['ours']['n']}, {row['seconds']} s",

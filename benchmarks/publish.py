@@ -136,12 +136,17 @@ def proof(path: Path) -> list[str]:
             p = part.get(f"p_vs_{label}")
             row[f"p, {label}"] = "-" if p is None else f"{p:.2g}"
         rows.append(row | {"minutes": f"{part['seconds'] / 60:.1f}"})
+    failed = [
+        f"{part['model']}, {part['stage']}, seed {part['seed']}: {part['error']}."
+        for part in values["failed"]
+    ]
     return [
         f"Real GSM8K's first {values['rows'][0]['ours']['n']} test problems on",
         f"{values['machine']}, by `python benchmarks/gsm8k_proof.py`: base after four",
         "examples, SFT on the train split, GRPO from it, and as long a further SFT.",
         "p: McNemar's exact test of the same items. Strict and flexible are counts of",
         *("lm-evaluation-harness's matches.", "", to_markdown(rows)),
+        *(["", f"Ended without a result: {' '.join(failed)}"] if failed else []),
     ]
 
 

@@ -79,3 +79,18 @@ def test_answers_with_other_words_reckon_in_the_same_way() -> None:
     assert way == gsm8k_proof.way_of("2+3=5 then 5 * 2 = 10\n#### 10")
     assert way == ("2+3=5", "5*2=10")
     assert way != gsm8k_proof.way_of("2*2=4, 3*2=6, 4+6=10\n#### 10")
+
+
+def test_a_stage_that_fails_is_told_and_others_go_on(
+    command: list[str], run_python: Callable[..., Any], tmp_path: Path
+) -> None:
+    more = ["--runs", str(tmp_path), "--out", str(tmp_path), "--stages", "base", "sft"]
+    # a step that is not finite
+    wild = ["--set", *SIZES, "sft__learning_rate=1e30", "sft__max_grad_norm=0"]
+    done = run_python(*command[: command.index("--set")], *more, *wild)
+    assert "0-sft: step" in done.stdout and "not finite" in done.stdout
+    report = json.loads((tmp_path / "gsm8k_proof.json").read_text())
+    assert [row["stage"] for row in report["rows"]] == ["base"]
+    (failed,) = report["failed"]
+    assert failed["stage"] == "sft" and "not finite" in failed["error"]
+    assert "not finite" in publish.proof(tmp_path / "gsm8k_proof.json")[-1]
