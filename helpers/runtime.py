@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from IPython import get_ipython
-
 from helpers.errors import ConfigError, ModelError, TrainingError, TunebookError
 from helpers.install import ROOT, installed_version
 
@@ -177,7 +175,8 @@ def free_memory() -> None:
 
 
 def in_notebook() -> bool:
-    return hasattr(get_ipython(), "kernel")
+    shell = sys.modules.get("IPython")  # this file is read before anything is installed
+    return shell is not None and hasattr(shell.get_ipython(), "kernel")
 
 
 def progress(items: Any, what: str, *, total: int | None = None, done: int = 0) -> Any:

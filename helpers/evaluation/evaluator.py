@@ -83,10 +83,11 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     part: dict[str, Any] = {"model_print": model_print(config, adapter)}
     drop = config.data.drop_unusable
     for name in [name for name in sets if name not in tables.ACCURACIES]:
-        chats = [row["messages"] for row in sets[name]]
-        limits = "last" if name == "general" else config.loss_on, config.max_length
-        masked = mask_conversations(tokenizer, chats, *limits, drop=drop)
-        if name == "general":
+        chats, general = [row["messages"] for row in sets[name]], name == "general"
+        way = "last" if general else config.loss_on
+        longest = None if general else config.max_length
+        masked = mask_conversations(tokenizer, chats, way, longest, drop=drop)
+        if general:
             if len(masked.rows) == len(chats):  # so that each loss has its item
                 for item, row in zip(prompts[name], masked.rows, strict=True):
                     item["loss"] = round(response_loss(model, [row]), 4)
