@@ -82,7 +82,12 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
     for part in [name for name in (*HELD_OUT, "train", "problems") if name in parts]:
         lines = read_rows(run.require(f"data/{part}.jsonl"))
         if new := lines[: count - len(rows)]:
-            rows += to_prompts(config, new)
+            # to what has no system turn Ollama gives the run's system prompt
+            role = "system" if config.system_prompt else "user"
+            asked = to_prompts(config, new)
+            rows += [
+                row for row in asked if row["prompt"][0]["role"] in ("system", role)
+            ]
         if part != "problems" or not chats:  # which may lack solutions
             told, _ = to_conversations(lines[:16], config.system_prompt)
             chats = told + chats if part in ("eval", "test_chat") else chats + told
