@@ -54,7 +54,7 @@ def shrink(picture: str) -> str:
 
 def clean_text(text: str) -> str:
     """Returns text without absolute paths, and cut with a word where it is long."""
-    text = PLACES.sub("", text)
+    text = PLACES.sub("", text).replace(str(Path.home()), "~")
     if len(text) <= TEXT_CHARACTERS:
         return text
     left_out = f"{len(text) - TEXT_CHARACTERS} characters are left out"
@@ -79,7 +79,8 @@ def clean_output(output: Any) -> Any | None:
         if name == "image/png":
             data[name] = shrink(value)
         elif name == "text/html":
-            value = PICTURE.sub(lambda m: shrink(m.group()), PLACES.sub("", value))
+            value = PLACES.sub("", value).replace(str(Path.home()), "~")
+            value = PICTURE.sub(lambda m: shrink(m.group()), value)
             data[name] = value
             if len(PICTURE.sub("", value)) > TEXT_BYTES:
                 data[name] = f"<p>A table of {len(value):,} bytes is left out.</p>"
