@@ -3,7 +3,7 @@
 define MENU
   setup      install everything into .venv
   try        the series in its smallest sizes, then its table (minutes)
-  demo       the series on the offline model, then its table (half an hour)
+  demo       the series on the offline model, then its table (22 minutes)
   train      a recipe of docs/recipes.md, or a config.json:     FROM=guanaco-llama2-7b
   evaluate   the models of a run on its held-out rows:          RUN=demo
   chat       a web page to talk to a run's model:               RUN=demo

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers import recipes, runs, runtime, stages
+from helpers import files, recipes, runs, runtime, stages
 from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ModelError
@@ -57,6 +57,15 @@ def plant(exported, tmp_path):
         return folder
 
     return change
+
+
+def test_prompts_without_the_runs_system_turn_are_left_out(exported: Any) -> None:
+    run = exported[0]
+    rows = files.read_rows(run.path / "data" / "train.jsonl")
+    assert any(row["messages"][0]["role"] != "system" for row in rows)
+    trained = parity.ask_trained(run, "sft", 64)[1]
+    assert len(trained["questions"]) > 20
+    assert {question[0]["role"] for question in trained["questions"]} == {"system"}
 
 
 def rewrite(folder, drop=(), **values):
