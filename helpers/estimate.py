@@ -41,7 +41,7 @@ class Gpu(NamedTuple):
 
 
 T4 = Gpu("Tesla T4", 14.0, 9.75)
-CPU = Gpu("two CPU cores", psutil.virtual_memory().total / GIB, 0.11)
+CPU = Gpu("two CPU cores", psutil.virtual_memory().total / GIB, 0.18)
 
 
 def this_gpu() -> Gpu | None:

@@ -82,12 +82,7 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
     for part in [name for name in (*HELD_OUT, "train", "problems") if name in parts]:
         lines = read_rows(run.require(f"data/{part}.jsonl"))
         if new := lines[: count - len(rows)]:
-            # to what has no system turn Ollama gives the run's system prompt
-            role = "system" if config.system_prompt else "user"
-            asked = to_prompts(config, new)
-            rows += [
-                row for row in asked if row["prompt"][0]["role"] in ("system", role)
-            ]
+            rows += to_prompts(config, new)
         if part != "problems" or not chats:  # which may lack solutions
             told, _ = to_conversations(lines[:16], config.system_prompt)
             chats = told + chats if part in ("eval", "test_chat") else chats + told
@@ -238,7 +233,11 @@ def ask_llama(folder: Path, trained: Row) -> Row:
         alone = [q[1:] if q[:1] == questions[-1][:-1] else q for q in questions]
         if (file := folder / "Modelfile").exists():
             text = file.read_text("utf-8")
-            texts += [gguf.render_modelfile(text, q) for q in (*questions, *alone)]
+            # to what has no system turn Ollama adds the run's: nothing to compare
+            bare = questions[-1][0]["role"] == "system"
+            known = [bare and q[0]["role"] != "system" for q in questions] * 2
+            served = zip(known, texts * 2, (*questions, *alone), strict=True)
+            texts += [x if k else gguf.render_modelfile(text, q) for k, x, q in served]
         options: Row = {"add_special": True, "parse_special": True}
         prompts = [post("/tokenize", content=x, **options)["tokens"] for x in texts]
         options = {"n_predict": trained["length"], "temperature": 0}
