@@ -97,17 +97,18 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
         measures = {key: round(loss, 4), "perplexity": round(math.exp(loss), 3)}
         part |= measures if name == "eval" else {name: measures}
     seconds = time.perf_counter() - started
-    decoding = config.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
     for name, rows in prompts.items():
-        if name == "general":  # the last
-            labels, decoding["max_new_tokens"] = None, config.evaluation.general_tokens
-        settings = fingerprint(part["model_print"], decoding["max_new_tokens"])
-        answer = partial(generate_batches, model, tokenizer, **decoding)
+        decoding, general = config.evaluation, name == "general"
+        classes = None if general else labels
+        limit = decoding.general_tokens if general else decoding.max_new_tokens
+        settings = fingerprint(part["model_print"], limit)
+        options = {"max_new_tokens": limit, "batch_size": decoding.batch_size}
+        answer = partial(generate_batches, model, tokenizer, **options)
         path = run.path / "eval" / label / f"{name}.jsonl"
-        judge = partial(metrics.judge, labels=labels)
+        judge = partial(metrics.judge, labels=classes)
         items = answer_rows(path, rows, settings, answer, judge)
         seconds += sum(item["seconds"] for item in items)  # those of former calls too
-        summary = metrics.summarise(items, labels)
+        summary = metrics.summarise(items, classes)
         if name in tables.ACCURACIES:
             part[tables.ACCURACIES[name]] = summary["correct"]
         key = "eval_text" if name == "eval" else name

@@ -32,10 +32,9 @@ from helpers.runs import Run, writes
 from helpers.training import callbacks, inputs, layout
 
 log = logging.getLogger(__name__)
-THOUGHTLESS = (
-    "thinking: no answer has a <think>...</think>, so the model learns not to "
-)
-THOUGHTLESS += "think: write thoughts into the rows, set it to false, or use GRPO alone"
+THOUGHTLESS = "thinking: no answer has a <think>...</think>, so the model learns "
+THOUGHTLESS += "not to think: write thoughts into the rows, set it to false, "
+THOUGHTLESS += "or use GRPO alone"
 # transformers keeps packed rows apart by position ids, whatever TRL warns of
 logging.getLogger("trl.trainer.sft_trainer").addFilter(
     lambda record: "supported Flash Attention variant" not in record.getMessage()
