@@ -14,9 +14,11 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, get_scheduler
 
+from helpers import runtime
 from helpers.files import write_json
 from helpers.grpo import monitor
 from helpers.runs import Run
+from helpers.training import inputs
 from helpers.training.inputs import Panel
 
 ARGUMENTS = SimpleNamespace(eval_strategy="steps", warmup_steps=2)
@@ -211,6 +213,28 @@ def test_in_a_notebook_the_curve_is_drawn_in_one_place(
     assert "step 2 of 3, 01:00 left" in output.data["text/html"]
     assert "Loss 2.000 -> 1.000." in output.data["text/html"]
     assert "data:image/png;base64" in output.data["text/html"]
+
+
+def test_the_panel_tells_the_time_left_more_often_than_it_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "in_notebook", lambda: True)
+    shown: list[str] = []
+    monkeypatch.setattr(inputs, "display", lambda page, **_: shown.append(page.data))
+    panel, state = (
+        Panel(tmp_path),
+        TrainerState(max_steps=3, is_world_process_zero=True),
+    )
+    pictures = []
+    for state.global_step in (1, 2):
+        state.log_history.append({"step": state.global_step, "loss": 1.0})
+        panel.due = 0.0  # ten seconds later
+        panel.on_log(ARGUMENTS, state, TrainerControl())
+        pictures.append((tmp_path / "curves.png").read_bytes())
+    assert all(f"step {n} of 3" in page for n, page in enumerate(shown, start=1))
+    assert pictures[0] == pictures[1]  # its second drawing is due a minute later
+    panel.on_train_end(ARGUMENTS, state)
+    assert (tmp_path / "curves.png").read_bytes() != pictures[1]
 
 
 def test_a_run_whose_reward_collapses_is_stopped_with_the_reason(

@@ -183,14 +183,15 @@ def draw_diagnostics(history: list[dict[str, Any]], path: Path | None = None) ->
 class Panel(TrainerCallback):
     """Shows a stage's step, its time left, what its logs mean, and their curves.
 
-    In a notebook it is drawn in its place from the first logged step on, else told.
+    In a notebook it is shown in its place from the first logged step on, else told:
+    words every 10 seconds, curves as often as takes half a percent of the time.
 
     Args:
         folder: of the stage, for `curves.png`.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.due = folder, 0.0
+        self.folder, self.due, self.curves_due = folder, 0.0, 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero and time.monotonic() >= self.due:
@@ -226,17 +227,16 @@ class Panel(TrainerCallback):
         return ""
 
     def show(self, state: Any, last: bool = False) -> None:
-        is_notebook, began = runtime.in_notebook(), time.monotonic()
-        path = self.folder / "curves.png"
+        is_notebook, now = runtime.in_notebook(), time.monotonic()
+        path, shown, self.due = self.folder / "curves.png", self.due > 0, now + 10
         lines = [self.title(state), *self.explain(state.log_history)]
         if not is_notebook:
             log.info("\n".join(lines) if last else ": ".join(lines[:2]))
-        if is_notebook or last:
+        if last or (is_notebook and now >= self.curves_due):
             draw_diagnostics(state.log_history, path)
+            self.curves_due = now + 200 * (time.monotonic() - now)
         if is_notebook:
             picture = base64.b64encode(path.read_bytes()).decode()
             page = "".join(f"<li>{line}</li>" for line in lines)
             page += f'<img src="data:image/png;base64,{picture}">{self.page()}'
-            display(HTML(page), display_id=str(id(self)), update=self.due > 0)
-        now = time.monotonic()
-        self.due = now + max(10, 30 * (now - began))  # a drawing takes half a second
+            display(HTML(page), display_id=str(id(self)), update=shown)
