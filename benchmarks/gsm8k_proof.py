@@ -4,9 +4,10 @@
 
 TRAIN and TEST are GSM8K's JSON lines. Stages: `base` answers after four examples, as
 text; `sft` trains on the whole split but for the last rows, by which GRPO's adapter is
-chosen; `rejection`, with `--rejection K`, draws K answers to each problem, and trains
-anew on the right and different ones, too, in as many steps; `grpo` goes on for some
-minutes with the problems that SFT solves at times; `control` is more SFT for as long.
+chosen, and with `--variants N` on the same problems with other numbers, too;
+`rejection`, with `--rejection K`, draws K answers to each problem, and trains anew on
+the right and different ones, too, in as many steps; `grpo` goes on for some minutes
+with the problems that SFT solves at times; `control` is more SFT for as long.
 All answer the same test problems greedily; p is of McNemar's exact test on them.
 
 A stage that is finished in `--runs` is not repeated, one that was killed goes on, and
@@ -30,6 +31,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gsm8k_variants  # noqa: E402
 
 from helpers import files, recipes, runs, runtime, stages  # noqa: E402
 from helpers.config import RunConfig, changed  # noqa: E402
@@ -94,10 +98,12 @@ GRPO = {
 def write_parts(given: argparse.Namespace) -> dict[str, Path]:
     """Writes train and eval rows, without a calculator's notes if asked to."""
     text = Path(given.train).read_text(encoding="utf-8")
-    lines = (NOTES.sub("", text) if given.plain else text).splitlines(True)
+    lines = text.splitlines(True)
     parts = {"train": lines[: -given.held_out], "eval": lines[-given.held_out :]}
+    parts["train"] += gsm8k_variants.vary_lines(parts["train"], given.variants)
     places = {n: given.runs / f"{given.name}-{n}.jsonl" for n in parts}
     for name, part in parts.items():
+        part = [NOTES.sub("", line) for line in part] if given.plain else part
         files.write_lines(places[name], part)
     return places
 
@@ -269,6 +275,7 @@ def run_stage(given: argparse.Namespace, stage: str, seed: int) -> Row:
         part, items = part | stages.train_stage(run, kind), evaluate(run, kind)
     own = run.config.grpo if stage == "grpo" else run.config.sft
     settings = own | {n: run.config.lora[n] for n in ("r", "lora_alpha")}
+    settings |= {"dtype": given.dtype, "variants": given.variants}
     return {
         "model": given.name,
         "seed": seed,
@@ -276,7 +283,7 @@ def run_stage(given: argparse.Namespace, stage: str, seed: int) -> Row:
         **{name: rate(items, key) for name, key in VERDICTS.items()},
         "seconds": round(time.perf_counter() - began, 1),
         "trained": {name: part[name] for name in TRAINED.split() if name in part},
-        "settings": {} if stage == "base" else settings | {"dtype": given.dtype},
+        "settings": {} if stage == "base" else settings,
         "right": "".join(str(int(item["correct"])) for item in items),
     }
 
@@ -332,6 +339,9 @@ def main() -> None:
         "--minutes", type=float, default=4.0, help="of GRPO, of control"
     )
     parser.add_argument("--rejection", type=int, default=0, metavar="K")
+    parser.add_argument(
+        "--variants", type=int, default=0, help="of a problem, with other numbers"
+    )
     parser.add_argument(
         "--probe", type=int, default=4096, help="problems tried for GRPO"
     )

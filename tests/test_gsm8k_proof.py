@@ -25,9 +25,13 @@ def command(
 ) -> list[str]:
     """The command line of all stages, in a folder of its own."""
     folder = tmp_path_factory.mktemp("proof")
-    for name, count in (("train", 24), ("test", 4)):
-        write_rows(folder / name, read_rows(PROBLEMS / f"{name}.jsonl")[:count])
-    sizes = "--budget 3000 --held-out 4 --probe 6 --minutes 0.05 --rejection 2".split()
+    noted = {"question": "7 pens, 8 caps: how many?", "answer": "<<7+8=15>>15\n#### 15"}
+    for name, rows in (("train", [noted]), ("test", [])):
+        count = 24 if rows else 4
+        rows += read_rows(PROBLEMS / f"{name}.jsonl")[: count - len(rows)]
+        write_rows(folder / name, rows)
+    sizes = "--budget 3000 --held-out 4 --variants 1 --probe 6 --minutes 0.05".split()
+    sizes += ["--rejection", "2"]
     places = ["--runs", str(folder / "runs"), "--out", str(folder / "out")]
     options = ["--model", str(tiny_model_folder), *sizes, *places, "--set", *SIZES]
     program = "benchmarks/gsm8k_proof.py"
@@ -47,9 +51,9 @@ def test_all_stages_are_trained_compared_and_not_repeated(
         assert row["seconds"] > 0 and ("p_vs_base" in row) == (stage != "base")
         assert ("p_vs_sft" in row) == (stage not in ("base", "sft"))
         assert (row["trained"].get("steps", 0) > 0) == (stage != "base")
-    assert rows["rejection"]["trained"]["steps"] == rows["sft"]["trained"]["steps"] == 5
+    assert rows["rejection"]["trained"]["steps"] == rows["sft"]["trained"]["steps"] == 6
     assert rows["control"]["settings"]["max_steps"] >= 1
-    assert rows["grpo"]["trained"]["solved_at_times"] == [0, 20]
+    assert rows["grpo"]["trained"]["solved_at_times"] == [0, 21]  # one is a variant
     assert rows["grpo"]["settings"]["num_generations"] == 2
     lines = publish.proof(out)
     assert lines[0].startswith("Real GSM8K's first 4 test") and len(lines) == 7
