@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from rows import turns, write
 
@@ -79,20 +80,23 @@ def test_held_out_conversations_get_losses_and_text_metrics(prepared):
     assert run.report()["eval"]["base"] == part
 
 
-def test_the_response_loss_is_over_all_supervised_tokens(tiny_model_folder):
+def test_response_losses_are_of_the_supervised_tokens(tiny_model_folder):
     import torch
 
     model, tokenizer = models.load_model(str(tiny_model_folder))
+    # they begin alike; the second's answer as well
     chats = [turns("Is it?", "Yes. " * n) for n in (1, 7)]
     rows = mask_conversations(tokenizer, chats).rows
-    losses: list[float] = []
+    expected = []
     for row in rows:
         logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].double()
         labels = torch.tensor(row["labels"])[1:]
         each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        losses += each[labels != -100].tolist()
-    expected = sum(losses) / len(losses)
-    assert evaluator.response_loss(model, rows) == pytest.approx(expected, abs=1e-5)
+        learnt = each[labels != -100]
+        expected.append((learnt.mean().item(), len(learnt)))
+    assert expected[0][1] < expected[1][1]
+    losses = evaluator.response_losses(model, rows)
+    assert np.array(losses) == pytest.approx(np.array(expected), abs=1e-5)
 
 
 def test_an_item_says_all_that_decided_its_verdicts(prepared):

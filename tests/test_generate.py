@@ -38,6 +38,26 @@ def test_batched_answers_equal_single_ones_in_the_prompts_order(tiny: Any) -> No
     assert batched == single
 
 
+def test_what_prompts_begin_with_is_read_once(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved = "What is 1 + 1? It is 2. What is 2 + 2? It is 4. " * 3
+    prompts = [solved + text for text in (*TEXTS, "")]
+    single = [generation.generate(*tiny, [p], max_new_tokens=8)[0] for p in prompts]
+    lengths: list[tuple[int, ...]] = []
+    hook = tiny[0].register_forward_pre_hook(
+        lambda *call: lengths.append(call[2]["input_ids"].shape), with_kwargs=True
+    )
+    assert generation.generate(*tiny, prompts, max_new_tokens=8) == single
+    start, rest = lengths[:2]
+    assert start[0] == 1 and start[1] > 50 and rest[0] == 4 and rest[1] < 20
+    prompts[0] = "And " + prompts[0]  # nothing is common
+    del lengths[:]
+    generation.generate(*tiny, prompts, max_new_tokens=8)
+    hook.remove()
+    assert lengths[0][0] == 4 and lengths[0][1] > 50
+
+
 def test_a_batch_that_does_not_fit_is_halved(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -20,7 +21,7 @@ from helpers.errors import DataError, MissingInput
 from helpers.evaluation import metrics, tables
 from helpers.files import fingerprint, read_json, read_rows, write_json
 from helpers.inference.decoder import set_attention
-from helpers.inference.generation import generate_batches, inference
+from helpers.inference.generation import generate_batches, inference, read_start
 from helpers.inference.items import answer_rows, find_adapters, model_print
 from helpers.masking.dataset import NO_LOSS, Example, mask_conversations
 from helpers.models import adapters
@@ -51,19 +52,28 @@ def read_sets(run: Run) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
     return sets, prompts
 
 
-def response_loss(model: Any, rows: list[Example]) -> float:
-    """Returns the mean cross-entropy, in nats, over all supervised tokens of rows."""
-    total, count = 0.0, 0
+def response_losses(model: Any, rows: list[Example]) -> list[tuple[float, int]]:
+    """Returns each row's mean cross-entropy, in nats, and its supervised tokens."""
+    losses = []
+    learnt = [
+        [n for n, x in enumerate(r["labels"]) if n and x != NO_LOSS] for r in rows
+    ]
     with inference(model):
+        # the token before the first learnt one predicts it
+        pairs = zip(rows, learnt, strict=True)
+        start, cache = read_start(
+            model,
+            [row["input_ids"][: min(tokens, default=1) - 1] for row, tokens in pairs],
+        )
         # one at a time: no padding, and logits of one row in memory
-        for row in runtime.progress(rows, "loss"):
-            ids = torch.tensor([row["input_ids"]], device=model.device)  # (1, seq)
-            labels = torch.tensor([row["labels"]], device=model.device)
-            tokens = int((labels[:, 1:] != NO_LOSS).sum())
-            if tokens:
-                total += float(model(input_ids=ids, labels=labels).loss) * tokens
-                count += tokens
-    return total / count
+        for row, tokens in zip(runtime.progress(rows, "loss"), learnt, strict=True):
+            ids = torch.tensor([row["input_ids"][start:]], device=model.device)
+            labels = torch.tensor([row["labels"][start:]], device=model.device)
+            loss = model(input_ids=ids, labels=labels, past_key_values=cache).loss
+            losses.append((float(loss) if tokens else 0.0, len(tokens)))
+            if cache is not None:
+                cache.crop(-ids.shape[1])
+    return losses
 
 
 @writes
@@ -87,12 +97,14 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
         way = "last" if general else config.loss_on
         longest = None if general else config.max_length
         masked = mask_conversations(tokenizer, chats, way, longest, drop=drop)
+        found = response_losses(model, masked.rows)
         if general:
-            if len(masked.rows) == len(chats):  # so that each loss has its item
-                for item, row in zip(prompts[name], masked.rows, strict=True):
-                    item["loss"] = round(response_loss(model, [row]), 4)
+            if len(found) == len(chats):  # so that each loss has its item
+                for item, (loss, _) in zip(prompts[name], found, strict=True):
+                    item["loss"] = round(loss, 4)
             continue
-        loss = response_loss(model, masked.rows)
+        losses, counts = zip(*found, strict=True)
+        loss = float(np.average(losses, weights=counts))
         key = "eval_loss" if name == "eval" else "loss"
         measures = {key: round(loss, 4), "perplexity": round(math.exp(loss), 3)}
         part |= measures if name == "eval" else {name: measures}

@@ -1,5 +1,6 @@
 """Batched and streaming generation, used by evaluation, live samples and chat."""
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -75,20 +76,55 @@ def generate_batches(
         longest = len(encoded[order[0]]) + max_new_tokens
         size = batch_size or fitting_rows(model.config, longest, model.device.type)
         batch = order[:size]
-        rows = {"input_ids": [encoded[i] for i in batch]}
-        inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
+        rows = [encoded[i] for i in batch]
         try:
             with inference(model):
-                output = model.generate(**inputs.to(model.device), **options)
+                start, cache = read_start(model, [row[:-1] for row in rows])
+                if cache is not None:
+                    cache.batch_repeat_interleave(len(rows))
+                form = pad_rows(rows, start, tokenizer.pad_token_id)
+                form = {name: ids.to(model.device) for name, ids in form.items()}
+                past = {} if cache is None else {"past_key_values": cache}
+                output = model.generate(**form, **past, **options)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             batch_size = len(batch) // 2
             continue
         order = order[size:]
-        outputs = output[:, inputs["input_ids"].shape[1] :].tolist()
+        outputs = output[:, form["input_ids"].shape[1] :].tolist()
         answers = [cut_answer(tokenizer, ids, stops) for ids in outputs]
         yield dict(zip(batch, answers, strict=True))
+
+
+def read_start(model: Any, rows: list[list[int]]) -> tuple[int, Any]:
+    """Reads what all rows begin with once; returns its length, and its cache or None.
+
+    A CPU's time goes by tokens, and instructions or solved examples are the same in all
+    prompts. A GPU, and a model whose attention has windows or states, reads whole rows.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    start = os.path.commonprefix(rows) if len(rows) > 1 else []
+    cache = DynamicCache(config=model.config)
+    plain = not any([*cache.is_sliding, *cache.is_linear])
+    if not start or model.device.type != "cpu" or not plain:
+        return 0, None
+    model(input_ids=torch.tensor([start]), past_key_values=cache, logits_to_keep=1)
+    return len(start), cache
+
+
+def pad_rows(rows: list[list[int]], start: int, pad: int) -> dict[str, Any]:
+    """Returns ids and attention mask, (rows, width), padded behind their start."""
+    import torch
+
+    gaps = [max(map(len, rows)) - len(row) for row in rows]
+    pairs = list(zip(rows, gaps, strict=True))
+    ids = [row[:start] + [pad] * gap + row[start:] for row, gap in pairs]
+    seen = [[1] * start + [0] * gap + [1] * (len(row) - start) for row, gap in pairs]
+    values = {"input_ids": ids, "attention_mask": seen}
+    return {name: torch.tensor(value) for name, value in values.items()}
 
 
 def decoding(tokenizer: Tokenizer, drawing: dict[str, Any]) -> dict[str, Any]:
