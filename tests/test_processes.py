@@ -75,11 +75,12 @@ def curve(run: Run, name: str = "loss") -> list[float]:
     return [entry[name] for entry in history if name in entry]
 
 
-def two_processes(run: Run, **options: Any) -> subprocess.Popen[str]:
+def two_processes(run: Run, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "helpers", "train", str(run.path / "config.json")]
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command += ["--stage", "sft", "--gpus", "2"]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | TWO, **options)
+    options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command += ["--stage", "sft", "--gpus", "2", *more]
+    options |= {"text": True, "cwd": ROOT, "env": os.environ | TWO}
+    return subprocess.Popen(command, **options)
 
 
 @pytest.fixture
@@ -121,6 +122,15 @@ def test_two_processes_learn_what_one_does_and_a_killed_one_ends_both_and_goes_o
     stages.train(run.config, "sft")
     assert "going on from" in caplog.text
     assert curve(run) == pytest.approx(curve(alone), abs=1e-5)
+
+
+def test_shared_weights_learn_what_whole_ones_do_and_any_number_goes_on(
+    alone: Run, run_factory: Callable[..., Run]
+) -> None:
+    run = run_factory(name="shared", sft=SFT, data__train_rows=27, stages=["sft"])
+    text, _ = two_processes(run, "--shard").communicate(timeout=170)
+    assert curve(run) == pytest.approx(curve(alone), abs=1e-5), text[-2000:]
+    assert curve(run, "eval_loss") == pytest.approx(curve(alone, "eval_loss"), 1e-6)
 
 
 def test_grpo_has_the_gradients_of_one_process_at_the_same_groups(
