@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed import run as torchrun
 
 from helpers import recipes, runtime, stages
@@ -213,6 +215,35 @@ def test_launch_files_call_commands_that_exist(tmp_path: Path) -> None:
     assert command[1:4] == ["-m", "helpers", "train"]
     for line in ([*node.training_script_args], command[3:]):
         assert set(line[2:]) - {"all"} <= set(COMMANDS["train"].split())
+
+
+def test_accelerates_launcher_shares_weights_as_shard_does() -> None:
+    words = ["--config_file", str(ROOT / "configs" / "fsdp2.yaml")]
+    words += ["--module", "helpers", "train", "demo", "--stage", "sft"]
+    options, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert runtime.SHARD.items() <= prepare_multi_gpu_env(options).items()
+
+
+@pytest.mark.parametrize(
+    ("changes", "needs"),
+    [
+        ({"stages": ["sft", "grpo"]}, "--stage sft: GRPO samples from whole weights"),
+        ({"engine": "unsloth"}, "engine='transformers' or 'auto'"),
+        ({"weights": "8bit"}, "weights='4bit' or '16bit'"),
+        ({"sft": {"optim": "lion_8bit"}}, "an AdamW as sft.optim"),
+        ({}, "two GPUs or more"),
+    ],
+)
+def test_what_cannot_be_trained_on_shared_weights_is_refused(
+    changes: dict[str, Any],
+    needs: str,
+    run_factory: Callable[..., Run],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = run_factory(**{"stages": ["sft"]} | changes)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=f"--shard needs .*{re.escape(needs)}"):
+        stages.train(run.config)
 
 
 def test_axolotls_config_has_the_numbers_of_the_recipe() -> None:
