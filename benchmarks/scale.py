@@ -4,6 +4,9 @@
         [--engines unsloth transformers] [--parts sft fsdp kill grpo] [--budget 540]
     ACCELERATE_USE_CPU=1 python benchmarks/scale.py run cpu --gpus 1 2 --shapes tiny
         --engines transformers                                # tries the program
+    python benchmarks/scale.py run MACHINE --gpus 2 --shapes 7b --parts fsdp
+    python benchmarks/scale.py run MACHINE --gpus 1 2 4 --shapes 1b --parts kill grpo
+    python benchmarks/scale.py run MACHINE --shapes 3b 7b --parts sft  # what lacks most
     python benchmarks/scale.py table
     python benchmarks/scale.py predict                    # the table of docs/scaling.md
 
@@ -16,10 +19,10 @@ sft   eight rows an optimiser step on each GPU (`per_gpu`), then eight on all to
       (`in_all`): the same rows in the same order as on one GPU, so the losses should
       be the same. The layout is the machine's choice. `speedup` compares the tokens a
       second with those of one GPU, of the same file.
-fsdp  `python -m helpers train` on the most GPUs, transformers alone: with whole weights
-      on each (`whole`), and with `--shard` (`shared`). Then both again, under a cap
-      half-way between their peaks: on one GPU (`whole, capped`), which should run out
-      of memory, and shared (`shared, capped`), which should not.
+fsdp  `python -m helpers train` on the most GPUs, transformers alone: with `--shard`
+      (`shared`), and with whole weights on each (`whole`). Then both again, under a cap
+      half-way between their peaks: shared (`shared, capped`), which should fit, and on
+      one GPU (`whole, capped`), which should run out of memory.
 kill  `python -m helpers train`: on one GPU to the end; on two, one of which is killed
       after a checkpoint; and on the most GPUs from there to the end.
 grpo  eight answers of 256 tokens to a problem on each GPU, sampled from each GPU's
@@ -307,26 +310,28 @@ def run_fsdp(shape: str, gpus: int, model: str, late: float) -> None:
     """Trains with whole and with shared weights, and where whole ones do not fit."""
     memory.write_rows(Path(os.environ["TUNEBOOK_RUNS"]), 400, packing=False)
     names = {"part": "fsdp", "shape": shape, "engine": "transformers"}
-    whole: list[float] = []
+    losses: list[float] = []
 
     def train(rows: str, count: int, *more: str, **variables: str) -> float:
         config = run_config(rows.replace(", ", "-"), "transformers", model)
         way = Training(config, "--gpus", str(count), *more, **variables)
         text = way.end(late)
         row = names | {"gpus": count, "rows": rows, "exit_code": way.process.returncode}
-        report = read_json(way.folder / "report.json").get("sft")
-        if report:
-            whole[:] = whole or way.losses()
-            row |= {"tokens_per_second": report["tokens_per_second"]}
-            row |= {"peak_gb": report["peak_memory_gb"], "steps": report["steps"]}
-            row["loss_distance"] = distance(way.losses(), whole)
+        report = read_json(way.folder / "report.json")
+        if part := report.get("sft"):
+            losses[:] = losses or way.losses()
+            row |= {"tokens_per_second": part["tokens_per_second"]}
+            row |= {"peak_gb": part["peak_memory_gb"], "steps": part["steps"]}
+            row |= {"reloaded": part["reloaded"]}
+            row["loss_distance"] = distance(way.losses(), losses)
+            row["card"] = report["environment"]["device"]
         else:
             lines = [line for line in text.splitlines() if "Error" in line] or [text]
             row["error"] = lines[-1][-300:]
         write_row(row | variables)
         return row.get("peak_gb", 0.0)
 
-    whole_gb, shared_gb = train("whole", gpus), train("shared", gpus, "--shard")
+    shared_gb, whole_gb = train("shared", gpus, "--shard"), train("whole", gpus)
     if 0 < shared_gb < whole_gb:  # small models have little to share
         cap = {"TUNEBOOK_GPU_GB": f"{(whole_gb + shared_gb) / 2:.2f}"}
         train("shared, capped", gpus, "--shard", **cap)

@@ -25,7 +25,8 @@ from torch.distributed import run as torchrun
 
 from helpers import recipes, runtime, stages
 from helpers.__main__ import COMMANDS
-from helpers.errors import ConfigError
+from helpers.errors import ConfigError, ModelError
+from helpers.models import load
 from helpers.runs import Run
 from helpers.training import inputs, layout
 
@@ -295,6 +296,18 @@ def test_what_cannot_be_trained_on_shared_weights_is_refused(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match=f"--shard needs .*{re.escape(needs)}"):
         stages.train(run.config)
+
+
+def test_integers_of_a_quantised_checkpoint_cannot_be_shared(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load.load_model(str(tiny_model_folder), weights="4bit")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    load.load_model(str(tmp_path), weights="4bit")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ModelError, match="--shard needs a model that was not quanti"):
+        load.load_model(str(tmp_path), weights="4bit")
 
 
 def test_axolotls_config_has_the_numbers_of_the_recipe() -> None:

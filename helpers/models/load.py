@@ -171,7 +171,9 @@ def load_model(
     model = model[0] if engine == "unsloth" else model
     loaded = model.config.to_dict().get("quantization_config", {})
     if not bits.items() <= loaded.items():
-        raise ModelError(f"{engine} cannot load {weights=} with {double_quant=} here")
+        text = f"{engine} cannot load {weights=} with {double_quant=} here"
+        hint = ": --shard needs a model that was not quantised beforehand"
+        raise ModelError(text + hint * runtime.is_sharded())
     tokenizer = load_tokenizer(name, **more)
     rows = model.get_input_embeddings().weight.shape[0]
     if max(tokenizer.get_vocab().values()) >= rows:
