@@ -103,10 +103,7 @@ def first_process() -> AbstractContextManager[Any]:
     from accelerate import PartialState
 
     options: Any = {"cpu": not torch.cuda.is_available(), "timeout": timedelta(hours=2)}
-    state = PartialState(**options)
-    if options["cpu"]:
-        state.device = torch.device("cpu")  # torch loads no checkpoint to "cpu:0"
-    return state.main_process_first()
+    return PartialState(**options).main_process_first()
 
 
 def choose_gpu() -> None:

@@ -110,6 +110,8 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     keep_lora_fp32(model)
     if trainer.args.world_size > 1:
         set_seed(trainer.args.seed, device_specific=True)  # of dropout
+        if trainer.args.use_cpu:  # torch loads no checkpoint to accelerate's "cpu:0"
+            vars(trainer.args)["_setup_devices"] = torch.device("cpu")
         own = trainer.get_train_dataloader
         trainer.get_train_dataloader = partial(layout.filled_loader, trainer, own)
     if runtime.is_sharded():
