@@ -76,7 +76,7 @@ trainer.train()
 # with activations computed again, which a CPU does not do by itself
 SHARES = """
 from helpers import runs, runtime, stages
-from helpers.training import build_sft, fit, load_for_training
+from helpers.training.trainer import build_sft, fit, load_for_training
 run = runs.open_run()
 with runtime.first_process():
     stages.ensure_ready(run, "sft")
