@@ -8,7 +8,7 @@
     python benchmarks/scale.py run MACHINE --gpus 1 2 4 --shapes 1b --parts kill grpo
     python benchmarks/scale.py run MACHINE --shapes 3b 7b --parts sft  # what lacks most
     python benchmarks/scale.py table
-    python benchmarks/scale.py predict                    # the table of docs/scaling.md
+    python benchmarks/scale.py predict                    # the tables of docs/scaling.md
 
 Random weights of the published shapes, 4-bit base, LoRA r 16 on all projections, fp16,
 under a cap of 14.0 GiB a GPU without FlashAttention, as on T4s. Each way has processes
@@ -489,6 +489,12 @@ def longest_share(gpus: int) -> tuple[float, float]:
     return float(plain), float(dealt)
 
 
+def predicted_config(model: str, engine: str) -> Any:
+    config = sft_config("predict", engine, model, ROWS, on_gpu=True)
+    settings: Any = {"sft__per_device_train_batch_size": 1}
+    return changed(config, **settings)
+
+
 def predict() -> None:
     """Prints memory, communication and efficiency of more GPUs than were measured."""
     from helpers import estimate
@@ -497,6 +503,10 @@ def predict() -> None:
         estimate.KNOWN[model] = dict(
             zip(estimate.NAMES, ("llama", *fields), strict=True)
         )
+    for model in ("llama-2-7b", *PREDICTED):
+        config = predicted_config(model, "transformers")
+        peaks = [estimate.estimate_memory(config, shares=n).sum() for n in (1, 2, 4, 8)]
+        print(f"| {model} | " + " | ".join(f"{gb:.1f}" for gb in peaks) + " |")
     mean = 320  # tokens of a chat row
     waits = {gpus: longest_share(gpus) for gpus in (8, 64, 512)}
     for model in PREDICTED:
@@ -505,9 +515,7 @@ def predict() -> None:
         base = estimate.skeleton(model)
         weights = base.num_parameters()
         embeddings = 2 * base.get_input_embeddings().weight.numel()
-        config = sft_config("predict", "unsloth", model, ROWS, on_gpu=True)
-        settings: Any = {"sft__per_device_train_batch_size": 1}
-        config = changed(config, **settings)
+        config = predicted_config(model, "unsloth")
         peak = estimate.estimate_memory(config).sum()
         compute_s = 6 * ROWS * mean * weights / (2.6e12 * 132)  # `this_gpu` of an H100
         for gpus, wait in waits.items():

@@ -170,7 +170,7 @@ def load_model(
         model = Loader.from_pretrained(find_model(name), **arguments)
     model = model[0] if engine == "unsloth" else model
     if runtime.is_sharded():  # else PEFT sends all to the GPUs with a checkpoint
-        vars(model).pop("hf_device_map")
+        vars(model).pop("hf_device_map", None)
     loaded = model.config.to_dict().get("quantization_config", {})
     if not bits.items() <= loaded.items():
         text = f"{engine} cannot load {weights=} with {double_quant=} here"
