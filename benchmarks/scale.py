@@ -8,7 +8,7 @@
     python benchmarks/scale.py run MACHINE --gpus 1 2 4 --shapes 1b --parts kill grpo
     python benchmarks/scale.py run MACHINE --shapes 3b 7b --parts sft  # what lacks most
     python benchmarks/scale.py table
-    python benchmarks/scale.py predict                    # the tables of docs/scaling.md
+    python benchmarks/scale.py predict  # the tables of docs/scaling.md
 
 Random weights of the published shapes, 4-bit base, LoRA r 16 on all projections, fp16,
 under a cap of 14.0 GiB a GPU without FlashAttention, as on T4s. Each way has processes
