@@ -248,6 +248,14 @@ def test_more_gpus_than_there_are_is_refused(gpus: str) -> None:
         runtime.launch(["train", "demo"], gpus)
 
 
+def test_one_gpu_has_nobody_to_share_weights_with_and_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    with pytest.raises(ConfigError, match="--shard needs two GPUs or more"):
+        runtime.launch(["train", "demo"], "1", shard=True)
+
+
 def read_yaml(name: str) -> dict[str, Any]:
     return yaml.safe_load((ROOT / "configs" / name).read_text())
 
