@@ -1,11 +1,14 @@
 """Measures the same training on one GPU and on more: speed, losses, memory, survival.
 
     python benchmarks/scale.py run MACHINE [--gpus 1 2 4] [--shapes 1b 3b]
-        [--engines unsloth transformers] [--parts sft kill grpo] [--budget 540]
+        [--engines unsloth transformers] [--parts sft fsdp kill grpo] [--budget 540]
     ACCELERATE_USE_CPU=1 python benchmarks/scale.py run cpu --gpus 1 2 --shapes tiny
         --engines transformers                                # tries the program
+    python benchmarks/scale.py run MACHINE --gpus 2 --shapes 7b --parts fsdp
+    python benchmarks/scale.py run MACHINE --gpus 1 2 4 --shapes 1b --parts kill grpo
+    python benchmarks/scale.py run MACHINE --shapes 3b 7b --parts sft  # what lacks most
     python benchmarks/scale.py table
-    python benchmarks/scale.py predict                    # the table of docs/scaling.md
+    python benchmarks/scale.py predict  # the tables of docs/scaling.md
 
 Random weights of the published shapes, 4-bit base, LoRA r 16 on all projections, fp16,
 under a cap of 14.0 GiB a GPU without FlashAttention, as on T4s. Each way has processes
@@ -16,6 +19,10 @@ sft   eight rows an optimiser step on each GPU (`per_gpu`), then eight on all to
       (`in_all`): the same rows in the same order as on one GPU, so the losses should
       be the same. The layout is the machine's choice. `speedup` compares the tokens a
       second with those of one GPU, of the same file.
+fsdp  `python -m helpers train` on the most GPUs, transformers alone: with `--shard`
+      (`shared`), and with whole weights on each (`whole`). Then both again, under a cap
+      half-way between their peaks: shared (`shared, capped`), which should fit, and on
+      one GPU (`whole, capped`), which should run out of memory.
 kill  `python -m helpers train`: on one GPU to the end; on two, one of which is killed
       after a checkpoint; and on the most GPUs from there to the end.
 grpo  eight answers of 256 tokens to a problem on each GPU, sampled from each GPU's
@@ -37,6 +44,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -50,7 +59,7 @@ from helpers.files import read_json, write_json  # noqa: E402
 
 RESULT = Path(os.environ.get("OUT", ROOT / "results")) / "scale.json"
 PROGRAM = str(Path(__file__).resolve())
-PARTS = ("sft", "kill", "grpo")
+PARTS = ("sft", "fsdp", "kill", "grpo")
 # fields of LlamaConfig, in the order of helpers.estimate.NAMES after the type
 PREDICTED = {
     "llama-3.1-8b": (4096, 32, 32, 8, 14336, 128256, 131072, False),
@@ -256,8 +265,11 @@ def launcher(gpus: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *options]
 
 
-def kill_config(name: str, engine: str, model: str, folder: Path, on_gpu: bool) -> Path:
-    """Writes the config of a run of few rows, with a checkpoint at each step."""
+def run_config(name: str, engine: str, model: str) -> Path:
+    """Writes the config of a run of few rows, with a checkpoint at every other step."""
+    import torch
+
+    folder, on_gpu = Path(os.environ["TUNEBOOK_RUNS"]), torch.cuda.is_available()
     sft = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     sft |= {"max_steps": STEPS, "learning_rate": 2e-4, "warmup_steps": 2}
     sft |= optimiser(on_gpu) | {"save_strategy": "steps", "save_steps": 2}
@@ -268,33 +280,76 @@ def kill_config(name: str, engine: str, model: str, folder: Path, on_gpu: bool) 
     return path
 
 
-def run_kill(shape: str, engine: str, most: int, model: str, late: float) -> None:
-    """Kills one of two processes, and goes on with `most`; compares the losses."""
-    import psutil
-    import torch
+class Training:
+    """A process of `python -m helpers train`, and the run that it trains."""
 
-    folder, on_gpu = Path(os.environ["TUNEBOOK_RUNS"]), torch.cuda.is_available()
-    memory.write_rows(folder, 400, packing=False)
-    losses, row = {}, {"part": "kill", "shape": shape, "engine": engine, "gpus": most}
+    def __init__(self, config: Path, *options: str, **variables: str) -> None:
+        command = [sys.executable, "-m", "helpers", "train", str(config)]
+        command += ["--stage", "sft", *options]
+        settings: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        settings |= {"text": True, "cwd": ROOT, "env": os.environ | variables}
+        self.process = subprocess.Popen(command, **settings)
+        self.folder = config.with_suffix("")
 
-    def start(name: str, gpus: int) -> subprocess.Popen[str]:
-        path = kill_config(name, engine, model, folder, on_gpu)
-        command = [sys.executable, "-m", "helpers", "train", str(path), "--stage"]
-        options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        options |= {"text": True, "cwd": ROOT, "start_new_session": True}
-        return subprocess.Popen([*command, "sft", "--gpus", str(gpus)], **options)
-
-    def end(name: str, process: subprocess.Popen[str]) -> str:
-        text, _ = process.communicate(timeout=max(1, late - time.monotonic()))
-        history = folder / name / "sft" / "log_history.json"
-        if history.exists():
-            entries = json.loads(history.read_text())
-            losses[name] = [e["loss"] for e in entries if "loss" in e]
+    def end(self, late: float) -> str:
+        """Returns what it printed."""
+        text, _ = self.process.communicate(timeout=max(1, late - time.monotonic()))
         return text
 
-    text = end("whole", start("whole", 1))
-    assert "whole" in losses, text[-1500:]
-    process = start("killed", 2)
+    def losses(self) -> list[float]:
+        history = self.folder / "sft" / "log_history.json"
+        entries = json.loads(history.read_text()) if history.exists() else []
+        return [e["loss"] for e in entries if "loss" in e]
+
+
+def distance(losses: list[float], others: list[float]) -> float:
+    return max(abs(x / y - 1) for x, y in zip(losses, others, strict=True))
+
+
+def run_fsdp(shape: str, gpus: int, model: str, late: float) -> None:
+    """Trains with whole and with shared weights, and where whole ones do not fit."""
+    memory.write_rows(Path(os.environ["TUNEBOOK_RUNS"]), 400, packing=False)
+    names = {"part": "fsdp", "shape": shape, "engine": "transformers"}
+    losses: list[float] = []
+
+    def train(rows: str, count: int, *more: str, **variables: str) -> float:
+        config = run_config(rows.replace(", ", "-"), "transformers", model)
+        way = Training(config, "--gpus", str(count), *more, **variables)
+        text = way.end(late)
+        row = names | {"gpus": count, "rows": rows, "exit_code": way.process.returncode}
+        report = read_json(way.folder / "report.json")
+        if part := report.get("sft"):
+            losses[:] = losses or way.losses()
+            row |= {"tokens_per_second": part["tokens_per_second"]}
+            row |= {"peak_gb": part["peak_memory_gb"], "steps": part["steps"]}
+            row |= {"reloaded": part["reloaded"]}
+            row["loss_distance"] = distance(way.losses(), losses)
+            row["card"] = report["environment"]["device"]
+        else:
+            lines = [line for line in text.splitlines() if "Error" in line] or [text]
+            row["error"] = lines[-1][-300:]
+        write_row(row | variables)
+        return row.get("peak_gb", 0.0)
+
+    shared_gb, whole_gb = train("shared", gpus, "--shard"), train("whole", gpus)
+    if 0 < shared_gb < whole_gb:  # small models have little to share
+        cap = {"TUNEBOOK_GPU_GB": f"{(whole_gb + shared_gb) / 2:.2f}"}
+        train("shared, capped", gpus, "--shard", **cap)
+        train("whole, capped", 1, **cap)
+
+
+def run_kill(shape: str, engine: str, most: int, model: str, late: float) -> None:
+    """Kills one of two processes, and goes on with `most`; compares the losses."""
+    folder = Path(os.environ["TUNEBOOK_RUNS"])
+    memory.write_rows(folder, 400, packing=False)
+    row: dict[str, Any] = {"part": "kill", "shape": shape, "engine": engine}
+    row["gpus"] = most
+    config = run_config("killed", engine, model)
+    whole = Training(run_config("whole", engine, model))
+    text = whole.end(late)
+    assert whole.losses(), text[-1500:]
+    killed = Training(config, "--gpus", "2")
+    process = killed.process
     points = folder / "killed" / "sft" / "checkpoints"
     while not any(points.glob("checkpoint-*/trainer_state.json")):
         assert process.poll() is None and time.monotonic() < late, "no checkpoint"
@@ -303,18 +358,17 @@ def run_kill(shape: str, engine: str, most: int, model: str, late: float) -> Non
     rank_1 = next(p for p in ranks if p.environ().get("LOCAL_RANK") == "1")
     rank_1.send_signal(signal.SIGKILL)
     began = time.perf_counter()
-    text = end("killed", process)
+    text = killed.end(late)
     row |= {"s_to_end": round(time.perf_counter() - began, 1)}
     row |= {"exit_code": process.returncode, "last_line": text.splitlines()[-1]}
     row["processes_left"] = sum(p.is_running() for p in ranks)
-    # torch cannot load a checkpoint to the "cpu:0" of accelerate's CPU processes
-    text = end("killed", start("killed", most if on_gpu else 1))
-    assert "killed" in losses, text[-1500:]
+    killed = Training(config, "--gpus", str(most))
+    text = killed.end(late)
+    assert killed.losses(), text[-1500:]
     going = [line for line in text.splitlines() if "going on from" in line]
     row["resumed"] = going[0].rpartition("/")[2] if going else None
-    pairs = zip(losses["killed"], losses["whole"], strict=True)
-    row |= {"rows": "in_all", "steps": len(losses["killed"])}
-    row["loss_distance"] = max(abs(x / y - 1) for x, y in pairs)
+    row |= {"rows": "in_all", "steps": len(killed.losses())}
+    row["loss_distance"] = distance(killed.losses(), whole.losses())
     write_row(row)
 
 
@@ -326,6 +380,8 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
         if "sft" in options.parts:
             for engine in options.engines:
                 yield from (("sft", shape, engine, n) for n in options.gpus)
+        if "fsdp" in options.parts and most > 1:
+            yield "fsdp", shape, "transformers", most
         if shape != first:
             continue
         if "kill" in options.parts and most > 1:
@@ -354,8 +410,9 @@ def run_all(options: argparse.Namespace) -> None:
         if not model.exists():  # in a process of its own, which frees its memory
             make = [sys.executable, PROGRAM, "make", shape, str(model)]
             subprocess.check_call(make, env=variables)
-        limit_s = min(LIMIT_S * (2 if part == "kill" else 1), left_s)  # of three runs
-        head = [sys.executable] if part == "kill" else launcher(gpus)
+        several = part in ("kill", "fsdp")  # runs, each with a launcher of its own
+        limit_s = min(LIMIT_S * (2 if several else 1), left_s)
+        head = [sys.executable] if several else launcher(gpus)
         command = [*head, PROGRAM, "one", part, shape, engine, str(gpus), str(model)]
         log = RESULT.with_name(f"scale.{part}.{shape}.{engine}.{gpus}.log")
         began = time.monotonic()
@@ -369,7 +426,10 @@ def run_all(options: argparse.Namespace) -> None:
                     code = way.wait(limit_s)
                 except subprocess.TimeoutExpired:
                     code = None
-                    os.killpg(way.pid, signal.SIGKILL)
+                    # torch's launcher puts each process into a session of its own
+                    for process in psutil.Process(way.pid).children(recursive=True):
+                        process.kill()
+                    way.kill()
         seconds = time.monotonic() - began
         print(f"{part} {shape} {engine} {gpus}: {seconds:.0f} s, exit code {code}")
         if code != 0:
@@ -429,6 +489,12 @@ def longest_share(gpus: int) -> tuple[float, float]:
     return float(plain), float(dealt)
 
 
+def predicted_config(model: str, engine: str) -> Any:
+    config = sft_config("predict", engine, model, ROWS, on_gpu=True)
+    settings: Any = {"sft__per_device_train_batch_size": 1}
+    return changed(config, **settings)
+
+
 def predict() -> None:
     """Prints memory, communication and efficiency of more GPUs than were measured."""
     from helpers import estimate
@@ -437,24 +503,31 @@ def predict() -> None:
         estimate.KNOWN[model] = dict(
             zip(estimate.NAMES, ("llama", *fields), strict=True)
         )
+    for model in ("llama-2-7b", *PREDICTED):
+        config = predicted_config(model, "transformers")
+        peaks = [estimate.estimate_memory(config, shares=n).sum() for n in (1, 2, 4, 8)]
+        print(f"| {model} | " + " | ".join(f"{gb:.1f}" for gb in peaks) + " |")
     mean = 320  # tokens of a chat row
     waits = {gpus: longest_share(gpus) for gpus in (8, 64, 512)}
     for model in PREDICTED:
         lora = {"r": 16, "target_modules": memory.ALL}
         trained, _ = estimate.skeleton(model, lora).get_nb_trainable_parameters()
-        weights = estimate.skeleton(model).num_parameters()
-        config = sft_config("predict", "unsloth", model, ROWS, on_gpu=True)
-        settings: Any = {"sft__per_device_train_batch_size": 1}
-        peak = estimate.estimate_memory(changed(config, **settings))
+        base = estimate.skeleton(model)
+        weights = base.num_parameters()
+        embeddings = 2 * base.get_input_embeddings().weight.numel()
+        config = predicted_config(model, "unsloth")
+        peak = estimate.estimate_memory(config).sum()
         compute_s = 6 * ROWS * mean * weights / (2.6e12 * 132)  # `this_gpu` of an H100
         for gpus, wait in waits.items():
             link = 300e9 if gpus <= 8 else 50e9  # bytes/s a GPU: NVLink, 400 Gb/s
             share = 2 * (gpus - 1) / gpus  # of what each GPU holds, in a ring
-            reduce_s, gather_s = (share * n / link for n in (4 * trained, weights / 2))
+            # 4-bit weights in both passes, fp32 embeddings in one
+            gathered = (weights - embeddings) / 2 + 4 * embeddings / 2
+            reduce_s, gather_s = (share * n / link for n in (4 * trained, gathered))
             packed = compute_s / (compute_s + reduce_s)
             sharded = compute_s / (compute_s + reduce_s + gather_s)
-            split = peak["weights"] / gpus + peak.drop("weights").sum()
-            text = f"| {model} | {gpus} | {peak.sum():.0f} | {split:.1f} "
+            split = estimate.estimate_memory(config, shares=gpus).sum()
+            text = f"| {model} | {gpus} | {peak:.0f} | {split:.1f} "
             text += f"| {compute_s:.2f} | {reduce_s:.3f} | {gather_s:.2f} "
             shares = (packed, packed / wait[0], packed / wait[1], sharded)
             print(f"{text}| " + " | ".join(f"{x:.0%}" for x in shares) + " |")
@@ -486,9 +559,12 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["make", shape, folder]:
             memory.make_model(sft_speed.SHAPES[shape], Path(folder))
-        case ["one", "kill", shape, engine, gpus, model]:
+        case ["one", "kill" | "fsdp" as part, shape, engine, gpus, model]:
             late = time.monotonic() + float(os.environ["LIMIT_S"])
-            run_kill(shape, engine, int(gpus), model, late)
+            if part == "kill":
+                run_kill(shape, engine, int(gpus), model, late)
+            else:
+                run_fsdp(shape, int(gpus), model, late)
         case ["one", part, shape, engine, gpus, model]:
             one(part, shape, engine, int(gpus), model)
         case _:

@@ -17,7 +17,7 @@ MODEL = "model --adapter --system --max-new-tokens --temperature"
 
 # command: function, and the parameters that it takes from the command line
 COMMANDS = {
-    "train": "stages:train config --small --stage --gpus",
+    "train": "stages:train config --small --stage --gpus --shard",
     "generate": f"inference.items:generate_command {MODEL} --file --out --batch-size",
     "chat": f"inference.items:chat_command {MODEL} --backend --host --port --terminal",
     "evaluate": "evaluation.evaluator:evaluate_run run --models",
@@ -54,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--public": {"action": "store_true", "default": None, "help": "what is pushed"},
     "--stage": {"choices": ["sft", "grpo"], "help": "train: else all; else the last"},
     "--gpus": {"metavar": "N", "help": "of this machine, or all; else one"},
+    "--shard": {"action": "store_true", "help": "share weights that one cannot hold"},
 }
 
 
@@ -113,8 +114,11 @@ def main(arguments: list[str]) -> None:
     values = vars(parser.parse_args(arguments))
     values = {name: value for name, value in values.items() if value is not None}
     try:
-        if (gpus := values.pop("gpus", None)) and "LOCAL_RANK" not in os.environ:
-            runtime.launch(arguments, gpus)  # before CUDA starts in this process
+        shard = values.pop("shard", False)
+        gpus = values.pop("gpus", "all" if shard else None)
+        if gpus and "LOCAL_RANK" not in os.environ:
+            # before CUDA starts in this process
+            runtime.launch(arguments, gpus, shard)
         result = execute(command := values.pop("command"), values)
         show(result if command != "export" else None)  # which logs its table
     except (TunebookError, OSError, ImportError) as error:

@@ -124,16 +124,18 @@ def build(model: str, lora: str) -> Any:
 
 
 def estimate_memory(
-    config: RunConfig, gpu: Gpu = T4, stage: Stage | None = None
+    config: RunConfig, gpu: Gpu = T4, stage: Stage | None = None, shares: int = 1
 ) -> pd.Series:
     """Returns the peak reserved memory in GiB by part, of the stage that takes most.
+
+    With `shares` it is each GPU's of so many that share SFT's weights; not measured.
 
     The peak is in the loss, with the activations of all layers waiting, or in the last
     layer's backward pass. With gradient checkpointing only the inputs of layers wait;
     Unsloth moves all but three of them to RAM. On a CPU all is fp32, and kept.
     """
     if stage is None:
-        peaks = [estimate_memory(config, gpu, each) for each in config.stages]
+        peaks = [estimate_memory(config, gpu, each, shares) for each in config.stages]
         return max(peaks, key=pd.Series.sum)
     base, values = skeleton(config.model), complete(config, stage)
     numbers = base.config.get_text_config()
@@ -151,13 +153,15 @@ def estimate_memory(
         length += config.max_prompt_length or 200
     tokens = batch * length
     on_cpu = gpu.name == CPU.name
-    by_unsloth = config.engine != "transformers" and not on_cpu
+    by_unsloth = config.engine != "transformers" and not on_cpu and shares == 1
     bits = config.weights.replace("auto", "16bit" if on_cpu else "4bit")
     embeddings = vocab * hidden * (1 if base.config.tie_word_embeddings else 2)
+    inside = base.num_parameters() - embeddings
     # NF4 has a scale for 64 weights: in fp32, or in a byte with double quantisation
     full = 4 if on_cpu else 2
     sizes = {"4bit": 0.516 if config.double_quant else 0.5625, "8bit": 1, "16bit": full}
     state = 0 if "paged" in values["optim"] else 2 if "8bit" in values["optim"] else 8
+    state = state if shares == 1 else 8
     if not by_unsloth:
         other = full if bits == "16bit" else 4  # PEFT casts the unquantised to fp32
         # Without FlashAttention grouped heads and no mask are left to SDPA's math
@@ -176,7 +180,7 @@ def estimate_memory(
         inputs = layers * (layer + KEPT_SCORE * scores)
     backward = layer + max(BACKWARD * layer, SCORE * scores)
     parts = {
-        "weights": sizes[bits] * (base.num_parameters() - embeddings),
+        "weights": sizes[bits] * inside,
         "embeddings": other * embeddings,
         "LoRA and gradients": 8 * trained,
         "optimiser": state * trained,
@@ -184,6 +188,14 @@ def estimate_memory(
         "loss or backward pass": max(loss, backward),
         "workspace": (PROCESS_GB if on_cpu else WORKSPACE_GB) * GIB,
     }
+    if shares > 1:
+        # each keeps the scales of NF4 whole, and gathers two layers and one embedding
+        scales = (sizes[bits] - 0.5) * inside if bits == "4bit" else 0
+        gathered = 2 * (parts["weights"] - scales) / layers + other * vocab * hidden
+        parts["weights"] -= scales
+        for name in ("weights", "embeddings", "LoRA and gradients", "optimiser"):
+            parts[name] /= shares
+        parts |= {"scales of the weights": scales, "gathered weights": gathered}
     if stage == "grpo" and not on_cpu:  # which samples from the model itself
         rounds = values["steps_per_generation"] or values["gradient_accumulation_steps"]
         cache = 4 * batch * rounds * length * layers * width

@@ -29,6 +29,9 @@ HOME = ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()  # of runs/ an
 ON_DRIVE = "/content/drive/MyDrive/tunebook/runs"
 PROBE = "/openai-community/gpt2/resolve/main/config.json"  # a small public file
 PACKAGES = "torch transformers trl peft bitsandbytes datasets accelerate unsloth"
+# accelerate's words for FSDP2 with a unit for each decoder layer
+SHARD = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+SHARD |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 # CUDA starts, and sees what it is shown, only once a GPU has been chosen
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
@@ -87,6 +90,11 @@ def count_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_sharded() -> bool:
+    """Returns whether the processes share the weights: `--shard`, or a launcher."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def first_process() -> AbstractContextManager[Any]:
     """Has the first of several processes go through a block before the others."""
     if count_processes() == 1:
@@ -113,8 +121,11 @@ def choose_gpu() -> None:
         log.info(f"one of {count} GPUs is used here; {text}")
 
 
-def launch(arguments: list[str], gpus: str = "all") -> None:
-    """Runs `python -m helpers` in a process for each GPU, by torch's launcher."""
+def launch(arguments: list[str], gpus: str = "all", shard: bool = False) -> None:
+    """Runs `python -m helpers` in a process for each GPU, by torch's launcher.
+
+    With `shard` the processes share the frozen weights; see docs/scaling.md.
+    """
     import torch
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -127,6 +138,8 @@ def launch(arguments: list[str], gpus: str = "all") -> None:
     count = int(number) if number.isdigit() else 0
     if not 1 <= count <= here:
         raise ConfigError(f"--gpus {gpus}: expected all, or a number from 1 to {here}")
+    if count == 1 and shard:
+        raise ConfigError("--shard needs two GPUs or more; this machine has one")
     if count == 1:
         return
     # else a traceback for each process that ends
@@ -134,6 +147,7 @@ def launch(arguments: list[str], gpus: str = "all") -> None:
     variables = {"OMP_NUM_THREADS": str((os.cpu_count() or 1) // count or 1)}
     variables |= os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     variables |= {"CUDA_VISIBLE_DEVICES": every} if every else {}
+    variables |= SHARD if shard else {}
     files = ",".join(f"{rank}:3" for rank in range(1, count))  # for what others print
     with tempfile.TemporaryDirectory() as logs, patch.dict(os.environ, variables):
         options = ["--standalone", f"--nproc-per-node={count}", "--log-dir", logs]
@@ -287,7 +301,8 @@ def resolve_engine(engine: str) -> str:
     if engine == "auto":
         import torch
 
-        return "unsloth" if installed and torch.cuda.is_available() else "transformers"
+        usable = installed and torch.cuda.is_available() and not is_sharded()
+        return "unsloth" if usable else "transformers"
     if engine == "unsloth" and not installed:
         raise ModelError("Unsloth is not installed: run `make setup`, or set engine")
     return engine

@@ -11,9 +11,9 @@ import pandas as pd
 from accelerate import PartialState
 
 from helpers import checks, estimate, runtime
-from helpers.config import RunConfig, Stage
+from helpers.config import RunConfig, Stage, complete
 from helpers.data import preparation as data
-from helpers.errors import UnknownArchitecture
+from helpers.errors import ConfigError, UnknownArchitecture
 from helpers.evaluation import evaluator
 from helpers.export.formats import export, require_formats
 from helpers.grpo import trainer as grpo
@@ -81,12 +81,28 @@ def train_stage(run: Run, stage: Stage) -> dict[str, Any]:
     return part
 
 
+def require_shareable(config: RunConfig, stages: list[Stage]) -> None:
+    """Raises ConfigError for what cannot be trained on weights that GPUs share."""
+    needs = {
+        "two GPUs or more": runtime.count_processes() == 1,
+        "--stage sft: GRPO samples from whole weights": "grpo" in stages,
+        "engine='transformers' or 'auto'": config.engine == "unsloth",
+        "weights='4bit' or '16bit'": config.weights == "8bit",
+        "an AdamW as sft.optim": "adamw" not in complete(config, "sft")["optim"],
+    }
+    if lacks := [need for need, is_missing in needs.items() if is_missing]:
+        raise ConfigError(f"--shard needs {', and '.join(lacks)}")
+
+
 def train(config: RunConfig, stage: Stage | None = None) -> Run:
     """Saves a run, trains its stages, evaluates and exports; or trains one stage."""
+    wanted = [stage] if stage else config.stages
+    if runtime.is_sharded():
+        require_shareable(config, wanted)
     with runtime.first_process():
         run = save_run(config)
     require_formats(config)  # before hours of training
-    for name in [stage] if stage else config.stages:
+    for name in wanted:
         part = pd.json_normalize(train_stage(run, name)).T
         log.info(f"{name}\n{part.to_string(header=False)}")
     if (count := runtime.count_processes()) > 1:

@@ -50,6 +50,19 @@ def test_an_unknown_model_without_a_hub_is_said_to_be_unknown() -> None:
         skeleton("nobody/nothing-9b")
 
 
+def test_gpus_that_share_weights_each_hold_their_part_and_what_is_gathered() -> None:
+    config = changed(recipes.load("guanaco-llama2-7b"), engine="transformers")
+    whole, two, four = (estimate_memory(config, T4, "sft", n) for n in (1, 2, 4))
+    parts = ["weights", "embeddings", "LoRA and gradients", "optimiser"]
+    assert two[parts].sum() == pytest.approx(2 * four[parts].sum())
+    assert 2 * two["embeddings"] == whole["embeddings"]
+    packed = two["weights"] * 2 + two["scales of the weights"]
+    assert packed == pytest.approx(whole["weights"])
+    assert whole.sum() > two.sum() > four.sum()
+    # torch's AdamW has to keep fp32 moments
+    assert two["optimiser"] * 2**30 == 8 * 16_777_216 / 2
+
+
 @pytest.mark.parametrize("held_out", [True, False])
 def test_measured_peaks_are_estimated_within_15_percent(held_out) -> None:
     cases = [c for c in memory.read_cases() if c["held_out"] == held_out]

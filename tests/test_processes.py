@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,14 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed import run as torchrun
 
 from helpers import recipes, runtime, stages
 from helpers.__main__ import COMMANDS
-from helpers.errors import ConfigError
+from helpers.errors import ConfigError, ModelError
+from helpers.models import load
 from helpers.runs import Run
 from helpers.training import inputs, layout
 
@@ -69,17 +73,50 @@ trainer.add_callback(Look())
 trainer.train()
 """
 
+# with activations computed again, which a CPU does not do by itself
+SHARES = """
+from helpers import runs, runtime, stages
+from helpers.training.trainer import build_sft, fit, load_for_training
+run = runs.open_run()
+with runtime.first_process():
+    stages.ensure_ready(run, "sft")
+model, tokenizer = load_for_training(run)
+layers = model.get_base_model().model.layers
+total = sum(p.nbytes for p in layers.parameters())
+trainer = build_sft(run, model, tokenizer)
+trainer.args.gradient_checkpointing = True
+fit(trainer, run)
+assert model.is_gradient_checkpointing
+print("share", sum(p.to_local().nbytes for p in layers.parameters()) / total)
+"""
+
 
 def curve(run: Run, name: str = "loss") -> list[float]:
     history = json.loads((run.path / "sft" / "log_history.json").read_text())
     return [entry[name] for entry in history if name in entry]
 
 
-def two_processes(run: Run, **options: Any) -> subprocess.Popen[str]:
+def two_processes(run: Run, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "helpers", "train", str(run.path / "config.json")]
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command += ["--stage", "sft", "--gpus", "2"]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | TWO, **options)
+    options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command += ["--stage", "sft", "--gpus", "2", *more]
+    options |= {"text": True, "cwd": ROOT, "env": os.environ | TWO}
+    return subprocess.Popen(command, **options)
+
+
+def kill_one(caller: subprocess.Popen[str], run: Run) -> None:
+    """Kills one of two processes after their first checkpoint, which ends both."""
+    state = run.path / "sft" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    late = time.monotonic() + 100
+    while not state.exists():
+        assert caller.poll() is None and time.monotonic() < late
+        time.sleep(0.05)
+    children = psutil.Process(caller.pid).children(recursive=True)
+    ranks = {p.environ().get("LOCAL_RANK"): p for p in children}
+    ranks["1"].send_signal(signal.SIGKILL)
+    text, _ = caller.communicate(timeout=60)
+    assert caller.returncode == 1 and not any(p.is_running() for p in children)
+    assert "TrainingError: process 1 of 2 ended with exit code -9" in text
 
 
 @pytest.fixture
@@ -105,22 +142,50 @@ def test_two_processes_learn_what_one_does_and_a_killed_one_ends_both_and_goes_o
     )
 
     run = run_factory(name="killed", sft=SFT, data__train_rows=27, stages=["sft"])
-    caller = two_processes(run)
-    state = run.path / "sft" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
-    late = time.monotonic() + 100
-    while not state.exists():
-        assert caller.poll() is None and time.monotonic() < late
-        time.sleep(0.05)
-    children = psutil.Process(caller.pid).children(recursive=True)
-    ranks = {p.environ().get("LOCAL_RANK"): p for p in children}
-    ranks["1"].send_signal(signal.SIGKILL)
-    text, _ = caller.communicate(timeout=60)
-    assert caller.returncode == 1 and not any(p.is_running() for p in children)
-    assert "TrainingError: process 1 of 2 ended with exit code -9" in text
+    kill_one(two_processes(run), run)
     caplog.set_level(logging.INFO, "helpers")
     stages.train(run.config, "sft")
     assert "going on from" in caplog.text
     assert curve(run) == pytest.approx(curve(alone), abs=1e-5)
+
+
+def test_shared_weights_learn_what_whole_ones_do_and_any_number_goes_on(
+    alone: Run, run_factory: Callable[..., Run]
+) -> None:
+    run = run_factory(name="shared", sft=SFT, data__train_rows=27, stages=["sft"])
+    kill_one(two_processes(run, "--shard"), run)
+    for options in (["--shard"], []):
+        copy = Run(run.path.with_name(f"copy{len(options)}"), run.config)
+        shutil.copytree(run.path, copy.path)
+        config = run.config.model_copy(update={"name": copy.path.name})
+        (copy.path / "config.json").write_text(config.model_dump_json())
+        text, _ = two_processes(copy, *options).communicate(timeout=170)
+        assert "going on from" in text
+        assert curve(copy) == pytest.approx(curve(alone), abs=1e-5), text[-2000:]
+        losses = curve(alone, "eval_loss")
+        assert curve(copy, "eval_loss") == pytest.approx(losses, 1e-6)
+        files = {p.name for p in (copy.path / "sft" / "adapter").iterdir()}
+        assert files == {p.name for p in (alone.path / "sft" / "adapter").iterdir()}
+    stages.train(run.config, "sft")
+    assert curve(run) == pytest.approx(curve(alone), abs=1e-5)
+
+
+def test_shared_4bit_weights_lie_in_halves_any_number(
+    run_factory: Callable[..., Run], run_python: Callable[..., Any], tmp_path: Path
+) -> None:
+    same = {"sft": SFT | {"max_steps": 2, "eval_steps": 2}, "data__train_rows": 27}
+    same |= {"stages": ["sft"], "weights": "4bit"}
+    whole = run_factory(name="whole", **same)
+    stages.train(whole.config, "sft")
+    run = run_factory(name="shared", **same)
+    program = tmp_path / "shares.py"
+    program.write_text(SHARES)
+    variables = TWO | runtime.SHARD | {"PYTHONPATH": str(ROOT)}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    text = run_python(*launcher, str(program), **variables).stdout
+    shares = [float(x) for x in re.findall("share (.*)", text)]
+    assert len(shares) == 2 and max(shares) < 0.51
+    assert curve(run) == pytest.approx(curve(whole), abs=1e-5)
 
 
 def test_grpo_has_the_gradients_of_one_process_at_the_same_groups(
@@ -183,6 +248,14 @@ def test_more_gpus_than_there_are_is_refused(gpus: str) -> None:
         runtime.launch(["train", "demo"], gpus)
 
 
+def test_one_gpu_has_nobody_to_share_weights_with_and_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    with pytest.raises(ConfigError, match="--shard needs two GPUs or more"):
+        runtime.launch(["train", "demo"], "1", shard=True)
+
+
 def read_yaml(name: str) -> dict[str, Any]:
     return yaml.safe_load((ROOT / "configs" / name).read_text())
 
@@ -203,6 +276,50 @@ def test_launch_files_call_commands_that_exist(tmp_path: Path) -> None:
     assert command[1:4] == ["-m", "helpers", "train"]
     for line in ([*node.training_script_args], command[3:]):
         assert set(line[2:]) - {"all"} <= set(COMMANDS["train"].split())
+
+
+def test_accelerates_launcher_shares_weights_as_shard_does() -> None:
+    words = ["--config_file", str(ROOT / "configs" / "fsdp2.yaml")]
+    words += ["--module", "helpers", "train", "demo", "--stage", "sft"]
+    options, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert runtime.SHARD.items() <= prepare_multi_gpu_env(options).items()
+
+
+@pytest.mark.parametrize(
+    ("changes", "needs"),
+    [
+        ({"stages": ["sft", "grpo"]}, "--stage sft: GRPO samples from whole weights"),
+        ({"engine": "unsloth"}, "engine='transformers' or 'auto'"),
+        ({"weights": "8bit"}, "weights='4bit' or '16bit'"),
+        ({"sft": {"optim": "lion_8bit"}}, "an AdamW as sft.optim"),
+        ({}, "two GPUs or more"),
+    ],
+)
+def test_what_cannot_be_trained_on_shared_weights_is_refused(
+    changes: dict[str, Any],
+    needs: str,
+    run_factory: Callable[..., Run],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = run_factory(**{"stages": ["sft"]} | changes)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=f"--shard needs .*{re.escape(needs)}"):
+        stages.train(run.config)
+
+
+def test_weights_to_share_stay_in_ram_as_floats_and_stored_integers_are_refused(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load.load_model(str(tiny_model_folder), weights="4bit")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    load.load_model(str(tmp_path), weights="4bit")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    model, _ = load.load_model(str(tiny_model_folder), weights="4bit")
+    assert model.model.layers[0].mlp.up_proj.weight.is_floating_point()
+    assert not hasattr(model, "hf_device_map")  # by which PEFT would send it to GPUs
+    with pytest.raises(ModelError, match="--shard needs a model that was not quanti"):
+        load.load_model(str(tmp_path), weights="4bit")
 
 
 def test_axolotls_config_has_the_numbers_of_the_recipe() -> None:

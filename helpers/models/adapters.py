@@ -1,6 +1,7 @@
 """LoRA adapters: attached, saved, and compared with the trained model."""
 
 import copy
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from helpers.errors import ModelError, nearest
 from helpers.files import new_folder
 from helpers.inference.generation import inference
 from helpers.models.load import Model
-from helpers.runtime import find_machine, resolve_engine
+from helpers.runtime import find_machine, is_sharded, resolve_engine
 
 WITNESS = "trained_logits.npz"
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2, "8bit": 0.1}  # of the largest logit
@@ -92,16 +93,32 @@ def require_matches(field: str, names: Any, modules: list[str]) -> None:
             raise ModelError(f"{field} {name} do not exist in this model{hint}")
 
 
+def whole(tensor: Any) -> Any:
+    """Returns a tensor whose parts several processes hold; each has to call this."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def trained_weights(model: Model) -> dict[str, Any]:
+    named = model.named_parameters()
+    return {name: whole(p.detach()) for name, p in named if p.requires_grad}
+
+
 def save_adapter(model: Model, folder: Path, witness: Any = None) -> None:
-    """Writes an adapter as a whole, with its logits on token ids, (rows, seq)."""
+    """Writes an adapter as a whole, with its logits on token ids, (rows, seq).
+
+    Several processes all call it, and the first one writes.
+    """
+    state = trained_weights(model) if is_sharded() else None
+    logits = [] if witness is None else last_logits(model, witness)
+    if os.environ.get("RANK", "0") != "0":
+        return
     with new_folder(folder) as scratch:
-        model.save_pretrained(scratch)
+        model.save_pretrained(scratch, state_dict=state)
         if initial := getattr(model, "initial_lora", None):
             make_plain(scratch, initial)
         if witness is not None:
             rounded = getattr(model, "is_loaded_in_8bit", False)
             limit = TOLERANCE["8bit" if rounded else find_machine().device]
-            logits = last_logits(model, witness)
             np.savez(scratch / WITNESS, ids=witness, logits=logits, limit=limit)
 
 

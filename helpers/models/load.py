@@ -146,9 +146,11 @@ def load_model(
     arithmetic, _ = runtime.choose_dtype(machine, dtype)
     arguments: dict[str, Any] = {"dtype": arithmetic}
     arguments["trust_remote_code"] = bool(more.get("trust_remote_code"))
-    bits = {f"load_in_{weights}": True} if weights != "16bit" else {}
+    bits: dict[str, Any] = {f"load_in_{weights}": True} if weights != "16bit" else {}
     if weights == "4bit":
         bits["bnb_4bit_use_double_quant"] = double_quant
+        if runtime.is_sharded():  # accelerate shards no integers
+            bits["bnb_4bit_quant_storage"] = str(arithmetic).removeprefix("torch.")
     if bits:
         four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": arithmetic}
         arguments["quantization_config"] = BitsAndBytesConfig(**bits, **four)
@@ -157,6 +159,8 @@ def load_model(
 
         on_gpu = machine.device == "cuda"
         arguments["device_map"] = {"": torch.cuda.current_device()} if on_gpu else None
+        if runtime.is_sharded():  # each GPU takes its part from RAM, layer by layer
+            arguments["device_map"] = {"": "cpu"}
     else:
         arguments |= {f"load_in_{w}": w == weights for w in ("4bit", "8bit", "16bit")}
         # else a hub name stands for Unsloth's copy, made with double_quant
@@ -165,9 +169,13 @@ def load_model(
     with loading(name):
         model = Loader.from_pretrained(find_model(name), **arguments)
     model = model[0] if engine == "unsloth" else model
+    if runtime.is_sharded():  # else PEFT sends all to the GPUs with a checkpoint
+        vars(model).pop("hf_device_map", None)
     loaded = model.config.to_dict().get("quantization_config", {})
     if not bits.items() <= loaded.items():
-        raise ModelError(f"{engine} cannot load {weights=} with {double_quant=} here")
+        text = f"{engine} cannot load {weights=} with {double_quant=} here"
+        hint = ": --shard needs a model that was not quantised beforehand"
+        raise ModelError(text + hint * runtime.is_sharded())
     tokenizer = load_tokenizer(name, **more)
     rows = model.get_input_embeddings().weight.shape[0]
     if max(tokenizer.get_vocab().values()) >= rows:

@@ -21,7 +21,7 @@ from helpers import files
 from helpers.errors import TrainingError, mask_secrets
 from helpers.files import is_whole, read_json, read_rows, write_json, write_rows
 from helpers.inference.generation import reply
-from helpers.models.adapters import save_adapter
+from helpers.models.adapters import save_adapter, whole
 from helpers.training.inputs import NOTE
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Watch(TrainerCallback):
             return
         parameters = more["model"].parameters()
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+        if not whole(torch.nn.utils.get_total_norm(gradients)).isfinite():
             text = "loss or gradient is not finite; lower the rate, or look at its rows"
             raise TrainingError(f"step {state.global_step + 1}: {text}")
 
@@ -132,9 +132,9 @@ class BestAdapter(TrainerCallback):
         if not (value >= self.best if self.rewarded else value < self.best):
             return
         self.best, self.step = value, state.global_step
+        witness = getattr(more["model"], "witness", None)  # of `fit`
+        save_adapter(more["model"], self.folder, witness)
         if state.is_world_process_zero:
-            witness = getattr(more["model"], "witness", None)  # of `fit`
-            save_adapter(more["model"], self.folder, witness)
             write_json(self.note, {"by": self.by, "value": value, "step": self.step})
 
     def report(self, history: list[dict[str, Any]]) -> dict[str, Any]:

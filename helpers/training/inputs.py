@@ -131,6 +131,9 @@ def training_arguments(run: Run, stage: Stage, folder: Path) -> dict[str, Any]:
     values = {n: default[n] for n in TRL_OPEN if default.get(n) is not None}
     values = {"report_to": "none", **values, **getattr(config, stage)}
     values.setdefault(SIZES[1], values[SIZES[0]])
+    if runtime.is_sharded() and values["optim"] != "adamw_torch":
+        log.info(f"adamw_torch, not {values['optim']}, which takes no shared weights")
+        values["optim"] = "adamw_torch"
     if "wandb" in values["report_to"] or "all" in values["report_to"]:
         import wandb
 

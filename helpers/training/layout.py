@@ -18,9 +18,12 @@ import pandas as pd
 import pyarrow.compute as pc
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, concatenate_datasets
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import BatchSampler
 from transformers import PreTrainedModel, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,6 +32,7 @@ from helpers import runtime
 from helpers.errors import ConfigError
 from helpers.files import read_json, write_json
 from helpers.install import installed_version
+from helpers.models import adapters
 from helpers.runs import Run
 
 log = logging.getLogger(__name__)
@@ -98,6 +102,8 @@ def reason(trainer: Trainer, run: Run) -> str:
         return "pinned"
     if hasattr(trainer.args, "num_generations"):
         return "GRPO"
+    if runtime.is_sharded():
+        return "sharded"
     return "on a CPU" if runtime.find_machine().device == "cpu" else ""
 
 
@@ -177,6 +183,41 @@ def forward(layer: Any, compiled: Any, hidden: Any, *args: Any, **more: Any) -> 
     # the first layer's input, too: one graph serves all layers
     hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
     return compiled(hidden, *args, **more)
+
+
+def share_weights(trainer: Trainer) -> None:
+    """Has accelerate's FSDP2 deal a trainer's weights to the processes, which add up.
+
+    Nothing is cast: packed 4-bit weights are no numbers, and autocast computes as it
+    does in one process. Checkpoints have the form that one process writes and reads.
+    """
+    state, model = trainer.accelerator.state, trainer.model
+    policy = MixedPrecisionPolicy()
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+    state.distributed_type = DistributedType.FSDP  # accelerate leaves it out on a CPU
+    model.forward = trainer.accelerator.autocast()(model.forward)
+    trainer.is_fsdp_enabled = False  # it would save the frozen weights, too
+    trainer._save_checkpoint = partial(save_whole, trainer, trainer._save_checkpoint)
+    load = trainer._load_optimizer_and_scheduler
+    trainer._load_optimizer_and_scheduler = partial(load_shares, trainer, load)
+
+
+def save_whole(trainer: Trainer, save: Any, *args: Any, **more: Any) -> None:
+    weights = adapters.trained_weights(trainer.model)
+    state = tree_map_only(DTensor, adapters.whole, trainer.optimizer.state_dict())
+    write = partial(trainer._save, state_dict=weights)
+    with patch.object(trainer, "_save", write):
+        with patch.object(trainer.optimizer, "state_dict", lambda: state):
+            save(*args, **more)
+
+
+def load_shares(trainer: Trainer, load: Any, checkpoint: str | None) -> None:
+    load(checkpoint)
+    for parameter, values in trainer.optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:
+                place = parameter.device_mesh, parameter.placements
+                values[name] = distribute_tensor(value, *place)
 
 
 class SharedRows(NamedTuple):

@@ -110,8 +110,13 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     keep_lora_fp32(model)
     if trainer.args.world_size > 1:
         set_seed(trainer.args.seed, device_specific=True)  # of dropout
+        if trainer.args.use_cpu:  # torch loads no checkpoint to accelerate's "cpu:0"
+            vars(trainer.args)["_setup_devices"] = torch.device("cpu")
         own = trainer.get_train_dataloader
         trainer.get_train_dataloader = partial(layout.filled_loader, trainer, own)
+    if runtime.is_sharded():
+        trainer.remove_callback(callbacks.LiveSamples)  # each token gathers all weights
+        layout.share_weights(trainer)
     begin(trainer)
     prompt = ask(callbacks.PROMPTS[0]["prompt"], "")
     model.witness = torch.tensor([encode(tokenizer, prompt)])
@@ -143,12 +148,12 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
             tracked.finish()
     if trainer.state.global_step == 0:
         raise ConfigError(f"{stage} took no optimiser step: give more rows")
-    if not trainer.is_world_process_zero():
-        trainer.accelerator.wait_for_everyone()
-        return run.report()[stage]
     adapter, history = folder / "adapter", trainer.state.log_history
     if not adapter.exists():  # no evaluation has chosen one
         adapters.save_adapter(model, adapter, model.witness)
+    if not trainer.is_world_process_zero():
+        trainer.accelerator.wait_for_everyone()
+        return run.report()[stage]
     write_json(folder / "log_history.json", history)
     part = stage_report(trainer, folder)
     try:
