@@ -1,20 +1,14 @@
 """Tests of helpers.config: what is refused, in which words, and what is kept."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from helpers import config, recipes
-from helpers.config import RunConfig, changed, check_config, read_config
+from helpers.config import changed, check_config, read_config
 from helpers.errors import ConfigError
 
 
 @pytest.fixture
-def demo() -> RunConfig:
+def demo():
     return recipes.load("demo")
 
 
@@ -54,13 +48,13 @@ def demo() -> RunConfig:
     ids=str,
 )
 def test_a_faulty_config_is_refused_with_the_field_and_the_remedy(
-    demo: RunConfig, changes: dict[str, Any], message: str
-) -> None:
+    demo, changes, message
+):
     with pytest.raises(ConfigError, match=message):
         changed(demo, **changes)
 
 
-def test_every_fault_has_its_own_line(demo: RunConfig) -> None:
+def test_every_fault_has_its_own_line(demo):
     with pytest.raises(ConfigError) as caught:
         changed(demo, seed=-1, max_length=3, modle="x")
     lines = str(caught.value).split("\n")
@@ -70,9 +64,7 @@ def test_every_fault_has_its_own_line(demo: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)
-def test_a_config_survives_the_round_trip_through_json(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_config_survives_the_round_trip_through_json(name, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(recipes.load(name).model_dump_json(indent=1), encoding="utf-8")
     assert read_config(path) == recipes.load(name)
@@ -86,9 +78,7 @@ def test_a_config_survives_the_round_trip_through_json(
         ("[1, 2]", "^Input should be a valid dictionary"),
     ],
 )
-def test_a_file_that_holds_no_config_says_why(
-    text: str | None, message: str, tmp_path: Path
-) -> None:
+def test_a_file_that_holds_no_config_says_why(text, message, tmp_path):
     path = tmp_path / "config.json"
     if text is not None:
         path.write_text(text, encoding="utf-8")
@@ -96,9 +86,7 @@ def test_a_file_that_holds_no_config_says_why(
         read_config(path)
 
 
-def test_changed_reaches_into_a_group_and_leaves_the_rest_and_the_original(
-    demo: RunConfig,
-) -> None:
+def test_changed_reaches_into_a_group_and_leaves_the_rest_and_the_original(demo):
     before = demo.model_dump_json()
     copy = changed(demo, sft__max_steps=5, sft__weight_decay=0.1, data__test_rows=7)
     assert demo.model_dump_json() == before
@@ -108,7 +96,7 @@ def test_changed_reaches_into_a_group_and_leaves_the_rest_and_the_original(
     assert copy.model_dump() == expected
 
 
-def test_a_stage_is_completed_with_trls_own_defaults(demo: RunConfig) -> None:
+def test_a_stage_is_completed_with_trls_own_defaults(demo):
     from trl import SFTConfig
 
     bare = changed(demo, sft={"max_steps": 3})
@@ -119,9 +107,7 @@ def test_a_stage_is_completed_with_trls_own_defaults(demo: RunConfig) -> None:
     assert values["optim"] == "adamw_torch"  # the fused one hides skipped steps
 
 
-def test_reading_configs_loads_nothing_heavy(
-    heavy_modules: Callable[[str], list[str]],
-) -> None:
+def test_reading_configs_loads_nothing_heavy(heavy_modules):
     program = (
         "from helpers import config, recipes, runs, runtime, install, checks\n"
         "recipes.load('demo')"

@@ -1,12 +1,8 @@
 """The rows of an optimiser step, grouped in other ways, teach the same."""
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +28,7 @@ COMPILED = {"layout": "compiled", "engine": "transformers", "data__eval_share": 
 
 
 @pytest.fixture
-def unpacked(run_factory: Callable[..., Run], tmp_path: Path) -> Run:
+def unpacked(run_factory, tmp_path):
     """A run of 2 x 2 short rows a step, three steps an epoch."""
     rows = [pair(f"Say {n} times a.", "a " * (3 * n % 11 + 1)) for n in range(12)]
     run = run_factory(
@@ -54,25 +50,25 @@ def unpacked(run_factory: Callable[..., Run], tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def free_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def free_choice(monkeypatch):
     """Lets a CPU choose its layout as a GPU does."""
     monkeypatch.setattr(layout, "reason", lambda *_: "")
 
 
-def build(run: Run) -> Any:
+def build(run):
     trainer = train.build_sft(run, *train.load_for_training(run))
     trainer.remove_callback(callbacks.LiveSamples)  # takes longer than the steps
     return trainer
 
 
-def losses(trainer: Any, name: str = "loss") -> list[float]:
+def losses(trainer, name="loss"):
     return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("loss_type", ["nll", "chunked_nll"])
 def test_losses_and_gradients_do_not_depend_on_how_rows_are_grouped(
-    unpacked: Run, loss_type: str
-) -> None:
+    unpacked, loss_type
+):
     sft = unpacked.config.sft | {"loss_type": loss_type}
     config = unpacked.config.model_copy(update={"sft": sft})
     trainer = build(Run(unpacked.path, config))
@@ -96,8 +92,8 @@ def test_losses_and_gradients_do_not_depend_on_how_rows_are_grouped(
 
 
 def test_the_order_is_fewest_passes_and_what_the_config_sets_is_kept(
-    unpacked: Run, free_choice: None
-) -> None:
+    unpacked, free_choice
+):
     trainer = build(unpacked)
     order = layout.candidates(trainer, unpacked)
     assert order[:3] == [WHOLE, Layout(4, 1, True, True), Layout(2, 2, False, True)]
@@ -109,9 +105,7 @@ def test_the_order_is_fewest_passes_and_what_the_config_sets_is_kept(
     assert {one[2:] for one in order} == {(False, False)}
 
 
-def test_training_after_a_choice_is_training_with_that_layout(
-    unpacked: Run, free_choice: None
-) -> None:
+def test_training_after_a_choice_is_training_with_that_layout(unpacked, free_choice):
     trainer = build(unpacked)
     table = layout.choose_layout(trainer, unpacked)
     assert list(table["verdict"]) == ["fits"] and table["tokens"][0] > 100
@@ -124,16 +118,14 @@ def test_training_after_a_choice_is_training_with_that_layout(
     assert losses(trainer, "num_tokens") == losses(other, "num_tokens")
 
 
-def test_the_batch_that_is_tried_is_the_largest_that_the_run_draws(
-    unpacked: Run,
-) -> None:
+def test_the_batch_that_is_tried_is_the_largest_that_the_run_draws(unpacked):
     for one in (WHOLE, OWN):
         trainer = build(unpacked)
         layout.apply_layout(trainer, one)
         tried = layout.largest_batch(trainer, one)["input_ids"].numel()
         step, drawn = trainer.training_step, []
 
-        def taken(model: Any, batch: Any, count: Any) -> Any:
+        def taken(model, batch, count):
             drawn.append(batch["input_ids"].numel())  # noqa: B023
             return step(model, batch, count)  # noqa: B023
 
@@ -143,8 +135,8 @@ def test_the_batch_that_is_tried_is_the_largest_that_the_run_draws(
 
 
 def test_without_a_choice_the_layout_stays_and_the_table_says_why(
-    unpacked: Run, run_factory: Callable[..., Run]
-) -> None:
+    unpacked, run_factory
+):
     trainer = build(unpacked)
     (row,) = layout.choose_layout(trainer, unpacked).to_dict("records")
     assert row == OWN._asdict() | {"verdict": "on a CPU"}
@@ -156,9 +148,9 @@ def test_without_a_choice_the_layout_stays_and_the_table_says_why(
 
 
 def test_a_resumed_run_keeps_its_layout_and_another_machine_chooses_anew(
-    unpacked: Run, free_choice: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fits(_: Any, one: Layout) -> dict[str, Any]:
+    unpacked, free_choice, monkeypatch
+):
+    def fits(_, one):
         return {"verdict": "fits" if one.micro_batch == smallest else "out of memory"}
 
     smallest = 2
@@ -184,8 +176,8 @@ def test_a_resumed_run_keeps_its_layout_and_another_machine_chooses_anew(
 
 @pytest.mark.parametrize("step", [0, 3])
 def test_out_of_memory_in_a_step_takes_the_next_layout_and_loses_no_row(
-    unpacked: Run, free_choice: None, caplog: pytest.LogCaptureFixture, step: int
-) -> None:
+    unpacked, free_choice, caplog, step
+):
     caplog.set_level(logging.INFO, "helpers")
     plain = build(unpacked)
     plain.args.output_dir += "-plain"
@@ -195,7 +187,7 @@ def test_out_of_memory_in_a_step_takes_the_next_layout_and_loses_no_row(
     layout.choose_layout(trainer, unpacked)
     train_step, failures = trainer.training_step, []
 
-    def fails_once(*args: Any) -> Any:
+    def fails_once(*args):
         loss = train_step(*args)
         if trainer.state.global_step == step and not failures:
             failures.append(step)
@@ -211,13 +203,11 @@ def test_out_of_memory_in_a_step_takes_the_next_layout_and_loses_no_row(
     assert losses(trainer) == pytest.approx(losses(plain), abs=1e-4)
 
 
-def test_an_error_of_another_kind_and_one_past_the_last_layout_are_raised(
-    unpacked: Run,
-) -> None:
+def test_an_error_of_another_kind_and_one_past_the_last_layout_are_raised(unpacked):
     trainer = build(unpacked)
     for text in ("CUDA out of memory. Tried to allocate 2 GiB.", "sizes differ"):
 
-        def fail(*_: Any, text: str = text) -> None:
+        def fail(*_, text=text):
             raise RuntimeError(text)
 
         trainer.training_step = fail
@@ -226,8 +216,8 @@ def test_an_error_of_another_kind_and_one_past_the_last_layout_are_raised(
 
 
 def test_rows_that_would_see_one_another_are_not_joined(
-    unpacked: Run, free_choice: None, tokenizer: Any, tmp_path: Path
-) -> None:
+    unpacked, free_choice, tokenizer, tmp_path
+):
     mixed = {"layer_types": ["conv", "full_attention"], "block_ff_dim": 128}
     folder = save_tiny_model("Lfm2", tokenizer, tmp_path / "model", **mixed)
     changes = {"model": str(folder), "lora": {"target_modules": ["q_proj"]}}
@@ -237,9 +227,7 @@ def test_rows_that_would_see_one_another_are_not_joined(
 
 
 @pytest.fixture
-def compiled(
-    unpacked: Run, free_choice: None, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Run]:
+def compiled(unpacked, free_choice, monkeypatch):
     """A run of compiled layers, which holds three rows out and stops at no machine."""
     monkeypatch.setattr(layout, "why_not_compiled", lambda _: "")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -251,11 +239,11 @@ def compiled(
     torch._dynamo.reset()
 
 
-def build_plain(run: Run) -> Any:
+def build_plain(run):
     return build(Run(run.path, changed(run.config, layout="pinned")))
 
 
-def gradient(trainer: Any, batches: list[Any]) -> tuple[float, torch.Tensor]:
+def gradient(trainer, batches):
     """Loss and gradient of batches that are one optimiser step."""
     passes, count = trainer.get_batch_samples(iter(batches), len(batches), "cpu")
     trainer.current_gradient_accumulation_steps = len(batches)
@@ -265,9 +253,7 @@ def gradient(trainer: Any, batches: list[Any]) -> tuple[float, torch.Tensor]:
     return loss, torch.cat([w.grad.flatten() for w in weights])
 
 
-def test_packed_rows_under_compiled_layers_teach_what_they_teach_one_by_one(
-    compiled: Run,
-) -> None:
+def test_packed_rows_under_compiled_layers_teach_what_they_teach_one_by_one(compiled):
     trainer, plain = build(compiled), build_plain(compiled)
     rows = sorted(map(tuple, trainer.train_dataset["input_ids"]))
     layout.choose_layout(trainer, compiled)
@@ -286,9 +272,7 @@ def test_packed_rows_under_compiled_layers_teach_what_they_teach_one_by_one(
     assert counters["frames"] == {"total": 1, "ok": 1}
 
 
-def test_training_compiles_one_graph_and_evaluation_is_what_it_was(
-    compiled: Run,
-) -> None:
+def test_training_compiles_one_graph_and_evaluation_is_what_it_was(compiled):
     still = {"learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 2}
     still["per_device_eval_batch_size"] = 8
     changes = {f"sft__{name}": value for name, value in still.items()}
@@ -301,16 +285,14 @@ def test_training_compiles_one_graph_and_evaluation_is_what_it_was(
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_compiled_run_is_resumed_and_goes_on_where_memory_runs_out(
-    compiled: Run,
-) -> None:
+def test_a_compiled_run_is_resumed_and_goes_on_where_memory_runs_out(compiled):
     whole = build(compiled)
     train.fit(whole, compiled)
     (compiled.path / "sft").rename(compiled.path / "whole")
     trainer = build(compiled)
     take_step = trainer.training_step
 
-    def fails_once(*args: Any) -> Any:
+    def fails_once(*args):
         if trainer.state.global_step == 3 and take_step in waiting:
             waiting.clear()
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
@@ -330,9 +312,7 @@ def test_a_compiled_run_is_resumed_and_goes_on_where_memory_runs_out(
 
 
 @pytest.mark.parametrize(("count", "mean"), [(8, 320), (8, 80), (2, 320), (1, 320)])
-def test_packed_rows_are_whole_and_a_step_has_as_many_on_average(
-    count: int, mean: int
-) -> None:
+def test_packed_rows_are_whole_and_a_step_has_as_many_on_average(count, mean):
     draw = np.random.default_rng(0)
     sizes = draw.lognormal(np.log(mean), 0.5, 2000).clip(20, 4 * mean).astype(int)
     rows = [{"input_ids": [n] * size} for n, size in enumerate(sizes)]
@@ -345,8 +325,8 @@ def test_packed_rows_are_whole_and_a_step_has_as_many_on_average(
 
 
 def test_compiled_layers_are_refused_where_they_cannot_be(
-    unpacked: Run, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    unpacked, tokenizer, tmp_path, monkeypatch
+):
     with pytest.raises(ConfigError, match="needs engine='transformers'"):
         changed(unpacked.config, layout="compiled", engine="auto")
     run = Run(unpacked.path, changed(unpacked.config, **COMPILED))

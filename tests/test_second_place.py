@@ -1,7 +1,5 @@
 """Copies of a stage in a second place: sent whole or not at all, and brought back."""
 
-from __future__ import annotations
-
 import base64
 import http.server
 import json
@@ -12,9 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, unquote
 
 import pytest
@@ -22,7 +18,6 @@ from transformers import TrainerState, TrainingArguments
 
 from helpers import files, stages
 from helpers.errors import TunebookError
-from helpers.runs import Run
 from helpers.training import callbacks
 from tests.test_card import Hub
 
@@ -30,18 +25,18 @@ FEW = {"sft__max_steps": 4, "sft__save_steps": 2, "sft__eval_steps": 2}
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def fill(folder: Path, text: str) -> Path:
+def fill(folder, text):
     (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints" / "checkpoint-2" / "state.bin").write_text(text * 10_000)
     (folder / "best.json").write_text(json.dumps(text))
     return folder
 
 
-def weights(run: Run) -> str:
+def weights(run):
     return files.hash_file(run.path / "sft" / "adapter" / "adapter_model.safetensors")
 
 
-def test_the_newest_whole_copy_is_brought_back_and_two_stay(tmp_path: Path) -> None:
+def test_the_newest_whole_copy_is_brought_back_and_two_stay(tmp_path):
     (tmp_path / "place").mkdir()
     place = str(tmp_path / "place")
     assert not files.fetch_copy(place, "run/sft", tmp_path / "back")
@@ -60,7 +55,7 @@ def test_the_newest_whole_copy_is_brought_back_and_two_stay(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "fault", ["no manifest", "cut manifest", "cut", "other", "less"]
 )
-def test_a_copy_that_is_not_whole_is_passed_over(tmp_path: Path, fault: str) -> None:
+def test_a_copy_that_is_not_whole_is_passed_over(tmp_path, fault):
     place = tmp_path / "place"
     place.mkdir()
     for text in "ab":
@@ -87,7 +82,7 @@ files.send_copy(Path(sys.argv[1]), sys.argv[2], "sft")
 """
 
 
-def test_a_kill_amid_a_copy_leaves_the_one_before(tmp_path: Path) -> None:
+def test_a_kill_amid_a_copy_leaves_the_one_before(tmp_path):
     place, big = tmp_path / "place", tmp_path / "big"
     place.mkdir()
     files.send_copy(fill(tmp_path / "a", "a"), str(place), "sft")
@@ -108,17 +103,15 @@ def test_a_kill_amid_a_copy_leaves_the_one_before(tmp_path: Path) -> None:
     assert not (place / "sft" / "copy-000002" / "010.bin").exists()
 
 
-def test_a_place_that_is_not_there_stops_a_restore_with_a_sentence(
-    tmp_path: Path,
-) -> None:
+def test_a_place_that_is_not_there_stops_a_restore_with_a_sentence(tmp_path):
     with pytest.raises(TunebookError, match="no folder: mount it.*unset TUNEBOOK_KEEP"):
         files.fetch_copy(str(tmp_path / "gone"), "sft", tmp_path / "back")
 
 
 @pytest.mark.parametrize("fault", ["removed", "a file"])
 def test_a_place_lost_amid_a_training_is_said_once_and_stops_nothing(
-    tmp_path: Path, fault: str, caplog: Any
-) -> None:
+    tmp_path, fault, caplog
+):
     place = tmp_path / "place"
     place.mkdir()
     args = TrainingArguments(output_dir=str(fill(tmp_path / "a", "a") / "checkpoints"))
@@ -141,8 +134,8 @@ def test_a_place_lost_amid_a_training_is_said_once_and_stops_nothing(
 
 
 def test_a_run_goes_on_bit_identically_from_the_second_place_alone(
-    run_factory: Callable[..., Run], tmp_path: Path, monkeypatch: Any
-) -> None:
+    run_factory, tmp_path, monkeypatch
+):
     whole = run_factory(**FEW)
     stages.train_stage(whole, "sft")
     expected, report = weights(whole), whole.report()["sft"]
@@ -168,15 +161,15 @@ def test_a_run_goes_on_bit_identically_from_the_second_place_alone(
     assert weights(run) == expected
 
 
-def die_after(step: int) -> Callable[..., None]:
-    def on_step_end(self: Any, args: Any, state: Any, *_: Any, **__: Any) -> None:
+def die_after(step):
+    def on_step_end(self, args, state, *_, **__):
         if state.global_step == step:
             raise KeyboardInterrupt
 
     return on_step_end
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
+def wait_for(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -186,8 +179,8 @@ def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
 class Repository(Hub):
     """A hub that keeps what is committed to `o/n`, and gives it back."""
 
-    def answer(self) -> None:
-        server: Any = self.server
+    def answer(self):
+        server = self.server
         path, _, query = unquote(self.path).partition("?")
         if self.command == "GET" and "/tree/main" in path:
             folder = path.partition("/tree/main")[2].strip("/")
@@ -211,8 +204,8 @@ class Repository(Hub):
             for line in map(json.loads, body.splitlines()):
                 self.take(line["key"], line["value"])
 
-    def take(self, key: str, value: dict[str, Any]) -> None:
-        server: Any = self.server
+    def take(self, key, value):
+        server = self.server
         stored = {p[5:]: body for p, _, body in server.calls if p.startswith("/lfs/")}
         if key == "file":
             server.files[value["path"]] = base64.b64decode(value["content"])
@@ -223,9 +216,9 @@ class Repository(Hub):
                 del server.files[name]
         server.commits += key == "header"
 
-    def list_tree(self, folder: str, recursive: bool) -> list[dict[str, Any]]:
-        server: Any = self.server
-        entries: dict[str, dict[str, Any]] = {}
+    def list_tree(self, folder, recursive):
+        server = self.server
+        entries = {}
         for name, body in server.files.items():
             if folder and not name.startswith(folder + "/"):
                 continue
@@ -240,7 +233,7 @@ class Repository(Hub):
                 entries[name] = entry
         return list(entries.values())
 
-    def send(self, body: bytes, status: int = 200) -> None:
+    def send(self, body, status=200):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -280,8 +273,8 @@ print("ERROR", second.error)
 
 
 def test_copies_go_to_a_private_repository_in_single_commits_and_come_back(
-    tmp_path: Path, run_python: Any
-) -> None:
+    tmp_path, run_python
+):
     folder = fill(tmp_path / "a", "a")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Repository) as server:
         calls, server.files, server.commits = [], {}, 0  # type: ignore[attr-defined]
