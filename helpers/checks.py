@@ -4,7 +4,6 @@ Their classes say what they take; the tables here hold what they take in silence
 """
 
 import math
-import os
 import re
 import sys
 import typing
@@ -23,7 +22,7 @@ from helpers.errors import ConfigError, MissingInput, UnknownArchitecture, neare
 from helpers.grpo.rewards import choose, margin
 from helpers.masking.templates import template_text
 from helpers.models.adapters import check_attached, check_lora
-from helpers.runtime import Machine, choose_dtype, find_machine
+from helpers.runtime import Machine, choose_dtype, count_processes, find_machine
 
 Fault = tuple[str, str]  # dotted field; what was found, why it matters, what to do
 
@@ -52,7 +51,9 @@ OWNER = {path: own for own, paths in ELSEWHERE.items() for path in paths.split()
 
 # values that a class takes, and training makes nothing of: fields, what is sound
 POSITIVE = "learning_rate num_train_epochs max_completion_length temperature "
-POSITIVE += "per_device_train_batch_size gradient_accumulation_steps"
+POSITIVE += "per_device_train_batch_size per_device_eval_batch_size "
+POSITIVE += "gradient_accumulation_steps"
+OURS = "save_only_model auto_find_batch_size resume_from_checkpoint"
 SILENT: list[tuple[str, Callable[[Any], bool], str]] = [
     (POSITIVE, lambda x: type(x) in (int, float) and 0 < x < math.inf, "more than 0"),
     ("beta weight_decay", lambda x: 0 <= x < math.inf, "0 or more"),
@@ -63,6 +64,9 @@ SILENT: list[tuple[str, Callable[[Any], bool], str]] = [
     ("inference_mode", lambda x: not x, "false: no parameter would be trained"),
     ("loss_type", lambda x: x is None or is_loss(x), "one that TRL's classes name"),
     ("task_type", lambda x: x in (None, "CAUSAL_LM"), "CAUSAL_LM, the only task here"),
+    ("report_to", bool, "none, or names of trackers"),
+    ("logging_first_step", bool, "true: the report needs its loss or reward"),
+    (OURS, lambda x: not x, "no value: training resumes and fits by itself"),
 ]
 # in a trial nothing is written, and nothing of this machine is judged
 TRAINING = {"output_dir": "unused", "report_to": "none", "fp16": False, "bf16": False}
@@ -185,7 +189,7 @@ def field_faults(group: str, values: dict[str, Any]) -> dict[str, str]:
 def trial_fault(group: str, values: dict[str, Any]) -> dict[str, str]:
     """Returns what a group's class says when it is constructed, by the field named."""
     # of several processes each would start their group before a model is loaded
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if count_processes() > 1:
         return {}
     import torch
     from accelerate.state import AcceleratorState, PartialState
@@ -279,9 +283,15 @@ def schedule(config: RunConfig, rows: int | None) -> Iterator[Fault]:
             text = f"{rate:g} is more than ten times outside the {low:g} to {high:g} "
             yield f"{stage}.learning_rate", f"{text}usual for LoRA ({source})"
         steps = estimate.count_steps(config, stage, rows if stage == "sft" else None)
+        if stage == "grpo" and config.grpo_minutes:
+            steps = None  # the clock ends the run, and stretches the schedule
         # below 1 it is a share of the run, as in transformers' get_warmup_steps
         length = int(warmup) if warmup >= 1 else math.ceil((steps or 0) * warmup)
         if steps and length >= steps and values["lr_scheduler_type"] != "constant":
             text = f"{warmup} in a run of {steps} steps: the rate never reaches its "
             text += f"peak. Set it to {steps // 10}, or raise the number of steps."
             yield f"{stage}.warmup_steps", text
+        by_eval = stage == "sft" and config.best_by == "eval_loss"
+        if by_eval and values["eval_strategy"] == "no":
+            text = "no evaluation: best_by='eval_loss' has nothing to go by, and the "
+            yield "sft.eval_strategy", f"{text}last adapter is kept. Set it to epoch."

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -136,8 +136,9 @@ def hold(run: Run) -> Iterator[None]:
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(BEAT_S) and path.exists():
-            path.touch()
+        with suppress(OSError):  # the lock is gone
+            while not done.wait(BEAT_S):
+                os.utime(path)
 
     threading.Thread(target=beat, daemon=True).start()
     try:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 HOME = ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()  # of runs/ and data
 ON_DRIVE = "/content/drive/MyDrive/tunebook/runs"
 PROBE = "/openai-community/gpt2/resolve/main/config.json"  # a small public file
+SET = dict[str, str]()  # variables of the environment, by `keep_runs`
 PACKAGES = "torch transformers trl peft bitsandbytes datasets accelerate unsloth"
 # CUDA starts, and sees what it is shown, only once a GPU has been chosen
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -60,7 +61,11 @@ def find_machine() -> Machine:
 
 
 def memory_cap_gb() -> float:
-    return float(os.environ.get("TUNEBOOK_GPU_GB", "inf"))
+    text = os.environ.get("TUNEBOOK_GPU_GB") or "inf"
+    with suppress(ValueError):
+        if (gb := float(text)) > 0:
+            return gb
+    raise ConfigError(f"TUNEBOOK_GPU_GB={text}: expected GiB, a number like 14.5")
 
 
 def choose_dtype(machine: Machine, wanted: str = "auto") -> tuple[Any, str]:
@@ -310,7 +315,7 @@ def start(engine: str | None = None) -> None:
     library.propagate = False  # Colab's root logger would show it a second time
     choose_gpu()
     path = runs_folder() / (current_run() or "none") / "config.json"
-    with suppress(OSError, ValueError):  # whoever opens the run says so
+    with suppress(OSError, ValueError, AttributeError):  # whoever opens it says so
         engine = engine or json.loads(path.read_text("utf-8")).get("engine")
     with suppress(ModelError):  # not installed: whoever loads a model says so
         if resolve_engine(engine or "auto") == "unsloth":
@@ -334,7 +339,7 @@ def hub_reachable() -> bool:
     try:
         urllib.request.urlopen(file, timeout=3.0).close()
         return True
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for what is no address
         if getattr(error, "code", 500) < 500:  # a refusal is an answer
             return True
     import huggingface_hub.constants
@@ -354,14 +359,17 @@ def keep_runs(place: str) -> None:
     Raises:
         ConfigError, TunebookError: another place, no token, or Drive does not open.
     """
-    if os.environ.get("TUNEBOOK_RUNS") == ON_DRIVE:  # the cell was run before
-        del os.environ["TUNEBOOK_RUNS"]
+    while SET:  # the cell was run before, perhaps with another place
+        name, value = SET.popitem()
+        if os.environ.get(name) == value:
+            del os.environ[name]
     if place.startswith("hub:"):
         from huggingface_hub import get_token  # which asks Colab's secrets, too
 
         if not (token := get_token()):
             raise ConfigError(f"KEEP = {place!r} needs HF_TOKEN, on Colab a secret")
-        os.environ |= {"TUNEBOOK_KEEP": place, "HF_TOKEN": token}
+        SET["TUNEBOOK_KEEP"] = place
+        os.environ |= SET | {"HF_TOKEN": token}
     elif place not in ("", "drive"):
         raise ConfigError(f"KEEP = {place!r}: expected 'drive', 'hub:owner/name' or ''")
     on_colab = "google.colab" in sys.modules
@@ -374,4 +382,5 @@ def keep_runs(place: str) -> None:
     except (ValueError, errors.Error) as error:
         remedy = "allow it, or set KEEP = '': runs then go with the machine"
         raise TunebookError(f"Drive was not opened ({error}); {remedy}") from error
-    os.environ["TUNEBOOK_RUNS"] = ON_DRIVE
+    SET["TUNEBOOK_RUNS"] = ON_DRIVE
+    os.environ |= SET

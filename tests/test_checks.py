@@ -95,6 +95,11 @@ def test_errors_come_first_and_are_raised_together(demo):
         ("sft.max_steps", 0, "expected more than 0, or -1"),
         ("sft.per_device_train_batch_size", 0, "expected more than 0"),
         ("grpo.temperature", 0, "found 0; expected more than 0"),
+        ("grpo.per_device_eval_batch_size", 0, "found 0; expected more than 0"),
+        ("sft.report_to", None, "found None; expected none, or names of trackers"),
+        ("sft.logging_first_step", False, "expected true: the report needs its loss"),
+        ("grpo.save_only_model", True, "expected no value: training resumes"),
+        ("sft.resume_from_checkpoint", "a", "expected no value: training resumes"),
         ("grpo.max_completion_length", None, "found None; expected more than 0"),
         ("inference.temperature", "hot", "found 'hot'; expected more than 0"),
         ("lora.lora_alpha", 0, "found 0; expected more than 0"),
@@ -257,6 +262,7 @@ def test_more_tokens_than_the_model_has_positions_are_an_error(demo, changes):
         ({"rewards": {"soft_format": 1.0}}, T4, "rewards", "as much as a right one"),
         ({"sft.learning_rate": 0.9e-6}, T4, "sft.learning_rate", "1e-05 to 0.0005"),
         ({"grpo.learning_rate": 5.1e-4}, T4, "grpo.learning_rate", "1e-06 to 5e-05"),
+        ({"sft.eval_strategy": "no"}, T4, "sft.eval_strategy", "last adapter is kept"),
     ],
 )
 def test_what_will_disappoint_is_warned_of(demo, changes, machine, field, words):
@@ -270,6 +276,8 @@ def test_what_will_do_is_not_warned_of(demo):
     rewards = {"correctness": 1.0, "number_present": 0.5}
     changes = {"pad_token": "<|endoftext|>", "dtype": "bfloat16", "rewards": rewards}
     assert advise(demo, A100, **changes, **rates) == []
+    timed = {"grpo.max_steps": 4, "grpo.warmup_steps": 9, "grpo_minutes": 5}
+    assert advise(demo, **timed) == []
 
 
 def test_an_engine_that_needs_another_kernel_is_warned_of(demo, monkeypatch):

@@ -66,7 +66,8 @@ def test_every_fault_has_its_own_line(demo):
 @pytest.mark.parametrize("name", recipes.NAMES)
 def test_a_config_survives_the_round_trip_through_json(name, tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(recipes.load(name).model_dump_json(indent=1), encoding="utf-8")
+    text = recipes.load(name).model_dump_json(indent=1)
+    path.write_text(text, encoding="utf-8-sig")  # as editors on Windows write it
     assert read_config(path) == recipes.load(name)
 
 
@@ -76,12 +77,13 @@ def test_a_config_survives_the_round_trip_through_json(name, tmp_path):
         (None, "no config at .*config.json; run .*00_setup"),
         ('{"name": "demo",\n "seed" 1}', "config.json is not JSON: .*line 2 column 9"),
         ("[1, 2]", "^Input should be a valid dictionary"),
+        ('{"name": "\udce9"}', "config.json is not JSON: .*can't decode byte 0xe9"),
     ],
 )
 def test_a_file_that_holds_no_config_says_why(text, message, tmp_path):
     path = tmp_path / "config.json"
     if text is not None:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ConfigError, match=message):
         read_config(path)
 

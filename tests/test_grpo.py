@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from trl import GRPOConfig
 
 from helpers import stages
 from helpers.config import SYSTEM_PROMPT, changed
@@ -82,6 +83,23 @@ def test_the_best_adapter_by_held_out_reward_is_kept_and_completions_are_logged(
         assert len(group) == size and group["prompt"].nunique() == 1
         paid = [len(text) % 7 for text in group["completion"]]
         assert list(group["length"]) == list(group["reward"]) == paid
+
+
+def test_an_evaluation_without_weights_counts_each_reward_once(make):
+    run = make()
+    trainer = grpo.build_grpo(run, *training.load_for_training(run, "grpo"))
+    values = grpo.grpo_arguments(run) | {"reward_weights": None}
+    trainer = type(trainer)(
+        model=trainer.model,
+        args=GRPOConfig(**values),
+        reward_funcs=trainer.reward_funcs,
+        train_dataset=trainer.train_dataset,
+        eval_dataset=trainer.eval_dataset,
+        processing_class=trainer.processing_class,
+    )
+    metrics = trainer.evaluate()
+    parts = [v for name, v in metrics.items() if name.startswith("eval_rewards/")]
+    assert metrics["eval_reward"] == pytest.approx(sum(parts), abs=1e-3)
 
 
 def test_without_evaluation_the_last_adapter_is_kept(make):
@@ -181,10 +199,12 @@ def test_held_out_problems_are_eval_rows_and_all_problems_are_trained_on(run_fac
 
 
 @pytest.mark.parametrize("rows", [None, "data_samples/alpaca.jsonl"])
+@pytest.mark.parametrize(("wanted", "held_out"), [(2, 2), (32, 6)])
 def test_without_eval_rows_with_gold_answers_the_last_problems_are_held_out(
-    problem_run, rows
+    problem_run, rows, wanted, held_out
 ):
-    parts = grpo.split_problems(problem_run(data__eval=rows))
+    run = problem_run(data__eval=rows, grpo_held_out=wanted)
+    parts = grpo.split_problems(run)
     asked = [[row["prompt"][-1]["content"] for row in part] for part in parts]
     questions = [row["question"] for row in ROWS]
-    assert asked == [questions[:-2], questions[-2:]]
+    assert asked == [questions[:-held_out], questions[-held_out:]]

@@ -161,6 +161,12 @@ def test_a_resumed_run_keeps_its_layout_and_another_machine_chooses_anew(
     smallest, again = 1, build(unpacked)
     layout.choose_layout(again, unpacked)
     assert again.args.per_device_train_batch_size == 2
+    note = again.args.output_dir.replace("checkpoints", layout.NOTE)
+    text = Path(note).read_text().replace('"micro_batch": 2', '"micro_batch": 3')
+    Path(note).write_text(text)  # of another version, which nobody would choose now
+    layout.choose_layout(again, unpacked)
+    assert again.args.per_device_train_batch_size == 1
+    layout.apply_layout(again, OWN)
 
     machine = runtime.find_machine()._replace(name="another")
     monkeypatch.setattr(runtime, "find_machine", lambda: machine)

@@ -196,6 +196,14 @@ def test_a_lock_of_another_host_is_taken_over_once_it_shows_no_sign_of_life(
             assert files.read_json(lock)["pid"] == os.getpid()
 
 
+def test_a_lock_that_is_given_back_does_not_come_again(run, monkeypatch):
+    monkeypatch.setattr(runs, "BEAT_S", 0)
+    for _ in range(300):
+        with runs.hold(run):
+            pass
+        assert not (run.path / "lock.json").exists()
+
+
 @pytest.mark.parametrize("name", ["config.json", "report.json", "lock.json"])
 @pytest.mark.parametrize("content", [b"", b'{"run": {', b"\xff\x00", b"[1]"])
 def test_a_damaged_state_file_is_named_and_kept_aside(run, name, content):

@@ -55,6 +55,13 @@ def test_the_variable_decides_the_dtype_and_a_wrong_one_is_refused(monkeypatch):
             runtime.choose_dtype(LAPTOP)
 
 
+@pytest.mark.parametrize("text", ["14GB", "0", "-1", "nan"])
+def test_a_memory_cap_that_is_no_size_is_refused(text, monkeypatch):
+    monkeypatch.setenv("TUNEBOOK_GPU_GB", text)
+    with pytest.raises(ConfigError, match=f"TUNEBOOK_GPU_GB={text}: expected GiB"):
+        runtime.memory_cap_gb()
+
+
 @without_gpu
 def test_a_machine_without_a_gpu_is_named_as_such():
     machine = runtime.find_machine()
@@ -153,6 +160,7 @@ def test_the_hub_is_in_reach_when_its_address_answers(monkeypatch, tmp_path):
         ("http://127.0.0.1:9", "0", False),  # nobody listens
         (page, "0", True),
         (page, "1", False),
+        ("huggingface.co", "0", False),  # no address
     ]:
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
@@ -209,9 +217,10 @@ def test_the_start_imports_the_engine_of_the_current_run_and_sets_the_allocator(
         assert "because" in text.stdout and f"torch {version('torch')}" in text.stdout
 
 
-def test_messages_go_to_the_stdout_of_the_moment_and_once(capsys):
+def test_messages_go_to_the_stdout_of_the_moment_and_once(capsys, run):
     runtime.start("transformers")
-    runtime.start("transformers")
+    (run.path / "config.json").write_text("[1]")  # whoever opens the run tells
+    runtime.start()
     capsys.readouterr()
     logging.getLogger("helpers.somewhere").info("a message")
     assert capsys.readouterr().out == "a message\n"
@@ -283,9 +292,13 @@ def test_a_place_on_the_hub_needs_a_token_and_another_place_is_refused(
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     runtime.keep_runs("hub:me/runs")
     assert os.environ["TUNEBOOK_KEEP"] == "hub:me/runs"
-    with pytest.raises(
-        ConfigError, match="KEEP = 'disk': expected 'drive', 'hub:owner"
-    ):
+    runtime.keep_runs("")  # the first cell, run again
+    assert "TUNEBOOK_KEEP" not in os.environ
+    monkeypatch.setenv("TUNEBOOK_KEEP", "hub:me/other")
+    runtime.keep_runs("drive")  # not of the cell, so it stays
+    assert os.environ["TUNEBOOK_KEEP"] == "hub:me/other"
+    fault = "KEEP = 'disk': expected 'drive', 'hub:owner"
+    with pytest.raises(ConfigError, match=fault):
         runtime.keep_runs("disk")
 
 
