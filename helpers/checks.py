@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import to_json
@@ -198,18 +199,14 @@ def trial_fault(group: str, values: dict[str, Any]) -> dict[str, str]:
     if group in ("sft", "grpo"):
         trial["use_cpu"] = not torch.cuda.is_available()
     # TRL's classes reset accelerate's state, which a trainer built before still needs
-    states = [kind._shared_state for kind in (AcceleratorState, PartialState)]
-    copies = [dict(state) for state in states]
+    states = AcceleratorState._shared_state, PartialState._shared_state
     try:
-        library_class(group)(**trial)
+        with patch.dict(states[0]), patch.dict(states[1]):
+            library_class(group)(**trial)
     except (ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
         owner = {v: n for n, v in values.items() if isinstance(v, str)}
         name, text = name_fault(error, owner | {name: name for name in values})
         return {name: f"{schema(group).__name__}: {text}"}
-    finally:
-        for state, copy in zip(states, copies, strict=True):
-            state.clear()
-            state.update(copy)
     return {}
 
 

@@ -16,11 +16,7 @@ from helpers.grpo import trainer as grpo
 from helpers.inference.generation import generate
 from helpers.runs import Run
 from helpers.training import trainer as training
-
-
-def length(completions, **_):
-    """A reward of one's own that random text spreads: its length, modulo seven."""
-    return [float(len(c[-1]["content"]) % 7) for c in completions]
+from tests.test_train import length, losses
 
 
 @pytest.fixture
@@ -44,8 +40,7 @@ def make(run_factory, monkeypatch):
 
 
 def history(run, name):
-    entries = json.loads((run.path / "grpo" / "log_history.json").read_text())
-    return [(e["step"], e[name]) for e in entries if name in e]
+    return losses(run, "grpo", name)
 
 
 @pytest.mark.parametrize("sampler", ["model", "copy"])

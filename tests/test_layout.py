@@ -14,7 +14,7 @@ from helpers import runtime
 from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
-from helpers.files import read_json
+from helpers.files import read_json, write_json
 from helpers.runs import Run
 from helpers.training import callbacks, inputs, layout
 from helpers.training import trainer as train
@@ -61,34 +61,55 @@ def build(run):
     return trainer
 
 
+def alter(run, **changes):
+    return Run(run.path, changed(run.config, **changes))
+
+
 def losses(trainer, name="loss"):
     return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def gradient(trainer, batches):
+    """Loss and gradient of batches that are one optimiser step."""
+    passes, count = trainer.get_batch_samples(iter(batches), len(batches), "cpu")
+    trainer.current_gradient_accumulation_steps = len(batches)
+    trainer.model.zero_grad()
+    loss = sum(float(trainer.training_step(trainer.model, p, count)) for p in passes)
+    weights = [p for p in trainer.model.parameters() if p.requires_grad]
+    return loss, torch.cat([w.grad.flatten() for w in weights])
+
+
+def run_out_of_memory(trainer, step):
+    """Has one pass fail after a step."""
+    take_step, failures = trainer.training_step, []
+
+    def fails_once(*args):
+        loss = take_step(*args)
+        if trainer.state.global_step == step and not failures:
+            failures.append(step)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return loss
+
+    trainer.training_step = fails_once
 
 
 @pytest.mark.parametrize("loss_type", ["nll", "chunked_nll"])
 def test_losses_and_gradients_do_not_depend_on_how_rows_are_grouped(
     unpacked, loss_type
 ):
-    sft = unpacked.config.sft | {"loss_type": loss_type}
-    config = unpacked.config.model_copy(update={"sft": sft})
-    trainer = build(Run(unpacked.path, config))
+    trainer = build(alter(unpacked, sft__loss_type=loss_type))
     rows = [trainer.train_dataset[index] for index in range(8)]
     results = []
     for size in (1, 2, 8):
         for flat in (False, True):
             layout.apply_layout(trainer, Layout(size, 8 // size, False, flat))
             groups = [rows[start : start + size] for start in range(0, 8, size)]
-            batches = iter([trainer.data_collator(group) for group in groups])
-            passes, count = trainer.get_batch_samples(batches, 8 // size, "cpu")
-            trainer.model.zero_grad()
-            parts = [trainer.training_step(trainer.model, p, count) for p in passes]
-            weights = [p for p in trainer.model.parameters() if p.requires_grad]
-            gradient = torch.cat([w.grad.flatten() for w in weights])
-            results.append((sum(map(float, parts)), gradient))
-    assert results[0][1].abs().max() > 1e-3
-    for loss, gradient in results[1:]:
-        assert loss == pytest.approx(results[0][0], abs=1e-5)
-        assert (gradient - results[0][1]).abs().max() < 1e-5
+            results.append(gradient(trainer, list(map(trainer.data_collator, groups))))
+    (expected, first), *others = results
+    assert first.abs().max() > 1e-3
+    for loss, other in others:
+        assert loss == pytest.approx(expected, abs=1e-5)
+        assert (other - first).abs().max() < 1e-5
 
 
 def test_the_order_is_fewest_passes_and_what_the_config_sets_is_kept(
@@ -100,8 +121,7 @@ def test_the_order_is_fewest_passes_and_what_the_config_sets_is_kept(
     assert len(order) == 6 and {one[0] * one[1] for one in order} == {4}
     trainer.data_collator.padding_free = False
     own = {"gradient_checkpointing": False, "padding_free": False}
-    config = unpacked.config.model_copy(update={"sft": own})
-    order = layout.candidates(trainer, Run(unpacked.path, config))
+    order = layout.candidates(trainer, alter(unpacked, sft=own))
     assert {one[2:] for one in order} == {(False, False)}
 
 
@@ -134,17 +154,13 @@ def test_the_batch_that_is_tried_is_the_largest_that_the_run_draws(unpacked):
         assert tried == max(drawn) > min(drawn)
 
 
-def test_without_a_choice_the_layout_stays_and_the_table_says_why(
-    unpacked, run_factory
-):
+def test_without_a_choice_the_layout_stays_and_the_table_says_why(unpacked):
     trainer = build(unpacked)
     (row,) = layout.choose_layout(trainer, unpacked).to_dict("records")
     assert row == OWN._asdict() | {"verdict": "on a CPU"}
-    before = inputs.inputs_of(unpacked, "sft")
-    config = unpacked.config.model_copy(update={"layout": "pinned"})
-    pinned = Run(unpacked.path, config)
+    pinned = alter(unpacked, layout="pinned")
     assert list(layout.choose_layout(trainer, pinned)["verdict"]) == ["pinned"]
-    assert inputs.inputs_of(pinned, "sft") == before
+    assert inputs.inputs_of(pinned, "sft") == inputs.inputs_of(unpacked, "sft")
 
 
 def test_a_resumed_run_keeps_its_layout_and_another_machine_chooses_anew(
@@ -161,13 +177,12 @@ def test_a_resumed_run_keeps_its_layout_and_another_machine_chooses_anew(
     smallest, again = 1, build(unpacked)
     layout.choose_layout(again, unpacked)
     assert again.args.per_device_train_batch_size == 2
-    note = again.args.output_dir.replace("checkpoints", layout.NOTE)
-    text = Path(note).read_text().replace('"micro_batch": 2', '"micro_batch": 3')
-    Path(note).write_text(text)  # of another version, which nobody would choose now
+    note = unpacked.path / "sft" / layout.NOTE
+    choice = {"choice": Layout(3, 1, False, False)._asdict()}  # not of these rows
+    write_json(note, read_json(note) | choice)
     layout.choose_layout(again, unpacked)
     assert again.args.per_device_train_batch_size == 1
     layout.apply_layout(again, OWN)
-
     machine = runtime.find_machine()._replace(name="another")
     monkeypatch.setattr(runtime, "find_machine", lambda: machine)
     layout.choose_layout(again, unpacked)
@@ -191,16 +206,7 @@ def test_out_of_memory_in_a_step_takes_the_next_layout_and_loses_no_row(
     plain.train()
     trainer = build(unpacked)
     layout.choose_layout(trainer, unpacked)
-    train_step, failures = trainer.training_step, []
-
-    def fails_once(*args):
-        loss = train_step(*args)
-        if trainer.state.global_step == step and not failures:
-            failures.append(step)
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-        return loss
-
-    trainer.training_step = fails_once
+    run_out_of_memory(trainer, step)
     part = train.fit(trainer, unpacked)
     assert part["layout"]["choice"] == Layout(4, 1, True, True)._asdict()
     last = part["layout"]["tries"][-1]
@@ -226,9 +232,7 @@ def test_rows_that_would_see_one_another_are_not_joined(
 ):
     mixed = {"layer_types": ["conv", "full_attention"], "block_ff_dim": 128}
     folder = save_tiny_model("Lfm2", tokenizer, tmp_path / "model", **mixed)
-    changes = {"model": str(folder), "lora": {"target_modules": ["q_proj"]}}
-    config = unpacked.config.model_copy(update=changes)
-    run = Run(unpacked.path, config)
+    run = alter(unpacked, model=str(folder), lora={"target_modules": ["q_proj"]})
     assert not layout.candidates(build(run), run)[0].padding_free
 
 
@@ -237,7 +241,7 @@ def compiled(unpacked, free_choice, monkeypatch):
     """A run of compiled layers, which holds three rows out and stops at no machine."""
     monkeypatch.setattr(layout, "why_not_compiled", lambda _: "")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    run = Run(unpacked.path, changed(unpacked.config, **COMPILED))
+    run = alter(unpacked, **COMPILED)
     data.prepare(run)
     torch._dynamo.reset()
     counters.clear()
@@ -245,22 +249,8 @@ def compiled(unpacked, free_choice, monkeypatch):
     torch._dynamo.reset()
 
 
-def build_plain(run):
-    return build(Run(run.path, changed(run.config, layout="pinned")))
-
-
-def gradient(trainer, batches):
-    """Loss and gradient of batches that are one optimiser step."""
-    passes, count = trainer.get_batch_samples(iter(batches), len(batches), "cpu")
-    trainer.current_gradient_accumulation_steps = len(batches)
-    trainer.model.zero_grad()
-    loss = sum(float(trainer.training_step(trainer.model, p, count)) for p in passes)
-    weights = [p for p in trainer.model.parameters() if p.requires_grad]
-    return loss, torch.cat([w.grad.flatten() for w in weights])
-
-
 def test_packed_rows_under_compiled_layers_teach_what_they_teach_one_by_one(compiled):
-    trainer, plain = build(compiled), build_plain(compiled)
+    trainer, plain = build(compiled), build(alter(compiled, layout="pinned"))
     rows = sorted(map(tuple, trainer.train_dataset["input_ids"]))
     layout.choose_layout(trainer, compiled)
     parts = [part for row in trainer.train_dataset for part in documents(row)]
@@ -279,11 +269,10 @@ def test_packed_rows_under_compiled_layers_teach_what_they_teach_one_by_one(comp
 
 
 def test_training_compiles_one_graph_and_evaluation_is_what_it_was(compiled):
-    still = {"learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 2}
-    still["per_device_eval_batch_size"] = 8
-    changes = {f"sft__{name}": value for name, value in still.items()}
-    run = Run(compiled.path, changed(compiled.config, **changes))
-    expected = build_plain(run).evaluate()["eval_loss"]
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.0}
+    evaluation["per_device_eval_batch_size"] = 8
+    run = alter(compiled, sft=compiled.config.sft | evaluation)
+    expected = build(alter(run, layout="pinned")).evaluate()["eval_loss"]
     trainer = build(run)
     train.fit(trainer, run)
     logged = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
@@ -296,15 +285,7 @@ def test_a_compiled_run_is_resumed_and_goes_on_where_memory_runs_out(compiled):
     train.fit(whole, compiled)
     (compiled.path / "sft").rename(compiled.path / "whole")
     trainer = build(compiled)
-    take_step = trainer.training_step
-
-    def fails_once(*args):
-        if trainer.state.global_step == 3 and take_step in waiting:
-            waiting.clear()
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-        return take_step(*args)
-
-    waiting, trainer.training_step = [take_step], fails_once
+    run_out_of_memory(trainer, 3)
     part = train.fit(trainer, compiled)
     assert part["layout"]["choice"]["recompute"]
     assert losses(trainer) == pytest.approx(losses(whole), abs=1e-5)
@@ -330,17 +311,14 @@ def test_packed_rows_are_whole_and_a_step_has_as_many_on_average(count, mean):
     assert len(rows) / len(packed) * parts == pytest.approx(wanted, rel=0.03)
 
 
-def test_compiled_layers_are_refused_where_they_cannot_be(
-    unpacked, tokenizer, tmp_path, monkeypatch
-):
+def test_compiled_layers_are_refused_where_they_cannot_be(unpacked, monkeypatch):
     with pytest.raises(ConfigError, match="needs engine='transformers'"):
         changed(unpacked.config, layout="compiled", engine="auto")
-    run = Run(unpacked.path, changed(unpacked.config, **COMPILED))
+    run = alter(unpacked, **COMPILED)
     assert inputs.inputs_of(run, "sft")["layout"] == "compiled"
     trainer = build(unpacked)
     with pytest.raises(ConfigError, match="needs a GPU.*; use layout='auto'"):
         layout.choose_layout(trainer, run)
     monkeypatch.setattr(layout, "why_not_compiled", lambda _: "")
-    config = changed(run.config, sft__padding_free=False)
     with pytest.raises(ConfigError, match="rows cannot be joined"):
-        layout.choose_layout(trainer, Run(run.path, config))
+        layout.choose_layout(trainer, alter(run, sft__padding_free=False))

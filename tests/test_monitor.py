@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, get_scheduler
 
+from helpers.config import changed
 from helpers.files import write_json
 from helpers.grpo import monitor
+from helpers.runs import Run
 from helpers.training.inputs import Panel
 
 ARGUMENTS = SimpleNamespace(eval_strategy="steps", warmup_steps=2)
@@ -123,6 +125,16 @@ def test_the_group_with_the_largest_spread_is_shown_best_first(grpo_run):
     assert list(monitor.read_group(grpo_run, 1)["completion"]) == ["2", "1"]
     assert monitor.read_group(grpo_run, 0).empty
     assert monitor.read_group(grpo_run, 2).empty
+    # a trainer with other rewards than the config's
+    other = changed(grpo_run.config, rewards={"closeness": 1.0})
+    group = monitor.read_group(Run(grpo_run.path, other), 1)
+    assert list(group["reward"]) == [0.0, 0.0]
+
+
+def test_of_a_trainer_that_samples_its_own_prompts_no_count_is_reported(run):
+    part = monitor.LivePanel(run).report([{"reward": 0.5}])
+    assert (part["prompts_left_out"], part["sampler"]) == (None, None)
+    assert part["reward_last"] == 0.5
 
 
 def test_outside_a_notebook_the_most_urgent_is_logged_and_all_at_the_end(

@@ -214,24 +214,17 @@ class Repository(Hub):
         elif key.startswith("deleted"):
             for name in [n for n in server.files if n.startswith(value["path"])]:
                 del server.files[name]
-        server.commits += key == "header"
 
     def list_tree(self, folder, recursive):
-        server = self.server
-        entries = {}
-        for name, body in server.files.items():
-            if folder and not name.startswith(folder + "/"):
-                continue
-            inner = name[len(folder) + 1 :] if folder else name
-            parts = inner.split("/")
-            for end in range(1, len(parts) if recursive else 2):
-                if end < len(parts):
-                    path = "/".join([*([folder] if folder else []), *parts[:end]])
-                    entries[path] = {"type": "directory", "path": path, "oid": "1"}
-            if recursive or len(parts) == 1:
-                entry = {"type": "file", "path": name, "size": len(body), "oid": "1"}
-                entries[name] = entry
-        return list(entries.values())
+        files, below = self.server.files, f"{folder}/" if folder else ""
+        folders = {str(p) for name in files for p in Path(name).parents} - {"."}
+        kinds = dict.fromkeys(folders, "directory") | dict.fromkeys(files, "file")
+        return [
+            {"type": kind, "path": path, "oid": "1", "size": len(files.get(path, b""))}
+            for path, kind in kinds.items()
+            if path.startswith(below)
+            and (recursive or "/" not in path.removeprefix(below))
+        ]
 
     def send(self, body, status=200):
         self.send_response(status)
@@ -277,8 +270,8 @@ def test_copies_go_to_a_private_repository_in_single_commits_and_come_back(
 ):
     folder = fill(tmp_path / "a", "a")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Repository) as server:
-        calls, server.files, server.commits = [], {}, 0  # type: ignore[attr-defined]
-        server.calls = calls  # type: ignore[attr-defined]
+        calls, server.files = [], {}
+        server.calls = calls
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         variables = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home")}
@@ -296,6 +289,6 @@ def test_copies_go_to_a_private_repository_in_single_commits_and_come_back(
     assert files.list_sums(back) == files.list_sums(folder)
     created = next(json.loads(body) for path, _, body in calls if "create" in path)
     assert created["visibility"] == "private"
-    names = {"/".join(name.split("/")[:3]) for name in server.files}  # type: ignore[attr-defined]
+    names = {"/".join(name.split("/")[:3]) for name in server.files}
     assert names == {"run/sft/copy-000002", "run/sft/copy-000003"}
     assert "hf_secret" not in done.stdout + done.stderr

@@ -63,6 +63,8 @@ def test_a_changed_input_is_named_and_the_former_result_set_aside(
     note = run.path / "sft" / inputs.NOTE
     files.write_json(note, files.read_json(note) | {"finished": True})
     run.write_part("sft", {"steps": 3})
+    assert inputs.finished_part(run, "sft") is None  # its adapter is gone
+    (run.path / "sft" / "adapter").mkdir()
     assert inputs.finished_part(run, "sft") == {"steps": 3}
     edited = run_factory(**change)
     if not change:

@@ -26,24 +26,49 @@ from helpers.training import callbacks, inputs
 from helpers.training import trainer as train
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
+HEAD = """
+import os, resource, signal
 from helpers import runs, stages
+from helpers.errors import TunebookError
+from helpers.export import formats
 from helpers.grpo import rewards
 from helpers.training import callbacks
 from tests.test_train import length
 
 rewards.REWARDS["length"] = length
+run = runs.open_run("test")
 
-class Kill(callbacks.Watch):
+class Fault(callbacks.Watch):
     def on_step_end(self, args, state, control, **_):
-        if state.global_step == {step}:
-            os.kill(os.getpid(), signal.SIGKILL)
+        strike(state.global_step)
 
-callbacks.Watch = Kill
-stages.train_stage(runs.open_run("test"), {stage!r})
+callbacks.Watch = Fault
 """
+KILLED = """
+def strike(step):
+    if step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+stages.train_stage(run, {stage!r})
+"""
+FULL = """
+def strike(step=0):
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
+
+try:
+    if {stage!r} == "export":
+        strike()
+        formats.export(run, "sft", ["adapter"])
+    stages.train_stage(run, {stage!r})
+except TunebookError as error:
+    print(error)
+"""
+
+
+def run_script(text, **values):
+    """Runs a program of those above in a process of its own."""
+    command = [sys.executable, "-c", HEAD + text.format(**values)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def length(completions, **_):
@@ -77,8 +102,7 @@ def prepared(run_factory, monkeypatch):
 
 def kill_at(step, stage):
     """Trains a stage in another process, which is killed after a step."""
-    script = KILLED.format(root=str(ROOT), step=step, stage=stage)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    done = run_script(KILLED, step=step, stage=stage)
     assert done.returncode == -9, done.stderr[-2000:]
 
 
@@ -113,9 +137,8 @@ def test_a_killed_sft_goes_on_and_ends_where_it_would_have(prepared, caplog):
     seconds = [value for _, value in losses(prepared, "sft", "seconds")]
     assert seconds == sorted(seconds) and part["seconds"] == round(seconds[-1], 1)
     # transformers' sums are of the last session alone
-    assert losses(prepared, "whole", "train_loss") and not losses(
-        prepared, "sft", "train_loss"
-    )
+    assert losses(prepared, "whole", "train_loss")
+    assert not losses(prepared, "sft", "train_loss")
     samples = [read_rows(prepared.path / s / "samples.jsonl") for s in ("sft", "whole")]
     assert samples[0] == samples[1]
 
@@ -197,41 +220,9 @@ def test_training_stops_at_once_when_its_folder_is_removed(prepared):
     assert trainer.state.global_step == 2 and not prepared.path.exists()
 
 
-FULL = """
-import resource, sys
-sys.path.insert(0, {root!r})
-from helpers import runs, stages
-from helpers.errors import TunebookError
-from helpers.export import formats
-from helpers.grpo import rewards
-from helpers.training import callbacks
-from tests.test_train import length
-
-rewards.REWARDS["length"] = length
-
-def fill():
-    resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
-
-class Full(callbacks.Watch):
-    def on_step_end(self, *_, **__):
-        fill()
-
-run, callbacks.Watch = runs.open_run("test"), Full
-try:
-    if {stage!r} == "export":
-        fill()
-        formats.export(run, "sft", ["adapter"])
-    stages.train_stage(run, {stage!r})
-except TunebookError as error:
-    print(error)
-"""
-
-
 def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(prepared):
     def report(stage):
-        script = FULL.format(root=str(ROOT), size=300_000, stage=stage)
-        command = [sys.executable, "-c", script]
-        return subprocess.run(command, capture_output=True, text=True).stdout
+        return run_script(FULL, size=300_000, stage=stage).stdout
 
     free = r"[\d.e+]+ GB free"
     fault = f"no space left for .*test/sft: {free}, [\\d.e-]+ GB needed; make room"
@@ -317,18 +308,11 @@ def test_a_cell_that_is_stopped_and_run_again_ends_as_if_it_was_not(
     assert all(bool((again[name] == whole[name]).all()) for name in whole)
 
 
-@pytest.mark.parametrize(
-    ("stage", "step", "changes"),
-    [
-        ("sft", 2, {"sft__learning_rate": 1e30}),
-        ("grpo", 2, {"grpo__learning_rate": 1e30}),
-    ],
-)
-def test_a_loss_that_is_not_finite_stops_and_is_never_a_result(
-    prepared, stage, step, changes
-):
-    run = Run(prepared.path, changed(prepared.config, **changes))
-    with pytest.raises(TrainingError, match=f"step {step}: .* not finite"):
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_loss_that_is_not_finite_stops_and_is_never_a_result(prepared, stage):
+    config = changed(prepared.config, **{f"{stage}__learning_rate": 1e30})
+    run = Run(prepared.path, config)
+    with pytest.raises(TrainingError, match="step 2: .* not finite"):
         stages.train_stage(run, stage)
     assert not read_json(run.path / stage / inputs.NOTE)["finished"]
     assert stage not in run.report()
@@ -404,8 +388,8 @@ def test_the_trainer_computes_as_model_and_machine_do(
     names = ("fp16", "bf16", "use_cpu", "gradient_checkpointing")
     for recompute in (True, False):
         changes = {"dtype": dtype, "sft__gradient_checkpointing": recompute}
-        changed_run = Run(run.path, changed(run.config, **changes))
-        values = inputs.training_arguments(changed_run, "sft", run.path)
+        other = Run(run.path, changed(run.config, **changes))
+        values = inputs.training_arguments(other, "sft", run.path)
         flags = [name for name in names if values[name]]
         assert flags == expected[: None if recompute or not capability else -1]
 
