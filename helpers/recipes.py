@@ -137,14 +137,12 @@ def has_gpu() -> bool:
 def scaled(
     config: RunConfig,
     *,
-    model: str | None = None,
     steps: int | None = None,
     rows: int | None = None,
     samples: bool = False,
 ) -> RunConfig:
     """Returns a smaller config; with `samples`, on our rows instead of the hub's."""
     values = config.model_dump()
-    values["model"] = model or config.model
     if samples:
         text = config.data.model_dump_json()
         for name, sample in SAMPLES.items():
@@ -170,10 +168,10 @@ def scaled(
 
 def small(config: RunConfig) -> RunConfig:
     """Returns a config on the offline model and our samples: minutes on two cores."""
-    model = "smollm2-135m-offline"
-    config = scaled(config, model=model, steps=10, rows=8, samples=True)
+    config = scaled(config, steps=10, rows=8, samples=True)
+    changes: dict[str, Any] = {"model": "smollm2-135m-offline"}
     # 4-bit weights save memory, which is not short here, and cost time on a CPU
-    changes: dict[str, Any] = {"weights": "auto", "evaluation__max_new_tokens": 64}
+    changes |= {"weights": "auto", "evaluation__max_new_tokens": 64}
     changes["thinking"] = None  # for which this model's template has no switch
     # AWQ needs a GPU; GPTQ writes files of the same kind on a CPU
     changes["export"] = ["w4a16" if f == "awq" else f for f in config.export]

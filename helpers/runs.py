@@ -26,27 +26,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Part(BaseModel, extra="allow"):  # the types of what is read again
-    device: str = ""
-    fingerprints: dict[str, str] = {}
-    steps: int = 0
-    seconds: float = 0.0
-    peak_memory_gb: float = 0.0
-    accuracy: dict[str, float] | None = None
-    accuracy_new: dict[str, float] | None = None
-    eval_loss: float | None = None
+Part = dict[str, Any]
 
 
 class Report(BaseModel, extra="forbid"):
     run: dict[str, str] = {}
-    environment: Part = Part()
-    data: Part = Part()
-    sft: Part = Part()
-    grpo: Part = Part()
+    environment: Part = {}
+    data: Part = {}
+    sft: Part = {}
+    grpo: Part = {}
     eval: dict[str, Part] = {}
     comparisons: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    blind: dict[str, dict[str, Any]] = {}
-    export: dict[str, Any] = {}
+    blind: dict[str, Part] = {}
+    export: Part = {}
     notebooks: dict[str, dict[str, float]] = {}
 
 

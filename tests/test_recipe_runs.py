@@ -49,10 +49,8 @@ class Trained(NamedTuple):
 
 def small(name, model):
     """A recipe on another model and our samples, every size cut down."""
-    config = recipes.scaled(
-        recipes.load(name), model=model, steps=STEPS, rows=4, samples=True
-    )
-    cuts = {"evaluation__max_new_tokens": 4}
+    config = recipes.scaled(recipes.load(name), steps=STEPS, rows=4, samples=True)
+    cuts = {"model": model, "evaluation__max_new_tokens": 4}
     cuts["export"] = recipes.small(config).export  # what a CPU can write
     if "grpo" in config.stages:
         cuts["grpo__max_completion_length"] = 8

@@ -164,9 +164,6 @@ def test_scaled_changes_what_it_is_asked_to_and_leaves_the_rest():
     data = recipes.scaled(config, rows=5).data
     assert data.train_rows == 40
     assert {getattr(data, f"{n}_rows") for n in SETS if n != "problems"} == {5}
-    other = recipes.scaled(config, model="some/other")
-    assert other.model == "some/other"
-    assert other.model_dump(exclude={"model"}) == config.model_dump(exclude={"model"})
 
 
 def test_what_differs_from_a_recipe_is_at_most_ten_lines():
