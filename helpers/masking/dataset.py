@@ -10,11 +10,10 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from helpers.config import LossOn
 from helpers.data.formats import Messages
 from helpers.errors import DataError, TemplateError
 from helpers.masking import templates
-from helpers.masking.templates import Text, Tokenizer, answer_marks, find_spans
+from helpers.masking.templates import LossOn, Text, Tokenizer, answer_marks, find_spans
 
 NO_LOSS = -100
 BATCH = 512  # conversations in memory at a time

@@ -176,7 +176,7 @@ def draw_diagnostics(history: list[dict[str, Any]], path: Path | None = None) ->
         for name in table.filter(regex="^rewards/"):
             mean, spread = table[name], logged.get(name.replace("/mean", "/std"), 0)
             axes.fill_between(table.index, mean - spread, mean + spread, alpha=0.12)
-    if path is not None and os.environ.get("RANK", "0") == "0":
+    if path is not None:
         figure.savefig(path, dpi=80)
     return figure
 
