@@ -45,27 +45,21 @@ QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SEVEN = [*QKVO, "gate_proj", "up_proj", "down_proj"]
 LLAMA1, LLAMA3 = (f"unsloth/Llama-3.2-{size}B-Instruct" for size in (1, 3))
 DOLLY = "databricks/databricks-dolly-15k:train"
-FINETOME, WIZARD = "mlabonne/FineTome-100k:train", "WizardLMTeam/WizardLM_evol_instruct"
+GUANACO = "mlabonne/guanaco-llama2-1k:train"
+FINETOME = "mlabonne/FineTome-100k:train"
+BOTH = [FINETOME, "WizardLMTeam/WizardLM_evol_instruct_70k:train"]
+LLAMA2, CHAT = "meta-llama/Llama-2-7b-hf", "NousResearch/Llama-2-7b-chat-hf"
 
 # model, rows, their cap, LoRA's r, alpha, dropout and modules
 TRAINED = {
     "finetome-llama32-1b": (LLAMA1, [FINETOME], 2000, 16, 16, 0, SEVEN),
     "finetome-llama32-3b-a": (LLAMA3, [FINETOME], None, 16, 16, 0, SEVEN),
     "finetome-llama32-3b-b": (LLAMA3, [FINETOME], 15000, 16, 16, 0, SEVEN),
-    "finetome-llama32-3b-c": (
-        *(LLAMA3, [FINETOME, f"{WIZARD}_70k:train"]),
-        *(15000, 16, 16, 0, SEVEN),
-    ),
+    "finetome-llama32-3b-c": (LLAMA3, BOTH, 15000, 16, 16, 0, SEVEN),
     "gsm8k-grpo-llama32-1b": (LLAMA1, [], None, 16, 16, 0, SEVEN),
     "dolly-llama32-3b": (LLAMA3, [DOLLY], None, 32, 64, 0.1, QKVO),
-    "dolly-llama2-7b": (
-        *("meta-llama/Llama-2-7b-hf", [DOLLY]),
-        *(None, 16, 32, 0.05, SEVEN),
-    ),
-    "guanaco-llama2-7b": (
-        *("NousResearch/Llama-2-7b-chat-hf", ["mlabonne/guanaco-llama2-1k:train"]),
-        *(None, 32, 16, 0.1, ["q_proj", "v_proj"]),
-    ),
+    "dolly-llama2-7b": (LLAMA2, [DOLLY], None, 16, 32, 0.05, SEVEN),
+    "guanaco-llama2-7b": (CHAT, [GUANACO], None, 32, 16, 0.1, ["q_proj", "v_proj"]),
 }
 # micro-batch, accumulation, steps or epochs, rate, warm-up, weight decay, optimiser
 SCHEDULES = {
@@ -84,18 +78,14 @@ SCHEDULES = {
 def test_a_recipe_has_the_published_values(name):
     config = recipes.load(name)
     lora, part = config.lora, config.grpo if config.stages == ["grpo"] else config.sft
-    assert TRAINED[name] == (
-        *(config.model, config.data.train, config.data.train_rows),
-        *(lora["r"], lora["lora_alpha"], lora.get("lora_dropout", 0)),
-        lora["target_modules"],
-    )
-    names = ["per_device_train_batch_size", "gradient_accumulation_steps"]
+    sizes = lora["r"], lora["lora_alpha"], lora.get("lora_dropout", 0)
+    rows = config.data.train, config.data.train_rows
+    assert TRAINED[name] == (config.model, *rows, *sizes, lora["target_modules"])
+    batch = part["per_device_train_batch_size"], part["gradient_accumulation_steps"]
     length = part.get("max_steps") or part["num_train_epochs"]
-    assert SCHEDULES[name] == (
-        *(part[n] for n in names),
-        *(length, part["learning_rate"], part["warmup_steps"]),
-        *(part.get("weight_decay"), part["optim"]),
-    )
+    schedule = length, part["learning_rate"], part["warmup_steps"]
+    last = part.get("weight_decay"), part["optim"]
+    assert SCHEDULES[name] == (*batch, *schedule, *last)
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)

@@ -32,32 +32,37 @@ def fill(folder, text):
     return folder
 
 
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place"
+
+
+def bring_back(place):
+    """The text of the copy that is brought back from a place."""
+    back = place.with_name("back")
+    assert files.fetch_copy(str(place), "sft", back)
+    return json.loads((back / "best.json").read_text())
+
+
 def weights(run):
     return files.hash_file(run.path / "sft" / "adapter" / "adapter_model.safetensors")
 
 
-def test_the_newest_whole_copy_is_brought_back_and_two_stay(tmp_path):
-    (tmp_path / "place").mkdir()
-    place = str(tmp_path / "place")
-    assert not files.fetch_copy(place, "run/sft", tmp_path / "back")
+def test_the_newest_whole_copy_is_brought_back_and_two_stay(tmp_path, place):
+    assert not files.fetch_copy(str(place), "sft", tmp_path / "back")
     for text in "abc":
-        files.send_copy(fill(tmp_path / text, text), place, "run/sft")
-    newest = tmp_path / "place" / "run" / "sft" / "copy-000003"
-    assert [p.name for p in sorted(newest.parent.iterdir())] == [
-        "copy-000002",
-        "copy-000003",
-    ]
-    assert files.fetch_copy(place, "run/sft", tmp_path / "back")
-    assert json.loads((tmp_path / "back" / "best.json").read_text()) == "c"
+        files.send_copy(fill(tmp_path / text, text), str(place), "sft")
+    names = sorted(path.name for path in (place / "sft").iterdir())
+    assert names == ["copy-000002", "copy-000003"]
+    assert bring_back(place) == "c"
     assert files.list_sums(tmp_path / "back") == files.list_sums(tmp_path / "c")
 
 
 @pytest.mark.parametrize(
     "fault", ["no manifest", "cut manifest", "cut", "other", "less"]
 )
-def test_a_copy_that_is_not_whole_is_passed_over(tmp_path, fault):
-    place = tmp_path / "place"
-    place.mkdir()
+def test_a_copy_that_is_not_whole_is_passed_over(tmp_path, place, fault):
     for text in "ab":
         files.send_copy(fill(tmp_path / text, text), str(place), "sft")
     copy = place / "sft" / "copy-000002"
@@ -69,8 +74,7 @@ def test_a_copy_that_is_not_whole_is_passed_over(tmp_path, fault):
     else:
         file, text = (manifest if "manifest" in fault else state), state.read_text()
         file.write_text("c" * len(text) if fault == "other" else file.read_text()[:9])
-    assert files.fetch_copy(str(place), "sft", tmp_path / "back")
-    assert json.loads((tmp_path / "back" / "best.json").read_text()) == "a"
+    assert bring_back(place) == "a"
 
 
 SENDS = """
@@ -82,9 +86,8 @@ files.send_copy(Path(sys.argv[1]), sys.argv[2], "sft")
 """
 
 
-def test_a_kill_amid_a_copy_leaves_the_one_before(tmp_path):
-    place, big = tmp_path / "place", tmp_path / "big"
-    place.mkdir()
+def test_a_kill_amid_a_copy_leaves_the_one_before(tmp_path, place):
+    big = tmp_path / "big"
     files.send_copy(fill(tmp_path / "a", "a"), str(place), "sft")
     big.mkdir()
     for number in range(300):
@@ -97,8 +100,7 @@ def test_a_kill_amid_a_copy_leaves_the_one_before(tmp_path):
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert half.exists() and not (half.parent / files.MANIFEST).exists()
-    assert files.fetch_copy(str(place), "sft", tmp_path / "back")
-    assert json.loads((tmp_path / "back" / "best.json").read_text()) == "a"
+    assert bring_back(place) == "a"
     files.send_copy(fill(tmp_path / "b", "b"), str(place), "sft")
     assert not (place / "sft" / "copy-000002" / "010.bin").exists()
 
@@ -110,10 +112,8 @@ def test_a_place_that_is_not_there_stops_a_restore_with_a_sentence(tmp_path):
 
 @pytest.mark.parametrize("fault", ["removed", "a file"])
 def test_a_place_lost_amid_a_training_is_said_once_and_stops_nothing(
-    tmp_path, fault, caplog
+    tmp_path, place, fault, caplog
 ):
-    place = tmp_path / "place"
-    place.mkdir()
     args = TrainingArguments(output_dir=str(fill(tmp_path / "a", "a") / "checkpoints"))
     second = callbacks.SecondPlace(str(place), "sft", tmp_path / "a")
     for step in (1, 2, 3, 4):
@@ -130,26 +130,30 @@ def test_a_place_lost_amid_a_training_is_said_once_and_stops_nothing(
     place.mkdir()
     second.on_save(args, TrainerState(global_step=5))
     second.on_train_end(args, TrainerState(global_step=5))
-    assert files.fetch_copy(str(place), "sft", tmp_path / "back")
+    assert bring_back(place) == "a"
 
 
 def test_a_run_goes_on_bit_identically_from_the_second_place_alone(
-    run_factory, tmp_path, monkeypatch
+    run_factory, place, monkeypatch
 ):
     whole = run_factory(**FEW)
     stages.train_stage(whole, "sft")
     expected, report = weights(whole), whole.report()["sft"]
     shutil.rmtree(whole.path)
-    (tmp_path / "place").mkdir()
-    monkeypatch.setenv("TUNEBOOK_KEEP", str(tmp_path / "place"))
+    monkeypatch.setenv("TUNEBOOK_KEEP", str(place))
+    run, end = run_factory(**FEW), time.monotonic() + 300
 
-    run = run_factory(**FEW)
+    def die(self, args, state, *_, **__):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks.SecondPlace, "on_step_end", die_after(3), raising=False)
+        patch.setattr(callbacks.SecondPlace, "on_step_end", die, raising=False)
         with pytest.raises(KeyboardInterrupt):
             stages.train_stage(run, "sft")
-    place = tmp_path / "place"
-    wait_for(lambda: list(place.rglob(files.MANIFEST)))
+    while not list(place.rglob(files.MANIFEST)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
     shutil.rmtree(run.path)  # another machine
     run = run_factory(**FEW)
     stages.train_stage(run, "sft")
@@ -159,21 +163,6 @@ def test_a_run_goes_on_bit_identically_from_the_second_place_alone(
     run = run_factory(**FEW)
     stages.train_stage(run, "sft")
     assert weights(run) == expected
-
-
-def die_after(step):
-    def on_step_end(self, args, state, *_, **__):
-        if state.global_step == step:
-            raise KeyboardInterrupt
-
-    return on_step_end
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 class Repository(Hub):
