@@ -65,7 +65,7 @@ SILENT: list[tuple[str, Callable[[Any], bool], str]] = [
     ("inference_mode", lambda x: not x, "false: no parameter would be trained"),
     ("loss_type", lambda x: x is None or is_loss(x), "one that TRL's classes name"),
     ("task_type", lambda x: x in (None, "CAUSAL_LM"), "CAUSAL_LM, the only task here"),
-    ("report_to", bool, "none, or names of trackers"),
+    ("report_to", lambda x: x is not None, "none, or names of trackers"),
     ("logging_first_step", bool, "true: the report needs its loss or reward"),
     (OURS, lambda x: not x, "no value: training resumes and fits by itself"),
 ]

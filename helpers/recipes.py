@@ -98,8 +98,7 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
     Raises:
         MissingInput, DataError: there are no such rows, or they cannot be read.
     """
-    online = has_gpu() and hub_reachable()
-    base = load("finetome-llama32-1b" if online else "demo", gpu=False)
+    base = load(usual(), gpu=False)
     reader = Reader(path, drop_unusable=True)
     chats = reader.read(open_rows(path, 20_000))
     answers = [chat[answer_places(chat)[0]]["content"].strip() for chat in chats]
@@ -109,7 +108,7 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
         judged = "by number"
     elif 2 <= len(classes) <= min(20, len(answers) // 5):
         judged, evaluation["labels"] = f"by label, of {classes}", classes
-    rows = min(len(answers), 2000 if online else 300)
+    rows = min(len(answers), 300 if base.name == "demo" else 2000)
     values = base.model_dump(include={"max_length", "inference", "lora"})
     epochs = {"max_steps": -1, "num_train_epochs": 3 if rows < 1000 else 1}
     each = {"eval_strategy": "epoch", "save_strategy": "epoch"}
@@ -127,6 +126,11 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
     text = f"{rows} of {reader.rows} rows in {epochs['num_train_epochs']} epochs of SFT"
     log.info(f"{text}; held-out answers are judged {judged}")
     return check_config({"model": model or base.model, "stages": ["sft"], **values})
+
+
+def usual() -> str:
+    """Returns the name of the recipe for a machine on which none is chosen."""
+    return "finetome-llama32-1b" if has_gpu() and hub_reachable() else "demo"
 
 
 def has_gpu() -> bool:

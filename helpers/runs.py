@@ -18,7 +18,7 @@ from helpers import files, recipes
 from helpers.config import RunConfig, changed, read_config
 from helpers.errors import DataError, MissingInput, TunebookError
 from helpers.files import disk_space, read_json, write_json, write_lines
-from helpers.runtime import current_run, find_machine, hub_reachable, runs_folder
+from helpers.runtime import current_run, runs_folder
 
 log = logging.getLogger(__name__)
 BEAT_S, SILENT_S = 20, 120  # a holder's sign of life, and when it counts as dead
@@ -92,13 +92,11 @@ def save_run(config: RunConfig, current: bool = False) -> Run:
 def open_run(name: str | None = None) -> Run:
     """Returns a run, by default the current one; a recipe's name makes its run.
 
-    Without any it is `TUNEBOOK_RECIPE`'s. ConfigError where there is no valid config.
+    Without any it is `TUNEBOOK_RECIPE`'s, or the machine's usual one. ConfigError where
+    there is no valid config.
     """
     is_named = bool(name)
-    name = name or current_run() or os.environ.get("TUNEBOOK_RECIPE")
-    if not name:
-        online = find_machine().device == "cuda" and hub_reachable()
-        name = "finetome-llama32-1b" if online else "demo"
+    name = name or current_run() or os.environ.get("TUNEBOOK_RECIPE") or recipes.usual()
     folder = runs_folder() / name
     if name in recipes.NAMES and not folder.exists():
         return save_run(recipes.load(name), current=not is_named)
