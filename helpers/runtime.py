@@ -61,11 +61,10 @@ def find_machine() -> Machine:
 
 
 def memory_cap_gb() -> float:
-    text = os.environ.get("TUNEBOOK_GPU_GB") or "inf"
-    with suppress(ValueError):
-        if (gb := float(text)) > 0:
-            return gb
-    raise ConfigError(f"TUNEBOOK_GPU_GB={text}: expected GiB, a number like 14.5")
+    text = os.environ.get("TUNEBOOK_GPU_GB", "inf")
+    if not re.fullmatch(r"inf|[1-9]\d*(\.\d+)?", text):
+        raise ConfigError(f"TUNEBOOK_GPU_GB={text}: expected GiB, a number like 14.5")
+    return float(text)
 
 
 def choose_dtype(machine: Machine, wanted: str = "auto") -> tuple[Any, str]:
