@@ -152,6 +152,8 @@ def test_the_batch_that_is_tried_is_the_largest_that_the_run_draws(unpacked):
         trainer.training_step = taken
         trainer.train()
         assert tried == max(drawn) > min(drawn)
+        # padding is no token of the report's rate
+        assert trainer.state.num_input_tokens_seen == losses(trainer, "num_tokens")[-1]
 
 
 def test_without_a_choice_the_layout_stays_and_the_table_says_why(unpacked):
