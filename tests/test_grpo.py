@@ -16,6 +16,7 @@ from helpers.grpo import trainer as grpo
 from helpers.inference.generation import generate
 from helpers.runs import Run
 from helpers.training import trainer as training
+from tests.rows import write
 from tests.test_train import length, losses
 
 
@@ -141,19 +142,11 @@ ROWS = [
 
 
 @pytest.fixture
-def problem_run(run_factory, tmp_path):
+def problem_run(make, tmp_path):
     """Makes a prepared GRPO run over the problems above, from a local file."""
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-
-    def make(**changes):
-        local = {"stages": ["grpo"], "data__train": [], "data__eval": None}
-        local |= {"data__problems": str(path), "grpo_held_out": 2}
-        run = run_factory(**{**local, **changes})
-        data.prepare(run)
-        return run
-
-    return make
+    local = {"data__train": [], "data__eval": None, "grpo_held_out": 2}
+    local["data__problems"] = write(tmp_path / "problems.jsonl", ROWS)
+    return lambda **changes: make(**local | changes)
 
 
 def test_a_prompt_is_the_question_under_the_system_prompt_with_a_plain_gold(
