@@ -288,7 +288,5 @@ def schedule(config: RunConfig, rows: int | None) -> Iterator[Fault]:
             text = f"{warmup} in a run of {steps} steps: the rate never reaches its "
             text += f"peak. Set it to {steps // 10}, or raise the number of steps."
             yield f"{stage}.warmup_steps", text
-        by_eval = stage == "sft" and config.best_by == "eval_loss"
-        if by_eval and values["eval_strategy"] == "no":
-            text = "no evaluation: best_by='eval_loss' has nothing to go by, and the "
-            yield "sft.eval_strategy", f"{text}last adapter is kept. Set it to epoch."
+        if stage == "sft" and values["eval_strategy"] == "no" and config.best_by != "loss":
+            yield "sft.eval_strategy", "no: the last adapter is kept. Set it to epoch."

@@ -26,19 +26,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-Part = dict[str, Any]
-
-
 class Report(BaseModel, extra="forbid"):
     run: dict[str, str] = {}
-    environment: Part = {}
-    data: Part = {}
-    sft: Part = {}
-    grpo: Part = {}
-    eval: dict[str, Part] = {}
+    environment: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    sft: dict[str, Any] = {}
+    grpo: dict[str, Any] = {}
+    eval: dict[str, dict[str, Any]] = {}
     comparisons: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    blind: dict[str, Part] = {}
-    export: Part = {}
+    blind: dict[str, dict[str, Any]] = {}
+    export: dict[str, Any] = {}
     notebooks: dict[str, dict[str, float]] = {}
 
 
@@ -92,8 +89,7 @@ def save_run(config: RunConfig, current: bool = False) -> Run:
 def open_run(name: str | None = None) -> Run:
     """Returns a run, by default the current one; a recipe's name makes its run.
 
-    Without any it is `TUNEBOOK_RECIPE`'s, or the machine's usual one. ConfigError where
-    there is no valid config.
+    Without any it is `TUNEBOOK_RECIPE`'s, or the usual one. ConfigError: none is valid.
     """
     is_named = bool(name)
     name = name or current_run() or os.environ.get("TUNEBOOK_RECIPE") or recipes.usual()

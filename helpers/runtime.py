@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 HOME = ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()  # of runs/ and data
 ON_DRIVE = "/content/drive/MyDrive/tunebook/runs"
 PROBE = "/openai-community/gpt2/resolve/main/config.json"  # a small public file
-SET = dict[str, str]()  # variables of the environment, by `keep_runs`
+SET = set[str]()  # variables of the environment, by `keep_runs`
 PACKAGES = "torch transformers trl peft bitsandbytes datasets accelerate unsloth"
 # CUDA starts, and sees what it is shown, only once a GPU has been chosen
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -359,16 +359,14 @@ def keep_runs(place: str) -> None:
         ConfigError, TunebookError: another place, no token, or Drive does not open.
     """
     while SET:  # the cell was run before, perhaps with another place
-        name, value = SET.popitem()
-        if os.environ.get(name) == value:
-            del os.environ[name]
+        os.environ.pop(SET.pop(), None)
     if place.startswith("hub:"):
         from huggingface_hub import get_token  # which asks Colab's secrets, too
 
         if not (token := get_token()):
             raise ConfigError(f"KEEP = {place!r} needs HF_TOKEN, on Colab a secret")
-        SET["TUNEBOOK_KEEP"] = place
-        os.environ |= SET | {"HF_TOKEN": token}
+        SET.add("TUNEBOOK_KEEP")
+        os.environ |= {"TUNEBOOK_KEEP": place, "HF_TOKEN": token}
     elif place not in ("", "drive"):
         raise ConfigError(f"KEEP = {place!r}: expected 'drive', 'hub:owner/name' or ''")
     on_colab = "google.colab" in sys.modules
@@ -381,5 +379,5 @@ def keep_runs(place: str) -> None:
     except (ValueError, errors.Error) as error:
         remedy = "allow it, or set KEEP = '': runs then go with the machine"
         raise TunebookError(f"Drive was not opened ({error}); {remedy}") from error
-    SET["TUNEBOOK_RUNS"] = ON_DRIVE
-    os.environ |= SET
+    SET.add("TUNEBOOK_RUNS")
+    os.environ["TUNEBOOK_RUNS"] = ON_DRIVE

@@ -173,11 +173,7 @@ def collapse(history: list[Entry]) -> str:
 
 
 class LivePanel(Panel):
-    """Shows the diagnostics while training, and stops a run that collapses.
-
-    Args:
-        run: in training.
-    """
+    """Shows the diagnostics of a run in training, and stops one that collapses."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run.path / "grpo")
@@ -231,9 +227,8 @@ def read_group(run: Run, step: int | None = None) -> pandas.DataFrame:
     frame = pandas.read_parquet(files[-1]) if files else pandas.DataFrame()
     if frame.empty:
         return frame
-    weights = pandas.Series(run.config.rewards)
-    paid = frame.reindex(columns=weights.index).astype(float).fillna(0.0)
-    frame["reward"] = paid.dot(weights).round(4)
+    paid = frame.reindex(columns=[*run.config.rewards]).astype(float).fillna(0.0)
+    frame["reward"] = paid.dot(pandas.Series(run.config.rewards)).round(4)
     groups = frame.index // complete(run.config, "grpo")["num_generations"]
     widest = frame["reward"].groupby(groups).agg(lambda r: r.max() - r.min()).idxmax()
     return frame[groups == widest].sort_values("reward", ascending=False)

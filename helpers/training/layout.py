@@ -74,8 +74,7 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     name += f", {count} processes" if count > 1 else ""
     with apart(trainer) if count > 1 else nullcontext():
         order = [own_layout(trainer)] if stays else candidates(trainer, run)
-        # a choice of another version or engine may be none of these
-        is_known = note.get("choice") in [layout._asdict() for layout in order]
+        is_known = note.get("choice") in [one._asdict() for one in order]  # or older
         if stays or note.get("stays") or note.get("machine") != name or not is_known:
             note = {"machine": name, "stays": stays, "tries": []}
             for layout in order:
