@@ -271,7 +271,7 @@ def disappointments(config: RunConfig, machine: Machine) -> Iterator[Fault]:
 
 
 def schedule(config: RunConfig, rows: int | None) -> Iterator[Fault]:
-    """Finds a rate or a warm-up that defeats the training."""
+    """Finds a rate, a warm-up or a lack of evaluations that defeats the training."""
     for stage in config.stages:
         values = complete(config, stage)
         low, high, source = USUAL_RATES[stage]
@@ -280,13 +280,14 @@ def schedule(config: RunConfig, rows: int | None) -> Iterator[Fault]:
             text = f"{rate:g} is more than ten times outside the {low:g} to {high:g} "
             yield f"{stage}.learning_rate", f"{text}usual for LoRA ({source})"
         steps = estimate.count_steps(config, stage, rows if stage == "sft" else None)
-        if stage == "grpo" and config.grpo_minutes:
-            steps = None  # the clock ends the run, and stretches the schedule
+        timed = stage == "grpo" and config.grpo_minutes  # which stretches the schedule
         # below 1 it is a share of the run, as in transformers' get_warmup_steps
         length = int(warmup) if warmup >= 1 else math.ceil((steps or 0) * warmup)
-        if steps and length >= steps and values["lr_scheduler_type"] != "constant":
+        rises = values["lr_scheduler_type"] != "constant" and not timed
+        if steps and length >= steps and rises:
             text = f"{warmup} in a run of {steps} steps: the rate never reaches its "
             text += f"peak. Set it to {steps // 10}, or raise the number of steps."
             yield f"{stage}.warmup_steps", text
-        if stage == "sft" and values["eval_strategy"] == "no" and config.best_by != "loss":
+        unmeasured = values["eval_strategy"] == "no" and config.best_by == "eval_loss"
+        if stage == "sft" and unmeasured:
             yield "sft.eval_strategy", "no: the last adapter is kept. Set it to epoch."

@@ -15,7 +15,6 @@ Stage = Literal["sft", "grpo"]
 Gguf = Literal["gguf:f16", "gguf:q8_0", "gguf:q4_k_m"]
 Format = Literal["adapter", "merged", Gguf, "w4a16", "awq", "space"]
 HELD_OUT = ("test", "test_new", "test_chat", "eval", "general")  # problems, then chats
-LossOn = Literal["all", "assistant", "last"]
 SETS = ("eval", "problems", "test", "test_new", "general")  # with sources of their own
 SYSTEM_PROMPT = "Solve step by step. End with a line like this: #### 42"
 CLASSES = {"sft": "trl.SFTConfig", "grpo": "trl.GRPOConfig", "lora": "peft.LoraConfig"}
@@ -98,7 +97,7 @@ class RunConfig(
     grpo_held_out: Count = Field(32, description="problems to choose the adapter by")
     sampler: Literal["auto", "copy", "model"] = "auto"
     "copy: 16-bit weights on a GPU are faster and take memory; auto: if they fit"
-    loss_on: LossOn = "assistant"
+    loss_on: Literal["all", "assistant", "last"] = "assistant"
     "whose words are learnt: everybody's, the assistant's, or its last answer's"
     system_prompt: str = SYSTEM_PROMPT
     "stands before every conversation, here and later; its tokens take time"

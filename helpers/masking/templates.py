@@ -8,16 +8,16 @@ from contextlib import suppress
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from helpers import runtime
-from helpers.config import LossOn
 from helpers.data.formats import Messages
 from helpers.errors import TemplateError
 from helpers.inference.chat import break_control
 
 log = logging.getLogger(__name__)
 Tokenizer = Any  # one of transformers, which takes seconds to import
+LossOn = Literal["all", "assistant", "last"]
 Text = tuple[str, list[tuple[int, int]]]  # of a conversation, and the spans to learn
 LAST = "choose another template, or loss_on='last'"
 LOST = f"the template moves or leaves out text of this answer; {LAST}"
