@@ -25,7 +25,7 @@ def split_problems(run: Run) -> tuple[list[data.Row], list[data.Row]]:
     """Returns the problems to train on and those held out, `{"prompt", "gold"}` each.
 
     Held out are the first of the run's eval rows that end in a gold answer, which SFT
-    did not train on either; else the last of the problems, half of them at most.
+    did not train on either; else the last of the problems, at most about half of them.
 
     Args:
         run: with `data/` prepared by notebook 01.
