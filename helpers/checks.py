@@ -280,9 +280,9 @@ def schedule(config: RunConfig, rows: int | None) -> Iterator[Fault]:
             text = f"{rate:g} is more than ten times outside the {low:g} to {high:g} "
             yield f"{stage}.learning_rate", f"{text}usual for LoRA ({source})"
         steps = estimate.count_steps(config, stage, rows if stage == "sft" else None)
-        timed = stage == "grpo" and config.grpo_minutes  # which stretches the schedule
         # below 1 it is a share of the run, as in transformers' get_warmup_steps
         length = int(warmup) if warmup >= 1 else math.ceil((steps or 0) * warmup)
+        timed = stage == "grpo" and config.grpo_minutes  # which stretches the schedule
         rises = values["lr_scheduler_type"] != "constant" and not timed
         if steps and length >= steps and rises:
             text = f"{warmup} in a run of {steps} steps: the rate never reaches its "
@@ -290,4 +290,4 @@ def schedule(config: RunConfig, rows: int | None) -> Iterator[Fault]:
             yield f"{stage}.warmup_steps", text
         unmeasured = values["eval_strategy"] == "no" and config.best_by == "eval_loss"
         if stage == "sft" and unmeasured:
-            yield "sft.eval_strategy", "no: the last adapter is kept. Set it to epoch."
+            yield "sft.eval_strategy", "'no' keeps the last adapter: set it to epoch"

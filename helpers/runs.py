@@ -89,7 +89,7 @@ def save_run(config: RunConfig, current: bool = False) -> Run:
 def open_run(name: str | None = None) -> Run:
     """Returns a run, by default the current one; a recipe's name makes its run.
 
-    Without any it is `TUNEBOOK_RECIPE`'s, or the usual one. ConfigError: none is valid.
+    Without any it is `TUNEBOOK_RECIPE`'s or the usual. ConfigError for no valid config.
     """
     is_named = bool(name)
     name = name or current_run() or os.environ.get("TUNEBOOK_RECIPE") or recipes.usual()
