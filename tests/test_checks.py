@@ -255,7 +255,7 @@ def test_more_tokens_than_the_model_has_positions_are_an_error(demo, changes):
         ({"rewards": {"soft_format": 1.0}}, T4, "rewards", "as much as a right one"),
         ({"sft.learning_rate": 0.9e-6}, T4, "sft.learning_rate", "1e-05 to 0.0005"),
         ({"grpo.learning_rate": 5.1e-4}, T4, "grpo.learning_rate", "1e-06 to 5e-05"),
-        ({"sft.eval_strategy": "no"}, T4, "sft.eval_strategy", "keeps the last adapter"),
+        ({"sft.eval_strategy": "no"}, T4, "sft.eval_strategy", "keeps the last"),
     ],
 )
 def test_what_will_disappoint_is_warned_of(demo, changes, machine, field, words):
