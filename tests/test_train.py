@@ -73,7 +73,7 @@ def run_script(text, **values):
 
 def length(completions, **_):
     """A reward of one's own that random text spreads: its length, modulo seven."""
-    return [float(len(text) % 7) for text in rewards.own_texts(completions, None)]
+    return [float(len(rewards.plain(text)) % 7) for text in completions]
 
 
 @pytest.fixture(autouse=True)
