@@ -1,7 +1,6 @@
 """Callbacks on states as the trainer has them, and the curves of its log."""
 
 import json
-import logging
 import math
 from types import SimpleNamespace
 
@@ -46,7 +45,6 @@ def test_the_adapter_of_the_best_value_is_kept_and_remembered(
 def test_a_sample_is_logged_and_kept_at_each_epochs_end(
     lora_model, tokenizer, tmp_path, caplog
 ):
-    caplog.set_level(logging.INFO, "helpers")
     path = tmp_path / "samples.jsonl"
     live = callbacks.LiveSamples(tokenizer, path)
     lora_model.train()

@@ -13,12 +13,6 @@ from helpers.errors import ConfigError
 from tests.test_runtime import A100, LAPTOP, T4
 
 
-@pytest.fixture(autouse=True)
-def no_overrides(monkeypatch):
-    for name in ("TUNEBOOK_DTYPE", "TUNEBOOK_GPU_GB", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture
 def demo():
     return recipes.load("demo")
@@ -296,6 +290,7 @@ def test_it_warns_exactly_when_the_schedule_never_reaches_its_peak(demo, warmup)
         scheduler.step()
     for stage in ("sft", "grpo"):
         changes = {f"{stage}.max_steps": 10, f"{stage}.warmup_steps": warmup}
+        changes["grpo_minutes"] = None  # by which the schedule would be stretched
         fields = [f"{stage}.warmup_steps"] * (max(rates) < 1.0)
         assert [a.field for a in advise(demo, **changes)] == fields
 

@@ -1,6 +1,5 @@
 """The rows of an optimiser step, grouped in other ways, teach the same."""
 
-import logging
 from functools import partial
 from pathlib import Path
 
@@ -201,7 +200,6 @@ def test_a_resumed_run_keeps_its_layout_and_another_machine_chooses_anew(
 def test_out_of_memory_in_a_step_takes_the_next_layout_and_loses_no_row(
     unpacked, free_choice, caplog, step
 ):
-    caplog.set_level(logging.INFO, "helpers")
     plain = build(unpacked)
     plain.args.output_dir += "-plain"
     plain.remove_callback(callbacks.BestAdapter)  # its adapter is nothing of `fit`

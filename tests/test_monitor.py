@@ -1,6 +1,5 @@
 """The callbacks that watch a GRPO run, on states as the trainer has them."""
 
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +17,6 @@ from helpers.runs import Run
 from helpers.training.inputs import Panel
 
 ARGUMENTS = SimpleNamespace(eval_strategy="steps", warmup_steps=2)
-
-
-@pytest.fixture(autouse=True)
-def what_is_logged(caplog):
-    caplog.set_level(logging.INFO)
 
 
 @pytest.fixture

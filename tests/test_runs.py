@@ -155,7 +155,6 @@ with runs.hold(run):
 
 
 def test_a_run_is_written_to_by_one_process_at_a_time(run, caplog):
-    caplog.set_level("INFO", "helpers")
     runs.save_run(run.config)
     command = [sys.executable, "-c", HOLDS, run.config.name]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -1,6 +1,5 @@
 """What a stage depends on, what leaves a finished one alone, what is trained first."""
 
-import logging
 import math
 import shutil
 
@@ -11,11 +10,6 @@ from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
 from helpers.training import inputs
-
-
-@pytest.fixture(autouse=True)
-def logged(caplog):
-    caplog.set_level(logging.INFO, "helpers")
 
 
 @pytest.fixture

@@ -80,8 +80,7 @@ def test_a_tokenizer_without_a_template_gets_the_instruction_one(
     make_tokenizer, caplog
 ):
     tokenizer = make_tokenizer(**ONE_BOS)
-    with caplog.at_level("INFO"):
-        prepare_tokenizer(tokenizer)
+    prepare_tokenizer(tokenizer)
     assert render(tokenizer, EXCHANGE) == INSTRUCTED
     assert "no chat template" in caplog.text
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import re
 import shutil
 import subprocess
@@ -74,11 +73,6 @@ def run_script(text, **values):
 def length(completions, **_):
     """A reward of one's own that random text spreads: its length, modulo seven."""
     return [float(len(rewards.plain(text)) % 7) for text in completions]
-
-
-@pytest.fixture(autouse=True)
-def logged(caplog):
-    caplog.set_level(logging.INFO, "helpers")
 
 
 @pytest.fixture
