@@ -4,13 +4,13 @@ Their classes say what they take; the tables here hold what they take in silence
 """
 
 import math
-import os
 import re
 import sys
 import typing
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import to_json
@@ -23,7 +23,7 @@ from helpers.errors import ConfigError, MissingInput, UnknownArchitecture, neare
 from helpers.grpo.rewards import choose, margin
 from helpers.masking.templates import template_text
 from helpers.models.adapters import check_attached, check_lora
-from helpers.runtime import Machine, choose_dtype, find_machine
+from helpers.runtime import Machine, choose_dtype, count_processes, find_machine
 
 Fault = tuple[str, str]  # dotted field; what was found, why it matters, what to do
 
@@ -52,7 +52,9 @@ OWNER = {path: own for own, paths in ELSEWHERE.items() for path in paths.split()
 
 # values that a class takes, and training makes nothing of: fields, what is sound
 POSITIVE = "learning_rate num_train_epochs max_completion_length temperature "
-POSITIVE += "per_device_train_batch_size gradient_accumulation_steps"
+POSITIVE += "per_device_train_batch_size per_device_eval_batch_size "
+POSITIVE += "gradient_accumulation_steps"
+OURS = "save_only_model auto_find_batch_size resume_from_checkpoint"
 SILENT: list[tuple[str, Callable[[Any], bool], str]] = [
     (POSITIVE, lambda x: type(x) in (int, float) and 0 < x < math.inf, "more than 0"),
     ("beta weight_decay", lambda x: 0 <= x < math.inf, "0 or more"),
@@ -63,6 +65,9 @@ SILENT: list[tuple[str, Callable[[Any], bool], str]] = [
     ("inference_mode", lambda x: not x, "false: no parameter would be trained"),
     ("loss_type", lambda x: x is None or is_loss(x), "one that TRL's classes name"),
     ("task_type", lambda x: x in (None, "CAUSAL_LM"), "CAUSAL_LM, the only task here"),
+    ("report_to", lambda x: x is not None, "none, or names of trackers"),
+    ("logging_first_step", bool, "true: the report needs its loss or reward"),
+    (OURS, lambda x: not x, "no value: training resumes and fits by itself"),
 ]
 # in a trial nothing is written, and nothing of this machine is judged
 TRAINING = {"output_dir": "unused", "report_to": "none", "fp16": False, "bf16": False}
@@ -185,7 +190,7 @@ def field_faults(group: str, values: dict[str, Any]) -> dict[str, str]:
 def trial_fault(group: str, values: dict[str, Any]) -> dict[str, str]:
     """Returns what a group's class says when it is constructed, by the field named."""
     # of several processes each would start their group before a model is loaded
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if count_processes() > 1:
         return {}
     import torch
     from accelerate.state import AcceleratorState, PartialState
@@ -194,18 +199,14 @@ def trial_fault(group: str, values: dict[str, Any]) -> dict[str, str]:
     if group in ("sft", "grpo"):
         trial["use_cpu"] = not torch.cuda.is_available()
     # TRL's classes reset accelerate's state, which a trainer built before still needs
-    states = [kind._shared_state for kind in (AcceleratorState, PartialState)]
-    copies = [dict(state) for state in states]
+    states = AcceleratorState._shared_state, PartialState._shared_state
     try:
-        library_class(group)(**trial)
+        with patch.dict(states[0]), patch.dict(states[1]):
+            library_class(group)(**trial)
     except (ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
         owner = {v: n for n, v in values.items() if isinstance(v, str)}
         name, text = name_fault(error, owner | {name: name for name in values})
         return {name: f"{schema(group).__name__}: {text}"}
-    finally:
-        for state, copy in zip(states, copies, strict=True):
-            state.clear()
-            state.update(copy)
     return {}
 
 
@@ -270,7 +271,7 @@ def disappointments(config: RunConfig, machine: Machine) -> Iterator[Fault]:
 
 
 def schedule(config: RunConfig, rows: int | None) -> Iterator[Fault]:
-    """Finds a rate or a warm-up that defeats the training."""
+    """Finds a rate, a warm-up or a lack of evaluations that defeats the training."""
     for stage in config.stages:
         values = complete(config, stage)
         low, high, source = USUAL_RATES[stage]
@@ -281,7 +282,12 @@ def schedule(config: RunConfig, rows: int | None) -> Iterator[Fault]:
         steps = estimate.count_steps(config, stage, rows if stage == "sft" else None)
         # below 1 it is a share of the run, as in transformers' get_warmup_steps
         length = int(warmup) if warmup >= 1 else math.ceil((steps or 0) * warmup)
-        if steps and length >= steps and values["lr_scheduler_type"] != "constant":
+        timed = stage == "grpo" and config.grpo_minutes  # which stretches the schedule
+        rises = values["lr_scheduler_type"] != "constant" and not timed
+        if steps and length >= steps and rises:
             text = f"{warmup} in a run of {steps} steps: the rate never reaches its "
             text += f"peak. Set it to {steps // 10}, or raise the number of steps."
             yield f"{stage}.warmup_steps", text
+        unmeasured = values["eval_strategy"] == "no" and config.best_by == "eval_loss"
+        if stage == "sft" and unmeasured:
+            yield "sft.eval_strategy", "'no' keeps the last adapter: set it to epoch"

@@ -175,10 +175,10 @@ def check_config(values: dict[str, Any]) -> RunConfig:
 
 def read_config(path: Path) -> RunConfig:
     try:
-        return check_config(json.loads(path.read_text(encoding="utf-8")))
+        return check_config(json.loads(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError:
         raise ConfigError(f"no config at {path}; run notebook 00_setup") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
 
 

@@ -98,8 +98,7 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
     Raises:
         MissingInput, DataError: there are no such rows, or they cannot be read.
     """
-    online = has_gpu() and hub_reachable()
-    base = load("finetome-llama32-1b" if online else "demo", gpu=False)
+    base = load(usual(), gpu=False)
     reader = Reader(path, drop_unusable=True)
     chats = reader.read(open_rows(path, 20_000))
     answers = [chat[answer_places(chat)[0]]["content"].strip() for chat in chats]
@@ -109,7 +108,7 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
         judged = "by number"
     elif 2 <= len(classes) <= min(20, len(answers) // 5):
         judged, evaluation["labels"] = f"by label, of {classes}", classes
-    rows = min(len(answers), 2000 if online else 300)
+    rows = min(len(answers), 300 if base.name == "demo" else 2000)
     values = base.model_dump(include={"max_length", "inference", "lora"})
     epochs = {"max_steps": -1, "num_train_epochs": 3 if rows < 1000 else 1}
     each = {"eval_strategy": "epoch", "save_strategy": "epoch"}
@@ -129,6 +128,11 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
     return check_config({"model": model or base.model, "stages": ["sft"], **values})
 
 
+def usual() -> str:
+    """Returns the name of the recipe for a machine on which none is chosen."""
+    return "finetome-llama32-1b" if has_gpu() and hub_reachable() else "demo"
+
+
 def has_gpu() -> bool:
     found = shutil.which("nvidia-smi") and importlib.util.find_spec("torch")
     return bool(found) and importlib.import_module("torch").cuda.is_available()
@@ -137,14 +141,12 @@ def has_gpu() -> bool:
 def scaled(
     config: RunConfig,
     *,
-    model: str | None = None,
     steps: int | None = None,
     rows: int | None = None,
     samples: bool = False,
 ) -> RunConfig:
     """Returns a smaller config; with `samples`, on our rows instead of the hub's."""
     values = config.model_dump()
-    values["model"] = model or config.model
     if samples:
         text = config.data.model_dump_json()
         for name, sample in SAMPLES.items():
@@ -170,10 +172,10 @@ def scaled(
 
 def small(config: RunConfig) -> RunConfig:
     """Returns a config on the offline model and our samples: minutes on two cores."""
-    model = "smollm2-135m-offline"
-    config = scaled(config, model=model, steps=10, rows=8, samples=True)
+    config = scaled(config, steps=10, rows=8, samples=True)
+    changes: dict[str, Any] = {"model": "smollm2-135m-offline"}
     # 4-bit weights save memory, which is not short here, and cost time on a CPU
-    changes: dict[str, Any] = {"weights": "auto", "evaluation__max_new_tokens": 64}
+    changes |= {"weights": "auto", "evaluation__max_new_tokens": 64}
     changes["thinking"] = None  # for which this model's template has no switch
     # AWQ needs a GPU; GPTQ writes files of the same kind on a CPU
     changes["export"] = ["w4a16" if f == "awq" else f for f in config.export]

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -18,7 +18,7 @@ from helpers import files, recipes
 from helpers.config import RunConfig, changed, read_config
 from helpers.errors import DataError, MissingInput, TunebookError
 from helpers.files import disk_space, read_json, write_json, write_lines
-from helpers.runtime import current_run, find_machine, hub_reachable, runs_folder
+from helpers.runtime import current_run, runs_folder
 
 log = logging.getLogger(__name__)
 BEAT_S, SILENT_S = 20, 120  # a holder's sign of life, and when it counts as dead
@@ -26,24 +26,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Part(BaseModel, extra="allow"):  # the types of what is read again
-    device: str = ""
-    fingerprints: dict[str, str] = {}
-    steps: int = 0
-    seconds: float = 0.0
-    peak_memory_gb: float = 0.0
-    accuracy: dict[str, float] | None = None
-    accuracy_new: dict[str, float] | None = None
-    eval_loss: float | None = None
-
-
 class Report(BaseModel, extra="forbid"):
     run: dict[str, str] = {}
-    environment: Part = Part()
-    data: Part = Part()
-    sft: Part = Part()
-    grpo: Part = Part()
-    eval: dict[str, Part] = {}
+    environment: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    sft: dict[str, Any] = {}
+    grpo: dict[str, Any] = {}
+    eval: dict[str, dict[str, Any]] = {}
     comparisons: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     blind: dict[str, dict[str, Any]] = {}
     export: dict[str, Any] = {}
@@ -100,13 +89,10 @@ def save_run(config: RunConfig, current: bool = False) -> Run:
 def open_run(name: str | None = None) -> Run:
     """Returns a run, by default the current one; a recipe's name makes its run.
 
-    Without any it is `TUNEBOOK_RECIPE`'s. ConfigError where there is no valid config.
+    Without any it is `TUNEBOOK_RECIPE`'s or the usual. ConfigError for no valid config.
     """
     is_named = bool(name)
-    name = name or current_run() or os.environ.get("TUNEBOOK_RECIPE")
-    if not name:
-        online = find_machine().device == "cuda" and hub_reachable()
-        name = "finetome-llama32-1b" if online else "demo"
+    name = name or current_run() or os.environ.get("TUNEBOOK_RECIPE") or recipes.usual()
     folder = runs_folder() / name
     if name in recipes.NAMES and not folder.exists():
         return save_run(recipes.load(name), current=not is_named)
@@ -136,8 +122,9 @@ def hold(run: Run) -> Iterator[None]:
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(BEAT_S) and path.exists():
-            path.touch()
+        with suppress(OSError):  # the lock is gone
+            while not done.wait(BEAT_S):
+                os.utime(path)
 
     threading.Thread(target=beat, daemon=True).start()
     try:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 HOME = ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()  # of runs/ and data
 ON_DRIVE = "/content/drive/MyDrive/tunebook/runs"
 PROBE = "/openai-community/gpt2/resolve/main/config.json"  # a small public file
+SET = set[str]()  # variables of the environment, by `keep_runs`
 PACKAGES = "torch transformers trl peft bitsandbytes datasets accelerate unsloth"
 # accelerate's words for FSDP2 with a unit for each decoder layer
 SHARD = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -63,7 +64,10 @@ def find_machine() -> Machine:
 
 
 def memory_cap_gb() -> float:
-    return float(os.environ.get("TUNEBOOK_GPU_GB", "inf"))
+    text = os.environ.get("TUNEBOOK_GPU_GB", "inf")
+    if not re.fullmatch(r"inf|[1-9]\d*(\.\d+)?", text):
+        raise ConfigError(f"TUNEBOOK_GPU_GB={text}: expected GiB, a number like 14.5")
+    return float(text)
 
 
 def choose_dtype(machine: Machine, wanted: str = "auto") -> tuple[Any, str]:
@@ -325,7 +329,7 @@ def start(engine: str | None = None) -> None:
     library.propagate = False  # Colab's root logger would show it a second time
     choose_gpu()
     path = runs_folder() / (current_run() or "none") / "config.json"
-    with suppress(OSError, ValueError):  # whoever opens the run says so
+    with suppress(OSError, ValueError, AttributeError):  # whoever opens it says so
         engine = engine or json.loads(path.read_text("utf-8")).get("engine")
     with suppress(ModelError):  # not installed: whoever loads a model says so
         if resolve_engine(engine or "auto") == "unsloth":
@@ -349,7 +353,7 @@ def hub_reachable() -> bool:
     try:
         urllib.request.urlopen(file, timeout=3.0).close()
         return True
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for what is no address
         if getattr(error, "code", 500) < 500:  # a refusal is an answer
             return True
     import huggingface_hub.constants
@@ -369,13 +373,14 @@ def keep_runs(place: str) -> None:
     Raises:
         ConfigError, TunebookError: another place, no token, or Drive does not open.
     """
-    if os.environ.get("TUNEBOOK_RUNS") == ON_DRIVE:  # the cell was run before
-        del os.environ["TUNEBOOK_RUNS"]
+    while SET:  # the cell was run before, perhaps with another place
+        os.environ.pop(SET.pop(), None)
     if place.startswith("hub:"):
         from huggingface_hub import get_token  # which asks Colab's secrets, too
 
         if not (token := get_token()):
             raise ConfigError(f"KEEP = {place!r} needs HF_TOKEN, on Colab a secret")
+        SET.add("TUNEBOOK_KEEP")
         os.environ |= {"TUNEBOOK_KEEP": place, "HF_TOKEN": token}
     elif place not in ("", "drive"):
         raise ConfigError(f"KEEP = {place!r}: expected 'drive', 'hub:owner/name' or ''")
@@ -389,4 +394,5 @@ def keep_runs(place: str) -> None:
     except (ValueError, errors.Error) as error:
         remedy = "allow it, or set KEEP = '': runs then go with the machine"
         raise TunebookError(f"Drive was not opened ({error}); {remedy}") from error
+    SET.add("TUNEBOOK_RUNS")
     os.environ["TUNEBOOK_RUNS"] = ON_DRIVE

@@ -42,11 +42,12 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def plain_logger(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Takes back what `runtime.start()` does to the logger: caplog would be blind."""
+    """Logs as `runtime.start()` has it, but where caplog sees it."""
     library = logging.getLogger("helpers")
     monkeypatch.setattr(library, "handlers", [])
     monkeypatch.setattr(library, "propagate", True)
     level = library.level
+    library.setLevel(logging.INFO)
     yield
     library.setLevel(level)
 

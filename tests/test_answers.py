@@ -1,7 +1,5 @@
 """Tests of helpers.grpo.answers: what an answer is, and which are right."""
 
-from __future__ import annotations
-
 import json
 import time
 from fractions import Fraction

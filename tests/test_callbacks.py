@@ -1,13 +1,8 @@
 """Callbacks on states as the trainer has them, and the curves of its log."""
 
-from __future__ import annotations
-
 import json
-import logging
 import math
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from transformers import TrainerControl, TrainerState
@@ -19,7 +14,7 @@ from helpers.training.inputs import draw_diagnostics
 
 
 @pytest.fixture
-def lora_model(tiny_model_folder: Path) -> Any:
+def lora_model(tiny_model_folder):
     model, _ = models.load_model(str(tiny_model_folder))
     return adapters.add_lora(model, {"r": 4, "target_modules": ["q_proj"]})
 
@@ -32,8 +27,8 @@ def lora_model(tiny_model_folder: Path) -> Any:
     ],
 )
 def test_the_adapter_of_the_best_value_is_kept_and_remembered(
-    lora_model: Any, tmp_path: Path, by: str, values: list[float], kept: dict[str, Any]
-) -> None:
+    lora_model, tmp_path, by, values, kept
+):
     best = callbacks.BestAdapter(tmp_path / "adapter", by=by)
     for step, value in enumerate(values, start=1):
         logs, state = {by: value, "other": -step}, TrainerState(global_step=step)
@@ -48,9 +43,8 @@ def test_the_adapter_of_the_best_value_is_kept_and_remembered(
 
 
 def test_a_sample_is_logged_and_kept_at_each_epochs_end(
-    lora_model: Any, tokenizer: Any, tmp_path: Path, caplog: Any
-) -> None:
-    caplog.set_level(logging.INFO, "helpers")
+    lora_model, tokenizer, tmp_path, caplog
+):
     path = tmp_path / "samples.jsonl"
     live = callbacks.LiveSamples(tokenizer, path)
     lora_model.train()
@@ -68,9 +62,7 @@ def test_a_sample_is_logged_and_kept_at_each_epochs_end(
     assert "step 10 | " in caplog.text and lora_model.training
 
 
-def test_a_save_is_due_once_the_minutes_have_passed_since_the_last(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_save_is_due_once_the_minutes_have_passed_since_the_last(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
     watch, state = callbacks.Watch(save_minutes=10), TrainerState()
@@ -84,7 +76,7 @@ def test_a_save_is_due_once_the_minutes_have_passed_since_the_last(
     assert due == [False, True] * 2
 
 
-def test_training_stops_with_a_reason_when_fp16_skips_every_step() -> None:
+def test_training_stops_with_a_reason_when_fp16_skips_every_step():
     watch, control = callbacks.Watch(save_minutes=10), TrainerControl()
     former = {"step": 2, "skipped_steps": 3, "seconds": 70.0}
     state = TrainerState(log_history=[former])
@@ -102,9 +94,7 @@ def test_training_stops_with_a_reason_when_fp16_skips_every_step() -> None:
     assert 70 <= last["seconds"] < 80 and "seconds" not in logs
 
 
-def test_losses_are_drawn_though_steps_log_them_in_entries_of_their_own(
-    tmp_path: Path,
-) -> None:
+def test_losses_are_drawn_though_steps_log_them_in_entries_of_their_own(tmp_path):
     steps = [{"step": n, "loss": 2.0 / n} for n in (1, 2)]
     history = [*steps, {"step": 2, "eval_loss": 1.5}]
     (axes,) = draw_diagnostics(history, tmp_path / "curves.png").axes
@@ -113,7 +103,7 @@ def test_losses_are_drawn_though_steps_log_them_in_entries_of_their_own(
     assert axes.lines[0].get_xydata().tolist() == [[1, 2], [2, 1]]
 
 
-def test_of_grpo_each_reward_is_drawn_and_no_loss() -> None:
+def test_of_grpo_each_reward_is_drawn_and_no_loss():
     names = ["rewards/correctness/mean", "rewards/style/mean"]
     logged = dict.fromkeys([*names, "rewards/style/std", "reward", "loss", "kl"], 0.1)
     first, nats = draw_diagnostics([{"step": n, **logged} for n in (1, 2)]).axes

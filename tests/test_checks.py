@@ -10,17 +10,7 @@ import pytest
 from helpers import checks, recipes
 from helpers.config import RunConfig, changed, library_fields
 from helpers.errors import ConfigError
-from helpers.runtime import Machine
-
-T4 = Machine("cuda", "Tesla T4", 14.7, (7, 5))
-A100 = Machine("cuda", "NVIDIA A100", 39.4, (8, 0))
-LAPTOP = Machine("cpu", "x86_64, 2 cores", 8.0, None)
-
-
-@pytest.fixture(autouse=True)
-def no_overrides(monkeypatch):
-    for name in ("TUNEBOOK_DTYPE", "TUNEBOOK_GPU_GB", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+from tests.test_runtime import A100, LAPTOP, T4
 
 
 @pytest.fixture
@@ -95,6 +85,11 @@ def test_errors_come_first_and_are_raised_together(demo):
         ("sft.max_steps", 0, "expected more than 0, or -1"),
         ("sft.per_device_train_batch_size", 0, "expected more than 0"),
         ("grpo.temperature", 0, "found 0; expected more than 0"),
+        ("grpo.per_device_eval_batch_size", 0, "found 0; expected more than 0"),
+        ("sft.report_to", None, "found None; expected none, or names of trackers"),
+        ("sft.logging_first_step", False, "expected true: the report needs its loss"),
+        ("grpo.save_only_model", True, "expected no value: training resumes"),
+        ("sft.resume_from_checkpoint", "a", "expected no value: training resumes"),
         ("grpo.max_completion_length", None, "found None; expected more than 0"),
         ("inference.temperature", "hot", "found 'hot'; expected more than 0"),
         ("lora.lora_alpha", 0, "found 0; expected more than 0"),
@@ -164,28 +159,25 @@ def test_a_value_that_the_class_takes_is_sound(demo, field, value):
 
 
 @pytest.mark.parametrize(
-    ("changes", "field", "words"),
+    ("changes", "words"),
     [
         (
-            {"sft.save_steps": 30, "sft.load_best_model_at_end": True},
-            "sft.load_best_model_at_end",
+            {"sft.load_best_model_at_end": True, "sft.save_steps": 30},
             "30, which is not a round multiple of 40",
         ),
         (
             {"lora.layers_to_transform": [1], "lora.target_modules": "all-linear"},
-            "lora.layers_to_transform",
             "cannot be used when `target_modules`",
         ),
         (
             {"grpo.num_generations": 4, "grpo.per_device_train_batch_size": 3},
-            "grpo.num_generations",
             "divisible",
         ),
     ],
 )
-def test_values_that_do_not_go_together_are_an_error(demo, changes, field, words):
+def test_values_that_do_not_go_together_are_an_error(demo, changes, words):
     (advice,) = advise(demo, **changes)
-    assert (advice.level, advice.field) == ("error", field)
+    assert (advice.level, advice.field) == ("error", next(iter(changes)))
     assert words in advice.text and "\n" not in advice.text
 
 
@@ -257,6 +249,7 @@ def test_more_tokens_than_the_model_has_positions_are_an_error(demo, changes):
         ({"rewards": {"soft_format": 1.0}}, T4, "rewards", "as much as a right one"),
         ({"sft.learning_rate": 0.9e-6}, T4, "sft.learning_rate", "1e-05 to 0.0005"),
         ({"grpo.learning_rate": 5.1e-4}, T4, "grpo.learning_rate", "1e-06 to 5e-05"),
+        ({"sft.eval_strategy": "no"}, T4, "sft.eval_strategy", "keeps the last"),
     ],
 )
 def test_what_will_disappoint_is_warned_of(demo, changes, machine, field, words):
@@ -270,6 +263,8 @@ def test_what_will_do_is_not_warned_of(demo):
     rewards = {"correctness": 1.0, "number_present": 0.5}
     changes = {"pad_token": "<|endoftext|>", "dtype": "bfloat16", "rewards": rewards}
     assert advise(demo, A100, **changes, **rates) == []
+    timed = {"grpo.max_steps": 4, "grpo.warmup_steps": 9, "grpo_minutes": 5}
+    assert advise(demo, **timed) == []
 
 
 def test_an_engine_that_needs_another_kernel_is_warned_of(demo, monkeypatch):
@@ -295,6 +290,7 @@ def test_it_warns_exactly_when_the_schedule_never_reaches_its_peak(demo, warmup)
         scheduler.step()
     for stage in ("sft", "grpo"):
         changes = {f"{stage}.max_steps": 10, f"{stage}.warmup_steps": warmup}
+        changes["grpo_minutes"] = None  # by which the schedule would be stretched
         fields = [f"{stage}.warmup_steps"] * (max(rates) < 1.0)
         assert [a.field for a in advise(demo, **changes)] == fields
 

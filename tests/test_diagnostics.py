@@ -1,10 +1,7 @@
 """What is said of each state of a GRPO training, and which are a collapse."""
 
-from __future__ import annotations
-
 import math
 import random
-from typing import Any
 
 import pandas
 import pytest
@@ -26,13 +23,13 @@ HEALTHY = {
 HELD_OUT = [0.29, 0.35, 0.34]
 
 
-def entries(**columns: list[float]) -> list[dict[str, Any]]:
+def entries(**columns):
     """Logged values: one entry a step."""
     frame = pandas.DataFrame(columns)
     return [{"step": n, **row} for n, row in enumerate(frame.to_dict("records"), 1)]
 
 
-def explain(held: list[float] = HELD_OUT, **changes: Any) -> list[str]:
+def explain(held=HELD_OUT, **changes):
     """What is said of the healthy state after changes of its last ten steps."""
     columns = dict(HEALTHY)
     for name, value in changes.items():
@@ -42,7 +39,7 @@ def explain(held: list[float] = HELD_OUT, **changes: Any) -> list[str]:
     return monitor.explain(logged)
 
 
-def test_of_a_healthy_training_trend_held_out_reward_loss_and_kl_are_told() -> None:
+def test_of_a_healthy_training_trend_held_out_reward_loss_and_kl_are_told():
     assert explain() == [
         "The reward rises: 0.25 -> 0.45, noise ±0.03.",
         "Held-out reward 0.290 at first, 0.350 at best, step 10.",
@@ -70,9 +67,7 @@ def test_of_a_healthy_training_trend_held_out_reward_loss_and_kl_are_told() -> N
         ({"reward": 0.10}, "The reward falls: 0.25 -> 0.10, noise"),
     ],
 )
-def test_a_state_that_needs_action_is_said_first(
-    changes: dict[str, Any], expected: str
-) -> None:
+def test_a_state_that_needs_action_is_said_first(changes, expected):
     assert explain(**changes)[0].startswith(expected)
 
 
@@ -93,9 +88,7 @@ def test_a_state_that_needs_action_is_said_first(
         ),
     ],
 )
-def test_a_collapse_is_told_with_what_collapsed(
-    columns: dict[str, list[float]], expected: str
-) -> None:
+def test_a_collapse_is_told_with_what_collapsed(columns, expected):
     fault = monitor.collapse(entries(**columns))
     assert expected in fault and bool(expected) == bool(fault)
 
@@ -109,9 +102,7 @@ def test_a_collapse_is_told_with_what_collapsed(
         ([], "from 0.29 to 0.06"),
     ],
 )
-def test_a_reward_has_not_collapsed_while_the_held_out_one_stands(
-    held: list[float], expected: str
-) -> None:
+def test_a_reward_has_not_collapsed_while_the_held_out_one_stands(held, expected):
     # eighths of eight answers to two problems a step: of a GPU run that was stopped
     eighths = [4, 3, 2, 0, 0, 0, 4, 3, 4, 3, 1, 4, 0, 0, 0, 4, 0, 3, 3, 1, 1, 1, 0, 1]
     logged = entries(reward=[n / 8 for n in [*eighths, 2, 0, 0, 0, 0, 0, 1]])
@@ -122,7 +113,7 @@ def test_a_reward_has_not_collapsed_while_the_held_out_one_stands(
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_noise_is_the_standard_error_of_the_difference(seed: int) -> None:
+def test_the_noise_is_the_standard_error_of_the_difference(seed):
     drawn = random.Random(seed)
     rewards = pandas.Series([drawn.gauss(0.01 * n, 0.2) for n in range(400)])
     expected = (2 * 0.2**2 / 10) ** 0.5  # the trend left alone

@@ -118,7 +118,8 @@ def rendered_and_labelled() -> dict[str, Any]:
 
 def splits() -> dict[str, Any]:
     """The files of `data/`: the demo's, and a recipe's that holds a share out."""
-    small = recipes.scaled(recipes.load("dolly-llama32-3b"), model=MODEL, samples=True)
+    small = recipes.scaled(recipes.load("dolly-llama32-3b"), samples=True)
+    small = config.changed(small, model=MODEL)
     record = {}
     for one in (recipes.load("demo", gpu=False), small):
         run = runs.save_run(config.changed(one, name=f"golden-{one.name}"))

@@ -1,14 +1,10 @@
 """GRPO: its problems, the adapter that is kept, the clock, the completions logged."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from trl import GRPOConfig
 
 from helpers import stages
 from helpers.config import SYSTEM_PROMPT, changed
@@ -20,21 +16,16 @@ from helpers.grpo import trainer as grpo
 from helpers.inference.generation import generate
 from helpers.runs import Run
 from helpers.training import trainer as training
-
-
-def length(completions: list[Any], **_: Any) -> list[float | None]:
-    """A reward of one's own that random text spreads: its length, modulo seven."""
-    return [float(len(c[-1]["content"]) % 7) for c in completions]
+from tests.rows import write
+from tests.test_train import length, losses
 
 
 @pytest.fixture
-def make(
-    run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Run]:
+def make(run_factory, monkeypatch):
     """Makes a prepared run of GRPO alone, with a reward that a random model gets."""
     monkeypatch.setitem(rewards.REWARDS, "length", length)
 
-    def prepared(**changes: Any) -> Run:
+    def prepared(**changes):
         small = {
             "stages": ["grpo"],
             "rewards": {"length": 1.0, "strict_format": 0.5},
@@ -49,15 +40,12 @@ def make(
     return prepared
 
 
-def history(run: Run, name: str) -> list[tuple[int, float]]:
-    entries = json.loads((run.path / "grpo" / "log_history.json").read_text())
-    return [(e["step"], e[name]) for e in entries if name in e]
+def history(run, name):
+    return losses(run, "grpo", name)
 
 
 @pytest.mark.parametrize("sampler", ["model", "copy"])
-def test_held_out_answers_are_greedy_whoever_samples(
-    make: Callable[..., Run], sampler: str
-) -> None:
+def test_held_out_answers_are_greedy_whoever_samples(make, sampler):
     run = make(sampler=sampler, grpo__eval_steps=1, grpo__learning_rate=1e-2)
     model, tokenizer = training.load_for_training(run, "grpo")
     trainer = grpo.build_grpo(run, model, tokenizer)
@@ -73,9 +61,7 @@ def test_held_out_answers_are_greedy_whoever_samples(
     assert history(run, "eval_reward")[-1] == (3, round(total, 4))
 
 
-def test_the_best_adapter_by_held_out_reward_is_kept_and_completions_are_logged(
-    make: Callable[..., Run],
-) -> None:
+def test_the_best_adapter_by_held_out_reward_is_kept_and_completions_are_logged(make):
     weights = {"correctness": 1.0, "length": 1.0}
     run = make(grpo__eval_steps=1, grpo__learning_rate=1e-3, rewards=weights)
     part = stages.train_stage(run, "grpo")
@@ -95,16 +81,31 @@ def test_the_best_adapter_by_held_out_reward_is_kept_and_completions_are_logged(
         assert list(group["length"]) == list(group["reward"]) == paid
 
 
-def test_without_evaluation_the_last_adapter_is_kept(make: Callable[..., Run]) -> None:
+def test_an_evaluation_without_weights_counts_each_reward_once(make):
+    run = make()
+    trainer = grpo.build_grpo(run, *training.load_for_training(run, "grpo"))
+    values = grpo.grpo_arguments(run) | {"reward_weights": None}
+    trainer = type(trainer)(
+        model=trainer.model,
+        args=GRPOConfig(**values),
+        reward_funcs=trainer.reward_funcs,
+        train_dataset=trainer.train_dataset,
+        eval_dataset=trainer.eval_dataset,
+        processing_class=trainer.processing_class,
+    )
+    metrics = trainer.evaluate()
+    parts = [v for name, v in metrics.items() if name.startswith("eval_rewards/")]
+    assert metrics["eval_reward"] == pytest.approx(sum(parts), abs=1e-3)
+
+
+def test_without_evaluation_the_last_adapter_is_kept(make):
     run = make(grpo__eval_strategy="no", grpo__max_steps=1)
     part = stages.train_stage(run, "grpo")
     assert "held_out_best" not in part and not history(run, "eval_reward")
     assert (run.path / "grpo" / "adapter" / "adapter_config.json").exists()
 
 
-def test_clipping_is_as_far_to_both_sides_unless_told_otherwise(
-    make: Callable[..., Run],
-) -> None:
+def test_clipping_is_as_far_to_both_sides_unless_told_otherwise(make):
     run = make(grpo__epsilon=0.1)
     values = grpo.grpo_arguments(run)
     assert (values["epsilon"], values["epsilon_high"]) == (0.1, 0.1)
@@ -112,12 +113,10 @@ def test_clipping_is_as_far_to_both_sides_unless_told_otherwise(
     assert grpo.grpo_arguments(other)["epsilon_high"] == 0.3
 
 
-def test_a_run_with_minutes_ends_by_the_clock_with_its_adapter_saved(
-    make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_minutes_ends_by_the_clock_with_its_adapter_saved(make, monkeypatch):
     clock = SimpleNamespace(now=0.0)
 
-    def slow(completions: list[Any], **_: Any) -> list[float | None]:
+    def slow(completions, **_):
         clock.now += 5  # of sampling: each step and each evaluation calls it once
         return length(completions)
 
@@ -143,24 +142,16 @@ ROWS = [
 
 
 @pytest.fixture
-def problem_run(run_factory: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
+def problem_run(make, tmp_path):
     """Makes a prepared GRPO run over the problems above, from a local file."""
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-
-    def make(**changes: Any) -> Run:
-        local = {"stages": ["grpo"], "data__train": [], "data__eval": None}
-        local |= {"data__problems": str(path), "grpo_held_out": 2}
-        run = run_factory(**{**local, **changes})
-        data.prepare(run)
-        return run
-
-    return make
+    local = {"data__train": [], "data__eval": None, "grpo_held_out": 2}
+    local["data__problems"] = write(tmp_path / "problems.jsonl", ROWS)
+    return lambda **changes: make(**local | changes)
 
 
 def test_a_prompt_is_the_question_under_the_system_prompt_with_a_plain_gold(
-    problem_run: Callable[..., Run], tokenizer: Any
-) -> None:
+    problem_run, tokenizer
+):
     rows = grpo.training_prompts(problem_run(max_prompt_length=500), tokenizer)
     assert len(rows) == len(ROWS) - 2
     system = {"role": "system", "content": SYSTEM_PROMPT}
@@ -170,9 +161,7 @@ def test_a_prompt_is_the_question_under_the_system_prompt_with_a_plain_gold(
     assert answers.has_strict_format(f"6 * 7 = 42\n{line}")
 
 
-def test_prompts_over_the_limit_are_left_out_and_counted(
-    problem_run: Callable[..., Run], tokenizer: Any
-) -> None:
+def test_prompts_over_the_limit_are_left_out_and_counted(problem_run, tokenizer):
     rows = grpo.training_prompts(problem_run(), tokenizer)
     prompts = [row["prompt"] for row in rows]
     ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True)
@@ -186,9 +175,7 @@ def test_prompts_over_the_limit_are_left_out_and_counted(
         grpo.training_prompts(problem_run(max_prompt_length=5), tokenizer)
 
 
-def test_held_out_problems_are_eval_rows_and_all_problems_are_trained_on(
-    run_factory: Callable[..., Run],
-) -> None:
+def test_held_out_problems_are_eval_rows_and_all_problems_are_trained_on(run_factory):
     run = run_factory(stages=["grpo"], grpo_held_out=4)
     data.prepare(run)
     left, held_out = grpo.split_problems(run)
@@ -200,10 +187,12 @@ def test_held_out_problems_are_eval_rows_and_all_problems_are_trained_on(
 
 
 @pytest.mark.parametrize("rows", [None, "data_samples/alpaca.jsonl"])
+@pytest.mark.parametrize(("wanted", "held_out"), [(2, 2), (32, 6)])
 def test_without_eval_rows_with_gold_answers_the_last_problems_are_held_out(
-    problem_run: Callable[..., Run], rows: str | None
-) -> None:
-    parts = grpo.split_problems(problem_run(data__eval=rows))
+    problem_run, rows, wanted, held_out
+):
+    run = problem_run(data__eval=rows, grpo_held_out=wanted)
+    parts = grpo.split_problems(run)
     asked = [[row["prompt"][-1]["content"] for row in part] for part in parts]
     questions = [row["question"] for row in ROWS]
-    assert asked == [questions[:-2], questions[-2:]]
+    assert asked == [questions[:-held_out], questions[-held_out:]]

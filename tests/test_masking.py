@@ -4,25 +4,16 @@ The oracle builds ChatML's ids piece by piece, turn by turn; it knows nothing of
 templates, spans or offsets. Other templates: tests/test_masks.py.
 """
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers import masking
-from helpers.data.formats import Messages
 from helpers.errors import DataError, TemplateError
-from helpers.masking.dataset import (
-    NO_LOSS,
-    Example,
-    mask_conversation,
-    mask_conversations,
-)
+from helpers.masking.dataset import NO_LOSS, mask_conversation, mask_conversations
 from helpers.masking.templates import TEMPLATES, render
 from tests.rows import CHATML, turns
 
@@ -58,17 +49,17 @@ SHARED = "{% for m in messages %}{{ m.content }}{% endfor %}"
 BOTH = turns("Hi", "Yes.", "So?", "No.")
 
 
-def supervised(tokenizer: Any, row: Example) -> str:
+def supervised(tokenizer, row):
     """Returns the text that a row's loss is taken on."""
     return tokenizer.decode([label for label in row["labels"] if label != NO_LOSS])
 
 
-def chatml(tokenizer: Any, messages: Messages, learnt: set[int]) -> Example:
+def chatml(tokenizer, messages, learnt):
     """Returns what ChatML should give; `learnt` are the numbers of assistant turns."""
-    ids: list[int] = []
-    labels: list[int] = []
+    ids = []
+    labels = []
 
-    def add(text: str, learn: bool = False) -> None:
+    def add(text, learn=False):
         tokens = tokenizer(text, add_special_tokens=False).input_ids
         ids.extend(tokens)
         labels.extend(tokens if learn else [NO_LOSS] * len(tokens))
@@ -107,14 +98,14 @@ CONVERSATIONS = [
 
 
 @pytest.fixture(scope="module", params=["neutralise", "keep"])
-def chatml_tokenizer(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
+def chatml_tokenizer(request, tokenizer):
     """The offline model's, which reads control tokens in texts as text, or as such."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.control_in_texts = request.param
     return tokenizer
 
 
-def as_read(tokenizer: Any, messages: Messages) -> Messages:
+def as_read(tokenizer, messages):
     """Returns the turns with the texts that the tokenizer is to be given."""
     if tokenizer.control_in_texts == "keep":
         return messages
@@ -124,8 +115,8 @@ def as_read(tokenizer: Any, messages: Messages) -> Messages:
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_exactly_the_answers_and_their_end_tokens_are_learnt(
-    chatml_tokenizer: Any, messages: Messages
-) -> None:
+    chatml_tokenizer, messages
+):
     tokenizer, given = chatml_tokenizer, messages
     messages = as_read(tokenizer, messages)
     expected = chatml(tokenizer, messages, learnt={0, 1, 2})
@@ -141,13 +132,13 @@ def test_exactly_the_answers_and_their_end_tokens_are_learnt(
 
 @pytest.mark.parametrize("seed", range(40))
 def test_conversations_put_together_at_random_are_masked_like_the_oracle(
-    chatml_tokenizer: Any, seed: int
-) -> None:
+    chatml_tokenizer, seed
+):
     draw = random.Random(seed)
     parts = ["yes", " no", "\n", "  ", "🎉", "é", "<|im_end|>", "#### 12", "你好", "\t"]
     parts += ["<|im_start|>", "assistant", "user\n", "def f():\n    pass", ".", "'s"]
 
-    def text() -> str:
+    def text():
         return "x" + "".join(draw.choices(parts, k=draw.randint(0, 8)))
 
     count = draw.randint(1, 4)
@@ -164,9 +155,7 @@ INJECTED = turns(
 )
 
 
-def test_a_turn_injected_by_a_text_is_read_as_text_counted_and_never_learnt(
-    tokenizer: Any,
-) -> None:
+def test_a_turn_injected_by_a_text_is_read_as_text_counted_and_never_learnt(tokenizer):
     thinking = copy.deepcopy(tokenizer)
     thinking.add_tokens(["<think>", "</think>"])  # special in name alone
     with pytest.warns(UserWarning, match=r"<\|im_end\|> in a text is read as plain"):
@@ -182,9 +171,7 @@ def test_a_turn_injected_by_a_text_is_read_as_text_counted_and_never_learnt(
     assert thinking.convert_tokens_to_ids("<think>") in row["labels"]
 
 
-def test_rows_with_control_tokens_are_refused_or_dropped_by_choice(
-    tokenizer: Any,
-) -> None:
+def test_rows_with_control_tokens_are_refused_or_dropped_by_choice(tokenizer):
     strict = copy.deepcopy(tokenizer)
     masking.prepare_tokenizer(strict, special_tokens="refuse")
     rows = [turns("Hi", "Yes."), INJECTED]
@@ -195,9 +182,7 @@ def test_rows_with_control_tokens_are_refused_or_dropped_by_choice(
     assert (len(masked.rows), masked.counts["dropped_rows"]) == (1, [2])
 
 
-def test_what_a_template_puts_around_a_question_is_a_control_token_too(
-    make_tokenizer: MakeTokenizer,
-) -> None:
+def test_what_a_template_puts_around_a_question_is_a_control_token_too(make_tokenizer):
     template = (
         "{% for m in messages %}{{ '<' + m.role + '>' + m.content + eos_token }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<assistant><think>' }}"
@@ -230,8 +215,8 @@ def test_what_a_template_puts_around_a_question_is_a_control_token_too(
     ],
 )
 def test_the_learnt_text_follows_the_prompt_that_inference_renders(
-    make_tokenizer: MakeTokenizer, template: str, messages: Messages, text: str
-) -> None:
+    make_tokenizer, template, messages, text
+):
     tokenizer = make_tokenizer(("<|return|>",), **CHATML, chat_template=template)
     tokenizer.add_tokens(["<think>"])
     row = mask_conversation(tokenizer, messages)
@@ -242,9 +227,7 @@ def test_the_learnt_text_follows_the_prompt_that_inference_renders(
     assert text.endswith(whole[len(prompt) :].strip())
 
 
-def test_white_space_around_tokens_is_not_missed(
-    make_tokenizer: MakeTokenizer, tokenizer: Any
-) -> None:
+def test_white_space_around_tokens_is_not_missed(make_tokenizer, tokenizer):
     from tokenizers import AddedToken
     from tokenizers.processors import ByteLevel
 
@@ -268,9 +251,7 @@ def test_white_space_around_tokens_is_not_missed(
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last"])
-def test_answers_of_weight_0_are_read_and_not_learnt(
-    tokenizer: Any, loss_on: Any
-) -> None:
+def test_answers_of_weight_0_are_read_and_not_learnt(tokenizer, loss_on):
     messages = turns("A", "B", "C", "D", system="S")
     messages[4]["weight"] = 0
     row = mask_conversation(tokenizer, messages, loss_on)
@@ -301,8 +282,8 @@ PROMPT = "^row 2: turn 3: the prompt that .*loss_on='last'"
     ],
 )
 def test_a_row_that_would_teach_another_text_is_refused_or_dropped(
-    make_tokenizer: MakeTokenizer, template: str, loss_on: Any, reason: str
-) -> None:
+    make_tokenizer, template, loss_on, reason
+):
     tokenizer = make_tokenizer(**CHATML, chat_template=template)
     rows = [turns("Hi", "42"), CHAT]
     with pytest.raises(TemplateError, match=reason):
@@ -333,8 +314,8 @@ SILENT = "{% for m in messages if m.content %}{{ m.content + eos_token }}{% endf
     ],
 )
 def test_labels_that_would_go_silently_wrong_are_refused(
-    make_tokenizer: MakeTokenizer, template: str, chats: Any, reason: str
-) -> None:
+    make_tokenizer, template, chats, reason
+):
     names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<s>"}
     tokenizer = make_tokenizer(("<s>",), chat_template=template, **names)
     with pytest.raises(DataError, match=reason):
@@ -344,7 +325,7 @@ def test_labels_that_would_go_silently_wrong_are_refused(
         mask_conversations(tokenizer, chats)
 
 
-def test_rows_are_cut_dropped_and_counted(tokenizer: Any) -> None:
+def test_rows_are_cut_dropped_and_counted(tokenizer):
     short, long = turns("Hi", "Yes."), turns("Hi", "yes " * 50)
     far = turns("very " * 100, "Yes.")
     chats = [short, far, long, far, short]
@@ -365,9 +346,7 @@ def test_rows_are_cut_dropped_and_counted(tokenizer: Any) -> None:
     assert masked.rows[1] == cut
 
 
-def test_rows_may_be_read_one_by_one_and_written_to_a_file(
-    tokenizer: Any, tmp_path: Path
-) -> None:
+def test_rows_may_be_read_one_by_one_and_written_to_a_file(tokenizer, tmp_path):
     chats = [turns("Hi", f"Yes, {n}.") for n in range(600)]
     file = tmp_path / "rows.arrow"
     masked = mask_conversations(tokenizer, iter(chats), file=file)
@@ -376,9 +355,7 @@ def test_rows_may_be_read_one_by_one_and_written_to_a_file(
     assert masked.rows[599] == mask_conversation(tokenizer, chats[599])
 
 
-def test_a_shown_row_brackets_or_underlines_exactly_what_is_learnt(
-    tokenizer: Any,
-) -> None:
+def test_a_shown_row_brackets_or_underlines_exactly_what_is_learnt(tokenizer):
     row = mask_conversation(tokenizer, turns("<b>Hi", "<i> & 'x'", system="S"))
     view = masking.show(tokenizer, row)
     share = sum(x != NO_LOSS for x in row["labels"]) / len(row["labels"])

@@ -1,11 +1,7 @@
 """The callbacks that watch a GRPO run, on states as the trainer has them."""
 
-from __future__ import annotations
-
-import logging
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import nbclient
 import nbformat
@@ -15,6 +11,7 @@ import torch
 from transformers import TrainerControl, TrainerState, get_scheduler
 
 from helpers import runtime
+from helpers.config import changed
 from helpers.files import write_json
 from helpers.grpo import monitor
 from helpers.runs import Run
@@ -24,13 +21,8 @@ from helpers.training.inputs import Panel
 ARGUMENTS = SimpleNamespace(eval_strategy="steps", warmup_steps=2)
 
 
-@pytest.fixture(autouse=True)
-def what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-
-
 @pytest.fixture
-def seconds(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def seconds(monkeypatch):
     """A clock that passes when a test says so: its `now`."""
     passed = SimpleNamespace(now=1000.0)
     clock = SimpleNamespace(monotonic=lambda: passed.now)
@@ -39,15 +31,8 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def train(
-    clock: monitor.Clock,
-    seconds: SimpleNamespace,
-    *,
-    step_s: float,
-    evaluation_s: float = 0.0,
-    start: int = 0,
-    kill_at: int | None = None,
-    kind: str = "linear",
-) -> tuple[int, list[float], int]:
+    clock, seconds, *, step_s, evaluation_s=0.0, start=0, kill_at=None, kind="linear"
+):
     """Steps a clock as the trainer does: last step, learning rates, evaluations."""
     state = TrainerState(global_step=start, max_steps=monitor.ENDLESS)
     control, rates, evaluations = TrainerControl(), [], 0
@@ -78,13 +63,8 @@ def train(
 @pytest.mark.parametrize("evaluation_s", [0.0, 12.0, 50.0])
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_a_run_takes_its_minutes_and_its_schedule_ends_with_them(
-    tmp_path: Path,
-    seconds: SimpleNamespace,
-    caplog: pytest.LogCaptureFixture,
-    step_s: float,
-    evaluation_s: float,
-    kind: str,
-) -> None:
+    tmp_path, seconds, caplog, step_s, evaluation_s, kind
+):
     clock = monitor.Clock(tmp_path, 10)
     steps, rates, evaluations = train(
         clock, seconds, step_s=step_s, evaluation_s=evaluation_s, kind=kind
@@ -101,9 +81,7 @@ def test_a_run_takes_its_minutes_and_its_schedule_ends_with_them(
     assert number * aside / 600 == pytest.approx(steps, rel=0.2)
 
 
-def test_the_time_before_a_kill_counts(
-    tmp_path: Path, seconds: SimpleNamespace
-) -> None:
+def test_the_time_before_a_kill_counts(tmp_path, seconds):
     first = monitor.Clock(tmp_path, 2)
     assert train(first, seconds, step_s=5, kill_at=14)[0] == 14
     seconds.now += 3600  # nothing runs meanwhile
@@ -116,7 +94,7 @@ def test_the_time_before_a_kill_counts(
 # the panel
 
 
-def write_completions(run: Run, step: int, rows: list[tuple[Any, ...]]) -> None:
+def write_completions(run, step, rows):
     """Writes what TRL writes of a logged step: all groups, one after the other."""
     folder = run.path / "grpo" / "checkpoints" / "completions"
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +104,7 @@ def write_completions(run: Run, step: int, rows: list[tuple[Any, ...]]) -> None:
 
 
 @pytest.fixture
-def grpo_run(run_factory: Any) -> Run:
+def grpo_run(run_factory):
     """A run whose last logged step has a group of equal rewards, and a mixed one."""
     run = run_factory(rewards={"correctness": 2.0}, grpo__num_generations=2)
     write_completions(run, 0, [])
@@ -136,18 +114,28 @@ def grpo_run(run_factory: Any) -> Run:
     return run
 
 
-def test_the_group_with_the_largest_spread_is_shown_best_first(grpo_run: Run) -> None:
+def test_the_group_with_the_largest_spread_is_shown_best_first(grpo_run):
     group = monitor.read_group(grpo_run)
     assert list(group["completion"]) == ["6", "5"]
     assert list(group["reward"]) == [2.0, 0.0]
     assert list(monitor.read_group(grpo_run, 1)["completion"]) == ["2", "1"]
     assert monitor.read_group(grpo_run, 0).empty
     assert monitor.read_group(grpo_run, 2).empty
+    # a trainer with other rewards than the config's
+    other = changed(grpo_run.config, rewards={"closeness": 1.0})
+    group = monitor.read_group(Run(grpo_run.path, other), 1)
+    assert list(group["reward"]) == [0.0, 0.0]
+
+
+def test_of_a_trainer_that_samples_its_own_prompts_no_count_is_reported(run):
+    part = monitor.LivePanel(run).report([{"reward": 0.5}])
+    assert (part["prompts_left_out"], part["sampler"]) == (None, None)
+    assert part["reward_last"] == 0.5
 
 
 def test_outside_a_notebook_the_most_urgent_is_logged_and_all_at_the_end(
-    grpo_run: Run, caplog: pytest.LogCaptureFixture
-) -> None:
+    grpo_run, caplog
+):
     panel = monitor.LivePanel(grpo_run)
     state = TrainerState(global_step=0)
     for step in (1, 2):
@@ -162,9 +150,7 @@ def test_outside_a_notebook_the_most_urgent_is_logged_and_all_at_the_end(
     assert (grpo_run.path / "grpo/curves.png").stat().st_size > 5_000
 
 
-def test_the_title_shows_the_time_left_by_steps_or_by_the_clock(
-    run_factory: Any, tmp_path: Path
-) -> None:
+def test_the_title_shows_the_time_left_by_steps_or_by_the_clock(run_factory, tmp_path):
     history = [{"step": 4, "loss": 2.0, "seconds": 60.0}]
     state = TrainerState(global_step=4, max_steps=10, log_history=history)
     assert Panel(tmp_path).title(state) == "step 4 of 10, 01:30 left"
@@ -175,10 +161,8 @@ def test_the_title_shows_the_time_left_by_steps_or_by_the_clock(
     assert monitor.LivePanel(run).title(state) == "step 4, 03:20 left"
 
 
-def test_the_panel_tells_sfts_loss_and_when_the_held_out_one_rises(
-    tmp_path: Path,
-) -> None:
-    history: list[dict[str, Any]] = [{"step": 1, "loss": 2.0}]
+def test_the_panel_tells_sfts_loss_and_when_the_held_out_one_rises(tmp_path):
+    history = [{"step": 1, "loss": 2.0}]
     assert Panel(tmp_path).explain(history) == ["Loss 2.000 -> 2.000."]
     for step, held in ((1, 1.5), (2, 1.25), (3, 1.75)):
         history += [{"step": step, "loss": 1.0}, {"step": step, "eval_loss": held}]
@@ -202,9 +186,7 @@ for state.global_step in (1, 2):
 """
 
 
-def test_in_a_notebook_the_curve_is_drawn_in_one_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_a_notebook_the_curve_is_drawn_in_one_place(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
     nbclient.execute(notebook, cwd=str(tmp_path), kernel_name="python3")
@@ -215,16 +197,11 @@ def test_in_a_notebook_the_curve_is_drawn_in_one_place(
     assert "data:image/png;base64" in output.data["text/html"]
 
 
-def test_the_panel_tells_the_time_left_more_often_than_it_draws(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_panel_tells_the_time_left_more_often_than_it_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "in_notebook", lambda: True)
-    shown: list[str] = []
+    shown = []
     monkeypatch.setattr(inputs, "display", lambda page, **_: shown.append(page.data))
-    panel, state = (
-        Panel(tmp_path),
-        TrainerState(max_steps=3, is_world_process_zero=True),
-    )
+    panel, state = Panel(tmp_path), TrainerState(max_steps=3)
     pictures = []
     for state.global_step in (1, 2):
         state.log_history.append({"step": state.global_step, "loss": 1.0})
@@ -237,9 +214,7 @@ def test_the_panel_tells_the_time_left_more_often_than_it_draws(
     assert (tmp_path / "curves.png").read_bytes() != pictures[1]
 
 
-def test_a_run_whose_reward_collapses_is_stopped_with_the_reason(
-    run: Run, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_whose_reward_collapses_is_stopped_with_the_reason(run, caplog):
     panel, control = monitor.LivePanel(run), TrainerControl()
     state = TrainerState(log_history=[{"reward": 0.5} for _ in range(20)])
     state.global_step = 20

@@ -1,10 +1,6 @@
 """Packed rows teach exactly what they teach one by one, on both engines."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,7 +21,7 @@ print(json.dumps(losses(model, tokenizer)))
 """
 
 
-def pack(tokenizer: Any) -> tuple[Any, Any, list[dict[str, Any]]]:
+def pack(tokenizer):
     """Returns rows, the same as the trainer packs them, and a batch of each pack."""
     from trl import pack_dataset
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -38,7 +34,7 @@ def pack(tokenizer: Any) -> tuple[Any, Any, list[dict[str, Any]]]:
     return rows, packed, [collate([row]) for row in packed]
 
 
-def documents(row: dict[str, Any]) -> list[dict[str, list[int]]]:
+def documents(row):
     """Returns the rows that were packed into one."""
     ends = [sum(row["seq_lengths"][: n + 1]) for n in range(len(row["seq_lengths"]))]
     return [
@@ -47,14 +43,14 @@ def documents(row: dict[str, Any]) -> list[dict[str, list[int]]]:
     ]
 
 
-def losses(model: Any, tokenizer: Any) -> list[tuple[float, float]]:
+def losses(model, tokenizer):
     """Returns the loss of each packed row, and that of its documents one by one.
 
     The latter is the mean over the documents, weighted by their supervised tokens.
     """
     import torch
 
-    def loss(**inputs: Any) -> float:
+    def loss(**inputs):
         # as in TRL's trainer: with a cache positions are not looked at
         with torch.no_grad():
             return float(model(**inputs, use_cache=False).loss)
@@ -73,8 +69,8 @@ def losses(model: Any, tokenizer: Any) -> list[tuple[float, float]]:
 
 
 def test_a_packed_row_has_the_loss_of_its_documents_as_positions_restart(
-    tokenizer: Any, tiny_model_folder: Path, run_python: Any
-) -> None:
+    tokenizer, tiny_model_folder, run_python
+):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)

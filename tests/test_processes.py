@@ -87,7 +87,8 @@ trainer = build_sft(run, model, tokenizer)
 trainer.args.gradient_checkpointing = True
 fit(trainer, run)
 assert model.is_gradient_checkpointing
-print("share", sum(p.to_local().nbytes for p in layers.parameters()) / total)
+share = sum(p.to_local().nbytes for p in layers.parameters()) / total
+print(f"share {share}\n", end="")  # at once: the other process prints, too
 """
 
 

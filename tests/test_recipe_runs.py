@@ -4,8 +4,6 @@ Here on a tiny model, a few steps each. The full cross of recipes and engines on
 real offline model takes about an hour: `python -m pytest -m slow`.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any, NamedTuple
 
@@ -51,10 +49,8 @@ class Trained(NamedTuple):
 
 def small(name, model):
     """A recipe on another model and our samples, every size cut down."""
-    config = recipes.scaled(
-        recipes.load(name), model=model, steps=STEPS, rows=4, samples=True
-    )
-    cuts: dict[str, Any] = {"evaluation__max_new_tokens": 4}
+    config = recipes.scaled(recipes.load(name), steps=STEPS, rows=4, samples=True)
+    cuts = {"model": model, "evaluation__max_new_tokens": 4}
     cuts["export"] = recipes.small(config).export  # what a CPU can write
     if "grpo" in config.stages:
         cuts["grpo__max_completion_length"] = 8
@@ -68,7 +64,7 @@ def trained(request, tiny_model_folder, tmp_path_factory):
         patch.setenv("TUNEBOOK_RUNS", str(home))
         run = runs.save_run(small(request.param, str(tiny_model_folder)))
         data.prepare(run)
-        trainers: dict[str, Any] = {}
+        trainers = {}
         for stage in run.config.stages:
             start = stages.ensure_adapter(run, "sft") if stage == "grpo" else None
             model, tokenizer = train.load_for_training(run, stage, start)

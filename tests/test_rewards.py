@@ -1,11 +1,8 @@
 """Tests of helpers.grpo.rewards: what each reward pays, and what no trick earns."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -21,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CUT = 100  # tokens, in these tests
 
 
-def pay(text: str, gold: str, weights: dict[str, float], prompt: Any = "") -> float:
+def pay(text, gold, weights, prompt=""):
     """What a completion earns in all, as the trainer sums it up; a word is a token."""
     functions, numbers = rewards.choose(weights, CUT)
     tokens = [text.split()[:CUT]]

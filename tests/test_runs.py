@@ -1,7 +1,5 @@
 """Tests of helpers.runs: what notebooks hand to each other through a folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -9,9 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,15 +24,13 @@ from helpers.widgets import answer_forms
 PUBLISHED = sorted((runtime.ROOT / "results").glob("demo_*.json"))
 
 
-def files_below(folder: Path) -> list[str]:
+def files_below(folder):
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 @pytest.mark.parametrize("part", ["data", "sft", "grpo", "eval", "export"])
-def test_require_names_the_notebook_that_makes_what_is_missing(
-    run: Run, part: str
-) -> None:
+def test_require_names_the_notebook_that_makes_what_is_missing(run, part):
     message = f"{run.path}/{part}/a is missing: run the {part} notebook first"
     with pytest.raises(MissingInput, match=message):
         run.require(f"{part}/a")
@@ -45,7 +38,7 @@ def test_require_names_the_notebook_that_makes_what_is_missing(
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_published_reports_fit_the_schema(run: Run, path: Path) -> None:
+def test_published_reports_fit_the_schema(run, path):
     values = json.loads(path.read_text(encoding="utf-8"))
     parts = {k: v for k, v in values.items() if k not in ("command", "conditions")}
     files.write_json(run.path / "report.json", parts)
@@ -61,15 +54,15 @@ def test_published_reports_fit_the_schema(run: Run, path: Path) -> None:
     ],
 )
 def test_a_misspelt_part_or_a_wrong_type_is_refused_and_nothing_written(
-    run: Run, part: str, values: Any, fault: str
-) -> None:
+    run, part, values, fault
+):
     before = run.report()
     with pytest.raises(TunebookError, match=f"(?s)report.json does not fit.*{fault}"):
         run.write_part(part, values)
     assert run.report() == before
 
 
-def test_write_part_leaves_the_other_parts_alone(run: Run) -> None:
+def test_write_part_leaves_the_other_parts_alone(run):
     run.write_part("sft", {"loss": 1.5})
     run.write_part("export", {"right": 3})
     run.write_part("sft", {"loss": 0.5})
@@ -78,7 +71,7 @@ def test_write_part_leaves_the_other_parts_alone(run: Run) -> None:
     assert report["run"]["name"] == "test"
 
 
-def test_a_value_that_is_no_json_leaves_the_old_file_whole(tmp_path: Path) -> None:
+def test_a_value_that_is_no_json_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "report.json"
     files.write_json(path, {"kept": "Zoë 🎉"})
     with pytest.raises(TypeError, match="not JSON serializable"):
@@ -88,20 +81,20 @@ def test_a_value_that_is_no_json_leaves_the_old_file_whole(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("other", [("ab",), ("a", ["b"]), ("b", "a"), ("a", "b", None)])
-def test_a_fingerprint_differs_for_other_values(other: tuple[object, ...]) -> None:
+def test_a_fingerprint_differs_for_other_values(other):
     assert files.fingerprint("a", "b") != files.fingerprint(*other)
     assert files.fingerprint({"a": 1, "b": 2}) == files.fingerprint({"b": 2, "a": 1})
 
 
-def test_a_saved_run_opens_as_it_was_saved_with_what_is_already_done(run: Run) -> None:
+def test_a_saved_run_opens_as_it_was_saved_with_what_is_already_done(run):
     run.write_part("sft", {"loss": 1.5})
     assert runs.save_run(run.config) == runs.open_run("test") == run
     assert run.report()["sft"] == {"loss": 1.5}
 
 
 def test_a_name_goes_before_the_variable_and_that_before_the_current_run(
-    run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    run_factory, monkeypatch
+):
     first, second, third = (run_factory(name=name) for name in ("a", "b", "c"))
     assert runs.open_run() == third
     monkeypatch.setenv("TUNEBOOK_RUN", "b")
@@ -110,8 +103,8 @@ def test_a_name_goes_before_the_variable_and_that_before_the_current_run(
 
 
 def test_the_first_use_makes_the_run_of_the_variable_or_without_a_gpu_of_the_demo(
-    runs_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    runs_home, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert runs.open_run().config == recipes.load("demo")
     shutil.rmtree(runs_home)
@@ -125,15 +118,13 @@ def test_the_first_use_makes_the_run_of_the_variable_or_without_a_gpu_of_the_dem
     ]
 
 
-def test_a_recipes_name_opens_its_run_with_the_settings_it_was_saved_with(
-    runs_home: Path,
-) -> None:
+def test_a_recipes_name_opens_its_run_with_the_settings_it_was_saved_with(runs_home):
     assert runs.open_run("smoke").config == recipes.load("smoke")
     saved = runs.save_run(changed(recipes.load("smoke"), seed=7))
     assert runs.open_run("smoke") == saved
 
 
-def test_a_run_that_is_not_there_is_refused_by_its_path(run: Run) -> None:
+def test_a_run_that_is_not_there_is_refused_by_its_path(run):
     with pytest.raises(ConfigError, match="no config at .*nowhere/config.json; run "):
         runs.open_run("nowhere")
     shutil.rmtree(run.path)
@@ -141,7 +132,7 @@ def test_a_run_that_is_not_there_is_refused_by_its_path(run: Run) -> None:
         runs.open_run()
 
 
-def test_a_content_hash_changes_with_the_weights_alone(tmp_path: Path) -> None:
+def test_a_content_hash_changes_with_the_weights_alone(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"1")
     before = files.content_hash(tmp_path)
@@ -163,13 +154,10 @@ with runs.hold(run):
 """
 
 
-def test_a_run_is_written_to_by_one_process_at_a_time(
-    run: Run, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "helpers")
+def test_a_run_is_written_to_by_one_process_at_a_time(run, caplog):
     runs.save_run(run.config)
     command = [sys.executable, "-c", HOLDS, run.config.name]
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as other:
         assert other.stdout.readline() == "held\n"
         fault = f"is written to by process {other.pid} on .*: wait for its end"
@@ -192,8 +180,8 @@ def test_a_run_is_written_to_by_one_process_at_a_time(
 
 @pytest.mark.parametrize(("silent_s", "is_free"), [(5, False), (600, True)])
 def test_a_lock_of_another_host_is_taken_over_once_it_shows_no_sign_of_life(
-    run: Run, silent_s: float, is_free: bool
-) -> None:
+    run, silent_s, is_free
+):
     lock, then = run.path / "lock.json", time.time() - silent_s
     files.write_json(lock, {"host": "elsewhere", "pid": 1})
     os.utime(lock, (then, then))
@@ -207,12 +195,18 @@ def test_a_lock_of_another_host_is_taken_over_once_it_shows_no_sign_of_life(
             assert files.read_json(lock)["pid"] == os.getpid()
 
 
+def test_a_lock_that_is_given_back_does_not_come_again(run, monkeypatch):
+    monkeypatch.setattr(runs, "BEAT_S", 0)
+    for _ in range(300):
+        with runs.hold(run):
+            pass
+        assert not (run.path / "lock.json").exists()
+
+
 @pytest.mark.parametrize("name", ["config.json", "report.json", "lock.json"])
 @pytest.mark.parametrize("content", [b"", b'{"run": {', b"\xff\x00", b"[1]"])
-def test_a_damaged_state_file_is_named_and_kept_aside(
-    run: Run, name: str, content: bytes
-) -> None:
-    def use() -> None:
+def test_a_damaged_state_file_is_named_and_kept_aside(run, name, content):
+    def use():
         with runs.hold(runs.open_run("test")):
             run.report()
 
@@ -229,9 +223,7 @@ def test_a_damaged_state_file_is_named_and_kept_aside(
     use()
 
 
-def test_damaged_rows_are_set_aside_and_whole_ones_stay(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_rows_are_set_aside_and_whole_ones_stay(tmp_path, caplog):
     path, text = tmp_path / "test.jsonl", '{"id": 1}\n{"id": \n{"id": 3}\n{"id"'
     path.write_text(text)
     assert files.read_rows(path) == files.read_rows(path) == [{"id": 1}, {"id": 3}]
@@ -239,9 +231,7 @@ def test_damaged_rows_are_set_aside_and_whole_ones_stay(
     assert (tmp_path / "test.jsonl.damaged-1").read_text() == text
 
 
-def test_rows_that_data_lost_are_noticed_and_prepared_again_once_moved_away(
-    run: Run,
-) -> None:
+def test_rows_that_data_lost_are_noticed_and_prepared_again_once_moved_away(run):
     preparation.prepare(run)
     path = run.require("data/train.jsonl")
     whole = path.read_text()
@@ -255,14 +245,14 @@ def test_rows_that_data_lost_are_noticed_and_prepared_again_once_moved_away(
     assert run.require("data/train.jsonl").read_text() == whole
 
 
-def test_data_that_the_report_does_not_know_are_prepared_again(run: Run) -> None:
+def test_data_that_the_report_does_not_know_are_prepared_again(run):
     part = preparation.prepare(run)
     (run.path / "report.json").unlink()  # killed between data and report, say
     preparation.ensure_data(run)
     assert run.report()["data"] == part
 
 
-def test_a_copied_run_goes_by_its_folders_name(run: Run) -> None:
+def test_a_copied_run_goes_by_its_folders_name(run):
     shutil.copytree(run.path, run.path.with_name("copy"))
     before = (run.path / "config.json").read_text()
     copy = runs.open_run("copy")
@@ -271,9 +261,7 @@ def test_a_copied_run_goes_by_its_folders_name(run: Run) -> None:
     assert (run.path / "config.json").read_text() == before
 
 
-def test_what_is_set_aside_overwrites_nothing_though_names_have_gaps(
-    tmp_path: Path,
-) -> None:
+def test_what_is_set_aside_overwrites_nothing_though_names_have_gaps(tmp_path):
     for number in (2, 11):
         (tmp_path / f"sft.before-{number}").mkdir()
     (tmp_path / "sft").mkdir()
@@ -281,7 +269,7 @@ def test_what_is_set_aside_overwrites_nothing_though_names_have_gaps(
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_damaged_adapter_is_named_before_a_model_is_loaded(run: Run) -> None:
+def test_a_damaged_adapter_is_named_before_a_model_is_loaded(run):
     file = run.path / "sft" / "adapter" / "adapter_model.safetensors"
     file.parent.mkdir(parents=True)
     file.write_bytes(save({"lora": torch.ones(9)})[:-4])

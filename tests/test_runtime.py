@@ -1,7 +1,5 @@
 """Tests of helpers.runtime: the machine, its dtype, the engine, a notebook's start."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -9,19 +7,16 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from helpers import runtime
 from helpers.errors import ConfigError, ModelError, TunebookError
-from helpers.runs import Run
 from helpers.runtime import Machine
 
 T4 = Machine("cuda", "Tesla T4", 14.7, (7, 5))
@@ -43,16 +38,14 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is her
     ],
 )
 def test_a_machine_computes_in_the_dtype_that_it_has_units_for(
-    machine: Machine, wanted: str, dtype: str, reason: str
-) -> None:
+    machine, wanted, dtype, reason
+):
     chosen, why = runtime.choose_dtype(machine, wanted)
     assert chosen is getattr(torch, dtype)
     assert reason in why
 
 
-def test_the_variable_decides_the_dtype_and_a_wrong_one_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_variable_decides_the_dtype_and_a_wrong_one_is_refused(monkeypatch):
     monkeypatch.setenv("TUNEBOOK_DTYPE", "float32")
     dtype, reason = runtime.choose_dtype(A100, "bfloat16")
     assert dtype is torch.float32 and "TUNEBOOK_DTYPE=float32" in reason
@@ -62,8 +55,15 @@ def test_the_variable_decides_the_dtype_and_a_wrong_one_is_refused(
             runtime.choose_dtype(LAPTOP)
 
 
+@pytest.mark.parametrize("text", ["14GB", "0", "-1", "nan"])
+def test_a_memory_cap_that_is_no_size_is_refused(text, monkeypatch):
+    monkeypatch.setenv("TUNEBOOK_GPU_GB", text)
+    with pytest.raises(ConfigError, match=f"TUNEBOOK_GPU_GB={text}: expected GiB"):
+        runtime.memory_cap_gb()
+
+
 @without_gpu
-def test_a_machine_without_a_gpu_is_named_as_such() -> None:
+def test_a_machine_without_a_gpu_is_named_as_such():
     machine = runtime.find_machine()
     assert (machine.device, machine.capability) == ("cpu", None)
     assert machine.name.startswith(platform.machine())
@@ -72,15 +72,13 @@ def test_a_machine_without_a_gpu_is_named_as_such() -> None:
     assert runtime.peak_memory_gb() > tensor.nbytes / 2**30
 
 
-def test_on_windows_which_has_no_resource_module_memory_is_measured_too(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_on_windows_which_has_no_resource_module_memory_is_measured_too(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert 0.05 < runtime.peak_memory_gb() < 1_000
 
 
-def on_terminal(script: str, **more: str) -> str:
+def on_terminal(script, **more):
     """What a script shows on a terminal of its own."""
     termios = pytest.importorskip("termios")  # Windows has none
     main, side = os.openpty()
@@ -108,7 +106,7 @@ runtime.run_command([sys.executable, "-c", child + "time.sleep(1.2)"], "conversi
 """
 
 
-def test_a_bar_shows_count_and_time_left_and_goes_and_a_programs_last_words() -> None:
+def test_a_bar_shows_count_and_time_left_and_goes_and_a_programs_last_words():
     text = on_terminal(BARS)
     assert re.search(r"answers:.*3/4 \[00:00<00:0", text)
     assert re.search(r"conversion: 00:0\d, Writing: 45%", text)
@@ -116,9 +114,7 @@ def test_a_bar_shows_count_and_time_left_and_goes_and_a_programs_last_words() ->
     assert on_terminal(BARS, TQDM_DISABLE="1") == ""
 
 
-def test_in_a_file_there_is_no_bar(
-    run_python: Callable[..., subprocess.CompletedProcess[str]],
-) -> None:
+def test_in_a_file_there_is_no_bar(run_python):
     assert run_python("-c", BARS).stderr == ""
 
 
@@ -132,20 +128,18 @@ def test_in_a_file_there_is_no_bar(
         ("import os; os.write(2, b'Error: \\xff\\n'); os._exit(1)", "Error: "),
     ],
 )
-def test_a_program_that_fails_is_told_in_one_sentence(code: str, reason: str) -> None:
+def test_a_program_that_fails_is_told_in_one_sentence(code, reason):
     with pytest.raises(ModelError, match=f"^the quantiser fails: {reason}"):
         runtime.run_command([sys.executable, "-c", code], "the quantiser")
 
 
-def test_a_program_is_given_a_text_and_its_output_returned() -> None:
+def test_a_program_is_given_a_text_and_its_output_returned():
     late = "import sys, time; time.sleep(1); print(len(sys.stdin.read()))"
     command = [sys.executable, "-c", late]  # longer than a pipe holds
     assert runtime.run_command(command, "count", "abc" * 10**6) == "3000000\n"
 
 
-def test_the_environment_is_json_and_names_dtype_engine_and_versions(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_environment_is_json_and_names_dtype_engine_and_versions(monkeypatch):
     monkeypatch.setattr(runtime, "PACKAGES", "torch no-such-package-here")
     part = json.loads(json.dumps(runtime.environment("transformers")))
     dtype = runtime.choose_dtype(runtime.find_machine())[0]
@@ -154,9 +148,7 @@ def test_the_environment_is_json_and_names_dtype_engine_and_versions(
     assert part["versions"] == expected
 
 
-def test_the_hub_is_in_reach_when_its_address_answers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_hub_is_in_reach_when_its_address_answers(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     file = tmp_path / runtime.PROBE.strip("/")
@@ -168,6 +160,7 @@ def test_the_hub_is_in_reach_when_its_address_answers(
         ("http://127.0.0.1:9", "0", False),  # nobody listens
         (page, "0", True),
         (page, "1", False),
+        ("huggingface.co", "0", False),  # no address
     ]:
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
@@ -176,7 +169,7 @@ def test_the_hub_is_in_reach_when_its_address_answers(
         assert constants.HF_HUB_OFFLINE  # once it did not answer
 
 
-def test_auto_is_unsloth_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_unsloth_on_a_gpu_only(monkeypatch):
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: object())
     for available, engine in ((True, "unsloth"), (False, "transformers")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda value=available: value)
@@ -211,13 +204,8 @@ print(before, os.environ.get("PYTORCH_ALLOC_CONF"))
     ],
 )
 def test_the_start_imports_the_engine_of_the_current_run_and_sets_the_allocator(
-    engine: str,
-    variables: dict[str, str],
-    allocator: str,
-    run_factory: Callable[..., Run],
-    run_python: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    engine, variables, allocator, run_factory, run_python, monkeypatch
+):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     run = run_factory(engine=engine)
@@ -229,22 +217,21 @@ def test_the_start_imports_the_engine_of_the_current_run_and_sets_the_allocator(
         assert "because" in text.stdout and f"torch {version('torch')}" in text.stdout
 
 
-def test_messages_go_to_the_stdout_of_the_moment_and_once(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_messages_go_to_the_stdout_of_the_moment_and_once(capsys, run):
     runtime.start("transformers")
-    runtime.start("transformers")
+    (run.path / "config.json").write_text("[1]")  # whoever opens the run tells
+    runtime.start()
     capsys.readouterr()
     logging.getLogger("helpers.somewhere").info("a message")
     assert capsys.readouterr().out == "a message\n"
 
 
-def test_ipython_asks_our_errors_for_their_traceback() -> None:
+def test_ipython_asks_our_errors_for_their_traceback():
     """`_render_traceback_` is IPython's hook for errors that show themselves."""
     from IPython.core.interactiveshell import InteractiveShell
 
     shell = InteractiveShell()
-    lines: list[str] = []
+    lines = []
     shell._showtraceback = lambda kind, error, trace: lines.extend(trace)
     shell.run_cell("from helpers import recipes\nrecipes.load('dema')")
     assert len(lines) == 1
@@ -256,11 +243,11 @@ class ColabError(Exception):
 
 
 @pytest.fixture
-def mounted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def mounted(monkeypatch):
     """The folders that Colab is asked to mount; a test may put in an error to raise."""
-    calls: list[Any] = []
+    calls = []
 
-    def mount(folder: str) -> None:
+    def mount(folder):
         if calls and isinstance(calls[0], Exception):
             raise calls[0]
         calls.append(folder)
@@ -280,8 +267,8 @@ HERE = runtime.ROOT / "runs"
 
 
 def test_a_colab_notebook_keeps_its_runs_on_drive_where_that_is_wanted(
-    mounted: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    mounted, monkeypatch
+):
     runtime.keep_runs("")
     assert (mounted, runtime.runs_folder()) == ([], HERE)
     runtime.keep_runs("drive")
@@ -294,8 +281,8 @@ def test_a_colab_notebook_keeps_its_runs_on_drive_where_that_is_wanted(
 
 
 def test_a_place_on_the_hub_needs_a_token_and_another_place_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    monkeypatch, tmp_path
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "TUNEBOOK_KEEP"):
         monkeypatch.setenv(name, "")  # to be put back afterwards
@@ -305,23 +292,27 @@ def test_a_place_on_the_hub_needs_a_token_and_another_place_is_refused(
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     runtime.keep_runs("hub:me/runs")
     assert os.environ["TUNEBOOK_KEEP"] == "hub:me/runs"
-    with pytest.raises(
-        ConfigError, match="KEEP = 'disk': expected 'drive', 'hub:owner"
-    ):
+    runtime.keep_runs("")  # the first cell, run again
+    assert "TUNEBOOK_KEEP" not in os.environ
+    monkeypatch.setenv("TUNEBOOK_KEEP", "hub:me/other")
+    runtime.keep_runs("drive")  # not of the cell, so it stays
+    assert os.environ["TUNEBOOK_KEEP"] == "hub:me/other"
+    fault = "KEEP = 'disk': expected 'drive', 'hub:owner"
+    with pytest.raises(ConfigError, match=fault):
         runtime.keep_runs("disk")
 
 
 @pytest.mark.parametrize("error", [ColabError("denied"), ValueError("mount failed")])
 def test_a_drive_that_does_not_open_stops_the_first_cell_with_the_remedy(
-    error: Exception, mounted: list[Any]
-) -> None:
+    error, mounted
+):
     mounted.append(error)
     with pytest.raises(TunebookError, match=rf"\({error}\).*KEEP = ''"):
         runtime.keep_runs("drive")
     assert runtime.runs_folder() == HERE
 
 
-def test_the_first_cell_asks_for_drive_before_anything_is_installed() -> None:
+def test_the_first_cell_asks_for_drive_before_anything_is_installed():
     code = (
         f"import sys; sys.path.insert(0, {str(runtime.ROOT)!r})\n"
         "from helpers import install, runtime; runtime.keep_runs('drive')"

@@ -1,7 +1,5 @@
 """Copies of a stage in a second place: sent whole or not at all, and brought back."""
 
-from __future__ import annotations
-
 import base64
 import http.server
 import json
@@ -12,9 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, unquote
 
 import pytest
@@ -22,7 +18,6 @@ from transformers import TrainerState, TrainingArguments
 
 from helpers import files, stages
 from helpers.errors import TunebookError
-from helpers.runs import Run
 from helpers.training import callbacks
 from tests.test_card import Hub
 
@@ -30,39 +25,44 @@ FEW = {"sft__max_steps": 4, "sft__save_steps": 2, "sft__eval_steps": 2}
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def fill(folder: Path, text: str) -> Path:
+def fill(folder, text):
     (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints" / "checkpoint-2" / "state.bin").write_text(text * 10_000)
     (folder / "best.json").write_text(json.dumps(text))
     return folder
 
 
-def weights(run: Run) -> str:
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place"
+
+
+def bring_back(place):
+    """The text of the copy that is brought back from a place."""
+    back = place.with_name("back")
+    assert files.fetch_copy(str(place), "sft", back)
+    return json.loads((back / "best.json").read_text())
+
+
+def weights(run):
     return files.hash_file(run.path / "sft" / "adapter" / "adapter_model.safetensors")
 
 
-def test_the_newest_whole_copy_is_brought_back_and_two_stay(tmp_path: Path) -> None:
-    (tmp_path / "place").mkdir()
-    place = str(tmp_path / "place")
-    assert not files.fetch_copy(place, "run/sft", tmp_path / "back")
+def test_the_newest_whole_copy_is_brought_back_and_two_stay(tmp_path, place):
+    assert not files.fetch_copy(str(place), "sft", tmp_path / "back")
     for text in "abc":
-        files.send_copy(fill(tmp_path / text, text), place, "run/sft")
-    newest = tmp_path / "place" / "run" / "sft" / "copy-000003"
-    assert [p.name for p in sorted(newest.parent.iterdir())] == [
-        "copy-000002",
-        "copy-000003",
-    ]
-    assert files.fetch_copy(place, "run/sft", tmp_path / "back")
-    assert json.loads((tmp_path / "back" / "best.json").read_text()) == "c"
+        files.send_copy(fill(tmp_path / text, text), str(place), "sft")
+    names = sorted(path.name for path in (place / "sft").iterdir())
+    assert names == ["copy-000002", "copy-000003"]
+    assert bring_back(place) == "c"
     assert files.list_sums(tmp_path / "back") == files.list_sums(tmp_path / "c")
 
 
 @pytest.mark.parametrize(
     "fault", ["no manifest", "cut manifest", "cut", "other", "less"]
 )
-def test_a_copy_that_is_not_whole_is_passed_over(tmp_path: Path, fault: str) -> None:
-    place = tmp_path / "place"
-    place.mkdir()
+def test_a_copy_that_is_not_whole_is_passed_over(tmp_path, place, fault):
     for text in "ab":
         files.send_copy(fill(tmp_path / text, text), str(place), "sft")
     copy = place / "sft" / "copy-000002"
@@ -74,8 +74,7 @@ def test_a_copy_that_is_not_whole_is_passed_over(tmp_path: Path, fault: str) -> 
     else:
         file, text = (manifest if "manifest" in fault else state), state.read_text()
         file.write_text("c" * len(text) if fault == "other" else file.read_text()[:9])
-    assert files.fetch_copy(str(place), "sft", tmp_path / "back")
-    assert json.loads((tmp_path / "back" / "best.json").read_text()) == "a"
+    assert bring_back(place) == "a"
 
 
 SENDS = """
@@ -87,9 +86,8 @@ files.send_copy(Path(sys.argv[1]), sys.argv[2], "sft")
 """
 
 
-def test_a_kill_amid_a_copy_leaves_the_one_before(tmp_path: Path) -> None:
-    place, big = tmp_path / "place", tmp_path / "big"
-    place.mkdir()
+def test_a_kill_amid_a_copy_leaves_the_one_before(tmp_path, place):
+    big = tmp_path / "big"
     files.send_copy(fill(tmp_path / "a", "a"), str(place), "sft")
     big.mkdir()
     for number in range(300):
@@ -102,25 +100,20 @@ def test_a_kill_amid_a_copy_leaves_the_one_before(tmp_path: Path) -> None:
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert half.exists() and not (half.parent / files.MANIFEST).exists()
-    assert files.fetch_copy(str(place), "sft", tmp_path / "back")
-    assert json.loads((tmp_path / "back" / "best.json").read_text()) == "a"
+    assert bring_back(place) == "a"
     files.send_copy(fill(tmp_path / "b", "b"), str(place), "sft")
     assert not (place / "sft" / "copy-000002" / "010.bin").exists()
 
 
-def test_a_place_that_is_not_there_stops_a_restore_with_a_sentence(
-    tmp_path: Path,
-) -> None:
+def test_a_place_that_is_not_there_stops_a_restore_with_a_sentence(tmp_path):
     with pytest.raises(TunebookError, match="no folder: mount it.*unset TUNEBOOK_KEEP"):
         files.fetch_copy(str(tmp_path / "gone"), "sft", tmp_path / "back")
 
 
 @pytest.mark.parametrize("fault", ["removed", "a file"])
 def test_a_place_lost_amid_a_training_is_said_once_and_stops_nothing(
-    tmp_path: Path, fault: str, caplog: Any
-) -> None:
-    place = tmp_path / "place"
-    place.mkdir()
+    tmp_path, place, fault, caplog
+):
     args = TrainingArguments(output_dir=str(fill(tmp_path / "a", "a") / "checkpoints"))
     second = callbacks.SecondPlace(str(place), "sft", tmp_path / "a")
     for step in (1, 2, 3, 4):
@@ -137,26 +130,30 @@ def test_a_place_lost_amid_a_training_is_said_once_and_stops_nothing(
     place.mkdir()
     second.on_save(args, TrainerState(global_step=5))
     second.on_train_end(args, TrainerState(global_step=5))
-    assert files.fetch_copy(str(place), "sft", tmp_path / "back")
+    assert bring_back(place) == "a"
 
 
 def test_a_run_goes_on_bit_identically_from_the_second_place_alone(
-    run_factory: Callable[..., Run], tmp_path: Path, monkeypatch: Any
-) -> None:
+    run_factory, place, monkeypatch
+):
     whole = run_factory(**FEW)
     stages.train_stage(whole, "sft")
     expected, report = weights(whole), whole.report()["sft"]
     shutil.rmtree(whole.path)
-    (tmp_path / "place").mkdir()
-    monkeypatch.setenv("TUNEBOOK_KEEP", str(tmp_path / "place"))
+    monkeypatch.setenv("TUNEBOOK_KEEP", str(place))
+    run, end = run_factory(**FEW), time.monotonic() + 300
 
-    run = run_factory(**FEW)
+    def die(self, args, state, *_, **__):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks.SecondPlace, "on_step_end", die_after(3), raising=False)
+        patch.setattr(callbacks.SecondPlace, "on_step_end", die, raising=False)
         with pytest.raises(KeyboardInterrupt):
             stages.train_stage(run, "sft")
-    place = tmp_path / "place"
-    wait_for(lambda: list(place.rglob(files.MANIFEST)))
+    while not list(place.rglob(files.MANIFEST)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
     shutil.rmtree(run.path)  # another machine
     run = run_factory(**FEW)
     stages.train_stage(run, "sft")
@@ -168,26 +165,11 @@ def test_a_run_goes_on_bit_identically_from_the_second_place_alone(
     assert weights(run) == expected
 
 
-def die_after(step: int) -> Callable[..., None]:
-    def on_step_end(self: Any, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        if state.global_step == step:
-            raise KeyboardInterrupt
-
-    return on_step_end
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 class Repository(Hub):
     """A hub that keeps what is committed to `o/n`, and gives it back."""
 
-    def answer(self) -> None:
-        server: Any = self.server
+    def answer(self):
+        server = self.server
         path, _, query = unquote(self.path).partition("?")
         if self.command == "GET" and "/tree/main" in path:
             folder = path.partition("/tree/main")[2].strip("/")
@@ -211,8 +193,8 @@ class Repository(Hub):
             for line in map(json.loads, body.splitlines()):
                 self.take(line["key"], line["value"])
 
-    def take(self, key: str, value: dict[str, Any]) -> None:
-        server: Any = self.server
+    def take(self, key, value):
+        server = self.server
         stored = {p[5:]: body for p, _, body in server.calls if p.startswith("/lfs/")}
         if key == "file":
             server.files[value["path"]] = base64.b64decode(value["content"])
@@ -221,26 +203,19 @@ class Repository(Hub):
         elif key.startswith("deleted"):
             for name in [n for n in server.files if n.startswith(value["path"])]:
                 del server.files[name]
-        server.commits += key == "header"
 
-    def list_tree(self, folder: str, recursive: bool) -> list[dict[str, Any]]:
-        server: Any = self.server
-        entries: dict[str, dict[str, Any]] = {}
-        for name, body in server.files.items():
-            if folder and not name.startswith(folder + "/"):
-                continue
-            inner = name[len(folder) + 1 :] if folder else name
-            parts = inner.split("/")
-            for end in range(1, len(parts) if recursive else 2):
-                if end < len(parts):
-                    path = "/".join([*([folder] if folder else []), *parts[:end]])
-                    entries[path] = {"type": "directory", "path": path, "oid": "1"}
-            if recursive or len(parts) == 1:
-                entry = {"type": "file", "path": name, "size": len(body), "oid": "1"}
-                entries[name] = entry
-        return list(entries.values())
+    def list_tree(self, folder, recursive):
+        files, below = self.server.files, f"{folder}/" if folder else ""
+        folders = {str(p) for name in files for p in Path(name).parents} - {"."}
+        kinds = dict.fromkeys(folders, "directory") | dict.fromkeys(files, "file")
+        return [
+            {"type": kind, "path": path, "oid": "1", "size": len(files.get(path, b""))}
+            for path, kind in kinds.items()
+            if path.startswith(below)
+            and (recursive or "/" not in path.removeprefix(below))
+        ]
 
-    def send(self, body: bytes, status: int = 200) -> None:
+    def send(self, body, status=200):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -280,12 +255,12 @@ print("ERROR", second.error)
 
 
 def test_copies_go_to_a_private_repository_in_single_commits_and_come_back(
-    tmp_path: Path, run_python: Any
-) -> None:
+    tmp_path, run_python
+):
     folder = fill(tmp_path / "a", "a")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Repository) as server:
-        calls, server.files, server.commits = [], {}, 0  # type: ignore[attr-defined]
-        server.calls = calls  # type: ignore[attr-defined]
+        calls, server.files = [], {}
+        server.calls = calls
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         variables = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home")}
@@ -303,6 +278,6 @@ def test_copies_go_to_a_private_repository_in_single_commits_and_come_back(
     assert files.list_sums(back) == files.list_sums(folder)
     created = next(json.loads(body) for path, _, body in calls if "create" in path)
     assert created["visibility"] == "private"
-    names = {"/".join(name.split("/")[:3]) for name in server.files}  # type: ignore[attr-defined]
+    names = {"/".join(name.split("/")[:3]) for name in server.files}
     assert names == {"run/sft/copy-000002", "run/sft/copy-000003"}
     assert "hf_secret" not in done.stdout + done.stderr

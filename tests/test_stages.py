@@ -1,13 +1,7 @@
 """What a stage depends on, what leaves a finished one alone, what is trained first."""
 
-from __future__ import annotations
-
-import logging
 import math
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,17 +9,11 @@ from helpers import estimate, files, stages
 from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError
-from helpers.runs import Run
 from helpers.training import inputs
 
 
-@pytest.fixture(autouse=True)
-def logged(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "helpers")
-
-
 @pytest.fixture
-def fingerprint(run_factory: Callable[..., Run]) -> Callable[..., str]:
+def fingerprint(run_factory):
     """Makes the fingerprint of a stage in a run with prepared data and changes."""
     data.prepare(run_factory())
     return lambda stage, **changes: files.fingerprint(
@@ -34,8 +22,8 @@ def fingerprint(run_factory: Callable[..., Run]) -> Callable[..., str]:
 
 
 def test_sft_depends_on_nothing_of_grpo_and_grpo_on_the_sft_that_it_starts_from(
-    fingerprint: Callable[..., str],
-) -> None:
+    fingerprint,
+):
     for change in (
         {"sampler": "model"},
         {"grpo__learning_rate": 1e-3},
@@ -61,14 +49,16 @@ def test_sft_depends_on_nothing_of_grpo_and_grpo_on_the_sft_that_it_starts_from(
     ],
 )
 def test_a_changed_input_is_named_and_the_former_result_set_aside(
-    run_factory: Callable[..., Run], change: dict[str, Any], name: str, caplog: Any
-) -> None:
+    run_factory, change, name, caplog
+):
     run = run_factory()
     data.prepare(run)
     assert inputs.finished_part(run, "sft") is None
     note = run.path / "sft" / inputs.NOTE
     files.write_json(note, files.read_json(note) | {"finished": True})
     run.write_part("sft", {"steps": 3})
+    assert inputs.finished_part(run, "sft") is None  # its adapter is gone
+    (run.path / "sft" / "adapter").mkdir()
     assert inputs.finished_part(run, "sft") == {"steps": 3}
     edited = run_factory(**change)
     if not change:
@@ -81,8 +71,8 @@ def test_a_changed_input_is_named_and_the_former_result_set_aside(
 
 
 def test_a_model_and_a_template_are_known_by_their_content(
-    fingerprint: Callable[..., str], tiny_model_folder: Path, tmp_path: Path
-) -> None:
+    fingerprint, tiny_model_folder, tmp_path
+):
     model = shutil.copytree(tiny_model_folder, tmp_path / "copy")
     template = tmp_path / "mine.jinja"
     template.write_text("{{ messages }}")
@@ -99,16 +89,14 @@ def test_a_model_and_a_template_are_known_by_their_content(
 @pytest.mark.parametrize(
     "call", [stages.ensure_ready, inputs.open_stage, stages.ensure_adapter]
 )
-def test_a_stage_that_the_run_lacks_is_refused(
-    run_factory: Callable[..., Run], call: Callable[..., Any]
-) -> None:
+def test_a_stage_that_the_run_lacks_is_refused(run_factory, call):
     with pytest.raises(ConfigError, match="run 'test' has no grpo stage"):
         call(run_factory(stages=["sft"]), "grpo")
 
 
 def test_what_cannot_be_trained_is_refused_and_what_is_questionable_is_logged(
-    run_factory: Callable[..., Run], caplog: pytest.LogCaptureFixture
-) -> None:
+    run_factory, caplog
+):
     for change, message in (
         ({"sft": {"learning_rat": 1e-4}}, "did you mean 'learning_rate'"),
         ({"grpo__gradient_accumulation_steps": 9999}, "GRPO would take no step"),
@@ -121,9 +109,7 @@ def test_what_cannot_be_trained_is_refused_and_what_is_questionable_is_logged(
     assert "warning: sft.warmup_steps: 9 in a run of 4 steps" in caplog.text
 
 
-def test_what_a_notebook_makes_first_comes_with_its_minutes(
-    run_factory: Callable[..., Run],
-) -> None:
+def test_what_a_notebook_makes_first_comes_with_its_minutes(run_factory):
     places = estimate.CPU, estimate.T4
     run = run_factory(grpo_minutes=3)
     sft, both = (stages.say_minutes(run, stage) for stage in ("sft", "grpo"))
@@ -132,9 +118,7 @@ def test_what_a_notebook_makes_first_comes_with_its_minutes(
     assert both.startswith(tuple(f"roughly {math.ceil(m + 3)} min, on" for m in known))
 
 
-def test_a_run_without_sft_trains_grpo_from_fresh_lora(
-    run_factory: Callable[..., Run], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_without_sft_trains_grpo_from_fresh_lora(run_factory, caplog):
     grpo = {"max_steps": 1, "max_completion_length": 4}
     run = run_factory(stages=["grpo"], data__train=[], data__eval=None, grpo=grpo)
     assert stages.ensure_adapter(run, "sft") is None
@@ -145,7 +129,7 @@ def test_a_run_without_sft_trains_grpo_from_fresh_lora(
     assert not (run.path / "sft").exists()
 
 
-def test_a_config_is_trained_evaluated_and_exported_in_one_call(run: Run) -> None:
+def test_a_config_is_trained_evaluated_and_exported_in_one_call(run):
     steps = {"sft__max_steps": 2, "sft__eval_steps": 2, "grpo__max_steps": 1}
     lengths = {"grpo__max_completion_length": 4, "evaluation__max_new_tokens": 4}
     config = changed(run.config, **steps, **lengths, export=["adapter"])

@@ -1,9 +1,6 @@
 """Tests of masking.templates: BOS once, pad told from EOS, turns that end."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,12 +38,8 @@ KEYS = "{% for m in messages %}{{ m.keys() | list | string }}{% endfor %}"
     ],
 )
 def test_a_text_has_bos_once_where_there_is_one_and_a_fixed_date(
-    make_tokenizer: MakeTokenizer,
-    template: str,
-    adds_bos: bool,
-    messages: Any,
-    text: str,
-) -> None:
+    make_tokenizer, template, adds_bos, messages, text
+):
     tokenizer = make_tokenizer(**ONE_BOS, adds_bos=adds_bos, chat_template=template)
     assert render(tokenizer, messages) == text
     ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -55,8 +48,8 @@ def test_a_text_has_bos_once_where_there_is_one_and_a_fixed_date(
 
 @pytest.mark.parametrize("text", ["{{ raise_exception('no system') }}", "{{ 1 / 0 }}"])
 def test_a_conversation_that_a_template_refuses_is_named_with_the_reason(
-    make_tokenizer: MakeTokenizer, text: str
-) -> None:
+    make_tokenizer, text
+):
     tokenizer = make_tokenizer(**ONE_BOS, chat_template=text)
     reason = "refuses a conversation of system user assistant: (no system|division)"
     with pytest.raises(TemplateError, match=reason):
@@ -65,11 +58,8 @@ def test_a_conversation_that_a_template_refuses_is_named_with_the_reason(
 
 @pytest.mark.parametrize("name", ["own", *TEMPLATES, "mein [1] täglich.jinja"])
 def test_a_config_may_name_a_known_template_or_a_file(
-    make_tokenizer: MakeTokenizer,
-    name: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    make_tokenizer, name, tmp_path, monkeypatch
+):
     monkeypatch.setattr(templates.runtime, "HOME", tmp_path)
     (tmp_path / "mein [1] täglich.jinja").write_text("\ufeff{{ 1 }}", encoding="utf-8")
     config = recipes.load("demo").model_dump() | {"template": name}
@@ -81,17 +71,16 @@ def test_a_config_may_name_a_known_template_or_a_file(
 
 
 @pytest.mark.parametrize("name", ["lama-2", "missing.jinja", "", "."])
-def test_a_template_that_is_neither_known_nor_a_file_is_refused(name: str) -> None:
+def test_a_template_that_is_neither_known_nor_a_file_is_refused(name):
     with pytest.raises(TemplateError, match="is not own, instruction, llama-2 or a"):
         templates.template_text(name)
 
 
 def test_a_tokenizer_without_a_template_gets_the_instruction_one(
-    make_tokenizer: MakeTokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
+    make_tokenizer, caplog
+):
     tokenizer = make_tokenizer(**ONE_BOS)
-    with caplog.at_level("INFO"):
-        prepare_tokenizer(tokenizer)
+    prepare_tokenizer(tokenizer)
     assert render(tokenizer, EXCHANGE) == INSTRUCTED
     assert "no chat template" in caplog.text
 
@@ -112,12 +101,8 @@ END = "<|endoftext|>"
     ],
 )
 def test_a_pad_token_that_is_not_eos_is_kept_or_chosen(
-    make_tokenizer: MakeTokenizer,
-    special: tuple[str, ...],
-    options: dict[str, str],
-    wanted: str | None,
-    pad: str,
-) -> None:
+    make_tokenizer, special, options, wanted, pad
+):
     names = ONE_BOS | {"special": ("<s>", "</s>", *special)}
     tokenizer = make_tokenizer(**names, **options, chat_template=PLAIN)
     prepare_tokenizer(tokenizer, pad_token=wanted)
@@ -125,9 +110,7 @@ def test_a_pad_token_that_is_not_eos_is_kept_or_chosen(
 
 
 @pytest.mark.parametrize("wanted", ["eos", "</s>"])
-def test_eos_pads_not_even_where_it_is_asked_for(
-    make_tokenizer: MakeTokenizer, wanted: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_eos_pads_not_even_where_it_is_asked_for(make_tokenizer, wanted, caplog):
     tokenizer = make_tokenizer(**ONE_BOS, unk_token=END, chat_template=PLAIN)
     prepare_tokenizer(tokenizer, pad_token=wanted)
     assert tokenizer.pad_token == END
@@ -135,8 +118,8 @@ def test_eos_pads_not_even_where_it_is_asked_for(
 
 
 def test_a_tokenizer_that_cannot_be_trained_with_is_refused_with_the_way_out(
-    make_tokenizer: MakeTokenizer,
-) -> None:
+    make_tokenizer,
+):
     with pytest.raises(TemplateError, match="no EOS token; set tokenizer.eos_token"):
         prepare_tokenizer(make_tokenizer(chat_template=PLAIN))
     tokenizer = make_tokenizer(**ONE_BOS, unk_token="<s>", pad_token="</s>")
@@ -161,8 +144,8 @@ def test_a_tokenizer_that_cannot_be_trained_with_is_refused_with_the_way_out(
     ],
 )
 def test_the_stop_tokens_are_eos_and_what_ends_an_answer(
-    make_tokenizer: MakeTokenizer, template: str, names: list[str]
-) -> None:
+    make_tokenizer, template, names
+):
     tokenizer = make_tokenizer(
         special=("</s>", "<|end|>"), eos_token="</s>", chat_template=template
     )

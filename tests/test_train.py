@@ -1,24 +1,19 @@
 """Training: what goes in, what a kill costs, what is refused."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
-import logging
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from helpers import runtime, stages
-from helpers.config import Stage, changed
+from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.errors import ConfigError, TrainingError
 from helpers.files import read_json, read_rows, write_json
@@ -30,38 +25,58 @@ from helpers.training import callbacks, inputs
 from helpers.training import trainer as train
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
+HEAD = """
+import os, resource, signal
 from helpers import runs, stages
+from helpers.errors import TunebookError
+from helpers.export import formats
 from helpers.grpo import rewards
 from helpers.training import callbacks
 from tests.test_train import length
 
 rewards.REWARDS["length"] = length
+run = runs.open_run("test")
 
-class Kill(callbacks.Watch):
+class Fault(callbacks.Watch):
     def on_step_end(self, args, state, control, **_):
-        if state.global_step == {step}:
-            os.kill(os.getpid(), signal.SIGKILL)
+        strike(state.global_step)
 
-callbacks.Watch = Kill
-stages.train_stage(runs.open_run("test"), {stage!r})
+callbacks.Watch = Fault
+"""
+KILLED = """
+def strike(step):
+    if step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+stages.train_stage(run, {stage!r})
+"""
+FULL = """
+def strike(step=0):
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
+
+try:
+    if {stage!r} == "export":
+        strike()
+        formats.export(run, "sft", ["adapter"])
+    stages.train_stage(run, {stage!r})
+except TunebookError as error:
+    print(error)
 """
 
 
-def length(completions: list[Any], **_: Any) -> list[float | None]:
+def run_script(text, **values):
+    """Runs a program of those above in a process of its own."""
+    command = [sys.executable, "-c", HEAD + text.format(**values)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def length(completions, **_):
     """A reward of one's own that random text spreads: its length, modulo seven."""
-    return [float(len(text) % 7) for text in rewards.own_texts(completions, None)]
-
-
-@pytest.fixture(autouse=True)
-def logged(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "helpers")
+    return [float(len(rewards.plain(text)) % 7) for text in completions]
 
 
 @pytest.fixture
-def prepared(run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> Run:
+def prepared(run_factory, monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "length", length)
     run = run_factory(
         sft__max_steps=6,
@@ -79,25 +94,22 @@ def prepared(run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -
     return run
 
 
-def kill_at(step: int, stage: str) -> None:
+def kill_at(step, stage):
     """Trains a stage in another process, which is killed after a step."""
-    script = KILLED.format(root=str(ROOT), step=step, stage=stage)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    done = run_script(KILLED, step=step, stage=stage)
     assert done.returncode == -9, done.stderr[-2000:]
 
 
-def losses(run: Run, stage: str, name: str = "loss") -> list[tuple[int, float]]:
+def losses(run, stage, name="loss"):
     entries = json.loads((run.path / stage / "log_history.json").read_text())
     return [(entry["step"], entry[name]) for entry in entries if name in entry]
 
 
-def adapter(run: Run, stage: str) -> dict[str, Any]:
+def adapter(run, stage):
     return load_file(run.path / stage / "adapter" / "adapter_model.safetensors")
 
 
-def test_a_killed_sft_goes_on_and_ends_where_it_would_have(
-    prepared: Run, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_killed_sft_goes_on_and_ends_where_it_would_have(prepared, caplog):
     part = stages.train_stage(prepared, "sft")
     assert part["steps"] == 6 and part["tokens_per_second"] > 0
     assert 0.1 < part["supervised_fraction"] < 0.9
@@ -119,28 +131,27 @@ def test_a_killed_sft_goes_on_and_ends_where_it_would_have(
     seconds = [value for _, value in losses(prepared, "sft", "seconds")]
     assert seconds == sorted(seconds) and part["seconds"] == round(seconds[-1], 1)
     # transformers' sums are of the last session alone
-    assert losses(prepared, "whole", "train_loss") and not losses(
-        prepared, "sft", "train_loss"
-    )
+    assert losses(prepared, "whole", "train_loss")
+    assert not losses(prepared, "sft", "train_loss")
     samples = [read_rows(prepared.path / s / "samples.jsonl") for s in ("sft", "whole")]
     assert samples[0] == samples[1]
 
 
-def cut(file: Path) -> None:
+def cut(file):
     file.write_bytes(file.read_bytes()[:-40])
 
 
-def flip(file: Path) -> None:
+def flip(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 255
     file.write_bytes(content)
 
 
-def empty(file: Path) -> None:
+def empty(file):
     file.write_bytes(b"")
 
 
-def change_settings(file: Path) -> None:
+def change_settings(file):
     file.write_text(file.read_text().replace('"made_from": "', '"made_from": "0'))
 
 
@@ -161,9 +172,7 @@ DAMAGE = [
 ]
 
 
-def test_a_damaged_or_foreign_checkpoint_is_passed_over_with_a_word(
-    prepared: Run, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_or_foreign_checkpoint_is_passed_over_with_a_word(prepared, caplog):
     stages.train_stage(prepared, "sft")
     folder = prepared.path / "sft" / "checkpoints"
     files = {file: file.read_bytes() for file in (folder / "checkpoint-6").iterdir()}
@@ -192,9 +201,9 @@ def test_a_damaged_or_foreign_checkpoint_is_passed_over_with_a_word(
     assert all(after[name] == pytest.approx(before[name], abs=1e-6) for name in after)
 
 
-def test_training_stops_at_once_when_its_folder_is_removed(prepared: Run) -> None:
+def test_training_stops_at_once_when_its_folder_is_removed(prepared):
     class Remove(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_begin(self, args, state, control, **_):
             if state.global_step == 1:
                 shutil.rmtree(prepared.path)
 
@@ -205,43 +214,9 @@ def test_training_stops_at_once_when_its_folder_is_removed(prepared: Run) -> Non
     assert trainer.state.global_step == 2 and not prepared.path.exists()
 
 
-FULL = """
-import resource, sys
-sys.path.insert(0, {root!r})
-from helpers import runs, stages
-from helpers.errors import TunebookError
-from helpers.export import formats
-from helpers.grpo import rewards
-from helpers.training import callbacks
-from tests.test_train import length
-
-rewards.REWARDS["length"] = length
-
-def fill():
-    resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
-
-class Full(callbacks.Watch):
-    def on_step_end(self, *_, **__):
-        fill()
-
-run, callbacks.Watch = runs.open_run("test"), Full
-try:
-    if {stage!r} == "export":
-        fill()
-        formats.export(run, "sft", ["adapter"])
-    stages.train_stage(run, {stage!r})
-except TunebookError as error:
-    print(error)
-"""
-
-
-def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(
-    prepared: Run,
-) -> None:
-    def report(stage: str) -> str:
-        script = FULL.format(root=str(ROOT), size=300_000, stage=stage)
-        command = [sys.executable, "-c", script]
-        return subprocess.run(command, capture_output=True, text=True).stdout
+def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(prepared):
+    def report(stage):
+        return run_script(FULL, size=300_000, stage=stage).stdout
 
     free = r"[\d.e+]+ GB free"
     fault = f"no space left for .*test/sft: {free}, [\\d.e-]+ GB needed; make room"
@@ -253,8 +228,8 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(
 
 
 def test_a_finished_stage_is_reported_and_a_trainer_of_another_run_refused(
-    prepared: Run, run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    prepared, run_factory, monkeypatch
+):
     part, before = stages.train_stage(prepared, "sft"), adapter(prepared, "sft")
     trainer = train.build_sft(prepared, *train.load_for_training(prepared))
     assert train.fit(trainer, prepared) == part
@@ -274,8 +249,8 @@ def test_a_finished_stage_is_reported_and_a_trainer_of_another_run_refused(
 
 
 def test_a_killed_grpo_goes_on_with_the_rewards_and_weights_it_would_have_had(
-    prepared: Run, caplog: pytest.LogCaptureFixture
-) -> None:
+    prepared, caplog
+):
     part = stages.train_stage(prepared, "grpo")
     assert part["steps"] == 3 and 0 <= part["reward_last"] <= 6.5
     start, whole = adapter(prepared, "sft"), adapter(prepared, "grpo")
@@ -297,10 +272,10 @@ def test_a_killed_grpo_goes_on_with_the_rewards_and_weights_it_would_have_had(
 class Stop(TrainerCallback):
     """The stop button of a notebook, pressed once after a step."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step):
         self.step = step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args, state, control, **_):
         if state.global_step == self.step:
             self.step = 0
             raise KeyboardInterrupt
@@ -310,8 +285,8 @@ class Stop(TrainerCallback):
     ("stage", "step"), [("sft", 1), ("sft", 5), ("grpo", 1), ("grpo", 2)]
 )
 def test_a_cell_that_is_stopped_and_run_again_ends_as_if_it_was_not(
-    prepared: Run, stage: Stage, step: int
-) -> None:
+    prepared, stage, step
+):
     stages.train_stage(prepared, stage)
     (prepared.path / stage).rename(prepared.path / "whole")
     start = prepared.path / "sft" / "adapter" if stage == "grpo" else None
@@ -327,18 +302,11 @@ def test_a_cell_that_is_stopped_and_run_again_ends_as_if_it_was_not(
     assert all(bool((again[name] == whole[name]).all()) for name in whole)
 
 
-@pytest.mark.parametrize(
-    ("stage", "step", "changes"),
-    [
-        ("sft", 2, {"sft__learning_rate": 1e30}),
-        ("grpo", 2, {"grpo__learning_rate": 1e30}),
-    ],
-)
-def test_a_loss_that_is_not_finite_stops_and_is_never_a_result(
-    prepared: Run, stage: Stage, step: int, changes: dict[str, Any]
-) -> None:
-    run = Run(prepared.path, changed(prepared.config, **changes))
-    with pytest.raises(TrainingError, match=f"step {step}: .* not finite"):
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_loss_that_is_not_finite_stops_and_is_never_a_result(prepared, stage):
+    config = changed(prepared.config, **{f"{stage}__learning_rate": 1e30})
+    run = Run(prepared.path, config)
+    with pytest.raises(TrainingError, match="step 2: .* not finite"):
         stages.train_stage(run, stage)
     assert not read_json(run.path / stage / inputs.NOTE)["finished"]
     assert stage not in run.report()
@@ -347,9 +315,7 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_a_result(
 
 
 @pytest.mark.parametrize("by", ["loss", "eval_loss"])
-def test_a_run_without_evaluations_reports_the_loss_it_went_by_if_any(
-    run_factory: Callable[..., Run], by: str
-) -> None:
+def test_a_run_without_evaluations_reports_the_loss_it_went_by_if_any(run_factory, by):
     sft = {"max_steps": 1, "eval_strategy": "no"}
     run = run_factory(stages=["sft"], best_by=by, sft=sft)
     part = stages.train_stage(run, "sft")
@@ -360,11 +326,11 @@ def test_a_run_without_evaluations_reports_the_loss_it_went_by_if_any(
 
 @pytest.mark.parametrize(("stage", "name"), [("sft", "SFT"), ("grpo", "GRPO")])
 def test_what_a_config_leaves_open_is_trls_default_whoever_patched_trl(
-    run_factory: Callable[..., Run], monkeypatch: Any, stage: Any, name: str
-) -> None:
+    run_factory, monkeypatch, stage, name
+):
     import trl
 
-    plain: Any = getattr(trl, f"{name}Config")
+    plain = getattr(trl, f"{name}Config")
 
     @dataclasses.dataclass
     class Patched(plain):  # as Unsloth's, with its values
@@ -385,11 +351,11 @@ def test_what_a_config_leaves_open_is_trls_default_whoever_patched_trl(
 
 
 def test_lora_that_a_config_leaves_open_is_pefts_default_in_either_engine(
-    run_factory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    run_factory, monkeypatch
+):
     from peft import LoraConfig
 
-    passed: dict[str, Any] = {}
+    passed = {}
     monkeypatch.setattr(adapters, "add_lora", lambda _, lora, **__: passed.update(lora))
     run = run_factory(lora={"target_modules": ["v_proj", "q_proj"]})
     model, _ = load.load_model(run.config.model, **load.options(run.config))
@@ -408,23 +374,21 @@ def test_lora_that_a_config_leaves_open_is_pefts_default_in_either_engine(
     ],
 )
 def test_the_trainer_computes_as_model_and_machine_do(
-    run: Run, monkeypatch: Any, dtype: str, capability: Any, expected: list[str]
-) -> None:
+    run, monkeypatch, dtype, capability, expected
+):
     device = "cuda" if capability else "cpu"
     machine = runtime.Machine(device, "a machine", 14.7, capability)
     monkeypatch.setattr(runtime, "find_machine", lambda: machine)
     names = ("fp16", "bf16", "use_cpu", "gradient_checkpointing")
     for recompute in (True, False):
         changes = {"dtype": dtype, "sft__gradient_checkpointing": recompute}
-        changed_run = Run(run.path, changed(run.config, **changes))
-        values = inputs.training_arguments(changed_run, "sft", run.path)
+        other = Run(run.path, changed(run.config, **changes))
+        values = inputs.training_arguments(other, "sft", run.path)
         flags = [name for name in names if values[name]]
         assert flags == expected[: None if recompute or not capability else -1]
 
 
-def test_a_run_without_an_optimiser_step_is_an_error(
-    run_factory: Callable[..., Run],
-) -> None:
+def test_a_run_without_an_optimiser_step_is_an_error(run_factory):
     batch = {"per_device_train_batch_size": 64, "dataloader_drop_last": True}
     sft = {"packing": False, "max_steps": 2, **batch}
     run = run_factory(stages=["sft"], data__train_rows=4, sft=sft)

@@ -173,11 +173,7 @@ def collapse(history: list[Entry]) -> str:
 
 
 class LivePanel(Panel):
-    """Shows the diagnostics while training, and stops a run that collapses.
-
-    Args:
-        run: in training.
-    """
+    """Shows the diagnostics of a run in training, and stops one that collapses."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run.path / "grpo")
@@ -198,8 +194,8 @@ class LivePanel(Panel):
             "reward_first": round(mean(rewards[:ends]), 4),
             "reward_last": round(mean(rewards[-ends:]), 4),
             "reward_averaged_over_steps": ends,
-            "prompts_left_out": read_json(self.folder / "prompts.json")["left_out"],
-            "sampler": read_json(self.folder / "sampler.json")["name"],
+            "prompts_left_out": read_json(self.folder / "prompts.json").get("left_out"),
+            "sampler": read_json(self.folder / "sampler.json").get("name"),
         }
 
     def title(self, state: Any) -> str:
@@ -220,8 +216,8 @@ def read_group(run: Run, step: int | None = None) -> pandas.DataFrame:
     """Returns a group of sampled answers, best first, from what TRL logged.
 
     Columns: `prompt`, `completion`, each reward, `advantage`, and `reward`, the
-    weighted sum. Of a step's groups it is the one of the largest spread of rewards;
-    empty where nothing is logged yet.
+    weighted sum of the config's. Of a step's groups it is the one of the largest spread
+    of rewards; empty where nothing is logged yet.
 
     Args:
         run, step: in training, or trained; by default the last step that was logged.
@@ -231,8 +227,8 @@ def read_group(run: Run, step: int | None = None) -> pandas.DataFrame:
     frame = pandas.read_parquet(files[-1]) if files else pandas.DataFrame()
     if frame.empty:
         return frame
-    weights = run.config.rewards
-    frame["reward"] = sum(frame[n].fillna(0) * w for n, w in weights.items()).round(4)
+    paid = frame.reindex(columns=[*run.config.rewards]).astype(float).fillna(0.0)
+    frame["reward"] = paid.dot(pandas.Series(run.config.rewards)).round(4)
     groups = frame.index // complete(run.config, "grpo")["num_generations"]
     widest = frame["reward"].groupby(groups).agg(lambda r: r.max() - r.min()).idxmax()
     return frame[groups == widest].sort_values("reward", ascending=False)

@@ -25,7 +25,7 @@ def split_problems(run: Run) -> tuple[list[data.Row], list[data.Row]]:
     """Returns the problems to train on and those held out, `{"prompt", "gold"}` each.
 
     Held out are the first of the run's eval rows that end in a gold answer, which SFT
-    did not train on either; where there are none, the last of the problems.
+    did not train on either; else the last of the problems, at most about half of them.
 
     Args:
         run: with `data/` prepared by notebook 01.
@@ -39,7 +39,7 @@ def split_problems(run: Run) -> tuple[list[data.Row], list[data.Row]]:
             if (gold := answers.parse_gold(answer)) is not None:
                 held_out.append({"prompt": ask(question, system), "gold": str(gold)})
     if not held_out:
-        cut = max(1, len(problems) - config.grpo_held_out)
+        cut = max(len(problems) - config.grpo_held_out, len(problems) // 2)
         problems, held_out = problems[:cut], problems[cut:]
     return problems, held_out[: config.grpo_held_out]
 
@@ -104,7 +104,8 @@ class GreedyEvaluation(Base):
         columns["completions"] = [[{"role": "assistant", "content": t}] for t in texts]
         columns["completion_ids"] = tokenizer(texts)["input_ids"]
         metrics = {"eval_reward": 0.0}
-        for reward, weight in zip(self.reward_funcs, args.reward_weights, strict=True):
+        weights = self.reward_weights.tolist()  # ones, where `args` has none
+        for reward, weight in zip(self.reward_funcs, weights, strict=True):
             scores = [score for score in reward(**columns) if score is not None]
             mean = sum(scores) / max(1, len(scores))
             metrics[f"eval_rewards/{reward.__name__}"] = round(mean, 4)

@@ -99,9 +99,10 @@ def open_stage(run: Run, stage: Stage) -> Path:
 
 
 def finished_part(run: Run, stage: Stage) -> dict[str, Any] | None:
-    """Returns the report of a stage that was trained to its end from its inputs."""
+    """Returns the report of a stage that was trained to its end and has its adapter."""
     folder, part = open_stage(run, stage), run.report().get(stage)
-    if not (part and read_json(folder / NOTE)["finished"]):
+    has_all = (folder / "adapter").exists() and read_json(folder / NOTE)["finished"]
+    if not (part and has_all):
         return None
     log.info(f"{stage} is finished; to train again, move {folder} away")
     return part
@@ -178,7 +179,7 @@ def draw_diagnostics(history: list[dict[str, Any]], path: Path | None = None) ->
         for name in table.filter(regex="^rewards/"):
             mean, spread = table[name], logged.get(name.replace("/mean", "/std"), 0)
             axes.fill_between(table.index, mean - spread, mean + spread, alpha=0.12)
-    if path is not None and os.environ.get("RANK", "0") == "0":
+    if path is not None:
         figure.savefig(path, dpi=80)
     return figure
 

@@ -78,7 +78,8 @@ def choose_layout(trainer: Trainer, run: Run) -> pd.DataFrame:
     name += f", {count} processes" if count > 1 else ""
     with apart(trainer) if count > 1 else nullcontext():
         order = [own_layout(trainer)] if stays else candidates(trainer, run)
-        if stays or note.get("stays") or note.get("machine") != name:
+        is_open = note.get("choice") not in [one._asdict() for one in order]
+        if stays or note.get("stays") or note.get("machine") != name or is_open:
             note = {"machine": name, "stays": stays, "tries": []}
             for layout in order:
                 result = {"verdict": stays} if stays else attempt(trainer, layout)

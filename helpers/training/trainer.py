@@ -235,7 +235,7 @@ def stage_report(trainer: Trainer, folder: Path) -> dict[str, Any]:
 def sft_arguments(run: Run) -> dict[str, Any]:
     """Returns the arguments of `SFTConfig` for a run."""
     options: dict[str, Any] = {"max_length": run.config.max_length}
-    options["include_num_input_tokens_seen"] = "all"  # Unsloth logs no num_tokens
+    options["include_num_input_tokens_seen"] = "non_padding"  # Unsloth logs none
     return inputs.training_arguments(run, "sft", run.path / "sft") | options
 
 
