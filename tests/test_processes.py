@@ -74,7 +74,7 @@ trainer.train()
 """
 
 # with activations computed again, which a CPU does not do by itself
-SHARES = """
+SHARES = r"""
 from helpers import runs, runtime, stages
 from helpers.training.trainer import build_sft, fit, load_for_training
 run = runs.open_run()
