@@ -8,9 +8,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from helpers import recipes, runs, runtime
-from helpers.config import RunConfig, read_config
-from helpers.errors import TunebookError, mask_secrets
+REMEDY = "run `make setup`, then `.venv/bin/python -m helpers`"
+try:
+    from helpers import recipes, runs, runtime
+    from helpers.config import RunConfig, read_config
+    from helpers.errors import TunebookError, mask_secrets
+except ImportError as error:
+    sys.exit(f"{error}: {REMEDY}")
 
 BENCH = "run --judge --judge-model --models --limit --max-new-tokens"
 MODEL = "model --adapter --system --max-new-tokens --temperature"
@@ -28,7 +32,19 @@ COMMANDS = {
     "judge-pairs": "llm_judge.pairwise:judge_pairs run --judge --judge-model labels "
     "--set --other --limit",
     "export": "export.formats:export run --stage --format --push --public",
-    "doctor": "doctor:diagnose",
+    "doctor": "doctor:report",
+}
+PURPOSES = {
+    "train": "train, evaluate and compare, by a recipe or on your rows",
+    "generate": "answer the prompts of a file",
+    "chat": "talk to a model, on a page or in the terminal",
+    "evaluate": "score the models of a run on its held-out rows",
+    "report": "print the tables of a run",
+    "mt-bench": "have a judge grade answers to MT-Bench's questions",
+    "alpaca-eval": "have a judge compare answers with a reference's",
+    "judge-pairs": "have a judge compare two models of a run",
+    "export": "write a run's model for other programs, and compare",
+    "doctor": "check this machine, with a remedy for what fails",
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "config": {"help": "a recipe's name, a config.json, or rows: mine.jsonl"},
@@ -52,7 +68,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--format": {"nargs": "+", "dest": "formats", "help": "gguf:q4_k_m ..."},
     "--push": {"metavar": "OWNER/NAME", "help": "upload it, privately"},
     "--public": {"action": "store_true", "default": None, "help": "what is pushed"},
-    "--stage": {"choices": ["sft", "grpo"], "help": "train: else all; else the last"},
+    "--stage": {
+        "choices": ["sft", "grpo"],
+        "help": "to train or export; else all, or the last",
+    },
     "--gpus": {"metavar": "N", "help": "of this machine, or all; else one"},
 }
 
@@ -106,17 +125,20 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, text in COMMANDS.items():
-        function, *options = text.split()
-        part = commands.add_parser(command, help=f"calls helpers.{function}")
+        _, *options = text.split()
+        part = commands.add_parser(command, help=PURPOSES[command])
         for option in options:
             part.add_argument(option, **OPTIONS.get(option, {}))
     values = vars(parser.parse_args(arguments))
     values = {name: value for name, value in values.items() if value is not None}
+    runtime.show_messages()
     try:
         if (gpus := values.pop("gpus", None)) and "LOCAL_RANK" not in os.environ:
             runtime.launch(arguments, gpus)  # before CUDA starts in this process
         result = execute(command := values.pop("command"), values)
         show(result if command != "export" else None)  # which logs its table
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error}: {REMEDY}")
     except (TunebookError, OSError, ImportError) as error:
         sys.exit(mask_secrets(f"{type(error).__name__}: {error}"))
 

@@ -177,7 +177,9 @@ def read_config(path: Path) -> RunConfig:
     try:
         return check_config(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise ConfigError(f"no config at {path}; run notebook 00_setup") from None
+        raise ConfigError(
+            f"no config at {path}; run notebook 00_setup, or train"
+        ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
 

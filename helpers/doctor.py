@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import psutil
 import torch
-from huggingface_hub import get_token
+from huggingface_hub import HfApi, get_token
 from packaging.requirements import Requirement
 
 from helpers import runtime
@@ -37,12 +37,18 @@ def diagnose() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).set_index("check")
 
 
+def report() -> str:
+    """Returns a line a check: verdict and remedy, and what was found."""
+    rows = diagnose().itertuples()
+    return "\n".join(f"{row.Index}: {row.verdict} ({row.found})" for row in rows)
+
+
 def check_versions() -> str:
     lines = (line.partition("#")[0] for line in STACK.read_text("utf-8").splitlines())
     needs = [Requirement(line) for line in lines if line.strip()]
     versions = {need: installed_version(need.name) for need in needs}
     wrong = [
-        f"{need.name} {version}, expected {need.specifier}"
+        f"{need.name} {version or 'is missing'}, expected {need.specifier}"
         for need, version in versions.items()
         if version is None or not need.specifier.contains(version, prereleases=True)
     ]
@@ -74,9 +80,11 @@ def check_disk() -> str:
 
 
 def check_hub() -> str:
-    token = "a token is set" if get_token() else "no token, needed for gated models"
-    hub = "reached" if runtime.hub_reachable() else "not reached: offline models only"
-    return f"{hub}; {token}"
+    is_reached, token = runtime.hub_reachable(), get_token()
+    if is_reached and token:
+        HfApi().whoami()  # refuses one that has expired
+    hub = "reached" if is_reached else "not reached: offline models only"
+    return f"{hub}; {'a token is set' if token else 'no token, for gated models'}"
 
 
 def check_4bit() -> str:
@@ -104,6 +112,7 @@ def check_step() -> str:
     texts = ["<pad>", "<s>", "</s>", *map(chr, range(32, 127))]
     words = {text: n for n, text in enumerate(texts)}
     marks: Any = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    marks["chat_template"] = "{{ messages }}"  # else loading tells of the one it takes
     marks["tokenizer_object"] = Tokenizer(models.BPE(words, []))
     sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "vocab_size": len(words), "pad_token_id": 0}
@@ -134,7 +143,7 @@ CHECKS: dict[str, tuple[Callable[[], str], str]] = {
     "versions": (check_versions, "run `make setup`, or restart the runtime on Colab"),
     "machine": (check_machine, "close other programs, or choose another machine"),
     "disk": (check_disk, "make room, or name another folder in TUNEBOOK_RUNS"),
-    "hub": (check_hub, "check the network"),
+    "hub": (check_hub, "check the network, and the token in HF_TOKEN"),
     "4-bit product": (check_4bit, "reinstall bitsandbytes for this CUDA version"),
     "training step": (check_step, "restart the kernel; then report this line"),
 }

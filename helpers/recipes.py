@@ -125,7 +125,8 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
     values["name"] = f"{name}-data" if name in NAMES else name
     log.info(f"{path}: {reader.form}, as {reader.why}")
     text = f"{rows} of {reader.rows} rows in {epochs['num_train_epochs']} epochs of SFT"
-    log.info(f"{text}; held-out answers are judged {judged}")
+    text += f"; about {rows // 5} held-out answers are judged {judged}"
+    log.info(f"{text}{', which show a large gain at most' if rows < 100 else ''}")
     return check_config({"model": model or base.model, "stages": ["sft"], **values})
 
 

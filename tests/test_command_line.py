@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -101,6 +103,20 @@ def test_the_help_of_a_command_lists_parameters_of_its_function(command, capsys)
     names = {command_line.OPTIONS.get(o, {}).get("dest", o.strip("-")) for o in options}
     parameters = {name.replace("-", "_") for name in names}
     assert parameters - {"small", "judge_model", "gpus"} <= known
+
+
+def test_the_help_says_what_each_command_is_for(capsys):
+    assert [*command_line.PURPOSES] == [*command_line.COMMANDS]
+    with pytest.raises(SystemExit, match="0"):
+        command_line.main(["--help"])
+    assert "talk to a model" in capsys.readouterr().out
+
+
+def test_a_python_without_the_packages_is_told_which_one_to_take():
+    command = [sys.executable, "-S", "-m", "helpers", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("No module named 'lazy_loader': run `make setup`")
 
 
 def write_notebook(path, *cells):

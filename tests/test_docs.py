@@ -52,18 +52,30 @@ def test_every_target_of_make_that_is_named_exists():
     assert named <= TARGETS
 
 
-def test_make_alone_prints_its_choices_without_a_terminal():
+def run_make(terminal):
     # `make test` is one itself, of which this one is not to know
     alone = {
         k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))
     }
-    options = {"cwd": ROOT, "env": alone, "stdin": subprocess.DEVNULL}
+    options = {"cwd": ROOT, "env": alone, "stdin": terminal}
     done = subprocess.run(["make"], **options, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_make_alone_prints_its_choices_without_a_terminal():
+    done = run_make(subprocess.DEVNULL)
     choices = re.findall(r"^  ([a-z]+) ", done.stdout, re.M)
     assert len(choices) == 8
     assert set(choices) <= TARGETS
-    assert done.stdout.startswith("Python 3")
+    assert done.stdout.startswith("Python 3.")
+
+
+def test_make_in_a_terminal_ends_without_a_fault_where_nothing_is_chosen():
+    ours, makes = os.openpty()
+    os.write(ours, b"\n")
+    done = run_make(makes)
+    assert done.stdout.endswith("which one? ") and not done.stderr
 
 
 def test_each_symptom_names_the_check_that_detects_it():

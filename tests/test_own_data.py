@@ -52,6 +52,17 @@ def test_answers_of_a_few_classes_are_judged_by_label(classes):
     assert config.evaluation.labels == sorted(QUESTIONS)
 
 
+def test_texts_with_labels_are_judged_by_label(tmp_path):
+    rows = [
+        {"text": f"film {n}", "label": "bad" if n % 2 else "good"} for n in range(20)
+    ]
+    config = recipes.for_data(write(tmp_path / "labels.jsonl", rows))
+    assert config.evaluation.labels == ["bad", "good"]
+    rows = [row | {"label": len(row["label"])} for row in rows]
+    config = recipes.for_data(write(tmp_path / "numbers.jsonl", rows))
+    assert config.evaluation.labels == ["3", "4"]
+
+
 def test_answers_that_end_in_a_number_are_judged_by_it_and_asked_for_it():
     config = recipes.for_data("data_samples/word_problems/test.jsonl")
     assert config.system_prompt == SYSTEM_PROMPT
@@ -66,6 +77,8 @@ def test_a_file_named_as_a_recipe_does_not_take_its_run(tmp_path):
 def test_rows_that_are_missing_or_of_no_format_are_refused(tmp_path):
     with pytest.raises(MissingInput, match="no file nothing.jsonl"):
         recipes.for_data("nothing.jsonl")
+    with pytest.raises(MissingInput, match="no file ./nothing"):
+        recipes.for_data("./nothing")
     path = write(tmp_path / "odd.jsonl", [{"a": 1}])
     with pytest.raises(DataError, match="the columns a fit no known format"):
         recipes.for_data(path)
@@ -82,6 +95,10 @@ def test_rows_on_the_command_line_train_compare_and_leave_the_notebooks_run(
     assert report["eval"]["sft"]["test_chat"]["correct"]["n"] >= 6
     assert "p" in report["comparisons"]["base -> sft"]["test_chat"]["correct"]
     output = capsys.readouterr().out
+    assert "dolly, as the rows have instruction, response" in output
+    assert "about 12 held-out answers are judged by label, of ['login', " in output
+    assert "data is prepared now\n" in output
+    assert max(map(len, output.splitlines())) < 160
     assert "after SFT" in output and "only_second" in output
     assert "python -m helpers chat mine" in output
     assert not (runs_home / "current").exists()
