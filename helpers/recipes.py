@@ -125,8 +125,11 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
     values["name"] = f"{name}-data" if name in NAMES else name
     log.info(f"{path}: {reader.form}, as {reader.why}")
     text = f"{rows} of {reader.rows} rows in {epochs['num_train_epochs']} epochs of SFT"
-    text += f"; about {rows // 5} held-out answers are judged {judged}"
-    log.info(f"{text}{', which show a large gain at most' if rows < 100 else ''}")
+    log.info(f"{text}; about {max(1, rows // 5)} held-out answers are judged {judged}")
+    if rows < 100:
+        log.info("so few rows can show a large gain alone")
+    for reason, part in reader.left_out.items():
+        log.info(f"left out, {reason}: {part['rows']}, like {part['examples'][0]}")
     return check_config({"model": model or base.model, "stages": ["sft"], **values})
 
 

@@ -181,7 +181,9 @@ def test_a_small_set_leaves_no_split_empty():
     asked = [f"Question {n // 3}?" for n in range(36)]
     parts = splits_of(asked, {"test_chat": 0.001, "eval": 0.001})
     assert sorted(map(len, parts.values())) == [3, 3, 30]
-    with pytest.raises(DataError, match="^2 questions: none is left"):
+    with pytest.raises(
+        DataError, match="^different questions: 2, too few, as test_chat, eval, tr"
+    ):
         splits_of(["a", "b"], SHARES)
 
 

@@ -63,6 +63,17 @@ def test_texts_with_labels_are_judged_by_label(tmp_path):
     assert config.evaluation.labels == ["3", "4"]
 
 
+def test_few_rows_and_rows_that_are_left_out_are_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    rows = [{"question": f"{n}?", "answer": f"{n}."} for n in range(30)]
+    path = write(tmp_path / "mine.jsonl", [*rows, rows[0], {"question": "why?"}])
+    recipes.for_data(path)
+    assert "30 of 32 rows in 3 epochs of SFT; about 6 held-out" in caplog.text
+    assert "so few rows can show a large gain alone" in caplog.text
+    assert "left out, duplicate: 1, like row 31" in caplog.text
+    assert "left out, no 'answer': 1, like row 32" in caplog.text
+
+
 def test_answers_that_end_in_a_number_are_judged_by_it_and_asked_for_it():
     config = recipes.for_data("data_samples/word_problems/test.jsonl")
     assert config.system_prompt == SYSTEM_PROMPT
@@ -136,12 +147,17 @@ def test_a_missing_file_is_an_error_of_its_field():
     assert "no file gone.jsonl" in advice.text
 
 
-def test_the_form_takes_a_file_and_says_what_is_wrong_with_one(classes, runs_home):
+def test_the_form_takes_a_file_and_says_what_it_makes_of_one(
+    classes, runs_home, caplog
+):
+    caplog.set_level("INFO", "helpers")
     form = ConfigForm("smoke")
     form.data.value = "gone.jsonl"
     assert "no file gone.jsonl" in form.message.value
     form.data.value = classes
     assert form.config == recipes.for_data(classes)
+    assert "dolly, as the rows have" in form.message.value
+    assert "answers are judged by label" in form.message.value
     form.button.click()
     assert runs.open_run() == runs.open_run("mine")
 

@@ -58,9 +58,11 @@ def detect_format(rows: list[Any], source: str = "the rows") -> tuple[str, str]:
         if names.issuperset(columns) and (solved or marker in "\n".join(texts)):
             return form, f"the rows have {needed}"
         expected.append(f"{form}: {needed}")
-    listed = ", ".join(sorted(names)) or f"(none: {rows[:1]!r:.60})"
+    shown = f"the columns {', '.join(sorted(names))}"
+    if not names:
+        shown = f"rows like {rows[0]!r:.60}"
     known = f"({'; '.join(expected)}); rename them, or take rows out from under a key"
-    raise DataError(f"{source}: the columns {listed} fit no known format {known}")
+    raise DataError(f"{source}: {shown} fit no known format {known}")
 
 
 def is_solved(answer: str) -> bool:

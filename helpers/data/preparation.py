@@ -80,8 +80,8 @@ def split(places: Iterable[float], shares: dict[str, float]) -> list[str]:
         if name not in splits.values() and "train" in splits.values():
             splits[min(p for p in splits if splits[p] == "train")] = name
     if "train" not in splits.values():
-        text = f"{len(splits)} questions: none is left to train on, as "
-        raise DataError(f"{text}{' and '.join(shares)} take one each; add more")
+        text = f"different questions: {len(splits)}, too few, as "
+        raise DataError(f"{text}{', '.join(names)} need one each; add rows")
     return [splits[place] for place in places]
 
 

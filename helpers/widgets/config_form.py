@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Callable
 from functools import partial
 from itertools import groupby
+from logging.handlers import BufferingHandler
 from typing import Any, Literal, get_args, get_origin
 
 import ipywidgets as widgets
@@ -134,10 +135,16 @@ class ConfigForm(widgets.VBox):
         """Shows a recipe or what is made of one's rows, unless edits would be lost."""
         if self.recipe.disabled:
             return
+        words = BufferingHandler(capacity=100)  # of what was made of the rows
+        recipes.log.addHandler(words)
         try:
             self.fill(make(source) if source else self.saved.config)
         except TunebookError as error:
             self.message.value = remark("error", str(error))
+        finally:
+            recipes.log.removeHandler(words)
+        lines = [record.getMessage() for record in words.buffer]
+        self.message.value = remark("hint", "\n".join(lines)) + self.message.value
 
     def discard(self) -> None:
         self.fill(self.saved.config)
