@@ -60,7 +60,11 @@ class Run(NamedTuple):
         """Returns a path in the folder; MissingInput, or DataError for other rows."""
         path, (notebook, *_) = self.path / relative, Path(relative).parts
         if not path.exists():
-            raise MissingInput(f"{path} is missing: run the {notebook} notebook first")
+            text = (
+                f"{path} is missing: run the {notebook} notebook first, or `python -m "
+            )
+            text += f"helpers train {self.path / 'config.json'}`"
+            raise MissingInput(text)
         if not all(map(files.is_whole, path.glob("*.safetensors"))):
             raise MissingInput(f"{path} is damaged: train {path.parent.name} again")
         part = self.report().get("data", {}) if notebook == "data" else {}
