@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, get_token
 from packaging.requirements import Requirement
 
 from helpers import runtime
-from helpers.errors import mask_secrets
+from helpers.errors import TunebookError, mask_secrets
 from helpers.install import STACK, installed_version
 from helpers.models import adapters, load
 
@@ -30,10 +30,11 @@ def diagnose() -> pd.DataFrame:
             text = check()
         except Exception as error:  # of any library: it is the finding
             text = f"{type(error).__name__}: {error!s:.200}"
-            verdict = f"failed: {remedy}"
+            is_ours = isinstance(error, TunebookError)  # and says what to do
+            verdict = f"failed: {'do as it says' if is_ours else remedy}"
         seconds = round(time.perf_counter() - start, 1)
-        rows.append((name, " ".join(mask_secrets(text).split()), seconds, verdict))
-    columns = ["check", "found", "seconds", "verdict"]
+        rows.append((name, verdict, " ".join(mask_secrets(text).split()), seconds))
+    columns = ["check", "verdict", "found", "seconds"]
     return pd.DataFrame(rows, columns=columns).set_index("check")
 
 

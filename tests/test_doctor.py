@@ -31,13 +31,14 @@ def test_what_fails_is_named_with_its_remedy_and_the_rest_goes_on(
     table = doctor.diagnose()
     assert (
         "expected >=99; nothing-of-this-name is missing, expected ==1"
-        in table["found"].iloc[0]
+        in table["found"]["versions"]
     )
     assert (
         table["verdict"]["versions"]
         == "failed: run `make setup`, or restart the runtime on Colab"
     )
     assert "not float16" in table["found"]["machine"]
+    assert table["verdict"]["machine"] == "failed: do as it says"
     assert "are needed" in table["found"]["disk"]
     assert table["verdict"]["4-bit product"] == "fine"
     assert "a token is set" in table["found"]["hub"]
