@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import requires
 from typing import Any
 
 import pandas as pd
@@ -45,7 +46,10 @@ def report() -> str:
 
 
 def check_versions() -> str:
-    lines = (line.partition("#")[0] for line in STACK.read_text("utf-8").splitlines())
+    text = STACK.read_text("utf-8") if STACK.exists() else ""
+    # `pip install` leaves the file out, and has its lines
+    lines = text.splitlines() or requires("tunebook") or []
+    lines = [line.partition("#")[0] for line in lines]
     needs = [Requirement(line) for line in lines if line.strip()]
     versions = {need: installed_version(need.name) for need in needs}
     wrong = [
@@ -55,7 +59,7 @@ def check_versions() -> str:
     ]
     if wrong:
         raise ImportError("; ".join(wrong))
-    return f"{len(needs)} packages as requirements.txt has them"
+    return f"{len(needs)} packages as the project needs them"
 
 
 def check_machine() -> str:

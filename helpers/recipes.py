@@ -16,7 +16,7 @@ from helpers.data.formats import answer_places, is_solved
 from helpers.data.reading import Reader
 from helpers.data.sources import open_rows
 from helpers.errors import ConfigError, nearest
-from helpers.runtime import hub_reachable
+from helpers.runtime import find_local, hub_reachable
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,8 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
     values |= {"sft": base.sft | epochs | each, "evaluation": evaluation}
     values["data"] = {"train": [path], "train_rows": rows, "drop_unusable": True}
     values["data"] |= {"eval_share": 0.1, "test_share": 0.2}
-    values["data"] |= base.data.model_dump(include={"general", "general_rows"})
+    if find_local(str(base.data.general)):  # which `pip install` does not bring
+        values["data"] |= base.data.model_dump(include={"general", "general_rows"})
     values["system_prompt"] = SYSTEM_PROMPT if reader.form == "gsm8k" else ""
     *_, folder, file = ["mine", *Path(path).parts]
     name = file.partition(".")[0]
