@@ -94,10 +94,11 @@ repository: ORIGIN = $(shell git remote get-url origin 2>/dev/null)
 repository:
 	@old=$$(sed -n 's/^Repository = "\(.*\)"/\1/p' pyproject.toml); \
 	old=$${old#https://github.com/}; new=$(patsubst https://github.com/%,%,$(URL)); \
-	test -n "$$new" || { echo "give URL=https://github.com/owner/name"; exit 2; }; \
+	echo "$$new" | grep -Eqx '[^/]+/[^/]+' \
+	  || { echo "give URL=https://github.com/owner/name"; exit 2; }; \
 	raw=https://raw.githubusercontent.com; \
 	sed -i "s#github.com/$$old#github.com/$$new#g; s#github/$$old/#github/$$new/#g; \
-	  s#$$raw/$$old/#$$raw/$$new/#g" pyproject.toml README.md notebooks/*.ipynb; \
+	  s#$$raw/$$old/#$$raw/$$new/#g" pyproject.toml README.md docs/*.md notebooks/*.ipynb; \
 	sed -i "s#](figures/#]($$raw/$$new/main/notebooks/figures/#g" notebooks/*.ipynb
 
 clean:

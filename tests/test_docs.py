@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,21 @@ def test_make_in_a_terminal_ends_without_a_fault_where_nothing_is_chosen():
     os.write(ours, b"\n")
     done = run_make(makes)
     assert done.stdout.endswith("which one? ") and not done.stderr
+
+
+def test_the_address_is_written_everywhere_and_nothing_else_is_taken_for_one(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("docs", "notebooks"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    old = re.search(r'Repository = "https://(.*)"', read("pyproject.toml"))[1]
+    command = ["make", "-C", str(tmp_path), "repository"]
+    assert subprocess.run([*command, "URL=/some/folder"]).returncode == 2
+    assert subprocess.run([*command, "URL=https://github.com/me/mine"]).returncode == 0
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    texts = {path.name: path.read_text("utf-8") for path in files}
+    assert [name for name, text in texts.items() if old in text] == []
+    assert "https://github.com/me/mine/blob/" in texts["kaggle.md"]
 
 
 def test_each_symptom_names_the_check_that_detects_it():
