@@ -47,7 +47,7 @@ PURPOSES = {
     "doctor": "check this machine, with a remedy for what fails",
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "config": {"help": "a recipe's name, a config.json, or rows: mine.jsonl"},
+    "config": {"help": "a recipe or run, a config.json, or rows: mine.jsonl"},
     "model": {"help": "a run's name, a hub id, or a model's folder"},
     "labels": {"nargs": 2, "help": "two evaluated models: base sft"},
     "--small": {"action": "store_true", "help": "offline model, few sample rows"},
@@ -77,8 +77,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def open_config(name: str) -> RunConfig:
-    """Returns the config of a recipe's name, a config file, or somebody's rows."""
-    path = Path(name)
+    """Returns the config of a recipe, a run, a config file, or somebody's rows."""
+    path, saved = Path(name), runs.runs_folder() / name / "config.json"
+    if name not in recipes.NAMES and saved.exists():
+        return read_config(saved)
     is_list = path.exists() and path.read_bytes()[:99].lstrip().startswith(b"[")
     if path.suffix == ".json" and not is_list:
         return read_config(path)

@@ -123,6 +123,8 @@ def launch(arguments: list[str], gpus: str = "all") -> None:
     here = len(every.split(",")) if every else torch.cuda.device_count()
     if os.environ.get("ACCELERATE_USE_CPU"):  # a dry run, whose processes share it
         here = os.cpu_count() or 1
+    if not here:
+        raise ConfigError("--gpus: there is no GPU; without it the CPU trains")
     number = str(here) if gpus == "all" else gpus
     count = int(number) if number.isdigit() else 0
     if not 1 <= count <= here:

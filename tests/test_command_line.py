@@ -70,6 +70,7 @@ def test_a_judge_is_opened_for_the_commands_that_take_one(call, run, monkeypatch
 def test_training_takes_a_recipe_or_a_file_and_a_small_version(call, run):
     assert call("train", "demo")[1] == {"config": recipes.load("demo")}
     assert call("train", str(run.path / "config.json"))[1] == {"config": run.config}
+    assert call("train", "test")[1] == {"config": run.config}
     small = call("train", "dolly-llama2-7b", "--small")[1]["config"]
     assert small.name == "dolly-llama2-7b-small"
     assert (small.model, small.sft["max_steps"]) == ("smollm2-135m-offline", 10)
@@ -81,6 +82,8 @@ def test_training_takes_a_recipe_or_a_file_and_a_small_version(call, run):
         (["trian"], "2"),  # argparse lists the commands
         (["train", "none.json"], "^ConfigError: no config at none.json"),
         (["train", "demoo"], "^ConfigError: no recipe 'demoo'; did you mean 'demo'"),
+        (["train", "demo", "--gpus", "99"], "--gpus.*(no GPU; without|from 1 to)"),
+        (["evaluate", "smoke", "--models", "sftt"], "no model 'sftt': expected base"),
         (["evaluate", "nowhere"], "^ConfigError: no config at .*nowhere"),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from helpers import runtime
-from helpers.config import Gguf, RunConfig
+from helpers.config import Gguf, RunConfig, Stage
 from helpers.data.formats import Messages, Row, ask
 from helpers.data.reading import Reader
 from helpers.data.sources import open_rows
@@ -45,6 +45,8 @@ def model_print(config: RunConfig, adapter: Path | str | None) -> str:
 def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | None]:
     """Returns the adapter of each label, by default of all models of a run."""
     adapters: dict[str, Path | str | None] = {}
+    if wrong := {*(labels or [])} - {"base", *get_args(Stage)}:
+        raise ConfigError(f"no model {min(wrong)!r}: expected base, sft or grpo")
     for label in labels or ["base", *run.config.stages]:
         adapters[label] = run.config.sft_adapter if label == "sft" else None
         if label != "base" and not adapters[label]:
