@@ -68,19 +68,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--format": {"nargs": "+", "dest": "formats", "help": "gguf:q4_k_m ..."},
     "--push": {"metavar": "OWNER/NAME", "help": "upload it, privately"},
     "--public": {"action": "store_true", "default": None, "help": "what is pushed"},
-    "--stage": {
-        "choices": ["sft", "grpo"],
-        "help": "to train or export; else all, or the last",
-    },
+    "--stage": {"choices": ["sft", "grpo"], "help": "this one; else all, or the last"},
     "--gpus": {"metavar": "N", "help": "of this machine, or all; else one"},
 }
 
 
 def open_config(name: str) -> RunConfig:
     """Returns the config of a recipe, a run, a config file, or somebody's rows."""
-    path, saved = Path(name), runs.runs_folder() / name / "config.json"
-    if name not in recipes.NAMES and saved.exists():
-        return read_config(saved)
+    if name not in recipes.NAMES and runs.is_run(name):
+        return runs.open_run(name).config
+    path = Path(name)
     is_list = path.exists() and path.read_bytes()[:99].lstrip().startswith(b"[")
     if path.suffix == ".json" and not is_list:
         return read_config(path)
@@ -108,10 +105,8 @@ def execute(command: str, values: dict[str, Any]) -> Any:
     if "config" in values:
         config, is_small = open_config(values["config"]), values.pop("small")
         values["config"] = config = recipes.small(config) if is_small else config
-    elif "model" in values:
-        folder = runs.runs_folder() / values["model"]
-        if folder.parent == runs.runs_folder() and folder.exists():
-            config = runs.open_run(folder.name).config
+    elif "model" in values and runs.is_run(values["model"]):
+        config = runs.open_run(values["model"]).config
     # before what imports transformers
     runtime.start(config.engine if config else "auto")
     if "--judge" in options:

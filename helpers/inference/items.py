@@ -22,7 +22,7 @@ from helpers.inference import chat, generation
 from helpers.inference.generation import Answer, Prompt, generate_batches
 from helpers.masking.templates import template_text
 from helpers.models import load as models
-from helpers.runs import Run, open_run, runs_folder
+from helpers.runs import Run, is_run, open_run
 
 log = logging.getLogger(__name__)
 Generate = Callable[[list[Prompt]], Iterator[dict[int, Answer]]]
@@ -117,11 +117,6 @@ def resolve_model(
     changes = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     sampling = sampling | {k: v for k, v in changes.items() if v is not None}
     return model, loading, sampling, system or ""
-
-
-def is_run(name: str) -> bool:
-    # a model's folder has a config.json too, a run's name is not a path
-    return Path(name).name == name and (runs_folder() / name / "config.json").exists()
 
 
 def generate_command(
