@@ -51,6 +51,7 @@ def test_a_user_types_reads_stops_changes_sliders_and_compares(page: Any) -> Non
     message = form.get_by_label("message", exact=True)
     send, stop = (form.get_by_role("button", name=name) for name in ("Send", "Stop"))
 
+    message.wait_for()
     page.keyboard.press("Control+b")  # away with the list of files
     page.set_viewport_size({"width": 400, "height": 1250})
     right = form.bounding_box()["x"] + form.bounding_box()["width"]
