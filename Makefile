@@ -4,9 +4,9 @@ define MENU
   setup      install everything into .venv
   try        the series in its smallest sizes, then its table (minutes)
   demo       the series on the offline model, then its table (22 minutes)
-  train      a recipe of docs/recipes.md, or a config.json:     FROM=guanaco-llama2-7b
-  evaluate   the models of a run on its held-out rows:          RUN=demo
-  chat       a web page to talk to a run's model:               RUN=demo
+  train      your rows, a config, or a recipe of docs/recipes.md:   FROM=mine.jsonl
+  evaluate   the models of a run on its held-out rows:              RUN=demo
+  chat       a web page to talk to a run's model:                   RUN=demo
   lab        the notebooks in JupyterLab (VS Code: open the folder, choose .venv)
   test       lint, types, tests, and every notebook
 endef
@@ -21,12 +21,12 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: menu setup try demo train evaluate outputs site chat lab test lint notebooks-test repository clean
 
 menu:
-	@$(PYTHON) -c "import sys; v = sys.version_info; print('Python', *v[:2], \
+	@$(PYTHON) -c "import sys; v = sys.version_info; print(f'Python {v[0]}.{v[1]}', \
 	  '' if (3, 11) <= v < (3, 14) else '- 3.11 to 3.13 is needed: PYTHON=python3.12')"
 	@test -x $(BIN)/python && echo ".venv is there" || echo ".venv will be made"
 	@echo "$$MENU"
-	@if [ -t 0 ]; then printf "make "; read -r choice && [ -n "$$choice" ] \
-	  && $(MAKE) --no-print-directory $$choice; fi
+	@if [ -t 0 ]; then printf "which one? "; read -r choice; if [ -n "$$choice" ]; \
+	  then $(MAKE) --no-print-directory $$choice; fi; fi
 
 setup: $(BIN)/python
 	@$(BIN)/python helpers/install.py requirements-gguf.txt
@@ -38,6 +38,7 @@ try: setup
 	@$(BIN)/python benchmarks/series.py smoke
 
 train: setup
+	@test -n "$(FROM)" || { echo "give FROM=mine.jsonl, a config or a recipe"; exit 2; }
 	@$(BIN)/python -m helpers train $(FROM)
 
 evaluate: setup
@@ -93,10 +94,11 @@ repository: ORIGIN = $(shell git remote get-url origin 2>/dev/null)
 repository:
 	@old=$$(sed -n 's/^Repository = "\(.*\)"/\1/p' pyproject.toml); \
 	old=$${old#https://github.com/}; new=$(patsubst https://github.com/%,%,$(URL)); \
-	test -n "$$new" || { echo "give URL=https://github.com/owner/name"; exit 2; }; \
+	echo "$$new" | grep -Eqx '[^/]+/[^/]+' \
+	  || { echo "give URL=https://github.com/owner/name"; exit 2; }; \
 	raw=https://raw.githubusercontent.com; \
 	sed -i "s#github.com/$$old#github.com/$$new#g; s#github/$$old/#github/$$new/#g; \
-	  s#$$raw/$$old/#$$raw/$$new/#g" pyproject.toml README.md notebooks/*.ipynb; \
+	  s#$$raw/$$old/#$$raw/$$new/#g" pyproject.toml README.md docs/*.md notebooks/*.ipynb; \
 	sed -i "s#](figures/#]($$raw/$$new/main/notebooks/figures/#g" notebooks/*.ipynb
 
 clean:

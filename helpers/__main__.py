@@ -8,9 +8,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from helpers import recipes, runs, runtime
-from helpers.config import RunConfig, read_config
-from helpers.errors import TunebookError, mask_secrets
+REMEDY = "run `make setup`, then `.venv/bin/python -m helpers`"
+try:
+    from helpers import recipes, runs, runtime
+    from helpers.config import RunConfig, read_config
+    from helpers.errors import TunebookError, mask_secrets
+except ImportError as error:
+    sys.exit(f"{error}: {REMEDY}")
 
 BENCH = "run --judge --judge-model --models --limit --max-new-tokens"
 MODEL = "model --adapter --system --max-new-tokens --temperature"
@@ -28,10 +32,22 @@ COMMANDS = {
     "judge-pairs": "llm_judge.pairwise:judge_pairs run --judge --judge-model labels "
     "--set --other --limit",
     "export": "export.formats:export run --stage --format --push --public",
-    "doctor": "doctor:diagnose",
+    "doctor": "doctor:report",
+}
+PURPOSES = {
+    "train": "train, evaluate and compare, by a recipe or on your rows",
+    "generate": "answer the prompts of a file",
+    "chat": "talk to a model, on a page or in the terminal",
+    "evaluate": "score the models of a run on its held-out rows",
+    "report": "print the tables of a run",
+    "mt-bench": "have a judge grade answers to MT-Bench's questions",
+    "alpaca-eval": "have a judge compare answers with a reference's",
+    "judge-pairs": "have a judge compare two models of a run",
+    "export": "write a run's model for other programs, and compare",
+    "doctor": "check this machine, with a remedy for what fails",
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "config": {"help": "a recipe's name, a config.json, or rows: mine.jsonl"},
+    "config": {"help": "a recipe or run, a config.json, or rows: mine.jsonl"},
     "model": {"help": "a run's name, a hub id, or a model's folder"},
     "labels": {"nargs": 2, "help": "two evaluated models: base sft"},
     "--small": {"action": "store_true", "help": "offline model, few sample rows"},
@@ -52,14 +68,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--format": {"nargs": "+", "dest": "formats", "help": "gguf:q4_k_m ..."},
     "--push": {"metavar": "OWNER/NAME", "help": "upload it, privately"},
     "--public": {"action": "store_true", "default": None, "help": "what is pushed"},
-    "--stage": {"choices": ["sft", "grpo"], "help": "train: else all; else the last"},
+    "--stage": {"choices": ["sft", "grpo"], "help": "this one; else all, or the last"},
     "--gpus": {"metavar": "N", "help": "of this machine, or all; else one"},
     "--shard": {"action": "store_true", "help": "share weights that one cannot hold"},
 }
 
 
 def open_config(name: str) -> RunConfig:
-    """Returns the config of a recipe's name, a config file, or somebody's rows."""
+    """Returns the config of a recipe, a run, a config file, or somebody's rows."""
+    if name not in recipes.NAMES and runs.is_run(name):
+        return runs.open_run(name).config
     path = Path(name)
     is_list = path.exists() and path.read_bytes()[:99].lstrip().startswith(b"[")
     if path.suffix == ".json" and not is_list:
@@ -88,10 +106,8 @@ def execute(command: str, values: dict[str, Any]) -> Any:
     if "config" in values:
         config, is_small = open_config(values["config"]), values.pop("small")
         values["config"] = config = recipes.small(config) if is_small else config
-    elif "model" in values:
-        folder = runs.runs_folder() / values["model"]
-        if folder.parent == runs.runs_folder() and folder.exists():
-            config = runs.open_run(folder.name).config
+    elif "model" in values and runs.is_run(values["model"]):
+        config = runs.open_run(values["model"]).config
     # before what imports transformers
     runtime.start(config.engine if config else "auto")
     if "--judge" in options:
@@ -107,12 +123,13 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, text in COMMANDS.items():
-        function, *options = text.split()
-        part = commands.add_parser(command, help=f"calls helpers.{function}")
+        _, *options = text.split()
+        part = commands.add_parser(command, help=PURPOSES[command])
         for option in options:
             part.add_argument(option, **OPTIONS.get(option, {}))
     values = vars(parser.parse_args(arguments))
     values = {name: value for name, value in values.items() if value is not None}
+    runtime.show_messages()
     try:
         shard = values.pop("shard", False)
         gpus = values.pop("gpus", "all" if shard else None)
@@ -121,6 +138,8 @@ def main(arguments: list[str]) -> None:
             runtime.launch(arguments, gpus, shard)
         result = execute(command := values.pop("command"), values)
         show(result if command != "export" else None)  # which logs its table
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error}: {REMEDY}")
     except (TunebookError, OSError, ImportError) as error:
         sys.exit(mask_secrets(f"{type(error).__name__}: {error}"))
 

@@ -92,9 +92,9 @@ class RunConfig(
     special_tokens: Literal["neutralise", "refuse", "keep"] = "neutralise"  # in texts
     trust_remote_code: bool = Field(False, description="run Python of the model's")
     max_length: int = Field(1024, ge=16, description="tokens a row; takes memory")
-    max_prompt_length: Count | None = Field(None, description="for problems, in tokens")
+    max_prompt_length: Count | None = Field(None, description="longer ones are dropped")
     grpo_minutes: Positive | None = Field(None, description="null = by max_steps")
-    grpo_held_out: Count = Field(32, description="problems to choose the adapter by")
+    grpo_held_out: Count = Field(32, description="problems to choose by; take time")
     sampler: Literal["auto", "copy", "model"] = "auto"
     "copy: 16-bit weights on a GPU are faster and take memory; auto: if they fit"
     loss_on: Literal["all", "assistant", "last"] = "assistant"
@@ -177,7 +177,8 @@ def read_config(path: Path) -> RunConfig:
     try:
         return check_config(json.loads(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError:
-        raise ConfigError(f"no config at {path}; run notebook 00_setup") from None
+        text = f"no config at {path}; run notebook 00_setup, or train"
+        raise ConfigError(text) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
 

@@ -4,16 +4,17 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import requires
 from typing import Any
 
 import pandas as pd
 import psutil
 import torch
-from huggingface_hub import get_token
+from huggingface_hub import HfApi, get_token
 from packaging.requirements import Requirement
 
 from helpers import runtime
-from helpers.errors import mask_secrets
+from helpers.errors import TunebookError, mask_secrets
 from helpers.install import STACK, installed_version
 from helpers.models import adapters, load
 
@@ -30,25 +31,35 @@ def diagnose() -> pd.DataFrame:
             text = check()
         except Exception as error:  # of any library: it is the finding
             text = f"{type(error).__name__}: {error!s:.200}"
-            verdict = f"failed: {remedy}"
+            is_ours = isinstance(error, TunebookError)  # and says what to do
+            verdict = f"failed: {'do as it says' if is_ours else remedy}"
         seconds = round(time.perf_counter() - start, 1)
-        rows.append((name, " ".join(mask_secrets(text).split()), seconds, verdict))
-    columns = ["check", "found", "seconds", "verdict"]
+        rows.append((name, verdict, " ".join(mask_secrets(text).split()), seconds))
+    columns = ["check", "verdict", "found", "seconds"]
     return pd.DataFrame(rows, columns=columns).set_index("check")
 
 
+def report() -> str:
+    """Returns a line a check: verdict and remedy, and what was found."""
+    rows = diagnose().itertuples()
+    return "\n".join(f"{row.Index}: {row.verdict} ({row.found})" for row in rows)
+
+
 def check_versions() -> str:
-    lines = (line.partition("#")[0] for line in STACK.read_text("utf-8").splitlines())
+    text = STACK.read_text("utf-8") if STACK.exists() else ""
+    # `pip install` leaves the file out, and has its lines
+    lines = text.splitlines() or requires("tunebook") or []
+    lines = [line.partition("#")[0] for line in lines]
     needs = [Requirement(line) for line in lines if line.strip()]
     versions = {need: installed_version(need.name) for need in needs}
     wrong = [
-        f"{need.name} {version}, expected {need.specifier}"
+        f"{need.name} {version or 'is missing'}, expected {need.specifier}"
         for need, version in versions.items()
         if version is None or not need.specifier.contains(version, prereleases=True)
     ]
     if wrong:
         raise ImportError("; ".join(wrong))
-    return f"{len(needs)} packages as requirements.txt has them"
+    return f"{len(needs)} packages as the project needs them"
 
 
 def check_machine() -> str:
@@ -74,9 +85,11 @@ def check_disk() -> str:
 
 
 def check_hub() -> str:
-    token = "a token is set" if get_token() else "no token, needed for gated models"
-    hub = "reached" if runtime.hub_reachable() else "not reached: offline models only"
-    return f"{hub}; {token}"
+    is_reached, token = runtime.hub_reachable(), get_token()
+    if is_reached and token:
+        HfApi().whoami()  # refuses one that has expired
+    hub = "reached" if is_reached else "not reached: offline models only"
+    return f"{hub}; {'a token is set' if token else 'no token, for gated models'}"
 
 
 def check_4bit() -> str:
@@ -104,6 +117,8 @@ def check_step() -> str:
     texts = ["<pad>", "<s>", "</s>", *map(chr, range(32, 127))]
     words = {text: n for n, text in enumerate(texts)}
     marks: Any = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    turns = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    marks["chat_template"] = turns  # else loading tells of the one it takes
     marks["tokenizer_object"] = Tokenizer(models.BPE(words, []))
     sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "vocab_size": len(words), "pad_token_id": 0}
@@ -134,7 +149,7 @@ CHECKS: dict[str, tuple[Callable[[], str], str]] = {
     "versions": (check_versions, "run `make setup`, or restart the runtime on Colab"),
     "machine": (check_machine, "close other programs, or choose another machine"),
     "disk": (check_disk, "make room, or name another folder in TUNEBOOK_RUNS"),
-    "hub": (check_hub, "check the network"),
+    "hub": (check_hub, "check the network, and the token in HF_TOKEN"),
     "4-bit product": (check_4bit, "reinstall bitsandbytes for this CUDA version"),
     "training step": (check_step, "restart the kernel; then report this line"),
 }

@@ -57,6 +57,8 @@ def install(*names: str) -> None:
         raise SystemExit(f"Python {number} found, 3.11 to 3.13 were tested; {remedy}")
     if not STACK.exists():
         raise SystemExit(f"no {STACK}: run this in a clone of the repository")
+    sys.stdout.write("installs what is missing; the first time takes minutes\n")
+    sys.stdout.flush()
     if not (installed_version("torch") or shutil.which("nvidia-smi")):
         # without CUDA's gigabytes; only uv knows where PyTorch keeps it
         pip("uv")

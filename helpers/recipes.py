@@ -16,7 +16,7 @@ from helpers.data.formats import answer_places, is_solved
 from helpers.data.reading import Reader
 from helpers.data.sources import open_rows
 from helpers.errors import ConfigError, nearest
-from helpers.runtime import hub_reachable
+from helpers.runtime import find_local, hub_reachable
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
     values |= {"sft": base.sft | epochs | each, "evaluation": evaluation}
     values["data"] = {"train": [path], "train_rows": rows, "drop_unusable": True}
     values["data"] |= {"eval_share": 0.1, "test_share": 0.2}
-    values["data"] |= base.data.model_dump(include={"general", "general_rows"})
+    if find_local(str(base.data.general)):  # which `pip install` does not bring
+        values["data"] |= base.data.model_dump(include={"general", "general_rows"})
     values["system_prompt"] = SYSTEM_PROMPT if reader.form == "gsm8k" else ""
     *_, folder, file = ["mine", *Path(path).parts]
     name = file.partition(".")[0]
@@ -124,7 +125,11 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
     values["name"] = f"{name}-data" if name in NAMES else name
     log.info(f"{path}: {reader.form}, as {reader.why}")
     text = f"{rows} of {reader.rows} rows in {epochs['num_train_epochs']} epochs of SFT"
-    log.info(f"{text}; held-out answers are judged {judged}")
+    log.info(f"{text}; about {max(1, rows // 5)} held-out answers are judged {judged}")
+    if rows < 100:
+        log.info("so few rows can show a large gain alone")
+    for reason, part in reader.left_out.items():
+        log.info(f"left out, {reason}: {part['rows']}, like {part['examples'][0]}")
     return check_config({"model": model or base.model, "stages": ["sft"], **values})
 
 

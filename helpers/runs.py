@@ -49,7 +49,8 @@ class Run(NamedTuple):
         """Returns a path in the folder; MissingInput, or DataError for other rows."""
         path, (notebook, *_) = self.path / relative, Path(relative).parts
         if not path.exists():
-            raise MissingInput(f"{path} is missing: run the {notebook} notebook first")
+            text = f"run the {notebook} notebook first, or `train {self.path.name}`"
+            raise MissingInput(f"{path} is missing: {text}")
         if not all(map(files.is_whole, path.glob("*.safetensors"))):
             raise MissingInput(f"{path} is damaged: train {path.parent.name} again")
         part = self.report().get("data", {}) if notebook == "data" else {}
@@ -98,6 +99,11 @@ def open_run(name: str | None = None) -> Run:
         return save_run(recipes.load(name), current=not is_named)
     read_json(folder / "config.json")  # sets a damaged one aside; a copy is renamed
     return Run(folder, changed(read_config(folder / "config.json"), name=folder.name))
+
+
+def is_run(name: str) -> bool:
+    # a model's folder has a config.json too, a run's name is not a path
+    return Path(name).name == name and (runs_folder() / name / "config.json").exists()
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def choose_dtype(machine: Machine, wanted: str = "auto") -> tuple[Any, str]:
             raise ConfigError(f"TUNEBOOK_DTYPE={name}: not float16, bfloat16, float32")
         return getattr(torch, name), f"TUNEBOOK_DTYPE={name} asks for it"
     if machine.capability is None:
-        return torch.float32, "CPUs without 16-bit units are 6 to 60 times slower in it"
+        return torch.float32, "16-bit arithmetic is 6 to 60 times slower on most CPUs"
     if wanted == "float16":
         return torch.float16, "the config asks for dtype='float16'"
     # torch.cuda.is_bf16_supported() says True on a T4, which only emulates it
@@ -138,6 +138,8 @@ def launch(arguments: list[str], gpus: str = "all", shard: bool = False) -> None
     here = len(every.split(",")) if every else torch.cuda.device_count()
     if os.environ.get("ACCELERATE_USE_CPU"):  # a dry run, whose processes share it
         here = os.cpu_count() or 1
+    if not here:
+        raise ConfigError("--gpus: there is no GPU; without it the CPU trains")
     number = str(here) if gpus == "all" else gpus
     count = int(number) if number.isdigit() else 0
     if not 1 <= count <= here:
@@ -312,6 +314,14 @@ def resolve_engine(engine: str) -> str:
     return engine
 
 
+def show_messages() -> None:
+    library = logging.getLogger("helpers")
+    library.handlers = [logging.StreamHandler(sys.stdout)]
+    is_first = os.environ.get("RANK", "0") == "0"
+    library.setLevel(logging.INFO if is_first else logging.ERROR)
+    library.propagate = False  # Colab's root logger would show it a second time
+
+
 def start(engine: str | None = None) -> None:
     """Prepares a notebook or a command for an engine, by default the current run's."""
     # lengths change from step to step; blocks for each took 13 GiB in the demo, not 5.6
@@ -322,11 +332,10 @@ def start(engine: str | None = None) -> None:
     # on import these warn of GPU kernels that a CPU machine has no use for
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    library = logging.getLogger("helpers")
-    library.handlers = [logging.StreamHandler(sys.stdout)]
-    is_first = os.environ.get("RANK", "0") == "0"
-    library.setLevel(logging.INFO if is_first else logging.ERROR)
-    library.propagate = False  # Colab's root logger would show it a second time
+    show_messages()
+    import pandas as pd
+
+    pd.set_option("display.max_colwidth", None)  # a sentence in a table is shown whole
     choose_gpu()
     path = runs_folder() / (current_run() or "none") / "config.json"
     with suppress(OSError, ValueError, AttributeError):  # whoever opens it says so

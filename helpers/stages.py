@@ -104,7 +104,7 @@ def train(config: RunConfig, stage: Stage | None = None) -> Run:
     require_formats(config)  # before hours of training
     for name in wanted:
         part = pd.json_normalize(train_stage(run, name)).T
-        log.info(f"{name}\n{part.to_string(header=False)}")
+        log.info(f"{name}\n{part.to_string(header=False, max_colwidth=40)}")
     if (count := runtime.count_processes()) > 1:
         PartialState().destroy_process_group()
     alone = count == 1 and not stage  # a launcher's processes would all do the rest

@@ -80,6 +80,7 @@ def test_both_models_are_on_both_sides_by_the_seed(run):
 
 
 def test_winner_and_marks_are_saved_with_their_model_and_emptied(form):
+    assert not any(box.indent for box in form.marks[0])  # 90 pixels of a phone's 400
     mark(form, side_of(form, "sft"), "coherent", "creative")
     for label in ("sft", "base"):
         click(form, side_of(form, label))

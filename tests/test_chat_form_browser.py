@@ -51,6 +51,14 @@ def test_a_user_types_reads_stops_changes_sliders_and_compares(page: Any) -> Non
     message = form.get_by_label("message", exact=True)
     send, stop = (form.get_by_role("button", name=name) for name in ("Send", "Stop"))
 
+    message.wait_for()
+    page.keyboard.press("Control+b")  # away with the list of files
+    page.set_viewport_size({"width": 400, "height": 1250})
+    right = form.bounding_box()["x"] + form.bounding_box()["width"]
+    boxes = [field.bounding_box() for field in form.locator("textarea").all()]
+    assert max(box["x"] + box["width"] for box in boxes) <= right
+    page.set_viewport_size({"width": 1280, "height": 1250})
+
     message.fill("Go on for ever, <b id=bold>please</b>")
     send.click()
     expect(tuned).to_contain_text("<b id=bold>please</b>")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -68,6 +70,7 @@ def test_a_judge_is_opened_for_the_commands_that_take_one(call, run, monkeypatch
 def test_training_takes_a_recipe_or_a_file_and_a_small_version(call, run):
     assert call("train", "demo")[1] == {"config": recipes.load("demo")}
     assert call("train", str(run.path / "config.json"))[1] == {"config": run.config}
+    assert call("train", "test")[1] == {"config": run.config}
     small = call("train", "dolly-llama2-7b", "--small")[1]["config"]
     assert small.name == "dolly-llama2-7b-small"
     assert (small.model, small.sft["max_steps"]) == ("smollm2-135m-offline", 10)
@@ -79,6 +82,8 @@ def test_training_takes_a_recipe_or_a_file_and_a_small_version(call, run):
         (["trian"], "2"),  # argparse lists the commands
         (["train", "none.json"], "^ConfigError: no config at none.json"),
         (["train", "demoo"], "^ConfigError: no recipe 'demoo'; did you mean 'demo'"),
+        (["train", "demo", "--gpus", "99"], "--gpus.*(no GPU; without|from 1 to)"),
+        (["evaluate", "smoke", "--models", "sftt"], "no model 'sftt': expected base"),
         (["evaluate", "nowhere"], "^ConfigError: no config at .*nowhere"),
     ],
 )
@@ -101,6 +106,20 @@ def test_the_help_of_a_command_lists_parameters_of_its_function(command, capsys)
     names = {command_line.OPTIONS.get(o, {}).get("dest", o.strip("-")) for o in options}
     parameters = {name.replace("-", "_") for name in names}
     assert parameters - {"small", "judge_model", "gpus"} <= known
+
+
+def test_the_help_says_what_each_command_is_for(capsys):
+    assert [*command_line.PURPOSES] == [*command_line.COMMANDS]
+    with pytest.raises(SystemExit, match="0"):
+        command_line.main(["--help"])
+    assert "talk to a model" in capsys.readouterr().out
+
+
+def test_a_python_without_the_packages_is_told_which_one_to_take():
+    command = [sys.executable, "-S", "-m", "helpers", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.ROOT)
+    assert done.returncode == 1
+    assert re.match(r"No module named '\w+': run `make setup`", done.stderr)
 
 
 def write_notebook(path, *cells):

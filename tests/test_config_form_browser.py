@@ -36,6 +36,11 @@ def test_a_value_typed_into_the_page_is_what_the_next_cell_and_the_file_have(
     from playwright.sync_api import expect
 
     form = run_cell(page, 0)
+    area = form.get_by_label("data.train", exact=True)
+    label = form.locator(".widget-label", has_text="data.train").first
+    area.wait_for()
+    right = label.bounding_box()["x"] + label.bounding_box()["width"]
+    assert area.bounding_box()["x"] >= right  # beside its label, not below
     steps = form.get_by_label("sft.max_steps", exact=True)
     expect(steps).to_have_value("4")
     steps.fill("4.5")

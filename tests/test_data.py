@@ -181,7 +181,9 @@ def test_a_small_set_leaves_no_split_empty():
     asked = [f"Question {n // 3}?" for n in range(36)]
     parts = splits_of(asked, {"test_chat": 0.001, "eval": 0.001})
     assert sorted(map(len, parts.values())) == [3, 3, 30]
-    with pytest.raises(DataError, match="^2 questions: none is left"):
+    with pytest.raises(
+        DataError, match="^different questions: 2, too few, as test_chat, eval, tr"
+    ):
         splits_of(["a", "b"], SHARES)
 
 
@@ -346,7 +348,7 @@ def test_missing_or_other_data_are_prepared_with_a_note_and_good_ones_left(
     monkeypatch.setattr(data, "content_of", lambda source: hashed.append(source))
     assert data.ensure_data(run) == run.require("data/test_new.jsonl").parent
     assert len(hashed) == len(set(hashed)) > 3  # once each
-    assert "a part is missing (notebook 01_data_prep makes it)" in messages.text
+    assert "is prepared now" in messages.text and "changed" not in messages.text
     messages.clear()
     data.ensure_data(run_factory(**own_files, sft__max_steps=3, max_length=300))
     assert messages.text == ""

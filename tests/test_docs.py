@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -52,18 +53,45 @@ def test_every_target_of_make_that_is_named_exists():
     assert named <= TARGETS
 
 
-def test_make_alone_prints_its_choices_without_a_terminal():
+def run_make(terminal):
     # `make test` is one itself, of which this one is not to know
     alone = {
         k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))
     }
-    options = {"cwd": ROOT, "env": alone, "stdin": subprocess.DEVNULL}
+    options = {"cwd": ROOT, "env": alone, "stdin": terminal}
     done = subprocess.run(["make"], **options, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_make_alone_prints_its_choices_without_a_terminal():
+    done = run_make(subprocess.DEVNULL)
     choices = re.findall(r"^  ([a-z]+) ", done.stdout, re.M)
     assert len(choices) == 8
     assert set(choices) <= TARGETS
-    assert done.stdout.startswith("Python 3")
+    assert done.stdout.startswith("Python 3.")
+
+
+def test_make_in_a_terminal_ends_without_a_fault_where_nothing_is_chosen():
+    ours, makes = os.openpty()
+    os.write(ours, b"\n")
+    done = run_make(makes)
+    assert done.stdout.endswith("which one? ") and not done.stderr
+
+
+def test_the_address_is_written_everywhere_and_nothing_else_is_taken_for_one(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("docs", "notebooks"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    old = re.search(r'Repository = "https://(.*)"', read("pyproject.toml"))[1]
+    command = ["make", "-C", str(tmp_path), "repository"]
+    assert subprocess.run([*command, "URL=/some/folder"]).returncode == 2
+    assert subprocess.run([*command, "URL=https://github.com/me/mine"]).returncode == 0
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    texts = {path.name: path.read_text("utf-8") for path in files}
+    assert [name for name, text in texts.items() if old in text] == []
+    assert "https://github.com/me/mine/blob/" in texts["kaggle.md"]
 
 
 def test_each_symptom_names_the_check_that_detects_it():

@@ -197,7 +197,7 @@ def test_a_format_is_detected_with_its_reason(row, name, columns):
     [
         ([{"title": "a", "body": "b"}], "the columns body, title fit no .*alpaca: inp"),
         ([{"text": "Once upon a time."}], "the columns text fit .*chatml: text with <"),
-        ([["Hi"]], "the rows: the columns of .*'Hi'.* fit no known format"),
+        ([["Hi"]], "the rows: rows like .*'Hi'.* fit no known format"),
         ([DataError("broken JSON")], "broken JSON"),
     ],
 )

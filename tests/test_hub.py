@@ -6,6 +6,7 @@ import threading
 import pytest
 
 LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
+TOKEN = "hf_" + "expired" * 5
 LOADS = """
 import sys
 from helpers import errors, models
@@ -51,3 +52,12 @@ def test_a_gated_model_says_how_to_get_access(endpoint, tmp_path, run_python, en
     assert f"model {LLAMA!r} could not be loaded: " in done.stdout
     address = f"https://huggingface.co/{LLAMA}"
     assert f"gated repo. Make sure to have access to it at {address}" in done.stdout
+
+
+def test_the_doctor_names_a_token_that_the_hub_refuses(endpoint, tmp_path, run_python):
+    variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_TOKEN": TOKEN}
+    variables |= {"HF_HUB_OFFLINE": "0", "no_proxy": "127.0.0.1"}
+    script = "from helpers import doctor; print(doctor.diagnose().loc['hub'].to_list())"
+    done = run_python("-c", script, **variables)
+    assert "failed: check the network, and the token in HF_TOKEN" in done.stdout
+    assert TOKEN not in done.stdout

@@ -81,7 +81,7 @@ def test_a_failed_installation_shows_the_words_of_pip_and_a_remedy():
 
 
 def test_the_cpus_torch_is_installed_where_there_is_none_and_colabs_is_kept(
-    monkeypatch,
+    monkeypatch, capsys
 ):
     calls, versions = [], {"numpy": "2.1"}
 
@@ -95,6 +95,7 @@ def test_the_cpus_torch_is_installed_where_there_is_none_and_colabs_is_kept(
     monkeypatch.setattr(install.subprocess, "run", lambda c, **_: commands.append(c))
     install.install("requirements-dev.txt")
     (uv, _), (stack, kept), (unsloth, _) = calls
+    assert "the first time takes minutes" in capsys.readouterr().out
     assert uv == ("uv",) and commands[0][-2:] == ["--torch-backend", "cpu"]
     assert "torch" in commands[0] and str(install.STACK) in commands[0]
     assert stack[:2] == (f"-r{install.STACK}", f"-r{ROOT / 'requirements-dev.txt'}")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 
@@ -52,6 +53,28 @@ def test_answers_of_a_few_classes_are_judged_by_label(classes):
     assert config.evaluation.labels == sorted(QUESTIONS)
 
 
+def test_texts_with_labels_are_judged_by_label(tmp_path):
+    rows = [
+        {"text": f"film {n}", "label": "bad" if n % 2 else "good"} for n in range(20)
+    ]
+    config = recipes.for_data(write(tmp_path / "labels.jsonl", rows))
+    assert config.evaluation.labels == ["bad", "good"]
+    rows = [row | {"label": len(row["label"])} for row in rows]
+    config = recipes.for_data(write(tmp_path / "numbers.jsonl", rows))
+    assert config.evaluation.labels == ["3", "4"]
+
+
+def test_few_rows_and_rows_that_are_left_out_are_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    rows = [{"question": f"{n}?", "answer": f"{n}."} for n in range(30)]
+    path = write(tmp_path / "mine.jsonl", [*rows, rows[0], {"question": "why?"}])
+    recipes.for_data(path)
+    assert "30 of 32 rows in 3 epochs of SFT; about 6 held-out" in caplog.text
+    assert "so few rows can show a large gain alone" in caplog.text
+    assert "left out, duplicate: 1, like row 31" in caplog.text
+    assert "left out, no 'answer': 1, like row 32" in caplog.text
+
+
 def test_answers_that_end_in_a_number_are_judged_by_it_and_asked_for_it():
     config = recipes.for_data("data_samples/word_problems/test.jsonl")
     assert config.system_prompt == SYSTEM_PROMPT
@@ -66,6 +89,8 @@ def test_a_file_named_as_a_recipe_does_not_take_its_run(tmp_path):
 def test_rows_that_are_missing_or_of_no_format_are_refused(tmp_path):
     with pytest.raises(MissingInput, match="no file nothing.jsonl"):
         recipes.for_data("nothing.jsonl")
+    with pytest.raises(MissingInput, match="no file ./nothing"):
+        recipes.for_data("./nothing")
     path = write(tmp_path / "odd.jsonl", [{"a": 1}])
     with pytest.raises(DataError, match="the columns a fit no known format"):
         recipes.for_data(path)
@@ -82,6 +107,11 @@ def test_rows_on_the_command_line_train_compare_and_leave_the_notebooks_run(
     assert report["eval"]["sft"]["test_chat"]["correct"]["n"] >= 6
     assert "p" in report["comparisons"]["base -> sft"]["test_chat"]["correct"]
     output = capsys.readouterr().out
+    assert "dolly, as the rows have instruction, response" in output
+    assert "about 12 held-out answers are judged by label, of ['login', " in output
+    assert "data is prepared now\n" in output
+    (tries,) = re.findall("^layout.tries .*", output, re.M)
+    assert len(tries) < 90
     assert "after SFT" in output and "only_second" in output
     assert "python -m helpers chat mine" in output
     assert not (runs_home / "current").exists()
@@ -119,12 +149,17 @@ def test_a_missing_file_is_an_error_of_its_field():
     assert "no file gone.jsonl" in advice.text
 
 
-def test_the_form_takes_a_file_and_says_what_is_wrong_with_one(classes, runs_home):
+def test_the_form_takes_a_file_and_says_what_it_makes_of_one(
+    classes, runs_home, caplog
+):
+    caplog.set_level("INFO", "helpers")
     form = ConfigForm("smoke")
     form.data.value = "gone.jsonl"
     assert "no file gone.jsonl" in form.message.value
     form.data.value = classes
     assert form.config == recipes.for_data(classes)
+    assert "dolly, as the rows have" in form.message.value
+    assert "answers are judged by label" in form.message.value
     form.button.click()
     assert runs.open_run() == runs.open_run("mine")
 

@@ -113,6 +113,22 @@ def test_runs_and_sample_data_of_installed_helpers_lie_in_the_working_folder(
     assert "{'text': 'hello'}" in python(installed, tmp_path, "-c", code).stdout
 
 
+def test_installed_helpers_train_on_ones_own_file_and_know_their_versions(
+    installed: Path, tmp_path: Path
+) -> None:
+    lines = [f'{{"question": "{n}?", "answer": "{n}."}}\n' for n in range(30)]
+    (tmp_path / "mine.jsonl").write_text("".join(lines))
+    code = """
+        from helpers import checks, doctor, recipes
+        print(checks.report(checks.advise(recipes.for_data("mine.jsonl"))))
+        print(doctor.check_versions())
+    """
+    done = python(installed, tmp_path, "-c", textwrap.dedent(code))
+    sound, versions = done.stdout.splitlines()
+    assert sound == "The config is sound."
+    assert versions.endswith("packages as the project needs them")
+
+
 def test_installing_the_stack_says_that_it_needs_a_clone(
     installed: Path, tmp_path: Path
 ) -> None:

@@ -32,7 +32,7 @@ def files_below(folder):
 @pytest.mark.parametrize("part", ["data", "sft", "grpo", "eval", "export"])
 def test_require_names_the_notebook_that_makes_what_is_missing(run, part):
     message = f"{run.path}/{part}/a is missing: run the {part} notebook first"
-    with pytest.raises(MissingInput, match=message):
+    with pytest.raises(MissingInput, match=f"{message}, or `train "):
         run.require(f"{part}/a")
     assert len([*(runtime.ROOT / "notebooks").glob(f"0*_{part}*.ipynb")]) == 1
 

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas
 import pytest
 import torch
 
@@ -34,7 +35,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is her
         (T4, "float16", "float16", "the config asks for dtype='float16'"),
         (A100, "auto", "bfloat16", "8.0 or newer"),
         (A100, "float16", "float16", "the config asks for dtype='float16'"),
-        (LAPTOP, "bfloat16", "float32", "CPUs without 16-bit units"),
+        (LAPTOP, "bfloat16", "float32", "16-bit arithmetic is 6 to 60"),
     ],
 )
 def test_a_machine_computes_in_the_dtype_that_it_has_units_for(
@@ -224,6 +225,13 @@ def test_messages_go_to_the_stdout_of_the_moment_and_once(capsys, run):
     capsys.readouterr()
     logging.getLogger("helpers.somewhere").info("a message")
     assert capsys.readouterr().out == "a message\n"
+
+
+def test_a_sentence_in_a_table_is_shown_whole():
+    remedy = "failed: run `make setup`, or restart the runtime on Colab, then this cell"
+    with pandas.option_context("display.max_colwidth", 50):
+        runtime.start("transformers")
+        assert remedy in pandas.DataFrame({"verdict": [remedy]}).to_html()
 
 
 def test_ipython_asks_our_errors_for_their_traceback():

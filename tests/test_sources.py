@@ -134,7 +134,10 @@ def test_a_row_that_cannot_be_read_spoils_no_other(tmp_path):
     [
         ("gone.jsonl", f"no file gone.jsonl .*{runtime.ROOT}.*give a path"),
         ("my rows", "no file my rows .*give a path, or a name on the hub"),
-        ("nobody/no-such-set:train", "^nobody/no-such-set:train could not be read: "),
+        (
+            "nobody/no-such-set:train",
+            "^nobody/no-such-set:train .* no such file is here, and the hub is not",
+        ),
     ],
 )
 def test_a_source_that_is_not_there_is_refused(source, reason):

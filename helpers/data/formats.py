@@ -34,7 +34,7 @@ FORMATS |= dict.fromkeys(["gsm8k", "question-answer"], ["question", "answer"])
 FORMATS |= {"alpaca": ["instruction", "input", "output"]}
 FORMATS |= {"wizardlm": ["instruction", "output"], "dolly": ["instruction", "response"]}
 FORMATS |= {"prompt-completion": ["prompt", "completion"]}
-FORMATS |= dict.fromkeys(READY_MADE, ["text"])
+FORMATS |= dict.fromkeys(READY_MADE, ["text"]) | {"labelled": ["text", "label"]}
 MARKERS = {"gsm8k": "#### <number>", "llama-2": "[INST]", "chatml": "<|im_start|>"}
 
 
@@ -58,9 +58,11 @@ def detect_format(rows: list[Any], source: str = "the rows") -> tuple[str, str]:
         if names.issuperset(columns) and (solved or marker in "\n".join(texts)):
             return form, f"the rows have {needed}"
         expected.append(f"{form}: {needed}")
-    listed = ", ".join(sorted(names)) or f"of {rows[:1]!r:.200}"
+    shown = f"the columns {', '.join(sorted(names))}"
+    if not names:
+        shown = f"rows like {rows[0]!r:.60}"
     known = f"({'; '.join(expected)}); rename them, or take rows out from under a key"
-    raise DataError(f"{source}: the columns {listed} fit no known format {known}")
+    raise DataError(f"{source}: {shown} fit no known format {known}")
 
 
 def is_solved(answer: str) -> bool:

@@ -80,7 +80,8 @@ def split(places: Iterable[float], shares: dict[str, float]) -> list[str]:
         if name not in splits.values() and "train" in splits.values():
             splits[min(p for p in splits if splits[p] == "train")] = name
     if "train" not in splits.values():
-        raise DataError(f"{len(splits)} questions: none is left to train on")
+        text = f"different questions: {len(splits)}, too few, as "
+        raise DataError(f"{text}{', '.join(names)} need one each; add rows")
     return [splits[place] for place in places]
 
 
@@ -234,8 +235,9 @@ def ensure_data(run: Run) -> Path:
         changed = ["its settings"]
     files = [folder / f"{name}.jsonl" for name in parts_of(run.config.data)]
     if "fingerprints" not in known or not all(file.exists() for file in files):
-        changed = ["a part is missing (notebook 01_data_prep makes it)"]
+        changed = ["a part is missing"]
     if changed:
-        log.info("%s is prepared now; changed: %s", folder, ", ".join(changed))
+        why = f"; changed: {', '.join(changed)}" if "fingerprints" in known else ""
+        log.info("%s is prepared now%s", folder, why)
         prepare(run, origin)
     return folder

@@ -20,7 +20,7 @@ from helpers.errors import DataError, MissingInput
 from helpers.files import hash_file
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")
-HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(\w+))?")
+HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/([\w.-]+))?(?::(\w+))?")
 # how a text begins that is JSON; `[1] Why?` and `"Why" is asked.` are none
 JSON_BEGINS = re.compile(r'\s*(?:\[\s*(?:$|[\["{])|\{\s*(?:$|"))')
 
@@ -113,7 +113,10 @@ def read_dataset(source: Source, path: Path | None) -> Any:
             path /= "train"
         return datasets.load_from_disk(str(path))
     except Exception as error:  # `datasets` raises many kinds
-        raise DataError(f"{source} could not be read: {error!s:.300}") from error
+        reason = f"{error!s:.300}"
+        if path is None and not runtime.hub_reachable():
+            reason = "no such file is here, and the hub is not reached; check both"
+        raise DataError(f"{source} could not be read: {reason}") from error
 
 
 def read_file(path: Path) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from helpers import runtime
-from helpers.config import Gguf, RunConfig
+from helpers.config import Gguf, RunConfig, Stage
 from helpers.data.formats import Messages, Row, ask
 from helpers.data.reading import Reader
 from helpers.data.sources import open_rows
@@ -22,7 +22,7 @@ from helpers.inference import chat, generation
 from helpers.inference.generation import Answer, Prompt, generate_batches
 from helpers.masking.templates import template_text
 from helpers.models import load as models
-from helpers.runs import Run, open_run, runs_folder
+from helpers.runs import Run, is_run, open_run
 
 log = logging.getLogger(__name__)
 Generate = Callable[[list[Prompt]], Iterator[dict[int, Answer]]]
@@ -45,6 +45,8 @@ def model_print(config: RunConfig, adapter: Path | str | None) -> str:
 def find_adapters(run: Run, labels: list[str] | None) -> dict[str, Path | str | None]:
     """Returns the adapter of each label, by default of all models of a run."""
     adapters: dict[str, Path | str | None] = {}
+    if wrong := {*(labels or [])} - {"base", *get_args(Stage)}:
+        raise ConfigError(f"no model {min(wrong)!r}: expected base, sft or grpo")
     for label in labels or ["base", *run.config.stages]:
         adapters[label] = run.config.sft_adapter if label == "sft" else None
         if label != "base" and not adapters[label]:
@@ -115,11 +117,6 @@ def resolve_model(
     changes = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     sampling = sampling | {k: v for k, v in changes.items() if v is not None}
     return model, loading, sampling, system or ""
-
-
-def is_run(name: str) -> bool:
-    # a model's folder has a config.json too, a run's name is not a path
-    return Path(name).name == name and (runs_folder() / name / "config.json").exists()
 
 
 def generate_command(

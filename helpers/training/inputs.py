@@ -46,7 +46,7 @@ PANELS = {  # titles, and regular expressions of what is logged
 
 def require_stage(config: RunConfig, stage: Stage) -> None:
     if stage not in config.stages:
-        raise ConfigError(f"run {config.name!r} has no {stage} stage: see its stages")
+        raise ConfigError(f"run {config.name!r} has no {stage} stage: {config.stages}")
 
 
 def inputs_of(run: Run, stage: Stage) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import random
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from helpers.inference.chat import START
 from helpers.inference.generation import stream_answer
 from helpers.llm_judge.pairwise import CELL, count_wins, read_pairs
 from helpers.runs import Run, writes
-from helpers.widgets.config_form import remark
+from helpers.widgets.config_form import STYLE, remark
 
 COLUMN = """<b>{}</b><div style="display:flex;flex-direction:column-reverse;
 max-height:400px;overflow:auto"><div style="white-space:pre-wrap;line-height:1.4;
@@ -68,7 +69,8 @@ class ChatForm(widgets.VBox):
         self.system = widgets.Textarea(config.system_prompt, description="system")
         self.message = widgets.Textarea(description="message")
         for field in (*self.sliders.values(), self.system, self.message):
-            field.layout, field.style.description_width = {"flex": "1 1 300px"}, "115px"
+            field.layout = {"flex": "1 1 300px", "min_width": "0"}
+            field.style.description_width = "115px"
             field.continuous_update = False
         layout = {"flex": "1 1 280px", "min_width": "0"}
         self.columns = {name: widgets.HTML(layout=layout) for name in ("base", "tuned")}
@@ -81,7 +83,8 @@ class ChatForm(widgets.VBox):
             button.on_click(calls[name])
         self.status = widgets.HTML()
         rows = [self.sliders.values(), [self.system], self.columns.values()]
-        rows += [[self.message], [*self.buttons.values(), self.alone], [self.status]]
+        rows += [[self.message], [*self.buttons.values(), self.alone]]
+        rows += [[self.status, widgets.HTML(STYLE)]]
         wrap = {"flex_flow": "row wrap"}
         super().__init__([widgets.HBox([*row], layout=wrap) for row in rows])
         self.clear()
@@ -186,8 +189,10 @@ class BlindForm(widgets.VBox):
         draw.shuffle(pairs)
         self.pairs = [p | {"sides": draw.sample(ORDER, 2)} for p in pairs][:count]
         self.texts = [widgets.HTML() for _ in range(3)]  # of the question, A and B
-        self.marks = [[widgets.Checkbox(description=m) for m in MARKS] for _ in "AB"]
-        self.verdicts = [widgets.Button(description=text) for text in VERDICTS]
+        narrow: Any = {"layout": {"width": "auto", "max_width": "150px"}}
+        box = partial(widgets.Checkbox, indent=False, **narrow)
+        self.marks = [[box(description=mark) for mark in MARKS] for _ in "AB"]
+        self.verdicts = [widgets.Button(description=v, **narrow) for v in VERDICTS]
         for button in self.verdicts:
             button.on_click(self.rate)
         columns = zip(self.texts[1:], self.marks, self.verdicts, strict=False)

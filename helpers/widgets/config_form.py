@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Callable
 from functools import partial
 from itertools import groupby
+from logging.handlers import BufferingHandler
 from typing import Any, Literal, get_args, get_origin
 
 import ipywidgets as widgets
@@ -60,10 +61,12 @@ COSTS = {  # where the library's own words say nothing of it
 WRAP = {"flex_flow": "row wrap"}
 FIELD = WRAP | {"flex": "1 1 300px", "min_width": "0", "max_width": "520px"}
 FIELD["height"] = "auto"  # on a phone the label stands above
-TITLE = """<b>%s</b><style>
-.as-table {display: none} /* the form itself is there */
-.widget-dropdown select {height: 28px}
-@media (max-width: 600px) {.widget-label {text-align: left !important}}</style>"""
+# which ipywidgets 7, Colab's, would put below its label
+STYLE = "<style>.widget-textarea textarea {flex: 1 1 100px; width: 100px}</style>"
+TITLE = f"""<b>%s</b>{STYLE}<style>
+.as-table {{display: none}} /* the form itself is there */
+.widget-dropdown select {{height: 28px}}
+@media (max-width: 600px) {{.widget-label {{text-align: left !important}}}}</style>"""
 HELD = "not saved yet: Save or Discard, then go on to the next cell or another recipe"
 COLORS = {"error": "#d32f2f", "warning": "#b26a00", "hint": "gray", "fits": "#2e7d32"}
 to_json = partial(json.dumps, ensure_ascii=False)
@@ -134,10 +137,16 @@ class ConfigForm(widgets.VBox):
         """Shows a recipe or what is made of one's rows, unless edits would be lost."""
         if self.recipe.disabled:
             return
+        words = BufferingHandler(capacity=100)  # of what was made of the rows
+        recipes.log.addHandler(words)
         try:
             self.fill(make(source) if source else self.saved.config)
         except TunebookError as error:
             self.message.value = remark("error", str(error))
+        finally:
+            recipes.log.removeHandler(words)
+        lines = [record.getMessage() for record in words.buffer]
+        self.message.value = remark("hint", "\n".join(lines)) + self.message.value
 
     def discard(self) -> None:
         self.fill(self.saved.config)
