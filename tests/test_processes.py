@@ -171,7 +171,7 @@ def test_shared_weights_learn_what_whole_ones_do_and_any_number_goes_on(
     assert curve(run) == pytest.approx(curve(alone), abs=1e-5)
 
 
-def test_shared_4bit_weights_lie_in_halves_any_number(
+def test_shared_4bit_weights_lie_in_halves_and_learn_with_recomputation(
     run_factory: Callable[..., Run], run_python: Callable[..., Any], tmp_path: Path
 ) -> None:
     same = {"sft": SFT | {"max_steps": 2, "eval_steps": 2}, "data__train_rows": 27}

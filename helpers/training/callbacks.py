@@ -134,8 +134,7 @@ class BestAdapter(TrainerCallback):
         self.best, self.step = value, state.global_step
         witness = getattr(more["model"], "witness", None)  # of `fit`
         save_adapter(more["model"], self.folder, witness)
-        if state.is_world_process_zero:
-            write_json(self.note, {"by": self.by, "value": value, "step": self.step})
+        write_json(self.note, {"by": self.by, "value": value, "step": self.step})
 
     def report(self, history: list[dict[str, Any]]) -> dict[str, Any]:
         if not math.isfinite(self.best):
