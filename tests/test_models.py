@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=f"'{tmp_path}' could not be loaded: "):
         models.load_model(str(tmp_path))
+
+
+def test_weights_that_are_cut_are_one_sentence(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "cut")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="could not be loaded: .*header"):
+        models.load_model(str(folder))
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_one_sentence(
