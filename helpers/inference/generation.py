@@ -94,7 +94,8 @@ def generate_batches(
 def decoding(tokenizer: Tokenizer, drawing: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a model's `generate`; the length is not among them."""
     # greedy, whatever the model's own settings are
-    greedy = {"do_sample": False} | dict.fromkeys(["temperature", "top_p", "top_k"])
+    own = ["temperature", "top_p", "top_k", "repetition_penalty", "no_repeat_ngram_size"]
+    greedy = {"do_sample": False} | dict.fromkeys(own)
     is_drawn = drawing.get("temperature", drawing)
     options: dict[str, Any] = {"do_sample": True, **drawing} if is_drawn else greedy
     options["eos_token_id"] = stop_token_ids(tokenizer)
