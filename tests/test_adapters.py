@@ -110,7 +110,7 @@ def test_a_setting_that_nothing_follows_is_refused_in_words(
     ("base_shape", "sentence"),
     [
         ({}, "adapter at .* does not fit this model: 0 .*, or all zero"),
-        ({"num_hidden_layers": 1}, "adapter at .* does not fit this model: .* too many"),
+        ({"num_hidden_layers": 1}, "does not fit this model: .* 4 too many"),
         ({"hidden_size": 32}, "could not be loaded: .*size mismatch for .*lora_A"),
     ],
 )

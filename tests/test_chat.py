@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import set_seed
+from transformers import BloomConfig, BloomForCausalLM, GenerationConfig, set_seed
 
 from helpers import files
 from helpers.__main__ import main
@@ -102,7 +102,13 @@ def test_a_prompt_has_the_ids_of_training(make_tokenizer: Any, folder: Path) -> 
         assert reads[0] == generation.encode(tokenizer, TURN)
 
 
-def test_a_gguf_answers_token_by_token_until_it_is_stopped(gguf: Path) -> None:
+def test_a_gguf_answers_token_by_token_until_it_is_stopped(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # chat asks this machine itself, whatever proxy there is for others
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
     with chat.open_gguf(gguf, context=512) as url:
         texts = [*chat.stream_gguf(url, TURN, FEW)]
         assert len({*texts}) > 3 and [*chat.stream_gguf(url, TURN, COLD)] == texts
@@ -116,6 +122,54 @@ def test_a_gguf_answers_token_by_token_until_it_is_stopped(gguf: Path) -> None:
             list(chat.stream_gguf(url, TURN, {"typical_p": 0.5}))
     with pytest.raises(OSError, match="refused"):
         list(chat.stream_gguf(url, TURN, {}))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "settings"),
+    [
+        ({}, {"temperature": 0}),
+        ({"temperature": 0, "top_p": 0.5, "max_new_tokens": 9}, {"max_tokens": 9}),
+        ({"do_sample": False, "temperature": 0.7}, {"temperature": 0}),
+        ({"do_sample": True, "top_k": 5}, {"temperature": 1, "top_k": 5}),
+        ({"top_p": 0.9}, {"temperature": 1, "top_p": 0.9, "top_k": 50}),
+    ],
+)
+def test_llama_cpp_samples_where_transformers_does_and_with_its_defaults(
+    pair: Any, sampling: Any, settings: Any
+) -> None:
+    known = chat.NEUTRAL | {"temperature": 0} | settings
+    assert chat.llama_settings(sampling) == known
+    own = generation.decoding(pair[1], {**sampling})
+    assert own["do_sample"] is (known["temperature"] > 0)
+    defaults = GenerationConfig._get_default_generation_params()
+    renamed = {new: old for old, new in chat.RENAMED.items()}
+    for name, value in chat.NEUTRAL.items():  # min_p has none: it is off
+        assert value == defaults.get(renamed.get(name, name), 0)
+
+
+def test_a_gguf_that_is_cut_is_one_sentence(gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.gguf").write_bytes(gguf.read_bytes()[:3000])
+    with pytest.raises(OSError, match="llama.cpp cannot load .*cut.gguf"):
+        with chat.open_gguf(tmp_path / "cut.gguf"):
+            pass
+
+
+def test_a_message_that_is_too_long_does_not_end_a_chat_in_the_terminal(
+    pair: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, caplog: Any
+) -> None:
+    lines = iter([LONG[0]["content"], "Count.", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    stream = partial(generation.stream_answer, *pair)
+    items.chat_in_terminal(stream, "", FEW)
+    assert "the model reads 2048 at most: start a new one" in caplog.text
+    answer = list(stream(ask("Count.", ""), FEW))[-1]
+    assert answer in capsys.readouterr().out
+
+
+def test_a_model_that_names_no_longest_conversation_answers(tokenizer: Any) -> None:
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "n_layer": 1, "n_head": 4}
+    model = BloomForCausalLM(BloomConfig(**sizes)).eval()
+    assert len(list(generation.stream_answer(model, tokenizer, TURN, FEW))) > 0
 
 
 def test_what_is_missing_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

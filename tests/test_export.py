@@ -216,14 +216,22 @@ def test_other_programs_print_the_bos_and_the_date_of_training(
     assert expected.startswith("<|im_start|>26 Jul 2024")
 
 
-def test_a_tokenizer_model_of_the_base_goes_into_the_merged_model(
+def test_a_bases_tokenizer_model_and_settings_go_into_the_exported_folders(
     trained: Run, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     base = shutil.copytree(tiny_model_folder, tmp_path / "base")
     (base / "tokenizer.model").write_bytes(b"pieces")
-    config = changed(trained.config, model=str(base))
-    formats.merge(config, trained.path / "sft" / "adapter", tmp_path / "merged")
-    assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == b"pieces"
+    # as some models have them: transformers itself would not save them again
+    settings = json.dumps({"temperature": 0.9, "top_p": 0.6})
+    (base / "generation_config.json").write_text(settings)
+    run = Run(trained.path, changed(trained.config, model=str(base)))
+    names = ("adapter", "merged")
+    paths = {name: trained.path / "export" / name for name in names}
+    formats.write_files(run, trained.path / "sft" / "adapter", paths)
+    assert (paths["merged"] / "tokenizer.model").read_bytes() == b"pieces"
+    for path in paths.values():
+        values = json.loads((path / "generation_config.json").read_text())
+        assert (values["temperature"], values["do_sample"]) == (0.9, True)
 
 
 def test_too_little_disk_or_memory_is_refused_and_3b_fits_a_free_colab(
@@ -233,8 +241,10 @@ def test_too_little_disk_or_memory_is_refused_and_3b_fits_a_free_colab(
 
     gpu = SimpleNamespace(device="cuda")
     monkeypatch.setattr(formats.runtime, "find_machine", lambda: gpu)
-    names: Any = ["gguf:q8_0", "gguf:q4_k_m"]
-    for disk, memory, text in ((25, 8, ""), (15, 8, "of disk"), (25, 2, "of memory")):
+    ggufs, merged, w4a16 = ["gguf:q8_0", "gguf:q4_k_m"], ["merged"], ["w4a16"]
+    cases: Any = [(25, 8, "", ggufs), (15, 8, "of disk", ggufs), (7, 8, "", merged)]
+    cases += [(25, 2, "of memory", ggufs), (12, 8, "of disk", w4a16)]
+    for disk, memory, text, names in cases:
         space = SimpleNamespace(free=disk * 1e9, available=memory * 1e9)
         monkeypatch.setattr(formats.shutil, "disk_usage", lambda _, s=space: s)
         monkeypatch.setattr(psutil, "virtual_memory", lambda s=space: s)

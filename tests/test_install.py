@@ -54,6 +54,11 @@ def test_a_python_that_was_not_tested_is_refused_with_a_remedy(version, monkeypa
     assert 'requires-python = ">=3.11,<3.14"' in text
 
 
+def test_a_requirement_file_that_does_not_exist_is_one_sentence():
+    with pytest.raises(SystemExit, match="no .*-gguff.txt: name a file in a clone"):
+        install.install("requirements-gguff.txt")
+
+
 def test_a_notebook_without_the_stack_says_what_to_run(monkeypatch):
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
     monkeypatch.delitem(sys.modules, "google.colab", raising=False)

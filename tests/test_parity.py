@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,15 @@ def test_answers_that_no_longer_end_or_are_wrong_are_faults(tokenizer):
         "other answers: 50.0% of tokens agree, 100% must: ...####  [4] / [5]",
     ]
     assert (row["right"]["k"], row["right"]["n"], row["stop_rate"]) == (0, 10, 0.0)
+
+
+def test_numbers_that_are_none_are_faults(tokenizer):
+    loading = {"loading": {"dtype": "float32"}, "limit": 1e-4, "rope": {}}
+    sound = {"logits": [1.0, 2.0], "base": [1.0, 0.0], "perplexity": 2.0, "stops": [2]}
+    own = {"logits": [math.nan, 2.0], "perplexity": math.nan}
+    for name, number in (("merged", 2), ("w4a16", 1)):
+        _, faults = parity.compare(name, tokenizer, own, loading | sound)
+        assert len(faults) == number and "perplexity nan" in faults[-1]
 
 
 def test_a_process_that_fails_is_an_error():

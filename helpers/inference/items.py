@@ -181,7 +181,8 @@ def chat_command(
         if terminal:
             return chat_in_terminal(stream, system, sampling)
         settings = {"title": model, "system_prompt": system, "sampling": sampling}
-        page = chat.build_page(stream, note, settings, loading["adapter"] and not file)
+        compare = bool(loading["adapter"] and not file)
+        page = chat.build_page(stream, note, settings, compare)
         return chat.launch(page, server_name=host, server_port=port)
 
 
@@ -200,14 +201,18 @@ def chat_in_terminal(stream: chat.Stream, system: str, sampling: Row) -> None:
     """Answers what is typed, printing words as they come, until /quit or the end."""
     print("/new starts a new conversation, /quit ends.")  # noqa: T201
     turns: Messages = []
-    with suppress(EOFError):
+    with suppress(EOFError, KeyboardInterrupt):
         while (message := input("> ").strip()) != "/quit":
             if message == "/new":
                 turns = []
             elif message:
-                turns, text = [*turns, *ask(message, "" if turns else system)], ""
-                for longer in stream(turns, sampling):
-                    print(longer[len(text) :], end="", flush=True)  # noqa: T201
-                    text = longer
-                turns.append({"role": "assistant", "content": text})
+                asked, text = [*turns, *ask(message, "" if turns else system)], ""
+                try:
+                    for longer in stream(asked, sampling):
+                        print(longer[len(text) :], end="", flush=True)  # noqa: T201
+                        text = longer
+                except ValueError as error:  # too long, or an unknown setting
+                    log.error("%s", error)
+                    continue
+                turns = [*asked, {"role": "assistant", "content": text}]
                 print()  # noqa: T201
