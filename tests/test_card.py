@@ -1,7 +1,5 @@
 """Model cards say what the report says, and uploads send one folder alone."""
 
-from __future__ import annotations
-
 import base64
 import http.server
 import json
@@ -142,7 +140,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """The hub's API, as far as uploads ask for it; `server.calls` has what came."""
 
     def answer(self):
-        server: Any = self.server
+        server = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         server.calls.append((self.path, self.headers.get("Authorization"), body))
         url, values = f"http://127.0.0.1:{server.server_port}", dict[str, Any]()

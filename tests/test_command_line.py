@@ -1,12 +1,9 @@
 """Tests of `python -m helpers`, the series of notebooks, and the README's example."""
 
-from __future__ import annotations
-
 import re
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
@@ -20,7 +17,7 @@ from helpers.inference import items
 @pytest.fixture
 def call(monkeypatch):
     """Runs a command line; returns the function it would call and the arguments."""
-    calls: list[tuple[str, dict[str, Any]]] = []
+    calls = []
     monkeypatch.setattr(runtime, "start", lambda engine: None)
 
     class Module:

@@ -1,24 +1,19 @@
 """Answers: batched, streamed, in a chat, and from a file of prompts."""
 
-from __future__ import annotations
-
 import itertools
 import logging
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, set_seed
 
 from helpers import files
-from helpers.data.formats import Messages, ask
+from helpers.data.formats import ask
 from helpers.errors import ConfigError, DataError
 from helpers.inference import generation, items
 from helpers.inference.decoder import set_attention
 from helpers.models import load as models
-from helpers.runs import Run
 from tests.rows import turns, write
 
 TEXTS = ["Count to three.", "Hi", "A much longer question about nothing at all?"]
@@ -27,23 +22,21 @@ SAMPLED = {"temperature": 2.0, "max_new_tokens": 24}  # greedily it says nothing
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_model_folder: Path) -> tuple[Any, Any]:
+def tiny(tiny_model_folder):
     """The tiny model and its tokenizer; do not change them."""
     return models.load_model(str(tiny_model_folder))
 
 
-def test_batched_answers_equal_single_ones_in_the_prompts_order(tiny: Any) -> None:
+def test_batched_answers_equal_single_ones_in_the_prompts_order(tiny):
     batched = generation.generate(*tiny, PROMPTS, max_new_tokens=6, batch_size=3)
     single = [generation.generate(*tiny, [p], max_new_tokens=6)[0] for p in PROMPTS]
     assert batched == single
 
 
-def test_a_batch_that_does_not_fit_is_halved(
-    tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_does_not_fit_is_halved(tiny, monkeypatch):
     whole, sizes = tiny[0].generate, []
 
-    def small(**arguments: Any) -> Any:
+    def small(**arguments):
         sizes.append(len(arguments["input_ids"]))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("out of memory")
@@ -56,7 +49,7 @@ def test_a_batch_that_does_not_fit_is_halved(
     assert sizes == [5, 2, 2, 1]
 
 
-def test_packed_rows_attend_as_under_sdpa(tiny: Any) -> None:
+def test_packed_rows_attend_as_under_sdpa(tiny):
     form = {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 10]]), "use_cache": False}
     form["position_ids"] = torch.tensor([[0, 1, 0, 1, 2, 0]])
     with torch.no_grad():
@@ -69,13 +62,13 @@ def test_packed_rows_attend_as_under_sdpa(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(16, 256), (512, 8), (100_000, 1)])
-def test_rows_answered_at_once_go_by_their_cache(tokens: int, rows: int) -> None:
+def test_rows_answered_at_once_go_by_their_cache(tokens, rows):
     # 32 layers x 4,096 numbers for keys and for values, 2 bytes each: 0.5 MiB a token
     config = LlamaConfig(num_hidden_layers=32, hidden_size=4096)
     assert generation.fitting_rows(config, tokens, "cuda") == rows
 
 
-def test_only_inference_settings_that_sample_sample(tiny: Any) -> None:
+def test_only_inference_settings_that_sample_sample(tiny):
     greedy = generation.generate(*tiny, PROMPTS, max_new_tokens=3)
     cold = {"temperature": 0, "min_p": 0.1, "repetition_penalty": 3.0}
     for settings in ({}, {"max_new_tokens": 3}, cold):
@@ -85,9 +78,7 @@ def test_only_inference_settings_that_sample_sample(tiny: Any) -> None:
     assert len({answer.text for answer in answers}) > 1
 
 
-def test_greedy_answers_take_nothing_of_the_models_own_settings(
-    tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_greedy_answers_take_nothing_of_the_models_own_settings(tiny, monkeypatch):
     prompts = ["one one one one", "Hi"]
     greedy = generation.generate(*tiny, prompts, max_new_tokens=8)
     for name, value in {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1}.items():
@@ -97,16 +88,14 @@ def test_greedy_answers_take_nothing_of_the_models_own_settings(
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", ""])
-def test_an_answer_ends_before_its_stop_and_padding_is_not_counted(
-    tokenizer: Any, end: str
-) -> None:
+def test_an_answer_ends_before_its_stop_and_padding_is_not_counted(tokenizer, end):
     ids = tokenizer(f"Fine.{end}").input_ids
     padding = [tokenizer.pad_token_id] * 3 if end else []
     cut = generation.cut_answer(tokenizer, ids + padding, [tokenizer.eos_token_id])
     assert cut == ("Fine.", len(ids), bool(end))
 
 
-def test_a_text_gets_bos_once(make_tokenizer: Callable[..., Any]) -> None:
+def test_a_text_gets_bos_once(make_tokenizer):
     bos = "<|im_start|>"
     tokenizer = make_tokenizer(adds_bos=True, bos_token=bos, eos_token="<|im_end|>")
     plain, begun = (generation.encode(tokenizer, t) for t in ("Hi", f"{bos}Hi"))
@@ -115,16 +104,16 @@ def test_a_text_gets_bos_once(make_tokenizer: Callable[..., Any]) -> None:
 
 
 @pytest.fixture
-def calls(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def calls(tiny, monkeypatch):
     """What the command loads, and answers in a chat of one question."""
-    calls: list[dict[str, Any]] = []
+    calls = []
     lines = itertools.cycle(["Hi", "/quit"])
 
-    def load(name: str, **options: Any) -> Any:
+    def load(name, **options):
         calls.append({"name": name, **options})
         return tiny
 
-    def note(_: Any, __: Any, prompt: Messages, sampling: Any) -> Iterator[str]:
+    def note(_, __, prompt, sampling):
         calls[-1] |= {"prompt": list(prompt), "sampling": sampling}
         yield "Yes."
 
@@ -134,7 +123,7 @@ def calls(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def test_a_run_brings_its_model_prompt_and_last_adapter(run: Run, calls: Any) -> None:
+def test_a_run_brings_its_model_prompt_and_last_adapter(run, calls):
     for stage in ("sft", "grpo"):
         (run.path / stage / "adapter").mkdir(parents=True)
     for adapter in (None, "sft", "none", "some/adapter"):
@@ -147,9 +136,7 @@ def test_a_run_brings_its_model_prompt_and_last_adapter(run: Run, calls: Any) ->
 
 
 @pytest.mark.parametrize("stages", [["grpo"], ["sft", "grpo"]])
-def test_a_runs_own_sft_adapter_is_what_sft_means(
-    run_factory: Callable[..., Run], calls: Any, stages: list[str]
-) -> None:
+def test_a_runs_own_sft_adapter_is_what_sft_means(run_factory, calls, stages):
     run = run_factory(stages=stages, sft_adapter="their/adapter")
     for adapter in (None, "sft"):
         items.chat_command("test", adapter=adapter, terminal=True)
@@ -159,17 +146,13 @@ def test_a_runs_own_sft_adapter_is_what_sft_means(
     assert not (run.path / "grpo").exists()
 
 
-def test_a_models_folder_is_not_taken_for_a_run(
-    runs_home: Path, tiny_model_folder: Path, calls: Any
-) -> None:
+def test_a_models_folder_is_not_taken_for_a_run(runs_home, tiny_model_folder, calls):
     items.chat_command(str(tiny_model_folder), adapter="some/adapter", terminal=True)
     expected = {"name": str(tiny_model_folder), "adapter": "some/adapter"}
     assert calls == [{**expected, "prompt": ask("Hi", ""), "sampling": {}}]
 
 
-def test_options_of_sampling_go_before_the_runs(
-    run_factory: Callable[..., Run], calls: Any
-) -> None:
+def test_options_of_sampling_go_before_the_runs(run_factory, calls):
     run_factory(inference={"temperature": 1.5, "min_p": 0.1, "max_new_tokens": 9})
     items.chat_command("test", temperature=0, terminal=True)
     items.chat_command("test", temperature=0.5, max_new_tokens=3, terminal=True)
@@ -180,8 +163,8 @@ def test_options_of_sampling_go_before_the_runs(
 
 
 def test_a_file_of_prompts_is_answered_as_each_would_be_alone(
-    run_factory: Callable[..., Run], tiny: Any, tmp_path: Path, caplog: Any
-) -> None:
+    run_factory, tiny, tmp_path, caplog
+):
     run = run_factory(inference={"max_new_tokens": 4})
     system = run.config.system_prompt
     rows = ["Say one.", {"id": "two", "question": "Say two."}, {"prompt": turns("Hi")}]
@@ -198,7 +181,7 @@ def test_a_file_of_prompts_is_answered_as_each_would_be_alone(
 
 
 @pytest.mark.parametrize("name", ["prompts.jsonl", "mine.txt", "."])
-def test_answers_overwrite_nothing_that_exists(tmp_path: Path, name: str) -> None:
+def test_answers_overwrite_nothing_that_exists(tmp_path, name):
     file = Path(write(tmp_path / "prompts.jsonl", ["Say one."]))
     (tmp_path / "mine.txt").write_text("mine")
     before = file.read_text()
@@ -207,9 +190,7 @@ def test_answers_overwrite_nothing_that_exists(tmp_path: Path, name: str) -> Non
     assert file.read_text() == before and (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_a_chat_remembers_what_was_said_until_a_new_one(
-    tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_chat_remembers_what_was_said_until_a_new_one(tiny, monkeypatch, capsys):
     lines = iter(["Hello", "And now?", "/new", "Hello", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     monkeypatch.setattr(items.models, "load_model", lambda *_, **__: tiny)
@@ -226,7 +207,7 @@ def test_a_chat_remembers_what_was_said_until_a_new_one(
     assert all(text in printed for text in (first, second, third))
 
 
-def test_a_row_that_is_not_a_prompt_is_named_with_the_reason(tmp_path: Path) -> None:
+def test_a_row_that_is_not_a_prompt_is_named_with_the_reason(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('"Hello"\nnot json\n')
     with pytest.raises(DataError, match="row 2 is not a prompt: .*broken JSON"):
         items.generate_command("m", file=tmp_path / "prompts.jsonl", out=tmp_path / "a")

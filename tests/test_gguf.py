@@ -1,13 +1,10 @@
 """Tests of GGUF export: llama.cpp's bytes, its answers, and Ollama's Modelfile."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +59,7 @@ def small_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     tokens = ["<unk>", *(f"<0x{n:02X}>" for n in range(256)), *map(chr, range(32, 127))]
-    vocabulary: Any = {token: number for number, token in enumerate(tokens)}
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     core.add_special_tokens(["<|endoftext|>"])

@@ -1,7 +1,5 @@
 """Tests of helpers.install and of the requirement files."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys
