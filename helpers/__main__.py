@@ -61,10 +61,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def open_config(name: str) -> RunConfig:
     """Returns the config of a recipe's name, a config file, or somebody's rows."""
     path = Path(name)
-    is_list = path.exists() and path.read_bytes()[:99].lstrip().startswith(b"[")
+    is_list = path.is_file() and path.read_bytes()[:99].lstrip().startswith(b"[")
     if path.suffix == ".json" and not is_list:
         return read_config(path)
-    is_rows = re.search(r"[./]", name) or path.exists()
+    is_rows = re.search(r"[./]", name) or path.is_file()
     return recipes.for_data(name) if is_rows else recipes.load(name)
 
 

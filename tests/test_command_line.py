@@ -62,7 +62,11 @@ def test_a_judge_is_opened_for_the_commands_that_take_one(call, run, monkeypatch
     assert call("alpaca-eval", "test")[1]["judge"] == (run, None, None)
 
 
-def test_training_takes_a_recipe_or_a_file_and_a_small_version(call, run):
+def test_training_takes_a_recipe_or_a_file_and_a_small_version(
+    call, run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # a folder is no recipe
     assert call("train", "demo")[1] == {"config": recipes.load("demo")}
     assert call("train", str(run.path / "config.json"))[1] == {"config": run.config}
     small = call("train", "dolly-llama2-7b", "--small")[1]["config"]

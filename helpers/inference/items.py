@@ -188,11 +188,13 @@ def chat_command(
 
 def find_gguf(model: str, adapter: str | None) -> Path | None:
     """Returns the fastest GGUF that a run exported with an adapter and found sound."""
-    report = open_run(model).report() if is_run(model) else {}
+    if not is_run(model):
+        return None
+    run, known = open_run(model), {"faults": [], "adapter": content_hash(adapter)}
+    rows = run.report().get("export", {})
     for name in reversed(get_args(Gguf)):  # the smallest first
-        row = report.get("export", {}).get(name, {})
-        sound = row.get("faults") == [] and row["adapter"] == content_hash(adapter)
-        if sound and (file := Path(row["path"]) / "model.gguf").exists():
+        file = run.path / "export" / name.replace(":", "-") / "model.gguf"
+        if known.items() <= rows.get(name, {}).items() and file.exists():
             return file
     return None
 
