@@ -11,7 +11,6 @@ from typing import Any
 from helpers import recipes, runs, runtime
 from helpers.config import RunConfig, read_config
 from helpers.errors import TunebookError, mask_secrets
-from helpers.inference.items import is_run
 
 BENCH = "run --judge --judge-model --models --limit --max-new-tokens"
 MODEL = "model --adapter --system --max-new-tokens --temperature"
@@ -89,8 +88,9 @@ def execute(command: str, values: dict[str, Any]) -> Any:
         config, is_small = open_config(values["config"]), values.pop("small")
         values["config"] = config = recipes.small(config) if is_small else config
     elif "model" in values:
-        if is_run(values["model"]):
-            config = runs.open_run(values["model"]).config
+        folder = runs.runs_folder() / values["model"]
+        if folder.parent == runs.runs_folder() and folder.exists():
+            config = runs.open_run(folder.name).config
     # before what imports transformers
     runtime.start(config.engine if config else "auto")
     if "--judge" in options:

@@ -51,13 +51,15 @@ def extra(*names: str) -> None:
 
 def install(*names: str) -> None:
     """Installs what is missing of the stack and of more requirement files."""
+    for path in (ROOT / name for name in names):
+        if not path.exists():
+            raise SystemExit(f"no {path}: name a requirement file of the project")
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         number = ".".join(map(str, sys.version_info[:3]))
         remedy = "name another: make setup PYTHON=python3.12"
         raise SystemExit(f"Python {number} found, 3.11 to 3.13 were tested; {remedy}")
-    for path in (STACK, *(ROOT / name for name in names)):
-        if not path.exists():
-            raise SystemExit(f"no {path}: name a file in a clone of the repository")
+    if not STACK.exists():
+        raise SystemExit(f"no {STACK}: run this in a clone of the repository")
     if not (installed_version("torch") or shutil.which("nvidia-smi")):
         # without CUDA's gigabytes; only uv knows where PyTorch keeps it
         pip("uv")

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 from helpers.errors import ModelError, TemplateError
 from helpers.export import gguf as export
 from helpers.export.gguf import write_gguf
+from helpers.inference import chat
 from helpers.inference.generation import generate
 from helpers.masking.templates import fix_date, render
 from helpers.models import load_model
@@ -33,23 +34,11 @@ TALK = turns("Hi", "Hello.", "Grüße 🎉")
 NOT_LLAMA_CPP = "llama.cpp's converter fails: .*"
 
 
+@contextmanager
 def serve(file):
-    """Returns llama.cpp's server on a file, and what asks it."""
-    import xllamacpp
-
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path, parameters.n_ctx, parameters.port = str(file), 1024, 0
-    parameters.n_parallel = parameters.cpuparams.n_threads = 1
-    server = xllamacpp.Server(parameters)
-
-    def ask(path, **values):
-        header = {"Content-Type": "application/json"}
-        address, body = server.listening_address + path, json.dumps(values).encode()
-        request = urllib.request.Request(address, body, header)
-        with urllib.request.urlopen(request) as response:
-            return json.load(response)
-
-    return server, ask
+    """Yields what asks llama.cpp's server on a file."""
+    with chat.open_gguf(file, context=1024) as url:
+        yield lambda path, **values: json.load(chat.post(url + path, values))
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +124,9 @@ def test_llama_cpp_prints_the_date_and_the_prompt_of_training(merged, files):
     assert "Today Date: 26 Jul 2024" in prompt
     options = {"tokenize": False, "add_generation_prompt": True}
     assert tokenizer.apply_chat_template(TALK, **options) == prompt
-    _server, ask = serve(files["q4_k_m"])
-    # which adds BOS itself with this kind of tokenizer
-    printed = ask("/apply-template", messages=TALK)["prompt"]
+    with serve(files["q4_k_m"]) as ask:
+        printed = ask("/apply-template", messages=TALK)["prompt"]
+    # llama.cpp adds BOS itself with this kind of tokenizer
     assert printed == prompt.removeprefix(tokenizer.bos_token)
 
 
@@ -212,9 +201,9 @@ def test_the_offline_models_file_answers_as_transformers_and_has_upstreams_bytes
     assert digests == [DIGESTS[gguf_quants.OFFLINE][kind] for kind in export.BITS]
     prompts = [turns(text) for text in ("What is 17 + 25?", "Name three colours.")]
     answers = generate(model, tokenizer, prompts, max_new_tokens=24)
-    _server, ask = serve(files[0])
-    for messages, answer in zip(prompts, answers, strict=True):
-        prompt = ask("/apply-template", messages=messages)["prompt"]
-        assert prompt == render(tokenizer, messages, for_generation=True)
-        reply = ask("/completion", prompt=prompt, n_predict=24, temperature=0)
-        assert reply["content"].strip() == answer.text
+    with serve(files[0]) as ask:
+        for messages, answer in zip(prompts, answers, strict=True):
+            prompt = ask("/apply-template", messages=messages)["prompt"]
+            assert prompt == render(tokenizer, messages, for_generation=True)
+            reply = ask("/completion", prompt=prompt, n_predict=24, temperature=0)
+            assert reply["content"].strip() == answer.text

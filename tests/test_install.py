@@ -53,7 +53,7 @@ def test_a_python_that_was_not_tested_is_refused_with_a_remedy(version, monkeypa
 
 
 def test_a_requirement_file_that_does_not_exist_is_one_sentence():
-    with pytest.raises(SystemExit, match="no .*-gguff.txt: name a file in a clone"):
+    with pytest.raises(SystemExit, match="no .*-gguff.txt: name a requirement"):
         install.install("requirements-gguff.txt")
 
 

@@ -1,5 +1,7 @@
 """The helpers installed by pip, without the project's folder around them."""
 
+from __future__ import annotations
+
 import os
 import re
 import shutil
@@ -16,7 +18,7 @@ BUILT_FROM = ["pyproject.toml", "README.md", "LICENSE", "requirements.txt"]
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the installed package alone."""
     source = tmp_path_factory.mktemp("source")
     target = tmp_path_factory.mktemp("target")
@@ -31,7 +33,9 @@ def installed(tmp_path_factory):
     return target
 
 
-def python(installed, folder, *arguments):
+def python(
+    installed: Path, folder: Path, *arguments: str
+) -> subprocess.CompletedProcess[str]:
     """Runs a Python in a folder, with the installed package on its path."""
     steering = ("TUNEBOOK_RUNS", "TUNEBOOK_RUN", "PYTHONSAFEPATH")
     environment = {k: v for k, v in os.environ.items() if k not in steering}
@@ -45,7 +49,9 @@ def python(installed, folder, *arguments):
     )
 
 
-def test_the_readmes_example_runs_from_an_empty_folder(installed, tmp_path):
+def test_the_readmes_example_runs_from_an_empty_folder(
+    installed: Path, tmp_path: Path
+) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.split("## Using the helpers elsewhere\n")[1]
     snippet = re.search(r"```python\n(.*?)```", section, re.DOTALL)
@@ -55,8 +61,10 @@ def test_the_readmes_example_runs_from_an_empty_folder(installed, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_file_of_the_helpers_is_installed_and_nothing_else(installed):
-    def files(folder):
+def test_every_file_of_the_helpers_is_installed_and_nothing_else(
+    installed: Path,
+) -> None:
+    def files(folder: Path) -> set[str]:
         paths = (p for p in folder.rglob("*") if p.is_file())
         return {str(p.relative_to(folder)) for p in paths if p.suffix != ".pyc"}
 
@@ -65,7 +73,9 @@ def test_every_file_of_the_helpers_is_installed_and_nothing_else(installed):
     assert names == {"helpers", "tunebook"}
 
 
-def test_installing_replaces_no_package_unless_the_stack_is_named(installed):
+def test_installing_replaces_no_package_unless_the_stack_is_named(
+    installed: Path,
+) -> None:
     (folder,) = installed.glob("*.dist-info")
     lines = PathDistribution(folder).requires or []
     always = [line for line in lines if not line.endswith('; extra == "stack"')]
@@ -74,7 +84,9 @@ def test_installing_replaces_no_package_unless_the_stack_is_named(installed):
     assert any(line.startswith("trl==") for line in lines)
 
 
-def test_masking_and_rewards_need_only_what_pip_installs_with_them(installed, tmp_path):
+def test_masking_and_rewards_need_only_what_pip_installs_with_them(
+    installed: Path, tmp_path: Path
+) -> None:
     code = """
         import sys, annotated_types, lazy_loader, numpy, pydantic
         before = {name.partition(".")[0] for name in sys.modules}
@@ -88,8 +100,8 @@ def test_masking_and_rewards_need_only_what_pip_installs_with_them(installed, tm
 
 
 def test_runs_and_sample_data_of_installed_helpers_lie_in_the_working_folder(
-    installed, tmp_path
-):
+    installed: Path, tmp_path: Path
+) -> None:
     code = "from helpers import recipes, runs; runs.save_run(recipes.load('demo'))"
     assert python(installed, tmp_path, "-c", code).returncode == 0
     assert (tmp_path / "runs" / "demo" / "config.json").exists()
@@ -101,7 +113,9 @@ def test_runs_and_sample_data_of_installed_helpers_lie_in_the_working_folder(
     assert "{'text': 'hello'}" in python(installed, tmp_path, "-c", code).stdout
 
 
-def test_installing_the_stack_says_that_it_needs_a_clone(installed, tmp_path):
+def test_installing_the_stack_says_that_it_needs_a_clone(
+    installed: Path, tmp_path: Path
+) -> None:
     done = python(installed, tmp_path, "-m", "helpers.install")
     assert done.returncode == 1
     assert "clone of the repository" in done.stderr
