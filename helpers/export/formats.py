@@ -110,8 +110,8 @@ def require_space(folder: Path, parameters: int, names: list[Format]) -> None:
 
     on_gpu = runtime.find_machine().device == "cuda"
     merged, largest = parameters * (2 if on_gpu else 4) / 1e9, 4e8 + parameters / 12
-    kinds, four_bit = kinds_of(names), FOUR_BIT & {*names}
-    bits = sum(gguf.BITS[kind] for kind in {*kinds, *(["f16"] if kinds else [])})
+    kinds, four_bit = {*kinds_of(names)}, FOUR_BIT & {*names}
+    bits = sum(gguf.BITS[kind] for kind in kinds | ({"f16"} if kinds else set()))
     files = parameters * (bits + 16 * len(four_bit)) / 8e9  # embeddings stay in 16 bit
     memory = 0.6 + min(parameters, largest) * 6 / 1e9  # GGUF takes tensor after tensor
     if four_bit or not on_gpu:  # all weights are in memory

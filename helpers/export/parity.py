@@ -224,12 +224,11 @@ def ask_llama(folder: Path, trained: Row) -> Row:
     questions, longest = trained["questions"], max(map(len, trained["prompts"]))
     with open_gguf(folder / "model.gguf", context=2 * longest + 64) as url:
 
-        def ask_server(path: str, **values: Any) -> Row:
+        def ask_server(path: str, part: str, **values: Any) -> Any:
             with post(url + path, values) as response:
-                return json.load(response)
+                return json.load(response)[part]
 
-        shown = [ask_server("/apply-template", messages=q) for q in questions]
-        texts = [answer["prompt"] for answer in shown]
+        texts = [ask_server("/apply-template", "prompt", messages=q) for q in questions]
         alone = [q[1:] if q[:1] == questions[-1][:-1] else q for q in questions]
         if (file := folder / "Modelfile").exists():
             text = file.read_text("utf-8")
@@ -239,15 +238,15 @@ def ask_llama(folder: Path, trained: Row) -> Row:
             served = zip(known, texts * 2, (*questions, *alone), strict=True)
             texts += [x if k else gguf.render_modelfile(text, q) for k, x, q in served]
         options: Row = {"add_special": True, "parse_special": True}
-        split = [ask_server("/tokenize", content=x, **options) for x in texts]
-        prompts = [answer["tokens"] for answer in split]
+        prompts = [
+            ask_server("/tokenize", "tokens", content=x, **options) for x in texts
+        ]
         options = {"n_predict": trained["length"], "temperature": 0}
+        options["return_tokens"] = True
         answers, start = list[list[int]](), time.perf_counter()
         # several at a time take as long
         for ids in runtime.progress(prompts[: len(questions) - 1], folder.name):
-            options |= {"prompt": ids, "return_tokens": True}
-            output = ask_server("/completion", **options)
-            answers.append(output["tokens"])
+            answers.append(ask_server("/completion", "tokens", prompt=ids, **options))
         rate = sum(map(len, answers)) / (time.perf_counter() - start)
     return {"prompts": prompts, "answers": answers, "tokens_per_second": rate}
 
