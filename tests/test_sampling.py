@@ -2,9 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +20,6 @@ from tests.tiny import save_tiny_model
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [20]]
 DRAWN = (1.0, 0, 1.0, None)  # temperature, top-k, top-p, min-p
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
-Load = Callable[..., Any]
 
 
 @pytest.fixture
@@ -172,15 +169,13 @@ def test_a_patched_class_does_not_change_the_copy(load, monkeypatch):
 
 
 def test_a_rollout_is_of_the_model_as_it_is_now_at_the_trainers_temperature(
-    load, tiny_model_folder
+    load, tokenizer
 ):
-    from transformers import AutoTokenizer
-
     model = load()
     sampler = sampling.Sampler(model)
     shake(model, 0.3)
     trainer = SimpleNamespace(
-        processing_class=AutoTokenizer.from_pretrained(tiny_model_folder),
+        processing_class=tokenizer,
         **{"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": None},
         **{"max_completion_length": 6, "eos_token_ids": [2], "model": model},
     )
@@ -228,13 +223,8 @@ def test_trl_and_transformers_still_have_what_is_private_of_them():
     assert "attn_implementation" in inspect.getsource(PreTrainedModel._from_config)
 
 
-def test_the_copy_answers_as_the_model_does_whatever_it_drew_before(
-    load, tiny_model_folder
-):
-    from transformers import AutoTokenizer
-
+def test_the_copy_answers_as_the_model_does_whatever_it_drew_before(load, tokenizer):
     model = load()
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     sampler = copied(model)
     questions = [f"{'What is ' * n}{n} + {n}?" for n in (9, 1, 4, 2, 7)]
     sampler.decoder.generate(PROMPTS, 12, [2], (2.0, 0, 1.0, None))
