@@ -245,9 +245,10 @@ def test_too_little_disk_or_memory_is_refused_and_3b_fits_a_free_colab(
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(
-    trained, values, message, monkeypatch
+    run, values, message, monkeypatch
 ):
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    (run.path / "sft" / "adapter").mkdir(parents=True)
     with pytest.raises(ConfigError, match=message):
-        export.export(trained, **values)
-    assert not (trained.path / "export").exists()
+        export.export(run, "sft", **values)
+    assert not (run.path / "export").exists()

@@ -160,7 +160,10 @@ def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
 
 
 def merge(config: RunConfig, adapter: Path | str, folder: Path) -> Any:
-    """Writes base and adapter as one model in 16 bit (fp32 on a CPU)."""
+    """Returns the tokenizer of base and adapter, written as one model in 16 bit.
+
+    On a CPU it is in fp32.
+    """
     from transformers.utils import cached_file
 
     options = {**load.options(config), "engine": "transformers"}
