@@ -2,17 +2,14 @@
 
 import os
 import re
-import shutil
 import time
 from pathlib import Path
 
 import pytest
 
 from helpers.inference import chat
+from tests.lab import CHROMIUM, WAIT_S
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-WAIT_S = 120  # busy cores may take a minute for what takes them five seconds at rest
 HOSTILE = """<img src="http://evil.test/a.png" onerror="document.title='bad'"> \
 <script>document.title='bad'</script> <b>bold</b> $$x^2$$ **strong** \
 ![image](http://evil.test/b.png) [link](http://evil.test/c) <iframe src="//evil.test">

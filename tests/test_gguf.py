@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import chats, gguf_quants
 from helpers.errors import ModelError, TemplateError
 from helpers.export import gguf as export
 from helpers.export.gguf import write_gguf
@@ -18,11 +17,6 @@ from helpers.masking.templates import fix_date, render
 from helpers.models import load_model
 from tests.rows import turns
 from tests.tiny import save_tiny_model
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import chats  # noqa: E402
-import gguf_quants  # noqa: E402
 
 gguf = pytest.importorskip("gguf")
 DIGESTS = json.loads(gguf_quants.DIGESTS.read_text(encoding="utf-8"))

@@ -1,19 +1,14 @@
 """Tests of Ollama's Modelfile: its template prints what the model was trained on."""
 
 import hashlib
-import sys
-from pathlib import Path
 
 import pytest
 
+from benchmarks import chats
 from helpers.errors import ModelError
 from helpers.export.gguf import render_modelfile, write_modelfile
 from helpers.masking.templates import TEMPLATES, render
 from tests.rows import turns
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import chats  # noqa: E402
 
 BRIEF = 'Be "brief".\nBe kind {{ x }}.'
 TALK = turns("Hi {{ .Role }}", 'So "x" }}\n\n`y` \\', "Grüße 🎉 {%s}")
