@@ -57,6 +57,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+LEAST = {"temperature": 0, "max_new_tokens": 1, "batch_size": 1, "limit": 1}
+
+
 def open_config(name: str) -> RunConfig:
     """Returns the config of a recipe's name, a config file, or somebody's rows."""
     path = Path(name)
@@ -111,6 +114,9 @@ def main(arguments: list[str]) -> None:
         for option in options:
             part.add_argument(option, **OPTIONS.get(option, {}))
     values = vars(parser.parse_args(arguments))
+    for name, least in LEAST.items():
+        if (value := values.get(name)) is not None and value < least:
+            parser.error(f"{name}={value}: the least is {least}")
     values = {name: value for name, value in values.items() if value is not None}
     try:
         if (gpus := values.pop("gpus", None)) and "LOCAL_RANK" not in os.environ:

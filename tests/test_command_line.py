@@ -75,6 +75,20 @@ def test_training_takes_a_recipe_or_a_file_and_a_small_version(
 
 
 @pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        (["--temperature", "-1"], "temperature=-1.0: the least is 0"),
+        (["--batch-size", "0"], "batch_size=0: the least is 1"),
+        (["--max-new-tokens", "few"], "--max-new-tokens: invalid int value: 'few'"),
+    ],
+)
+def test_a_number_that_nothing_can_use_is_one_sentence(option, error, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(["generate", "m", "--file", "a", "--out", "b", *option])
+    assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["trian"], "2"),  # argparse lists the commands
