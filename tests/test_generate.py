@@ -1,19 +1,24 @@
 """Answers: batched, streamed, in a chat, and from a file of prompts."""
 
+from __future__ import annotations
+
 import itertools
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, set_seed
 
 from helpers import files
-from helpers.data.formats import ask
+from helpers.data.formats import Messages, ask
 from helpers.errors import ConfigError, DataError
 from helpers.inference import generation, items
 from helpers.inference.decoder import set_attention
 from helpers.models import load as models
+from helpers.runs import Run
 from tests.rows import turns, write
 
 TEXTS = ["Count to three.", "Hi", "A much longer question about nothing at all?"]
@@ -22,21 +27,23 @@ SAMPLED = {"temperature": 2.0, "max_new_tokens": 24}  # greedily it says nothing
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_model_folder):
+def tiny(tiny_model_folder: Path) -> tuple[Any, Any]:
     """The tiny model and its tokenizer; do not change them."""
     return models.load_model(str(tiny_model_folder))
 
 
-def test_batched_answers_equal_single_ones_in_the_prompts_order(tiny):
+def test_batched_answers_equal_single_ones_in_the_prompts_order(tiny: Any) -> None:
     batched = generation.generate(*tiny, PROMPTS, max_new_tokens=6, batch_size=3)
     single = [generation.generate(*tiny, [p], max_new_tokens=6)[0] for p in PROMPTS]
     assert batched == single
 
 
-def test_a_batch_that_does_not_fit_is_halved(tiny, monkeypatch):
+def test_a_batch_that_does_not_fit_is_halved(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, sizes = tiny[0].generate, []
 
-    def small(**arguments):
+    def small(**arguments: Any) -> Any:
         sizes.append(len(arguments["input_ids"]))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("out of memory")
@@ -49,7 +56,7 @@ def test_a_batch_that_does_not_fit_is_halved(tiny, monkeypatch):
     assert sizes == [5, 2, 2, 1]
 
 
-def test_packed_rows_attend_as_under_sdpa(tiny):
+def test_packed_rows_attend_as_under_sdpa(tiny: Any) -> None:
     form = {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 10]]), "use_cache": False}
     form["position_ids"] = torch.tensor([[0, 1, 0, 1, 2, 0]])
     with torch.no_grad():
@@ -62,13 +69,13 @@ def test_packed_rows_attend_as_under_sdpa(tiny):
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(16, 256), (512, 8), (100_000, 1)])
-def test_rows_answered_at_once_go_by_their_cache(tokens, rows):
+def test_rows_answered_at_once_go_by_their_cache(tokens: int, rows: int) -> None:
     # 32 layers x 4,096 numbers for keys and for values, 2 bytes each: 0.5 MiB a token
     config = LlamaConfig(num_hidden_layers=32, hidden_size=4096)
     assert generation.fitting_rows(config, tokens, "cuda") == rows
 
 
-def test_only_inference_settings_that_sample_sample(tiny):
+def test_only_inference_settings_that_sample_sample(tiny: Any) -> None:
     greedy = generation.generate(*tiny, PROMPTS, max_new_tokens=3)
     cold = {"temperature": 0, "min_p": 0.1, "repetition_penalty": 3.0}
     for settings in ({}, {"max_new_tokens": 3}, cold):
@@ -78,7 +85,9 @@ def test_only_inference_settings_that_sample_sample(tiny):
     assert len({answer.text for answer in answers}) > 1
 
 
-def test_greedy_answers_take_nothing_of_the_models_own_settings(tiny, monkeypatch):
+def test_greedy_answers_take_nothing_of_the_models_own_settings(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = ["one one one one", "Hi"]
     greedy = generation.generate(*tiny, prompts, max_new_tokens=8)
     for name, value in {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1}.items():
@@ -88,14 +97,16 @@ def test_greedy_answers_take_nothing_of_the_models_own_settings(tiny, monkeypatc
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", ""])
-def test_an_answer_ends_before_its_stop_and_padding_is_not_counted(tokenizer, end):
+def test_an_answer_ends_before_its_stop_and_padding_is_not_counted(
+    tokenizer: Any, end: str
+) -> None:
     ids = tokenizer(f"Fine.{end}").input_ids
     padding = [tokenizer.pad_token_id] * 3 if end else []
     cut = generation.cut_answer(tokenizer, ids + padding, [tokenizer.eos_token_id])
     assert cut == ("Fine.", len(ids), bool(end))
 
 
-def test_a_text_gets_bos_once(make_tokenizer):
+def test_a_text_gets_bos_once(make_tokenizer: Callable[..., Any]) -> None:
     bos = "<|im_start|>"
     tokenizer = make_tokenizer(adds_bos=True, bos_token=bos, eos_token="<|im_end|>")
     plain, begun = (generation.encode(tokenizer, t) for t in ("Hi", f"{bos}Hi"))
@@ -104,16 +115,16 @@ def test_a_text_gets_bos_once(make_tokenizer):
 
 
 @pytest.fixture
-def calls(tiny, monkeypatch):
+def calls(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the command loads, and answers in a chat of one question."""
-    calls = []
+    calls: list[dict[str, Any]] = []
     lines = itertools.cycle(["Hi", "/quit"])
 
-    def load(name, **options):
+    def load(name: str, **options: Any) -> Any:
         calls.append({"name": name, **options})
         return tiny
 
-    def note(_, __, prompt, sampling):
+    def note(_: Any, __: Any, prompt: Messages, sampling: Any) -> Iterator[str]:
         calls[-1] |= {"prompt": list(prompt), "sampling": sampling}
         yield "Yes."
 
@@ -123,7 +134,7 @@ def calls(tiny, monkeypatch):
     return calls
 
 
-def test_a_run_brings_its_model_prompt_and_last_adapter(run, calls):
+def test_a_run_brings_its_model_prompt_and_last_adapter(run: Run, calls: Any) -> None:
     for stage in ("sft", "grpo"):
         (run.path / stage / "adapter").mkdir(parents=True)
     for adapter in (None, "sft", "none", "some/adapter"):
@@ -136,7 +147,9 @@ def test_a_run_brings_its_model_prompt_and_last_adapter(run, calls):
 
 
 @pytest.mark.parametrize("stages", [["grpo"], ["sft", "grpo"]])
-def test_a_runs_own_sft_adapter_is_what_sft_means(run_factory, calls, stages):
+def test_a_runs_own_sft_adapter_is_what_sft_means(
+    run_factory: Callable[..., Run], calls: Any, stages: list[str]
+) -> None:
     run = run_factory(stages=stages, sft_adapter="their/adapter")
     for adapter in (None, "sft"):
         items.chat_command("test", adapter=adapter, terminal=True)
@@ -146,13 +159,17 @@ def test_a_runs_own_sft_adapter_is_what_sft_means(run_factory, calls, stages):
     assert not (run.path / "grpo").exists()
 
 
-def test_a_models_folder_is_not_taken_for_a_run(runs_home, tiny_model_folder, calls):
+def test_a_models_folder_is_not_taken_for_a_run(
+    runs_home: Path, tiny_model_folder: Path, calls: Any
+) -> None:
     items.chat_command(str(tiny_model_folder), adapter="some/adapter", terminal=True)
     expected = {"name": str(tiny_model_folder), "adapter": "some/adapter"}
     assert calls == [{**expected, "prompt": ask("Hi", ""), "sampling": {}}]
 
 
-def test_options_of_sampling_go_before_the_runs(run_factory, calls):
+def test_options_of_sampling_go_before_the_runs(
+    run_factory: Callable[..., Run], calls: Any
+) -> None:
     run_factory(inference={"temperature": 1.5, "min_p": 0.1, "max_new_tokens": 9})
     items.chat_command("test", temperature=0, terminal=True)
     items.chat_command("test", temperature=0.5, max_new_tokens=3, terminal=True)
@@ -163,8 +180,8 @@ def test_options_of_sampling_go_before_the_runs(run_factory, calls):
 
 
 def test_a_file_of_prompts_is_answered_as_each_would_be_alone(
-    run_factory, tiny, tmp_path, caplog
-):
+    run_factory: Callable[..., Run], tiny: Any, tmp_path: Path, caplog: Any
+) -> None:
     run = run_factory(inference={"max_new_tokens": 4})
     system = run.config.system_prompt
     rows = ["Say one.", {"id": "two", "question": "Say two."}, {"prompt": turns("Hi")}]
@@ -181,7 +198,7 @@ def test_a_file_of_prompts_is_answered_as_each_would_be_alone(
 
 
 @pytest.mark.parametrize("name", ["prompts.jsonl", "mine.txt", "."])
-def test_answers_overwrite_nothing_that_exists(tmp_path, name):
+def test_answers_overwrite_nothing_that_exists(tmp_path: Path, name: str) -> None:
     file = Path(write(tmp_path / "prompts.jsonl", ["Say one."]))
     (tmp_path / "mine.txt").write_text("mine")
     before = file.read_text()
@@ -190,7 +207,9 @@ def test_answers_overwrite_nothing_that_exists(tmp_path, name):
     assert file.read_text() == before and (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_a_chat_remembers_what_was_said_until_a_new_one(tiny, monkeypatch, capsys):
+def test_a_chat_remembers_what_was_said_until_a_new_one(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = iter(["Hello", "And now?", "/new", "Hello", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     monkeypatch.setattr(items.models, "load_model", lambda *_, **__: tiny)
@@ -207,7 +226,7 @@ def test_a_chat_remembers_what_was_said_until_a_new_one(tiny, monkeypatch, capsy
     assert all(text in printed for text in (first, second, third))
 
 
-def test_a_row_that_is_not_a_prompt_is_named_with_the_reason(tmp_path):
+def test_a_row_that_is_not_a_prompt_is_named_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('"Hello"\nnot json\n')
     with pytest.raises(DataError, match="row 2 is not a prompt: .*broken JSON"):
         items.generate_command("m", file=tmp_path / "prompts.jsonl", out=tmp_path / "a")

@@ -1,6 +1,5 @@
 """Batched and streaming generation, used by evaluation, live samples and chat."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -119,7 +118,7 @@ def stream_answer(
 
     prompt, drawing = encode(tokenizer, messages), dict(sampling)
     numbers = model.config.get_text_config()
-    limit = getattr(numbers, "max_position_embeddings", None) or sys.maxsize
+    limit = getattr(numbers, "max_position_embeddings", None) or float("inf")
     if len(prompt) >= limit:
         text = f"the conversation has {len(prompt)} tokens, the model reads {limit} at"
         raise ValueError(f"{text} most: start a new one, or shorten the message")
