@@ -74,15 +74,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+LEAST = {"temperature": 0, "max_new_tokens": 1, "batch_size": 1, "limit": 1}
+
+
 def open_config(name: str) -> RunConfig:
     """Returns the config of a recipe, a run, a config file, or somebody's rows."""
     if name not in recipes.NAMES and runs.is_run(name):
         return runs.open_run(name).config
     path = Path(name)
-    is_list = path.exists() and path.read_bytes()[:99].lstrip().startswith(b"[")
+    is_list = path.is_file() and path.read_bytes()[:99].lstrip().startswith(b"[")
     if path.suffix == ".json" and not is_list:
         return read_config(path)
-    is_rows = re.search(r"[./]", name) or path.exists()
+    is_rows = re.search(r"[./]", name) or path.is_file()
     return recipes.for_data(name) if is_rows else recipes.load(name)
 
 
@@ -128,6 +131,9 @@ def main(arguments: list[str]) -> None:
         for option in options:
             part.add_argument(option, **OPTIONS.get(option, {}))
     values = vars(parser.parse_args(arguments))
+    for name, least in LEAST.items():
+        if (value := values.get(name)) is not None and value < least:
+            parser.error(f"{name}={value}: the least is {least}")
     values = {name: value for name, value in values.items() if value is not None}
     runtime.show_messages()
     try:

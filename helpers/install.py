@@ -51,6 +51,9 @@ def extra(*names: str) -> None:
 
 def install(*names: str) -> None:
     """Installs what is missing of the stack and of more requirement files."""
+    for path in (ROOT / name for name in names):
+        if not path.exists():
+            raise SystemExit(f"no {path}: name a requirement file of the project")
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         number = ".".join(map(str, sys.version_info[:3]))
         remedy = "name another: make setup PYTHON=python3.12"

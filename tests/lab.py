@@ -1,7 +1,5 @@
 """A notebook in JupyterLab, open in a headless Chromium."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -10,10 +8,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
@@ -25,7 +21,7 @@ WAIT_S = 120  # busy cores may take a minute for what takes them five seconds at
 
 
 @contextmanager
-def open_notebook(folder: Path, *cells: str, **variables: str) -> Iterator[Any]:
+def open_notebook(folder, *cells, **variables):
     """Yields Playwright's page, 1280 x 1250 pixels, of a notebook with these cells.
 
     `variables` are of the environment. Without a browser the test is skipped.
@@ -47,7 +43,7 @@ def open_notebook(folder: Path, *cells: str, **variables: str) -> Iterator[Any]:
 
 
 @contextmanager
-def serve(folder: Path, cells: tuple[str, ...], variables: Any) -> Iterator[str]:
+def serve(folder, cells, variables):
     """Yields the address of a notebook in a JupyterLab."""
     pytest.importorskip("jupyterlab")
     sources = [nbformat.v4.new_code_cell(source) for source in cells]
@@ -81,7 +77,7 @@ def serve(folder: Path, cells: tuple[str, ...], variables: Any) -> Iterator[str]
         lab.wait()
 
 
-def run_cell(page: Any, number: int) -> Any:
+def run_cell(page, number):
     """Runs a cell by the toolbar; returns its output area."""
     cell = page.locator(".jp-CodeCell").nth(number)
     cell.locator(".jp-InputPrompt").click()

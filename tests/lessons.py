@@ -3,12 +3,9 @@
 python -m tests.lessons FOLDER
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import nbformat
 
@@ -17,11 +14,11 @@ SMALL = {'ROWS = ""  #': 'ROWS = "data_samples/dolly.jsonl"  #'}
 PATHS = sorted(Path(__file__).parents[1].glob("notebooks/*.ipynb"))
 
 
-def is_answer(cell: dict[str, Any]) -> bool:
+def is_answer(cell):
     return "answer" in cell["metadata"].get("tags", [])
 
 
-def answer_code(cell: dict[str, Any]) -> str:
+def answer_code(cell):
     """Returns the one block of Python that an answer's text has."""
     blocks = re.findall(r"^```python\n(.*?)\n```$", cell["source"], re.M | re.S)
     if len(blocks) != 1:
@@ -29,7 +26,7 @@ def answer_code(cell: dict[str, Any]) -> str:
     return blocks[0]
 
 
-def with_answers(path: Path) -> Any:
+def with_answers(path):
     """Returns a notebook with each answer's code in a cell of its own after it."""
     notebook, cells = nbformat.read(path, as_version=4), []
     for cell in notebook.cells:

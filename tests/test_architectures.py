@@ -1,11 +1,5 @@
 """Tiny models of other families than Llama: labels, training, an answer that ends."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 from peft import load_peft_weights
 from transformers import AutoTokenizer
@@ -19,7 +13,7 @@ from helpers.inference import generation
 from helpers.masking import dataset as masking
 from helpers.masking.templates import neutralise, prepare_tokenizer, stop_token_ids
 from helpers.models.load import load_tokenizer
-from helpers.runs import Run, save_run
+from helpers.runs import save_run
 from helpers.training import trainer as sft
 from helpers.training import trainer as train
 from tests.rows import turns
@@ -30,15 +24,13 @@ EMPTY = "<think>\n\n</think>\n\n"
 
 
 @pytest.fixture(scope="module")
-def make_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def make_folder(tmp_path_factory):
     """Writes a model of random weights with the chat template of its family."""
     return lambda model: save_family(model, tmp_path_factory.mktemp("m"))
 
 
 @pytest.mark.parametrize("family", ["qwen2.5", "phi-3"])
-def test_another_family_is_masked_trained_and_answers(
-    family: str, make_folder: Callable[[str], Path], run_factory: Callable[..., Run]
-) -> None:
+def test_another_family_is_masked_trained_and_answers(family, make_folder, run_factory):
     run = run_factory(
         model=str(make_folder(family)),
         system_prompt="",
@@ -79,9 +71,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("recipe", TODAY)
-def test_a_recipe_of_today_has_and_trains_the_known_numbers_of_parameters(
-    recipe: str,
-) -> None:
+def test_a_recipe_of_today_has_and_trains_the_known_numbers_of_parameters(recipe):
     config, counts = recipes.load(recipe), COUNTS[recipe.removesuffix("-thinking")]
     trained, _ = skeleton(config.model, config.lora).get_nb_trainable_parameters()
     assert (skeleton(config.model).num_parameters(), trained) == counts
@@ -96,9 +86,7 @@ def test_a_recipe_of_today_has_and_trains_the_known_numbers_of_parameters(
 
 
 @pytest.mark.parametrize("recipe", TODAY)
-def test_a_recipe_of_today_runs_on_its_own_architecture(
-    recipe: str, make_folder: Callable[[str], Path], runs_home: Path
-) -> None:
+def test_a_recipe_of_today_runs_on_its_own_architecture(recipe, make_folder, runs_home):
     model = recipes.load(recipe).model
     config = small(recipe, str(make_folder(model)))
     run = save_run(config)
@@ -116,11 +104,8 @@ SWITCHED = [
 
 @pytest.mark.parametrize(("thinking", "messages"), SWITCHED)
 def test_thinking_is_the_same_in_training_evaluation_chat_and_export(
-    thinking: bool,
-    messages: Any,
-    make_folder: Callable[[str], Path],
-    runs_home: Path,
-) -> None:
+    thinking, messages, make_folder, runs_home
+):
     folder, shown = make_folder("qwen3"), {"stages": ["sft"], "export": ["merged"]}
     config = changed(small("qwen3-0.6b", str(folder)), thinking=thinking, **shown)
     tokenizer = load_tokenizer(str(folder), thinking=thinking)
@@ -139,18 +124,15 @@ def test_thinking_is_the_same_in_training_evaluation_chat_and_export(
     assert plain.apply_chat_template(messages[:1], **chat) != prompt
 
 
-def test_thinking_without_a_switch_is_refused() -> None:
+def test_thinking_without_a_switch_is_refused():
     with pytest.raises(TemplateError, match="thinking=True: the chat template has no"):
         load_tokenizer("smollm2-135m-offline", thinking=True)
 
 
 @pytest.mark.parametrize("thinking", [None, True, False])
 def test_answers_without_thoughts_are_warned_of_where_the_model_thinks(
-    thinking: bool | None,
-    make_folder: Callable[[str], Path],
-    run_factory: Callable[..., Run],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    thinking, make_folder, run_factory, caplog
+):
     folder = str(make_folder("qwen3"))
     run = run_factory(model=folder, thinking=thinking, loss_on="last")
     data.prepare(run)
@@ -159,16 +141,14 @@ def test_answers_without_thoughts_are_warned_of_where_the_model_thinks(
     assert ("learns not to think" in caplog.text) is (thinking is not False)
 
 
-def test_a_change_of_thinking_trains_anew(run_factory: Callable[..., Run]) -> None:
+def test_a_change_of_thinking_trains_anew(run_factory):
     from helpers.training.inputs import inputs_of
 
     values = [inputs_of(run_factory(thinking=x), "sft") for x in (None, True, False)]
     assert len({str(value) for value in values}) == 3
 
 
-def test_a_newline_among_gemmas_added_tokens_is_left_in_texts(
-    make_folder: Callable[[str], Path],
-) -> None:
+def test_a_newline_among_gemmas_added_tokens_is_left_in_texts(make_folder):
     tokenizer = load_tokenizer(str(make_folder("gemma-3-1b")))
     tokenizer.add_tokens(["\n", "\n\n", "  ", "<table>"])  # as Gemma's vocabulary has
     messages = [{"role": "user", "content": "One.\n\n  <table>\nTwo."}]

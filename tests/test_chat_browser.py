@@ -1,22 +1,15 @@
 """The chat page in a headless Chromium, used as a reader would."""
 
-from __future__ import annotations
-
 import os
 import re
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from helpers.inference import chat
+from tests.lab import CHROMIUM, WAIT_S
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-WAIT_S = 120  # busy cores may take a minute for what takes them five seconds at rest
 HOSTILE = """<img src="http://evil.test/a.png" onerror="document.title='bad'"> \
 <script>document.title='bad'</script> <b>bold</b> $$x^2$$ **strong** \
 ![image](http://evil.test/b.png) [link](http://evil.test/c) <iframe src="//evil.test">
@@ -29,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def stream(messages: Any, sampling: Any, adapter: bool = True) -> Any:
+def stream(messages, sampling, adapter=True):
     """Answers with hostile text, counts without end, or names what it was given."""
     prompt = messages[-1]["content"]
     if prompt == "count":
@@ -46,7 +39,7 @@ def stream(messages: Any, sampling: Any, adapter: bool = True) -> Any:
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address():
     pytest.importorskip("gradio")
     settings = {"title": "<i>finetome</i>", "system_prompt": "Be brief."}
     settings |= {"sampling": {"max_new_tokens": 400, "min_p": 0.1}}
@@ -57,7 +50,7 @@ def address() -> Iterator[str]:
 
 
 @pytest.fixture(params=[1280, 390], ids=["desktop", "phone"])
-def page(address: str, request: Any, tmp_path: Path) -> Iterator[Any]:
+def page(address, request, tmp_path):
     """The page in a window; no request has gone elsewhere when it is closed."""
     driver = pytest.importorskip("playwright.sync_api")
     driver.expect.set_options(timeout=1000 * WAIT_S)
@@ -66,7 +59,7 @@ def page(address: str, request: Any, tmp_path: Path) -> Iterator[Any]:
         browser = play.chromium.launch(**options)
         page = browser.new_page(viewport={"width": request.param, "height": 900})
         page.set_default_timeout(1000 * WAIT_S)
-        requests: list[str] = []
+        requests = []
         page.on("request", lambda request: requests.append(request.url))
         page.goto(address)
         page.get_by_role("textbox", name="Message").wait_for()
@@ -78,12 +71,12 @@ def page(address: str, request: Any, tmp_path: Path) -> Iterator[Any]:
     assert [url for url in requests if not url.startswith(local)] == []
 
 
-def send(page: Any, text: str) -> None:
+def send(page, text):
     page.get_by_role("textbox", name="Message").fill(text)
     page.get_by_role("textbox", name="Message").press("Enter")
 
 
-def test_hostile_answers_are_shown_as_the_text_they_are(page: Any) -> None:
+def test_hostile_answers_are_shown_as_the_text_they_are(page):
     from playwright.sync_api import expect
 
     send(page, "attack")
@@ -95,7 +88,7 @@ def test_hostile_answers_are_shown_as_the_text_they_are(page: Any) -> None:
     assert page.title() == "<i>finetome</i>" and page.locator("h1 i").count() == 0
 
 
-def test_an_answer_grows_is_stopped_and_a_slider_shortens_the_next(page: Any) -> None:
+def test_an_answer_grows_is_stopped_and_a_slider_shortens_the_next(page):
     from playwright.sync_api import expect
 
     send(page, "count")
@@ -117,7 +110,7 @@ def test_an_answer_grows_is_stopped_and_a_slider_shortens_the_next(page: Any) ->
     expect(answers).to_have_count(0)
 
 
-def test_base_and_tuned_answer_the_same_prompt_side_by_side(page: Any) -> None:
+def test_base_and_tuned_answer_the_same_prompt_side_by_side(page):
     from playwright.sync_api import expect
 
     page.get_by_label("Compare with the base").check()

@@ -1,11 +1,6 @@
 """The chat form in JupyterLab, driven in a headless Chromium as a user would."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,7 +22,7 @@ READ = "print([len(turns) for turns in form.turns.values()], form.worker.is_aliv
 
 
 @pytest.fixture
-def page(tiny_model_folder: Path, tmp_path: Path) -> Iterator[Any]:
+def page(tiny_model_folder, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     from helpers.models import load_model
@@ -40,7 +35,7 @@ def page(tiny_model_folder: Path, tmp_path: Path) -> Iterator[Any]:
         yield page
 
 
-def test_a_user_types_reads_stops_changes_sliders_and_compares(page: Any) -> None:
+def test_a_user_types_reads_stops_changes_sliders_and_compares(page):
     from playwright.sync_api import expect
 
     form = run_cell(page, 0)

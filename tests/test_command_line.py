@@ -1,14 +1,11 @@
 """Tests of `python -m helpers`, the series of notebooks, and the README's example."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
@@ -22,7 +19,7 @@ from helpers.inference import items
 @pytest.fixture
 def call(monkeypatch):
     """Runs a command line; returns the function it would call and the arguments."""
-    calls: list[tuple[str, dict[str, Any]]] = []
+    calls = []
     monkeypatch.setattr(runtime, "start", lambda engine: None)
 
     class Module:
@@ -67,13 +64,31 @@ def test_a_judge_is_opened_for_the_commands_that_take_one(call, run, monkeypatch
     assert call("alpaca-eval", "test")[1]["judge"] == (run, None, None)
 
 
-def test_training_takes_a_recipe_or_a_file_and_a_small_version(call, run):
+def test_training_takes_a_recipe_or_a_file_and_a_small_version(
+    call, run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # a folder is no recipe
     assert call("train", "demo")[1] == {"config": recipes.load("demo")}
     assert call("train", str(run.path / "config.json"))[1] == {"config": run.config}
     assert call("train", "test")[1] == {"config": run.config}
     small = call("train", "dolly-llama2-7b", "--small")[1]["config"]
     assert small.name == "dolly-llama2-7b-small"
     assert (small.model, small.sft["max_steps"]) == ("smollm2-135m-offline", 10)
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        (["--temperature", "-1"], "temperature=-1.0: the least is 0"),
+        (["--batch-size", "0"], "batch_size=0: the least is 1"),
+        (["--max-new-tokens", "few"], "--max-new-tokens: invalid int value: 'few'"),
+    ],
+)
+def test_a_number_that_nothing_can_use_is_one_sentence(option, error, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(["generate", "m", "--file", "a", "--out", "b", *option])
+    assert error in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

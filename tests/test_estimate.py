@@ -1,7 +1,5 @@
 """Tests of helpers.estimate: parameters, peak memory, steps and minutes."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 
@@ -30,7 +28,7 @@ COPY = "16-bit copy to sample from"
 )
 def test_a_recipe_has_and_trains_the_known_numbers_of_parameters(
     recipe, parameters, trained
-) -> None:
+):
     config = recipes.load(recipe)
     assert skeleton(config.model).num_parameters() == parameters
     tuned = skeleton(config.model, config.lora)
@@ -38,14 +36,14 @@ def test_a_recipe_has_and_trains_the_known_numbers_of_parameters(
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model_type": "unheard-of"}'])
-def test_a_folder_without_a_usable_config_is_refused(content, tmp_path) -> None:
+def test_a_folder_without_a_usable_config_is_refused(content, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UnknownArchitecture, match=str(tmp_path)):
         estimate_memory(changed(STOCK, model=str(tmp_path)))
 
 
-def test_an_unknown_model_without_a_hub_is_said_to_be_unknown() -> None:
+def test_an_unknown_model_without_a_hub_is_said_to_be_unknown():
     with pytest.raises(UnknownArchitecture, match="nobody/nothing.* connect"):
         skeleton("nobody/nothing-9b")
 
@@ -64,7 +62,7 @@ def test_gpus_that_share_weights_each_hold_their_part_and_what_is_gathered() -> 
 
 
 @pytest.mark.parametrize("held_out", [True, False])
-def test_measured_peaks_are_estimated_within_15_percent(held_out) -> None:
+def test_measured_peaks_are_estimated_within_15_percent(held_out):
     cases = [c for c in memory.read_cases() if c["held_out"] == held_out]
     sizes = [abs(e) for e in memory.errors([c for c in cases if c["ran"]])]
     assert max(sizes) < 0.15 and sum(sizes) / len(sizes) < 0.04
@@ -73,7 +71,7 @@ def test_measured_peaks_are_estimated_within_15_percent(held_out) -> None:
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_a_value_left_open_counts_as_the_default_of_its_class(stage) -> None:
+def test_a_value_left_open_counts_as_the_default_of_its_class(stage):
     import trl
 
     kind = {"sft": trl.SFTConfig, "grpo": trl.GRPOConfig}[stage]
@@ -85,7 +83,7 @@ def test_a_value_left_open_counts_as_the_default_of_its_class(stage) -> None:
     assert estimate.step_rows(empty, stage) == estimate.step_rows(written, stage)
 
 
-def test_a_copy_to_sample_from_is_counted_where_it_fits() -> None:
+def test_a_copy_to_sample_from_is_counted_where_it_fits():
     copied = estimate_memory(STOCK, H100, "grpo")
     assert 1.8 < copied[COPY] < 2.4
     small = T4._replace(memory_gb=copied.sum())  # no room for the estimate's error
@@ -93,11 +91,11 @@ def test_a_copy_to_sample_from_is_counted_where_it_fits() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in recipes.NAMES if n != "smoke"])
-def test_every_recipe_is_estimated_to_fit_a_t4(name: str) -> None:
+def test_every_recipe_is_estimated_to_fit_a_t4(name):
     assert estimate_memory(recipes.load(name)).sum() < T4.memory_gb
 
 
-def test_steps_and_minutes_are_unknown_until_the_rows_are_counted() -> None:
+def test_steps_and_minutes_are_unknown_until_the_rows_are_counted():
     config = recipes.load("guanaco-llama2-7b")
     assert estimate.count_steps(config, "sft") is None
     assert estimate.sft_minutes(config, T4) is None
@@ -112,14 +110,14 @@ def test_steps_and_minutes_are_unknown_until_the_rows_are_counted() -> None:
 @pytest.mark.parametrize(
     ("recipe", "place"), [("finetome-llama32-3b-a", T4), ("demo", CPU)]
 )
-def test_measured_trainings_are_estimated_within_a_factor_of_1_5(recipe, place) -> None:
+def test_measured_trainings_are_estimated_within_a_factor_of_1_5(recipe, place):
     report = json.loads((runtime.ROOT / "results" / "demo_cpu.json").read_text())
     seconds = report["sft"]["seconds"] if place is CPU else 394.6  # published
     minutes = estimate.sft_minutes(recipes.load(recipe), place)
     assert 1 / 1.5 < 60 * minutes / seconds < 1.5
 
 
-def test_memory_without_a_gpu_is_that_of_fp32_and_of_ram() -> None:
+def test_memory_without_a_gpu_is_that_of_fp32_and_of_ram():
     report = json.loads((runtime.ROOT / "results" / "demo_cpu.json").read_text())
     demo = recipes.load("demo", gpu=False)
     sft, grpo = (estimate_memory(demo, CPU, s).sum() for s in ("sft", "grpo"))
@@ -132,7 +130,7 @@ def test_memory_without_a_gpu_is_that_of_fp32_and_of_ram() -> None:
 
 
 @pytest.mark.parametrize(("cap", "memory_gb"), [("inf", 14.0), ("8", 8.0)])
-def test_this_gpu_is_what_the_card_leaves_to_torch(cap, memory_gb, monkeypatch) -> None:
+def test_this_gpu_is_what_the_card_leaves_to_torch(cap, memory_gb, monkeypatch):
     card = SimpleNamespace(name="Tesla T4", total_memory=14.74 * 2**30, major=7)
     card.multi_processor_count = 40
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -1,14 +1,10 @@
 """Export: files that answer as the trained model does, without this project too."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -38,9 +34,7 @@ SFT_ONLY = {
 
 
 @pytest.mark.parametrize("weights", ["16bit", "4bit", "8bit"])
-def test_adapter_and_merged_model_answer_as_trained(
-    run_factory: Callable[..., Run], weights: str
-) -> None:
+def test_adapter_and_merged_model_answer_as_trained(run_factory, weights):
     run = run_factory(
         weights=weights,
         sft__max_steps=3,
@@ -63,9 +57,7 @@ def test_adapter_and_merged_model_answer_as_trained(
     assert run.report()["export"] == part
 
 
-def test_a_run_of_sft_alone_is_exported_with_its_template(
-    run_factory: Callable[..., Run],
-) -> None:
+def test_a_run_of_sft_alone_is_exported_with_its_template(run_factory):
     run = run_factory(**SFT_ONLY)
     stages.train_stage(run, "sft")
     part = export.export(run, prompts=3)
@@ -76,8 +68,8 @@ def test_a_run_of_sft_alone_is_exported_with_its_template(
 
 
 def test_what_a_base_like_model_becomes_stops_by_itself_in_plain_transformers(
-    run_factory: Callable[..., Run], tmp_path: Path
-) -> None:
+    run_factory, tmp_path
+):
     base = tmp_path / "base"
     shutil.copytree(find_model(OFFLINE), base)
     edits = {  # another EOS than the one that its template writes
@@ -112,16 +104,14 @@ def test_what_a_base_like_model_becomes_stops_by_itself_in_plain_transformers(
 
 
 @pytest.fixture
-def trained(run_factory: Callable[..., Run]) -> Run:
+def trained(run_factory):
     """A run after SFT, with short answers."""
     run = run_factory(evaluation__max_new_tokens=4, stages=["sft"], sft__max_steps=2)
     stages.train_stage(run, "sft")
     return run
 
 
-def test_four_bits_load_in_plain_transformers_and_leave_other_formats_alone(
-    trained: Run,
-) -> None:
+def test_four_bits_load_in_plain_transformers_and_leave_other_formats_alone(trained):
     merged = export.export(trained, formats=["merged"], prompts=2)["merged"]
     part = export.export(trained, formats=["w4a16"], prompts=2)
     assert part["merged"] == merged and part["w4a16"]["faults"] == []
@@ -142,9 +132,7 @@ write_4bit(*json.loads(sys.argv[1]))
 """
 
 
-def test_awq_is_calibrated_with_the_rows_of_training(
-    trained: Run, tmp_path: Path, run_python: Any
-) -> None:
+def test_awq_is_calibrated_with_the_rows_of_training(trained, tmp_path, run_python):
     tokenizer = formats.merge(
         trained.config, trained.path / "sft" / "adapter", tmp_path / "merged"
     )
@@ -164,18 +152,14 @@ def test_awq_is_calibrated_with_the_rows_of_training(
     assert "AWQModifier" in recipe and "GPTQModifier" in recipe
 
 
-def test_a_run_of_grpo_alone_calibrates_with_solved_problems(
-    run_factory: Callable[..., Run], tokenizer: Any
-) -> None:
+def test_a_run_of_grpo_alone_calibrates_with_solved_problems(run_factory, tokenizer):
     run = run_factory(stages=["grpo"], data__train=[], data__eval=None)
     data.prepare(run)
     text = tokenizer.decode(formats.training_ids(run, tokenizer, 1)[0])
     assert run.config.system_prompt in text and "####" in text.partition("assistant")[2]
 
 
-def test_a_file_with_faults_is_reported_and_stays(
-    trained: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_with_faults_is_reported_and_stays(trained, monkeypatch):
     monkeypatch.setattr(templates, "fix_date", lambda text: text + "{{ ' ' }}")
     with pytest.raises(ModelError, match="merged: "):
         export.export(trained, formats=["merged"], prompts=2)
@@ -183,9 +167,7 @@ def test_a_file_with_faults_is_reported_and_stays(
     assert (trained.path / "export" / "merged" / "README.md").exists()
 
 
-def test_a_space_has_the_page_its_settings_and_the_smallest_sound_gguf(
-    trained: Run,
-) -> None:
+def test_a_space_has_the_page_its_settings_and_the_smallest_sound_gguf(trained):
     part = export.export(trained, formats=["space", "gguf:f16"], prompts=2)
     folder = Path(part["space"]["path"])
     assert (folder / "app.py").read_bytes() == Path(chat.__file__).read_bytes()
@@ -199,8 +181,8 @@ def test_a_space_has_the_page_its_settings_and_the_smallest_sound_gguf(
 
 
 def test_other_programs_print_the_bos_and_the_date_of_training(
-    make_tokenizer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, run: Run
-) -> None:
+    make_tokenizer, monkeypatch, run
+):
     from transformers import GenerationConfig
 
     template = "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}{{ eos_token }}"
@@ -216,25 +198,35 @@ def test_other_programs_print_the_bos_and_the_date_of_training(
     assert expected.startswith("<|im_start|>26 Jul 2024")
 
 
-def test_a_tokenizer_model_of_the_base_goes_into_the_merged_model(
-    trained: Run, tiny_model_folder: Path, tmp_path: Path
-) -> None:
+def test_a_bases_tokenizer_model_and_settings_go_into_the_exported_folders(
+    trained, tiny_model_folder, tmp_path
+):
     base = shutil.copytree(tiny_model_folder, tmp_path / "base")
     (base / "tokenizer.model").write_bytes(b"pieces")
-    config = changed(trained.config, model=str(base))
-    formats.merge(config, trained.path / "sft" / "adapter", tmp_path / "merged")
-    assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == b"pieces"
+    # as some models have them: transformers itself would not save them again
+    settings = json.dumps({"temperature": 0.9, "top_p": 0.6})
+    (base / "generation_config.json").write_text(settings)
+    run = Run(trained.path, changed(trained.config, model=str(base)))
+    names = ("adapter", "merged")
+    paths = {name: trained.path / "export" / name for name in names}
+    formats.write_files(run, trained.path / "sft" / "adapter", paths)
+    assert (paths["merged"] / "tokenizer.model").read_bytes() == b"pieces"
+    for path in paths.values():
+        values = json.loads((path / "generation_config.json").read_text())
+        assert (values["temperature"], values["do_sample"]) == (0.9, True)
 
 
 def test_too_little_disk_or_memory_is_refused_and_3b_fits_a_free_colab(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     import psutil
 
     gpu = SimpleNamespace(device="cuda")
     monkeypatch.setattr(formats.runtime, "find_machine", lambda: gpu)
-    names: Any = ["gguf:q8_0", "gguf:q4_k_m"]
-    for disk, memory, text in ((25, 8, ""), (15, 8, "of disk"), (25, 2, "of memory")):
+    ggufs, merged, w4a16 = ["gguf:q8_0", "gguf:q4_k_m"], ["merged"], ["w4a16"]
+    cases = [(25, 8, "", ggufs), (15, 8, "of disk", ggufs), (7, 8, "", merged)]
+    cases += [(25, 2, "of memory", ggufs), (12, 8, "of disk", w4a16)]
+    for disk, memory, text, names in cases:
         space = SimpleNamespace(free=disk * 1e9, available=memory * 1e9)
         monkeypatch.setattr(formats.shutil, "disk_usage", lambda _, s=space: s)
         monkeypatch.setattr(psutil, "virtual_memory", lambda s=space: s)
@@ -253,9 +245,10 @@ def test_too_little_disk_or_memory_is_refused_and_3b_fits_a_free_colab(
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(
-    trained: Run, values: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    run, values, message, monkeypatch
+):
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    (run.path / "sft" / "adapter").mkdir(parents=True)
     with pytest.raises(ConfigError, match=message):
-        export.export(trained, **values)
-    assert not (trained.path / "export").exists()
+        export.export(run, "sft", **values)
+    assert not (run.path / "export").exists()

@@ -1,16 +1,11 @@
 """A seeded share of what `benchmarks/faults.py` plants."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 
 def test_a_kill_a_stop_a_damaged_file_and_a_bad_input_cost_nothing(
-    run_python: Callable[..., Any], tmp_path: Path
-) -> None:
+    run_python, tmp_path
+):
     out = tmp_path / "faults.json"
     run_python("benchmarks/faults.py", "--share", "1", "--out", str(out))
     report = json.loads(out.read_text())

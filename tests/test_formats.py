@@ -1,9 +1,6 @@
 """Tests of data.formats: every format in, one form out, told apart with a reason."""
 
-from __future__ import annotations
-
 import json
-from typing import Any
 
 import pytest
 
@@ -45,7 +42,7 @@ ALPACA = {"instruction": "Hi", "input": "", "output": "Hi."}
 PARTS = [{"type": "text", "text": "H"}, {"text": "i"}]
 FORMER = [*BRIEF[:2], BRIEF[2] | {"weight": 0}, *turns("Hi", "Ho.")]
 MANAGER = '[{"role": "manager"}]'
-READ: list[tuple[Any, Any]] = [
+READ = [
     (pair("Hi", "Hi."), HI),
     (DOLLY | {"context": "At ten."}, turns("Hi\n\n### Context:\nAt ten.", "Hi.")),
     (ALPACA, HI),
@@ -105,7 +102,7 @@ CALL = [{"type": "function", "name": "look"}]
 NO_TEXT = "the user turn is not text"
 NO_MARK = "a mark that is neither 0 nor 1: .*'weight'"
 ONE_EACH = "a turn needs one role and one content: "
-REFUSED: list[tuple[Any, str]] = [
+REFUSED = [
     (messages_row("assistant", "user"), "no assistant turn"),
     (messages_row("user", "assistant", "assistant"), "turns do not .*: user assistant"),
     (messages_row("user", "system", "assistant"), "turns do not alternate"),
@@ -175,7 +172,7 @@ def test_fields_are_ignored_by_choice_and_counted_where_they_are_not_used():
 
 
 LISTED = {"question": "Where?", "answer": "Here.\n#### 1. A list\nof places"}
-DETECTED: list[tuple[dict[str, Any], str, str]] = [
+DETECTED = [
     (messages_row("user"), "openai", "messages"),
     (ALPACA, "alpaca", "input, instruction, output"),
     (DOLLY | {"category": "c"}, "dolly", "instruction, response"),

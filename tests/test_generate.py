@@ -105,6 +105,17 @@ def test_only_inference_settings_that_sample_sample(tiny: Any) -> None:
     assert len({answer.text for answer in answers}) > 1
 
 
+def test_greedy_answers_take_nothing_of_the_models_own_settings(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["one one one one", "Hi"]
+    greedy = generation.generate(*tiny, prompts, max_new_tokens=8)
+    for name, value in {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1}.items():
+        monkeypatch.setattr(tiny[0].generation_config, name, value)
+        answers = generation.generate(*tiny, prompts, max_new_tokens=8)
+        assert answers == greedy
+
+
 @pytest.mark.parametrize("end", ["<|im_end|>", ""])
 def test_an_answer_ends_before_its_stop_and_padding_is_not_counted(
     tokenizer: Any, end: str

@@ -1,30 +1,22 @@
 """Tests of GGUF export: llama.cpp's bytes, its answers, and Ollama's Modelfile."""
 
-from __future__ import annotations
-
 import json
 import shutil
-import sys
-import urllib.request
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
+from benchmarks import chats, gguf_quants
 from helpers.errors import ModelError, TemplateError
 from helpers.export import gguf as export
 from helpers.export.gguf import write_gguf
+from helpers.inference import chat
 from helpers.inference.generation import generate
 from helpers.masking.templates import fix_date, render
 from helpers.models import load_model
 from tests.rows import turns
 from tests.tiny import save_tiny_model
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import chats  # noqa: E402
-import gguf_quants  # noqa: E402
 
 gguf = pytest.importorskip("gguf")
 DIGESTS = json.loads(gguf_quants.DIGESTS.read_text(encoding="utf-8"))
@@ -36,23 +28,11 @@ TALK = turns("Hi", "Hello.", "Grüße 🎉")
 NOT_LLAMA_CPP = "llama.cpp's converter fails: .*"
 
 
+@contextmanager
 def serve(file):
-    """Returns llama.cpp's server on a file, and what asks it."""
-    import xllamacpp
-
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path, parameters.n_ctx, parameters.port = str(file), 1024, 0
-    parameters.n_parallel = parameters.cpuparams.n_threads = 1
-    server = xllamacpp.Server(parameters)
-
-    def ask(path, **values):
-        header = {"Content-Type": "application/json"}
-        address, body = server.listening_address + path, json.dumps(values).encode()
-        request = urllib.request.Request(address, body, header)
-        with urllib.request.urlopen(request) as response:
-            return json.load(response)
-
-    return server, ask
+    """Yields what asks llama.cpp's server on a file."""
+    with chat.open_gguf(file, context=1024) as url:
+        yield lambda path, **values: json.load(chat.post(url + path, values))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +42,7 @@ def small_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     tokens = ["<unk>", *(f"<0x{n:02X}>" for n in range(256)), *map(chr, range(32, 127))]
-    vocabulary: Any = {token: number for number, token in enumerate(tokens)}
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     core.add_special_tokens(["<|endoftext|>"])
@@ -138,9 +118,9 @@ def test_llama_cpp_prints_the_date_and_the_prompt_of_training(merged, files):
     assert "Today Date: 26 Jul 2024" in prompt
     options = {"tokenize": False, "add_generation_prompt": True}
     assert tokenizer.apply_chat_template(TALK, **options) == prompt
-    _server, ask = serve(files["q4_k_m"])
-    # which adds BOS itself with this kind of tokenizer
-    printed = ask("/apply-template", messages=TALK)["prompt"]
+    with serve(files["q4_k_m"]) as ask:
+        printed = ask("/apply-template", messages=TALK)["prompt"]
+    # llama.cpp adds BOS itself with this kind of tokenizer
     assert printed == prompt.removeprefix(tokenizer.bos_token)
 
 
@@ -215,9 +195,9 @@ def test_the_offline_models_file_answers_as_transformers_and_has_upstreams_bytes
     assert digests == [DIGESTS[gguf_quants.OFFLINE][kind] for kind in export.BITS]
     prompts = [turns(text) for text in ("What is 17 + 25?", "Name three colours.")]
     answers = generate(model, tokenizer, prompts, max_new_tokens=24)
-    _server, ask = serve(files[0])
-    for messages, answer in zip(prompts, answers, strict=True):
-        prompt = ask("/apply-template", messages=messages)["prompt"]
-        assert prompt == render(tokenizer, messages, for_generation=True)
-        reply = ask("/completion", prompt=prompt, n_predict=24, temperature=0)
-        assert reply["content"].strip() == answer.text
+    with serve(files[0]) as ask:
+        for messages, answer in zip(prompts, answers, strict=True):
+            prompt = ask("/apply-template", messages=messages)["prompt"]
+            assert prompt == render(tokenizer, messages, for_generation=True)
+            reply = ask("/completion", prompt=prompt, n_predict=24, temperature=0)
+            assert reply["content"].strip() == answer.text

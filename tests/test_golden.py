@@ -7,8 +7,6 @@ to alter one of them writes the record anew, and its commit says what changed an
     python tests/test_golden.py --write
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json
@@ -17,9 +15,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -55,10 +51,10 @@ COMPLETIONS = INPUTS["completions"]
 NUMBERS = [("18", "20"), ("1,234", "1,300")]
 
 
-def conversations() -> list[data.Messages]:
+def conversations():
     """Some hundred conversations: sample chats, and word problems in several shapes."""
 
-    def rows(name: str) -> list[dict[str, Any]]:
+    def rows(name):
         lines = (SAMPLES / name).read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
@@ -82,17 +78,17 @@ def conversations() -> list[data.Messages]:
     return chats
 
 
-def digest(value: Any, length: int = 12) -> str:
+def digest(value, length=12):
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-def of_rows(values: list[Any]) -> str:
+def of_rows(values):
     """Four hex digits a row, so that the first row that differs can be named."""
     return " ".join(digest(value, 4) for value in values)
 
 
-def rendered_and_labelled() -> dict[str, Any]:
+def rendered_and_labelled():
     """Prompts, texts, ids and labels of the conversations, by template."""
     record = {}
     chats = conversations()
@@ -116,7 +112,7 @@ def rendered_and_labelled() -> dict[str, Any]:
     return record
 
 
-def splits() -> dict[str, Any]:
+def splits():
     """The files of `data/`: the demo's, and a recipe's that holds a share out."""
     small = recipes.scaled(recipes.load("dolly-llama32-3b"), samples=True)
     small = config.changed(small, model=MODEL)
@@ -136,7 +132,7 @@ def splits() -> dict[str, Any]:
     return record
 
 
-def judged() -> list[str]:
+def judged():
     """What rewards and verdicts say of each completion, a line each."""
     texts, golds = [], []
     for gold, other in NUMBERS:
@@ -168,7 +164,7 @@ def judged() -> list[str]:
     return lines
 
 
-def small_run() -> runs.Run:
+def small_run():
     """The demo cut to ten steps on short rows, and to twenty problems."""
     return runs.save_run(
         config.changed(
@@ -190,7 +186,7 @@ def small_run() -> runs.Run:
     )
 
 
-def losses() -> list[float]:
+def losses():
     """The losses of ten steps of SFT, from the trainer's own checkpoint."""
     run = small_run()
     stages.train_stage(run, "sft")
@@ -199,7 +195,7 @@ def losses() -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def some_logits(model: Any, tokenizer: Any, text: str) -> list[float]:
+def some_logits(model, tokenizer, text):
     """Logits of every 1997th word of the vocabulary, after the last token."""
     import torch
 
@@ -209,7 +205,7 @@ def some_logits(model: Any, tokenizer: Any, text: str) -> list[float]:
     return [round(value, 4) for value in logits[::1997].tolist()]
 
 
-def answered() -> dict[str, Any]:
+def answered():
     """The base model's answers to twenty problems, and its loss on eight rows."""
     run = small_run()
     data.ensure_data(run)
@@ -231,7 +227,7 @@ def answered() -> dict[str, Any]:
     }
 
 
-def adapted() -> list[list[float]]:
+def adapted():
     """Logits under an adapter that was written by PEFT, with numbers of a formula."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -269,20 +265,18 @@ SECTIONS = {
 
 
 @pytest.fixture(scope="module")
-def golden() -> dict[str, Any]:
+def golden():
     return json.loads(RECORD.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def runs_of_the_record(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[None]:
+def runs_of_the_record(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNEBOOK_RUNS", str(tmp_path_factory.mktemp("golden")))
         yield
 
 
-def near(values: list[float], expected: list[float], tolerance: float) -> bool:
+def near(values, expected, tolerance):
     return len(values) == len(expected) and all(
         math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
         for a, b in zip(values, expected, strict=True)
@@ -290,9 +284,7 @@ def near(values: list[float], expected: list[float], tolerance: float) -> bool:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_prompts_ids_and_labels_are_those_of_the_record(
-    name: str, golden: dict[str, Any], labelled: dict[str, Any]
-) -> None:
+def test_prompts_ids_and_labels_are_those_of_the_record(name, golden, labelled):
     for key, expected in golden["rendered_and_labelled"][name].items():
         value = labelled[name][key]
         if key in ("prompts", "ids", "labels"):
@@ -302,25 +294,23 @@ def test_prompts_ids_and_labels_are_those_of_the_record(
 
 
 @pytest.fixture(scope="module")
-def labelled() -> dict[str, Any]:
+def labelled():
     return rendered_and_labelled()
 
 
-def test_splits_are_those_of_the_record(golden: dict[str, Any]) -> None:
+def test_splits_are_those_of_the_record(golden):
     assert splits() == golden["splits"]
 
 
-def test_rewards_and_verdicts_are_those_of_the_record(golden: dict[str, Any]) -> None:
+def test_rewards_and_verdicts_are_those_of_the_record(golden):
     assert judged() == golden["judged"]
 
 
-def test_losses_of_ten_steps_are_those_of_the_record(golden: dict[str, Any]) -> None:
+def test_losses_of_ten_steps_are_those_of_the_record(golden):
     assert near(losses(), golden["losses"], LOSS_TOLERANCE)
 
 
-def test_answers_of_the_base_model_are_those_of_the_record(
-    golden: dict[str, Any],
-) -> None:
+def test_answers_of_the_base_model_are_those_of_the_record(golden):
     expected, now = golden["answered"], answered()
     assert near([now["eval_loss"]], [expected["eval_loss"]], LOGIT_TOLERANCE)
     assert [i.split()[:2] for i in now["items"]] == [
@@ -338,14 +328,12 @@ def test_answers_of_the_base_model_are_those_of_the_record(
     assert abs(now["stopped"] - expected["stopped"]) <= 4
 
 
-def test_logits_under_an_adapter_are_those_of_the_record(
-    golden: dict[str, Any],
-) -> None:
+def test_logits_under_an_adapter_are_those_of_the_record(golden):
     for row, expected in zip(adapted(), golden["adapted"], strict=True):
         assert near(row, expected, LOGIT_TOLERANCE)
 
 
-def main() -> None:
+def main():
     """Writes the record anew."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:

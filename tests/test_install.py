@@ -1,7 +1,5 @@
 """Tests of helpers.install and of the requirement files."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -52,6 +50,11 @@ def test_a_python_that_was_not_tested_is_refused_with_a_remedy(version, monkeypa
         install.install()
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert 'requires-python = ">=3.11,<3.14"' in text
+
+
+def test_a_requirement_file_that_does_not_exist_is_one_sentence():
+    with pytest.raises(SystemExit, match="no .*-gguff.txt: name a requirement"):
+        install.install("requirements-gguff.txt")
 
 
 def test_a_notebook_without_the_stack_says_what_to_run(monkeypatch):

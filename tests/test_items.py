@@ -1,11 +1,6 @@
 """Items of an evaluation: written as they come, and not answered twice."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,11 +15,11 @@ ROWS = [{"id": str(n), "prompt": f"{n} + 1 =", "gold": str(n + 1)} for n in rang
 class Adder:
     """Adds one, two prompts a batch, and remembers the prompts."""
 
-    def __init__(self, batches: int = 99) -> None:
+    def __init__(self, batches=99):
         self.batches = batches
-        self.prompts: list[Any] = []
+        self.prompts = []
 
-    def __call__(self, prompts: list[Any]) -> Iterator[dict[int, Answer]]:
+    def __call__(self, prompts):
         for start in range(0, len(prompts), 2):
             if start == 2 * self.batches:
                 raise KeyboardInterrupt
@@ -33,19 +28,19 @@ class Adder:
             yield {i: Answer(str(int(prompts[i][0]) + 1), 2, True) for i in places}
 
 
-def judge(text: str, row: dict[str, Any]) -> dict[str, Any]:
+def judge(text, row):
     """Whether an answer is the gold one."""
     return {"correct": text == row["gold"]}
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path):
     """The file of the items, all of them answered."""
     answer_rows(tmp_path / "a.jsonl", ROWS, "s", Adder(), judge)
     return tmp_path / "a.jsonl"
 
 
-def test_items_stand_in_the_rows_order_and_verdicts_are_given_anew(path: Path) -> None:
+def test_items_stand_in_the_rows_order_and_verdicts_are_given_anew(path):
     items = files.read_rows(path)
     assert [item["id"] for item in items] == [row["id"] for row in ROWS]
     assert all(item["correct"] for item in items)
@@ -56,7 +51,7 @@ def test_items_stand_in_the_rows_order_and_verdicts_are_given_anew(path: Path) -
     assert all("rougeL" in item and "correct" not in item for item in items)
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path):
     path, again = tmp_path / "a.jsonl", Adder()
     with pytest.raises(KeyboardInterrupt):
         answer_rows(path, ROWS, "s", Adder(batches=2), judge)
@@ -65,7 +60,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     assert again.prompts == [row["prompt"] for row in ROWS[4:]]
 
 
-def test_torn_lines_and_lines_that_are_no_items_are_answered_again(path: Path) -> None:
+def test_torn_lines_and_lines_that_are_no_items_are_answered_again(path):
     again, text = Adder(), path.read_text()
     part = path.parent / "a.part.jsonl"
     part.write_text('"text"\n[1]\n{"id": 1}\n\nnot JSON\n' + text[: len(text) - 25])
@@ -77,18 +72,16 @@ def test_torn_lines_and_lines_that_are_no_items_are_answered_again(path: Path) -
 @pytest.mark.parametrize(
     ("settings", "prompt", "count"), [("t", "0 + 1 =", 6), ("s", "0 + 1 is", 1)]
 )
-def test_other_settings_or_prompts_are_answered_anew(
-    path: Path, settings: str, prompt: str, count: int
-) -> None:
+def test_other_settings_or_prompts_are_answered_anew(path, settings, prompt, count):
     again, rows = Adder(), [{**ROWS[0], "prompt": prompt}, *ROWS[1:]]
     answer_rows(path, rows, settings, again, judge)
     assert len(again.prompts) == count and again.prompts[0] == prompt
 
 
-def test_an_evaluation_whose_folder_is_removed_stops_at_once(tmp_path: Path) -> None:
+def test_an_evaluation_whose_folder_is_removed_stops_at_once(tmp_path):
     folder, again = tmp_path / "run", Adder()
 
-    def generate(prompts: list[Any]) -> Iterator[dict[int, Answer]]:
+    def generate(prompts):
         for batch in again(prompts):
             shutil.rmtree(folder, ignore_errors=True)
             yield batch

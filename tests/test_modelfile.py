@@ -1,19 +1,14 @@
 """Tests of Ollama's Modelfile: its template prints what the model was trained on."""
 
 import hashlib
-import sys
-from pathlib import Path
 
 import pytest
 
-from helpers.errors import ModelError, TemplateError
+from benchmarks import chats
+from helpers.errors import ModelError
 from helpers.export.gguf import render_modelfile, write_modelfile
 from helpers.masking.templates import TEMPLATES, render
 from tests.rows import turns
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import chats  # noqa: E402
 
 BRIEF = 'Be "brief".\nBe kind {{ x }}.'
 TALK = turns("Hi {{ .Role }}", 'So "x" }}\n\n`y` \\', "Grüße 🎉 {%s}")
@@ -72,8 +67,8 @@ def test_a_modelfile_has_template_system_stops_and_every_parameter(tokenizer, tm
     assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{- range ')
     assert text.endswith(
         f'{{{{- end }}}}"""\nSYSTEM """{BRIEF}"""\nPARAMETER stop "<|im_end|>"\n'
-        "PARAMETER temperature 0.7\nPARAMETER top_p 0.9\nPARAMETER top_k 0\n"
-        "PARAMETER repeat_penalty 1\nPARAMETER num_predict 128\n"
+        "PARAMETER temperature 0.7\nPARAMETER top_p 0.9\nPARAMETER top_k 50\n"
+        "PARAMETER min_p 0\nPARAMETER repeat_penalty 1\nPARAMETER num_predict 128\n"
     )
     start = "<|im_start|>system\n" + BRIEF + "<|im_end|>\n<|im_start|>user\nHi"
     assert render_modelfile(text, TALK).startswith(start)
@@ -95,7 +90,7 @@ def test_bos_is_left_to_llama_cpp_where_it_adds_it(make_tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("system", "sampling", "template", "error"),
     [
-        ("", {"num_beams": 4}, "own", "Ollama has no {'num_beams'}: leave it out"),
+        ("", {"num_beams": 4}, "own", "llama.cpp has no num_beams"),
         ('Say """\nx', {}, "own", "does more than put texts around contents"),
         ("", {}, LAST, "does more than put texts around contents"),
         ("Brief.", {}, "trl/gemma", "refuses .*system user assistant|System role not"),
@@ -105,7 +100,7 @@ def test_no_modelfile_is_written_rather_than_a_wrong_one(
     system, sampling, template, error, tokenizer, tmp_path
 ):
     tokenizer = fit(tokenizer, template)
-    with pytest.raises((ModelError, TemplateError), match=error):
+    with pytest.raises(ValueError, match=error):
         write_modelfile(tmp_path, tokenizer, system=system, sampling=sampling)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,9 +1,6 @@
 """Loading: the offline model, 4-bit weights, and what cannot be loaded."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
+import shutil
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ from tests.tiny import save_tiny_model
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
 
 
-def test_the_offline_model_loads_like_any_other_and_knows_its_special_tokens() -> None:
+def test_the_offline_model_loads_like_any_other_and_knows_its_special_tokens():
     model, tokenizer = models.load_model("smollm2-135m-offline")
     assert model.num_parameters() == 134_515_008
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
@@ -26,7 +23,7 @@ def test_the_offline_model_loads_like_any_other_and_knows_its_special_tokens() -
     assert "Paris" in reply(model, tokenizer, question, max_new_tokens=12)
 
 
-def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_is_one_sentence(tmp_path):
     with pytest.raises(ModelError, match="'nobody/nothing' .* hub cannot be reached"):
         models.load_model("nobody/nothing")
     (tmp_path / "config.json").write_text("{}")
@@ -34,17 +31,23 @@ def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
         models.load_model(str(tmp_path))
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_one_sentence(
-    tokenizer: Any, tmp_path: Path
-) -> None:
+def test_weights_that_are_cut_are_one_sentence(tiny_model_folder, tmp_path):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "cut")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="could not be loaded: .*header"):
+        models.load_model(str(folder))
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_one_sentence(tokenizer, tmp_path):
     small = save_tiny_model("Llama", tokenizer, tmp_path / "small", vocab_size=64)
     with pytest.raises(ModelError, match="more tokens than rows of its embedding, 64"):
         models.load_model(str(small))
 
 
 def test_an_answer_in_between_leaves_the_gradients_of_four_bit_weights_alone(
-    tiny_model_folder: Path,
-) -> None:
+    tiny_model_folder,
+):
     model, tokenizer = models.load_model(str(tiny_model_folder), weights="4bit")
     model = add_lora(model, LORA)
     for name, parameter in model.named_parameters():
@@ -52,7 +55,7 @@ def test_an_answer_in_between_leaves_the_gradients_of_four_bit_weights_alone(
             torch.nn.init.normal_(parameter, generator=torch.manual_seed(0))
     ids = tokenizer("Two and two are four.", return_tensors="pt").input_ids
 
-    def gradients() -> list[torch.Tensor]:
+    def gradients():
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         return [p.grad.clone() for p in model.parameters() if p.requires_grad]

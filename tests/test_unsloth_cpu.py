@@ -1,14 +1,8 @@
 """Our Unsloth calls, run for real under its CPU backend."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from helpers.data import preparation as data
-from helpers.runs import Run
 
 SERIES = """
 import unsloth
@@ -23,9 +17,7 @@ print(export.export(run, "grpo", prompts=2))
 """
 
 
-def test_the_series_runs_with_unsloth_as_the_engine(
-    run_factory: Callable[..., Run], run_python: Any
-) -> None:
+def test_the_series_runs_with_unsloth_as_the_engine(run_factory, run_python):
     # the real model: Unsloth's loader wants a real architecture's complete folder
     run = run_factory(
         model="smollm2-135m-offline",
@@ -71,9 +63,7 @@ print(json.dumps(dtypes))
 """
 
 
-def test_unsloth_without_a_gpu_says_which_weights_it_does_not_load(
-    run_python: Any,
-) -> None:
+def test_unsloth_without_a_gpu_says_which_weights_it_does_not_load(run_python):
     done = run_python("-c", WEIGHTS)
     weights = json.loads(done.stdout.splitlines()[-1])
     assert (weights["4bit"], weights["16bit"]) == ("torch.uint8", "torch.float32")
@@ -100,9 +90,7 @@ for name in ("gemma3-4b", "qwen3-4b", "smollm3-3b"):
 """
 
 
-def test_unsloth_trains_the_language_layers_of_todays_models(
-    tmp_path: Path, run_python: Any
-) -> None:
+def test_unsloth_trains_the_language_layers_of_todays_models(tmp_path, run_python):
     done = run_python("-c", LORA, str(tmp_path))
     for name in ("gemma3-4b", "qwen3-4b", "smollm3-3b"):
         assert f"{name} 28 0\n" in done.stdout  # A and B of 2 layers, 7 modules

@@ -1,12 +1,7 @@
 """Models of random weights, two layers each."""
 
-from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-
-def save_tiny_model(family: str, tokenizer: Any, folder: Path, **more: Any) -> Path:
+def save_tiny_model(family, tokenizer, folder, **more):
     """Writes a model of a family's architecture and its tokenizer; returns the folder.
 
     Args:
@@ -44,7 +39,7 @@ def save_tiny_model(family: str, tokenizer: Any, folder: Path, **more: Any) -> P
 
 HEADS = {"head_dim": 16}
 # a model's name begins -> its classes, trl's template for it, and more of its config
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+FAMILIES = {
     "qwen2.5": ("Qwen2", "qwen2_5", {}),
     "phi-3": ("Phi3", "phi3", {}),
     "llama-3.2": ("Llama", "llama3_2", {}),
@@ -56,7 +51,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def save_family(model: str, folder: Path) -> Path:
+def save_family(model, folder):
     """Writes a model of a hub id's architecture, with trl's template for it."""
     from transformers import AddedToken
 

@@ -21,6 +21,7 @@ from helpers.install import ROOT
 from helpers.models.load import OFFLINE, resolve_weights
 from helpers.runs import Run
 
+ADAPTER = "adapter_config.json"
 OFFLINE_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # ours is a 4-bit file of it
 
 
@@ -32,6 +33,7 @@ def write_card(
     config, stage = run.config, report["export"][name]["stage"]
     stages = config.stages[: config.stages.index(stage) + 1]
     base, licence = origin_of(config.model, "model")
+    licence_id, _, licence_name = licence.partition(": ")
     sources: list[Any] = [*config.data.train] if "sft" in stages else []
     sources += [config.data.problems] if "grpo" in stages else []
     origins = dict(origin_of(str(source), "dataset") for source in sources)
@@ -40,7 +42,8 @@ def write_card(
         model_name=config.name if results else None,
         base_model=base if "/" in base else None,
         base_model_relation="adapter" if name == "adapter" else "finetune",
-        license=licence.partition(":")[0],
+        license=licence_id,
+        license_name=licence_name if licence_id == "other" else None,
         datasets=[name for name in origins if "/" in name] or None,
         library_name=libraries.get(name.partition(":")[0], "transformers"),
         pipeline_tag="text-generation",
@@ -48,7 +51,9 @@ def write_card(
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=results or None,
     )
-    template = folder / "chat_template.jinja"
+    template, saved = (folder / name for name in ("chat_template.jinja", ADAPTER))
+    lora = read_json(saved)
+    ranks = lora.get("r", 0), *lora.get("rank_pattern", {}).values()
     ModelCard.from_template(
         values,
         str(Path(__file__).with_name("card.jinja")),
@@ -64,6 +69,8 @@ def write_card(
         parity=parity.filter(items=[name], axis=0),
         licences={base: licence, **origins},
         template=template.read_text("utf-8") if template.exists() else "",
+        modelfile=(folder / "Modelfile").exists(),
+        rank=max(8, 1 << (max(ranks) - 1).bit_length()),  # one that vLLM knows
     ).save(folder / "README.md")
 
 
@@ -81,8 +88,9 @@ def origin_of(name: str, kind: str) -> tuple[str, str]:
         with suppress(HTTPError):
             info: Any = HfApi().repo_info(name, repo_type=kind, timeout=10)
             card = info.card_data or {}
-            if licence := card.get("license_name") or card.get("license"):
-                return name, str(licence)
+            if licence := card.get("license"):
+                named = card.get("license_name")
+                return name, f"{licence}: {named}" if named else str(licence)
     place = "datasets/" if kind == "dataset" else ""
     return name, f"unknown: look at https://huggingface.co/{place}{name}"
 
@@ -140,7 +148,7 @@ def push_to_hub(folder: Path, repo_id: str, *, token: str, private: bool = True)
     row = rows.get(folder.name.replace("-", ":", 1))
     if row is None or not (folder / "README.md").exists():
         raise MissingInput(f"{folder} has no model card or no report: export it first")
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
     faults = [f"{f} is a link" for f in folder.rglob("*") if f.is_symlink()]
     if base and Path(base).is_dir():
         faults = ["nobody else has its base model, a local folder: push `merged`"]

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from helpers import estimate, runtime
 from helpers.config import Format, RunConfig, Stage, changed
 from helpers.data.reading import to_conversations
-from helpers.errors import ConfigError, ModelError, TemplateError
+from helpers.errors import ConfigError, ModelError
 from helpers.export import card, gguf, parity
 from helpers.files import content_hash, new_folder, read_rows
 from helpers.masking import templates
@@ -110,9 +110,11 @@ def require_space(folder: Path, parameters: int, names: list[Format]) -> None:
 
     on_gpu = runtime.find_machine().device == "cuda"
     merged, largest = parameters * (2 if on_gpu else 4) / 1e9, 4e8 + parameters / 12
-    files = parameters * sum(gguf.BITS[k] for k in {"f16", *kinds_of(names)}) / 8e9
+    kinds, four_bit = {*kinds_of(names)}, FOUR_BIT & {*names}
+    bits = sum(gguf.BITS[kind] for kind in kinds | ({"f16"} if kinds else set()))
+    files = parameters * (bits + 16 * len(four_bit)) / 8e9  # embeddings stay in 16 bit
     memory = 0.6 + min(parameters, largest) * 6 / 1e9  # GGUF takes tensor after tensor
-    if FOUR_BIT & {*names} or not on_gpu:  # all weights are in memory
+    if four_bit or not on_gpu:  # all weights are in memory
         memory = max(memory, merged)
     for name, need, free in (
         ("disk", merged + files, shutil.disk_usage(folder).free),
@@ -148,7 +150,7 @@ def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
             for new in gguf.write_gguf(merged, folder, kinds):
                 try:
                     gguf.write_modelfile(new, tokenizer, *ours)
-                except TemplateError as error:
+                except ValueError as error:
                     log.warning(f"{new} has no Modelfile for Ollama: {error}")
         for name in FOUR_BIT & {*paths}:
             blocks = training_ids(run, tokenizer, 64)
@@ -158,7 +160,10 @@ def write_files(run: Run, adapter: Path, paths: dict[Any, Path]) -> None:
 
 
 def merge(config: RunConfig, adapter: Path | str, folder: Path) -> Any:
-    """Writes base and adapter as one model in 16 bit (fp32 on a CPU)."""
+    """Returns the tokenizer of base and adapter, written as one model in 16 bit.
+
+    On a CPU it is in fp32.
+    """
     from transformers.utils import cached_file
 
     options = {**load.options(config), "engine": "transformers"}
@@ -190,6 +195,10 @@ def plain_tokenizer(config: RunConfig, settings: Any) -> Any:
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     stops = settings.eos_token_id = stop_token_ids(tokenizer)
     settings.pad_token_id = tokenizer.pad_token_id
+    try:
+        settings.validate(strict=True)
+    except ValueError:  # a temperature without sampling cannot be saved
+        settings.do_sample = True
     ids = tokenizer(answer_marks(tokenizer)[1], add_special_tokens=False).input_ids
     ends = [i for i in ids if i in stops]
     # some stop at the tokenizer's EOS alone, which its template may print elsewhere

@@ -14,6 +14,7 @@ from helpers import runtime
 from helpers.data.formats import Messages, ask
 from helpers.errors import ModelError, TemplateError
 from helpers.files import new_folder, write_lines
+from helpers.inference.chat import llama_settings
 from helpers.masking.templates import MARK, Tokenizer, render, stop_token_ids
 
 BITS = {"f16": 16, "q8_0": 8.5, "q4_k_m": 6.6}  # of a weight, at most
@@ -33,9 +34,6 @@ CONTENTS = ("Why?", 'So: "x"\n\n{{ 1 }}', "Then?", "Done.", "Really?")
 ROLES = ("user", "assistant") * 3
 TALK = [{"role": r, "content": c} for r, c in zip(ROLES, CONTENTS, strict=False)]
 BEYOND = "the chat template does more than put texts around contents, as Ollama's can"
-# Ollama has defaults of its own for these
-PARAMETERS = {"temperature": 0, "top_p": 1, "top_k": 0, "repeat_penalty": 1}
-RENAMED = {"max_new_tokens": "num_predict", "repetition_penalty": "repeat_penalty"}
 
 
 def write_gguf(merged: Path, folder: Path, kinds: list[str]) -> list[Path]:
@@ -121,12 +119,8 @@ def choose_type(tensor: Any, kind: str, head: str, family: str, layers: int) -> 
 def write_modelfile(
     folder: Path, tokenizer: Tokenizer, system: str, sampling: dict[str, Any]
 ) -> None:
-    """Writes Ollama's `Modelfile`; TemplateError where its template cannot follow."""
-    options = {RENAMED.get(name, name): value for name, value in sampling.items()}
-    if not options.pop("do_sample", True):
-        options["temperature"] = 0
-    if unknown := {*options} - {*PARAMETERS, "num_predict", "min_p", "seed"}:
-        raise ModelError(f"Ollama has no {unknown}: leave it out of sampling")
+    """Writes Ollama's `Modelfile`; ValueError where it cannot follow the training."""
+    options = llama_settings(sampling)  # all, as Ollama has defaults of its own
     alone, answer, following, prompt = split(tokenizer, "user", "assistant", "user")
     systems = [system, "Be brief."]
     try:
@@ -140,7 +134,8 @@ def write_modelfile(
     lines = ["FROM ./model.gguf", f'TEMPLATE """{TEMPLATE % tuple(strings)}"""']
     lines += [f'SYSTEM """{system}"""'] if system else []
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
-    lines += [f"PARAMETER {k} {v}" for k, v in (PARAMETERS | options).items()]
+    names = {"max_tokens": "num_predict"}
+    lines += [f"PARAMETER {names.get(k, k)} {v}" for k, v in options.items()]
     modelfile = "\n".join([*lines, ""])
     for text, talk in product(systems, (TALK[:1], TALK[:3], TALK)):
         chat = [*ask("", text)[:-1], *talk]

@@ -1,5 +1,6 @@
 """The parity gate: exported files in other programs, beside the trained model."""
 
+import json
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -9,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import requests
 
 from helpers import runtime
 from helpers.config import HELD_OUT, Stage
@@ -20,7 +20,7 @@ from helpers.evaluation import metrics, tables
 from helpers.export import gguf
 from helpers.files import read_rows
 from helpers.grpo.answers import is_correct
-from helpers.inference.chat import open_gguf
+from helpers.inference.chat import open_gguf, post
 from helpers.inference.generation import encode, inference
 from helpers.masking.dataset import mask_conversations
 from helpers.masking.templates import answer_marks, neutralise
@@ -224,12 +224,11 @@ def ask_llama(folder: Path, trained: Row) -> Row:
     questions, longest = trained["questions"], max(map(len, trained["prompts"]))
     with open_gguf(folder / "model.gguf", context=2 * longest + 64) as url:
 
-        def post(path: str, **body: Any) -> Row:
-            response = requests.post(url + path, json=body)
-            response.raise_for_status()
-            return response.json()
+        def ask_server(path: str, part: str, **values: Any) -> Any:
+            with post(url + path, values) as response:
+                return json.load(response)[part]
 
-        texts = [post("/apply-template", messages=q)["prompt"] for q in questions]
+        texts = [ask_server("/apply-template", "prompt", messages=q) for q in questions]
         alone = [q[1:] if q[:1] == questions[-1][:-1] else q for q in questions]
         if (file := folder / "Modelfile").exists():
             text = file.read_text("utf-8")
@@ -239,13 +238,15 @@ def ask_llama(folder: Path, trained: Row) -> Row:
             served = zip(known, texts * 2, (*questions, *alone), strict=True)
             texts += [x if k else gguf.render_modelfile(text, q) for k, x, q in served]
         options: Row = {"add_special": True, "parse_special": True}
-        prompts = [post("/tokenize", content=x, **options)["tokens"] for x in texts]
+        prompts = [
+            ask_server("/tokenize", "tokens", content=x, **options) for x in texts
+        ]
         options = {"n_predict": trained["length"], "temperature": 0}
+        options["return_tokens"] = True
         answers, start = list[list[int]](), time.perf_counter()
         # several at a time take as long
         for ids in runtime.progress(prompts[: len(questions) - 1], folder.name):
-            output = post("/completion", prompt=ids, return_tokens=True, **options)
-            answers.append(output["tokens"])
+            answers.append(ask_server("/completion", "tokens", prompt=ids, **options))
         rate = sum(map(len, answers)) / (time.perf_counter() - start)
     return {"prompts": prompts, "answers": answers, "tokens_per_second": rate}
 
@@ -261,10 +262,10 @@ def compare(name: str, tokenizer: Any, own: Row, trained: Row) -> tuple[Row, lis
         row["reloaded"] = {"difference": float(f"{far:.3g}"), "logits": float(most)}
         if name in AGREE and near < far:
             faults.append(f"adapter not merged: logits are the base's to {near:.3g}")
-        elif name in ("adapter", "merged") and far > trained["limit"] * most:
+        elif name in ("adapter", "merged") and not far <= trained["limit"] * most:
             faults.append(f"other logits than trained: {row['reloaded']}")
         row["perplexity"], known = round(own["perplexity"], 3), trained["perplexity"]
-        if own["perplexity"] > PERPLEXITY * known:
+        if not own["perplexity"] <= PERPLEXITY * known:  # nor is it NaN
             faults.append(f"perplexity {row['perplexity']}, as trained {known:.3f}")
     if "prompts" in own and own is not trained:
         faults += compare_prompts(tokenizer, own, trained, row)

@@ -19,11 +19,12 @@ from typing import Any
 Row = dict[str, Any]
 Messages = list[Row]
 Stream = Callable[..., Iterator[str]]  # of messages and sampling
-# what changes nothing, as llama.cpp calls it; what transformers calls otherwise
+# transformers' defaults, as llama.cpp calls them; what transformers calls otherwise
 NEUTRAL = {"temperature": 1, "top_p": 1, "top_k": 50, "min_p": 0, "repeat_penalty": 1}
-NEUTRAL["max_tokens"] = 256
 RENAMED = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "max_tokens"}
 START = {"temperature": 0, "top_p": 1, "max_new_tokens": 256}  # 0: greedy
+# a server on this machine is asked past any proxy that the environment names
+LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # the forms of control tokens, for a model whose tokenizer is out of reach
 CONTROL = r"<[|｜][^\s<>]+>|<[^\s<>|]+[|｜]>|</?s>|<\w+_of_turn>|\[/?[A-Z_]{4,}\]"
 CSS = ".message-content .md {white-space: pre-wrap; overflow-wrap: anywhere}"
@@ -59,27 +60,38 @@ def open_gguf(path: Path, *, context: int = 4096) -> Iterator[str]:
     try:
         server = llama.Server(params)
     except RuntimeError as error:
-        raise ValueError(f"llama.cpp cannot load {path}: {error}") from None
+        raise OSError(f"llama.cpp cannot load {path}: {error}") from None
     yield server.listening_address
+
+
+def llama_settings(sampling: Row) -> Row:
+    """Returns llama.cpp's settings for transformers'; ValueError for what it lacks."""
+    values = {RENAMED.get(name, name): value for name, value in sampling.items()}
+    limit = {name: values.pop(name) for name in {"max_tokens"} & values.keys()}
+    drawn = values.pop("do_sample", values != {})
+    if unknown := values.keys() - NEUTRAL.keys():
+        raise ValueError(f"llama.cpp has no {', '.join(sorted(unknown))}")
+    is_greedy = not drawn or not values.get("temperature", 1)
+    return NEUTRAL | ({"temperature": 0} if is_greedy else values) | limit
+
+
+def post(url: str, values: Row) -> Any:
+    """Returns the open response of `open_gguf`'s server; ValueError in its words."""
+    request = urllib.request.Request(url, json.dumps(values).encode())
+    request.add_header("Content-Type", "application/json")
+    try:
+        return LOCAL.open(request)
+    except urllib.request.HTTPError as error:
+        raise ValueError(json.load(error)["error"]["message"]) from None
 
 
 def stream_gguf(url: str, messages: Messages, sampling: Row) -> Iterator[str]:
     """Yields an answer's text so far, once a token, from the server of `open_gguf`."""
-    values = {RENAMED.get(name, name): value for name, value in sampling.items()}
-    if unknown := values.keys() - NEUTRAL.keys():
-        raise ValueError(f"llama.cpp has no {', '.join(sorted(unknown))}")
-    if not values.get("temperature", values.keys() - {"max_tokens"}):  # greedy
-        values = {"temperature": 0, "max_tokens": values.get("max_tokens", 256)}
-    values = {**NEUTRAL, **values, "messages": break_control(messages)}
+    values = {"max_tokens": START["max_new_tokens"], **llama_settings(sampling)}
+    values |= {"messages": break_control(messages)}
     values |= {"stream": True, "timings_per_token": True}
-    request = urllib.request.Request(f"{url}/v1/chat/completions")
-    request.add_header("Content-Type", "application/json")
-    try:
-        response = urllib.request.urlopen(request, json.dumps(values).encode())
-    except urllib.request.HTTPError as error:
-        raise ValueError(json.load(error)["error"]["message"]) from None
     text, tokens = "", 0
-    with response:
+    with post(f"{url}/v1/chat/completions", values) as response:
         for line in response:
             part = json.loads(line[6:]) if line.startswith(b"data: {") else {}
             if "error" in part:

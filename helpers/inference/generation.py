@@ -130,8 +130,9 @@ def pad_rows(rows: list[list[int]], start: int, pad: int) -> dict[str, Any]:
 def decoding(tokenizer: Tokenizer, drawing: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a model's `generate`; the length is not among them."""
     # greedy, whatever the model's own settings are
-    greedy = {"do_sample": False} | dict.fromkeys(["temperature", "top_p", "top_k"])
-    is_drawn = drawing.get("temperature", drawing)
+    own = "temperature top_p top_k repetition_penalty no_repeat_ngram_size"
+    greedy = {"do_sample": False} | dict.fromkeys(own.split())
+    is_drawn = drawing.get("do_sample", True) and drawing.get("temperature", drawing)
     options: dict[str, Any] = {"do_sample": True, **drawing} if is_drawn else greedy
     options["eos_token_id"] = stop_token_ids(tokenizer)
     return options | {"pad_token_id": tokenizer.pad_token_id}
@@ -152,7 +153,8 @@ def stream_answer(
     import torch
 
     prompt, drawing = encode(tokenizer, messages), dict(sampling)
-    limit = model.config.get_text_config().max_position_embeddings
+    numbers = model.config.get_text_config()
+    limit = getattr(numbers, "max_position_embeddings", None) or float("inf")
     if len(prompt) >= limit:
         text = f"the conversation has {len(prompt)} tokens, the model reads {limit} at"
         raise ValueError(f"{text} most: start a new one, or shorten the message")

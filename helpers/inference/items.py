@@ -178,17 +178,20 @@ def chat_command(
         if terminal:
             return chat_in_terminal(stream, system, sampling)
         settings = {"title": model, "system_prompt": system, "sampling": sampling}
-        page = chat.build_page(stream, note, settings, loading["adapter"] and not file)
+        compare = bool(loading["adapter"] and not file)
+        page = chat.build_page(stream, note, settings, compare)
         return chat.launch(page, server_name=host, server_port=port)
 
 
 def find_gguf(model: str, adapter: str | None) -> Path | None:
     """Returns the fastest GGUF that a run exported with an adapter and found sound."""
-    report = open_run(model).report() if is_run(model) else {}
+    if not is_run(model):
+        return None
+    run, known = open_run(model), {"faults": [], "adapter": content_hash(adapter)}
+    rows = run.report().get("export", {})
     for name in reversed(get_args(Gguf)):  # the smallest first
-        row = report.get("export", {}).get(name, {})
-        sound = row.get("faults") == [] and row["adapter"] == content_hash(adapter)
-        if sound and (file := Path(row["path"]) / "model.gguf").exists():
+        file = run.path / "export" / name.replace(":", "-") / "model.gguf"
+        if known.items() <= rows.get(name, {}).items() and file.exists():
             return file
     return None
 
@@ -197,14 +200,18 @@ def chat_in_terminal(stream: chat.Stream, system: str, sampling: Row) -> None:
     """Answers what is typed, printing words as they come, until /quit or the end."""
     print("/new starts a new conversation, /quit ends.")  # noqa: T201
     turns: Messages = []
-    with suppress(EOFError):
+    with suppress(EOFError, KeyboardInterrupt):
         while (message := input("> ").strip()) != "/quit":
             if message == "/new":
                 turns = []
             elif message:
-                turns, text = [*turns, *ask(message, "" if turns else system)], ""
-                for longer in stream(turns, sampling):
-                    print(longer[len(text) :], end="", flush=True)  # noqa: T201
-                    text = longer
-                turns.append({"role": "assistant", "content": text})
+                asked, text = [*turns, *ask(message, "" if turns else system)], ""
+                try:
+                    for longer in stream(asked, sampling):
+                        print(longer[len(text) :], end="", flush=True)  # noqa: T201
+                        text = longer
+                except ValueError as error:  # too long, or an unknown setting
+                    log.error("%s", error)
+                    continue
+                turns = [*asked, {"role": "assistant", "content": text}]
                 print()  # noqa: T201

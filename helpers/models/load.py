@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from helpers import runtime
 from helpers.config import RunConfig
 from helpers.errors import ModelError
@@ -37,7 +39,9 @@ def loading(name: str) -> Iterator[None]:
     known = Path(name).is_dir() or name == OFFLINE or runtime.hub_reachable()
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise  # too little memory is no fault of the model
         reason = " ".join(str(error).split())[:400] if known else NO_HUB
         raise ModelError(f"model {name!r} could not be loaded: {reason}") from error
 
