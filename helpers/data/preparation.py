@@ -39,19 +39,19 @@ def held_out_questions(run: Run, count: int = 8) -> list[str]:
     return [questions_of(row)[0] for row in rows]
 
 
-def to_prompts(config: RunConfig, rows: list[Row], general: bool = False) -> list[Row]:
+def to_prompts(config: RunConfig, rows: list[Row], part: str = "") -> list[Row]:
     """Returns problems with their `prompt`, or conversations up to an answer.
 
-    That is the first answer; of `general` sets, which have no labels, it is the last.
+    That is the first answer; of `general`, whole and without labels, it is the last.
     """
     if "question" in rows[0]:
         system = config.system_prompt
         return [row | {"prompt": ask(row["question"], system)} for row in rows]
-    prompts, labels = [], [label.strip() for label in config.evaluation.labels or []]
-    labels = [] if general else labels
-    rows = rows if general else rows[: config.evaluation.text_rows]
-    places = [answer_places(row["messages"])[-1 if general else 0] for row in rows]
-    pairs = list(zip([row["messages"] for row in rows], places, strict=True))
+    prompts, general, evaluation = [], part == "general", config.evaluation
+    labels = [] if general else [x.strip() for x in evaluation.labels or []]
+    rows = rows if general else rows[: evaluation.text_rows]
+    chats = [row["messages"] for row in rows]
+    pairs = [(turns, answer_places(turns)[-1 if general else 0]) for turns in chats]
     solved = not labels and all(is_solved(turns[n]["content"]) for turns, n in pairs)
     for row, (turns, n) in zip(rows, pairs, strict=True):
         answer = turns[n]["content"]
