@@ -53,6 +53,9 @@ def test_answers_are_paired_by_the_id_of_their_question(run):
     first = pairs.iloc[0]
     assert first["title"] == "How many, 1?\nexpected: 7"
     assert (first["output_first"], first["output_second"]) == ("5 eggs", "7 eggs")
+    write_items(run, "base", *[item(1, "5 eggs", False)] * 2)
+    write_items(run, "sft", *[item(1, "7 eggs", True)] * 2)
+    assert len(pairwise.read_pairs(run, MODELS)) == 1  # a problem that comes twice
 
 
 def test_models_without_a_question_in_common_are_refused(run):
@@ -61,9 +64,10 @@ def test_models_without_a_question_in_common_are_refused(run):
         pairwise.read_pairs(run, ("base", "new"))
     with pytest.raises(MissingInput, match="eval/grpo is missing: run the eval noteb"):
         pairwise.read_pairs(run, ("base", "grpo"))
-    for item_ in ({**item(1, "y", True), "question": "Another?"}, item(9, "y", True)):
-        write_items(run, "sft", item_)
-        with pytest.raises(DataError, match="sft answered other questions of test"):
+    another, unlabelled = item(1, "y", True) | {"question": "Another?"}, item(1, "y")
+    for changed_item in (another, item(9, "y", True), unlabelled | {"rougeL": 0.5}):
+        write_items(run, "sft", changed_item)
+        with pytest.raises(DataError, match="test.jsonl with other data or other eval"):
             pairwise.read_pairs(run, MODELS)
 
 
@@ -85,6 +89,10 @@ def test_the_summary_counts_every_pair_whatever_is_shown(run):
     assert [row[0][:11] for row in firsts] == ["How many, 2"]
     write_items(run, "sft", item(1, "7 eggs", True))
     assert shown(run, MODELS, only="first") == ("better by correct: sft 1", [])
+    with pytest.raises(DataError, match="only='sft': expected first, second, tie, or"):
+        shown(run, MODELS, only="sft")
+    write_items(run, "<i>", item(1, "5 eggs", False))
+    assert "<i>" not in pairwise.side_by_side(run, ("<i>", "sft")).data
 
 
 @pytest.mark.parametrize(

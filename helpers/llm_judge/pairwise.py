@@ -35,11 +35,13 @@ def read_pairs(
     if not names:
         raise DataError(f"{first} and {second} have no {part or 'set'} in common")
     items = [pd.DataFrame(read_rows(folder / names[0])) for folder in (one, two)]
-    pairs = items[0].merge(items[1], on="id", suffixes=("_first", "_second"))
+    a, b = (each.drop_duplicates("id") for each in items)  # a problem may come twice
+    pairs = a.merge(b, on="id", suffixes=("_first", "_second"))
     titles = pairs["question_first"]
-    if pairs.empty or (titles != pairs["question_second"]).any():
-        message = f"{first} and {second} answered other questions of {names[0]}"
-        raise DataError(f"{message}, the data has changed: evaluate both again")
+    is_same = not pairs.empty and (titles == pairs["question_second"]).all()
+    if not is_same or {*a} != {*b}:
+        text = f"answered {names[0]} with other data or other evaluation.labels"
+        raise DataError(f"{first} and {second} {text}: evaluate both again")
     if (answers := pairs.get("gold_first", pairs.get("reference_first"))) is not None:
         titles = titles + "\nexpected: " + answers
     return pairs.assign(title=titles)
@@ -145,11 +147,13 @@ def side_by_side(
     Raises:
         DataError, MissingInput: as `judge_pairs`.
     """
-    pairs, (first, second) = read_pairs(run, models, part), models
+    pairs, (first, second) = read_pairs(run, models, part), map(html.escape, models)
     by = "correct" if "correct_first" in pairs else "rougeL"
     gains = pairs[f"{by}_second"].astype(float) - pairs[f"{by}_first"].astype(float)
     names = {"first": first, "second": second, "tie": "equal"}
-    better = np.sign(gains).map({-1: first, 1: second, 0: "equal"}).fillna("-")
+    if only and only not in names:
+        raise DataError(f"only={only!r}: expected {', '.join(names)}, or None for all")
+    better = np.sign(gains).map({-1: first, 1: second, 0: "equal"})
     summary = ", ".join(f"{name} {n}" for name, n in Counter(better).items())
     shown = (pairs[better == names[only]] if only else pairs).head(count)
     table = shown[["title"]].map(html.escape).assign(better=better[shown.index])
@@ -159,4 +163,4 @@ def side_by_side(
     cells = table.map(CELL.format)
     text = cells.to_html(escape=False, index=False, formatters=[str] * 4)  # str: uncut
     scrolled = '<div tabindex="0" style="max-height:480px;overflow:auto">'
-    return HTML(f"<b>better by {by}: {html.escape(summary)}</b>{scrolled}{text}</div>")
+    return HTML(f"<b>better by {by}: {summary}</b>{scrolled}{text}</div>")
