@@ -336,7 +336,18 @@ def test_a_conversation_that_asks_later_what_is_held_out_is_not_trained_on(
     trained = questions(second)
     assert "Begin!" not in trained and "Hello!" in trained
     leaks = {"rows": 1, "examples": ["Begin!"]}
-    assert report["left_out"]["the mix"] == {"asks later what is held out": leaks}
+    assert report["left_out"]["the mix"] == {"asks what is held out": leaks}
+
+
+def test_a_problem_that_a_share_of_the_training_rows_holds_out_is_not_learnt(
+    run_factory, own_files
+):
+    own_files |= {"data__eval": None, "data__eval_share": 0.2, "data__test_share": 0.2}
+    run = run_factory(**own_files)
+    report = data.prepare(run)
+    held = {*questions(run, "eval"), *questions(run, "test_chat")}
+    assert held and held.isdisjoint(questions(run, "problems"))
+    assert report["left_out"]["the mix"]["asks what is held out"]["rows"] == len(held)
 
 
 def test_missing_or_other_data_are_prepared_with_a_note_and_good_ones_left(

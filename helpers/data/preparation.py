@@ -23,7 +23,8 @@ from helpers.grpo.answers import parse_gold
 from helpers.runs import Run, writes
 
 log = logging.getLogger(__name__)
-PARTS = ["train", "problems", *HELD_OUT]  # the files of a run's `data/`
+TRAINED = ["train", "problems"]
+PARTS = [*TRAINED, *HELD_OUT]  # the files of a run's `data/`
 
 
 def questions_of(row: Row) -> list[str]:
@@ -132,11 +133,9 @@ def prepare(run: Run, origin: Row | None = None) -> Row:
     with tempfile.TemporaryFile() as file:
         rows = read_sources(run, file, report)
         if config.train:
-            train = rows["part"] == "train"
-            rows = pd.concat([mix(run, rows[train], file, report), rows[~train]])
+            rows = mix(run, rows, file, report)
         parts = {name: rows[rows["part"] == name] for name in parts_of(config)}
-        learnt = rows["part"].isin(["train", "problems"])
-        trained = set(rows[learnt]["places"].explode())
+        trained = set(rows[rows["part"].isin(TRAINED)]["places"].explode())
         for name in [name for name in SETS if name != "problems"]:
             if getattr(config, name):
                 place = -1 if name == "general" else 0  # of the question to answer
@@ -191,8 +190,10 @@ def load(file: IO[bytes], rows: pd.DataFrame) -> Iterator[Row]:
 
 
 def mix(run: Run, rows: pd.DataFrame, file: IO[bytes], report: Row) -> pd.DataFrame:
-    """Returns the rows for training, drawn by weight, shuffled, and put into parts."""
-    config, counts = run.config.data, rows["source"].value_counts(sort=False)
+    """Returns all rows; those for training are drawn by weight, shuffled and split."""
+    config, others = run.config.data, rows[rows["part"] != "train"]
+    rows = rows[rows["part"] == "train"]
+    counts = rows["source"].value_counts(sort=False)
     weights = [getattr(source, "weight", None) for source in config.train]
     quotas = dict(zip(counts.index, by_weight(list(counts), weights), strict=True))
     for label, quota in quotas.items():
@@ -205,14 +206,15 @@ def mix(run: Run, rows: pd.DataFrame, file: IO[bytes], report: Row) -> pd.DataFr
     shares = {"test_chat": config.test_share, "eval": config.eval_share}
     rows = rows.assign(part=split(firsts, {n: s for n, s in shares.items() if s}))
     held = set(firsts[rows["part"] != "train"])
-    leaks = (rows["part"] == "train") & ~rows["places"].map(held.isdisjoint)
+    limits = {"train": None, "test_chat": config.test_rows, "eval": config.eval_rows}
+    drawn = [rows[rows["part"] == name][:most] for name, most in limits.items()]
+    rows = pd.concat([*drawn, others])
+    leaks = rows["part"].isin(TRAINED) & ~rows["places"].map(held.isdisjoint)
     if leaks.any():
         examples = [questions_of(r)[0][:60] for r in load(file, rows[leaks][:SHOWN])]
         part = {"rows": int(leaks.sum()), "examples": examples}
-        report["left_out"]["the mix"] = {"asks later what is held out": part}
-    rows = rows[~leaks]
-    limits = {"train": None, "test_chat": config.test_rows, "eval": config.eval_rows}
-    return pd.concat([rows[rows["part"] == n][:most] for n, most in limits.items()])
+        report["left_out"]["the mix"] = {"asks what is held out": part}
+    return rows[~leaks]
 
 
 def origin_of(run: Run) -> Row:
