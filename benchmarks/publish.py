@@ -114,13 +114,10 @@ def learning(path: Path) -> list[str]:
             row |= {"GRPO": percent(part["grpo"]), "p": f"{part['p']:.2g}"}
             row |= {"minutes": seed["minutes"]}
             rows.append(row | {"more SFT instead": percent(part["more_sft"])})
-    real = values["gsm8k"]
-    right = ", ".join(f"{n} {percent(real[n])}" for n in ("base", "sft", "grpo"))
     return [
         f"{values['conditions']['machine']}; by `python benchmarks/grpo_learning.py`.",
         "p: McNemar's exact test of the same items against SFT.",
-        *("", to_markdown(rows), ""),
-        f"Real GSM8K, first {real['base']['n']} test problems: {right}.",
+        *("", to_markdown(rows)),
     ]
 
 
