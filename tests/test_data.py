@@ -1,12 +1,9 @@
 """Tests of data.preparation: rows are filtered, mixed, split and written; no leaks."""
 
-from __future__ import annotations
-
 import logging
 import os
 import tracemalloc
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -154,7 +151,7 @@ SHARES = {"test_chat": 0.1, "eval": 0.05}
 
 def splits_of(asked, shares):
     """Returns the questions of each split."""
-    parts: dict[str, list[str]] = {}
+    parts = {}
     for q, name in zip(asked, split(map(place_of, asked), shares), strict=True):
         parts.setdefault(name, []).append(q)
     return parts
@@ -207,7 +204,7 @@ def test_a_held_out_question_that_is_trained_on_stops_the_preparation(
     run_factory, own_files, tmp_path, part, where
 ):
     rows = [problem("fresh?"), problem("leaky?")]
-    source: Any = write(tmp_path / "more.jsonl", rows)
+    source = write(tmp_path / "more.jsonl", rows)
     own_files[f"data__{where}"] = [source] if where == "train" else source
     held = [problem("new?"), problem(" leaky? ")]
     own_files[f"data__{part}"] = write(tmp_path / "held.jsonl", held)
@@ -372,7 +369,7 @@ def test_a_file_that_was_edited_is_noticed_by_its_content_and_named(
     run_factory, own_files, tmp_path, messages, part
 ):
     path = tmp_path / "edited.jsonl"
-    value: Any = [str(path)] if part == "train" else str(path)
+    value = [str(path)] if part == "train" else str(path)
     run = run_factory(**own_files | {f"data__{part}": value})
     write(path, [problem("was this here before?"), problem("and this, before?")])
     data.prepare(run)

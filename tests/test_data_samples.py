@@ -1,14 +1,11 @@
 """Tests of the sample data in data_samples."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re
 import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,17 +19,17 @@ COUNTS = {"train": 2400, "eval": 200, "test": 400, "test_new": 200}
 Row = dict[str, Any]
 
 
-def read(path: Path) -> list[Row]:
+def read(path):
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
-def problems() -> dict[str, list[Row]]:
+def problems():
     return {name: read(SAMPLES / "word_problems" / f"{name}.jsonl") for name in COUNTS}
 
 
 @pytest.fixture(scope="module")
-def generator() -> ModuleType:
+def generator():
     path = SAMPLES / "generate.py"
     spec = importlib.util.spec_from_file_location("data_samples_generate", path)
     assert spec is not None and spec.loader is not None
@@ -42,13 +39,13 @@ def generator() -> ModuleType:
     return module
 
 
-def numbers(row: Row) -> tuple[str, ...]:
+def numbers(row):
     return tuple(re.findall(r"\d+", row["question"]))
 
 
 def test_the_problems_are_all_different_and_named_by_their_split(
-    problems: dict[str, list[Row]],
-) -> None:
+    problems,
+):
     assert {name: len(part) for name, part in problems.items()} == COUNTS
     for name in ("id", "question"):
         values = {row[name] for part in problems.values() for row in part}
@@ -58,8 +55,8 @@ def test_the_problems_are_all_different_and_named_by_their_split(
 
 
 def test_no_template_is_in_train_and_test_new_and_no_numbers_twice_in_another_set(
-    problems: dict[str, list[Row]],
-) -> None:
+    problems,
+):
     names = {n: {row["template"] for row in part} for n, part in problems.items()}
     assert names["train"] == names["eval"] == names["test"]
     assert names["train"].isdisjoint(names["test_new"])
@@ -75,8 +72,8 @@ def test_no_template_is_in_train_and_test_new_and_no_numbers_twice_in_another_se
 
 
 def test_generating_again_gives_the_same_bytes_and_another_seed_others(
-    generator: ModuleType, tmp_path: Path, problems: dict[str, list[Row]]
-) -> None:
+    generator, tmp_path, problems
+):
     generator.generate(tmp_path)
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     stored = SAMPLES / "word_problems"
@@ -86,7 +83,7 @@ def test_generating_again_gives_the_same_bytes_and_another_seed_others(
         generator.check({"question": "How many?", "answer": "2 + 3 = 6.\n#### 6"})
 
 
-def test_the_general_questions_are_different_short_and_checkable() -> None:
+def test_the_general_questions_are_different_short_and_checkable():
     rows = read(SAMPLES / "general.jsonl")
     kinds = [row["id"].partition("-")[0] for row in rows]
     assert len(rows) == len({row["question"] for row in rows}) == 200
@@ -106,7 +103,7 @@ def test_the_general_questions_are_different_short_and_checkable() -> None:
     assert not left_out and all(len(chat) == 10 for chat in chats)
 
 
-def test_no_general_question_is_in_the_other_samples() -> None:
+def test_no_general_question_is_in_the_other_samples():
     texts = [path.read_text("utf-8") for path in SAMPLES.rglob("*.jsonl")]
     rows = read(SAMPLES / "general.jsonl")
     assert [r["id"] for r in rows if sum(r["question"] in t for t in texts) > 1] == []

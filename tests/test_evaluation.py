@@ -1,12 +1,9 @@
 """Evaluation: what is counted, and what a run with these sets reports."""
 
-from __future__ import annotations
-
 import logging
 import math
 import re
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from rows import turns, write
@@ -86,7 +83,7 @@ def test_the_response_loss_is_over_all_supervised_tokens(tiny_model_folder):
     model, tokenizer = models.load_model(str(tiny_model_folder))
     chats = [turns("Is it?", "Yes. " * n) for n in (1, 7)]
     rows = mask_conversations(tokenizer, chats).rows
-    losses: list[float] = []
+    losses = []
     for row in rows:
         logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].double()
         labels = torch.tensor(row["labels"])[1:]
@@ -156,7 +153,7 @@ def test_evaluating_again_answers_nothing_again_unless_the_adapter_changed(
 
 
 def test_the_models_of_a_run_are_evaluated_in_order(run, monkeypatch):
-    calls: list[Any] = []
+    calls = []
     monkeypatch.setattr(evaluator, "evaluate", lambda *call: calls.append(call[1:]))
     with pytest.raises(MissingInput, match="run the sft notebook first"):
         evaluation.evaluate_run(run)

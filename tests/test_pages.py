@@ -1,14 +1,11 @@
 """The pages on models, curves and additions: blocks are run, tables are held."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,9 +18,7 @@ CURVES = (ROOT / "docs" / "curves.md").read_text("utf-8")
 BLOCK = re.compile(r"```(toml|diff|python)\n(.*?)```", re.DOTALL)
 
 
-def test_what_the_page_says_to_add_is_added_and_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_page_says_to_add_is_added_and_works(tmp_path, monkeypatch):
     for name in ("helpers", "data_samples"):
         shutil.copytree(ROOT / name, tmp_path / name)
     monkeypatch.setenv("TUNEBOOK_RUNS", str(tmp_path / "runs"))
@@ -44,33 +39,33 @@ def test_what_the_page_says_to_add_is_added_and_works(
 
 
 @pytest.mark.parametrize("mark", ["fits", "labels"])
-def test_the_tables_of_models_are_what_is_computed_today(mark: str) -> None:
+def test_the_tables_of_models_are_what_is_computed_today(mark):
     text = (ROOT / "docs" / "models.md").read_text("utf-8")
     table = text.split(f"<!-- {mark} -->")[1].split(f"<!-- end of {mark} -->")[0]
     assert table.strip() == getattr(models, mark)()
 
 
-def test_a_symptom_of_the_curves_names_the_check_that_detects_it() -> None:
+def test_a_symptom_of_the_curves_names_the_check_that_detects_it():
     rows = re.findall(r"^\| .* \| `(.*)`: \"(.*)\" \|$", CURVES, re.M)
     assert len(rows) > 10 and len(rows) == CURVES.count('`: "')
     for place, words in rows:
         assert words in (ROOT / place).read_text("utf-8"), words
 
 
-def test_the_example_of_the_curves_says_what_the_page_says() -> None:
-    names: dict[str, Any] = {}
+def test_the_example_of_the_curves_says_what_the_page_says():
+    names = {}
     (example,) = [text for kind, text in BLOCK.findall(CURVES) if kind == "python"]
     exec(compile(example, "docs/curves.md", "exec"), names)
     assert f"    {names['sentences'][0]}" in CURVES
 
 
-def test_the_example_of_models_estimates_a_config(capsys: Any) -> None:
+def test_the_example_of_models_estimates_a_config(capsys):
     text = (ROOT / "docs" / "models.md").read_text("utf-8")
     (example,) = [block for kind, block in BLOCK.findall(text) if kind == "python"]
     exec(compile(example, "docs/models.md", "exec"), {})
     assert "activations" in capsys.readouterr().out
 
 
-def test_every_panel_is_explained() -> None:
+def test_every_panel_is_explained():
     titles = {title.partition(" (")[0].partition(", ")[0] for title in PANELS}
     assert [title for title in sorted(titles) if f"**{title}**" not in CURVES] == []

@@ -1,7 +1,5 @@
 """Tables and bars of reports, of one run and of several."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ Report = dict[str, Any]
 @pytest.fixture
 def report():
     """The report of a run with three evaluated models, and one that was judged only."""
-    report: Report = {"sft": {"seconds": 150.0, "peak_memory_gb": 2.25}, "eval": {}}
+    report = {"sft": {"seconds": 150.0, "peak_memory_gb": 2.25}, "eval": {}}
     for label, k, k_new in (("base", 10, 5), ("sft", 90, 20), ("mine", 0, 99)):
         report["eval"][label] = {
             "accuracy": metrics.proportion(k, 200),
