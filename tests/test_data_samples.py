@@ -1,17 +1,16 @@
 """Tests of the sample data in data_samples."""
 
-import importlib.util
-import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_samples import generate
 from helpers.data.reading import to_conversations
 from helpers.evaluation import metrics
+from helpers.files import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "data_samples"
@@ -19,24 +18,11 @@ COUNTS = {"train": 2400, "eval": 200, "test": 400, "test_new": 200}
 Row = dict[str, Any]
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
 @pytest.fixture(scope="module")
 def problems():
-    return {name: read(SAMPLES / "word_problems" / f"{name}.jsonl") for name in COUNTS}
-
-
-@pytest.fixture(scope="module")
-def generator():
-    path = SAMPLES / "generate.py"
-    spec = importlib.util.spec_from_file_location("data_samples_generate", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return {
+        name: read_rows(SAMPLES / "word_problems" / f"{name}.jsonl") for name in COUNTS
+    }
 
 
 def numbers(row):
@@ -72,19 +58,19 @@ def test_no_template_is_in_train_and_test_new_and_no_numbers_twice_in_another_se
 
 
 def test_generating_again_gives_the_same_bytes_and_another_seed_others(
-    generator, tmp_path, problems
+    tmp_path, problems
 ):
-    generator.generate(tmp_path)
+    generate.generate(tmp_path)
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     stored = SAMPLES / "word_problems"
     assert written == {path.name: path.read_bytes() for path in stored.iterdir()}
-    assert generator.generate(tmp_path, seed=1)["train"] != problems["train"]
+    assert generate.generate(tmp_path, seed=1)["train"] != problems["train"]
     with pytest.raises(ValueError, match="wrong arithm"):
-        generator.check({"question": "How many?", "answer": "2 + 3 = 6.\n#### 6"})
+        generate.check({"question": "How many?", "answer": "2 + 3 = 6.\n#### 6"})
 
 
 def test_the_general_questions_are_different_short_and_checkable():
-    rows = read(SAMPLES / "general.jsonl")
+    rows = read_rows(SAMPLES / "general.jsonl")
     kinds = [row["id"].partition("-")[0] for row in rows]
     assert len(rows) == len({row["question"] for row in rows}) == 200
     assert len({row["id"] for row in rows}) == 200
@@ -105,5 +91,5 @@ def test_the_general_questions_are_different_short_and_checkable():
 
 def test_no_general_question_is_in_the_other_samples():
     texts = [path.read_text("utf-8") for path in SAMPLES.rglob("*.jsonl")]
-    rows = read(SAMPLES / "general.jsonl")
+    rows = read_rows(SAMPLES / "general.jsonl")
     assert [r["id"] for r in rows if sum(r["question"] in t for t in texts) > 1] == []

@@ -15,6 +15,7 @@ from helpers.training.inputs import PANELS
 ROOT = Path(__file__).resolve().parent.parent
 ADDING = (ROOT / "docs" / "adding.md").read_text("utf-8")
 CURVES = (ROOT / "docs" / "curves.md").read_text("utf-8")
+MODELS = (ROOT / "docs" / "models.md").read_text("utf-8")
 BLOCK = re.compile(r"```(toml|diff|python)\n(.*?)```", re.DOTALL)
 
 
@@ -40,8 +41,7 @@ def test_what_the_page_says_to_add_is_added_and_works(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mark", ["fits", "labels"])
 def test_the_tables_of_models_are_what_is_computed_today(mark):
-    text = (ROOT / "docs" / "models.md").read_text("utf-8")
-    table = text.split(f"<!-- {mark} -->")[1].split(f"<!-- end of {mark} -->")[0]
+    table = MODELS.split(f"<!-- {mark} -->")[1].split(f"<!-- end of {mark} -->")[0]
     assert table.strip() == getattr(models, mark)()
 
 
@@ -52,17 +52,12 @@ def test_a_symptom_of_the_curves_names_the_check_that_detects_it():
         assert words in (ROOT / place).read_text("utf-8"), words
 
 
-def test_the_example_of_the_curves_says_what_the_page_says():
+def test_the_examples_of_curves_and_models_give_what_their_pages_say(capsys):
     names = {}
-    (example,) = [text for kind, text in BLOCK.findall(CURVES) if kind == "python"]
-    exec(compile(example, "docs/curves.md", "exec"), names)
+    for text in (CURVES, MODELS):
+        (example,) = [block for kind, block in BLOCK.findall(text) if kind == "python"]
+        exec(example, names)
     assert f"    {names['sentences'][0]}" in CURVES
-
-
-def test_the_example_of_models_estimates_a_config(capsys):
-    text = (ROOT / "docs" / "models.md").read_text("utf-8")
-    (example,) = [block for kind, block in BLOCK.findall(text) if kind == "python"]
-    exec(compile(example, "docs/models.md", "exec"), {})
     assert "activations" in capsys.readouterr().out
 
 

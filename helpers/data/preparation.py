@@ -139,13 +139,13 @@ def prepare(run: Run, origin: Row | None = None) -> Row:
         for name in [name for name in SETS if name != "problems"]:
             if getattr(config, name):
                 place = -1 if name == "general" else 0  # of the question to answer
-                asked = (questions_of(row)[place] for row in load(file, parts[name]))
+                asked = (questions_of(row)[place] for row in fetch(file, parts[name]))
                 assert_disjoint(trained, name, asked)
         paths = {name: run.path / "data" / f"{name}.jsonl" for name in PARTS}
         for path in paths.values():  # first all, so that a kill leaves no old part
             path.unlink(missing_ok=True)
         for name, part in parts.items():
-            results = write_rows(paths[name], load(file, part))
+            results = write_rows(paths[name], fetch(file, part))
             report[name], report["fingerprints"][name] = results
     run.write_part("data", report)
     return report
@@ -183,7 +183,7 @@ def read_sources(run: Run, file: IO[bytes], report: Row) -> pd.DataFrame:
     return pd.DataFrame(table, columns=["part", "source", "offset", "places"])
 
 
-def load(file: IO[bytes], rows: pd.DataFrame) -> Iterator[Row]:
+def fetch(file: IO[bytes], rows: pd.DataFrame) -> Iterator[Row]:
     for offset in rows["offset"]:
         file.seek(offset)
         yield json.loads(file.readline())
@@ -211,7 +211,7 @@ def mix(run: Run, rows: pd.DataFrame, file: IO[bytes], report: Row) -> pd.DataFr
     rows = pd.concat([*drawn, others])
     leaks = rows["part"].isin(TRAINED) & ~rows["places"].map(held.isdisjoint)
     if leaks.any():
-        examples = [questions_of(r)[0][:60] for r in load(file, rows[leaks][:SHOWN])]
+        examples = [questions_of(r)[0][:60] for r in fetch(file, rows[leaks][:SHOWN])]
         part = {"rows": int(leaks.sum()), "examples": examples}
         report["left_out"]["the mix"] = {"asks what is held out": part}
     return rows[~leaks]

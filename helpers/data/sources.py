@@ -133,7 +133,7 @@ def read_file(path: Path) -> Iterator[Any]:
             text = io.TextIOWrapper(file, json.detect_encoding(head), newline="")
             name = path.name.lower().removesuffix(".gz")
             is_table = name.endswith((".csv", ".tsv"))
-            yield from read_table(text) if is_table else read_json(text, name)
+            yield from read_table(text) if is_table else read_values(text, name)
     except (OSError, EOFError, zlib.error, csv.Error, pyarrow.ArrowException) as error:
         raise DataError(f"{path} is damaged: {error!s:.300}") from None
     except UnicodeDecodeError as error:
@@ -159,7 +159,7 @@ def read_table(file: IO[str]) -> Iterator[Any]:
             yield DataError(f"the number of cells: {counts}, separated by {sign!r}")
 
 
-def read_json(file: IO[str], name: str) -> Iterator[Any]:
+def read_values(file: IO[str], name: str) -> Iterator[Any]:
     """Yields the values of a JSON list or JSON lines, or the lines of a plain .txt."""
     lines = ((n, line) for n, line in enumerate(file, start=1) if line.strip())
     first = list(islice(lines, 1))
@@ -168,16 +168,16 @@ def read_json(file: IO[str], name: str) -> Iterator[Any]:
         yield from (line.strip() for _, line in chain(first, lines))
         return
     listed = start.lstrip().startswith("[")
-    if listed or isinstance(parse(1, start), DataError):
+    if listed or isinstance(parse_json(1, start), DataError):
         first += lines  # one value, over lines; or JSON lines of which one is broken
-        value = parse(1, "".join(line for _, line in first))
+        value = parse_json(1, "".join(line for _, line in first))
         if listed or not isinstance(value, DataError):
             yield from value if isinstance(value, list) else [value]
             return
-    yield from (parse(*line) for line in chain(first, lines))
+    yield from (parse_json(*line) for line in chain(first, lines))
 
 
-def parse(number: int, text: str) -> Any:
+def parse_json(number: int, text: str) -> Any:
     """Returns the value of JSON that begins in a line, or a DataError."""
     try:
         return json.loads(text, object_pairs_hook=to_fields)

@@ -19,9 +19,9 @@ ACCURACIES = {"test": "accuracy", "test_new": "accuracy_new"}
 COUNTED = (*ACCURACIES, "test_chat", "general")  # sets with a rate of right answers
 RESULTS = [f"{name}: right [95 %]" for name in COUNTED]
 RESULTS += ["eval loss", "test_chat loss", "train min", "eval min", "peak GB"]
-COSTS = ["steps", "loss_first", "loss_last", "loss_best", "eval_loss_best"]
-COSTS += ["reward_first", "reward_last", "device", "held-out rows"]
-MEASURES = [*metrics.MEASURES, "macro_f1", "no_label", "bleu", "chrf", "stop_rate"]
+TRAINING = ["steps", "loss_first", "loss_last", "loss_best", "eval_loss_best"]
+TRAINING += ["reward_first", "reward_last", "device", "held-out rows"]
+SCORES = [*metrics.MEASURES, "macro_f1", "no_label", "bleu", "chrf", "stop_rate"]
 DIFFERENCES = ["only_first", "only_second", "difference", "n", "low", "high", "p"]
 
 
@@ -31,7 +31,7 @@ def percent(part: dict[str, float]) -> str:
     return f"{k}/{n} = {100 * k / n:.1f} % [{low:.1f}, {high:.1f}]"
 
 
-def show(value: Any) -> Any:
+def to_cell(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "k" in value:
@@ -46,7 +46,7 @@ def to_frame(rows: list[Row], index: list[str], columns: list[str]) -> pd.DataFr
     cells = [[row.get(name) for name in names] for row in rows]
     frame = pd.DataFrame(cells, columns=names, dtype=object)
     frame = frame.set_index(index).dropna(how="all").dropna(axis=1, how="all")
-    return frame.fillna("-").map(show)
+    return frame.fillna("-").map(to_cell)
 
 
 def right(part: Row, name: str) -> Row | None:
@@ -88,7 +88,7 @@ def scores_table(report: Row) -> pd.DataFrame:
         for label, part in report.get("eval", {}).items()
         for name in HELD_OUT
     ]
-    return to_frame(rows, ["model", "set"], MEASURES)
+    return to_frame(rows, ["model", "set"], SCORES)
 
 
 def differences_table(report: Row) -> pd.DataFrame:
@@ -144,4 +144,4 @@ def runs_table() -> pd.DataFrame:
             published[recipe] = recipes.RECIPES.get(recipe, {}).get("published", {})
     for recipe, figures in published.items():
         rows.append({"run": f"{recipe}, published", **to_row("sft", figures, {})})
-    return to_frame(rows, ["run", "model"], [*COSTS, *RESULTS])
+    return to_frame(rows, ["run", "model"], [*TRAINING, *RESULTS])

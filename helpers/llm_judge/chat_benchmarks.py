@@ -109,7 +109,7 @@ def rate(judge: judges.Judge, fastchat: Any, answers: list[Row]) -> list[Row]:
     return rows
 
 
-def summarise(rows: list[Row]) -> dict[str, Any]:
+def mean_scores(rows: list[Row]) -> dict[str, Any]:
     """Returns mean scores; the interval is over questions, whose turns depend."""
 
     def means(part: pd.DataFrame) -> dict[str, float | None]:
@@ -161,7 +161,7 @@ def run_mt_bench(
             continue
         rows = rate(judge, fastchat, answers)
         judges.write_judgments(folder.with_name("mt_bench_judged.jsonl"), rows, "score")
-        part = {**summarise(rows), "judge": judge.model}
+        part = {**mean_scores(rows), "judge": judge.model}
         judges.add_result(run, label, "mt_bench", part)
         columns[label] = {name: v["score"] for name, v in part["by_category"].items()}
         columns[label] |= {"turn 1": part["turn_1"], "turn 2": part["turn_2"]}

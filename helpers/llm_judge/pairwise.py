@@ -20,7 +20,7 @@ from helpers.llm_judge import judge as judges
 from helpers.runs import Run, writes
 
 SWAPPED = {None: None, "first": "second", "second": "first", "tie": "tie"}
-WORD = r"\w+|[^\w\s]"
+PIECE = r"\w+|[^\w\s]"
 CELL = '<div style="white-space:pre-wrap;text-align:left">{}</div>'
 
 
@@ -120,7 +120,7 @@ def judge_pairs(
 
 def mark_words(text: str, other: str) -> str:
     """Returns a text as HTML, with the words that the other text lacks marked."""
-    known, words = set(re.findall(WORD, other)), re.split(f"({WORD})", text)
+    known, words = set(re.findall(PIECE, other)), re.split(f"({PIECE})", text)
     for n, word in enumerate(words):
         new = word.strip() and word not in known
         words[n] = f"<mark>{html.escape(word)}</mark>" if new else html.escape(word)
