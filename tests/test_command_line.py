@@ -77,6 +77,7 @@ def test_training_takes_a_recipe_or_a_file_and_a_small_version(call, run):
     ("arguments", "message"),
     [
         (["trian"], "2"),  # argparse lists the commands
+        (["mt-bench", "demo", "--limit", "0"], "2"),
         (["train", "none.json"], "^ConfigError: no config at none.json"),
         (["train", "demoo"], "^ConfigError: no recipe 'demoo'; did you mean 'demo'"),
         (["evaluate", "nowhere"], "^ConfigError: no config at .*nowhere"),

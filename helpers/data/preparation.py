@@ -136,11 +136,10 @@ def prepare(run: Run, origin: Row | None = None) -> Row:
             rows = mix(run, rows, file, report)
         parts = {name: rows[rows["part"] == name] for name in parts_of(config)}
         trained = set(rows[rows["part"].isin(TRAINED)]["places"].explode())
-        for name in [name for name in SETS if name != "problems"]:
-            if getattr(config, name):
-                place = -1 if name == "general" else 0  # of the question to answer
-                asked = (questions_of(row)[place] for row in fetch(file, parts[name]))
-                assert_disjoint(trained, name, asked)
+        for name in [name for name in parts if name not in TRAINED]:
+            place = -1 if name == "general" else 0  # of the question to answer
+            asked = (questions_of(row)[place] for row in fetch(file, parts[name]))
+            assert_disjoint(trained, name, asked)
         paths = {name: run.path / "data" / f"{name}.jsonl" for name in PARTS}
         for path in paths.values():  # first all, so that a kill leaves no old part
             path.unlink(missing_ok=True)
