@@ -154,10 +154,7 @@ def compare_trl(tokenizer: Any, rows: list[Row]) -> str:
     ways = []
     for row in rows:
         found = tokenizer.apply_chat_template(
-            row.messages,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **FIXED,
+            row.messages, return_dict=True, return_assistant_tokens_mask=True, **FIXED
         )
         if row.ids != found["input_ids"]:
             ways.append({"trains on another prompt than inference renders"})

@@ -281,9 +281,7 @@ def test_a_model_of_unknown_architecture_can_be_saved(runs_home):
     assert runs.open_run().config.model == "org/never-heard-of"
 
 
-def test_a_table_of_its_values_stands_for_the_form_where_no_kernel_answers(
-    form,
-):
+def test_a_table_of_its_values_stands_for_the_form_where_no_kernel_answers(form):
     form.fields[MORE].value += '\nsft.run_name = "<7>"'
     shell = InteractiveShell.instance()
     with capture_output() as captured:

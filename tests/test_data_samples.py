@@ -29,9 +29,7 @@ def numbers(row):
     return tuple(re.findall(r"\d+", row["question"]))
 
 
-def test_the_problems_are_all_different_and_named_by_their_split(
-    problems,
-):
+def test_the_problems_are_all_different_and_named_by_their_split(problems):
     assert {name: len(part) for name, part in problems.items()} == COUNTS
     for name in ("id", "question"):
         values = {row[name] for part in problems.values() for row in part}

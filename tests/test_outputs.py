@@ -59,9 +59,7 @@ def test_bars_banners_widgets_and_stderr_are_left_out(tmp_path):
     assert set(stored[1].data) == {"text/html"}
 
 
-def test_long_text_is_cut_with_a_word_and_paths_are_those_of_the_project(
-    tmp_path,
-):
+def test_long_text_is_cut_with_a_word_and_paths_are_those_of_the_project(tmp_path):
     texts = stream("in /home/me/tunebook/runs/demo\n"), result(text_plain="x" * 7_000)
     first, second = fill(tmp_path, *texts).cells[1].outputs
     assert first.text == "in runs/demo\n"
