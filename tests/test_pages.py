@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import models
+from benchmarks import models, publish
 from helpers.training.inputs import PANELS
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDING = (ROOT / "docs" / "adding.md").read_text("utf-8")
 CURVES = (ROOT / "docs" / "curves.md").read_text("utf-8")
 MODELS = (ROOT / "docs" / "models.md").read_text("utf-8")
+README = (ROOT / "README.md").read_text("utf-8")
+RELIABILITY = (ROOT / "docs" / "reliability.md").read_text("utf-8")
 BLOCK = re.compile(r"```(toml|diff|python)\n(.*?)```", re.DOTALL)
 
 
@@ -39,10 +41,23 @@ def test_what_the_page_says_to_add_is_added_and_works(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "mine" / "config.json").exists()
 
 
-@pytest.mark.parametrize("mark", ["fits", "labels"])
-def test_the_tables_of_models_are_what_is_computed_today(mark):
-    table = MODELS.split(f"<!-- {mark} -->")[1].split(f"<!-- end of {mark} -->")[0]
-    assert table.strip() == getattr(models, mark)()
+TABLES = {
+    "fits": (MODELS, models.fits),
+    "labels": (MODELS, models.labels),
+    "speed of results/sft_speed.json": (README, publish.speed_table),
+    "faults of results/faults.json": (RELIABILITY, publish.faults_table),
+}
+
+
+@pytest.mark.parametrize("mark", TABLES)
+def test_the_tables_of_pages_are_what_is_computed_today(mark):
+    page, table = TABLES[mark]
+    rest = page.split(f"<!-- {mark} -->")[1]
+    assert rest.split(f"<!-- end of {mark.split()[0]} -->")[0].strip() == table()
+
+
+def test_the_page_of_results_is_made_from_the_files_beside_it():
+    assert (publish.RESULTS / "README.md").read_text("utf-8") == publish.page()
 
 
 def test_a_symptom_of_the_curves_names_the_check_that_detects_it():

@@ -1,4 +1,4 @@
-"""The examples of docs/reliability.md, run as they stand, and its table."""
+"""The examples of docs/reliability.md, run as they stand."""
 
 import json
 import os
@@ -12,7 +12,6 @@ import transformers
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from benchmarks import publish
 from helpers.models import adapters
 from helpers.models import load as models
 
@@ -97,9 +96,3 @@ def test_sigterm_saves(names, tmp_path, monkeypatch):
     run(6, names)
     name = checkpoints(tmp_path / "out")[-1]
     assert 2 < int(name.rpartition("-")[2]) < 5000
-
-
-def test_the_table_of_faults_is_that_of_the_results():
-    marks = PAGE.read_text("utf-8").partition("<!-- faults of results/faults.json -->")
-    table = marks[2].partition("<!-- end of faults -->")[0].strip()
-    assert table == publish.faults_table()
