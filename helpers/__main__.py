@@ -30,14 +30,6 @@ COMMANDS = {
     "export": "export.formats:export run --stage --format --push --public",
     "doctor": "doctor:diagnose",
 }
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
-    return int(text)
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "config": {"help": "a recipe's name, a config.json, or rows: mine.jsonl"},
     "model": {"help": "a run's name, a hub id, or a model's folder"},
@@ -48,7 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--adapter": {"help": "folder, hub id, a run's stage, or none; else its last"},
     **dict.fromkeys(("--file", "--out"), {"type": Path, "required": True}),
     "--temperature": {"type": float},
-    **dict.fromkeys(("--max-new-tokens", "--batch-size", "--limit"), {"type": count}),
+    **dict.fromkeys(("--max-new-tokens", "--batch-size", "--limit"), {"type": int}),
     "--backend": {"choices": ["auto", "transformers", "gguf"], "help": "else auto"},
     "--host": {"help": "of the page; else 127.0.0.1, this machine alone"},
     "--port": {"type": int, "help": "of the page; else the first free from 7860"},
@@ -120,6 +112,9 @@ def main(arguments: list[str]) -> None:
             part.add_argument(option, **OPTIONS.get(option, {}))
     values = vars(parser.parse_args(arguments))
     values = {name: value for name, value in values.items() if value is not None}
+    for name in values.keys() & {"max_new_tokens", "batch_size", "limit"}:
+        if values[name] < 1:
+            parser.error(f"{name}: at least 1 expected, {values[name]} found")
     try:
         if (gpus := values.pop("gpus", None)) and "LOCAL_RANK" not in os.environ:
             runtime.launch(arguments, gpus)  # before CUDA starts in this process

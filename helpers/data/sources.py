@@ -49,20 +49,18 @@ def open_rows(
     return ((n, row) for n, row in enumerate(read(), start=1) if n - 1 in places)
 
 
-def load_rows(
-    source: str | Source, limit: int | None = None, seed: int | None = None
-) -> list[Any]:
+def load_rows(source: str | Source, limit: int | None = None) -> list[Any]:
     """Returns the rows of a source as a list.
 
     Args:
         source: a path (from the working folder or the project's), a folder that
             `save_to_disk` wrote, or a hub name `owner/name[/config][:split]`.
-        limit, seed: at most so many rows, drawn with the seed or else the first ones.
+        limit: at most so many rows, the first ones.
 
     Raises:
         FileNotFoundError, DataError: there is no such file, or it cannot be read.
     """
-    rows = list(open_rows(source, limit, seed))
+    rows = list(open_rows(source, limit))
     for number, row in rows:
         if isinstance(row, DataError):
             raise DataError(f"{source}, row {number}: {row}")

@@ -57,8 +57,8 @@ def response_losses(model: Any, rows: list[Example]) -> list[tuple[float, int]]:
             ids = torch.tensor([row["input_ids"]], device=model.device)  # (1, seq)
             labels = torch.tensor([row["labels"]], device=model.device)
             count = int((labels[:, 1:] != NO_LOSS).sum())
-            loss = float(model(input_ids=ids, labels=labels).loss) if count else 0.0
-            losses.append((loss * count, count))
+            mean = float(model(input_ids=ids, labels=labels).loss)
+            losses.append((mean * count, count))
     return losses
 
 

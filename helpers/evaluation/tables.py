@@ -109,8 +109,7 @@ def plot_results(report: Row, path: Path) -> Figure:
     """Returns bars of accuracies with intervals, else of losses; saves the picture."""
     parts = pd.DataFrame(report.get("eval", {})).rename(columns=STAGES)
     rates = parts.reindex(ACCURACIES.values()).dropna(axis=1, how="all").dropna()
-    losses = results_table(report).filter(like=" loss").replace("-", None)
-    bars = losses.T.astype(float)
+    bars = results_table(report).filter(like=" loss").replace("-", None).T.astype(float)
     options: dict[str, Any] = {"ylabel": "loss in nats (lower is better)"}
     if rates.size:
         bars = 100 * rates.map(lambda rate: rate["k"] / rate["n"])

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from itertools import count
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +119,7 @@ class Judge:
             if not type(cause).__name__.startswith("Connect"):
                 return None, str(error)
             message = f"is not there ({cause}): start it, or check network"
-        except (JSONDecodeError, AttributeError, LookupError, TypeError) as error:
+        except (json.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
             return None, f"no completion: {error}"
         raise JudgeError(f"the judge at {client.base_url} {message} and address (/v1?)")
 

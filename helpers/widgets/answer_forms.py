@@ -27,7 +27,6 @@ COLUMN = """<b>{}</b><div style="display:flex;flex-direction:column-reverse;
 max-height:400px;overflow:auto"><div style="white-space:pre-wrap;line-height:1.4;
 overflow-wrap:anywhere">{}</div></div><i>{}</i>"""
 REDRAW = 3  # tokens; a redraw sends all turns, and Jupyter's server drops over 1 MB a s
-
 ORDER = ("first", "second")  # of the models
 NOTES = ("coherent", "relevant", "creative", "biased")
 CHOICES = ("A is better", "B is better", "about the same")
