@@ -62,6 +62,9 @@ def test_models_without_a_question_in_common_are_refused(run):
     write_items(run, "new", item(1, "y"), part="test_chat")
     with pytest.raises(DataError, match="base and new have no set in common"):
         pairwise.read_pairs(run, ("base", "new"))
+    former = run._replace(config=changed(run.config, data__test=None))
+    with pytest.raises(DataError, match="base and sft have no set in common"):
+        pairwise.read_pairs(former, MODELS)  # the answers are of another config
     with pytest.raises(MissingInput, match="eval/grpo is missing: run the eval noteb"):
         pairwise.read_pairs(run, ("base", "grpo"))
     another, unlabelled = item(1, "y", True) | {"question": "Another?"}, item(1, "y")

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
-from helpers.config import HELD_OUT
 from helpers.data.formats import Messages
+from helpers.data.preparation import parts_of
 from helpers.errors import DataError, JudgeError
 from helpers.evaluation.metrics import proportion
 from helpers.evaluation.tables import percent
@@ -30,8 +30,10 @@ def read_pairs(
     """Returns questions with both models' items, by suffix; `title` has the answer."""
     first, second = models
     one, two = run.require(f"eval/{first}"), (other or run).require(f"eval/{second}")
-    names = [f"{name}.jsonl" for name in ([part] if part else HELD_OUT)]
-    names = [name for name in names if (one / name).exists() and (two / name).exists()]
+    files = [
+        f"{name}.jsonl" for name in ([part] if part else parts_of(run.config.data))
+    ]
+    names = [name for name in files if (one / name).exists() and (two / name).exists()]
     if not names:
         raise DataError(f"{first} and {second} have no {part or 'set'} in common")
     items = [pd.DataFrame(read_rows(folder / names[0])) for folder in (one, two)]
