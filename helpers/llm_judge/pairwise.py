@@ -30,10 +30,9 @@ def read_pairs(
     """Returns questions with both models' items, by suffix; `title` has the answer."""
     first, second = models
     one, two = run.require(f"eval/{first}"), (other or run).require(f"eval/{second}")
-    files = [
-        f"{name}.jsonl" for name in ([part] if part else parts_of(run.config.data))
-    ]
-    names = [name for name in files if (one / name).exists() and (two / name).exists()]
+    parts = [part] if part else parts_of(run.config.data)
+    names = [f"{name}.jsonl" for name in parts]
+    names = [name for name in names if (one / name).exists() and (two / name).exists()]
     if not names:
         raise DataError(f"{first} and {second} have no {part or 'set'} in common")
     items = [pd.DataFrame(read_rows(folder / names[0])) for folder in (one, two)]
