@@ -42,9 +42,8 @@ def to_cell(value: Any) -> Any:
 
 def to_frame(rows: list[Row], index: list[str], columns: list[str]) -> pd.DataFrame:
     """Returns rows as a table: `-` for what is missing, none where all is missing."""
-    names = [*index, *columns]  # cell by cell: pandas would make floats of counts
-    cells = [[row.get(name) for name in names] for row in rows]
-    frame = pd.DataFrame(cells, columns=names, dtype=object)
+    # of objects: pandas would make floats of counts
+    frame = pd.DataFrame(rows, columns=[*index, *columns], dtype=object)
     frame = frame.set_index(index).dropna(how="all").dropna(axis=1, how="all")
     return frame.fillna("-").map(to_cell)
 
