@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import hashlib
 import io
 import json
 import random
@@ -17,7 +16,7 @@ from typing import IO, Any
 from helpers import runtime
 from helpers.config import Source
 from helpers.errors import DataError, MissingInput
-from helpers.files import hash_file
+from helpers.files import fingerprint, hash_file
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(\w+))?")
@@ -89,10 +88,8 @@ def content_of(source: str | Source) -> str | None:
             return HfApi().dataset_info(name, timeout=10).sha if known else None
     except Exception:  # of many kinds; reading the source gives the reason
         return None
-    digest = hashlib.sha256()
-    for file in sorted(filter(Path.is_file, [path, *path.rglob("*")])):
-        digest.update(bytes.fromhex(hash_file(file)))
-    return digest.hexdigest()
+    files = filter(Path.is_file, [path, *path.rglob("*")])
+    return fingerprint(*map(hash_file, sorted(files)))
 
 
 def read_dataset(source: Source, path: Path | None) -> Any:
