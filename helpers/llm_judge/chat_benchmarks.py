@@ -1,6 +1,5 @@
 """MT-Bench, in files of FastChat's formats, and AlpacaEval 2, by its own package."""
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -115,7 +114,7 @@ def mean_scores(rows: list[Row]) -> dict[str, Any]:
     def means(part: pd.DataFrame) -> dict[str, float | None]:
         scores = part.groupby("turn")["score"].mean().add_prefix("turn_")
         scores["score"] = part["score"].mean()
-        return json.loads(scores.round(3).to_json())  # NaN becomes None
+        return {name: round(x, 3) if x == x else None for name, x in scores.items()}
 
     frame = pd.DataFrame(rows).astype({"score": float})
     rated = frame.dropna(subset="score")
