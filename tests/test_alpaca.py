@@ -9,6 +9,7 @@ import re
 
 import pytest
 
+from helpers.config import changed
 from helpers.errors import DataError, JudgeError
 from helpers.files import write_json
 from helpers.llm_judge import chat_benchmarks
@@ -78,6 +79,10 @@ def test_outputs_have_the_form_of_published_ones_and_are_made_once(
     assert answered == INSTRUCTIONS
     answer(run, reference, max_new_tokens=2)
     assert answered == INSTRUCTIONS * 2
+    for seed in (1, 1, 2):  # answers that are drawn are those of the seed
+        config = changed(run.config, inference__temperature=0.7, seed=seed)
+        answer(run._replace(config=config), reference)
+    assert answered == INSTRUCTIONS * 4
 
 
 @pytest.mark.parametrize("output", [None, 5, ["a"]])

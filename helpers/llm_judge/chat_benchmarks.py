@@ -48,7 +48,8 @@ def load_answering(run: Run, adapter: Path | str | None, max_length: int) -> Ans
 
     def answer(path: Path, prompts: list[Messages], sampling: Row) -> list[str]:
         set_seed(config.seed)
-        settings = fingerprint(model_print(config, adapter), sampling)
+        drawn = [config.seed] if sampling.get("temperature") else []
+        settings = fingerprint(model_print(config, adapter), sampling, *drawn)
         generate = partial(generate_batches, *loaded, **batches, sampling=sampling)
         rows = [{"id": n, "prompt": prompt} for n, prompt in enumerate(prompts)]
         items = answer_rows(path, rows, settings, generate, lambda text, row: {})
