@@ -42,8 +42,7 @@ def to_cell(value: Any) -> Any:
 
 def to_frame(rows: list[Row], index: list[str], columns: list[str]) -> pd.DataFrame:
     """Returns rows as a table: `-` for what is missing, none where all is missing."""
-    columns = [*index, *columns]
-    frame = pd.DataFrame(rows, columns=columns, dtype=object)  # counts stay integers
+    frame = pd.DataFrame(rows, columns=index + columns, dtype=object)  # ints stay ints
     frame = frame.set_index(index).dropna(how="all").dropna(axis=1, how="all")
     return frame.fillna("-").map(to_cell)
 
