@@ -71,9 +71,7 @@ class Judge:
         options["default_headers"] = {"Accept-Encoding": "identity"}
         client = openai.OpenAI(base_url=self.base_url, timeout=timeout, **options)
         former = read_rows(self.cache) if self.cache.exists() else []
-        replies: dict[str, Reply] = {
-            row["request"]: (row["text"], "") for row in former
-        }
+        replies: dict[str, Reply] = {r["request"]: (r["text"], "") for r in former}
         with self.cache.open("a", encoding="utf-8") as file:
             conversations = list(map(break_control, conversations))
             keys = [json.dumps([self.base_url, self.model, c]) for c in conversations]
