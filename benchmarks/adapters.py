@@ -26,6 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.markdown import to_markdown  # noqa: E402
+
 ENGINES = ("transformers", "unsloth")
 LIMIT = 1e-4  # of a difference between logits of float32
 STEPS = 4
@@ -194,14 +196,13 @@ def table() -> list[str]:
     rows = json.loads((ROOT / "results" / "adapters.json").read_text())["rows"]
     lines = ["Largest difference of logits from the trained model's, by"]
     lines[0] += " `python benchmarks/adapters.py`; `refused`: before training."
-    lines += ["", f"| setting | engine | weights | {' | '.join(FIGURES)} |"]
-    lines.append("|---|---|---" + "|---" * len(FIGURES) + "|")
+    cells = []
     for row in rows:
         figures = ["-" if row[name] is None else f"{row[name]:g}" for name in FIGURES]
         figures = ["refused"] * len(FIGURES) if row["refused"] else figures
-        cells = [row["setting"], row["engine"], row["weights"], *figures]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        place = {name: row[name] for name in ("setting", "engine", "weights")}
+        cells.append(place | dict(zip(FIGURES, figures, strict=True)))
+    return [*lines, "", to_markdown(cells)]
 
 
 def main() -> None:

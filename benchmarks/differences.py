@@ -87,11 +87,7 @@ def find_place(row: Row, position: int) -> tuple[int, str]:
 
 
 def explain_more(
-    row: Row,
-    answer: Answer,
-    place: str,
-    spans: list[Span],
-    whose: Theirs,
+    row: Row, answer: Answer, place: str, spans: list[Span], whose: Theirs
 ) -> str:
     """Returns what else is learnt, and why, in words."""
     start, stop = spans[0][0], spans[-1][1]
@@ -123,12 +119,7 @@ def explain_more(
 
 
 def explain_less(
-    row: Row,
-    answer: Answer,
-    place: str,
-    spans: list[Span],
-    whose: Theirs,
-    silent: bool,
+    row: Row, answer: Answer, place: str, spans: list[Span], whose: Theirs, silent: bool
 ) -> str:
     """Returns what is not learnt, and why, in words; `silent`: nothing of an answer."""
     start, stop = spans[0][0], spans[-1][1]

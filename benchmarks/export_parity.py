@@ -18,6 +18,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.markdown import to_markdown  # noqa: E402
+
 TABLE = ROOT / "results" / "export_parity.json"
 FIGURES = ["tokens_agree", "stop_rate", "perplexity", "mb", "tokens_per_second"]
 KEY = ["machine", "model", "format"]
@@ -46,19 +49,15 @@ def merge_rows(
 
 def section() -> list[str]:
     """Returns the section of results/README.md."""
-    import pandas as pd
-
     rows = json.loads(TABLE.read_text(encoding="utf-8"))["rows"]
     for row in rows:
         same = row["prompts_equal"]
         row["prompts_equal"] = f"{same['k']}/{same['n']}" if same else None
-    frame = pd.DataFrame(rows, dtype=object).fillna("-")
-    table = frame.to_markdown(index=False, disable_numparse=True, stralign=None)
     return [
         "By `python benchmarks/export_parity.py`: exported files in plain transformers",
         "and llama.cpp, beside the trained model. `tokens_agree`: its greedy tokens up",
         "to each answer's first other one; k of n answers that end are right.",
-        *("", table),
+        *("", to_markdown(rows)),
     ]
 
 

@@ -2,16 +2,13 @@
 
     python benchmarks/grpo_learning.py run OUT                     # seeds 0, 1, 2
     python benchmarks/grpo_learning.py run OUT --seeds 0 --settings recipe lr2e-4
-    python benchmarks/grpo_learning.py run OUT --seeds --gsm8k FOLDER
     python benchmarks/grpo_learning.py table OUT [OUT ...]         # into results/
 
 For each seed: the recipe `demo` at a GPU's sizes, SFT (its best checkpoint by eval
 loss), then GRPO from it within `--minutes`; as a control, further SFT from the
 same start for the same time. All answer the 400 items of `test` and the 200 of
 `test_new`, greedily; the p value is of McNemar's exact test on the items, against SFT.
-With `--gsm8k` the same on real GSM8K, from a folder with train.jsonl and
-test_first660.jsonl, the base model beside it; GRPO there takes the problems that the
-model solves at times, of `--probe`.
+Real GSM8K is for `gsm8k_proof.py`.
 
 Jobs run side by side, each in a process of its own, in fp16 under a cap of 14.0 GiB, as
 on a T4. Runs lie in `--runs`, and what is finished there is not made again. Every job
@@ -34,7 +31,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from helpers import recipes  # noqa: E402
+from helpers import files, recipes, runs, runtime, stages  # noqa: E402
+from helpers.config import changed  # noqa: E402
+from helpers.data import preparation as data  # noqa: E402
+from helpers.evaluation import evaluator  # noqa: E402
+from helpers.evaluation.metrics import paired_difference  # noqa: E402
+from helpers.models import load  # noqa: E402
+from helpers.training import trainer as training  # noqa: E402
 
 RECIPE = recipes.load("demo", gpu=True)
 CAP_GB = 14.0
@@ -61,14 +64,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 DEFAULT = "recipe"
-GSM8K = "gsm8k"
-EVAL_ROWS = 200  # of the train split, for the eval loss and the best adapter
 
 
 def start_config(seed: int, given: argparse.Namespace) -> Any:
     """Returns the config of the SFT that GRPO and the control start from."""
-    from helpers.config import changed
-
     base = changed(
         RECIPE,
         name=f"start{seed}",
@@ -89,44 +88,9 @@ def start_config(seed: int, given: argparse.Namespace) -> Any:
     return base
 
 
-def gsm8k_config(given: argparse.Namespace) -> Any:
-    """Returns the config of SFT on real GSM8K; there is no second test set."""
-    from helpers.config import changed
-
-    folder = Path(given.gsm8k).resolve()
-    rows = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(True)
-    parts = {"train": rows[:-EVAL_ROWS], "eval": rows[-EVAL_ROWS:]}
-    places = {}
-    for name, part in parts.items():
-        places[name] = Path(given.runs).resolve() / f"gsm8k_{name}.jsonl"
-        places[name].parent.mkdir(parents=True, exist_ok=True)
-        places[name].write_text("".join(part), encoding="utf-8")
-    steps = given.sft_steps or 500
-    return changed(
-        start_config(0, given),
-        name=GSM8K,
-        max_length=1024,
-        data__train=[str(places["train"])],
-        data__eval=str(places["eval"]),
-        data__test=str(folder / "test_first660.jsonl"),
-        data__test_rows=given.rows,
-        data__test_new=None,
-        evaluation__max_new_tokens=256,
-        sft__max_steps=steps,
-        sft__per_device_train_batch_size=4,
-        sft__learning_rate=5e-4,
-        sft__warmup_steps=steps // 20,
-        sft__eval_steps=max(1, steps // 5),
-        sft__save_steps=steps,
-    )
-
-
 def evaluate(run: Any, label: str, adapter: Path | str | None) -> dict[str, Any]:
     """Returns right answers and items of each test set, with each item's verdict."""
-    from helpers import files
-    from helpers.evaluation import evaluator as evaluation
-
-    part = evaluation.evaluate(run, label, adapter)
+    part = evaluator.evaluate(run, label, adapter)
     found: dict[str, Any] = {"eval_loss": part.get("eval_loss")}
     for name, key in (("test", "accuracy"), ("test_new", "accuracy_new")):
         if key in part:
@@ -137,36 +101,21 @@ def evaluate(run: Any, label: str, adapter: Path | str | None) -> dict[str, Any]
 
 
 def start(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Trains and evaluates what GRPO starts from; the base model too, on GSM8K."""
-    from helpers import runs, stages
-    from helpers.data import preparation as data
-
-    real = name == GSM8K
-    config = gsm8k_config(given) if real else start_config(int(name[5:]), given)
-    run = runs.save_run(config)
+    """Trains and evaluates what GRPO starts from."""
+    run = runs.save_run(start_config(int(name[5:]), given))
     data.ensure_data(run)
-    found = {"base": evaluate(run, "base", None)} if real else {}
     part = stages.train_stage(run, "sft")
-    return found | {
-        "sft": evaluate(run, "sft", run.path / "sft" / "adapter"),
-        "trained": part,
-    }
+    adapter = run.path / "sft" / "adapter"
+    return {"sft": evaluate(run, "sft", adapter), "trained": part}
 
 
 def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Trains on from a start, by GRPO or by more SFT, and evaluates the result."""
-    from helpers import files, runs, stages
-    from helpers.config import changed
-    from helpers.data import preparation as data
-    from helpers.training import trainer as sft
-    from helpers.training import trainer as train
-
     origin, _, setting = name.partition("-")
     before = runs.open_run(origin)
     adapter = before.path / "sft" / "adapter"
-    control = setting == "control"
     config = changed(before.config, name=name, sft_adapter=str(adapter))
-    if control:
+    if setting == "control":
         # the start's own recipe, over as many steps as fit into the time
         done = json.loads((before.path / "sft" / "log_history.json").read_text())
         timed = [e for e in done if "loss" in e]
@@ -180,27 +129,18 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
         )
         run = runs.save_run(config)
         data.ensure_data(run)
-        model, tokenizer = train.load_for_training(run, "sft", adapter)
-        part = train.fit(sft.build_sft(run, model, tokenizer), run)
+        model, tokenizer = training.load_for_training(run, "sft", adapter)
+        part = training.fit(training.build_sft(run, model, tokenizer), run)
         stage = "sft"
     else:
-        values = RECIPE.grpo | SETTINGS[setting]
         config = changed(
             config,
             stages=["grpo"],
+            grpo=RECIPE.grpo | SETTINGS[setting],
             grpo_minutes=given.minutes,
             data__problems=before.config.data.train[0],
         )
-        if origin == GSM8K:
-            # longer, in micro-batches that take the same memory; most groups would be
-            # all wrong, so of some problems those are taken that are solved at times
-            values["max_completion_length"] *= 2
-            values["per_device_train_batch_size"] //= 2
-            values["gradient_accumulation_steps"] *= 2
-        run = runs.save_run(changed(config, grpo=values))
-        if origin == GSM8K:
-            file = solved_at_times(run, given.probe)
-            run = runs.save_run(changed(run.config, data__problems=file))
+        run = runs.save_run(config)
         part = stages.train_stage(run, "grpo")
         stage = "grpo"
     history = json.loads((run.path / stage / "log_history.json").read_text())
@@ -219,44 +159,8 @@ def go_on(name: str, given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def solved_at_times(run: Any, count: int) -> str:
-    """Returns a file of those of some problems that some of eight answers solve."""
-    import random
-
-    from helpers import files
-    from helpers.config import complete
-    from helpers.data import preparation as data
-    from helpers.data.formats import ask
-    from helpers.grpo.rewards import correctness
-    from helpers.inference.generation import generate
-    from helpers.training import trainer as train
-
-    data.ensure_data(run)
-    rows = files.read_rows(run.path / "data" / "problems.jsonl")
-    rows = random.Random(run.config.seed).sample(rows, min(count, len(rows)))
-    model, tokenizer = train.load_for_training(run, "grpo", run.config.sft_adapter)
-    values = complete(run.config, "grpo")
-    drawn = {n: values[n] for n in ("temperature", "top_p", "top_k", "min_p")}
-    system = run.config.system_prompt
-    prompts = [ask(row["question"], system) for row in rows for _ in range(8)]
-    length = values["max_completion_length"]
-    answers = generate(
-        model, tokenizer, prompts, max_new_tokens=length, batch_size=64, sampling=drawn
-    )
-    texts = [answer.text for answer in answers]
-    gold = [row["gold"] for row in rows for _ in range(8)]
-    scores = correctness(texts, gold=gold, prompts=prompts)
-    solved = [scores[8 * n : 8 * n + 8].count(1.0) for n in range(len(rows))]
-    kept = [row for row, right in zip(rows, solved, strict=True) if 0 < right < 8]
-    path = run.path / "solved_at_times.jsonl"
-    files.write_rows(path, [{k: r[k] for k in ("question", "answer")} for r in kept])
-    return str(path)
-
-
 def job(name: str, given: argparse.Namespace) -> None:
     """Does one job in this process; its result goes to the runs and to OUT."""
-    from helpers import files, runs, runtime
-
     started = time.perf_counter()
     os.environ["TUNEBOOK_RUNS"] = str(Path(given.runs).resolve())
     result = go_on(name, given) if "-" in name else start(name, given)
@@ -307,7 +211,7 @@ def run_job(name: str, given: argparse.Namespace, ends: float) -> bool:
 def summary(result: dict[str, Any]) -> str:
     """Returns a result in a line."""
     parts = []
-    for label in ("base", "sft", "after"):
+    for label in ("sft", "after"):
         for name in ("test", "test_new"):
             found = result.get(label, {}).get(name)
             if found:
@@ -321,14 +225,12 @@ def summary(result: dict[str, Any]) -> str:
 
 def run_all(given: argparse.Namespace) -> None:
     """Runs all jobs, each as soon as what it starts from is there."""
-    from helpers.models import load
-
     given.minutes = given.minutes or RECIPE.grpo_minutes
     out = Path(given.out)
     out.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + given.limit
     load.find_model("smollm2-135m-offline")  # converted once, not by each job
-    origins = [f"start{seed}" for seed in given.seeds] + [GSM8K] * bool(given.gsm8k)
+    origins = [f"start{seed}" for seed in given.seeds]
     with ThreadPoolExecutor(given.workers) as pool:
         starts: dict[str, Future[bool]] = {
             name: pool.submit(run_job, name, given, ends) for name in origins
@@ -345,8 +247,6 @@ def run_all(given: argparse.Namespace) -> None:
 
 def write_table(given: argparse.Namespace) -> None:
     """Joins the results of OUT folders into results/grpo_learning.json."""
-    from helpers.files import write_json
-
     found: dict[str, dict[str, Any]] = {}
     for folder in given.out:
         for path in sorted(Path(folder).glob("*.json")):
@@ -357,28 +257,19 @@ def write_table(given: argparse.Namespace) -> None:
         if f"{name}-{setting}" in found:
             rows.append({"seed": int(name[5:]), **row(found, name, setting)})
     table: dict[str, Any] = {"setting": setting, "seeds": rows}
-    if GSM8K in found:
-        table["gsm8k"] = {"base": found[GSM8K]["base"]["test"]}
-        if f"{GSM8K}-{setting}" in found:
-            table["gsm8k"] |= row(found, GSM8K, setting)
-        else:
-            table["gsm8k"]["sft"] = found[GSM8K]["sft"]["test"]
-    names = sorted(found, key=lambda name: name.startswith(GSM8K))
-    first = next(found[name] for name in names if name.endswith(setting))
+    first = next(found[name] for name in sorted(found) if name.endswith(setting))
     table["conditions"] = {
         "machine": given.machine,
         "model": "smollm2-135m-offline",
         "engine": first["engine"],
         "grpo": first["config"],
     }
-    write_json(TABLE, table)
+    files.write_json(TABLE, table)
     print(json.dumps(table["seeds"], indent=1))
 
 
 def row(found: dict[str, Any], origin: str, setting: str) -> dict[str, Any]:
     """Returns accuracies after SFT, GRPO and the control, with the paired p values."""
-    from helpers.evaluation.metrics import paired_difference
-
     sft, grpo = found[origin]["sft"], found[f"{origin}-{setting}"]
     control = found.get(f"{origin}-control")
     counts: dict[str, Any] = {}
@@ -412,15 +303,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
     run.add_argument("out")
-    run.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     run.add_argument("--settings", nargs="*", default=[DEFAULT], choices=[*SETTINGS])
     run.add_argument("--minutes", type=float, help="of GRPO; else the recipe's")
     run.add_argument("--limit", type=float, default=7200.0, help="seconds for it all")
     run.add_argument("--workers", type=int, default=2, help="jobs side by side")
     run.add_argument("--engine", default="", choices=["", "unsloth", "transformers"])
     run.add_argument("--weights", default="", choices=["", "4bit", "16bit"])
-    run.add_argument("--gsm8k", default="", help="folder with the real splits")
-    run.add_argument("--probe", type=int, default=1024, help="GSM8K problems tried")
     run.add_argument("--runs", default=str(ROOT / "runs" / "grpo_learning"))
     run.add_argument("--no-control", action="store_true")
     run.add_argument("--rows", type=int, default=None, help="test items, to try it out")

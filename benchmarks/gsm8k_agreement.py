@@ -262,12 +262,7 @@ def agreement(outputs: list[tuple[str, str]]) -> dict[str, Any]:
 
 
 def end_to_end(
-    name: str,
-    model: Any,
-    tokenizer: Any,
-    problems: list[Any],
-    shots: str,
-    tokens: int,
+    name: str, model: Any, tokenizer: Any, problems: list[Any], shots: str, tokens: int
 ) -> dict[str, Any]:
     """Returns the accuracies of lm_eval's evaluation and of ours, and equal outputs."""
     import lm_eval

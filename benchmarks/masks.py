@@ -35,6 +35,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -50,6 +52,7 @@ from benchmarks.chats import (  # noqa: E402
     unsloth_templates,
 )
 from benchmarks.differences import Row, Theirs, describe  # noqa: E402
+from benchmarks.markdown import to_markdown  # noqa: E402
 from helpers.data.formats import arrange  # noqa: E402
 from helpers.errors import DataError, TemplateError  # noqa: E402
 from helpers.masking.dataset import NO_LOSS, check_row, mask_conversation  # noqa: E402
@@ -151,10 +154,7 @@ def compare_trl(tokenizer: Any, rows: list[Row]) -> str:
     ways = []
     for row in rows:
         found = tokenizer.apply_chat_template(
-            row.messages,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **FIXED,
+            row.messages, return_dict=True, return_assistant_tokens_mask=True, **FIXED
         )
         if row.ids != found["input_ids"]:
             ways.append({"trains on another prompt than inference renders"})
@@ -214,14 +214,9 @@ def table(path: Path = RESULTS) -> list[str]:
         kinds = Counter(row[column].partition(":")[0] for row in rows)
         counts = ", ".join(f"{kind} {n}" for kind, n in sorted(kinds.items()))
         lines.append(f"- {column}: {counts} of {len(rows)}")
-    lines += ["", "| template | oracle | unsloth | trl |", "|---|---|---|---|"]
-    for row in rows:
-        cells = [row["name"], *(row[column] for column in columns)]
-        # a line break would end the row, a bar the cell
-        lines.append(
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-        )
-    return lines
+    table = pd.DataFrame(rows)[["name", *columns]].rename(columns={"name": "template"})
+    # a bar would end the cell
+    return [*lines, "", to_markdown(table.map(lambda cell: cell.replace("|", "\\|")))]
 
 
 def main(out: Path) -> None:

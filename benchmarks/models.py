@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.chats import fit_tokenizer, trl_templates, turns  # noqa: E402
-from benchmarks.publish import replace, to_markdown  # noqa: E402
+from benchmarks.markdown import to_markdown  # noqa: E402
+from benchmarks.publish import replace  # noqa: E402
 from helpers import recipes  # noqa: E402
 from helpers.errors import TemplateError  # noqa: E402
 from helpers.estimate import GIB, T4, Gpu, estimate_memory, skeleton  # noqa: E402

@@ -15,12 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import adapters, export_parity, masks, memory, scale, sft_speed  # noqa: E402
+from benchmarks.markdown import to_markdown  # noqa: E402
 from helpers import recipes  # noqa: E402
 from helpers.estimate import estimate_memory  # noqa: E402
 from helpers.evaluation.tables import percent, results_table  # noqa: E402
@@ -39,12 +38,6 @@ RATES = {
 
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def to_markdown(rows: list[dict[str, Any]] | pd.DataFrame) -> str:
-    """Returns rows as a Markdown table, with the numbers as they are written."""
-    frame = pd.DataFrame(rows, dtype=object)
-    return frame.to_markdown(index=False, disable_numparse=True, stralign=None)
 
 
 def stages(report: dict[str, Any]) -> str:
@@ -114,13 +107,10 @@ def learning(path: Path) -> list[str]:
             row |= {"GRPO": percent(part["grpo"]), "p": f"{part['p']:.2g}"}
             row |= {"minutes": seed["minutes"]}
             rows.append(row | {"more SFT instead": percent(part["more_sft"])})
-    real = values["gsm8k"]
-    right = ", ".join(f"{n} {percent(real[n])}" for n in ("base", "sft", "grpo"))
     return [
         f"{values['conditions']['machine']}; by `python benchmarks/grpo_learning.py`.",
         "p: McNemar's exact test of the same items against SFT.",
-        *("", to_markdown(rows), ""),
-        f"Real GSM8K, first {real['base']['n']} test problems: {right}.",
+        *("", to_markdown(rows)),
     ]
 
 
@@ -211,7 +201,7 @@ def speed_section() -> list[str]:
         "`python benchmarks/sft_speed.py`. Times stock: of tokens a second [of the",
         "slowest repeat against stock's fastest, and the reverse]; then of a whole run",
         f"of {sft_speed.RUN} steps with layout search, compilation and first step.",
-        *("", to_markdown(pd.DataFrame(rows, dtype=object).fillna("-"))),
+        *("", to_markdown(rows)),
     ]
 
 
@@ -229,7 +219,7 @@ def speed_table() -> str:
             value += f" = {text}" if part is not stock else ""
             row = rows.setdefault(part["shape"], {"shape": part["shape"]})
             row[f"{part['way']}, tokens/s"] = value
-    return to_markdown(pd.DataFrame(rows.values(), dtype=object).fillna("-"))
+    return to_markdown([*rows.values()])
 
 
 def chat_speed() -> list[str]:

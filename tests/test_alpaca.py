@@ -9,7 +9,9 @@ import re
 
 import pytest
 
+from helpers.config import changed
 from helpers.errors import DataError, JudgeError
+from helpers.files import write_json
 from helpers.llm_judge import chat_benchmarks
 from helpers.llm_judge.judge import Judge
 from tests.judge_server import JudgeServer
@@ -17,16 +19,11 @@ from tests.judge_server import JudgeServer
 INSTRUCTIONS = ["Name a color.", "Sort 3, 1, 2.", "Was ist das?", "Say nothing."]
 
 
-def write(path, values):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values), encoding="utf-8")
-    return path
-
-
 def outputs(path, generator):
     """Writes outputs as the package publishes them."""
     rows = [{"instruction": t, "output": f"{generator} on {t}"} for t in INSTRUCTIONS]
-    return write(path, [{**row, "generator": generator} for row in rows])
+    write_json(path, [row | {"generator": generator} for row in rows])
+    return path
 
 
 @pytest.fixture
@@ -82,11 +79,15 @@ def test_outputs_have_the_form_of_published_ones_and_are_made_once(
     assert answered == INSTRUCTIONS
     answer(run, reference, max_new_tokens=2)
     assert answered == INSTRUCTIONS * 2
+    for seed in (1, 1, 2):  # answers that are drawn are those of the seed
+        config = changed(run.config, inference__temperature=0.7, seed=seed)
+        answer(run._replace(config=config), reference)
+    assert answered == INSTRUCTIONS * 4
 
 
 @pytest.mark.parametrize("output", [None, 5, ["a"]])
 def test_a_reference_without_texts_is_refused(run, tmp_path, output):
-    path = write(tmp_path / "bad.json", [{"instruction": "a", "output": output}])
+    write_json(path := tmp_path / "bad.json", [{"instruction": "a", "output": output}])
     with pytest.raises(DataError, match="bad.json: not every .* is a text"):
         chat_benchmarks.run_alpaca_eval(run, None, reference=path)
 

@@ -95,6 +95,7 @@ def test_a_number_that_nothing_can_use_is_one_sentence(option, error, capsys):
     ("arguments", "message"),
     [
         (["trian"], "2"),  # argparse lists the commands
+        (["mt-bench", "demo", "--limit", "0"], "2"),
         (["train", "none.json"], "^ConfigError: no config at none.json"),
         (["train", "demoo"], "^ConfigError: no recipe 'demoo'; did you mean 'demo'"),
         (["train", "demo", "--gpus", "99"], "--gpus.*(no GPU; without|from 1 to)"),
@@ -120,7 +121,7 @@ def test_the_help_of_a_command_lists_parameters_of_its_function(command, capsys)
         known |= {*signature(items.resolve_model).parameters}
     names = {command_line.OPTIONS.get(o, {}).get("dest", o.strip("-")) for o in options}
     parameters = {name.replace("-", "_") for name in names}
-    assert parameters - {"small", "judge_model", "gpus"} <= known
+    assert parameters - {"small", "judge_model", "gpus", "shard"} <= known
 
 
 def test_the_help_says_what_each_command_is_for(capsys):

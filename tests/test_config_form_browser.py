@@ -1,11 +1,6 @@
 """The config form in JupyterLab, driven in a headless Chromium as a user would."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,7 +20,7 @@ END_KERNELS = """async () => {
 
 
 @pytest.fixture
-def page(runs_home: Path, tmp_path: Path) -> Iterator[Any]:
+def page(runs_home, tmp_path):
     with open_notebook(tmp_path, SHOW, READ, TUNEBOOK_RUN="smoke") as page:
         yield page
 

@@ -1,12 +1,9 @@
 """Tests of data.preparation: rows are filtered, mixed, split and written; no leaks."""
 
-from __future__ import annotations
-
 import logging
 import os
 import tracemalloc
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -154,7 +151,7 @@ SHARES = {"test_chat": 0.1, "eval": 0.05}
 
 def splits_of(asked, shares):
     """Returns the questions of each split."""
-    parts: dict[str, list[str]] = {}
+    parts = {}
     for q, name in zip(asked, split(map(place_of, asked), shares), strict=True):
         parts.setdefault(name, []).append(q)
     return parts
@@ -209,7 +206,7 @@ def test_a_held_out_question_that_is_trained_on_stops_the_preparation(
     run_factory, own_files, tmp_path, part, where
 ):
     rows = [problem("fresh?"), problem("leaky?")]
-    source: Any = write(tmp_path / "more.jsonl", rows)
+    source = write(tmp_path / "more.jsonl", rows)
     own_files[f"data__{where}"] = [source] if where == "train" else source
     held = [problem("new?"), problem(" leaky? ")]
     own_files[f"data__{part}"] = write(tmp_path / "held.jsonl", held)
@@ -338,7 +335,18 @@ def test_a_conversation_that_asks_later_what_is_held_out_is_not_trained_on(
     trained = questions(second)
     assert "Begin!" not in trained and "Hello!" in trained
     leaks = {"rows": 1, "examples": ["Begin!"]}
-    assert report["left_out"]["the mix"] == {"asks later what is held out": leaks}
+    assert report["left_out"]["the mix"] == {"asks what is held out": leaks}
+
+
+def test_a_problem_that_a_share_of_the_training_rows_holds_out_is_not_learnt(
+    run_factory, own_files
+):
+    own_files |= {"data__eval": None, "data__eval_share": 0.2, "data__test_share": 0.2}
+    run = run_factory(**own_files)
+    report = data.prepare(run)
+    held = {*questions(run, "eval"), *questions(run, "test_chat")}
+    assert held and held.isdisjoint(questions(run, "problems"))
+    assert report["left_out"]["the mix"]["asks what is held out"]["rows"] == len(held)
 
 
 def test_missing_or_other_data_are_prepared_with_a_note_and_good_ones_left(
@@ -363,7 +371,7 @@ def test_a_file_that_was_edited_is_noticed_by_its_content_and_named(
     run_factory, own_files, tmp_path, messages, part
 ):
     path = tmp_path / "edited.jsonl"
-    value: Any = [str(path)] if part == "train" else str(path)
+    value = [str(path)] if part == "train" else str(path)
     run = run_factory(**own_files | {f"data__{part}": value})
     write(path, [problem("was this here before?"), problem("and this, before?")])
     data.prepare(run)

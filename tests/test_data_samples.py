@@ -1,20 +1,16 @@
 """Tests of the sample data in data_samples."""
 
-from __future__ import annotations
-
-import importlib.util
-import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from data_samples import generate
 from helpers.data.reading import to_conversations
 from helpers.evaluation import metrics
+from helpers.files import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "data_samples"
@@ -22,33 +18,18 @@ COUNTS = {"train": 2400, "eval": 200, "test": 400, "test_new": 200}
 Row = dict[str, Any]
 
 
-def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
 @pytest.fixture(scope="module")
-def problems() -> dict[str, list[Row]]:
-    return {name: read(SAMPLES / "word_problems" / f"{name}.jsonl") for name in COUNTS}
+def problems():
+    return {
+        name: read_rows(SAMPLES / "word_problems" / f"{name}.jsonl") for name in COUNTS
+    }
 
 
-@pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    path = SAMPLES / "generate.py"
-    spec = importlib.util.spec_from_file_location("data_samples_generate", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def numbers(row: Row) -> tuple[str, ...]:
+def numbers(row):
     return tuple(re.findall(r"\d+", row["question"]))
 
 
-def test_the_problems_are_all_different_and_named_by_their_split(
-    problems: dict[str, list[Row]],
-) -> None:
+def test_the_problems_are_all_different_and_named_by_their_split(problems):
     assert {name: len(part) for name, part in problems.items()} == COUNTS
     for name in ("id", "question"):
         values = {row[name] for part in problems.values() for row in part}
@@ -58,8 +39,8 @@ def test_the_problems_are_all_different_and_named_by_their_split(
 
 
 def test_no_template_is_in_train_and_test_new_and_no_numbers_twice_in_another_set(
-    problems: dict[str, list[Row]],
-) -> None:
+    problems,
+):
     names = {n: {row["template"] for row in part} for n, part in problems.items()}
     assert names["train"] == names["eval"] == names["test"]
     assert names["train"].isdisjoint(names["test_new"])
@@ -75,19 +56,19 @@ def test_no_template_is_in_train_and_test_new_and_no_numbers_twice_in_another_se
 
 
 def test_generating_again_gives_the_same_bytes_and_another_seed_others(
-    generator: ModuleType, tmp_path: Path, problems: dict[str, list[Row]]
-) -> None:
-    generator.generate(tmp_path)
+    tmp_path, problems
+):
+    generate.generate(tmp_path)
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     stored = SAMPLES / "word_problems"
     assert written == {path.name: path.read_bytes() for path in stored.iterdir()}
-    assert generator.generate(tmp_path, seed=1)["train"] != problems["train"]
+    assert generate.generate(tmp_path, seed=1)["train"] != problems["train"]
     with pytest.raises(ValueError, match="wrong arithm"):
-        generator.check({"question": "How many?", "answer": "2 + 3 = 6.\n#### 6"})
+        generate.check({"question": "How many?", "answer": "2 + 3 = 6.\n#### 6"})
 
 
-def test_the_general_questions_are_different_short_and_checkable() -> None:
-    rows = read(SAMPLES / "general.jsonl")
+def test_the_general_questions_are_different_short_and_checkable():
+    rows = read_rows(SAMPLES / "general.jsonl")
     kinds = [row["id"].partition("-")[0] for row in rows]
     assert len(rows) == len({row["question"] for row in rows}) == 200
     assert len({row["id"] for row in rows}) == 200
@@ -106,7 +87,7 @@ def test_the_general_questions_are_different_short_and_checkable() -> None:
     assert not left_out and all(len(chat) == 10 for chat in chats)
 
 
-def test_no_general_question_is_in_the_other_samples() -> None:
+def test_no_general_question_is_in_the_other_samples():
     texts = [path.read_text("utf-8") for path in SAMPLES.rglob("*.jsonl")]
-    rows = read(SAMPLES / "general.jsonl")
+    rows = read_rows(SAMPLES / "general.jsonl")
     assert [r["id"] for r in rows if sum(r["question"] in t for t in texts) > 1] == []

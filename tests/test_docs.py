@@ -1,14 +1,11 @@
 """README and docs: what they tell a reader to type, and what they quote, exists."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -34,7 +31,7 @@ def commands():
 
 @pytest.mark.parametrize("line", commands())
 def test_a_command_of_the_pages_is_understood(line, monkeypatch):
-    seen: list[Any] = []  # what would be executed, hours of it
+    seen = []  # what would be executed, hours of it
     monkeypatch.setattr(command_line, "execute", lambda *words: seen.append(words))
     monkeypatch.setattr(runtime, "launch", lambda *words: None)  # no GPUs here
     command_line.main(shlex.split(line))

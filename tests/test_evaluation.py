@@ -1,11 +1,9 @@
 """Evaluation: what is counted, and what a run with these sets reports."""
 
-from __future__ import annotations
-
+import logging
 import math
 import re
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -93,15 +91,26 @@ def test_response_losses_are_of_the_supervised_tokens(tiny_model_folder):
         labels = torch.tensor(row["labels"])[1:]
         each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         learnt = each[labels != -100]
-        expected.append((learnt.mean().item(), len(learnt)))
+        expected.append((learnt.sum().item(), len(learnt)))
     assert expected[0][1] < expected[1][1]
     losses = evaluator.response_losses(model, rows)
-    assert np.array(losses) == pytest.approx(np.array(expected), abs=1e-5)
+    assert np.array(losses) == pytest.approx(np.array(expected), abs=1e-4)
+
+
+def test_what_is_left_out_of_a_loss_is_named(prepared, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "helpers")
+    rows = [{"prompt": f"{n}? " * 9, "completion": "y"} for n in range(20)]
+    rows += [{"prompt": "long? " * 200, "completion": "y"}]
+    write(tmp_path / "eval.jsonl", rows)
+    sets = {"data__eval": str(tmp_path / "eval.jsonl"), "data__eval_share": None}
+    evaluate(prepared(CHATS | sets, max_length=128, data__eval_rows=None), "base")
+    assert "the loss of eval: 1 of 21 conversations are left out: row 21" in caplog.text
 
 
 def test_an_item_says_all_that_decided_its_verdicts(prepared):
     run = prepared(PROBLEMS)
-    run.write_part("eval", {"base": {"mt_bench": {"score": 5.0}}})
+    judgment = {"score": 5.0, "judge": "local"}
+    run.write_part("eval", {"base": {"mt_bench": judgment}})
     part = evaluate(run, "base")
     problem = files.read_rows(run.path / "data" / "test.jsonl")[0]
     items = read_items(run, "base", "test")
@@ -113,8 +122,11 @@ def test_an_item_says_all_that_decided_its_verdicts(prepared):
     assert part["accuracy"] == metrics.proportion(sum(i["correct"] for i in items), 2)
     assert part["test"]["truncated"] == sum(not i["stopped"] for i in items)
     assert part["test"]["tokens"] == sum(i["tokens"] for i in items)
-    # a judgment stays until the model changes
-    assert run.report()["eval"]["base"]["mt_bench"] == {"score": 5.0}
+    # a judgment stays until the model changes, a figure until its set does
+    assert run.report()["eval"]["base"]["mt_bench"] == judgment
+    evaluate(prepared(CHATS, sft__eval_strategy="no"), "base")
+    kept = run.report()["eval"]["base"]
+    assert kept["mt_bench"] == judgment and not {"accuracy", "test"} & {*kept}
     evaluate(prepared(PROBLEMS, template="instruction"), "base")
     assert "mt_bench" not in run.report()["eval"]["base"]
 
@@ -144,7 +156,7 @@ def test_evaluating_again_answers_nothing_again_unless_the_adapter_changed(
 
 
 def test_the_models_of_a_run_are_evaluated_in_order(run, monkeypatch):
-    calls: list[Any] = []
+    calls = []
     monkeypatch.setattr(evaluator, "evaluate", lambda *call: calls.append(call[1:]))
     with pytest.raises(MissingInput, match="run the sft notebook first"):
         evaluation.evaluate_run(run)
@@ -271,11 +283,13 @@ def test_two_models_are_compared_on_the_same_items(run):
         write_items(run, label, "test", items)
     for label, value in (("base", 0.2), ("sft", 0.5)):
         scores = [dict.fromkeys(metrics.OF_ITEMS, value)] * 3
-        write_items(run, label, "test_chat", scores)
+        write_items(run, label, "eval", scores)
+        write_items(run, label, "test_chat", scores)  # of a former config
     sets = evaluation.compare(run, "base", "sft")
+    assert {*sets} == {"test", "eval"}
     assert sets["test"]["correct"]["difference"] == 0.5
     assert sets["test"]["by reasoning"] == {"only_first": 0, "only_second": 2}
-    rouge = sets["test_chat"]["rougeL"]
+    rouge = sets["eval"]["rougeL"]
     assert (rouge["difference"], rouge["n"]) == (0.3, 3)
     assert run.report()["comparisons"] == {"base -> sft": sets}
     write_items(run, "sft", "test", items[:1])

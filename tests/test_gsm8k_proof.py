@@ -1,11 +1,7 @@
 """Tests of benchmarks/gsm8k_proof.py: all its stages, on a tiny model and a CPU."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,9 +16,7 @@ SIZES = """lora__r=4 sft__num_train_epochs=1 sft__per_device_train_batch_size=4
 
 
 @pytest.fixture(scope="module")
-def command(
-    tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[str]:
+def command(tiny_model_folder, tmp_path_factory):
     """The command line of all stages, in a folder of its own."""
     folder = tmp_path_factory.mktemp("proof")
     noted = {"question": "7 pens, 8 caps: how many?", "answer": "<<7+8=15>>15\n#### 15"}
@@ -38,9 +32,7 @@ def command(
     return [program, str(folder / "train"), str(folder / "test"), *options]
 
 
-def test_all_stages_are_trained_compared_and_not_repeated(
-    command: list[str], run_python: Callable[..., Any]
-) -> None:
+def test_all_stages_are_trained_compared_and_not_repeated(command, run_python):
     run_python(*command)
     out = Path(command[command.index("--out") + 1]) / "gsm8k_proof.json"
     report = json.loads(out.read_text())
@@ -63,31 +55,29 @@ def test_all_stages_are_trained_compared_and_not_repeated(
 
 
 def test_a_stage_that_does_not_fit_into_the_budget_is_left_out(
-    command: list[str], run_python: Callable[..., Any], tmp_path: Path
-) -> None:
+    command, run_python, tmp_path
+):
     more = ["--budget", "50", "--runs", str(tmp_path), "--out", str(tmp_path)]
     done = run_python(*command[:3], "--model", command[4], *more)
     assert "base: no time is left for it" in done.stdout
     assert json.loads((tmp_path / "gsm8k_proof.json").read_text())["rows"] == []
 
 
-def test_a_base_model_is_judged_up_to_its_next_question() -> None:
+def test_a_base_model_is_judged_up_to_its_next_question():
     row = {"question": "1 + 1?", "gold": "2", "answer": "#### 2"}
     text = "1 + 1 = 2\n#### 2\n\nQuestion: 3 + 4?\nAnswer: 7\n#### 7"
     verdicts = gsm8k_proof.judge_continued(text, row)
     assert verdicts["correct"] and verdicts["flexible_extract"]
 
 
-def test_answers_with_other_words_reckon_in_the_same_way() -> None:
+def test_answers_with_other_words_reckon_in_the_same_way():
     way = gsm8k_proof.way_of("He has 2 + 3 = <<2+3=5>>5, and $5*2=$10.\n#### 10")
     assert way == gsm8k_proof.way_of("2+3=5 then 5 * 2 = 10\n#### 10")
     assert way == ("2+3=5", "5*2=10")
     assert way != gsm8k_proof.way_of("2*2=4, 3*2=6, 4+6=10\n#### 10")
 
 
-def test_a_stage_that_fails_is_told_and_others_go_on(
-    command: list[str], run_python: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_stage_that_fails_is_told_and_others_go_on(command, run_python, tmp_path):
     more = ["--runs", str(tmp_path), "--out", str(tmp_path), "--stages", "base", "sft"]
     # a step that is not finite
     wild = ["--set", *SIZES, "sft__learning_rate=1e30", "sft__max_grad_norm=0"]

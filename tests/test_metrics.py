@@ -2,24 +2,18 @@
 
 import math
 import random
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from benchmarks import gsm8k_agreement
 from helpers.evaluation import metrics
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
 
 # verdicts
 
 
 def test_our_verdicts_are_those_of_lm_eval_on_changed_and_random_outputs():
     pytest.importorskip("lm_eval")
-    import gsm8k_agreement
-
     draw = random.Random(7)  # other strings than the benchmark's
     problems = [{"answer": f"2 * {n} = {2 * n}\n#### {2 * n}"} for n in (7, 600, -3)]
     outputs = [

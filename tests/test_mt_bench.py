@@ -5,7 +5,6 @@ same form.
 """
 
 import ast
-import json
 import re
 import string
 from collections import Counter
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.errors import DataError, JudgeError
-from helpers.files import read_rows
+from helpers.files import read_rows, write_rows
 from helpers.llm_judge import chat_benchmarks, judge
 from helpers.llm_judge.judge import Judge
 from tests.judge_server import JudgeServer
@@ -31,11 +30,6 @@ FIELDS = {
     "pair-math-v1": "{question} {ref_answer_1} {answer_a} {answer_b}",
 }
 QUESTIONS, REFERENCES = "question.jsonl", "reference_answer/gpt-4.jsonl"
-
-
-def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture
@@ -53,9 +47,9 @@ def folder(tmp_path, monkeypatch):
         {"name": name, "system_prompt": f"by {name}", "prompt_template": text}
         for name, text in FIELDS.items()
     ]
-    write_lines(home / "mt_bench" / QUESTIONS, questions)
-    write_lines(home / "mt_bench" / REFERENCES, [reference])
-    write_lines(home / "judge_prompts.jsonl", prompts)
+    write_rows(home / "mt_bench" / QUESTIONS, questions)
+    write_rows(home / "mt_bench" / REFERENCES, [reference])
+    write_rows(home / "judge_prompts.jsonl", prompts)
     return home
 
 
@@ -139,7 +133,7 @@ def test_a_judgment_without_a_rating_has_no_score_and_is_counted(
         "I would rather not." if "stem one" in str(request) else "[[4]]"
     )
     rows = rate(client, judge.read_fastchat())
-    summary = chat_benchmarks.summarise(rows)
+    summary = chat_benchmarks.mean_scores(rows)
     assert (summary["score"], summary["judged"], summary["missing"]) == (4.0, 3, 3)
     assert summary["by_category"]["stem"]["score"] is None
     assert (
@@ -155,7 +149,7 @@ def test_scores_are_means_by_turn_and_category_with_an_interval_over_questions()
         for n, (name, *both) in scores.items()
         for turn, score in enumerate(both, start=1)
     ]
-    summary = chat_benchmarks.summarise(rows)
+    summary = chat_benchmarks.mean_scores(rows)
     assert [summary[k] for k in ("score", "turn_1", "turn_2")] == [4.4, 4.333, 4.5]
     writing = {"score": 6.0, "turn_1": 6.0, "turn_2": 6.0}
     assert summary["by_category"]["writing"] == writing

@@ -1,7 +1,5 @@
 """What every notebook keeps to, checked without running one."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import copy
@@ -12,12 +10,10 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 from xml.etree import ElementTree
 
 import nbformat
@@ -40,22 +36,22 @@ every_lesson = pytest.mark.parametrize("path", SERIES, ids=lambda path: path.ste
 
 
 @cache
-def load(path: Path) -> dict[str, Any]:
+def load(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def sources(path: Path, kind: str) -> list[str]:
+def sources(path, kind):
     """The texts of all cells of a kind, in order."""
     cells = load(path)["cells"]
     return ["".join(c["source"]) for c in cells if c["cell_type"] == kind]
 
 
-def nodes(path: Path) -> Iterator[ast.AST]:
+def nodes(path):
     for source in sources(path, "code"):
         yield from ast.walk(ast.parse(source))
 
 
-def repository() -> str:
+def repository():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     return project["project"]["urls"]["Repository"]
 
@@ -63,7 +59,7 @@ def repository() -> str:
 KINDS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
-def undefined(code: str) -> str:
+def undefined(code):
     """What ruff says of names that are used before anything binds them."""
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache"]
     command += ["--select", "F821", "--output-format", "concise", "-"]
@@ -95,13 +91,13 @@ def test_the_bootstrap_is_the_same_and_asks_before_installing():
 
 
 def test_the_bootstrap_fetches_a_pinned_version_and_says_from_where(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tmp_path, monkeypatch, capsys
+):
     code = sources(PATHS[0], "code")[0]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     version = f"v{project['project']['version']}"
     assert re.findall(r'^VERSION = "(.*?)"', code, re.M) == [version]
-    commands: list[list[str]] = []
+    commands = []
     monkeypatch.setattr(subprocess, "run", lambda words, **_: commands.append(words))
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
@@ -118,7 +114,7 @@ def test_the_badge_opens_this_notebook_of_the_repository(path):
     assert links == [f"{COLAB}{owner}/blob/main/notebooks/{path.name}"]
 
 
-def result(name: str) -> Any:
+def result(name):
     return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -133,7 +129,7 @@ def test_the_readme_lists_the_notebook_with_its_measured_minutes_and_its_memory(
     assert f"{takes} recipe){on_gpus(path.stem)}. **Reads**" in title
 
 
-def on_gpus(notebook: str) -> str:
+def on_gpus(notebook):
     """A notebook's minutes on an H100, as measured, and on a T4: docs/speed.md."""
     demo = result("demo_gpu")
     if (seconds := demo["notebooks"]["seconds"].get(notebook)) is None:
@@ -241,7 +237,7 @@ def test_links_to_read_on_are_given(path):
     assert len(re.findall(r"\]\(https://", reading)) >= 3
 
 
-def imported(path: Path) -> dict[str, Any]:
+def imported(path):
     """What the notebook's cells bind by importing from the helpers, really imported."""
     bound = {}
     for node in nodes(path):
@@ -299,7 +295,7 @@ def test_stored_outputs_were_made_by_the_code_above_them(path):
 PROSE = re.compile(r"```.*?```|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\]\([^)]*\)", re.S)
 
 
-def value_of(source: str, path: Path) -> str:
+def value_of(source, path):
     """What a cell shows, or `results/<name>.json` has under keys, times a factor.
 
     An answer that needs nothing of the cells above is run.

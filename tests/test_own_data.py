@@ -1,6 +1,5 @@
 """Tests of one's own rows: a config of one line, trained, judged and said."""
 
-import json
 import logging
 import re
 
@@ -11,17 +10,13 @@ from helpers import checks, recipes, runs, stages
 from helpers.config import SYSTEM_PROMPT, changed
 from helpers.errors import DataError, MissingInput
 from helpers.widgets import ConfigForm
+from tests.rows import pair, write
 
 QUESTIONS = {
     "refund": "money back for {}",
     "parcel": "where is {}?",
     "login": "user {}",
 }
-
-
-def write(path, rows):
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture
@@ -79,11 +74,6 @@ def test_answers_that_end_in_a_number_are_judged_by_it_and_asked_for_it():
     config = recipes.for_data("data_samples/word_problems/test.jsonl")
     assert config.system_prompt == SYSTEM_PROMPT
     assert config.evaluation.labels is None
-
-
-def test_a_file_named_as_a_recipe_does_not_take_its_run(tmp_path):
-    rows = [{"prompt": f"{n}?", "completion": f"{n}."} for n in range(9)]
-    assert recipes.for_data(write(tmp_path / "demo.jsonl", rows)).name == "demo-data"
 
 
 def test_rows_that_are_missing_or_of_no_format_are_refused(tmp_path):
@@ -166,11 +156,12 @@ def test_the_form_takes_a_file_and_says_what_it_makes_of_one(
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [("a/mine.jsonl", "mine"), ("a/train.jsonl", "a-train"), (".jsonl", "mine")],
+    [("a/mine.jsonl", "mine"), ("a/train.jsonl", "a-train"), (".jsonl", "mine")]
+    + [("demo.jsonl", "demo-data")],  # a recipe's run is not taken
 )
 def test_a_run_is_named_by_the_file_or_by_its_folder_where_that_says_more(
     path, name, tmp_path
 ):
-    rows = [{"prompt": f"{n}?", "completion": f"{n}."} for n in range(9)]
     (tmp_path / path).parent.mkdir(exist_ok=True)
-    assert recipes.for_data(write(tmp_path / path, rows)).name == name
+    source = write(tmp_path / path, [pair(f"{n}?", f"{n}.") for n in range(9)])
+    assert recipes.for_data(source).name == name

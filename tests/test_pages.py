@@ -1,29 +1,27 @@
 """The pages on models, curves and additions: blocks are run, tables are held."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks import models
+from benchmarks import models, publish
 from helpers.training.inputs import PANELS
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDING = (ROOT / "docs" / "adding.md").read_text("utf-8")
 CURVES = (ROOT / "docs" / "curves.md").read_text("utf-8")
+MODELS = (ROOT / "docs" / "models.md").read_text("utf-8")
+README = (ROOT / "README.md").read_text("utf-8")
+RELIABILITY = (ROOT / "docs" / "reliability.md").read_text("utf-8")
 BLOCK = re.compile(r"```(toml|diff|python)\n(.*?)```", re.DOTALL)
 
 
-def test_what_the_page_says_to_add_is_added_and_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_page_says_to_add_is_added_and_works(tmp_path, monkeypatch):
     for name in ("helpers", "data_samples"):
         shutil.copytree(ROOT / name, tmp_path / name)
     monkeypatch.setenv("TUNEBOOK_RUNS", str(tmp_path / "runs"))
@@ -43,34 +41,41 @@ def test_what_the_page_says_to_add_is_added_and_works(
     assert (tmp_path / "runs" / "mine" / "config.json").exists()
 
 
-@pytest.mark.parametrize("mark", ["fits", "labels"])
-def test_the_tables_of_models_are_what_is_computed_today(mark: str) -> None:
-    text = (ROOT / "docs" / "models.md").read_text("utf-8")
-    table = text.split(f"<!-- {mark} -->")[1].split(f"<!-- end of {mark} -->")[0]
-    assert table.strip() == getattr(models, mark)()
+TABLES = {
+    "fits": (MODELS, models.fits),
+    "labels": (MODELS, models.labels),
+    "speed of results/sft_speed.json": (README, publish.speed_table),
+    "faults of results/faults.json": (RELIABILITY, publish.faults_table),
+}
 
 
-def test_a_symptom_of_the_curves_names_the_check_that_detects_it() -> None:
+@pytest.mark.parametrize("mark", TABLES)
+def test_the_tables_of_pages_are_what_is_computed_today(mark):
+    page, table = TABLES[mark]
+    rest = page.split(f"<!-- {mark} -->")[1]
+    assert rest.split(f"<!-- end of {mark.split()[0]} -->")[0].strip() == table()
+
+
+def test_the_page_of_results_is_made_from_the_files_beside_it():
+    assert (publish.RESULTS / "README.md").read_text("utf-8") == publish.page()
+
+
+def test_a_symptom_of_the_curves_names_the_check_that_detects_it():
     rows = re.findall(r"^\| .* \| `(.*)`: \"(.*)\" \|$", CURVES, re.M)
     assert len(rows) > 10 and len(rows) == CURVES.count('`: "')
     for place, words in rows:
         assert words in (ROOT / place).read_text("utf-8"), words
 
 
-def test_the_example_of_the_curves_says_what_the_page_says() -> None:
-    names: dict[str, Any] = {}
-    (example,) = [text for kind, text in BLOCK.findall(CURVES) if kind == "python"]
-    exec(compile(example, "docs/curves.md", "exec"), names)
+def test_the_examples_of_curves_and_models_give_what_their_pages_say(capsys):
+    names = {}
+    for text in (CURVES, MODELS):
+        (example,) = [block for kind, block in BLOCK.findall(text) if kind == "python"]
+        exec(example, names)
     assert f"    {names['sentences'][0]}" in CURVES
-
-
-def test_the_example_of_models_estimates_a_config(capsys: Any) -> None:
-    text = (ROOT / "docs" / "models.md").read_text("utf-8")
-    (example,) = [block for kind, block in BLOCK.findall(text) if kind == "python"]
-    exec(compile(example, "docs/models.md", "exec"), {})
     assert "activations" in capsys.readouterr().out
 
 
-def test_every_panel_is_explained() -> None:
+def test_every_panel_is_explained():
     titles = {title.partition(" (")[0].partition(", ")[0] for title in PANELS}
     assert [title for title in sorted(titles) if f"**{title}**" not in CURVES] == []

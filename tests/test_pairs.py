@@ -53,17 +53,24 @@ def test_answers_are_paired_by_the_id_of_their_question(run):
     first = pairs.iloc[0]
     assert first["title"] == "How many, 1?\nexpected: 7"
     assert (first["output_first"], first["output_second"]) == ("5 eggs", "7 eggs")
+    write_items(run, "base", *[item(1, "5 eggs", False)] * 2)
+    write_items(run, "sft", *[item(1, "7 eggs", True)] * 2)
+    assert len(pairwise.read_pairs(run, MODELS)) == 1  # a problem that comes twice
 
 
 def test_models_without_a_question_in_common_are_refused(run):
     write_items(run, "new", item(1, "y"), part="test_chat")
     with pytest.raises(DataError, match="base and new have no set in common"):
         pairwise.read_pairs(run, ("base", "new"))
+    former = run._replace(config=changed(run.config, data__test=None))
+    with pytest.raises(DataError, match="base and sft have no set in common"):
+        pairwise.read_pairs(former, MODELS)  # the answers are of another config
     with pytest.raises(MissingInput, match="eval/grpo is missing: run the eval noteb"):
         pairwise.read_pairs(run, ("base", "grpo"))
-    for item_ in ({**item(1, "y", True), "question": "Another?"}, item(9, "y", True)):
-        write_items(run, "sft", item_)
-        with pytest.raises(DataError, match="sft answered other questions of test"):
+    another, unlabelled = item(1, "y", True) | {"question": "Another?"}, item(1, "y")
+    for changed_item in (another, item(9, "y", True), unlabelled | {"rougeL": 0.5}):
+        write_items(run, "sft", changed_item)
+        with pytest.raises(DataError, match="test.jsonl with other data or other eval"):
             pairwise.read_pairs(run, MODELS)
 
 
@@ -85,6 +92,10 @@ def test_the_summary_counts_every_pair_whatever_is_shown(run):
     assert [row[0][:11] for row in firsts] == ["How many, 2"]
     write_items(run, "sft", item(1, "7 eggs", True))
     assert shown(run, MODELS, only="first") == ("better by correct: sft 1", [])
+    with pytest.raises(DataError, match="only='sft': expected first, second, tie, or"):
+        shown(run, MODELS, only="sft")
+    write_items(run, "<i>", item(1, "5 eggs", False))
+    assert "<i>" not in pairwise.side_by_side(run, ("<i>", "sft")).data
 
 
 @pytest.mark.parametrize(
@@ -169,18 +180,12 @@ def test_wins_losses_and_ties_are_counted_and_reported(run, judged):
     assert rows[0]["judgment"] == ["[[B]]", "[[A]]"]
 
 
-def test_answers_with_a_right_one_are_judged_by_it(run, judged, server):
+def test_answers_with_a_right_one_are_judged_by_it_up_to_a_limit(run, judged, server):
     for label, text in zip(MODELS, "ab", strict=True):
-        write_items(run, label, item(1, text, True))
-    judged(part="test")
+        write_items(run, label, item(1, text, True), item(2, text, True))
+    judged(part="test", limit=1)  # of the first pairs
     contents = [request["messages"][1]["content"] for request in server.requests]
     assert contents == ["How many, 1?|a|b|7", "How many, 1?|b|a|7"]
-
-
-def test_a_limit_judges_the_first_pairs_of_the_set(run, judged, server):
-    judged(part="test", limit=2)
-    contents = [request["messages"][1]["content"] for request in server.requests]
-    assert [text.split("?")[0][-1] for text in contents] == ["1", "1", "2", "2"]
 
 
 def test_two_runs_are_judged_against_each_other(run, judged):

@@ -1,9 +1,6 @@
 """The pages of `make site`."""
 
-from __future__ import annotations
-
 import re
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -16,13 +13,13 @@ from benchmarks import pages as builder  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages") / "site"
     builder.main(folder)
     return folder
 
 
-def test_links_and_pictures_are_there_and_formulas_need_no_network(site: Path) -> None:
+def test_links_and_pictures_are_there_and_formulas_need_no_network(site):
     pages = {
         path: soup.BeautifulSoup(path.read_text("utf-8"), "html.parser")
         for path in sorted(site.rglob("*.html"))
@@ -58,7 +55,7 @@ CUT = """() => [...document.querySelectorAll("table, pre, .jp-OutputArea-output,
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_nothing_is_cut_in_print_and_no_page_is_wider_than_a_phone(site: Path) -> None:
+def test_nothing_is_cut_in_print_and_no_page_is_wider_than_a_phone(site):
     api = pytest.importorskip("playwright.sync_api")
     with api.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

@@ -178,7 +178,7 @@ def test_a_folder_that_save_to_disk_wrote_is_read(tmp_path, name):
     rows = datasets.Dataset.from_list([pair(f"{i}?") for i in range(5)])
     rows.save_to_disk(str(tmp_path / name))
     assert load_rows(str(tmp_path / name)) == list(rows)
-    assert len(load_rows(str(tmp_path / name), limit=2, seed=1)) == 2
+    assert len(list(open_rows(str(tmp_path / name), limit=2, seed=1))) == 2
     both = datasets.DatasetDict({"train": rows, "test": rows.select([0])})
     both.save_to_disk(str(tmp_path / "both"))
     assert load_rows(str(tmp_path / "both")) == list(rows)
@@ -190,7 +190,8 @@ def test_a_folder_that_save_to_disk_wrote_is_read(tmp_path, name):
 def test_a_limit_takes_the_first_rows_or_draws_by_a_seed(tmp_path):
     path = write(tmp_path / "rows.jsonl", MANY)
     assert load_rows(path, limit=2) == MANY[:2]
-    assert load_rows(path, limit=999) == load_rows(path, limit=999, seed=1) == MANY
+    assert load_rows(path, limit=999) == MANY
+    assert [row for _, row in open_rows(path, limit=999, seed=1)] == MANY
     drawn = list(open_rows(path, limit=20, seed=1))
     numbers = [number for number, _ in drawn]
     assert numbers == sorted(set(numbers)) != list(range(1, 21))

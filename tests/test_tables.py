@@ -1,13 +1,11 @@
 """Tables and bars of reports, of one run and of several."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 
 from benchmarks import publish, sft_speed
-from helpers import recipes, runs, runtime
+from helpers import recipes, runs
 from helpers.config import changed
 from helpers.evaluation import metrics, tables
 
@@ -17,7 +15,7 @@ Report = dict[str, Any]
 @pytest.fixture
 def report():
     """The report of a run with three evaluated models, and one that was judged only."""
-    report: Report = {"sft": {"seconds": 150.0, "peak_memory_gb": 2.25}, "eval": {}}
+    report = {"sft": {"seconds": 150.0, "peak_memory_gb": 2.25}, "eval": {}}
     for label, k, k_new in (("base", 10, 5), ("sft", 90, 20), ("mine", 0, 99)):
         report["eval"][label] = {
             "accuracy": metrics.proportion(k, 200),
@@ -161,19 +159,6 @@ def test_other_machines_and_other_held_out_rows_are_seen(runs_home):
     a, b, c = table["held-out rows"]
     assert a == b != c
     assert list(table["device"]) == ["cuda: Tesla T4", "cpu: 2 cores", "cuda: Tesla T4"]
-
-
-def test_the_speed_tables_are_those_of_the_results():
-    readme = (runtime.ROOT / "README.md").read_text("utf-8")
-    marks = readme.partition("<!-- speed of results/sft_speed.json -->")[2]
-    assert marks.partition("<!-- end of speed -->")[0].strip() == publish.speed_table()
-    results = (publish.RESULTS / "README.md").read_text("utf-8")
-    assert "\n".join(publish.speed_section()) in results
-
-
-def test_the_board_is_that_of_its_file():
-    results = (publish.RESULTS / "README.md").read_text("utf-8")
-    assert "\n".join(["## board", "", *publish.board_section()]) + "\n" in results
 
 
 def test_a_ratio_to_stock_has_the_spread_of_both():

@@ -1,28 +1,21 @@
 """Trackers: W&B never asks for a login, and all log under the run's name."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
 import sqlite3
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import wandb
 
 from helpers import stages
-from helpers.runs import Run
 from helpers.training.inputs import training_arguments
 
 
 @pytest.fixture(autouse=True)
-def logged_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def logged_out(tmp_path, monkeypatch, caplog):
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_MODE", "")  # restored afterwards
@@ -35,8 +28,8 @@ def logged_out(
 
 @pytest.mark.parametrize("login", [None, "key", "netrc", "mode"])
 def test_wandb_stays_offline_with_a_word_where_nobody_is_logged_in(
-    monkeypatch: Any, tmp_path: Path, caplog: Any, login: Any, run_factory: Any
-) -> None:
+    monkeypatch, tmp_path, caplog, login, run_factory
+):
     if login == "key":
         monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     elif login == "netrc":
@@ -51,8 +44,8 @@ def test_wandb_stays_offline_with_a_word_where_nobody_is_logged_in(
 
 
 def test_the_real_trackers_log_losses_under_the_runs_name(
-    run_factory: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    run_factory, tmp_path, monkeypatch
+):
     from tensorboard.backend.event_processing import event_accumulator
 
     monkeypatch.setenv("WANDB_SILENT", "true")

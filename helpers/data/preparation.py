@@ -23,7 +23,8 @@ from helpers.grpo.answers import parse_gold
 from helpers.runs import Run, writes
 
 log = logging.getLogger(__name__)
-PARTS = ["train", "problems", *HELD_OUT]  # the files of a run's `data/`
+TRAINED = ["train", "problems"]
+PARTS = [*TRAINED, *HELD_OUT]  # the files of a run's `data/`
 
 
 def questions_of(row: Row) -> list[str]:
@@ -39,19 +40,19 @@ def held_out_questions(run: Run, count: int = 8) -> list[str]:
     return [questions_of(row)[0] for row in rows]
 
 
-def to_prompts(config: RunConfig, rows: list[Row], general: bool = False) -> list[Row]:
+def to_prompts(config: RunConfig, rows: list[Row], part: str = "") -> list[Row]:
     """Returns problems with their `prompt`, or conversations up to an answer.
 
-    That is the first answer; of `general` sets, which have no labels, it is the last.
+    That is the first answer; of `general`, whole and without labels, it is the last.
     """
     if "question" in rows[0]:
         system = config.system_prompt
         return [row | {"prompt": ask(row["question"], system)} for row in rows]
-    prompts, labels = [], [label.strip() for label in config.evaluation.labels or []]
-    labels = [] if general else labels
-    rows = rows if general else rows[: config.evaluation.text_rows]
-    places = [answer_places(row["messages"])[-1 if general else 0] for row in rows]
-    pairs = list(zip([row["messages"] for row in rows], places, strict=True))
+    prompts, general, evaluation = [], part == "general", config.evaluation
+    labels = [] if general else [x.strip() for x in evaluation.labels or []]
+    rows = rows if general else rows[: evaluation.text_rows]
+    chats = [row["messages"] for row in rows]
+    pairs = [(turns, answer_places(turns)[-1 if general else 0]) for turns in chats]
     solved = not labels and all(is_solved(turns[n]["content"]) for turns, n in pairs)
     for row, (turns, n) in zip(rows, pairs, strict=True):
         answer = turns[n]["content"]
@@ -133,21 +134,18 @@ def prepare(run: Run, origin: Row | None = None) -> Row:
     with tempfile.TemporaryFile() as file:
         rows = read_sources(run, file, report)
         if config.train:
-            train = rows["part"] == "train"
-            rows = pd.concat([mix(run, rows[train], file, report), rows[~train]])
+            rows = mix(run, rows, file, report)
         parts = {name: rows[rows["part"] == name] for name in parts_of(config)}
-        learnt = rows["part"].isin(["train", "problems"])
-        trained = set(rows[learnt]["places"].explode())
-        for name in [name for name in SETS if name != "problems"]:
-            if getattr(config, name):
-                place = -1 if name == "general" else 0  # of the question to answer
-                asked = (questions_of(row)[place] for row in load(file, parts[name]))
-                assert_disjoint(trained, name, asked)
+        trained = set(rows[rows["part"].isin(TRAINED)]["places"].explode())
+        for name in [name for name in parts if name not in TRAINED]:
+            place = -1 if name == "general" else 0  # of the question to answer
+            asked = (questions_of(row)[place] for row in fetch(file, parts[name]))
+            assert_disjoint(trained, name, asked)
         paths = {name: run.path / "data" / f"{name}.jsonl" for name in PARTS}
         for path in paths.values():  # first all, so that a kill leaves no old part
             path.unlink(missing_ok=True)
         for name, part in parts.items():
-            results = write_rows(paths[name], load(file, part))
+            results = write_rows(paths[name], fetch(file, part))
             report[name], report["fingerprints"][name] = results
     run.write_part("data", report)
     return report
@@ -185,15 +183,17 @@ def read_sources(run: Run, file: IO[bytes], report: Row) -> pd.DataFrame:
     return pd.DataFrame(table, columns=["part", "source", "offset", "places"])
 
 
-def load(file: IO[bytes], rows: pd.DataFrame) -> Iterator[Row]:
+def fetch(file: IO[bytes], rows: pd.DataFrame) -> Iterator[Row]:
     for offset in rows["offset"]:
         file.seek(offset)
         yield json.loads(file.readline())
 
 
 def mix(run: Run, rows: pd.DataFrame, file: IO[bytes], report: Row) -> pd.DataFrame:
-    """Returns the rows for training, drawn by weight, shuffled, and put into parts."""
-    config, counts = run.config.data, rows["source"].value_counts(sort=False)
+    """Returns all rows; those for training are drawn by weight, shuffled and split."""
+    config, others = run.config.data, rows[rows["part"] != "train"]
+    rows = rows[rows["part"] == "train"]
+    counts = rows["source"].value_counts(sort=False)
     weights = [getattr(source, "weight", None) for source in config.train]
     quotas = dict(zip(counts.index, by_weight(list(counts), weights), strict=True))
     for label, quota in quotas.items():
@@ -206,14 +206,15 @@ def mix(run: Run, rows: pd.DataFrame, file: IO[bytes], report: Row) -> pd.DataFr
     shares = {"test_chat": config.test_share, "eval": config.eval_share}
     rows = rows.assign(part=split(firsts, {n: s for n, s in shares.items() if s}))
     held = set(firsts[rows["part"] != "train"])
-    leaks = (rows["part"] == "train") & ~rows["places"].map(held.isdisjoint)
-    if leaks.any():
-        examples = [questions_of(r)[0][:60] for r in load(file, rows[leaks][:SHOWN])]
-        part = {"rows": int(leaks.sum()), "examples": examples}
-        report["left_out"]["the mix"] = {"asks later what is held out": part}
-    rows = rows[~leaks]
     limits = {"train": None, "test_chat": config.test_rows, "eval": config.eval_rows}
-    return pd.concat([rows[rows["part"] == n][:most] for n, most in limits.items()])
+    drawn = [rows[rows["part"] == name][:most] for name, most in limits.items()]
+    rows = pd.concat([*drawn, others])
+    leaks = rows["part"].isin(TRAINED) & ~rows["places"].map(held.isdisjoint)
+    if leaks.any():
+        examples = [questions_of(r)[0][:60] for r in fetch(file, rows[leaks][:SHOWN])]
+        part = {"rows": int(leaks.sum()), "examples": examples}
+        report["left_out"]["the mix"] = {"asks what is held out": part}
+    return rows[~leaks]
 
 
 def origin_of(run: Run) -> Row:

@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import hashlib
 import io
 import json
 import random
@@ -17,7 +16,7 @@ from typing import IO, Any
 from helpers import runtime
 from helpers.config import Source
 from helpers.errors import DataError, MissingInput
-from helpers.files import hash_file
+from helpers.files import fingerprint, hash_file
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/([\w.-]+))?(?::(\w+))?")
@@ -49,20 +48,18 @@ def open_rows(
     return ((n, row) for n, row in enumerate(read(), start=1) if n - 1 in places)
 
 
-def load_rows(
-    source: str | Source, limit: int | None = None, seed: int | None = None
-) -> list[Any]:
+def load_rows(source: str | Source, limit: int | None = None) -> list[Any]:
     """Returns the rows of a source as a list.
 
     Args:
         source: a path (from the working folder or the project's), a folder that
             `save_to_disk` wrote, or a hub name `owner/name[/config][:split]`.
-        limit, seed: at most so many rows, drawn with the seed or else the first ones.
+        limit: at most so many rows, the first ones.
 
     Raises:
         FileNotFoundError, DataError: there is no such file, or it cannot be read.
     """
-    rows = list(open_rows(source, limit, seed))
+    rows = list(open_rows(source, limit))
     for number, row in rows:
         if isinstance(row, DataError):
             raise DataError(f"{source}, row {number}: {row}")
@@ -91,10 +88,8 @@ def content_of(source: str | Source) -> str | None:
             return HfApi().dataset_info(name, timeout=10).sha if known else None
     except Exception:  # of many kinds; reading the source gives the reason
         return None
-    digest = hashlib.sha256()
-    for file in sorted(filter(Path.is_file, [path, *path.rglob("*")])):
-        digest.update(bytes.fromhex(hash_file(file)))
-    return digest.hexdigest()
+    files = filter(Path.is_file, [path, *path.rglob("*")])
+    return fingerprint(*map(hash_file, sorted(files)))
 
 
 def read_dataset(source: Source, path: Path | None) -> Any:
@@ -136,7 +131,7 @@ def read_file(path: Path) -> Iterator[Any]:
             text = io.TextIOWrapper(file, json.detect_encoding(head), newline="")
             name = path.name.lower().removesuffix(".gz")
             is_table = name.endswith((".csv", ".tsv"))
-            yield from read_table(text) if is_table else read_json(text, name)
+            yield from read_table(text) if is_table else read_values(text, name)
     except (OSError, EOFError, zlib.error, csv.Error, pyarrow.ArrowException) as error:
         raise DataError(f"{path} is damaged: {error!s:.300}") from None
     except UnicodeDecodeError as error:
@@ -162,7 +157,7 @@ def read_table(file: IO[str]) -> Iterator[Any]:
             yield DataError(f"the number of cells: {counts}, separated by {sign!r}")
 
 
-def read_json(file: IO[str], name: str) -> Iterator[Any]:
+def read_values(file: IO[str], name: str) -> Iterator[Any]:
     """Yields the values of a JSON list or JSON lines, or the lines of a plain .txt."""
     lines = ((n, line) for n, line in enumerate(file, start=1) if line.strip())
     first = list(islice(lines, 1))
@@ -171,16 +166,16 @@ def read_json(file: IO[str], name: str) -> Iterator[Any]:
         yield from (line.strip() for _, line in chain(first, lines))
         return
     listed = start.lstrip().startswith("[")
-    if listed or isinstance(parse(1, start), DataError):
+    if listed or isinstance(parse_json(1, start), DataError):
         first += lines  # one value, over lines; or JSON lines of which one is broken
-        value = parse(1, "".join(line for _, line in first))
+        value = parse_json(1, "".join(line for _, line in first))
         if listed or not isinstance(value, DataError):
             yield from value if isinstance(value, list) else [value]
             return
-    yield from (parse(*line) for line in chain(first, lines))
+    yield from (parse_json(*line) for line in chain(first, lines))
 
 
-def parse(number: int, text: str) -> Any:
+def parse_json(number: int, text: str) -> Any:
     """Returns the value of JSON that begins in a line, or a DataError."""
     try:
         return json.loads(text, object_pairs_hook=to_fields)

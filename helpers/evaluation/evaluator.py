@@ -9,7 +9,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -38,22 +37,19 @@ def held_out(config: RunConfig) -> list[str]:
 def read_sets(run: Run) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
     """Returns the held-out rows of a run, and the prompts of the sets to answer."""
     config, labels = run.config, run.config.evaluation.labels
-    files = [run.require(f"data/{name}.jsonl") for name in held_out(config)]
-    sets = {file.stem: read_rows(file) for file in files}
-    names = [name for name in sets if name not in ("eval", "general")]
-    names = names or [name for name in sets if name == "eval"]  # the last resort
-    prompts = {name: data.to_prompts(config, sets[name]) for name in names}
-    if not sets or (labels and prompts.keys() <= tables.ACCURACIES.keys()):
+    names = held_out(config)
+    sets = {name: read_rows(run.require(f"data/{name}.jsonl")) for name in names}
+    if {*sets} - {"eval", "general"}:  # else eval is the last resort
+        names = [name for name in names if name != "eval"]
+    if not sets or (labels and {*names} <= {*tables.ACCURACIES, "general"}):
         remedy = "set data.eval_share, data.test_share, data.eval or data.test"
         text = "has no held-out rows, or none for evaluation.labels"
         raise DataError(f"run {config.name!r} {text}: {remedy}")
-    if "general" in sets:
-        prompts["general"] = data.to_prompts(config, sets["general"], general=True)
-    return sets, prompts
+    return sets, {name: data.to_prompts(config, sets[name], name) for name in names}
 
 
 def response_losses(model: Any, rows: list[Example]) -> list[tuple[float, int]]:
-    """Returns each row's mean cross-entropy, in nats, and its supervised tokens."""
+    """Returns each row's sum of cross-entropies, in nats, and its supervised tokens."""
     losses = []
     learnt = [
         [n for n, x in enumerate(r["labels"]) if n and x != NO_LOSS] for r in rows
@@ -69,8 +65,9 @@ def response_losses(model: Any, rows: list[Example]) -> list[tuple[float, int]]:
         for row, tokens in zip(runtime.progress(rows, "loss"), learnt, strict=True):
             ids = torch.tensor([row["input_ids"][start:]], device=model.device)
             labels = torch.tensor([row["labels"][start:]], device=model.device)
-            loss = model(input_ids=ids, labels=labels, past_key_values=cache).loss
-            losses.append((float(loss) if tokens else 0.0, len(tokens)))
+            mean = model(input_ids=ids, labels=labels, past_key_values=cache).loss
+            count = len(tokens)
+            losses.append((float(mean) * count if count else 0.0, count))
             if cache is not None:
                 cache.crop(-ids.shape[1])
     return losses
@@ -97,17 +94,19 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
         way = "last" if general else config.loss_on
         longest = None if general else config.max_length
         masked = mask_conversations(tokenizer, chats, way, longest, drop=drop)
-        found = response_losses(model, masked.rows)
+        if masked.dropped:
+            log.info("the loss of %s: %s", name, masked.dropped)
+        losses = response_losses(model, masked.rows)
         if general:
-            if len(found) == len(chats):  # so that each loss has its item
-                for item, (loss, _) in zip(prompts[name], found, strict=True):
-                    item["loss"] = round(loss, 4)
+            if not masked.dropped:  # so that each loss has its item
+                for item, (total, count) in zip(prompts[name], losses, strict=True):
+                    item["loss"] = round(total / count, 4)
             continue
-        losses, counts = zip(*found, strict=True)
-        loss = float(np.average(losses, weights=counts))
+        total, count = map(sum, zip(*losses, strict=True))
         key = "eval_loss" if name == "eval" else "loss"
-        measures = {key: round(loss, 4), "perplexity": round(math.exp(loss), 3)}
-        part |= measures if name == "eval" else {name: measures}
+        values = {key: round(total / count, 4)}
+        values["perplexity"] = round(math.exp(total / count), 3)
+        part |= values if name == "eval" else {name: values}
     seconds = time.perf_counter() - started
     for name, rows in prompts.items():
         decoding, general = config.evaluation, name == "general"
@@ -131,9 +130,11 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
     part["peak_memory_gb"] = round(runtime.peak_memory_gb(), 3)
     parts = run.report().get("eval", {})
     former = parts.get(label, {})
-    if former.get("model_print", part["model_print"]) != part["model_print"]:
-        former = {}  # its judgments are of another model
-    run.write_part("eval", parts | {label: former | part})
+    if former.get("model_print", part["model_print"]) == part["model_print"]:
+        # judgments of this model stay; what was measured of other sets does not
+        judged = [n for n, x in former.items() if isinstance(x, dict) and "judge" in x]
+        part = {name: former[name] for name in judged} | part
+    run.write_part("eval", parts | {label: part})
     return part
 
 
@@ -197,7 +198,7 @@ def compare(run: Run, first: str, second: str) -> dict[str, Any]:
         DataError: they answered different rows, or under other `evaluation.labels`.
     """
     sets: dict[str, Any] = {}
-    for name in HELD_OUT:
+    for name in held_out(run.config):
         files = [run.require(f"eval/{x}") / f"{name}.jsonl" for x in (first, second)]
         if not all(file.exists() for file in files):
             continue

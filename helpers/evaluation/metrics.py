@@ -83,8 +83,7 @@ def score(output: str, reference: str) -> dict[str, float]:
 
 def judge(text: str, row: Row, labels: Sequence[str] | None) -> Row:
     """Returns the verdicts on an answer to a problem, or its text metrics."""
-    names = [name for name in ("question", "reference", "loss") if name in row]
-    values = {name: row[name] for name in names}
+    values = {k: row[k] for k in ("question", "reference", "loss") if k in row}
     if "gold" in row:
         return values | check_answer(text, row)
     if labels:

@@ -19,9 +19,9 @@ ACCURACIES = {"test": "accuracy", "test_new": "accuracy_new"}
 COUNTED = (*ACCURACIES, "test_chat", "general")  # sets with a rate of right answers
 RESULTS = [f"{name}: right [95 %]" for name in COUNTED]
 RESULTS += ["eval loss", "test_chat loss", "train min", "eval min", "peak GB"]
-COSTS = ["steps", "loss_first", "loss_last", "loss_best", "eval_loss_best"]
-COSTS += ["reward_first", "reward_last", "device", "held-out rows"]
-MEASURES = [*metrics.MEASURES, "macro_f1", "no_label", "bleu", "chrf", "stop_rate"]
+TRAINING = ["steps", "loss_first", "loss_last", "loss_best", "eval_loss_best"]
+TRAINING += ["reward_first", "reward_last", "device", "held-out rows"]
+SCORES = [*metrics.MEASURES, "macro_f1", "no_label", "bleu", "chrf", "stop_rate"]
 DIFFERENCES = ["only_first", "only_second", "difference", "n", "low", "high", "p"]
 
 
@@ -31,7 +31,7 @@ def percent(part: dict[str, float]) -> str:
     return f"{k}/{n} = {100 * k / n:.1f} % [{low:.1f}, {high:.1f}]"
 
 
-def show(value: Any) -> Any:
+def to_cell(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "k" in value:
@@ -42,11 +42,9 @@ def show(value: Any) -> Any:
 
 def to_frame(rows: list[Row], index: list[str], columns: list[str]) -> pd.DataFrame:
     """Returns rows as a table: `-` for what is missing, none where all is missing."""
-    names = [*index, *columns]  # cell by cell: pandas would make floats of counts
-    cells = [[row.get(name) for name in names] for row in rows]
-    frame = pd.DataFrame(cells, columns=names, dtype=object)
+    frame = pd.DataFrame(rows, columns=index + columns, dtype=object)  # ints stay ints
     frame = frame.set_index(index).dropna(how="all").dropna(axis=1, how="all")
-    return frame.fillna("-").map(show)
+    return frame.fillna("-").map(to_cell)
 
 
 def right(part: Row, name: str) -> Row | None:
@@ -88,7 +86,7 @@ def scores_table(report: Row) -> pd.DataFrame:
         for label, part in report.get("eval", {}).items()
         for name in HELD_OUT
     ]
-    return to_frame(rows, ["model", "set"], MEASURES)
+    return to_frame(rows, ["model", "set"], SCORES)
 
 
 def differences_table(report: Row) -> pd.DataFrame:
@@ -109,8 +107,7 @@ def plot_results(report: Row, path: Path) -> Figure:
     """Returns bars of accuracies with intervals, else of losses; saves the picture."""
     parts = pd.DataFrame(report.get("eval", {})).rename(columns=STAGES)
     rates = parts.reindex(ACCURACIES.values()).dropna(axis=1, how="all").dropna()
-    losses = results_table(report).filter(like=" loss").replace("-", None)
-    bars = losses.T.astype(float)
+    bars = results_table(report).filter(like=" loss").replace("-", None).T.astype(float)
     options: dict[str, Any] = {"ylabel": "loss in nats (lower is better)"}
     if rates.size:
         bars = 100 * rates.map(lambda rate: rate["k"] / rate["n"])
@@ -144,4 +141,4 @@ def runs_table() -> pd.DataFrame:
             published[recipe] = recipes.RECIPES.get(recipe, {}).get("published", {})
     for recipe, figures in published.items():
         rows.append({"run": f"{recipe}, published", **to_row("sft", figures, {})})
-    return to_frame(rows, ["run", "model"], [*COSTS, *RESULTS])
+    return to_frame(rows, ["run", "model"], [*TRAINING, *RESULTS])

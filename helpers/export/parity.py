@@ -78,11 +78,11 @@ def check(
 def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
     """Returns the tokenizer, what models are asked, and the trained one's answers."""
     config, rows, chats = run.config, list[Row](), list[Any]()
-    parts = set(parts_of(config.data)) - {"general"}  # has not the run's system prompt
+    parts = parts_of(config.data)
     for part in [name for name in (*HELD_OUT, "train", "problems") if name in parts]:
         lines = read_rows(run.require(f"data/{part}.jsonl"))
         if new := lines[: count - len(rows)]:
-            rows += to_prompts(config, new)
+            rows += to_prompts(config, new, part)
         if part != "problems" or not chats:  # which may lack solutions
             told, _ = to_conversations(lines[:16], config.system_prompt)
             chats = told + chats if part in ("eval", "test_chat") else chats + told

@@ -1,6 +1,5 @@
 """MT-Bench, in files of FastChat's formats, and AlpacaEval 2, by its own package."""
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -49,7 +48,8 @@ def load_answering(run: Run, adapter: Path | str | None, max_length: int) -> Ans
 
     def answer(path: Path, prompts: list[Messages], sampling: Row) -> list[str]:
         set_seed(config.seed)
-        settings = fingerprint(model_print(config, adapter), sampling)
+        drawn = [config.seed] if sampling.get("temperature") else []
+        settings = fingerprint(model_print(config, adapter), sampling, *drawn)
         generate = partial(generate_batches, *loaded, **batches, sampling=sampling)
         rows = [{"id": n, "prompt": prompt} for n, prompt in enumerate(prompts)]
         items = answer_rows(path, rows, settings, generate, lambda text, row: {})
@@ -109,13 +109,13 @@ def rate(judge: judges.Judge, fastchat: Any, answers: list[Row]) -> list[Row]:
     return rows
 
 
-def summarise(rows: list[Row]) -> dict[str, Any]:
+def mean_scores(rows: list[Row]) -> dict[str, Any]:
     """Returns mean scores; the interval is over questions, whose turns depend."""
 
     def means(part: pd.DataFrame) -> dict[str, float | None]:
         scores = part.groupby("turn")["score"].mean().add_prefix("turn_")
         scores["score"] = part["score"].mean()
-        return json.loads(scores.round(3).to_json())  # NaN becomes None
+        return {name: round(x, 3) if x == x else None for name, x in scores.items()}
 
     frame = pd.DataFrame(rows).astype({"score": float})
     rated = frame.dropna(subset="score")
@@ -161,7 +161,7 @@ def run_mt_bench(
             continue
         rows = rate(judge, fastchat, answers)
         judges.write_judgments(folder.with_name("mt_bench_judged.jsonl"), rows, "score")
-        part = {**summarise(rows), "judge": judge.model}
+        part = {**mean_scores(rows), "judge": judge.model}
         judges.add_result(run, label, "mt_bench", part)
         columns[label] = {name: v["score"] for name, v in part["by_category"].items()}
         columns[label] |= {"turn 1": part["turn_1"], "turn 2": part["turn_2"]}

@@ -6,12 +6,10 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from itertools import count
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from helpers import runtime
 from helpers.data.formats import Messages, Row
 from helpers.data.sources import load_rows
 from helpers.errors import DataError, JudgeError, mask_secrets
-from helpers.files import write_rows
+from helpers.files import read_rows, write_rows
 from helpers.inference.chat import break_control
 from helpers.runs import Run
 
@@ -72,13 +70,9 @@ class Judge:
         options["http_client"] = openai.DefaultHttpxClient(event_hooks=hooks)
         options["default_headers"] = {"Accept-Encoding": "identity"}
         client = openai.OpenAI(base_url=self.base_url, timeout=timeout, **options)
-        replies: dict[str, Reply] = {}
-        with self.cache.open("a+", encoding="utf-8") as file:
-            file.seek(0)
-            for line in file:
-                with suppress(ValueError):  # empty, or torn by a kill
-                    row = json.loads(line)
-                    replies[row["request"]] = row["text"], ""
+        former = read_rows(self.cache) if self.cache.exists() else []
+        replies: dict[str, Reply] = {r["request"]: (r["text"], "") for r in former}
+        with self.cache.open("a", encoding="utf-8") as file:
             conversations = list(map(break_control, conversations))
             keys = [json.dumps([self.base_url, self.model, c]) for c in conversations]
             missing = dict(zip(keys, conversations, strict=True))
@@ -91,7 +85,7 @@ class Judge:
                     replies[key] = reply
                     if reply[0]:
                         row = {"request": key, "text": reply[0]}
-                        file.write("\n" + json.dumps(row))  # ends a torn line first
+                        file.write("\n" + json.dumps(row))
                         file.flush()
         return [replies[key] for key in keys]
 
@@ -120,7 +114,7 @@ class Judge:
             if not type(cause).__name__.startswith("Connect"):
                 return None, str(error)
             message = f"is not there ({cause}): start it, or check network"
-        except (JSONDecodeError, AttributeError, LookupError, TypeError) as error:
+        except (json.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
             return None, f"no completion: {error}"
         raise JudgeError(f"the judge at {client.base_url} {message} and address (/v1?)")
 

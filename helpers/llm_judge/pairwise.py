@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
-from helpers.config import HELD_OUT
 from helpers.data.formats import Messages
+from helpers.data.preparation import parts_of
 from helpers.errors import DataError, JudgeError
 from helpers.evaluation.metrics import proportion
 from helpers.evaluation.tables import percent
@@ -20,7 +20,7 @@ from helpers.llm_judge import judge as judges
 from helpers.runs import Run, writes
 
 SWAPPED = {None: None, "first": "second", "second": "first", "tie": "tie"}
-WORD = r"\w+|[^\w\s]"
+PIECE = r"\w+|[^\w\s]"
 CELL = '<div style="white-space:pre-wrap;text-align:left">{}</div>'
 
 
@@ -30,16 +30,19 @@ def read_pairs(
     """Returns questions with both models' items, by suffix; `title` has the answer."""
     first, second = models
     one, two = run.require(f"eval/{first}"), (other or run).require(f"eval/{second}")
-    names = [f"{name}.jsonl" for name in ([part] if part else HELD_OUT)]
+    parts = [part] if part else parts_of(run.config.data)
+    names = [f"{name}.jsonl" for name in parts]
     names = [name for name in names if (one / name).exists() and (two / name).exists()]
     if not names:
         raise DataError(f"{first} and {second} have no {part or 'set'} in common")
     items = [pd.DataFrame(read_rows(folder / names[0])) for folder in (one, two)]
-    pairs = items[0].merge(items[1], on="id", suffixes=("_first", "_second"))
+    a, b = (each.drop_duplicates("id") for each in items)  # a problem may come twice
+    pairs = a.merge(b, on="id", suffixes=("_first", "_second"))
     titles = pairs["question_first"]
-    if pairs.empty or (titles != pairs["question_second"]).any():
-        message = f"{first} and {second} answered other questions of {names[0]}"
-        raise DataError(f"{message}, the data has changed: evaluate both again")
+    is_same = not pairs.empty and (titles == pairs["question_second"]).all()
+    if not is_same or {*a} != {*b}:
+        text = f"answered {names[0]} with other data or other evaluation.labels"
+        raise DataError(f"{first} and {second} {text}: evaluate both again")
     if (answers := pairs.get("gold_first", pairs.get("reference_first"))) is not None:
         titles = titles + "\nexpected: " + answers
     return pairs.assign(title=titles)
@@ -118,7 +121,7 @@ def judge_pairs(
 
 def mark_words(text: str, other: str) -> str:
     """Returns a text as HTML, with the words that the other text lacks marked."""
-    known, words = set(re.findall(WORD, other)), re.split(f"({WORD})", text)
+    known, words = set(re.findall(PIECE, other)), re.split(f"({PIECE})", text)
     for n, word in enumerate(words):
         new = word.strip() and word not in known
         words[n] = f"<mark>{html.escape(word)}</mark>" if new else html.escape(word)
@@ -145,11 +148,13 @@ def side_by_side(
     Raises:
         DataError, MissingInput: as `judge_pairs`.
     """
-    pairs, (first, second) = read_pairs(run, models, part), models
+    pairs, (first, second) = read_pairs(run, models, part), map(html.escape, models)
     by = "correct" if "correct_first" in pairs else "rougeL"
     gains = pairs[f"{by}_second"].astype(float) - pairs[f"{by}_first"].astype(float)
     names = {"first": first, "second": second, "tie": "equal"}
-    better = np.sign(gains).map({-1: first, 1: second, 0: "equal"}).fillna("-")
+    if only and only not in names:
+        raise DataError(f"only={only!r}: expected {', '.join(names)}, or None for all")
+    better = np.sign(gains).map({-1: first, 1: second, 0: "equal"})
     summary = ", ".join(f"{name} {n}" for name, n in Counter(better).items())
     shown = (pairs[better == names[only]] if only else pairs).head(count)
     table = shown[["title"]].map(html.escape).assign(better=better[shown.index])
@@ -159,4 +164,4 @@ def side_by_side(
     cells = table.map(CELL.format)
     text = cells.to_html(escape=False, index=False, formatters=[str] * 4)  # str: uncut
     scrolled = '<div tabindex="0" style="max-height:480px;overflow:auto">'
-    return HTML(f"<b>better by {by}: {html.escape(summary)}</b>{scrolled}{text}</div>")
+    return HTML(f"<b>better by {by}: {summary}</b>{scrolled}{text}</div>")

@@ -28,10 +28,9 @@ COLUMN = """<b>{}</b><div style="display:flex;flex-direction:column-reverse;
 max-height:400px;overflow:auto"><div style="white-space:pre-wrap;line-height:1.4;
 overflow-wrap:anywhere">{}</div></div><i>{}</i>"""
 REDRAW = 3  # tokens; a redraw sends all turns, and Jupyter's server drops over 1 MB a s
-
 ORDER = ("first", "second")  # of the models
-MARKS = ("coherent", "relevant", "creative", "biased")
-VERDICTS = ("A is better", "B is better", "about the same")
+NOTES = ("coherent", "relevant", "creative", "biased")
+CHOICES = ("A is better", "B is better", "about the same")
 
 
 class ChatForm(widgets.VBox):
@@ -191,8 +190,8 @@ class BlindForm(widgets.VBox):
         self.texts = [widgets.HTML() for _ in range(3)]  # of the question, A and B
         narrow: Any = {"layout": {"width": "auto", "max_width": "150px"}}
         box = partial(widgets.Checkbox, indent=False, **narrow)
-        self.marks = [[box(description=mark) for mark in MARKS] for _ in "AB"]
-        self.verdicts = [widgets.Button(description=v, **narrow) for v in VERDICTS]
+        self.marks = [[box(description=mark) for mark in NOTES] for _ in "AB"]
+        self.verdicts = [widgets.Button(description=v, **narrow) for v in CHOICES]
         for button in self.verdicts:
             button.on_click(self.rate)
         columns = zip(self.texts[1:], self.marks, self.verdicts, strict=False)
@@ -219,7 +218,7 @@ class BlindForm(widgets.VBox):
     def rate(self, button: widgets.Button) -> None:
         """Saves a verdict on the shown pair, with its marks, and shows the next."""
         pair = next(pair for pair in self.pairs if not pair["rating"])
-        winner = dict(zip(VERDICTS, pair["sides"], strict=False))  # else a tie
+        winner = dict(zip(CHOICES, pair["sides"], strict=False))  # else a tie
         rating: Row = {"id": pair["id"], "answers": pair["answers"], "marks": {}}
         rating["winner"] = winner.get(button.description, "tie")
         for model, boxes in zip(pair["sides"], self.marks, strict=True):
@@ -249,7 +248,7 @@ def blind_results(run: Run, models: tuple[str, str]) -> pd.DataFrame:
     rows = {}
     if wins := counts["wins"]:
         rows["wins (ties excluded)"] = [str(wins["n"] - wins["k"]), percent(wins)]
-    for mark in MARKS:
+    for mark in NOTES:
         marked = [sum(mark in row["marks"][m] for row in ratings) for m in ORDER]
         counts["marks"][mark] = [proportion(k, len(ratings)) for k in marked]
         rows[mark] = [percent(share) for share in counts["marks"][mark]]
