@@ -243,9 +243,16 @@ def test_rows_that_do_not_divide_are_refused() -> None:
         inputs.share_rows(values, 2)
 
 
-@pytest.mark.parametrize("gpus", ["2", "all", "0", "two"])
-def test_more_gpus_than_there_are_is_refused(gpus: str) -> None:
-    with pytest.raises(ConfigError, match=f"--gpus {gpus}: expected all, or a number"):
+@pytest.mark.parametrize("gpus", ["99", "0", "two"])
+def test_more_gpus_than_there_are_is_refused(
+    gpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setenv("ACCELERATE_USE_CPU", "1")  # whose cores stand for them
+        with pytest.raises(ConfigError, match=f"--gpus {gpus}: expected all, or a num"):
+            runtime.launch(["train", "demo"], gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match="--gpus: there is no GPU"):
         runtime.launch(["train", "demo"], gpus)
 
 

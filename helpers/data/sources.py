@@ -110,7 +110,7 @@ def read_dataset(source: Source, path: Path | None) -> Any:
     except Exception as error:  # `datasets` raises many kinds
         reason = f"{error!s:.300}"
         if path is None and not runtime.hub_reachable():
-            reason = "no such file is here, and the hub is not reached; check both"
+            reason = "no such file is here, and the hub cannot be reached"
         raise DataError(f"{source} could not be read: {reason}") from error
 
 

@@ -53,7 +53,7 @@ def write_card(
     )
     template, saved = (folder / name for name in ("chat_template.jinja", ADAPTER))
     lora = read_json(saved)
-    ranks = lora.get("r", 0), *lora.get("rank_pattern", {}).values()
+    ranks = lora.get("r") or 0, *lora.get("rank_pattern", {}).values()
     ModelCard.from_template(
         values,
         str(Path(__file__).with_name("card.jinja")),

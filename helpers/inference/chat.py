@@ -71,7 +71,7 @@ def llama_settings(sampling: Row) -> Row:
     drawn = values.pop("do_sample", values != {})
     if unknown := values.keys() - NEUTRAL.keys():
         raise ValueError(f"llama.cpp has no {', '.join(sorted(unknown))}")
-    is_greedy = not drawn or not values.get("temperature", 1)
+    is_greedy = not drawn or values.get("temperature") == 0
     return NEUTRAL | ({"temperature": 0} if is_greedy else values) | limit
 
 
