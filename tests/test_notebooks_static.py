@@ -102,9 +102,8 @@ def test_the_bootstrap_fetches_a_pinned_version_and_says_from_where(
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
     exec(code.partition("\nfrom helpers")[0], {})
-    fetch = ["git", "-c", "advice.detachedHead=false", "clone", "-q", "--depth=1"]
-    # by this name, whatever the repository's
-    assert commands == [[*fetch, "--branch", version, repository(), "tunebook"]]
+    fetch = ["git", "clone", "-q", "--depth=1", "--branch", version, repository()]
+    assert commands == [fetch]
     assert capsys.readouterr().out == f"fetches {repository()} at {version}\n"
 
 

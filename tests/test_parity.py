@@ -57,6 +57,17 @@ def plant(exported, tmp_path):
     return change
 
 
+@pytest.mark.parametrize(("lead", "agree"), [(0.01, 1.0), (0.03, 0.6)])
+def test_what_follows_a_tie_is_another_answer(tokenizer, lead, agree):
+    ids = [11, 12, 13, 14, 15]
+    trained = {"answers": [ids, ids], "stops": [15], "gold": [None, None]}
+    trained["leads"] = [[9.0, lead, 9.0, 9.0, 9.0], [9.0] * 5]
+    own = {"answers": [[11, 20, 13, 14, 15], ids], "tokens_per_second": 1.0}
+    row = {}
+    assert not [*parity.compare_answers(tokenizer, own, trained, row)]
+    assert row["tokens_agree"] == agree and row["first_difference"]
+
+
 def test_prompts_without_the_runs_system_turn_are_no_fault(exported):
     run, paths = exported
     rows = files.read_rows(run.path / "data" / "train.jsonl")
@@ -182,7 +193,7 @@ def test_answers_that_no_longer_end_or_are_wrong_are_faults(tokenizer):
     right, wrong = ([tokenizer(text).input_ids] * 10 for text in texts)
     loading = {"loading": {"dtype": "float32"}, "gold": ["4"] * 10}
     stops = {"stops": [tokenizer.eos_token_id], "rope": {}}
-    trained = loading | stops | {"answers": right}
+    trained = loading | stops | {"answers": right, "leads": [[9.0] * 9] * 10}
     own = {"answers": wrong, "tokens_per_second": 1.0}
     row, faults = parity.compare("merged", tokenizer, own, trained)
     assert faults == [

@@ -32,6 +32,7 @@ PROBE = "It's 1234 + 5.67,  don't\n\n\tÜber-x2 naïve 你好 Привет (a_b)
 # the share of tokens, up to each answer's first other one, that has to agree
 AGREE = {"adapter": 1.0, "merged": 1.0, "gguf:f16": 0.98}
 PERPLEXITY, P_VALUE = 1.25, 0.01  # times the trained one
+TIE = 0.02  # logits between the two likeliest tokens: rounding may turn them round
 COLUMNS = ["mb", "prompts_equal", "tokens_agree", "stop_rate", "perplexity", "right"]
 COLUMNS += ["p", "tokens_per_second", "first_difference"]
 
@@ -42,9 +43,9 @@ def check(
     """Returns a report row a format, and for `trained`, and sentences on faults.
 
     Adapter and merged have to give the trained model's greedy tokens, an f16 GGUF 98 %
-    (llama.cpp rounds activations), each a half where training rounds to 16 bit or less:
-    a near tie may cost the rest of an answer. Perplexity may rise by a quarter, and
-    right answers may not be fewer at p < 0.01.
+    (llama.cpp rounds activations), but for what follows a tie, and each a half where
+    training rounds to 16 bit or less: there wider ties turn, too. Perplexity may rise by
+    a quarter, and right answers may not be fewer at p < 0.01.
 
     Args:
         run: with the stage trained.
@@ -111,12 +112,25 @@ def ask_trained(run: Run, stage: Stage, count: int) -> tuple[Any, Row]:
     with inference(model):
         bar = partial(runtime.progress, what="trained model")
         trained |= measure(model, tokenizer, model.generation_config, trained, bar)
+        pairs = zip(trained["prompts"], trained["answers"], strict=False)
+        trained["leads"] = [leads(model, *pair) for pair in pairs]
         witness = trained | {"prompts": [], "examples": []}
         with model.disable_adapter():
             trained["base"] = measure(model, tokenizer, None, witness)["logits"]
     del model
     runtime.free_memory()
     return tokenizer, trained
+
+
+def leads(model: Any, prompt: list[int], answer: list[int]) -> list[float]:
+    """Returns by how much each token of an answer is the likeliest one, in logits."""
+    import torch
+
+    device = next((p.device for p in model.parameters() if p.is_cuda), model.device)
+    ids = torch.tensor([prompt + answer], device=device)
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+    first, second = logits.topk(2).values.T
+    return (first - second).tolist()
 
 
 def ask_models(folders: list, trained: dict) -> list:
@@ -318,8 +332,13 @@ def compare_prompts(tokenizer: Any, own: Row, trained: Row, row: Row) -> Iterato
 def compare_answers(tokenizer: Any, own: Row, trained: Row, row: Row) -> Iterator[str]:
     columns = trained["answers"], own["answers"]
     pairs = [*zip(*columns, strict=True)]
-    same = sum(len(commonprefix(pair)) for pair in pairs)
-    row["tokens_agree"] = round(same / sum(map(len, columns[0])), 4)
+    same = [len(commonprefix(pair)) for pair in pairs]
+    # behind a tie that went the other way stands another answer, as good as this one
+    counted = [
+        n if n < len(right) and lead[n] < TIE else len(right)
+        for n, right, lead in zip(same, columns[0], trained["leads"], strict=True)
+    ]
+    row["tokens_agree"] = round(sum(same) / max(1, sum(counted)), 4)
     if different := [pair for pair in pairs if pair[0] != pair[1]]:
         row["first_difference"] = show_difference(tokenizer, *different[0])
     stops = {*trained["stops"]}
@@ -355,7 +374,8 @@ def parity_table(report: Row) -> pd.DataFrame:
 
     Answers come 8 to 32 at a time in transformers, one at a time in llama.cpp.
     `tokens_agree`: of the trained model's greedy tokens, up to an answer's first other
-    one; `p`: of the paired test of right answers beside the trained ones.
+    one, without what follows a tie; `p`: of the paired test of right answers beside the
+    trained ones.
     """
     parts = report.get("export", {}).items()
     rows = [{"format": name, **part} for name, part in parts if isinstance(part, dict)]
