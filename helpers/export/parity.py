@@ -44,8 +44,8 @@ def check(
 
     Adapter and merged have to give the trained model's greedy tokens, an f16 GGUF 98 %
     (llama.cpp rounds activations), but for what follows a tie, and each a half where
-    training rounds to 16 bit or less: there wider ties turn, too. Perplexity may rise by
-    a quarter, and right answers may not be fewer at p < 0.01.
+    training rounds to 16 bit or less: there wider ties turn, too. Perplexity may rise
+    by a quarter, and right answers may not be fewer at p < 0.01.
 
     Args:
         run: with the stage trained.
