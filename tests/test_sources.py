@@ -136,7 +136,7 @@ def test_a_row_that_cannot_be_read_spoils_no_other(tmp_path):
         ("my rows", "no file my rows .*give a path, or a name on the hub"),
         (
             "nobody/no-such-set:train",
-            "^nobody/no-such-set:train .* no such file is here, and the hub is not",
+            "^nobody/no-such-set:train .* no such file is here, and the hub cannot",
         ),
     ],
 )
