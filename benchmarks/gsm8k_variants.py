@@ -16,6 +16,11 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from helpers.grpo.answers import parse_gold  # noqa: E402
+
 NOTE = re.compile(r"<<([-+*/() \d.]+)=([\d.]+)>>")
 NUMBER = re.compile(r"(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)")
 ALONE = re.compile(rf"(?<![\w./]){NUMBER.pattern}(?![\w%/]|[.,]\d)")
@@ -57,20 +62,14 @@ def changeable(question: str, answer: str) -> list[Fraction]:
     early = any(numbers & {*results[n:]} for n, numbers in enumerate(uses))
     told = {value_of(n) for n in NUMBER.findall(NOTE.sub("", answer))}
     once = len({*asked, *results}) == len(asked) + len(results)  # else two meanings
-    if not steps or value_of(answer.rpartition("#### ")[2]) != results[-1]:
+    if not steps or parse_gold(answer) != results[-1] or not once or early:
         return []
-    if (
-        not once
-        or early
-        or answer.count("<<") != len(steps)
-        or told - {*asked, *results, *used}
-    ):
+    if answer.count("<<") != len(steps) or told - {*asked, *results, *used}:
         return []
     try:
-        sure = all(reckon(left, {}) == right for left, right in steps)
+        if any(reckon(left, {}) != right for left, right in steps):  # rounded, or wrong
+            return []
     except ValueError:  # a note that is no sum
-        sure = False
-    if not sure:  # rounded, or wrong
         return []
     return [n for n in asked if n in used and n >= LEAST and n.denominator == 1]
 

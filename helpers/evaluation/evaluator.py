@@ -51,23 +51,19 @@ def read_sets(run: Run) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
 def response_losses(model: Any, rows: list[Example]) -> list[tuple[float, int]]:
     """Returns each row's sum of cross-entropies, in nats, and its supervised tokens."""
     losses = []
-    learnt = [
-        [n for n, x in enumerate(r["labels"]) if n and x != NO_LOSS] for r in rows
-    ]
+    learn = [[n for n, x in enumerate(r["labels"]) if n and x != NO_LOSS] for r in rows]
     with inference(model):
         # the token before the first learnt one predicts it
-        pairs = zip(rows, learnt, strict=True)
-        start, cache = read_start(
-            model,
-            [row["input_ids"][: min(tokens, default=1) - 1] for row, tokens in pairs],
-        )
+        ends = (min(places, default=1) - 1 for places in learn)
+        begins = [r["input_ids"][:end] for r, end in zip(rows, ends, strict=True)]
+        start, cache = read_start(model, begins)
         # one at a time: no padding, and logits of one row in memory
-        for row, tokens in zip(runtime.progress(rows, "loss"), learnt, strict=True):
+        for row, tokens in zip(runtime.progress(rows, "loss"), learn, strict=True):
             ids = torch.tensor([row["input_ids"][start:]], device=model.device)
             labels = torch.tensor([row["labels"][start:]], device=model.device)
             mean = model(input_ids=ids, labels=labels, past_key_values=cache).loss
-            count = len(tokens)
-            losses.append((float(mean) * count if count else 0.0, count))
+            total = float(mean) * len(tokens) if tokens else 0.0
+            losses.append((total, len(tokens)))
             if cache is not None:
                 cache.crop(-ids.shape[1])
     return losses

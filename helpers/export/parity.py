@@ -25,6 +25,7 @@ from helpers.inference.generation import encode, inference
 from helpers.masking.dataset import mask_conversations
 from helpers.masking.templates import answer_marks, neutralise
 from helpers.models import adapters, load
+from helpers.models.adapters import device_of
 from helpers.runs import Run
 
 # what pre-tokenizers split differently
@@ -62,7 +63,7 @@ def check(
     rows = {"trained": row | {"reloaded": trained["reloaded"]}}
     if trained["base"] == trained["logits"]:
         faults.append("trained: the adapter changes no logits: nothing was learnt")
-    paths, parts = [*map(str, folders.values())], (measure, read_settings)
+    paths, parts = [*map(str, folders.values())], (measure, device_of, read_settings)
     results = runtime.run_alone(ask_models, paths, trained, *parts)
     for (name, folder), result in zip(folders.items(), results, strict=True):
         try:
@@ -126,8 +127,7 @@ def leads(model: Any, prompt: list[int], answer: list[int]) -> list[float]:
     """Returns by how much each token of an answer is the likeliest one, in logits."""
     import torch
 
-    device = next((p.device for p in model.parameters() if p.is_cuda), model.device)
-    ids = torch.tensor([prompt + answer], device=device)
+    ids = torch.tensor([prompt + answer], device=device_of(model))
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
     first, second = logits.topk(2).values.T
     return (first - second).tolist()
@@ -191,8 +191,7 @@ def measure(
 
     stops = getattr(settings, "eos_token_id", None)
     stops = [stops] if isinstance(stops, int) else stops or []
-    # Unsloth keeps a frozen embedding on the CPU, by which model.device goes
-    device = next((p.device for p in model.parameters() if p.is_cuda), model.device)
+    device = device_of(model)
     prompts, length = asked["prompts"][:-1], asked["length"]  # without the probe
     answers, start = [], time.perf_counter()
     for first in bar(range(0, len(prompts), 32)):

@@ -157,12 +157,16 @@ def compare_saved(model: Model, folder: Path) -> dict[str, float]:
     return {"difference": float(f"{difference:.3g}"), "logits": float(f"{largest:.3g}")}
 
 
+def device_of(model: Any) -> Any:
+    # Unsloth keeps a frozen embedding on the CPU, by which model.device goes
+    return next((p.device for p in model.parameters() if p.is_cuda), model.device)
+
+
 def last_logits(model: Model, ids: Any) -> Any:
     """Returns the logits after each row, (rows, vocab), autocast as in training."""
     import torch
 
-    # Unsloth keeps a frozen embedding on the CPU, by which model.device goes
-    device = next((p.device for p in model.parameters() if p.is_cuda), model.device)
+    device = device_of(model)
     ids, gpu = torch.as_tensor(ids, device=device), device.type == "cuda"
     with inference(model), torch.autocast(device.type, model.config.dtype, enabled=gpu):
         return model(input_ids=ids).logits[:, -1].float().cpu()
