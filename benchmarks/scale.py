@@ -5,17 +5,17 @@
     ACCELERATE_USE_CPU=1 python benchmarks/scale.py run cpu --gpus 1 2 --shapes tiny
         --engines transformers                                # tries the program
     python benchmarks/scale.py run MACHINE --gpus 2 --shapes 7b --parts fsdp
-    python benchmarks/scale.py run MACHINE --gpus 1 2 4 --shapes 1b --parts kill grpo
-    python benchmarks/scale.py run MACHINE --shapes 3b 7b --parts sft  # what lacks most
     python benchmarks/scale.py table
     python benchmarks/scale.py predict  # the tables of docs/scaling.md
 
 Random weights of the published shapes, 4-bit base, LoRA r 16 on all projections, fp16,
 under a cap of 14.0 GiB a GPU without FlashAttention, as on T4s. Each way has processes
-of its own with a time limit, one way after the other; after BUDGET seconds no other is
-started. Each result goes to `scale.json` (in $OUT, else results/) as it is had.
+of its own with a time limit, and GPUs of its own: ways of fewer GPUs than there are run
+side by side, so that each is measured while all GPUs and the host are busy. After
+BUDGET seconds no other is started. Each way's results go to `scale.json` (in $OUT, else
+results/) at its end.
 
-sft   eight rows an optimiser step on each GPU (`per_gpu`), then eight on all together
+sft   32 and 8 rows an optimiser step on each GPU (`per_gpu`), then on all together
       (`in_all`): the same rows in the same order as on one GPU, so the losses should
       be the same. The layout is the machine's choice. `speedup` compares the tokens a
       second with those of one GPU, of the same file.
@@ -25,8 +25,8 @@ fsdp  `python -m helpers train` on the most GPUs, transformers alone: with `--sh
       one GPU (`whole, capped`), which should run out of memory.
 kill  `python -m helpers train`: on one GPU to the end; on two, one of which is killed
       after a checkpoint; and on the most GPUs from there to the end.
-grpo  eight answers of 256 tokens to a problem on each GPU, sampled from each GPU's
-      16-bit copy.
+grpo  32 answers of 256 tokens, to four problems, a step on each GPU, sampled from each
+      GPU's 16-bit copy.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,9 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import memory  # noqa: E402
-import sft_speed  # noqa: E402
-
+from benchmarks import memory, sft_speed  # noqa: E402
+from benchmarks.markdown import to_markdown  # noqa: E402
 from helpers import runs  # noqa: E402
 from helpers.config import changed, check_config  # noqa: E402
 from helpers.files import read_json, write_json  # noqa: E402
@@ -65,12 +64,15 @@ PREDICTED = {
     "llama-3.1-8b": (4096, 32, 32, 8, 14336, 128256, 131072, False),
     "llama-3.1-70b": (8192, 80, 64, 8, 28672, 128256, 131072, False),
 }
-ROWS, WARM, STEPS, REPEAT = 8, 4, 16, 4  # three repeats of four steps
+ROWS = (32, 8)  # of an optimiser step
+WARM, STEPS, REPEAT = 3, 12, 3  # three repeats of three steps
+RUN_ROWS, RUN_STEPS = 8, 16  # of the parts fsdp and kill
 GRPO_WARM, GRPO_STEPS = 2, 6
 SHOWN = ("speedup", "s_step", "tokens_per_second", "peak_gb", "loss_distance")
 SHOWN += ("s_to_end", "resumed", "error")
-KEYS = ("part", "shape", "engine", "gpus", "rows")
+KEYS = ("part", "shape", "engine", "gpus", "rows", "rows_a_step")
 LIMIT_S, LEAST_S = 200, 35  # of a way; what is left for one to be started
+WRITING = threading.Lock()
 
 
 def base_config(name: str, engine: str, model: str, on_gpu: bool) -> dict[str, Any]:
@@ -122,10 +124,11 @@ def measure_sft(
 
     arguments = training.sft_arguments(run)
     arguments["include_num_input_tokens_seen"] = "non_padding"
+    count = run.config.sft["gradient_accumulation_steps"] * 2 * (STEPS + 1)
     trainer = SFTTrainer(
         model=net,
         args=SFTConfig(**arguments),
-        train_dataset=sft_speed.make_rows("chat", net.config.vocab_size),
+        train_dataset=sft_speed.make_rows("chat", net.config.vocab_size, count),
         processing_class=tokenizer,
     )
     sft.keep_lora_fp32(net)  # as `fit` does, like the next lines
@@ -170,17 +173,18 @@ def one(part: str, shape: str, engine: str, gpus: int, model: str) -> None:
     if part == "sft":
         from helpers import training
 
+        kinds = {"in_all": 1} if gpus == 1 else {"per_gpu": gpus, "in_all": 1}
         configs = {
-            rows: sft_config(rows, engine, model, count, on_gpu)
-            for rows, count in (("per_gpu", ROWS * gpus), ("in_all", ROWS))
-            if gpus > 1 or rows == "in_all"
+            (rows, count): sft_config(rows, engine, model, count * times, on_gpu)
+            for count in ROWS
+            for rows, times in kinds.items()
         }
         net, tokenizer = training.load_for_training(
             runs.save_run(next(iter(configs.values())))
         )
         weights = [p for p in net.parameters() if p.requires_grad]
         initial = [parameter.detach().clone() for parameter in weights]
-        for rows, config in configs.items():
+        for (rows, count), config in configs.items():
             for parameter, value in zip(weights, initial, strict=True):
                 parameter.data = value.clone()  # each begins anew
                 parameter.grad = None
@@ -188,17 +192,19 @@ def one(part: str, shape: str, engine: str, gpus: int, model: str) -> None:
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             row = measure_sft(runs.save_run(config), net, tokenizer, began)
-            write_row(names | {"rows": rows, "card": card} | row)
+            kind = {"rows": rows, "rows_a_step": count, "card": card}
+            write_row(names | kind | row)
             began = time.perf_counter()
     else:
         row = measure_grpo(engine, gpus, model, on_gpu)
-        write_row(names | {"rows": "per_gpu", "card": card} | row)
+        kind = {"rows": "per_gpu", "rows_a_step": ROWS[0], "card": card}
+        write_row(names | kind | row)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def measure_grpo(engine: str, gpus: int, model: str, on_gpu: bool) -> dict[str, Any]:
-    """Trains GRPO on sums, eight answers on each GPU, and returns what steps took."""
+    """Trains GRPO on sums, 32 answers on each GPU, and returns what steps took."""
     from accelerate.utils import gather_object
 
     from helpers import runtime, stages, training
@@ -206,7 +212,8 @@ def measure_grpo(engine: str, gpus: int, model: str, on_gpu: bool) -> dict[str, 
     from helpers.training import trainer as sft
 
     folder = Path(os.environ["TUNEBOOK_RUNS"])
-    grpo = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": gpus}
+    passes = ROWS[0] // 8 * gpus
+    grpo = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": passes}
     grpo |= {"num_generations": 8, "max_completion_length": 256 if on_gpu else 16}
     grpo |= {"max_steps": GRPO_STEPS, "learning_rate": 1e-5, "eval_strategy": "no"}
     values = base_config("grpo", engine, model, on_gpu) | {"stages": ["grpo"]}
@@ -230,7 +237,7 @@ def measure_grpo(engine: str, gpus: int, model: str, on_gpu: bool) -> dict[str, 
     drifts = [e[drift] for e in trainer.state.log_history if drift in e]
     return {
         "s_step": round(seconds, 3),
-        "tokens_per_second": round(8 * gpus * length / seconds),
+        "tokens_per_second": round(ROWS[0] * gpus * length / seconds),
         "peak_gb": max(peaks),
         "copy_from_trained_nats": drifts,
     }
@@ -239,15 +246,21 @@ def measure_grpo(engine: str, gpus: int, model: str, on_gpu: bool) -> dict[str, 
 def write_row(row: dict[str, Any]) -> None:
     """Puts a row into the results, in the place of an older one; one process does."""
     values = read_json(RESULT)
-    names = [[row[key] for key in KEYS], [*(row[key] for key in KEYS[:4]), "error"]]
-    rows = [r for r in values.get("rows", []) if [r[key] for key in KEYS] not in names]
+    rows = [r for r in values.get("rows", []) if not is_older(r, row)]
     write_json(RESULT, values | {"rows": [*rows, row]})
+
+
+def is_older(row: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Returns whether a row is an older one of the same way, or its error."""
+    same = all(row[key] == new[key] for key in KEYS[:4])
+    return same and (row["rows"] == "error" or all(row[k] == new[k] for k in KEYS[4:]))
 
 
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns rows with what can be said once one GPU's are there, too."""
     for row in rows:
-        same = [r for r in rows if all(r[k] == row[k] for k in KEYS[:3])]
+        alike = (*KEYS[:3], "rows_a_step")
+        same = [r for r in rows if all(r[k] == row[k] for k in alike)]
         base = next((r for r in same if r["gpus"] == 1 and "s_step" in r), None)
         if base is None or "s_step" not in row or row["part"] == "kill":
             continue
@@ -265,13 +278,14 @@ def launcher(gpus: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *options]
 
 
-def run_config(name: str, engine: str, model: str) -> Path:
+def run_config(name: str, engine: str, model: str, micro: int = 4) -> Path:
     """Writes the config of a run of few rows, with a checkpoint at every other step."""
     import torch
 
     folder, on_gpu = Path(os.environ["TUNEBOOK_RUNS"]), torch.cuda.is_available()
-    sft = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    sft |= {"max_steps": STEPS, "learning_rate": 2e-4, "warmup_steps": 2}
+    sft: dict[str, Any] = {"per_device_train_batch_size": micro}
+    sft |= {"gradient_accumulation_steps": RUN_ROWS // micro}
+    sft |= {"max_steps": RUN_STEPS, "learning_rate": 2e-4, "warmup_steps": 2}
     sft |= optimiser(on_gpu) | {"save_strategy": "steps", "save_steps": 2}
     values = base_config(name, engine, model, on_gpu) | {"stages": ["sft"], "sft": sft}
     values |= {"data": {"train": [str(folder / "train.jsonl")]}, "layout": "pinned"}
@@ -313,10 +327,11 @@ def run_fsdp(shape: str, gpus: int, model: str, late: float) -> None:
     losses: list[float] = []
 
     def train(rows: str, count: int, *more: str, **variables: str) -> float:
-        config = run_config(rows.replace(", ", "-"), "transformers", model)
+        config = run_config(rows.replace(", ", "-"), "transformers", model, micro=1)
         way = Training(config, "--gpus", str(count), *more, **variables)
         text = way.end(late)
-        row = names | {"gpus": count, "rows": rows, "exit_code": way.process.returncode}
+        row = names | {"gpus": count, "rows": rows, "rows_a_step": RUN_ROWS}
+        row["exit_code"] = way.process.returncode
         report = read_json(way.folder / "report.json")
         if part := report.get("sft"):
             losses[:] = losses or way.losses()
@@ -367,81 +382,104 @@ def run_kill(shape: str, engine: str, most: int, model: str, late: float) -> Non
     assert killed.losses(), text[-1500:]
     going = [line for line in text.splitlines() if "going on from" in line]
     row["resumed"] = going[0].rpartition("/")[2] if going else None
-    row |= {"rows": "in_all", "steps": len(killed.losses())}
+    row |= {"rows": "in_all", "rows_a_step": RUN_ROWS, "steps": len(killed.losses())}
     row["loss_distance"] = distance(killed.losses(), whole.losses())
     write_row(row)
 
 
-def jobs(options: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
-    """Yields part, shape, engine and GPUs of each way, the most important first."""
-    first, *others = options.shapes
-    most = max(options.gpus)
-    for shape in (first, *others):
-        if "sft" in options.parts:
-            for engine in options.engines:
-                yield from (("sft", shape, engine, n) for n in options.gpus)
-        if "fsdp" in options.parts and most > 1:
-            yield "fsdp", shape, "transformers", most
-        if shape != first:
-            continue
-        if "kill" in options.parts and most > 1:
-            yield "kill", shape, options.engines[-1], most
-        if "grpo" in options.parts:
-            for engine in reversed(options.engines):
-                yield from (("grpo", shape, engine, n) for n in options.gpus)
+def jobs(options: argparse.Namespace) -> list[tuple[str, str, str, int]]:
+    """Returns part, shape, engine and GPUs of each way, those of fewest GPUs first."""
+    ways, most = [], max(options.gpus)
+    for shape in options.shapes:
+        for engine in options.engines:
+            for gpus in options.gpus:
+                ways += [(p, shape, engine, gpus) for p in ("sft", "grpo")]
+        if most > 1:
+            ways.append(("fsdp", shape, "transformers", most))
+            ways.append(("kill", shape, options.engines[-1], most))
+    return sorted((w for w in ways if w[0] in options.parts), key=lambda way: way[3])
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """Measures way after way, each in processes of its own."""
+    """Measures way after way, and side by side where GPUs are left."""
     late = time.monotonic() + options.budget
-    shared = "/dev/shm" if Path("/dev/shm").exists() else tempfile.gettempdir()
-    home = Path(os.environ.get("TUNEBOOK_SHAPES", shared)) / "shapes"
+    write_json(RESULT, read_json(RESULT) | {"machine": options.machine})
+    cores, most = os.cpu_count() or 1, max(options.gpus)
+    variables = os.environ | {"OMP_NUM_THREADS": str(cores // most or 1)}
     cap = {"TUNEBOOK_DTYPE": "float16", "TUNEBOOK_GPU_GB": str(memory.CAP_GB)}
-    variables = os.environ | (cap if options.machine != "cpu" else {})
+    variables |= cap if options.machine != "cpu" else {}
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     variables |= {"NCCL_NVLS_ENABLE": "0", "PYTHONPATH": os.pathsep.join(paths)}
-    write_json(RESULT, read_json(RESULT) | {"machine": options.machine})
-    for part, shape, engine, gpus in jobs(options):
-        left_s = late - time.monotonic()
-        if left_s < LEAST_S:
-            print(f"no time for {part} {shape} {engine} {gpus}")
-            continue
-        model = home / shape
-        if not model.exists():  # in a process of its own, which frees its memory
-            make = [sys.executable, PROGRAM, "make", shape, str(model)]
+    for shape in options.shapes:
+        if not model_folder(shape).exists():  # in a process, which frees its memory
+            make = [sys.executable, PROGRAM, "make", shape, str(model_folder(shape))]
             subprocess.check_call(make, env=variables)
-        several = part in ("kill", "fsdp")  # runs, each with a launcher of its own
-        limit_s = min(LIMIT_S * (2 if several else 1), left_s)
-        head = [sys.executable] if several else launcher(gpus)
-        command = [*head, PROGRAM, "one", part, shape, engine, str(gpus), str(model)]
-        log = RESULT.with_name(f"scale.{part}.{shape}.{engine}.{gpus}.log")
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder, log.open("w") as file:
-            own = variables | {"TUNEBOOK_RUNS": folder, "LIMIT_S": str(limit_s)}
-            if gpus == 1:
-                own["CUDA_VISIBLE_DEVICES"] = "0"
-            settings: Any = {"env": own, "stdout": file, "stderr": file}
-            with subprocess.Popen(command, start_new_session=True, **settings) as way:
-                try:
-                    code = way.wait(limit_s)
-                except subprocess.TimeoutExpired:
-                    code = None
-                    # torch's launcher puts each process into a session of its own
-                    for process in psutil.Process(way.pid).children(recursive=True):
-                        process.kill()
-                    way.kill()
-        seconds = time.monotonic() - began
-        print(f"{part} {shape} {engine} {gpus}: {seconds:.0f} s, exit code {code}")
-        if code != 0:
-            text = log.read_text()
-            print(text[-2000:])
-            lines = [line for line in text.splitlines() if line.strip()]
-            error = "time limit" if code is None else lines[-1][:300]
-            names = (part, shape, engine, gpus, "error")
-            write_row(dict(zip(KEYS, names, strict=True)) | {"error": error})
+    free, running = list(range(most)), dict[Future[None], list[int]]()
+    with ThreadPoolExecutor(most) as pool:
+        for way in jobs(options):
+            while len(free) < way[3]:
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    free = sorted(free + running.pop(done))
+                    done.result()
+            mine, free = free[: way[3]], free[way[3] :]
+            running[pool.submit(run_way, *way, mine, variables, late)] = mine
     values = read_json(RESULT)
     write_json(RESULT, values | {"rows": compare(values.get("rows", []))})
     show()
+
+
+def model_folder(shape: str) -> Path:
+    shared = "/dev/shm" if Path("/dev/shm").exists() else tempfile.gettempdir()
+    return Path(os.environ.get("TUNEBOOK_SHAPES", shared)) / "shapes" / shape
+
+
+def run_way(
+    part: str,
+    shape: str,
+    engine: str,
+    gpus: int,
+    numbers: list[int],
+    variables: dict[str, str],
+    late: float,
+) -> None:
+    """Measures a way in processes of its own, on the GPUs of these numbers."""
+    left_s, title = late - time.monotonic(), f"{part} {shape} {engine} {gpus}"
+    if left_s < LEAST_S:
+        print(f"no time for {title}")
+        return
+    several = part in ("kill", "fsdp")  # runs, each with a launcher of its own
+    limit_s = min(LIMIT_S * (3 if several else 1), left_s)
+    head = [sys.executable] if several else launcher(gpus)
+    command = [*head, PROGRAM, "one", part, shape, engine, str(gpus)]
+    log = RESULT.with_name(f"scale.{title.replace(' ', '.')}.log")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, log.open("w") as file:
+        own = variables | {"TUNEBOOK_RUNS": folder, "LIMIT_S": str(limit_s)}
+        own |= {"OUT": folder, "UNSLOTH_COMPILE_LOCATION": f"{folder}/compiled"}
+        own["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, numbers))
+        settings: Any = {"env": own, "stdout": file, "stderr": file}
+        with subprocess.Popen(command, start_new_session=True, **settings) as way:
+            try:
+                code = way.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                code = None
+                # torch's launcher puts each process into a session of its own
+                for process in psutil.Process(way.pid).children(recursive=True):
+                    process.kill()
+                way.kill()
+        rows = read_json(Path(folder) / RESULT.name).get("rows", [])
+    seconds = time.monotonic() - began
+    text = f"{title}: {seconds:.0f} s, exit code {code}"
+    if code != 0:
+        text += "\n" + log.read_text()[-2000:]
+        lines = [line for line in log.read_text().splitlines() if line.strip()]
+        error = "time limit" if code is None else lines[-1][:300]
+        names = (part, shape, engine, gpus, "error", None)
+        rows.append(dict(zip(KEYS, names, strict=True)) | {"error": error})
+    print(text, flush=True)
+    with WRITING:
+        for row in rows:
+            write_row(row)
 
 
 def show() -> None:
@@ -457,19 +495,18 @@ def show() -> None:
 def section() -> list[str]:
     """Returns the section of results/README.md."""
     values, columns = read_json(RESULT), [*KEYS, *SHOWN]
-    lines = [
+    rows = [{c: row.get(c) for c in columns} for row in compare(values["rows"])]
+    for row in rows:
+        if row["loss_distance"]:
+            row["loss_distance"] = f"{row['loss_distance']:.2g}"
+    return [
         "Training on one GPU and on more: random weights, 4-bit, r 16, fp16, a cap",
         f"of 14.0 GiB a GPU, {values['machine']}, by `python benchmarks/scale.py`.",
-        "`per_gpu`: eight rows a step on each GPU; `in_all`: eight on all together.",
-        "Speedup: of tokens a second, over one GPU's. Loss distance: the largest",
-        "relative one from one GPU's losses, step by step.",
-        *("", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"),
+        "`per_gpu`: so many rows a step on each GPU; `in_all`: on all together.",
+        "Speedup: of tokens a second, over one GPU's, all GPUs being busy either way.",
+        "Loss distance: the largest relative one from one GPU's losses, step by step.",
+        *("", to_markdown(rows)),
     ]
-    for row in compare(values["rows"]):
-        cells = (row.get(name, "-") for name in columns)
-        texts = (f"{x:.2g}" if isinstance(x, float) and x < 0.01 else x for x in cells)
-        lines.append("| " + " | ".join(map(str, texts)) + " |")
-    return lines
 
 
 def longest_share(gpus: int) -> tuple[float, float]:
@@ -478,19 +515,19 @@ def longest_share(gpus: int) -> tuple[float, float]:
 
     from helpers.training.layout import SharedRows
 
-    draw, ratios = np.random.default_rng(0), []
+    draw, ratios, rows = np.random.default_rng(0), list[list[float]](), ROWS[-1]
     for _ in range(10):
-        sizes = draw.lognormal(np.log(320) - 0.125, 0.5, ROWS * gpus).clip(60, 1200)
-        shared = SharedRows(range(len(sizes)), [], sizes, ROWS, gpus, len(sizes))
+        sizes = draw.lognormal(np.log(320) - 0.125, 0.5, rows * gpus).clip(60, 1200)
+        shared = SharedRows(range(len(sizes)), [], sizes, rows, gpus, len(sizes))
         dealt = sizes[[*shared]]
-        sums = [part.reshape(gpus, ROWS).sum(axis=1) for part in (sizes, dealt)]
+        sums = [part.reshape(gpus, rows).sum(axis=1) for part in (sizes, dealt)]
         ratios.append([part.max() / part.mean() for part in sums])
     plain, dealt = np.mean(ratios, axis=0)
     return float(plain), float(dealt)
 
 
 def predicted_config(model: str, engine: str) -> Any:
-    config = sft_config("predict", engine, model, ROWS, on_gpu=True)
+    config = sft_config("predict", engine, model, ROWS[-1], on_gpu=True)
     settings: Any = {"sft__per_device_train_batch_size": 1}
     return changed(config, **settings)
 
@@ -517,8 +554,9 @@ def predict() -> None:
         embeddings = 2 * base.get_input_embeddings().weight.numel()
         config = predicted_config(model, "unsloth")
         peak = estimate.estimate_memory(config).sum()
-        compute_s = 6 * ROWS * mean * weights / (2.6e12 * 132)  # `this_gpu` of an H100
-        for gpus, wait in waits.items():
+        operations = 6 * ROWS[-1] * mean * weights
+        compute_s = operations / (2.6e12 * 132)  # `this_gpu` of an H100
+        for gpus, longest in waits.items():
             link = 300e9 if gpus <= 8 else 50e9  # bytes/s a GPU: NVLink, 400 Gb/s
             share = 2 * (gpus - 1) / gpus  # of what each GPU holds, in a ring
             # 4-bit weights in both passes, fp32 embeddings in one
@@ -529,7 +567,7 @@ def predict() -> None:
             split = estimate.estimate_memory(config, shares=gpus).sum()
             text = f"| {model} | {gpus} | {peak:.0f} | {split:.1f} "
             text += f"| {compute_s:.2f} | {reduce_s:.3f} | {gather_s:.2f} "
-            shares = (packed, packed / wait[0], packed / wait[1], sharded)
+            shares = (packed, packed / longest[0], packed / longest[1], sharded)
             print(f"{text}| " + " | ".join(f"{x:.0%}" for x in shares) + " |")
 
 
@@ -559,13 +597,14 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["make", shape, folder]:
             memory.make_model(sft_speed.SHAPES[shape], Path(folder))
-        case ["one", "kill" | "fsdp" as part, shape, engine, gpus, model]:
+        case ["one", part, shape, engine, gpus]:
             late = time.monotonic() + float(os.environ["LIMIT_S"])
+            model = str(model_folder(shape))
             if part == "kill":
                 run_kill(shape, engine, int(gpus), model, late)
-            else:
+            elif part == "fsdp":
                 run_fsdp(shape, int(gpus), model, late)
-        case ["one", part, shape, engine, gpus, model]:
-            one(part, shape, engine, int(gpus), model)
+            else:
+                one(part, shape, engine, int(gpus), model)
         case _:
             main()

@@ -70,14 +70,14 @@ WAYS = {
 }
 
 
-def make_rows(profile: str, vocabulary: int) -> Any:
+def make_rows(profile: str, vocabulary: int, count: int = ROWS * (STEPS + 8)) -> Any:
     """Returns rows of random tokens and seeded lengths, more than the steps take."""
     import numpy as np
     from datasets import Dataset
 
     mean, least, most = PROFILES[profile]
     draw = np.random.default_rng(0)
-    sizes = draw.lognormal(np.log(mean) - 0.125, 0.5, ROWS * (STEPS + 8))
+    sizes = draw.lognormal(np.log(mean) - 0.125, 0.5, count)
     rows = []
     for size in sizes.clip(least, most).astype(int):
         ids = draw.integers(3, vocabulary, size).tolist()

@@ -189,6 +189,8 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
     for key, value in changes.items():
         group, _, leaf = key.rpartition("__")  # an unknown group is refused below
         holder = values.setdefault(group, {}) if group else values
+        if not isinstance(holder, dict):
+            raise ConfigError(f"{key}: {group} is one field, without others in it")
         holder[leaf] = value
     return check_config(values)
 

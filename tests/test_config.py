@@ -42,6 +42,7 @@ def demo():
             r"^data.test.rows: .*found 0\)$",
         ),
         ({"data__train": [5]}, r"^data.train.0: .* instance of Source \(found 5\)$"),
+        ({"seed__x": 1}, "^seed__x: seed is one field, without others in it$"),
         ({"few_shot": 2}, "^few_shot is not a field of the config$"),  # no longer
         ({"evaluation__labels": ["yes", "yes "]}, "different labels expected"),
     ],

@@ -188,7 +188,8 @@ def test_the_page_on_scaling_has_the_measured_speedups():
     lines = {}
     for row in [r for r in rows if r["part"] == "sft" and r["gpus"] > 1]:
         place = 2 * (row["rows"] == "in_all") + (row["gpus"] > 2)
-        cells = lines.setdefault(f"| {row['shape']}, {row['engine']} |", ["-"] * 4)
+        start = f"| {row['shape']}, {row['engine']}, {row['rows_a_step']} |"
+        cells = lines.setdefault(start, ["-"] * 4)
         cells[place] = f"{row['speedup']:.2f}"
     assert lines
     for start, cells in lines.items():
