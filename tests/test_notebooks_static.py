@@ -102,8 +102,8 @@ def test_the_bootstrap_fetches_a_pinned_version_and_says_from_where(
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
     exec(code.partition("\nfrom helpers")[0], {})
-    fetch = ["git", "clone", "-q", "--depth=1", "--branch", version, repository()]
-    assert commands == [fetch]
+    fetch = ["git", "-c", "advice.detachedHead=false", "clone", "-q", "--depth=1"]
+    assert commands == [[*fetch, "--branch", version, repository(), "tunebook"]]
     assert capsys.readouterr().out == f"fetches {repository()} at {version}\n"
 
 
@@ -129,30 +129,60 @@ def test_the_readme_lists_the_notebook_with_its_measured_minutes_and_its_memory(
     assert f"{takes} recipe){on_gpus(path.stem)}. **Reads**" in title
 
 
+def t4_minutes(tokens):
+    """Minutes for answers: a token costs one reading of the weights, at 320 GB/s."""
+    h100_ms = result("grpo_speed")["runs"]["ours"]["sampler"]["ms_a_token"]
+    return tokens * h100_ms * 3350 / 320 / 60_000
+
+
+def beside(notebook):
+    """Minutes of a notebook on an H100 without its stage: start, imports, probes."""
+    demo = result("demo_gpu")
+    parts = {"02_sft_qlora": [demo["sft"]], "03_grpo_gsm8k": [demo["grpo"]]}
+    parts["04_evaluation"] = demo["eval"].values()
+    stage_s = sum(part["seconds"] for part in parts.get(notebook, []))
+    return (demo["notebooks"]["seconds"][notebook] - stage_s) / 60
+
+
 def on_gpus(notebook):
     """A notebook's minutes on an H100, as measured, and on a T4: docs/speed.md."""
-    demo = result("demo_gpu")
-    if (seconds := demo["notebooks"]["seconds"].get(notebook)) is None:
-        return ""
-    text = f", {seconds / 60:.1f} minutes on an H100"
+    took = result("demo_gpu")["notebooks"]["seconds"].get(notebook)
+    text = f", {took / 60:.1f} minutes on an H100" if took else ""
+    if notebook == "05_export":
+        text += " (adapter and merged model alone)"
+        return f"{text}; a T4 is not predicted: its host's CPU answers for GGUF files"
     config = recipes.load("finetome-llama32-1b")
     rows = (config.data.test_rows, config.data.test_new_rows)
     batches = sum(math.ceil(n / config.evaluation.batch_size) for n in rows)
-    tokens = batches * config.evaluation.max_new_tokens * len(demo["eval"])
-    # a token costs one reading of the weights, at 3,350 and at 320 GB/s
-    token_ms = (
-        result("grpo_speed")["runs"]["ours"]["sampler"]["ms_a_token"] * 3350 / 320
-    )
-    stages = {
-        "02_sft_qlora": (estimate.sft_minutes(config, estimate.T4), [demo["sft"]]),
-        "03_grpo_gsm8k": (config.grpo_minutes, [demo["grpo"]]),
-        "04_evaluation": (tokens * token_ms / 60_000, demo["eval"].values()),
-    }
-    if notebook not in stages:
-        return text
-    minutes, parts = stages[notebook]
-    minutes += (seconds - sum(part["seconds"] for part in parts)) / 60
+    minutes = {
+        "00_setup": beside("00_setup") + t4_minutes(96),
+        "01_data_prep": beside("01_data_prep"),
+        "02_sft_qlora": beside("02_sft_qlora")
+        + estimate.sft_minutes(config, estimate.T4),
+        "03_grpo_gsm8k": beside("03_grpo_gsm8k") + config.grpo_minutes,
+        "04_evaluation": beside("04_evaluation")
+        + t4_minutes(3 * batches * config.evaluation.max_new_tokens),
+        # starts as 00 does; two turns of two models, three batches of draws
+        "06_chat_and_judges": beside("00_setup") + t4_minutes(4 * 40 + 3 * 24),
+    }[notebook]
     return f"{text}; {minutes:.1f} on a T4 (default recipe), predicted, not measured"
+
+
+def test_the_quickstart_says_its_predicted_minutes_on_a_t4(monkeypatch):
+    monkeypatch.setattr(recipes, "usual", lambda: "finetome-llama32-1b")
+    config = recipes.for_data("data_samples/word_problems/train.jsonl")
+    kept = config.data.train_rows * (
+        1 - config.data.eval_share - config.data.test_share
+    )
+    minutes = estimate.sft_minutes(config, estimate.T4, round(kept))
+    decoding = config.evaluation
+    batches = math.ceil(decoding.text_rows / decoding.batch_size)
+    minutes += t4_minutes(2 * batches * decoding.max_new_tokens)
+    minutes += beside("02_sft_qlora") + beside("04_evaluation")
+    title = sources(ROOT / "notebooks" / "quickstart.ipynb", "markdown")[0]
+    assert minutes < 20
+    form = "{:.1f} on a T4 (FineTome), predicted, not measured. **Reads**"
+    assert form.format(minutes) in title
 
 
 @every_lesson
