@@ -34,13 +34,15 @@ NOISE = re.compile(r"^.*(Unsloth|🦥|={2}\(\(|O\^O/|\"-____-\"|it/s\]|\d%\|).*\
 PLACES = re.compile(
     r"(?<![\w:/.])/[\w./-]*/(?=(runs|data_samples|notebooks|results)\b)"
 )
+ADDRESS = re.compile(r'(?<=^REPOSITORY = "https://)[^"]*', re.M)  # see make repository
 MADE = re.compile(r"\n\n\*\*Outputs\*\* made on .*")  # in a title
 PICTURE = re.compile(r"(?<=data:image/png;base64,)[\w+/=\n]+")
 
 
 def hash_code(notebook: Any) -> str:
-    """Returns the hash of a notebook's code cells, in order."""
-    return fingerprint([c.source for c in notebook.cells if c.cell_type == "code"])
+    """Returns the hash of a notebook's code cells, in order, whatever the address."""
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return fingerprint([ADDRESS.sub("github.com/OWNER/tunebook", c) for c in code])
 
 
 def shrink(picture: str) -> str:

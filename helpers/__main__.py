@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 REMEDY = "run `make setup`, then `.venv/bin/python -m helpers`"
+REMEDY += "; without a clone install tunebook[stack]"
 try:
     from helpers import recipes, runs, runtime
     from helpers.config import RunConfig, read_config

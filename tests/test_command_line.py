@@ -136,6 +136,7 @@ def test_a_python_without_the_packages_is_told_which_one_to_take():
     done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.ROOT)
     assert done.returncode == 1
     assert re.match(r"No module named '\w+': run `make setup`", done.stderr)
+    assert "without a clone install tunebook[stack]" in done.stderr
 
 
 def write_notebook(path, *cells):
@@ -173,6 +174,18 @@ def test_the_series_executes_copies_of_the_notebooks_that_a_run_has_a_use_for(
     assert list(run.report()["notebooks"]["seconds"]) == ["00_setup"]
     shown = capsys.readouterr().out
     assert re.search(r"00_setup.ipynb \d\.\d min, about 0 min left", shown), shown
+
+
+def test_a_try_takes_the_small_values_of_a_cell(project, runs_home):
+    path = project / "00_setup.ipynb"
+    write_notebook(path, "STEPS = 600", "print(STEPS)")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[0].metadata["nbmake"] = {"mock": {"STEPS": 2}}
+    nbformat.write(notebook, path)
+    (project / "02_sft_qlora.ipynb").unlink()
+    for recipe, steps in ("smoke", "2\n"), ("demo", "600\n"):
+        run = series.execute(recipe)
+        assert outputs(run.path / "notebooks" / "00_setup.ipynb") == steps
 
 
 def test_a_failing_notebook_ends_the_series_and_leaves_its_copy(project, runs_home):

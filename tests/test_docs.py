@@ -7,8 +7,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import nbformat
 import pytest
 
+from benchmarks import outputs
 from helpers import __main__ as command_line
 from helpers import recipes, runtime
 
@@ -87,6 +89,10 @@ def test_the_address_is_written_everywhere_and_nothing_else_is_taken_for_one(tmp
     assert subprocess.run([*command, "URL=https://github.com/me/mine"]).returncode == 0
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     texts = {path.name: path.read_text("utf-8") for path in files}
+    for path in ROOT.glob("notebooks/*.ipynb"):  # their outputs are still theirs
+        both = (nbformat.read(p, 4) for p in (path, tmp_path / "notebooks" / path.name))
+        ours, other = map(outputs.hash_code, both)
+        assert ours == other
     assert [name for name, text in texts.items() if old in text] == []
     assert "https://github.com/me/mine/blob/" in texts["kaggle.md"]
 
