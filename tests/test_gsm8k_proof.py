@@ -60,8 +60,9 @@ def test_all_stages_are_trained_compared_and_not_repeated(command, run_python):
     ]
     assert rows["grpo"]["settings"]["num_generations"] == 2
     lines = publish.proof(out)
-    assert lines[0].startswith("Real GSM8K's first 4 test") and len(lines) == 7
-    assert lines[-1].count("| control ") == 1
+    assert lines[0].startswith("Real GSM8K's first 4 test") and len(lines) == 11
+    assert lines[6].count("| control ") == 1
+    assert "control against SFT, seeds 0 together: " in lines[-1]
     again = run_python(*command)
     assert again.stdout == "" and json.loads(out.read_text()) == report
 
