@@ -8,7 +8,12 @@ chosen, and with `--variants N` on the same problems with other numbers, too;
 `rejection`, with `--rejection K`, draws K answers to each problem, and trains anew on
 the right and different ones, too, in as many steps; `grpo` goes on for some minutes
 with the problems that SFT solves at times; `control` is more SFT for as long.
-All answer the same test problems greedily; p is of McNemar's exact test on them.
+All answer the same test problems greedily; p is of McNemar's exact test on them. After
+training a merged 16-bit copy answers, as GRPO samples from it.
+
+With `--equations` SFT learns two answers to a problem: worked ones, and where
+"Equations only." is asked, their equations, of the variants too. Later stages go on
+with the form that solves more of the rows that were held out of SFT.
 
 A stage that is finished in `--runs` is not repeated, one that was killed goes on, and
 one that does not fit into the budget is left out: call again. After each stage OUT gets
@@ -26,8 +31,12 @@ import re
 import sys
 import time
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import TrainerCallback
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,12 +45,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gsm8k_variants  # noqa: E402
 
 from helpers import files, recipes, runs, runtime, stages  # noqa: E402
-from helpers.config import RunConfig, changed  # noqa: E402
+from helpers.config import RunConfig, Stage, changed  # noqa: E402
 from helpers.data import preparation as data  # noqa: E402
 from helpers.data.formats import Row, ask  # noqa: E402
 from helpers.errors import TrainingError  # noqa: E402
-from helpers.evaluation import evaluator, metrics  # noqa: E402
-from helpers.grpo import answers, rewards  # noqa: E402
+from helpers.evaluation import metrics  # noqa: E402
+from helpers.grpo import answers, monitor, rewards  # noqa: E402
+from helpers.grpo.trainer import build_grpo  # noqa: E402
 from helpers.inference.generation import cut_answer, encode, generate_batches  # noqa: E402
 from helpers.inference.items import answer_rows, model_print  # noqa: E402
 from helpers.inference.sampler import Sampler  # noqa: E402
@@ -53,7 +63,11 @@ from helpers.training import trainer as training  # noqa: E402
 STAGES = ("base", "sft", "rejection", "grpo", "control")
 VERDICTS = {"strict": "strict_match", "flexible": "flexible_extract", "ours": "correct"}
 TRAINED = """steps seconds peak_memory_gb loss_last reward_first reward_last stopped
-    held_out_first held_out_best best_step solved_at_times rows sampler layout"""
+    held_out_first held_out_best best_step solved_at_times rows sampler layout
+    passes_left_out form held_out_right"""
+FORMS = {"worked": "", "equations": "\nEquations only."}  # what a question ends in
+LONGEST = {"worked": 256, "equations": 112}  # answers, in tokens
+FINISH_S = 45  # after training: an evaluation, the adapter read again, test answers
 SHOTS = 4
 DRAWN = (1.0, 0, 1.0, None)  # temperature, top-k, top-p, min-p: as in GRPO
 KEEP = 4  # drawn answers to one problem, at most
@@ -61,10 +75,10 @@ FEW = 32  # solved at times: with fewer GRPO takes all that were tried
 NOTES = re.compile(r"<<[^<>]*>>")  # GSM8K's for a calculator
 SIZES: dict[str, Any] = {
     "weights": "16bit",
+    "layout": "pinned",
     "max_length": 1024,
     "max_prompt_length": 256,
-    "save_minutes": 2.0,
-    "grpo_held_out": 300,
+    "save_minutes": 20.0,
     "evaluation__max_new_tokens": 320,
     "evaluation__batch_size": 330,
     "lora__r": 128,
@@ -75,7 +89,8 @@ SFT: dict[str, Any] = {
     "num_train_epochs": 4,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 32,
-    "gradient_accumulation_steps": 1,
+    "gradient_accumulation_steps": 2,
+    "gradient_checkpointing": False,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "linear",
     "warmup_steps": 20,
@@ -95,22 +110,73 @@ GRPO = {
 }
 
 
-def write_parts(given: argparse.Namespace) -> dict[str, Path]:
+class FinitePasses(TrainerCallback):
+    """Leaves a pass out whose gradients are not finite, and counts such passes.
+
+    In float16 the scaler leaves the whole step out. TrainingError: none is finite.
+    """
+
+    count, before = torch.zeros(()), 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        learnt = [p for p in more["model"].parameters() if p.requires_grad]
+        self.count = self.count.to(learnt[0].device)
+        for parameter in learnt if not args.fp16 else []:
+            parameter.register_hook(self.see if parameter is learnt[0] else only_finite)
+
+    def see(self, gradient: torch.Tensor) -> torch.Tensor:
+        self.count = self.count + ~gradient.isfinite().all()
+        return only_finite(gradient)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        new, self.before = int(self.count) - self.before, int(self.count)
+        if new >= args.gradient_accumulation_steps:
+            text = f"step {state.global_step}: the gradients of all passes are "
+            raise TrainingError(text + "not finite; lower the rate")
+
+    def report(self, history: list[Row]) -> Row:
+        return {"passes_left_out": int(self.count)}
+
+
+def only_finite(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.nan_to_num(0.0, 0.0, 0.0)
+
+
+def ask_in(form: str, lines: list[str]) -> list[str]:
+    """Returns JSON lines whose questions ask for a form: equations without marks."""
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["question"] += FORMS[form]
+        if form == "equations":
+            row["answer"] = row["answer"].replace("<<", "").replace(">>", "")
+    return [json.dumps(row) + "\n" for row in rows]
+
+
+def place_of(given: argparse.Namespace, part: str) -> Path:
+    return Path(given.runs / f"{given.name}-{part}.jsonl")
+
+
+def write_parts(given: argparse.Namespace) -> None:
     """Writes train and eval rows, without a calculator's notes if asked to."""
     text = Path(given.train).read_text(encoding="utf-8")
     lines = text.splitlines(True)
-    parts = {"train": lines[: -given.held_out], "eval": lines[-given.held_out :]}
-    parts["train"] += gsm8k_variants.vary_lines(parts["train"], given.variants)
-    places = {n: given.runs / f"{given.name}-{n}.jsonl" for n in parts}
+    train, held_out = lines[: -given.held_out], lines[-given.held_out :]
+    parts = {"train": train, "eval": held_out}
+    if given.equations:
+        short = gsm8k_variants.equations_alone(train)
+        short += gsm8k_variants.vary_lines(short, given.variants)
+        parts["train"] = train + ask_in("equations", short)
+        parts["eval-equations"] = ask_in("equations", held_out)
+    else:
+        parts["train"] = train + gsm8k_variants.vary_lines(train, given.variants)
     for name, part in parts.items():
         part = [NOTES.sub("", line) for line in part] if given.plain else part
-        files.write_lines(places[name], part)
-    return places
+        files.write_lines(place_of(given, name), part)
 
 
 def configure(given: argparse.Namespace, stage: str, seed: int) -> RunConfig:
     """Returns the config of SFT; other stages change it."""
-    places, recipe = write_parts(given), recipes.load("demo", gpu=True)
+    recipe = recipes.load("demo", gpu=True)
     config = changed(
         recipe,
         **SIZES,
@@ -122,14 +188,22 @@ def configure(given: argparse.Namespace, stage: str, seed: int) -> RunConfig:
         sft=SFT,
         grpo=recipe.grpo | GRPO,
         grpo_minutes=given.minutes,
+        grpo_held_out=given.held_out,
         data={
-            "train": [str(places["train"])],
-            "eval": str(places["eval"]),
+            "train": [str(place_of(given, "train"))],
+            "eval": str(place_of(given, "eval")),
             "test": str(Path(given.test).resolve()),
             "test_rows": given.rows,
         },
     )
+    if given.sft_minutes:
+        config = changed(config, sft__max_steps=monitor.ENDLESS)
     return changed(config, **dict(given.set))
+
+
+def minutes_left(given: argparse.Namespace) -> float:
+    left_s = given.ends - time.monotonic() - FINISH_S
+    return float(max(0.1, min(given.minutes, left_s / 60)))
 
 
 def count_rows(path: Path) -> int:
@@ -158,9 +232,53 @@ def judge_continued(text: str, row: Row) -> Row:
     return metrics.check_answer(text, row | {"prompt": ask(row["question"], "")})
 
 
-def evaluate(run: Run, label: str) -> list[Row]:
-    evaluator.evaluate(run, label, run.path / label / "adapter")
-    return files.read_rows(run.path / "eval" / label / "test.jsonl")
+def solve(
+    run: Run, sampler: Sampler, tokenizer: Any, rows: list[Row], form: str
+) -> list[Row]:
+    """Returns the greedy answers to problems, asked in a form, with their verdicts."""
+    config, items = run.config, []
+    limit = min(LONGEST[form], config.evaluation.max_new_tokens)
+    for row in rows:
+        prompt = ask(row["question"] + FORMS[form], config.system_prompt)
+        items.append(row | {"prompt": prompt})
+    size = config.evaluation.batch_size or len(rows)
+    given = sampler.generate(tokenizer, [i["prompt"] for i in items], size, limit)
+    for item, answer in zip(items, given, strict=True):
+        item |= {"output": answer.text} | metrics.check_answer(answer.text, item)
+    return items
+
+
+def evaluate(given: argparse.Namespace, run: Run, stage: str) -> tuple[Row, list[Row]]:
+    """Returns a note on the form that is asked for, and the answers to the test rows.
+
+    SFT chooses the form, by the rows that were held out of it.
+    """
+    kind, config = "grpo" if stage == "grpo" else "sft", run.config
+    adapter = run.path / kind / "adapter"
+    model, tokenizer = load.load_model(
+        config.model, adapter=adapter, **load.options(config)
+    )
+    sampler, note = Sampler(model), Row()
+    if stage == "sft":
+        rows = files.read_rows(run.path / "data" / "eval.jsonl")
+        rows = data.to_prompts(config, rows)
+        counts = {}
+        for form in FORMS if given.equations else ["worked"]:
+            items = solve(run, sampler, tokenizer, rows, form)
+            counts[form] = sum(item["correct"] for item in items)
+        form = max(counts, key=lambda form: counts[form])
+        note = {"form": form, "held_out_right": counts}
+        files.write_json(run.path / "form.json", note)
+    form = chosen_form(given, run.config.seed)
+    rows = files.read_rows(run.path / "data" / "test.jsonl")
+    items = solve(run, sampler, tokenizer, rows, form)
+    files.write_rows(run.path / "eval" / kind / "test.jsonl", items)
+    return note, items
+
+
+def chosen_form(given: argparse.Namespace, seed: int) -> str:
+    sft = runs.open_run(f"{given.name}-{seed}-sft")
+    return str(files.read_json(sft.path / "form.json")["form"])
 
 
 def draw_answers(given: argparse.Namespace, start: Run) -> list[Row]:
@@ -171,8 +289,11 @@ def draw_answers(given: argparse.Namespace, start: Run) -> list[Row]:
     path = start.path / "drawn.jsonl"
     if path.exists():
         return files.read_rows(path)
-    rows = [json.loads(line) for line in Path(str(start.config.data.train[0])).open()]
     count, config = given.rejection or 8, start.config
+    form = chosen_form(given, config.seed)
+    rows = [json.loads(line) for line in place_of(given, "train").open()]
+    ending = FORMS["equations"]
+    rows = [r for r in rows if r["question"].endswith(ending) == (form == "equations")]
     random.Random(config.seed).shuffle(rows)
     rows = rows if given.rejection else rows[: given.probe]
     adapter = start.path / "sft" / "adapter"
@@ -181,7 +302,8 @@ def draw_answers(given: argparse.Namespace, start: Run) -> list[Row]:
     sampler.refresh()
     for row in rows:
         row["ids"] = encode(tokenizer, ask(row["question"], config.system_prompt))
-    longest, limit = config.max_prompt_length, config.grpo["max_completion_length"]
+    longest = config.max_prompt_length
+    limit = min(LONGEST[form], config.grpo["max_completion_length"])
     rows = [row for row in rows if not longest or len(row["ids"]) <= longest]
     rows.sort(key=lambda row: len(row["ids"]), reverse=True)
     size = max(1, given.batch // count)
@@ -225,11 +347,24 @@ def way_of(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[\d.,]+(?:[-+*/x=][\d.,]*\d)+", text))
 
 
-def train_more(run: Run) -> Row:
-    """Returns the report of SFT that goes on from the run's adapter."""
-    adapter = run.config.sft_adapter
-    model, tokenizer = training.load_for_training(run, "sft", adapter)
-    return training.fit(training.build_sft(run, model, tokenizer), run)
+def train(run: Run, kind: Stage, minutes: float | None) -> Row:
+    """Trains a run's stage, from `sft_adapter` if it names one; returns the report.
+
+    Args:
+        minutes: of SFT, else its epochs; GRPO's are in the config.
+    """
+    stages.ensure_ready(run, kind)
+    model, tokenizer = training.load_for_training(run, kind, run.config.sft_adapter)
+    if kind == "grpo":
+        # SDPA's gradients of Gemma are now and then not finite where rows are padded
+        # on the left
+        model.set_attn_implementation("eager")
+        trainer = build_grpo(run, model, tokenizer)
+    else:
+        trainer = training.build_sft(run, model, tokenizer)
+        trainer.add_callback(monitor.Clock(run.path / "sft", minutes))
+    trainer.add_callback(FinitePasses())
+    return training.fit(trainer, run)
 
 
 def go_on(given: argparse.Namespace, stage: str, seed: int) -> tuple[Row, Row]:
@@ -244,9 +379,7 @@ def go_on(given: argparse.Namespace, stage: str, seed: int) -> tuple[Row, Row]:
         start = runs.open_run(f"{given.name}-{seed}-rejection")
     changes = {"sft_adapter": str(start.path / "sft" / "adapter")}
     if stage == "control":
-        done = start.report()["sft"]
-        steps = 60 * given.minutes * done["steps"] / done["seconds"]
-        return changes | {"sft__max_steps": max(1, round(steps))}, {}
+        return changes | {"sft__max_steps": monitor.ENDLESS}, {}
     rows = draw_answers(given, sft)
     at_times = [row for row in rows if 0 < row["right"] < row["drawn"]]
     used = at_times if len(at_times) >= FEW else rows
@@ -254,7 +387,13 @@ def go_on(given: argparse.Namespace, stage: str, seed: int) -> tuple[Row, Row]:
     files.write_rows(
         problems, [{n: r[n] for n in ("question", "answer")} for r in used]
     )
-    changes |= {"stages": ["grpo"], "data__problems": str(problems)}
+    form = chosen_form(given, seed)
+    part = "eval" if form == "worked" else "eval-equations"
+    changes |= {"stages": ["grpo"], "grpo_minutes": minutes_left(given)}
+    changes |= {"data__problems": str(problems), "data__train": []}
+    changes |= {"data__eval": str(place_of(given, part))}
+    longest = min(LONGEST[form], sft.config.grpo["max_completion_length"])
+    changes["grpo__max_completion_length"] = longest
     return changes, {"solved_at_times": [len(at_times), len(rows)]}
 
 
@@ -268,14 +407,17 @@ def run_stage(given: argparse.Namespace, stage: str, seed: int) -> Row:
     data.ensure_data(run)
     if stage == "base":
         items = answer_base(run)
-    elif stage == "control":
-        part, items = train_more(run), evaluate(run, "sft")
     else:
         (kind,) = config.stages
-        part, items = part | stages.train_stage(run, kind), evaluate(run, kind)
+        minutes = minutes_left(given) if stage == "control" else given.sft_minutes
+        part |= train(run, kind, minutes)
+        runtime.free_memory()
+        note, items = evaluate(given, run, stage)
+        part |= note
     own = run.config.grpo if stage == "grpo" else run.config.sft
     settings = own | {n: run.config.lora[n] for n in ("r", "lora_alpha")}
     settings |= {"dtype": given.dtype, "variants": given.variants}
+    settings |= {"equations": given.equations}
     return {
         "model": given.name,
         "seed": seed,
@@ -312,7 +454,27 @@ def write_results(given: argparse.Namespace) -> None:
         for path in sorted((given.runs / "results").glob("*.failed"))
     ]
     values = {"machine": runtime.find_machine().name, "rows": rows, "failed": failed}
+    values["pooled"] = pool(rows)
     files.write_json(Path(given.out) / "gsm8k_proof.json", values)
+
+
+def pool(rows: list[Row]) -> list[Row]:
+    """Returns how stages after SFT differ from it over their seeds together.
+
+    The pairs of a seed are of the same problems as another's: p is of the seeds' mean
+    on these problems, not of other problems.
+    """
+    sft = {(r["model"], r["seed"]): r["right"] for r in rows if r["stage"] == "sft"}
+    later = [r for r in rows if r["stage"] not in ("base", "sft")]
+    later = [r for r in later if (r["model"], r["seed"]) in sft]
+    pooled = []
+    for (model, stage), group in groupby(later, lambda r: (r["model"], r["stage"])):
+        seeds, rights = zip(*((r["seed"], r["right"]) for r in group), strict=True)
+        first = "".join(sft[model, seed] for seed in seeds)
+        pair = ([mark == "1" for mark in r] for r in (first, "".join(rights)))
+        result = metrics.paired_difference(*pair)
+        pooled.append({"model": model, "stage": stage, "seeds": [*seeds]} | result)
+    return pooled
 
 
 def is_sibling(other: Row, row: Row) -> bool:
@@ -346,6 +508,10 @@ def main() -> None:
         "--probe", type=int, default=4096, help="problems tried for GRPO"
     )
     parser.add_argument(
+        "--equations", action="store_true", help="learn them alone as answers, too"
+    )
+    parser.add_argument("--sft-minutes", type=float, help="of SFT, instead of epochs")
+    parser.add_argument(
         "--plain", action="store_true", help="no <<48/2=24>> in answers"
     )
     parser.add_argument("--held-out", type=int, default=300, help="rows of TRAIN")
@@ -367,10 +533,12 @@ def main() -> None:
     given = parser.parse_args()
     given.runs, given.name = given.runs.resolve(), given.name or Path(given.model).name
     os.environ["TUNEBOOK_RUNS"] = str(given.runs)
-    began, minutes = time.monotonic(), 60 * given.minutes
-    costs = {"base": 60, "sft": 300, "rejection": 400}
-    costs |= {"grpo": minutes + 150, "control": minutes + 90}
+    given.ends = time.monotonic() + given.budget
+    costs = {"base": 60, "sft": 60 * (given.sft_minutes or 4) + 60, "rejection": 400}
+    costs |= {"grpo": 150, "control": 120}  # their minutes are what is left, at most
     load.find_model(given.model)
+    if not place_of(given, "train").exists():
+        write_parts(given)
     for seed in given.seeds:
         for stage in given.stages:
             file = given.runs / "results" / f"{given.name}-{seed}-{stage}.json"
@@ -378,7 +546,7 @@ def main() -> None:
                 file = file.with_name(f"{given.name}-base.json")
             if file.exists() or (stage == "rejection" and not given.rejection):
                 continue
-            if time.monotonic() - began + costs[stage] > given.budget:
+            if time.monotonic() + costs[stage] > given.ends:
                 print(f"{seed} {stage}: no time is left for it, call again", flush=True)
                 break
             try:

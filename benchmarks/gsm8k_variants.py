@@ -132,6 +132,23 @@ def vary_lines(lines: list[str], count: int) -> list[str]:
     return [*new]
 
 
+def equations_alone(lines: list[str]) -> list[str]:
+    """Returns JSON lines whose answers are their notes, a line each, and the result.
+
+    Problems are left out whose last note does not give the result.
+    """
+    short = []
+    for row in map(json.loads, lines):
+        notes, gold = NOTE.findall(row["answer"]), parse_gold(row["answer"])
+        if not notes or gold is None or value_of(notes[-1][1]) != gold:
+            continue
+        steps = [f"<<{left}={right}>>\n" for left, right in notes]
+        final = row["answer"].rpartition("####")[2].strip()
+        answer = "".join(steps) + f"#### {final}"
+        short.append(json.dumps({"question": row["question"], "answer": answer}) + "\n")
+    return short
+
+
 def main() -> None:
     """Prints problems and their variants, and how many have one."""
     lines = Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()

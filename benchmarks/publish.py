@@ -114,6 +114,20 @@ def learning(path: Path) -> list[str]:
     ]
 
 
+def pooled_lines(values: dict[str, Any]) -> list[str]:
+    """Returns how later stages differ from SFT over all seeds, as a list."""
+    lines = []
+    for part in values.get("pooled", []):
+        low, mean, high = (100 * part[n] for n in ("low", "difference", "high"))
+        seeds = ", ".join(map(str, part["seeds"]))
+        text = (
+            f"- {part['model']}, {part['stage']} against SFT, seeds {seeds} together:"
+        )
+        text += f" {mean:+.1f} points [{low:+.1f}, {high:+.1f}], p {part['p']:.2g}, of"
+        lines.append(f"{text} the seeds' mean on the same problems.")
+    return lines
+
+
 def proof(path: Path) -> list[str]:
     """Returns the section on what small models learn of real GSM8K."""
     values, rows = read(path), []
@@ -136,6 +150,7 @@ def proof(path: Path) -> list[str]:
         "examples, SFT on the train split, GRPO from it, and as long a further SFT.",
         "p: McNemar's exact test of the same items. Strict and flexible are counts of",
         *("lm-evaluation-harness's matches.", "", to_markdown(rows)),
+        *(["", *pooled] if (pooled := pooled_lines(values)) else []),
         *(["", f"Ended without a result: {' '.join(failed)}"] if failed else []),
     ]
 

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import gsm8k_proof, publish
+from benchmarks import gsm8k_proof, gsm8k_variants, publish
 from helpers.files import read_rows, write_rows
 
 PROBLEMS = Path(__file__).parent.parent / "data_samples" / "word_problems"
@@ -25,7 +27,7 @@ def command(tiny_model_folder, tmp_path_factory):
         rows += read_rows(PROBLEMS / f"{name}.jsonl")[: count - len(rows)]
         write_rows(folder / name, rows)
     sizes = "--budget 3000 --held-out 4 --variants 1 --probe 6 --minutes 0.05".split()
-    sizes += ["--rejection", "2"]
+    sizes += ["--rejection", "2", "--equations", "--sft-minutes", "0.05"]
     places = ["--runs", str(folder / "runs"), "--out", str(folder / "out")]
     options = ["--model", str(tiny_model_folder), *sizes, *places, "--set", *SIZES]
     program = "benchmarks/gsm8k_proof.py"
@@ -43,13 +45,24 @@ def test_all_stages_are_trained_compared_and_not_repeated(command, run_python):
         assert row["seconds"] > 0 and ("p_vs_base" in row) == (stage != "base")
         assert ("p_vs_sft" in row) == (stage not in ("base", "sft"))
         assert (row["trained"].get("steps", 0) > 0) == (stage != "base")
-    assert rows["rejection"]["trained"]["steps"] == rows["sft"]["trained"]["steps"] == 6
-    assert rows["control"]["settings"]["max_steps"] >= 1
-    assert rows["grpo"]["trained"]["solved_at_times"] == [0, 21]  # one is a variant
+    steps = rows["sft"]["trained"]["steps"]
+    assert rows["rejection"]["trained"]["steps"] == steps
+    for stage in ("sft", "control"):
+        assert "minutes of grpo_minutes" in rows[stage]["trained"]["stopped"]
+        assert rows[stage]["trained"]["passes_left_out"] == 0
+    assert rows["sft"]["trained"]["form"] == "worked"  # of equals the first
+    assert rows["sft"]["trained"]["held_out_right"] == {"worked": 0, "equations": 0}
+    assert rows["grpo"]["trained"]["solved_at_times"] == [0, 20]
+    assert [part["stage"] for part in report["pooled"]] == [
+        "rejection",
+        "grpo",
+        "control",
+    ]
     assert rows["grpo"]["settings"]["num_generations"] == 2
     lines = publish.proof(out)
-    assert lines[0].startswith("Real GSM8K's first 4 test") and len(lines) == 7
-    assert lines[-1].count("| control ") == 1
+    assert lines[0].startswith("Real GSM8K's first 4 test") and len(lines) == 11
+    assert lines[6].count("| control ") == 1
+    assert "control against SFT, seeds 0 together: " in lines[-1]
     again = run_python(*command)
     assert again.stdout == "" and json.loads(out.read_text()) == report
 
@@ -88,3 +101,39 @@ def test_a_stage_that_fails_is_told_and_others_go_on(command, run_python, tmp_pa
     (failed,) = report["failed"]
     assert failed["stage"] == "sft" and "not finite" in failed["error"]
     assert "not finite" in publish.proof(tmp_path / "gsm8k_proof.json")[-1]
+
+
+def test_a_pass_that_is_not_finite_counts_nothing():
+    layer, callback = torch.nn.Linear(2, 1), gsm8k_proof.FinitePasses()
+    arguments = SimpleNamespace(fp16=False)
+    callback.on_train_begin(arguments, None, None, model=layer)
+    layer(torch.tensor([[1.0, 2.0]])).sum().backward()
+    layer(torch.tensor([[float("nan"), 2.0]])).sum().backward()
+    assert layer.weight.grad.tolist() == [[1.0, 4.0]]
+    assert callback.report([]) == {"passes_left_out": 1}
+
+
+def test_stages_are_compared_over_their_seeds_together():
+    rights = {("sft", 0): "0011", ("sft", 1): "0100", ("grpo", 0): "0111"}
+    rights |= {("grpo", 1): "1111", ("base", 0): "0000", ("control", 2): "1111"}
+    rows = [
+        {"model": "m", "stage": s, "seed": n, "right": r}
+        for (s, n), r in rights.items()
+    ]
+    (pooled,) = gsm8k_proof.pool(rows)
+    assert pooled["stage"] == "grpo" and pooled["seeds"] == [0, 1]
+    assert pooled["difference"] == 0.5 and pooled["only_second"] == 4
+    assert pooled["p"] == 0.125
+
+
+def test_equations_alone_are_a_second_answer_to_a_problem():
+    rows = [{"question": "7 pens, 8 caps?", "answer": "So <<7+8=15>>15.\n#### 15"}]
+    rows += [{"question": "Left?", "answer": "<<7+8=15>>15, less 1\n#### 14"}]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (line,) = gsm8k_variants.equations_alone(lines)
+    assert json.loads(line)["answer"] == "<<7+8=15>>\n#### 15"
+    (line,) = gsm8k_proof.ask_in("equations", [line])
+    assert json.loads(line) == {
+        "question": "7 pens, 8 caps?\nEquations only.",
+        "answer": "7+8=15\n#### 15",
+    }
