@@ -176,16 +176,21 @@ def test_the_series_executes_copies_of_the_notebooks_that_a_run_has_a_use_for(
     assert re.search(r"00_setup.ipynb \d\.\d min, about 0 min left", shown), shown
 
 
-def test_a_try_takes_the_small_values_of_a_cell(project, runs_home):
+def test_a_try_takes_the_small_values_of_cells_and_ends_before_the_export(
+    project, runs_home
+):
     path = project / "00_setup.ipynb"
     write_notebook(path, "STEPS = 600", "print(STEPS)")
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[0].metadata["nbmake"] = {"mock": {"STEPS": 2}}
     nbformat.write(notebook, path)
-    (project / "02_sft_qlora.ipynb").unlink()
-    for recipe, steps in ("smoke", "2\n"), ("demo", "600\n"):
-        run = series.execute(recipe)
-        assert outputs(run.path / "notebooks" / "00_setup.ipynb") == steps
+    (project / "02_sft_qlora.ipynb").rename(project / "05_export.ipynb")
+    run = series.execute("smoke")  # which ends before 05
+    assert outputs(run.path / "notebooks" / "00_setup.ipynb") == "2\n"
+    with pytest.raises(SystemExit, match="05_export.ipynb failed"):
+        series.execute("demo")
+    copy = run.path.with_name("demo") / "notebooks" / "00_setup.ipynb"
+    assert outputs(copy) == "600\n"
 
 
 def test_a_failing_notebook_ends_the_series_and_leaves_its_copy(project, runs_home):
