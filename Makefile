@@ -46,7 +46,8 @@ evaluate: setup
 
 lab: setup
 	@$(BIN)/python helpers/install.py requirements-dev.txt
-	@$(BIN)/jupyter lab notebooks
+	@$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks \
+	  $(if $(filter 0,$(shell id -u)),--allow-root)
 
 demo: setup
 	@$(BIN)/python benchmarks/series.py demo
