@@ -145,6 +145,8 @@ def main(arguments: list[str]) -> None:
             runtime.launch(arguments, gpus, shard)
         result = execute(command := values.pop("command"), values)
         show(result if command != "export" else None)  # which logs its table
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from what is saved")
     except ModuleNotFoundError as error:
         sys.exit(f"{error}: {REMEDY}")
     except (TunebookError, OSError, ImportError) as error:

@@ -1,6 +1,7 @@
 """Tests of `python -m helpers`, the series of notebooks, and the README's example."""
 
 import re
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -137,6 +138,16 @@ def test_a_python_without_the_packages_is_told_which_one_to_take():
     assert done.returncode == 1
     assert re.match(r"No module named '\w+': run `make setup`", done.stderr)
     assert "without a clone install tunebook[stack]" in done.stderr
+
+
+def test_an_interrupted_command_ends_in_a_sentence():
+    command = [sys.executable, "-m", "helpers", "doctor"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen(command, cwd=runtime.ROOT, **options)
+    assert running.stdout.readline()  # the machine; the checks come next
+    running.send_signal(signal.SIGINT)
+    assert running.communicate()[1].endswith("goes on from what is saved\n")
+    assert running.returncode == 1
 
 
 def write_notebook(path, *cells):
