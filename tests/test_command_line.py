@@ -210,6 +210,13 @@ def test_a_failing_notebook_ends_the_series_and_leaves_its_copy(project, runs_ho
     assert outputs(runs_home / "demo/notebooks/02_sft_qlora.ipynb") == "1\nno"
 
 
+def test_an_interrupted_series_is_an_interrupt_and_no_fault_of_a_library(project):
+    code = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT)"
+    write_notebook(project / "00_setup.ipynb", f"{code}; time.sleep(5)")
+    with pytest.raises(KeyboardInterrupt):
+        series.execute("demo")
+
+
 def test_the_readmes_example_of_own_data_runs(tmp_path, run_python):
     readme = (runtime.ROOT / "README.md").read_text(encoding="utf-8")
     example = re.search(
