@@ -137,7 +137,7 @@ def test_a_python_without_the_packages_is_told_which_one_to_take():
     done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.ROOT)
     assert done.returncode == 1
     assert re.match(r"No module named '\w+': run `make setup`", done.stderr)
-    assert "without a clone install tunebook[stack]" in done.stderr
+    assert "or install tunebook[stack]" in done.stderr
 
 
 def test_an_interrupted_command_ends_in_a_sentence():
