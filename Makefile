@@ -2,7 +2,7 @@
 # interpreter.
 define MENU
   setup      install everything into .venv
-  try        the series in its smallest sizes, then its table (minutes)
+  try        notebooks 00 to 04 in the smallest sizes, then a table (4 minutes)
   demo       the series on the offline model, then its table (22 minutes)
   train      your rows, a config, or a recipe of docs/recipes.md:   FROM=mine.jsonl
   evaluate   the models of a run on its held-out rows:              RUN=demo
@@ -46,7 +46,8 @@ evaluate: setup
 
 lab: setup
 	@$(BIN)/python helpers/install.py requirements-dev.txt
-	@$(BIN)/jupyter lab notebooks
+	@$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks \
+	  $(if $(filter 0,$(shell id -u)),--allow-root)
 
 demo: setup
 	@$(BIN)/python benchmarks/series.py demo

@@ -8,8 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-REMEDY = "run `make setup`, then `.venv/bin/python -m helpers`"
-REMEDY += "; without a clone install tunebook[stack]"
+REMEDY = "run `make setup` and use .venv/bin/python, or install tunebook[stack]"
 try:
     from helpers import recipes, runs, runtime
     from helpers.config import RunConfig, read_config
@@ -73,8 +72,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--gpus": {"metavar": "N", "help": "of this machine, or all; else one"},
     "--shard": {"action": "store_true", "help": "share weights that one cannot hold"},
 }
-
-
 LEAST = {"temperature": 0, "max_new_tokens": 1, "batch_size": 1, "limit": 1}
 
 
@@ -127,9 +124,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, text in COMMANDS.items():
-        _, *options = text.split()
         part = commands.add_parser(command, help=PURPOSES[command])
-        for option in options:
+        for option in text.split()[1:]:
             part.add_argument(option, **OPTIONS.get(option, {}))
     values = vars(parser.parse_args(arguments))
     for name, least in LEAST.items():
@@ -145,6 +141,8 @@ def main(arguments: list[str]) -> None:
             runtime.launch(arguments, gpus, shard)
         result = execute(command := values.pop("command"), values)
         show(result if command != "export" else None)  # which logs its table
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from what is saved")
     except ModuleNotFoundError as error:
         sys.exit(f"{error}: {REMEDY}")
     except (TunebookError, OSError, ImportError) as error:

@@ -1,6 +1,7 @@
 """Tests of `python -m helpers`, the series of notebooks, and the README's example."""
 
 import re
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -136,7 +137,17 @@ def test_a_python_without_the_packages_is_told_which_one_to_take():
     done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.ROOT)
     assert done.returncode == 1
     assert re.match(r"No module named '\w+': run `make setup`", done.stderr)
-    assert "without a clone install tunebook[stack]" in done.stderr
+    assert "or install tunebook[stack]" in done.stderr
+
+
+def test_an_interrupted_command_ends_in_a_sentence():
+    command = [sys.executable, "-m", "helpers", "doctor"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen(command, cwd=runtime.ROOT, **options)
+    assert running.stdout.readline()  # the machine; the checks come next
+    running.send_signal(signal.SIGINT)
+    assert running.communicate()[1].endswith("goes on from what is saved\n")
+    assert running.returncode == 1
 
 
 def write_notebook(path, *cells):
@@ -176,22 +187,34 @@ def test_the_series_executes_copies_of_the_notebooks_that_a_run_has_a_use_for(
     assert re.search(r"00_setup.ipynb \d\.\d min, about 0 min left", shown), shown
 
 
-def test_a_try_takes_the_small_values_of_a_cell(project, runs_home):
+def test_a_try_takes_the_small_values_of_cells_and_ends_before_the_export(
+    project, runs_home
+):
     path = project / "00_setup.ipynb"
     write_notebook(path, "STEPS = 600", "print(STEPS)")
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[0].metadata["nbmake"] = {"mock": {"STEPS": 2}}
     nbformat.write(notebook, path)
-    (project / "02_sft_qlora.ipynb").unlink()
-    for recipe, steps in ("smoke", "2\n"), ("demo", "600\n"):
-        run = series.execute(recipe)
-        assert outputs(run.path / "notebooks" / "00_setup.ipynb") == steps
+    (project / "02_sft_qlora.ipynb").rename(project / "05_export.ipynb")
+    run = series.execute("smoke")  # which ends before 05
+    assert outputs(run.path / "notebooks" / "00_setup.ipynb") == "2\n"
+    with pytest.raises(SystemExit, match="05_export.ipynb failed"):
+        series.execute("demo")
+    copy = run.path.with_name("demo") / "notebooks" / "00_setup.ipynb"
+    assert outputs(copy) == "600\n"
 
 
 def test_a_failing_notebook_ends_the_series_and_leaves_its_copy(project, runs_home):
     with pytest.raises(SystemExit, match="(?s)02_sft_qlora.ipynb failed.*no"):
         series.execute("demo")
     assert outputs(runs_home / "demo/notebooks/02_sft_qlora.ipynb") == "1\nno"
+
+
+def test_an_interrupted_series_is_an_interrupt_and_no_fault_of_a_library(project):
+    code = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT)"
+    write_notebook(project / "00_setup.ipynb", f"{code}; time.sleep(5)")
+    with pytest.raises(KeyboardInterrupt):
+        series.execute("demo")
 
 
 def test_the_readmes_example_of_own_data_runs(tmp_path, run_python):

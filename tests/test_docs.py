@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -131,3 +132,19 @@ def test_the_version_is_that_of_the_project_everywhere():
     (version,) = re.findall(r'^version = "(.*)"', read("pyproject.toml"), re.M)
     assert f"\nversion: {version}\n" in read("CITATION.cff")
     assert f"\n## {version}\n" in read("CHANGELOG.md")
+
+
+def test_make_lab_starts_jupyter_for_any_user_with_the_notebooks_open(tmp_path):
+    pytest.importorskip("jupyterlab")
+    lines = subprocess.check_output(["make", "-n", "lab"], cwd=ROOT, text=True)
+    python, *words = shlex.split(lines.replace("\\\n", "").splitlines()[-1])
+    places = {f"JUPYTER_{name}_DIR": str(tmp_path) for name in ("CONFIG", "RUNTIME")}
+    options = {"cwd": ROOT, "env": os.environ | places, "text": True}
+    command = [sys.executable, *words, "--no-browser", "--port=0"]
+    lab = subprocess.Popen(command, stderr=subprocess.PIPE, **options)
+    try:
+        address = next((line for line in lab.stderr if "?token=" in line), "")
+    finally:
+        lab.terminate()
+        lab.wait()
+    assert "/lab/tree/notebooks?token=" in address
