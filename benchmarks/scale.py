@@ -179,9 +179,9 @@ def one(part: str, shape: str, engine: str, gpus: int, model: str) -> None:
             for count in ROWS
             for rows, times in kinds.items()
         }
-        net, tokenizer = training.load_for_training(
-            runs.save_run(next(iter(configs.values())))
-        )
+        with runtime.first_process():
+            run = runs.save_run(next(iter(configs.values())))
+        net, tokenizer = training.load_for_training(run)
         weights = [p for p in net.parameters() if p.requires_grad]
         initial = [parameter.detach().clone() for parameter in weights]
         for (rows, count), config in configs.items():
@@ -191,7 +191,9 @@ def one(part: str, shape: str, engine: str, gpus: int, model: str) -> None:
             runtime.free_memory()
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            row = measure_sft(runs.save_run(config), net, tokenizer, began)
+            with runtime.first_process():
+                run = runs.save_run(config)
+            row = measure_sft(run, net, tokenizer, began)
             kind = {"rows": rows, "rows_a_step": count, "card": card}
             write_row(names | kind | row)
             began = time.perf_counter()

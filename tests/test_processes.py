@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -323,8 +324,9 @@ def test_weights_to_share_stay_in_ram_as_floats_and_stored_integers_are_refused(
         part.save_pretrained(tmp_path)
     load.load_model(str(tmp_path), weights="4bit")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("TUNEBOOK_DTYPE", "float16")  # whose NaNs CUDA's copies alter
     model, _ = load.load_model(str(tiny_model_folder), weights="4bit")
-    assert model.model.layers[0].mlp.up_proj.weight.is_floating_point()
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
     assert not hasattr(model, "hf_device_map")  # by which PEFT would send it to GPUs
     with pytest.raises(ModelError, match="--shard needs a model that was not quanti"):
         load.load_model(str(tmp_path), weights="4bit")

@@ -178,6 +178,17 @@ def test_a_run_is_written_to_by_one_process_at_a_time(run, caplog):
     assert not (run.path / "lock.json").exists()
 
 
+def test_other_processes_of_a_run_leave_the_lock_alone_while_it_is_written(
+    run, monkeypatch
+):
+    lock = run.path / "lock.json"
+    lock.write_bytes(b"")  # as the first process has it for a moment
+    monkeypatch.setenv("RANK", "1")
+    with runs.hold(run):
+        assert lock.exists()
+    assert lock.exists()
+
+
 @pytest.mark.parametrize(("silent_s", "is_free"), [(5, False), (600, True)])
 def test_a_lock_of_another_host_is_taken_over_once_it_shows_no_sign_of_life(
     run, silent_s, is_free

@@ -153,8 +153,8 @@ def load_model(
     bits: dict[str, Any] = {f"load_in_{weights}": True} if weights != "16bit" else {}
     if weights == "4bit":
         bits["bnb_4bit_use_double_quant"] = double_quant
-        if runtime.is_sharded():  # accelerate shards no integers
-            bits["bnb_4bit_quant_storage"] = str(arithmetic).removeprefix("torch.")
+        if runtime.is_sharded():  # no integers; CUDA's copies alter NaNs of 16 bits
+            bits["bnb_4bit_quant_storage"] = "float32"
     if bits:
         four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": arithmetic}
         arguments["quantization_config"] = BitsAndBytesConfig(**bits, **four)
