@@ -111,10 +111,9 @@ def hold(run: Run) -> Iterator[None]:
     """Keeps others from writing to a run; TunebookError if a live process does."""
     path = run.path / "lock.json"
     me = {"host": socket.gethostname(), "pid": os.getpid()}
-    is_first = os.environ.get("RANK", "0") == "0"  # who holds it for all
-    holder = find_holder(path) if is_first else me
+    holder = find_holder(path) if os.environ.get("RANK", "0") == "0" else me
     if holder == me:
-        yield  # of a call within a call
+        yield  # of a call within a call; of several processes the first one holds it
         return
     if holder:
         text = "process {pid} on {host}: wait for its end, or stop it".format(**holder)

@@ -317,8 +317,7 @@ def resolve_engine(engine: str) -> str:
 def show_messages() -> None:
     library = logging.getLogger("helpers")
     library.handlers = [logging.StreamHandler(sys.stdout)]
-    is_first = os.environ.get("RANK", "0") == "0"
-    library.setLevel(logging.INFO if is_first else logging.ERROR)
+    library.setLevel("INFO" if os.environ.get("RANK", "0") == "0" else "ERROR")
     library.propagate = False  # Colab's root logger would show it a second time
 
 
