@@ -117,7 +117,7 @@ def check_step() -> str:
     texts = ["<pad>", "<s>", "</s>", *map(chr, range(32, 127))]
     words = {text: n for n, text in enumerate(texts)}
     marks: Any = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    turns = "{{ messages }}{% if add_generation_prompt %}:{% endif %}"
+    turns = "{{ messages|join('','content') }}{% if add_generation_prompt %}{% endif %}"
     marks["chat_template"] = turns  # else loading tells of the one it takes
     marks["tokenizer_object"] = Tokenizer(models.BPE(words, []))
     sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
