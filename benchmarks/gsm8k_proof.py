@@ -356,8 +356,8 @@ def train(run: Run, kind: Stage, minutes: float | None) -> Row:
     stages.ensure_ready(run, kind)
     model, tokenizer = training.load_for_training(run, kind, run.config.sft_adapter)
     if kind == "grpo":
-        # SDPA's gradients of Gemma are now and then not finite where rows are padded
-        # on the left
+        # with SDPA two of three runs of Gemma ended in gradients that are not finite;
+        # rows padded on the left are the likely cause, not a proven one
         model.set_attn_implementation("eager")
         trainer = build_grpo(run, model, tokenizer)
     else:
