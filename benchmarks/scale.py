@@ -280,7 +280,9 @@ def launcher(gpus: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *options]
 
 
-def run_config(name: str, engine: str, model: str, micro: int = 4) -> Path:
+def run_config(
+    name: str, engine: str, model: str, micro: int = 4, **changes: Any
+) -> Path:
     """Writes the config of a run of few rows, with a checkpoint at every other step."""
     import torch
 
@@ -292,7 +294,7 @@ def run_config(name: str, engine: str, model: str, micro: int = 4) -> Path:
     values = base_config(name, engine, model, on_gpu) | {"stages": ["sft"], "sft": sft}
     values |= {"data": {"train": [str(folder / "train.jsonl")]}, "layout": "pinned"}
     path = folder / f"{name}.json"
-    path.write_text(check_config(values).model_dump_json())
+    path.write_text(changed(check_config(values), **changes).model_dump_json())
     return path
 
 
@@ -329,7 +331,8 @@ def run_fsdp(shape: str, gpus: int, model: str, late: float) -> None:
     losses: list[float] = []
 
     def train(rows: str, count: int, *more: str, **variables: str) -> float:
-        config = run_config(rows.replace(", ", "-"), "transformers", model, micro=1)
+        same = {"micro": 1, "sft__optim": "adamw_torch"}  # the one for shared weights
+        config = run_config(rows.replace(", ", "-"), "transformers", model, **same)
         way = Training(config, "--gpus", str(count), *more, **variables)
         text = way.end(late)
         row = names | {"gpus": count, "rows": rows, "rows_a_step": RUN_ROWS}
