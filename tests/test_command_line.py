@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -143,6 +144,8 @@ def test_a_python_without_the_packages_is_told_which_one_to_take():
 def test_an_interrupted_command_ends_in_a_sentence():
     command = [sys.executable, "-m", "helpers", "doctor"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # in the background of a shell it is ignored
+    options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     running = subprocess.Popen(command, cwd=runtime.ROOT, **options)
     assert running.stdout.readline()  # the machine; the checks come next
     running.send_signal(signal.SIGINT)
