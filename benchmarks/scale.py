@@ -67,6 +67,9 @@ PREDICTED = {
 ROWS = (32, 8)  # of an optimiser step
 WARM, STEPS, REPEAT = 3, 12, 3  # three repeats of three steps
 RUN_ROWS, RUN_STEPS = 8, 16  # of the parts fsdp and kill
+# one row a pass on any number of GPUs, and the optimiser that shared weights take
+ALIKE: dict[str, Any] = {"sft__per_device_train_batch_size": 1}
+ALIKE |= {"sft__gradient_accumulation_steps": RUN_ROWS, "sft__optim": "adamw_torch"}
 GRPO_WARM, GRPO_STEPS = 2, 6
 SHOWN = ("speedup", "s_step", "tokens_per_second", "peak_gb", "loss_distance")
 SHOWN += ("s_to_end", "resumed", "error")
@@ -175,24 +178,24 @@ def one(part: str, shape: str, engine: str, gpus: int, model: str) -> None:
 
         kinds = {"in_all": 1} if gpus == 1 else {"per_gpu": gpus, "in_all": 1}
         configs = {
-            (rows, count): sft_config(rows, engine, model, count * times, on_gpu)
+            (rows, count): sft_config(
+                f"{rows}-{count}", engine, model, n * count, on_gpu
+            )
             for count in ROWS
-            for rows, times in kinds.items()
+            for rows, n in kinds.items()
         }
         with runtime.first_process():
-            run = runs.save_run(next(iter(configs.values())))
-        net, tokenizer = training.load_for_training(run)
+            ways = {key: runs.save_run(config) for key, config in configs.items()}
+        net, tokenizer = training.load_for_training(next(iter(ways.values())))
         weights = [p for p in net.parameters() if p.requires_grad]
         initial = [parameter.detach().clone() for parameter in weights]
-        for (rows, count), config in configs.items():
+        for (rows, count), run in ways.items():
             for parameter, value in zip(weights, initial, strict=True):
                 parameter.data = value.clone()  # each begins anew
                 parameter.grad = None
             runtime.free_memory()
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            with runtime.first_process():
-                run = runs.save_run(config)
             row = measure_sft(run, net, tokenizer, began)
             kind = {"rows": rows, "rows_a_step": count, "card": card}
             write_row(names | kind | row)
@@ -280,15 +283,12 @@ def launcher(gpus: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *options]
 
 
-def run_config(
-    name: str, engine: str, model: str, micro: int = 4, **changes: Any
-) -> Path:
+def run_config(name: str, engine: str, model: str, **changes: Any) -> Path:
     """Writes the config of a run of few rows, with a checkpoint at every other step."""
     import torch
 
     folder, on_gpu = Path(os.environ["TUNEBOOK_RUNS"]), torch.cuda.is_available()
-    sft: dict[str, Any] = {"per_device_train_batch_size": micro}
-    sft |= {"gradient_accumulation_steps": RUN_ROWS // micro}
+    sft = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     sft |= {"max_steps": RUN_STEPS, "learning_rate": 2e-4, "warmup_steps": 2}
     sft |= optimiser(on_gpu) | {"save_strategy": "steps", "save_steps": 2}
     values = base_config(name, engine, model, on_gpu) | {"stages": ["sft"], "sft": sft}
@@ -331,8 +331,7 @@ def run_fsdp(shape: str, gpus: int, model: str, late: float) -> None:
     losses: list[float] = []
 
     def train(rows: str, count: int, *more: str, **variables: str) -> float:
-        same = {"micro": 1, "sft__optim": "adamw_torch"}  # the one for shared weights
-        config = run_config(rows.replace(", ", "-"), "transformers", model, **same)
+        config = run_config(rows.replace(", ", "-"), "transformers", model, **ALIKE)
         way = Training(config, "--gpus", str(count), *more, **variables)
         text = way.end(late)
         row = names | {"gpus": count, "rows": rows, "rows_a_step": RUN_ROWS}
