@@ -3,17 +3,16 @@
     python benchmarks/gsm8k_proof.py TRAIN TEST --model NAME_OR_FOLDER --budget SECONDS
 
 TRAIN and TEST are GSM8K's JSON lines. Stages: `base` answers after four examples, as
-text; `sft` trains on the whole split but for the last rows, by which GRPO's adapter is
-chosen, and with `--variants N` on the same problems with other numbers, too;
-`rejection`, with `--rejection K`, draws K answers to each problem, and trains anew on
-the right and different ones, too, in as many steps; `grpo` goes on for some minutes
-with the problems that SFT solves at times; `control` is more SFT for as long.
-All answer the same test problems greedily; p is of McNemar's exact test on them. After
-training a merged 16-bit copy answers, as GRPO samples from it.
+text; `sft` trains on the split but for the last rows, by which GRPO's adapter is
+chosen; `grpo` goes on for some minutes with the problems that SFT solves at times;
+`control` is more SFT for as long. All answer the same test problems greedily; p is of
+McNemar's exact test on them. After training a merged 16-bit copy answers, as GRPO
+samples from it, and `data_samples/general.jsonl` tells what was forgotten.
 
-With `--equations` SFT learns two answers to a problem: worked ones, and where
-"Equations only." is asked, their equations, of the variants too. Later stages go on
-with the form that solves more of the rows that were held out of SFT.
+With `--variants N` each part has the same problems with other numbers, too. With
+`--equations` the answers to learn are the equations of worked ones, a line each. With
+`--for-grpo N` SFT leaves N problems out, so that GRPO has some that were not learnt by
+heart; the control learns them, too.
 
 A stage that is finished in `--runs` is not repeated, one that was killed goes on, and
 one that does not fit into the budget is left out: call again. After each stage OUT gets
@@ -27,9 +26,9 @@ import argparse
 import json
 import os
 import random
-import re
 import sys
 import time
+from datetime import date
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -49,7 +48,7 @@ from helpers.config import RunConfig, Stage, changed  # noqa: E402
 from helpers.data import preparation as data  # noqa: E402
 from helpers.data.formats import Row, ask  # noqa: E402
 from helpers.errors import TrainingError  # noqa: E402
-from helpers.evaluation import metrics  # noqa: E402
+from helpers.evaluation import evaluator, metrics  # noqa: E402
 from helpers.grpo import answers, monitor, rewards  # noqa: E402
 from helpers.grpo.trainer import build_grpo  # noqa: E402
 from helpers.inference.generation import cut_answer, encode, generate_batches  # noqa: E402
@@ -60,19 +59,18 @@ from helpers.models import load  # noqa: E402
 from helpers.runs import Run  # noqa: E402
 from helpers.training import trainer as training  # noqa: E402
 
-STAGES = ("base", "sft", "rejection", "grpo", "control")
+STAGES = ("base", "sft", "grpo", "control")
 VERDICTS = {"strict": "strict_match", "flexible": "flexible_extract", "ours": "correct"}
 TRAINED = """steps seconds peak_memory_gb loss_last reward_first reward_last stopped
-    held_out_first held_out_best best_step solved_at_times rows sampler layout
-    passes_left_out form held_out_right"""
-FORMS = {"worked": "", "equations": "\nEquations only."}  # what a question ends in
-LONGEST = {"worked": 256, "equations": 112}  # answers, in tokens
-FINISH_S = 45  # after training: an evaluation, the adapter read again, test answers
+    held_out_first held_out_best best_step solved_at_times sampler layout
+    passes_left_out general"""
+SHORT = 112  # tokens of an answer of equations
+FINISH_S = 60  # after training: an evaluation, the adapter read again, test answers
 SHOTS = 4
+GENERAL = ROOT / "data_samples" / "general.jsonl"
 DRAWN = (1.0, 0, 1.0, None)  # temperature, top-k, top-p, min-p: as in GRPO
-KEEP = 4  # drawn answers to one problem, at most
+DRAWS = 8  # answers to a problem that is tried for GRPO
 FEW = 32  # solved at times: with fewer GRPO takes all that were tried
-NOTES = re.compile(r"<<[^<>]*>>")  # GSM8K's for a calculator
 SIZES: dict[str, Any] = {
     "weights": "16bit",
     "layout": "pinned",
@@ -142,35 +140,23 @@ def only_finite(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
-def ask_in(form: str, lines: list[str]) -> list[str]:
-    """Returns JSON lines whose questions ask for a form: equations without marks."""
-    rows = [json.loads(line) for line in lines]
-    for row in rows:
-        row["question"] += FORMS[form]
-        if form == "equations":
-            row["answer"] = row["answer"].replace("<<", "").replace(">>", "")
-    return [json.dumps(row) + "\n" for row in rows]
-
-
 def place_of(given: argparse.Namespace, part: str) -> Path:
     return Path(given.runs / f"{given.name}-{part}.jsonl")
 
 
 def write_parts(given: argparse.Namespace) -> None:
-    """Writes train and eval rows, without a calculator's notes if asked to."""
-    text = Path(given.train).read_text(encoding="utf-8")
-    lines = text.splitlines(True)
-    train, held_out = lines[: -given.held_out], lines[-given.held_out :]
-    parts = {"train": train, "eval": held_out}
+    """Writes the rows of SFT, of GRPO, of the control, and those held out of all."""
+    lines = Path(given.train).read_text(encoding="utf-8").splitlines(True)
+    lines, held_out = lines[: -given.held_out], lines[-given.held_out :]
+    count = len(lines) - given.for_grpo
+    kinds = [lines[:count], lines[count:]]
     if given.equations:
-        short = gsm8k_variants.equations_alone(train)
-        short += gsm8k_variants.vary_lines(short, given.variants)
-        parts["train"] = train + ask_in("equations", short)
-        parts["eval-equations"] = ask_in("equations", held_out)
-    else:
-        parts["train"] = train + gsm8k_variants.vary_lines(train, given.variants)
-    for name, part in parts.items():
-        part = [NOTES.sub("", line) for line in part] if given.plain else part
+        kinds = [gsm8k_variants.equations_alone(part) for part in kinds]
+    first, rest = (p + gsm8k_variants.vary_lines(p, given.variants) for p in kinds)
+    parts = {"train": first, "problems": rest or first, "control": first + rest}
+    for name, part in (parts | {"eval": held_out}).items():
+        if given.equations:
+            part = [line.replace("<<", "").replace(">>", "") for line in part]
         files.write_lines(place_of(given, name), part)
 
 
@@ -196,6 +182,9 @@ def configure(given: argparse.Namespace, stage: str, seed: int) -> RunConfig:
             "test_rows": given.rows,
         },
     )
+    if given.equations and stage != "base":
+        config = changed(config, evaluation__max_new_tokens=SHORT)
+        config = changed(config, grpo__max_completion_length=SHORT)
     if given.sft_minutes:
         config = changed(config, sft__max_steps=monitor.ENDLESS)
     return changed(config, **dict(given.set))
@@ -204,10 +193,6 @@ def configure(given: argparse.Namespace, stage: str, seed: int) -> RunConfig:
 def minutes_left(given: argparse.Namespace) -> float:
     left_s = given.ends - time.monotonic() - FINISH_S
     return float(max(0.1, min(given.minutes, left_s / 60)))
-
-
-def count_rows(path: Path) -> int:
-    return path.read_bytes().count(b"\n")
 
 
 def answer_base(run: Run) -> list[Row]:
@@ -232,119 +217,67 @@ def judge_continued(text: str, row: Row) -> Row:
     return metrics.check_answer(text, row | {"prompt": ask(row["question"], "")})
 
 
-def solve(
-    run: Run, sampler: Sampler, tokenizer: Any, rows: list[Row], form: str
-) -> list[Row]:
-    """Returns the greedy answers to problems, asked in a form, with their verdicts."""
-    config, items = run.config, []
-    limit = min(LONGEST[form], config.evaluation.max_new_tokens)
-    for row in rows:
-        prompt = ask(row["question"] + FORMS[form], config.system_prompt)
-        items.append(row | {"prompt": prompt})
-    size = config.evaluation.batch_size or len(rows)
-    given = sampler.generate(tokenizer, [i["prompt"] for i in items], size, limit)
-    for item, answer in zip(items, given, strict=True):
-        item |= {"output": answer.text} | metrics.check_answer(answer.text, item)
-    return items
-
-
-def evaluate(given: argparse.Namespace, run: Run, stage: str) -> tuple[Row, list[Row]]:
-    """Returns a note on the form that is asked for, and the answers to the test rows.
-
-    SFT chooses the form, by the rows that were held out of it.
-    """
-    kind, config = "grpo" if stage == "grpo" else "sft", run.config
+def evaluate(run: Run, kind: Stage) -> list[Row]:
+    """Returns the greedy answers to the test rows, with their verdicts."""
+    config = run.config
     adapter = run.path / kind / "adapter"
     model, tokenizer = load.load_model(
         config.model, adapter=adapter, **load.options(config)
     )
-    sampler, note = Sampler(model), Row()
-    if stage == "sft":
-        rows = files.read_rows(run.path / "data" / "eval.jsonl")
-        rows = data.to_prompts(config, rows)
-        counts = {}
-        for form in FORMS if given.equations else ["worked"]:
-            items = solve(run, sampler, tokenizer, rows, form)
-            counts[form] = sum(item["correct"] for item in items)
-        form = max(counts, key=lambda form: counts[form])
-        note = {"form": form, "held_out_right": counts}
-        files.write_json(run.path / "form.json", note)
-    form = chosen_form(given, run.config.seed)
-    rows = files.read_rows(run.path / "data" / "test.jsonl")
-    items = solve(run, sampler, tokenizer, rows, form)
+    items = files.read_rows(run.path / "data" / "test.jsonl")
+    for item in items:
+        item["prompt"] = ask(item["question"], config.system_prompt)
+    size, limit = config.evaluation.batch_size, config.evaluation.max_new_tokens
+    prompts = [item["prompt"] for item in items]
+    size = size or len(items)
+    given = Sampler(model).generate(tokenizer, prompts, size, limit)
+    for item, answer in zip(items, given, strict=True):
+        item |= {"output": answer.text} | metrics.check_answer(answer.text, item)
     files.write_rows(run.path / "eval" / kind / "test.jsonl", items)
-    return note, items
+    return items
 
 
-def chosen_form(given: argparse.Namespace, seed: int) -> str:
-    sft = runs.open_run(f"{given.name}-{seed}-sft")
-    return str(files.read_json(sft.path / "form.json")["form"])
+def what_was_forgotten(run: Run, kind: Stage) -> Row:
+    """Returns how the answers to questions not trained for differ from the base's."""
+    sets: dict[str, Any] = {"data__test": None, "data__eval": None, "best_by": "loss"}
+    sets |= {"name": f"{run.config.name}-general", "data__general": str(GENERAL)}
+    apart = runs.save_run(changed(run.config, **sets))
+    data.ensure_data(apart)
+    evaluator.evaluate(apart, "base")
+    evaluator.evaluate(apart, kind, run.path / kind / "adapter")
+    lost = evaluator.compare(apart, "base", kind)["general"]
+    return {"general": lost.get("correct", lost.get("exact_match"))}
 
 
 def draw_answers(given: argparse.Namespace, start: Run) -> list[Row]:
-    """Returns training problems with the right ones of an adapter's drawn answers.
-
-    A row is `question`, `answer`, `right` (how many of `drawn`) and their `texts`.
-    """
-    path = start.path / "drawn.jsonl"
+    """Returns problems, and how many of an adapter's `drawn` answers are `right`."""
+    path, config = start.path / "drawn.jsonl", start.config
     if path.exists():
         return files.read_rows(path)
-    count, config = given.rejection or 8, start.config
-    form = chosen_form(given, config.seed)
-    rows = [json.loads(line) for line in place_of(given, "train").open()]
-    ending = FORMS["equations"]
-    rows = [r for r in rows if r["question"].endswith(ending) == (form == "equations")]
+    rows = [json.loads(line) for line in place_of(given, "problems").open()]
     random.Random(config.seed).shuffle(rows)
-    rows = rows if given.rejection else rows[: given.probe]
+    rows = rows[: given.probe]
     adapter = start.path / "sft" / "adapter"
     model, tokenizer = training.load_for_training(start, "sft", adapter)
     sampler, stops = Sampler(model), stop_token_ids(tokenizer)
     sampler.refresh()
     for row in rows:
         row["ids"] = encode(tokenizer, ask(row["question"], config.system_prompt))
-    longest = config.max_prompt_length
-    limit = min(LONGEST[form], config.grpo["max_completion_length"])
+    longest, limit = config.max_prompt_length, config.grpo["max_completion_length"]
     rows = [row for row in rows if not longest or len(row["ids"]) <= longest]
     rows.sort(key=lambda row: len(row["ids"]), reverse=True)
-    size = max(1, given.batch // count)
+    size = max(1, given.batch // DRAWS)
     for batch in (rows[n : n + size] for n in range(0, len(rows), size)):
-        ids = [row["ids"] for row in batch for _ in range(count)]
+        ids = [row["ids"] for row in batch for _ in range(DRAWS)]
         drawn = iter(sampler.decoder.generate(ids, limit, stops, DRAWN)[0])
         for row in batch:
-            texts = [
-                cut_answer(tokenizer, next(drawn), stops).text for _ in range(count)
-            ]
-            golds = [str(answers.parse_gold(row["answer"]))] * count
-            scores = rewards.correctness(texts, golds)
-            right = [text for text, score in zip(texts, scores, strict=True) if score]
-            row |= {"drawn": count, "right": len(right), "texts": right}
+            texts = [cut_answer(tokenizer, next(drawn), stops) for _ in range(DRAWS)]
+            golds = [str(answers.parse_gold(row["answer"]))] * DRAWS
+            scores = rewards.correctness([text.text for text in texts], golds)
+            row |= {"drawn": DRAWS, "right": sum(score > 0 for score in scores)}
             del row["ids"]
     files.write_rows(path, rows)
     return rows
-
-
-def add_drawn(given: argparse.Namespace, start: Run) -> Path:
-    """Writes the training rows, and drawn answers that reckon in other ways."""
-    path, lines = start.path / "rejection.jsonl", []
-    for row in draw_answers(given, start):
-        lines.append({"question": row["question"], "answer": row["answer"]})
-        ways = {way_of(row["answer"])}
-        for text in filter(answers.has_strict_format, row["texts"]):
-            if way_of(text) not in ways and len(ways) <= KEEP:
-                ways.add(way_of(text))
-                lines.append({"question": row["question"], "answer": text})
-    files.write_rows(path, lines)
-    return path
-
-
-def way_of(text: str) -> tuple[str, ...]:
-    """Returns the reckoning of an answer, which its words do not change.
-
-    >>> way_of("He has 2 + 3 = <<2+3=5>>5, so 5*2=10.")
-    ('2+3=5', '5*2=10')
-    """
-    text = NOTES.sub("", text).replace(" ", "").replace("$", "")
-    return tuple(re.findall(r"[\d.,]+(?:[-+*/x=][\d.,]*\d)+", text))
 
 
 def train(run: Run, kind: Stage, minutes: float | None) -> Row:
@@ -370,15 +303,9 @@ def train(run: Run, kind: Stage, minutes: float | None) -> Row:
 def go_on(given: argparse.Namespace, stage: str, seed: int) -> tuple[Row, Row]:
     """Returns what a stage after SFT changes in the config, and notes on its rows."""
     sft = runs.open_run(f"{given.name}-{seed}-sft")
-    if stage == "rejection":
-        place, steps = add_drawn(given, sft), sft.report()["sft"]["steps"]
-        changes = {"data__train": [str(place)], "sft__max_steps": steps}
-        return changes, {"rows": count_rows(place)}
-    start = sft
-    if given.rejection:
-        start = runs.open_run(f"{given.name}-{seed}-rejection")
-    changes = {"sft_adapter": str(start.path / "sft" / "adapter")}
+    changes: Row = {"sft_adapter": str(sft.path / "sft" / "adapter")}
     if stage == "control":
+        changes |= {"data__train": [str(place_of(given, "control"))]}
         return changes | {"sft__max_steps": monitor.ENDLESS}, {}
     rows = draw_answers(given, sft)
     at_times = [row for row in rows if 0 < row["right"] < row["drawn"]]
@@ -387,13 +314,8 @@ def go_on(given: argparse.Namespace, stage: str, seed: int) -> tuple[Row, Row]:
     files.write_rows(
         problems, [{n: r[n] for n in ("question", "answer")} for r in used]
     )
-    form = chosen_form(given, seed)
-    part = "eval" if form == "worked" else "eval-equations"
     changes |= {"stages": ["grpo"], "grpo_minutes": minutes_left(given)}
     changes |= {"data__problems": str(problems), "data__train": []}
-    changes |= {"data__eval": str(place_of(given, part))}
-    longest = min(LONGEST[form], sft.config.grpo["max_completion_length"])
-    changes["grpo__max_completion_length"] = longest
     return changes, {"solved_at_times": [len(at_times), len(rows)]}
 
 
@@ -412,16 +334,18 @@ def run_stage(given: argparse.Namespace, stage: str, seed: int) -> Row:
         minutes = minutes_left(given) if stage == "control" else given.sft_minutes
         part |= train(run, kind, minutes)
         runtime.free_memory()
-        note, items = evaluate(given, run, stage)
-        part |= note
+        items = evaluate(run, kind)
+        runtime.free_memory()
+        part |= what_was_forgotten(run, kind)
     own = run.config.grpo if stage == "grpo" else run.config.sft
     settings = own | {n: run.config.lora[n] for n in ("r", "lora_alpha")}
-    settings |= {"dtype": given.dtype, "variants": given.variants}
-    settings |= {"equations": given.equations}
+    names = ("dtype", "variants", "equations", "for_grpo")
+    settings |= {name: getattr(given, name) for name in names}
     return {
         "model": given.name,
         "seed": seed,
         "stage": stage,
+        "date": str(date.today()),
         **{name: rate(items, key) for name, key in VERDICTS.items()},
         "seconds": round(time.perf_counter() - began, 1),
         "trained": {name: part[name] for name in TRAINED.split() if name in part},
@@ -440,11 +364,8 @@ def write_results(given: argparse.Namespace) -> None:
     rows = [files.read_json(path) for path in paths]
     for row in rows:
         known = {r["stage"]: r["right"] for r in rows if is_sibling(r, row)}
-        starts = (
-            ("rejection", "sft") if row["stage"] in ("grpo", "control") else ("sft",)
-        )
-        for label, names in (("base", ("base",)), ("sft", starts)):
-            first = next((known[n] for n in names if n in known), None)
+        for label in ("base", "sft"):
+            first = known.get(label)
             if first and row["stage"] not in ("base", label):
                 pair = ([mark == "1" for mark in r] for r in (first, row["right"]))
                 row[f"p_vs_{label}"] = metrics.paired_difference(*pair)["p"]
@@ -500,7 +421,6 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=4.0, help="of GRPO, of control"
     )
-    parser.add_argument("--rejection", type=int, default=0, metavar="K")
     parser.add_argument(
         "--variants", type=int, default=0, help="of a problem, with other numbers"
     )
@@ -508,11 +428,11 @@ def main() -> None:
         "--probe", type=int, default=4096, help="problems tried for GRPO"
     )
     parser.add_argument(
-        "--equations", action="store_true", help="learn them alone as answers, too"
+        "--equations", action="store_true", help="learn them alone as answers"
     )
     parser.add_argument("--sft-minutes", type=float, help="of SFT, instead of epochs")
     parser.add_argument(
-        "--plain", action="store_true", help="no <<48/2=24>> in answers"
+        "--for-grpo", type=int, default=0, help="rows of TRAIN not for SFT"
     )
     parser.add_argument("--held-out", type=int, default=300, help="rows of TRAIN")
     parser.add_argument("--rows", type=int, help="test problems; else all")
@@ -534,8 +454,8 @@ def main() -> None:
     given.runs, given.name = given.runs.resolve(), given.name or Path(given.model).name
     os.environ["TUNEBOOK_RUNS"] = str(given.runs)
     given.ends = time.monotonic() + given.budget
-    costs = {"base": 60, "sft": 60 * (given.sft_minutes or 4) + 60, "rejection": 400}
-    costs |= {"grpo": 150, "control": 120}  # their minutes are what is left, at most
+    costs = {"base": 60, "sft": 60 * (given.sft_minutes or 4) + 75}
+    costs |= {"grpo": 180, "control": 150}  # their minutes are what is left, at most
     load.find_model(given.model)
     if not place_of(given, "train").exists():
         write_parts(given)
@@ -544,7 +464,7 @@ def main() -> None:
             file = given.runs / "results" / f"{given.name}-{seed}-{stage}.json"
             if stage == "base":  # needs no seed
                 file = file.with_name(f"{given.name}-base.json")
-            if file.exists() or (stage == "rejection" and not given.rejection):
+            if file.exists():
                 continue
             if time.monotonic() + costs[stage] > given.ends:
                 print(f"{seed} {stage}: no time is left for it, call again", flush=True)

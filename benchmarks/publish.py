@@ -139,6 +139,7 @@ def proof(path: Path) -> list[str]:
         for label in ("base", "sft"):
             p = part.get(f"p_vs_{label}")
             row[f"p, {label}"] = "-" if p is None else f"{p:.2g}"
+        row["forgetting"] = forgetting(part["trained"].get("general"))
         rows.append(row | {"minutes": f"{part['seconds'] / 60:.1f}"})
     failed = [
         f"{part['model']}, {part['stage']}, seed {part['seed']}: {part['error']}."
@@ -149,7 +150,8 @@ def proof(path: Path) -> list[str]:
         f"{values['machine']}, by `python benchmarks/gsm8k_proof.py`: base after four",
         "examples, SFT on the train split, GRPO from it, and as long a further SFT.",
         "p: McNemar's exact test of the same items. Strict and flexible are counts of",
-        *("lm-evaluation-harness's matches.", "", to_markdown(rows)),
+        "lm-evaluation-harness's matches. Forgetting: as in the section on the board.",
+        *("", to_markdown(rows)),
         *(["", *pooled] if (pooled := pooled_lines(values)) else []),
         *(["", f"Ended without a result: {' '.join(failed)}"] if failed else []),
     ]
@@ -277,23 +279,41 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def forgetting(row: dict[str, Any]) -> str:
+def forgetting(lost: dict[str, Any] | None) -> str:
     """Returns the points lost on a set not trained for [95 %], with McNemar's p."""
-    if not (lost := row["general"]):
+    if not lost:
         return "-"
     points = [0 - 100 * lost[name] for name in ("difference", "high", "low")]
     return "{:+.1f} [{:+.1f}, {:+.1f}], p {:.2g}".format(*points, lost["p"])
 
 
+def proof_rows() -> list[dict[str, Any]]:
+    """Returns the board's rows of GSM8K: of each model that was also asked others."""
+    values, rows = read(RESULTS / "gsm8k_proof.json"), []
+    for part in values["rows"]:
+        did, names = part["trained"], {"stage": "base", "model": part["model"]}
+        if general := did.get("general"):
+            same = [x for x in values["rows"] if names.items() <= x.items()]
+            row = {"recipe": f"gsm8k_proof, {part['stage']}, seed {part['seed']}"}
+            row |= {"model": part["model"], "machine": values["machine"]}
+            row |= {"minutes": round(did["seconds"] / 60, 1), "date": part["date"]}
+            row |= {"gib": did["peak_memory_gb"], "general": general}
+            row |= {"base": same[0]["ours"] if same else None, "right": part["ours"]}
+            rows.append(row)
+    return rows
+
+
 def board_section() -> list[str]:
     """Returns the section on what recipes cost and gave on people's machines."""
     rows = []
-    for row in read(RESULTS / "board.json")["rows"]:
+    for row in read(RESULTS / "board.json")["rows"] + proof_rows():
         cells = {name: row[name] for name in ("recipe", "model", "machine", "minutes")}
         cells["GiB"] = f"{row['gib']:.1f}"
         for name, rate in (("base", row["base"]), ("right [95 %]", row["right"])):
             cells[name] = percent(rate) if rate else "-"
-        rows.append(cells | {"forgetting": forgetting(row), "date": row["date"]})
+        rows.append(
+            cells | {"forgetting": forgetting(row["general"]), "date": row["date"]}
+        )
     return [
         "Minutes and peak memory of training; right answers to held-out rows, before",
         "and after; forgetting: points lost on `data_samples/general.jsonl`, which no",
@@ -325,7 +345,7 @@ def list_recipes() -> str:
         row |= {"needs": notes["needs"], "GiB on a T4": f"{peak_gb:.1f}"}
         if board:
             part = board.get((name, config.model), {"general": None})
-            row["forgetting"] = forgetting(part)
+            row["forgetting"] = forgetting(part["general"])
         rows.append(row)
     return to_markdown(rows)
 

@@ -1,7 +1,8 @@
 """Measures the same training on one GPU and on more: speed, losses, memory, survival.
 
     python benchmarks/scale.py run MACHINE [--gpus 1 2 4] [--shapes 1b 3b]
-        [--engines unsloth transformers] [--parts sft fsdp kill grpo] [--budget 540]
+        [--engines unsloth transformers] [--parts sft profile fsdp kill grpo]
+        [--budget 540]
     ACCELERATE_USE_CPU=1 python benchmarks/scale.py run cpu --gpus 1 2 --shapes tiny
         --engines transformers                                # tries the program
     python benchmarks/scale.py run MACHINE --gpus 2 --shapes 7b --parts fsdp
@@ -19,6 +20,8 @@ sft   32 and 8 rows an optimiser step on each GPU (`per_gpu`), then on all toget
       (`in_all`): the same rows in the same order as on one GPU, so the losses should
       be the same. The layout is the machine's choice. `speedup` compares the tokens a
       second with those of one GPU, of the same file.
+profile  the same with `per_gpu` alone, and what each GPU did in the last steps, in
+      seconds a step: arithmetic, NCCL with its waiting, copies to and from the host.
 fsdp  `python -m helpers train` on the most GPUs, transformers alone: with `--shard`
       (`shared`), and with whole weights on each (`whole`). Then both again, under a cap
       half-way between their peaks: shared (`shared, capped`), which should fit, and on
@@ -58,7 +61,7 @@ from helpers.files import read_json, write_json  # noqa: E402
 
 RESULT = Path(os.environ.get("OUT", ROOT / "results")) / "scale.json"
 PROGRAM = str(Path(__file__).resolve())
-PARTS = ("sft", "fsdp", "kill", "grpo")
+PARTS = ("sft", "profile", "fsdp", "kill", "grpo")
 # fields of LlamaConfig, in the order of helpers.estimate.NAMES after the type
 PREDICTED = {
     "llama-3.1-8b": (4096, 32, 32, 8, 14336, 128256, 131072, False),
@@ -66,10 +69,11 @@ PREDICTED = {
 }
 ROWS = (32, 8)  # of an optimiser step
 WARM, STEPS, REPEAT = 3, 12, 3  # three repeats of three steps
-RUN_ROWS, RUN_STEPS = 8, 16  # of the parts fsdp and kill
+RUN_ROWS, RUN_STEPS = 8, {"kill": 16, "fsdp": 6}
 # one row a pass on any number of GPUs, and the optimiser that shared weights take
 ALIKE: dict[str, Any] = {"sft__per_device_train_batch_size": 1}
 ALIKE |= {"sft__gradient_accumulation_steps": RUN_ROWS, "sft__optim": "adamw_torch"}
+ALIKE |= {"sft__max_steps": RUN_STEPS["fsdp"]}
 GRPO_WARM, GRPO_STEPS = 2, 6
 SHOWN = ("speedup", "s_step", "tokens_per_second", "peak_gb", "loss_distance")
 SHOWN += ("s_to_end", "resumed", "error")
@@ -114,8 +118,34 @@ def clock(warm: int, last: int) -> tuple[Any, dict[int, float]]:
     return Clock(), ends
 
 
+def profiler() -> tuple[Any, dict[str, float]]:
+    """Returns a callback, and a GPU's last steps by kind, in seconds a step."""
+    import torch
+    from torch.profiler import ProfilerActivity
+    from transformers import TrainerCallback
+
+    seen = dict.fromkeys(("arithmetic", "nccl", "copies"), 0.0)
+
+    class Profiler(TrainerCallback):
+        profile = torch.profiler.profile(activities=[ProfilerActivity.CUDA])
+
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == STEPS - REPEAT:
+                self.profile.start()
+            if state.global_step == STEPS:
+                self.profile.stop()
+                for event in self.profile.events():
+                    if event.device_type == torch.autograd.DeviceType.CUDA:
+                        kind = "nccl" if "nccl" in event.name.lower() else "arithmetic"
+                        kind = "copies" if "HtoD" in event.name else kind
+                        kind = "copies" if "DtoH" in event.name else kind
+                        seen[kind] += event.time_range.elapsed_us() / 1e6 / REPEAT
+
+    return Profiler(), seen
+
+
 def measure_sft(
-    run: runs.Run, net: Any, tokenizer: Any, began: float
+    run: runs.Run, net: Any, tokenizer: Any, began: float, profiled: bool
 ) -> dict[str, Any]:
     """Trains on random tokens, and returns what the steps took."""
     from accelerate.utils import gather_object
@@ -140,21 +170,27 @@ def measure_sft(
     table = training.choose_layout(trainer, run)
     callback, ends = clock(WARM, STEPS)
     trainer.add_callback(callback)
+    profile, did = profiler()
+    if profiled:
+        trainer.add_callback(profile)
     trainer.train()
     seen = [e["num_input_tokens_seen"] for e in logged(trainer)]
-    starts = range(WARM, STEPS, REPEAT)
+    last = STEPS - REPEAT if profiled else STEPS  # a profile takes time itself
+    starts = range(WARM, last, REPEAT)
     repeats = [round((ends[n + REPEAT] - ends[n]) / REPEAT, 4) for n in starts]
-    seconds = ends[STEPS] - ends[WARM]
-    tokens = seen[STEPS - 1] - seen[WARM - 1]
+    seconds = ends[last] - ends[WARM]
+    tokens = seen[last - 1] - seen[WARM - 1]
+    shares = gather_object([{name: round(s, 4) for name, s in did.items()}])
     peaks = gather_object([round(runtime.peak_memory_gb(), 3)])
     return {
-        "s_step": round(seconds / (STEPS - WARM), 4),
+        "s_step": round(seconds / (last - WARM), 4),
         "s_step_repeats": repeats,
         "tokens_per_second": round(tokens / seconds),
         "peak_gb": max(peaks),
         "start_s": round(ends[WARM] - began, 1),
         "layout": json.loads(table.iloc[-1:].to_json(orient="records"))[0],
         "losses": [e["loss"] for e in logged(trainer)],
+        **({"profile": shares} if profiled else {}),
     }
 
 
@@ -173,10 +209,12 @@ def one(part: str, shape: str, engine: str, gpus: int, model: str) -> None:
     on_gpu = torch.cuda.is_available()
     card = torch.cuda.get_device_name() if on_gpu else "CPU"
     names = {"part": part, "shape": shape, "engine": engine, "gpus": gpus}
-    if part == "sft":
+    if part in ("sft", "profile"):
         from helpers import training
 
         kinds = {"in_all": 1} if gpus == 1 else {"per_gpu": gpus, "in_all": 1}
+        if part == "profile" and gpus > 1:
+            del kinds["in_all"]
         configs = {
             (rows, count): sft_config(
                 f"{rows}-{count}", engine, model, n * count, on_gpu
@@ -196,7 +234,7 @@ def one(part: str, shape: str, engine: str, gpus: int, model: str) -> None:
             runtime.free_memory()
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            row = measure_sft(run, net, tokenizer, began)
+            row = measure_sft(run, net, tokenizer, began, part == "profile")
             kind = {"rows": rows, "rows_a_step": count, "card": card}
             write_row(names | kind | row)
             began = time.perf_counter()
@@ -289,7 +327,7 @@ def run_config(name: str, engine: str, model: str, **changes: Any) -> Path:
 
     folder, on_gpu = Path(os.environ["TUNEBOOK_RUNS"]), torch.cuda.is_available()
     sft = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    sft |= {"max_steps": RUN_STEPS, "learning_rate": 2e-4, "warmup_steps": 2}
+    sft |= {"max_steps": RUN_STEPS["kill"], "learning_rate": 2e-4, "warmup_steps": 2}
     sft |= optimiser(on_gpu) | {"save_strategy": "steps", "save_steps": 2}
     values = base_config(name, engine, model, on_gpu) | {"stages": ["sft"], "sft": sft}
     values |= {"data": {"train": [str(folder / "train.jsonl")]}, "layout": "pinned"}
@@ -397,7 +435,7 @@ def jobs(options: argparse.Namespace) -> list[tuple[str, str, str, int]]:
     for shape in options.shapes:
         for engine in options.engines:
             for gpus in options.gpus:
-                ways += [(p, shape, engine, gpus) for p in ("sft", "grpo")]
+                ways += [(p, shape, engine, gpus) for p in ("sft", "profile", "grpo")]
         if most > 1:
             ways.append(("fsdp", shape, "transformers", most))
             ways.append(("kill", shape, options.engines[-1], most))
@@ -491,8 +529,15 @@ def show() -> None:
     for row in compare(read_json(RESULT).get("rows", [])):
         text = " ".join(str(row[key]) for key in KEYS)
         names = ("speedup", "s_step", "s_step_repeats", "tokens_per_second", "peak_gb")
-        names += ("loss_distance", "layout", "copy_from_trained_nats", "error")
-        names += ("s_to_end", "exit_code", "last_line", "resumed", "processes_left")
+        names += ("loss_distance", "layout", "copy_from_trained_nats", "profile")
+        names += (
+            "error",
+            "s_to_end",
+            "exit_code",
+            "last_line",
+            "resumed",
+            "processes_left",
+        )
         print(text, {name: row[name] for name in names if name in row}, flush=True)
 
 

@@ -27,7 +27,7 @@ def command(tiny_model_folder, tmp_path_factory):
         rows += read_rows(PROBLEMS / f"{name}.jsonl")[: count - len(rows)]
         write_rows(folder / name, rows)
     sizes = "--budget 3000 --held-out 4 --variants 1 --probe 6 --minutes 0.05".split()
-    sizes += ["--rejection", "2", "--equations", "--sft-minutes", "0.05"]
+    sizes += ["--for-grpo", "8", "--sft-minutes", "0.05"]
     places = ["--runs", str(folder / "runs"), "--out", str(folder / "out")]
     options = ["--model", str(tiny_model_folder), *sizes, *places, "--set", *SIZES]
     program = "benchmarks/gsm8k_proof.py"
@@ -45,23 +45,17 @@ def test_all_stages_are_trained_compared_and_not_repeated(command, run_python):
         assert row["seconds"] > 0 and ("p_vs_base" in row) == (stage != "base")
         assert ("p_vs_sft" in row) == (stage not in ("base", "sft"))
         assert (row["trained"].get("steps", 0) > 0) == (stage != "base")
-    steps = rows["sft"]["trained"]["steps"]
-    assert rows["rejection"]["trained"]["steps"] == steps
     for stage in ("sft", "control"):
         assert "minutes of grpo_minutes" in rows[stage]["trained"]["stopped"]
         assert rows[stage]["trained"]["passes_left_out"] == 0
-    assert rows["sft"]["trained"]["form"] == "worked"  # of equals the first
-    assert rows["sft"]["trained"]["held_out_right"] == {"worked": 0, "equations": 0}
-    assert rows["grpo"]["trained"]["solved_at_times"] == [0, 20]
-    assert [part["stage"] for part in report["pooled"]] == [
-        "rejection",
-        "grpo",
-        "control",
-    ]
+    assert rows["grpo"]["trained"]["solved_at_times"] == [0, 6]
+    for stage in ("sft", "grpo", "control"):
+        assert rows[stage]["trained"]["general"]["n"] == 200
+    assert [part["stage"] for part in report["pooled"]] == ["grpo", "control"]
     assert rows["grpo"]["settings"]["num_generations"] == 2
     lines = publish.proof(out)
-    assert lines[0].startswith("Real GSM8K's first 4 test") and len(lines) == 11
-    assert lines[6].count("| control ") == 1
+    assert lines[0].startswith("Real GSM8K's first 4 test") and len(lines) == 10
+    assert lines[6].count("| control ") == 1 and "forgetting" in lines[6]
     assert "control against SFT, seeds 0 together: " in lines[-1]
     again = run_python(*command)
     assert again.stdout == "" and json.loads(out.read_text()) == report
@@ -81,13 +75,6 @@ def test_a_base_model_is_judged_up_to_its_next_question():
     text = "1 + 1 = 2\n#### 2\n\nQuestion: 3 + 4?\nAnswer: 7\n#### 7"
     verdicts = gsm8k_proof.judge_continued(text, row)
     assert verdicts["correct"] and verdicts["flexible_extract"]
-
-
-def test_answers_with_other_words_reckon_in_the_same_way():
-    way = gsm8k_proof.way_of("He has 2 + 3 = <<2+3=5>>5, and $5*2=$10.\n#### 10")
-    assert way == gsm8k_proof.way_of("2+3=5 then 5 * 2 = 10\n#### 10")
-    assert way == ("2+3=5", "5*2=10")
-    assert way != gsm8k_proof.way_of("2*2=4, 3*2=6, 4+6=10\n#### 10")
 
 
 def test_a_stage_that_fails_is_told_and_others_go_on(command, run_python, tmp_path):
@@ -126,14 +113,41 @@ def test_stages_are_compared_over_their_seeds_together():
     assert pooled["p"] == 0.125
 
 
-def test_equations_alone_are_a_second_answer_to_a_problem():
+def test_grpo_can_have_problems_that_sft_does_not_see(tmp_path):
+    text = "{n} pens, {m} caps: how many?"
+    answer = "So <<{n}+{m}={sum}>>{sum}.\n#### {sum}"
+    rows = []
+    for n in range(13, 19):
+        numbers = {"n": n, "m": 2 * n, "sum": 3 * n}
+        rows.append({"question": text.format(**numbers)})
+        rows[-1]["answer"] = answer.format(**numbers)
+    rows[1]["answer"] = "So <<14+28=42>>42, less 1.\n#### 41"  # nothing explains it
+    write_rows(tmp_path / "train", rows)
+    options = {"held_out": 1, "for_grpo": 2, "variants": 2, "equations": True}
+    given = SimpleNamespace(
+        train=tmp_path / "train", runs=tmp_path, name="x", **options
+    )
+    gsm8k_proof.write_parts(given)
+    names = ("train", "problems", "control", "eval")
+    parts = [read_rows(tmp_path / f"x-{name}.jsonl") for name in names]
+    assert [len(part) for part in parts] == [6, 6, 12, 1]  # each with two variants
+    assert parts[2] == parts[0] + parts[1]
+    assert parts[0][0]["answer"] == "13+26=39\n#### 39"
+    own = [{row["question"] for row in part} for part in parts]
+    assert not own[0] & own[1] and not own[3] & own[2]
+    options |= {"for_grpo": 0, "equations": False}
+    given = SimpleNamespace(
+        train=tmp_path / "train", runs=tmp_path, name="y", **options
+    )
+    gsm8k_proof.write_parts(given)
+    parts = [read_rows(tmp_path / f"y-{name}.jsonl") for name in names]
+    assert parts[0] == parts[1] == parts[2] and len(parts[0]) == 13
+    assert parts[0][:5] == rows[:5] and parts[3] == rows[5:]
+
+
+def test_equations_alone_are_answers():
     rows = [{"question": "7 pens, 8 caps?", "answer": "So <<7+8=15>>15.\n#### 15"}]
     rows += [{"question": "Left?", "answer": "<<7+8=15>>15, less 1\n#### 14"}]
     lines = [json.dumps(row) + "\n" for row in rows]
     (line,) = gsm8k_variants.equations_alone(lines)
     assert json.loads(line)["answer"] == "<<7+8=15>>\n#### 15"
-    (line,) = gsm8k_proof.ask_in("equations", [line])
-    assert json.loads(line) == {
-        "question": "7 pens, 8 caps?\nEquations only.",
-        "answer": "7+8=15\n#### 15",
-    }
