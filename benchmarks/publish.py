@@ -140,7 +140,9 @@ def proof(path: Path) -> list[str]:
             p = part.get(f"p_vs_{label}")
             row[f"p, {label}"] = "-" if p is None else f"{p:.2g}"
         row["forgetting"] = forgetting(part["trained"].get("general"))
-        rows.append(row | {"minutes": f"{part['seconds'] / 60:.1f}"})
+        seconds = part["trained"].get("seconds")
+        row["minutes"] = f"{seconds / 60:.1f}" if seconds else "-"
+        rows.append(row)
     failed = [
         f"{part['model']}, {part['stage']}, seed {part['seed']}: {part['error']}."
         for part in values["failed"]
@@ -151,6 +153,7 @@ def proof(path: Path) -> list[str]:
         "examples, SFT on the train split, GRPO from it, and as long a further SFT.",
         "p: McNemar's exact test of the same items. Strict and flexible are counts of",
         "lm-evaluation-harness's matches. Forgetting: as in the section on the board.",
+        "Minutes: of training alone. What the names mean: docs/gsm8k.md.",
         *("", to_markdown(rows)),
         *(["", *pooled] if (pooled := pooled_lines(values)) else []),
         *(["", f"Ended without a result: {' '.join(failed)}"] if failed else []),
@@ -295,7 +298,8 @@ def proof_rows() -> list[dict[str, Any]]:
         if general := did.get("general"):
             same = [x for x in values["rows"] if names.items() <= x.items()]
             row = {"recipe": f"gsm8k_proof, {part['stage']}, seed {part['seed']}"}
-            row |= {"model": part["model"], "machine": values["machine"]}
+            row |= {"model": part["model"]}
+            row["machine"] = values["machine"].partition(",")[0]
             row |= {"minutes": round(did["seconds"] / 60, 1), "date": part["date"]}
             row |= {"gib": did["peak_memory_gb"], "general": general}
             row |= {"base": same[0]["ours"] if same else None, "right": part["ours"]}

@@ -384,7 +384,7 @@ def run_fsdp(shape: str, gpus: int, model: str, late: float) -> None:
             row["card"] = report["environment"]["device"]
         else:
             lines = [line for line in text.splitlines() if "Error" in line] or [text]
-            row["error"] = lines[-1][-300:]
+            row["error"] = lines[-1][:300]
         write_row(row | variables)
         return row.get("peak_gb", 0.0)
 
@@ -446,7 +446,7 @@ def run_all(options: argparse.Namespace) -> None:
     """Measures way after way, and side by side where GPUs are left."""
     late = time.monotonic() + options.budget
     write_json(RESULT, read_json(RESULT) | {"machine": options.machine})
-    cores, most = os.cpu_count() or 1, max(options.gpus)
+    cores, most = len(os.sched_getaffinity(0)), max(options.gpus)
     variables = os.environ | {"OMP_NUM_THREADS": str(cores // most or 1)}
     cap = {"TUNEBOOK_DTYPE": "float16", "TUNEBOOK_GPU_GB": str(memory.CAP_GB)}
     variables |= cap if options.machine != "cpu" else {}
@@ -548,13 +548,22 @@ def section() -> list[str]:
     for row in rows:
         if row["loss_distance"]:
             row["loss_distance"] = f"{row['loss_distance']:.2g}"
+    profiles = [
+        {"shape": row["shape"], "rows_a_step": row["rows_a_step"], "gpu": gpu}
+        | {"s_step": row["s_step"], **part}
+        for row in values["rows"]
+        for gpu, part in enumerate(row.get("profile", []))
+    ]
     return [
         "Training on one GPU and on more: random weights, 4-bit, r 16, fp16, a cap",
         f"of 14.0 GiB a GPU, {values['machine']}, by `python benchmarks/scale.py`.",
         "`per_gpu`: so many rows a step on each GPU; `in_all`: on all together.",
         "Speedup: of tokens a second, over one GPU's, all GPUs being busy either way.",
         "Loss distance: the largest relative one from one GPU's losses, step by step.",
-        *("", to_markdown(rows)),
+        *("", to_markdown(rows), ""),
+        "Profile: seconds a step in which a GPU computed, was in NCCL, which includes",
+        "its waiting for others, and copied from and to the host.",
+        *("", to_markdown(profiles)),
     ]
 
 

@@ -54,8 +54,8 @@ def test_all_stages_are_trained_compared_and_not_repeated(command, run_python):
     assert [part["stage"] for part in report["pooled"]] == ["grpo", "control"]
     assert rows["grpo"]["settings"]["num_generations"] == 2
     lines = publish.proof(out)
-    assert lines[0].startswith("Real GSM8K's first 4 test") and len(lines) == 10
-    assert lines[6].count("| control ") == 1 and "forgetting" in lines[6]
+    assert lines[0].startswith("Real GSM8K's first 4 test") and len(lines) == 11
+    assert lines[7].count("| control ") == 1 and "forgetting" in lines[7]
     assert "control against SFT, seeds 0 together: " in lines[-1]
     again = run_python(*command)
     assert again.stdout == "" and json.loads(out.read_text()) == report
@@ -75,6 +75,16 @@ def test_a_base_model_is_judged_up_to_its_next_question():
     text = "1 + 1 = 2\n#### 2\n\nQuestion: 3 + 4?\nAnswer: 7\n#### 7"
     verdicts = gsm8k_proof.judge_continued(text, row)
     assert verdicts["correct"] and verdicts["flexible_extract"]
+
+
+def test_forgetting_is_judged_by_the_first_line_of_an_answer(tmp_path):
+    outputs = {"base": ["Earth\nWhat is", "12 season"], "sft": ["2*10=20", "12"]}
+    for label, texts in outputs.items():
+        pairs = zip(texts, ["Earth", "12"], strict=True)
+        items = [{"output": text, "reference": right} for text, right in pairs]
+        write_rows(tmp_path / label / "general.jsonl", items)
+    lost = gsm8k_proof.compare_general(tmp_path, "sft")
+    assert (lost["n"], lost["only_first"], lost["only_second"]) == (2, 1, 1)
 
 
 def test_a_stage_that_fails_is_told_and_others_go_on(command, run_python, tmp_path):
