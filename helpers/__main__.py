@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 REMEDY = "run `make setup` and use .venv/bin/python, or install tunebook[stack]"
+SMALLER = "take weights='4bit', a shorter max_length or a smaller model"
 try:
     from helpers import recipes, runs, runtime
     from helpers.config import RunConfig, read_config
@@ -19,32 +20,26 @@ except ImportError as error:
 BENCH = "run --judge --judge-model --models --limit --max-new-tokens"
 MODEL = "model --adapter --system --max-new-tokens --temperature"
 
-# command: function, and the parameters that it takes from the command line
+# command: what it is for, its function, and the parameters from the command line
 COMMANDS = {
-    "train": "stages:train config --small --stage --gpus --shard",
-    "generate": f"inference.items:generate_command {MODEL} --file --out --batch-size",
-    "chat": f"inference.items:chat_command {MODEL} --backend --host --port --terminal",
-    "evaluate": "evaluation.evaluator:evaluate_run run --models",
-    "report": "evaluation.evaluator:report run --board",
-    "mt-bench": f"llm_judge.chat_benchmarks:run_mt_bench {BENCH}",
-    "alpaca-eval": f"llm_judge.chat_benchmarks:run_alpaca_eval {BENCH} --reference "
-    "--evaluator",
-    "judge-pairs": "llm_judge.pairwise:judge_pairs run --judge --judge-model labels "
-    "--set --other --limit",
-    "export": "export.formats:export run --stage --format --push --public",
-    "doctor": "doctor:report",
-}
-PURPOSES = {
-    "train": "train, evaluate and compare, by a recipe or on your rows",
-    "generate": "answer the prompts of a file",
-    "chat": "talk to a model, on a page or in the terminal",
-    "evaluate": "score the models of a run on its held-out rows",
-    "report": "print the tables of a run",
-    "mt-bench": "have a judge grade answers to MT-Bench's questions",
-    "alpaca-eval": "have a judge compare answers with a reference's",
-    "judge-pairs": "have a judge compare two models of a run",
-    "export": "write a run's model for other programs, and compare",
-    "doctor": "check this machine, with a remedy for what fails",
+    "train": "train, evaluate and compare, by a recipe or on your rows: "
+    "stages:train config --small --stage --gpus --shard",
+    "generate": "answer the prompts of a file: "
+    f"inference.items:generate_command {MODEL} --file --out --batch-size",
+    "chat": "talk to a model, on a page or in the terminal: "
+    f"inference.items:chat_command {MODEL} --backend --host --port --terminal",
+    "evaluate": "score the models of a run on its held-out rows: "
+    "evaluation.evaluator:evaluate_run run --models",
+    "report": "print the tables of a run: evaluation.evaluator:report run --board",
+    "mt-bench": "have a judge grade answers to MT-Bench's questions: "
+    f"llm_judge.chat_benchmarks:run_mt_bench {BENCH}",
+    "alpaca-eval": "have a judge compare answers with a reference's: "
+    f"llm_judge.chat_benchmarks:run_alpaca_eval {BENCH} --reference --evaluator",
+    "judge-pairs": "have a judge compare two models of a run: llm_judge.pairwise:"
+    "judge_pairs run --judge --judge-model labels --set --other --limit",
+    "export": "write a run's model for other programs, and compare: "
+    "export.formats:export run --stage --format --push --public",
+    "doctor": "check this machine, with a remedy for what fails: doctor:report",
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "config": {"help": "a recipe or run, a config.json, or rows: mine.jsonl"},
@@ -100,7 +95,7 @@ def show(result: Any) -> None:
 
 
 def execute(command: str, values: dict[str, Any]) -> Any:
-    function, *options = COMMANDS[command].split()
+    function, *options = COMMANDS[command].partition(": ")[2].split()
     for name in values.keys() & {"run", "other"}:
         values[name] = runs.open_run(values[name])
     config = values["run"].config if "run" in values else None
@@ -124,8 +119,9 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, text in COMMANDS.items():
-        part = commands.add_parser(command, help=PURPOSES[command])
-        for option in text.split()[1:]:
+        purpose, _, parts = text.partition(": ")
+        part = commands.add_parser(command, help=purpose)
+        for option in parts.split()[1:]:
             part.add_argument(option, **OPTIONS.get(option, {}))
     values = vars(parser.parse_args(arguments))
     for name, least in LEAST.items():
@@ -145,6 +141,10 @@ def main(arguments: list[str]) -> None:
         sys.exit("stopped; the same command goes on from what is saved")
     except ModuleNotFoundError as error:
         sys.exit(f"{error}: {REMEDY}")
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        sys.exit(f"{type(error).__name__}: {str(error).partition('. ')[0]}: {SMALLER}")
     except (TunebookError, OSError, ImportError) as error:
         sys.exit(mask_secrets(f"{type(error).__name__}: {error}"))
 
