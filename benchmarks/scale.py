@@ -490,7 +490,7 @@ def run_way(
         print(f"no time for {title}")
         return
     several = part in ("kill", "fsdp")  # runs, each with a launcher of its own
-    limit_s = min(LIMIT_S * (3 if several else 1), left_s)
+    limit_s = min(LIMIT_S * (6 if several else 1), left_s)
     head = [sys.executable] if several else launcher(gpus)
     command = [*head, PROGRAM, "one", part, shape, engine, str(gpus)]
     log = RESULT.with_name(f"scale.{title.replace(' ', '.')}.log")
