@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from helpers import files, recipes, runs, runtime, stages  # noqa: E402
 from helpers.config import changed  # noqa: E402
 from helpers.data import preparation as data  # noqa: E402
-from helpers.evaluation import evaluator  # noqa: E402
+from helpers.evaluation import evaluator, tables  # noqa: E402
 from helpers.evaluation.metrics import paired_difference  # noqa: E402
 from helpers.models import load  # noqa: E402
 from helpers.training import trainer as training  # noqa: E402
@@ -92,10 +92,10 @@ def evaluate(run: Any, label: str, adapter: Path | str | None) -> dict[str, Any]
     """Returns right answers and items of each test set, with each item's verdict."""
     part = evaluator.evaluate(run, label, adapter)
     found: dict[str, Any] = {"eval_loss": part.get("eval_loss")}
-    for name, key in (("test", "accuracy"), ("test_new", "accuracy_new")):
-        if key in part:
+    for name in tables.PROBLEMS:
+        if name in part:
             items = files.read_rows(run.path / "eval" / label / f"{name}.jsonl")
-            found[name] = part[key]
+            found[name] = part[name]["correct"]
             found[f"{name}_right"] = [item["correct"] for item in items]
     return found
 

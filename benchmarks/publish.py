@@ -292,7 +292,8 @@ def forgetting(lost: dict[str, Any] | None) -> str:
 
 def proof_rows() -> list[dict[str, Any]]:
     """Returns the board's rows of GSM8K: of each model that was also asked others."""
-    values, rows = read(RESULTS / "gsm8k_proof.json"), []
+    path, rows = RESULTS / "gsm8k_proof.json", []
+    values = read(path) if path.exists() else {"rows": []}
     for part in values["rows"]:
         did, names = part["trained"], {"stage": "base", "model": part["model"]}
         if general := did.get("general"):

@@ -115,7 +115,7 @@ def test_thinking_is_the_same_in_training_evaluation_chat_and_export(
     assert prompt.endswith(EMPTY) is not thinking
     assert learnt.startswith("<think>\nEasy.") if thinking else learnt.startswith("3")
     run = stages.train(config)
-    assert "accuracy" in run.report()["eval"]["sft"]
+    assert "correct" in run.report()["eval"]["sft"]["test"]
     plain = AutoTokenizer.from_pretrained(run.path / "export" / "merged")
     chat = {"tokenize": False, "add_generation_prompt": True}
     assert plain.apply_chat_template(messages[:1], **chat) == prompt

@@ -59,7 +59,7 @@ def test_a_card_says_what_the_report_says(exported):
         results = {
             (r.dataset_type, r.metric_type): r.metric_value for r in values.eval_results
         }
-        test, rate = config.data.test, report["eval"]["sft"]["accuracy"]
+        test, rate = config.data.test, report["eval"]["sft"]["test"]["correct"]
         assert results[str(test), "accuracy"] == rate["k"] / rate["n"]
         assert (
             results[str(config.data.eval), "loss"] == report["eval"]["sft"]["eval_loss"]

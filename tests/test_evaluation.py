@@ -68,7 +68,7 @@ def test_held_out_conversations_get_losses_and_text_metrics(prepared):
     test, items = part["test_chat"], read_items(run, "base", "test_chat")
     assert part["perplexity"] == pytest.approx(math.exp(part["eval_loss"]), rel=1e-3)
     assert test["perplexity"] == pytest.approx(math.exp(test["loss"]), rel=1e-3)
-    assert "accuracy" not in part and "eval_text" not in part
+    assert "test" not in part and "eval_text" not in part
     held_out = files.read_rows(run.path / "data" / "test_chat.jsonl")
     questions = [row["messages"][0]["content"] for row in held_out]
     assert [item["question"] for item in items] == questions
@@ -119,14 +119,15 @@ def test_an_item_says_all_that_decided_its_verdicts(prepared):
     assert (item["id"], item["gold"]) == (problem["id"], problem["gold"])
     assert {"output", "extracted", "tokens", "stopped", *metrics.VERDICTS} <= set(item)
     assert item["seconds"] > 0
-    assert part["accuracy"] == metrics.proportion(sum(i["correct"] for i in items), 2)
+    rate = metrics.proportion(sum(i["correct"] for i in items), 2)
+    assert part["test"]["correct"] == rate
     assert part["test"]["truncated"] == sum(not i["stopped"] for i in items)
     assert part["test"]["tokens"] == sum(i["tokens"] for i in items)
     # a judgment stays until the model changes, a figure until its set does
     assert run.report()["eval"]["base"]["mt_bench"] == judgment
     evaluate(prepared(CHATS, sft__eval_strategy="no"), "base")
     kept = run.report()["eval"]["base"]
-    assert kept["mt_bench"] == judgment and not {"accuracy", "test"} & {*kept}
+    assert kept["mt_bench"] == judgment and "test" not in kept
     evaluate(prepared(PROBLEMS, template="instruction"), "base")
     assert "mt_bench" not in run.report()["eval"]["base"]
 
@@ -305,7 +306,9 @@ def measured(run_factory):
     for stage, seconds in (("sft", 90.0), ("grpo", 150.0)):
         run.write_part(stage, {"seconds": seconds, "peak_memory_gb": seconds / 50})
     parts = {"base": metrics.proportion(1, 8), "grpo": metrics.proportion(6, 8)}
-    run.write_part("eval", {label: {"accuracy": k} for label, k in parts.items()})
+    run.write_part(
+        "eval", {label: {"test": {"correct": k}} for label, k in parts.items()}
+    )
     for label, right in (("base", [True] * 7 + [False]), ("grpo", [False] * 8)):
         write_items(run, label, "general", [{"exact_match": k} for k in right])
     return run
@@ -328,7 +331,9 @@ def test_the_board_has_one_row_a_recipe_model_and_machine(
     assert (gpu["recipe"], gpu["minutes"], gpu["gib"]) == ("demo", 4.0, 3.0)
     assert (gpu["base"]["k"], gpu["right"]["k"], gpu["general"]["n"]) == (1, 6, 8)
     monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
-    *_, low, high = re.findall(r"[-+][\d.]+", text := publish.forgetting(gpu))
+    *_, low, high = re.findall(
+        r"[-+][\d.]+", text := publish.forgetting(gpu["general"])
+    )
     assert text == f"+87.5 [{low}, {high}], p 0.016" and "-" not in text
     (line,) = (
         x for x in "\n".join(publish.board_section()).splitlines() if "T4 |" in x

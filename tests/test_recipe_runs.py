@@ -14,7 +14,7 @@ from helpers.config import changed
 from helpers.data import preparation as data
 from helpers.data.sources import load_rows
 from helpers.evaluation import evaluator
-from helpers.evaluation.tables import results_table
+from helpers.evaluation.tables import PROBLEMS, results_table
 from helpers.grpo import trainer as grpo
 from helpers.masking.dataset import NO_LOSS
 from helpers.runs import Run
@@ -194,7 +194,7 @@ def test_what_the_recipe_holds_out_is_measured(trained):
     names, adapter = evaluator.held_out(trained.config), run.path / stage / "adapter"
     part = evaluator.evaluate(run, stage, adapter)
     keys = {"eval": "eval_loss", "test_chat": "test_chat", "general": "general"}
-    keys |= {"test": "accuracy", "test_new": "accuracy_new"}
+    keys |= {name: name for name in PROBLEMS}
     assert {key for key in keys.values() if key in part} == {keys[n] for n in names}
     assert len(results_table(run.report())) == 1
 

@@ -18,11 +18,12 @@ def report():
     report = {"sft": {"seconds": 150.0, "peak_memory_gb": 2.25}, "eval": {}}
     for label, k, k_new in (("base", 10, 5), ("sft", 90, 20), ("mine", 0, 99)):
         report["eval"][label] = {
-            "accuracy": metrics.proportion(k, 200),
-            "accuracy_new": metrics.proportion(k_new, 100),
+            "test": dict.fromkeys(
+                ("correct", "strict_format"), metrics.proportion(k, 200)
+            )
+            | {"stop_rate": 0.5},
+            "test_new": {"correct": metrics.proportion(k_new, 100), "stop_rate": 0.5},
             "eval_loss": 1.2346,
-            "test": {"strict_format": metrics.proportion(k, 200), "stop_rate": 0.5},
-            "test_new": {"stop_rate": 0.5},
             "seconds": 90.0,
             "peak_memory_gb": 1.5,
         }
@@ -111,7 +112,7 @@ def test_the_plot_has_a_bar_with_its_interval_for_every_model_and_set(
     assert (tmp_path / "results.png").stat().st_size > 0
     errors = [group for group in axes.containers if not hasattr(group, "patches")]
     ends = errors[1].lines[2][0].get_segments()[0][:, 1]
-    interval = report["eval"]["sft"]["accuracy"]
+    interval = report["eval"]["sft"]["test"]["correct"]
     assert ends == pytest.approx([100 * interval["low"], 100 * interval["high"]])
     axes = tables.plot_results(chats, tmp_path / "results.png").axes[0]
     assert heights(axes) == [[2.5, 2.6], [1.75, 1.85]]
@@ -121,7 +122,7 @@ def test_the_plot_has_a_bar_with_its_interval_for_every_model_and_set(
 def make_run(name, recipe="smoke", **parts):
     """Makes a run whose SFT stage is trained and evaluated, with other values."""
     run = runs.save_run(changed(recipes.load(recipe), name=name))
-    measured = {"eval_loss": 0.787, "accuracy": metrics.proportion(45, 100)}
+    measured = {"eval_loss": 0.787, "test": {"correct": metrics.proportion(45, 100)}}
     values = {
         "environment": {"device": "cuda: Tesla T4"},
         "data": {"fingerprints": {"train": name, "eval": "e1", "test": "t1"}},

@@ -41,7 +41,7 @@ def read_sets(run: Run) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
     sets = {name: read_rows(run.require(f"data/{name}.jsonl")) for name in names}
     if {*sets} - {"eval", "general"}:  # else eval is the last resort
         names = [name for name in names if name != "eval"]
-    if not sets or (labels and {*names} <= {*tables.ACCURACIES, "general"}):
+    if not sets or (labels and {*names} <= {*tables.PROBLEMS, "general"}):
         remedy = "set data.eval_share, data.test_share, data.eval or data.test"
         text = "has no held-out rows, or none for evaluation.labels"
         raise DataError(f"run {config.name!r} {text}: {remedy}")
@@ -85,7 +85,7 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
         model = adapters.merge(model)
     part: dict[str, Any] = {"model_print": model_print(config, adapter)}
     drop = config.data.drop_unusable
-    for name in [name for name in sets if name not in tables.ACCURACIES]:
+    for name in [name for name in sets if name not in tables.PROBLEMS]:
         chats, general = [row["messages"] for row in sets[name]], name == "general"
         way = "last" if general else config.loss_on
         longest = None if general else config.max_length
@@ -116,8 +116,6 @@ def evaluate(run: Run, label: str, adapter: Path | str | None = None) -> dict[st
         items = answer_rows(path, rows, settings, answer, judge)
         seconds += sum(item["seconds"] for item in items)  # those of former calls too
         summary = metrics.summarise(items, classes)
-        if name in tables.ACCURACIES:
-            part[tables.ACCURACIES[name]] = summary["correct"]
         key = "eval_text" if name == "eval" else name
         part[key] = summary | part.get(key, {})
     del model, answer

@@ -15,8 +15,8 @@ from helpers.files import fingerprint, read_json
 from helpers.runtime import runs_folder
 
 STAGES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
-ACCURACIES = {"test": "accuracy", "test_new": "accuracy_new"}
-COUNTED = (*ACCURACIES, "test_chat", "general")  # sets with a rate of right answers
+PROBLEMS = ("test", "test_new")
+COUNTED = (*PROBLEMS, "test_chat", "general")  # sets with a rate of right answers
 RESULTS = [f"{name}: right [95 %]" for name in COUNTED]
 RESULTS += ["eval loss", "test_chat loss", "train min", "eval min", "peak GB"]
 TRAINING = ["steps", "loss_first", "loss_last", "loss_best", "eval_loss_best"]
@@ -49,8 +49,6 @@ def to_frame(rows: list[Row], index: list[str], columns: list[str]) -> pd.DataFr
 
 def right(part: Row, name: str) -> Row | None:
     """Returns a set's rate of right answers, of a model's part of the report."""
-    if name in ACCURACIES:
-        return part.get(ACCURACIES[name])
     values = part.get(name, {})
     exact = values.get("exact_match") if name == "general" else None
     return values.get("correct", exact)
@@ -105,8 +103,9 @@ def differences_table(report: Row) -> pd.DataFrame:
 
 def plot_results(report: Row, path: Path) -> Figure:
     """Returns bars of accuracies with intervals, else of losses; saves the picture."""
-    parts = pd.DataFrame(report.get("eval", {})).rename(columns=STAGES)
-    rates = parts.reindex(ACCURACIES.values()).dropna(axis=1, how="all").dropna()
+    parts = report.get("eval", {}).items()
+    found = {STAGES.get(k, k): {n: right(x, n) for n in PROBLEMS} for k, x in parts}
+    rates = pd.DataFrame(found).dropna(axis=1, how="all").dropna()
     bars = results_table(report).filter(like=" loss").replace("-", None).T.astype(float)
     options: dict[str, Any] = {"ylabel": "loss in nats (lower is better)"}
     if rates.size:
