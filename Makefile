@@ -3,7 +3,7 @@
 define MENU
   setup      install everything into .venv
   try        notebooks 00 to 04 in the smallest sizes, then a table (4 minutes)
-  demo       the series on the offline model, then its table (22 minutes)
+  demo       the series on the offline model, then its table (21 minutes)
   train      your rows, a config, or a recipe of docs/recipes.md:   FROM=mine.jsonl
   evaluate   the models of a run on its held-out rows:              RUN=demo
   chat       a web page to talk to a run's model:                   RUN=demo
