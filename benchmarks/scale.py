@@ -69,11 +69,11 @@ PREDICTED = {
 }
 ROWS = (32, 8)  # of an optimiser step
 WARM, STEPS, REPEAT = 3, 12, 3  # three repeats of three steps
-RUN_ROWS, RUN_STEPS = 8, {"kill": 16, "fsdp": 6}
+RUN_ROWS, RUN_STEPS = 8, 16  # of the parts fsdp and kill
 # one row a pass on any number of GPUs, and the optimiser that shared weights take
 ALIKE: dict[str, Any] = {"sft__per_device_train_batch_size": 1}
 ALIKE |= {"sft__gradient_accumulation_steps": RUN_ROWS, "sft__optim": "adamw_torch"}
-ALIKE |= {"sft__max_steps": RUN_STEPS["fsdp"]}
+ALIKE |= {"sft__max_steps": 6}  # a step of shared weights takes seconds
 GRPO_WARM, GRPO_STEPS = 2, 6
 SHOWN = ("speedup", "s_step", "tokens_per_second", "peak_gb", "loss_distance")
 SHOWN += ("s_to_end", "resumed", "error")
@@ -125,9 +125,11 @@ def profiler() -> tuple[Any, dict[str, float]]:
     from transformers import TrainerCallback
 
     seen = dict.fromkeys(("arithmetic", "nccl", "copies"), 0.0)
+    on_gpu = torch.cuda.is_available()
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
 
     class Profiler(TrainerCallback):
-        profile = torch.profiler.profile(activities=[ProfilerActivity.CUDA])
+        profile = torch.profiler.profile(activities=[activity])
 
         def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
             if state.global_step == STEPS - REPEAT:
@@ -136,9 +138,9 @@ def profiler() -> tuple[Any, dict[str, float]]:
                 self.profile.stop()
                 for event in self.profile.events():
                     if event.device_type == torch.autograd.DeviceType.CUDA:
+                        words = event.name.split()
                         kind = "nccl" if "nccl" in event.name.lower() else "arithmetic"
-                        kind = "copies" if "HtoD" in event.name else kind
-                        kind = "copies" if "DtoH" in event.name else kind
+                        kind = "copies" if {"HtoD", "DtoH"} & {*words} else kind
                         seen[kind] += event.time_range.elapsed_us() / 1e6 / REPEAT
 
     return Profiler(), seen
@@ -170,8 +172,8 @@ def measure_sft(
     table = training.choose_layout(trainer, run)
     callback, ends = clock(WARM, STEPS)
     trainer.add_callback(callback)
-    profile, did = profiler()
     if profiled:
+        profile, did = profiler()
         trainer.add_callback(profile)
     trainer.train()
     seen = [e["num_input_tokens_seen"] for e in logged(trainer)]
@@ -180,9 +182,8 @@ def measure_sft(
     repeats = [round((ends[n + REPEAT] - ends[n]) / REPEAT, 4) for n in starts]
     seconds = ends[last] - ends[WARM]
     tokens = seen[last - 1] - seen[WARM - 1]
-    shares = gather_object([{name: round(s, 4) for name, s in did.items()}])
     peaks = gather_object([round(runtime.peak_memory_gb(), 3)])
-    return {
+    row = {
         "s_step": round(seconds / (last - WARM), 4),
         "s_step_repeats": repeats,
         "tokens_per_second": round(tokens / seconds),
@@ -190,8 +191,10 @@ def measure_sft(
         "start_s": round(ends[WARM] - began, 1),
         "layout": json.loads(table.iloc[-1:].to_json(orient="records"))[0],
         "losses": [e["loss"] for e in logged(trainer)],
-        **({"profile": shares} if profiled else {}),
     }
+    if profiled:
+        row["profile"] = gather_object([{k: round(s, 4) for k, s in did.items()}])
+    return row
 
 
 def logged(trainer: Any) -> list[dict[str, Any]]:
@@ -212,9 +215,9 @@ def one(part: str, shape: str, engine: str, gpus: int, model: str) -> None:
     if part in ("sft", "profile"):
         from helpers import training
 
-        kinds = {"in_all": 1} if gpus == 1 else {"per_gpu": gpus, "in_all": 1}
-        if part == "profile" and gpus > 1:
-            del kinds["in_all"]
+        kinds = {"per_gpu": gpus} if gpus > 1 else {}
+        if part == "sft" or gpus == 1:
+            kinds["in_all"] = 1
         configs = {
             (rows, count): sft_config(
                 f"{rows}-{count}", engine, model, n * count, on_gpu
@@ -327,7 +330,7 @@ def run_config(name: str, engine: str, model: str, **changes: Any) -> Path:
 
     folder, on_gpu = Path(os.environ["TUNEBOOK_RUNS"]), torch.cuda.is_available()
     sft = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    sft |= {"max_steps": RUN_STEPS["kill"], "learning_rate": 2e-4, "warmup_steps": 2}
+    sft |= {"max_steps": RUN_STEPS, "learning_rate": 2e-4, "warmup_steps": 2}
     sft |= optimiser(on_gpu) | {"save_strategy": "steps", "save_steps": 2}
     values = base_config(name, engine, model, on_gpu) | {"stages": ["sft"], "sft": sft}
     values |= {"data": {"train": [str(folder / "train.jsonl")]}, "layout": "pinned"}
@@ -530,14 +533,8 @@ def show() -> None:
         text = " ".join(str(row[key]) for key in KEYS)
         names = ("speedup", "s_step", "s_step_repeats", "tokens_per_second", "peak_gb")
         names += ("loss_distance", "layout", "copy_from_trained_nats", "profile")
-        names += (
-            "error",
-            "s_to_end",
-            "exit_code",
-            "last_line",
-            "resumed",
-            "processes_left",
-        )
+        names += ("error", "s_to_end", "exit_code", "last_line", "resumed")
+        names += ("processes_left",)
         print(text, {name: row[name] for name in names if name in row}, flush=True)
 
 
