@@ -28,6 +28,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterator
 from datetime import date
 from functools import partial
 from itertools import groupby
@@ -51,7 +52,7 @@ from helpers.errors import TrainingError  # noqa: E402
 from helpers.evaluation import evaluator, metrics  # noqa: E402
 from helpers.grpo import answers, monitor, rewards  # noqa: E402
 from helpers.grpo.trainer import build_grpo  # noqa: E402
-from helpers.inference.generation import cut_answer, encode, generate_batches  # noqa: E402
+from helpers.inference.generation import Answer, cut_answer, encode, generate_batches  # noqa: E402
 from helpers.inference.items import answer_rows, model_print  # noqa: E402
 from helpers.inference.sampler import Sampler  # noqa: E402
 from helpers.masking.templates import stop_token_ids  # noqa: E402
@@ -185,8 +186,9 @@ def configure(given: argparse.Namespace, stage: str, seed: int) -> RunConfig:
         },
     )
     if given.equations and stage != "base":
-        config = changed(config, evaluation__max_new_tokens=SHORT)
-        config = changed(config, grpo__max_completion_length=SHORT)
+        short = {"evaluation__max_new_tokens": SHORT}
+        short |= {"grpo__max_completion_length": SHORT}
+        config = changed(config, **short)
     if given.sft_minutes:
         config = changed(config, sft__max_steps=monitor.ENDLESS)
     return changed(config, **dict(given.set))
@@ -221,28 +223,31 @@ def judge_continued(text: str, row: Row) -> Row:
 
 def evaluate(run: Run, kind: Stage) -> list[Row]:
     """Returns the greedy answers to the test rows, with their verdicts."""
-    config = run.config
-    adapter = run.path / kind / "adapter"
+    config, adapter = run.config, run.path / kind / "adapter"
     model, tokenizer = load.load_model(
         config.model, adapter=adapter, **load.options(config)
     )
-    items = files.read_rows(run.path / "data" / "test.jsonl")
-    for item in items:
-        item["prompt"] = ask(item["question"], config.system_prompt)
-    size, limit = config.evaluation.batch_size, config.evaluation.max_new_tokens
-    prompts = [item["prompt"] for item in items]
-    size = size or len(items)
-    given = Sampler(model).generate(tokenizer, prompts, size, limit)
-    for item, answer in zip(items, given, strict=True):
-        item |= {"output": answer.text} | metrics.check_answer(answer.text, item)
-    files.write_rows(run.path / "eval" / kind / "test.jsonl", items)
-    return items
+    sampler, decoding = Sampler(model), config.evaluation
+    rows = files.read_rows(run.path / "data" / "test.jsonl")
+    size, limit = decoding.batch_size or len(rows), decoding.max_new_tokens
+
+    def generate(prompts: list[Any]) -> Iterator[dict[int, Answer]]:
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
+            answered = sampler.generate(tokenizer, batch, size, limit)
+            yield dict(enumerate(answered, start))
+
+    path = run.path / "eval" / kind / "test.jsonl"
+    settings = files.fingerprint(model_print(config, adapter), limit)
+    rows = data.to_prompts(config, rows)
+    return answer_rows(path, rows, settings, generate, metrics.check_answer)
 
 
 def what_was_forgotten(run: Run, kind: Stage) -> Row:
     """Returns how right answers to questions not trained for differ from the base's."""
     sets: dict[str, Any] = {"data__test": None, "data__eval": None, "best_by": "loss"}
     sets |= {"name": f"{run.config.name}-general", "data__general": str(GENERAL)}
+    sets["data__train"] = [str(run.config.data.eval)]  # few rows: none are trained on
     apart = runs.save_run(changed(run.config, **sets))
     data.ensure_data(apart)
     evaluator.evaluate(apart, "base")

@@ -294,17 +294,14 @@ def proof_rows() -> list[dict[str, Any]]:
     """Returns the board's rows of GSM8K: of each model that was also asked others."""
     path, rows = RESULTS / "gsm8k_proof.json", []
     values = read(path) if path.exists() else {"rows": []}
-    for part in values["rows"]:
-        did, names = part["trained"], {"stage": "base", "model": part["model"]}
-        if general := did.get("general"):
-            same = [x for x in values["rows"] if names.items() <= x.items()]
-            row = {"recipe": f"gsm8k_proof, {part['stage']}, seed {part['seed']}"}
-            row |= {"model": part["model"]}
-            row["machine"] = values["machine"].partition(",")[0]
-            row |= {"minutes": round(did["seconds"] / 60, 1), "date": part["date"]}
-            row |= {"gib": did["peak_memory_gb"], "general": general}
-            row |= {"base": same[0]["ours"] if same else None, "right": part["ours"]}
-            rows.append(row)
+    bases = {x["model"]: x["ours"] for x in values["rows"] if x["stage"] == "base"}
+    for part in [x for x in values["rows"] if "general" in x["trained"]]:
+        did, model = part["trained"], part["model"]
+        row = {"recipe": f"gsm8k_proof, {part['stage']}, seed {part['seed']}"}
+        row |= {"model": model, "machine": values["machine"].partition(",")[0]}
+        row |= {"minutes": round(did["seconds"] / 60, 1), "date": part["date"]}
+        row |= {"gib": did["peak_memory_gb"], "general": did["general"]}
+        rows.append(row | {"base": bases.get(model), "right": part["ours"]})
     return rows
 
 

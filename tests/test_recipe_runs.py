@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from helpers import files, recipes, runs, stages
-from helpers.config import changed
+from helpers.config import HELD_OUT, changed
 from helpers.data import preparation as data
 from helpers.data.sources import load_rows
 from helpers.evaluation import evaluator
-from helpers.evaluation.tables import PROBLEMS, results_table
+from helpers.evaluation.tables import results_table
 from helpers.grpo import trainer as grpo
 from helpers.masking.dataset import NO_LOSS
 from helpers.runs import Run
@@ -193,8 +193,7 @@ def test_what_the_recipe_holds_out_is_measured(trained):
     run, stage = trained.run, trained.config.stages[-1]
     names, adapter = evaluator.held_out(trained.config), run.path / stage / "adapter"
     part = evaluator.evaluate(run, stage, adapter)
-    keys = {"eval": "eval_loss", "test_chat": "test_chat", "general": "general"}
-    keys |= {name: name for name in PROBLEMS}
+    keys = {name: name for name in HELD_OUT} | {"eval": "eval_loss"}
     assert {key for key in keys.values() if key in part} == {keys[n] for n in names}
     assert len(results_table(run.report())) == 1
 

@@ -17,11 +17,9 @@ def report():
     """The report of a run with three evaluated models, and one that was judged only."""
     report = {"sft": {"seconds": 150.0, "peak_memory_gb": 2.25}, "eval": {}}
     for label, k, k_new in (("base", 10, 5), ("sft", 90, 20), ("mine", 0, 99)):
+        rate = metrics.proportion(k, 200)
         report["eval"][label] = {
-            "test": dict.fromkeys(
-                ("correct", "strict_format"), metrics.proportion(k, 200)
-            )
-            | {"stop_rate": 0.5},
+            "test": {"correct": rate, "strict_format": rate, "stop_rate": 0.5},
             "test_new": {"correct": metrics.proportion(k_new, 100), "stop_rate": 0.5},
             "eval_loss": 1.2346,
             "seconds": 90.0,
