@@ -65,7 +65,7 @@ STAGES = ("base", "sft", "grpo", "control")
 VERDICTS = {"strict": "strict_match", "flexible": "flexible_extract", "ours": "correct"}
 TRAINED = """steps seconds peak_memory_gb loss_last reward_first reward_last stopped
     held_out_first held_out_best best_step solved_at_times sampler layout
-    passes_left_out general"""
+    passes_left_out"""
 SHORT = 112  # tokens of an answer of equations
 FINISH_S = 60  # after training: an evaluation, the adapter read again, test answers
 SHOTS = 4
@@ -243,30 +243,36 @@ def evaluate(run: Run, kind: Stage) -> list[Row]:
     return answer_rows(path, rows, settings, generate, metrics.check_answer)
 
 
-def what_was_forgotten(run: Run, kind: Stage) -> Row:
-    """Returns how right answers to questions not trained for differ from the base's."""
+def ask_general(run: Run, kind: Any) -> str:
+    """Returns a mark, 1 or 0, for each question that no stage trains for."""
     sets: dict[str, Any] = {"data__test": None, "data__eval": None, "best_by": "loss"}
     sets |= {"name": f"{run.config.name}-general", "data__general": str(GENERAL)}
     sets["data__train"] = [str(run.config.data.eval)]  # few rows: none are trained on
     apart = runs.save_run(changed(run.config, **sets))
     data.ensure_data(apart)
-    evaluator.evaluate(apart, "base")
-    evaluator.evaluate(apart, kind, run.path / kind / "adapter")
-    return {"general": compare_general(apart.path / "eval", kind)}
+    adapter = None if kind == "base" else run.path / kind / "adapter"
+    evaluator.evaluate(apart, kind, adapter)
+    return mark_general(apart.path / "eval" / kind / "general.jsonl")
 
 
-def compare_general(folder: Path, kind: str) -> Row:
-    """Compares first lines alone: a base model does not stop after its answer."""
-    rights = []
-    for label in ("base", kind):
-        items = files.read_rows(folder / label / "general.jsonl")
-        lines = [item["output"].strip().partition("\n")[0] for item in items]
-        scores = [
-            metrics.score(line, item["reference"])
-            for line, item in zip(lines, items, strict=True)
-        ]
-        rights.append([bool(score["exact_match"]) for score in scores])
-    return metrics.paired_difference(*rights)
+def mark_general(path: Path) -> str:
+    """Judges first lines alone: a base model does not stop after its answer."""
+    items = files.read_rows(path)
+    lines = [item["output"].strip().partition("\n")[0] for item in items]
+    scores = [
+        metrics.score(line, item["reference"])
+        for line, item in zip(lines, items, strict=True)
+    ]
+    return marks(scores, "exact_match")
+
+
+def marks(items: list[Row], key: str) -> str:
+    return "".join(str(int(item[key])) for item in items)
+
+
+def compare(first: str, second: str) -> Row:
+    """Returns the difference of two rows of marks on the same items, with its p."""
+    return metrics.paired_difference(*([m == "1" for m in r] for r in (first, second)))
 
 
 def draw_answers(given: argparse.Namespace, start: Run) -> list[Row]:
@@ -350,15 +356,14 @@ def run_stage(given: argparse.Namespace, stage: str, seed: int) -> Row:
     run = runs.save_run(config)
     data.ensure_data(run)
     if stage == "base":
-        items = answer_base(run)
+        items, kind = answer_base(run), "base"
     else:
         (kind,) = config.stages
         minutes = minutes_left(given) if stage == "control" else given.sft_minutes
         part |= train(run, kind, minutes)
         runtime.free_memory()
         items = evaluate(run, kind)
-        runtime.free_memory()
-        part |= what_was_forgotten(run, kind)
+    runtime.free_memory()
     own = run.config.grpo if stage == "grpo" else run.config.sft
     settings = own | {n: run.config.lora[n] for n in ("r", "lora_alpha")}
     names = ("dtype", "variants", "equations", "for_grpo")
@@ -372,7 +377,8 @@ def run_stage(given: argparse.Namespace, stage: str, seed: int) -> Row:
         "seconds": round(time.perf_counter() - began, 1),
         "trained": {name: part[name] for name in TRAINED.split() if name in part},
         "settings": {} if stage == "base" else settings,
-        "right": "".join(str(int(item["correct"])) for item in items),
+        "right": marks(items, "correct"),
+        "general": ask_general(run, kind),
     }
 
 
@@ -385,12 +391,14 @@ def write_results(given: argparse.Namespace) -> None:
     paths = sorted((given.runs / "results").glob("*.json"))
     rows = [files.read_json(path) for path in paths]
     for row in rows:
-        known = {r["stage"]: r["right"] for r in rows if is_sibling(r, row)}
+        known = {r["stage"]: r for r in rows if is_sibling(r, row)}
         for label in ("base", "sft"):
-            first = known.get(label)
-            if first and row["stage"] not in ("base", label):
-                pair = ([mark == "1" for mark in r] for r in (first, row["right"]))
-                row[f"p_vs_{label}"] = metrics.paired_difference(*pair)["p"]
+            if label in known and row["stage"] not in ("base", label):
+                p = compare(known[label]["right"], row["right"])["p"]
+                row[f"p_vs_{label}"] = p
+        if "base" in known and row["stage"] != "base":
+            lost = compare(known["base"]["general"], row["general"])
+            row["trained"]["general"] = lost
     rows.sort(key=lambda r: (r["model"], STAGES.index(r["stage"]), r["seed"]))
     failed = [
         files.read_json(path)
@@ -414,8 +422,7 @@ def pool(rows: list[Row]) -> list[Row]:
     for (model, stage), group in groupby(later, lambda r: (r["model"], r["stage"])):
         seeds, rights = zip(*((r["seed"], r["right"]) for r in group), strict=True)
         first = "".join(sft[model, seed] for seed in seeds)
-        pair = ([mark == "1" for mark in r] for r in (first, "".join(rights)))
-        result = metrics.paired_difference(*pair)
+        result = compare(first, "".join(rights))
         pooled.append({"model": model, "stage": stage, "seeds": [*seeds]} | result)
     return pooled
 

@@ -78,12 +78,13 @@ def test_a_base_model_is_judged_up_to_its_next_question():
 
 
 def test_forgetting_is_judged_by_the_first_line_of_an_answer(tmp_path):
-    outputs = {"base": ["Earth\nWhat is", "12 season"], "sft": ["2*10=20", "12"]}
-    for label, texts in outputs.items():
-        pairs = zip(texts, ["Earth", "12"], strict=True)
-        items = [{"output": text, "reference": right} for text, right in pairs]
-        write_rows(tmp_path / label / "general.jsonl", items)
-    lost = gsm8k_proof.compare_general(tmp_path, "sft")
+    texts = ["Earth\nWhat is", "12 season", "2*10=20", " 12"]
+    pairs = zip(texts, ["Earth", "12", "Earth", "12"], strict=True)
+    items = [{"output": text, "reference": right} for text, right in pairs]
+    write_rows(tmp_path / "general.jsonl", items)
+    marks = gsm8k_proof.mark_general(tmp_path / "general.jsonl")
+    assert marks == "1001"
+    lost = gsm8k_proof.compare(marks[:2], marks[2:])
     assert (lost["n"], lost["only_first"], lost["only_second"]) == (2, 1, 1)
 
 
