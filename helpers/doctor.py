@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import HfApi, get_token
 from packaging.requirements import Requirement
 
-from helpers import runtime
+from helpers import recipes, runtime
 from helpers.errors import TunebookError, mask_secrets
 from helpers.install import STACK, installed_version
 from helpers.models import adapters, load
@@ -117,8 +117,8 @@ def check_step() -> str:
     texts = ["<pad>", "<s>", "</s>", *map(chr, range(32, 127))]
     words = {text: n for n, text in enumerate(texts)}
     marks: Any = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    turns = "{{ messages|join('','content') }}{% if add_generation_prompt %}{% endif %}"
-    marks["chat_template"] = turns  # else loading tells of the one it takes
+    turn = "{{ messages|join('','content') }}{% if add_generation_prompt %}>{% endif %}"
+    marks["chat_template"] = turn  # else Unsloth warns of the one it takes
     marks["tokenizer_object"] = Tokenizer(models.BPE(words, []))
     sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "vocab_size": len(words), "pad_token_id": 0}
@@ -127,7 +127,7 @@ def check_step() -> str:
         LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
         options: Any = {"engine": engine, "weights": weights, "max_length": 64}
         model, _ = load.load_model(folder, **options)
-    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    lora = recipes.load("demo").lora  # of fewer modules Unsloth warns
     model = adapters.add_lora(model, lora, engine=engine, checkpointing=False)
     ids = torch.arange(32, device=machine.device)[None]
     learnt = [p for p in model.parameters() if p.requires_grad]

@@ -279,7 +279,7 @@ def environment(engine: str, dtype: str = "auto") -> dict[str, Any]:
     machine = find_machine()
     return {
         "python": platform.python_version(),
-        "engine": engine,
+        "engine": resolve_engine(engine),
         "device": f"{machine.device}: {machine.name}",
         "memory_gb": round(machine.memory_gb, 2),
         "dtype": str(choose_dtype(machine, dtype)[0]).removeprefix("torch."),

@@ -127,6 +127,24 @@ def test_the_adapter_of_a_stage_is_compared_with_the_trained_model(run_factory):
     assert math.isclose(config["lora_alpha"], 8 * 2**0.5)
 
 
+def test_a_reloaded_adapter_is_compared_under_the_attention_it_was_trained_with(
+    run_factory, monkeypatch
+):
+    run = run_factory(stages=["sft"])
+    data.prepare(run)
+    model, tokenizer = train.load_for_training(run)
+    model.set_attn_implementation("eager")
+    seen, compare = [], adapters.compare_saved
+
+    def note(copy, folder):
+        seen.append(copy.config._attn_implementation)
+        return compare(copy, folder)
+
+    monkeypatch.setattr(adapters, "compare_saved", note)
+    train.fit(train.build_sft(run, model, tokenizer), run)
+    assert seen == ["eager"]
+
+
 def test_an_adapter_that_computes_something_else_fails_the_stage(
     run_factory, monkeypatch
 ):

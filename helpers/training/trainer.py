@@ -158,12 +158,12 @@ def fit(trainer: Trainer, run: Run) -> dict[str, Any]:
     part = stage_report(trainer, folder)
     try:
         copy, _ = load.load_model(config.model, adapter=adapter, **load.options(config))
+        copy.set_attn_implementation(model.config._attn_implementation)  # else 3 % off
         part["reloaded"] = adapters.compare_saved(copy, adapter)
     except (MemoryError, torch.OutOfMemoryError):
         part["reloaded"] = None
     run.write_part(stage, part)
-    engine = runtime.resolve_engine(config.engine)
-    run.write_part("environment", runtime.environment(engine, config.dtype))
+    run.write_part("environment", runtime.environment(config.engine, config.dtype))
     note = read_json(folder / inputs.NOTE)
     write_json(folder / inputs.NOTE, note | {"finished": True})
     trainer.accelerator.wait_for_everyone()
