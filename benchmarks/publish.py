@@ -291,16 +291,17 @@ def forgetting(lost: dict[str, Any] | None) -> str:
 
 
 def proof_rows() -> list[dict[str, Any]]:
-    """Returns the board's rows of GSM8K: of each model that was also asked others."""
+    """Returns the board's rows of GSM8K: seed 0 of models that were asked others, too."""
     path, rows = RESULTS / "gsm8k_proof.json", []
     values = read(path) if path.exists() else {"rows": []}
     bases = {x["model"]: x["ours"] for x in values["rows"] if x["stage"] == "base"}
-    for part in [x for x in values["rows"] if "general" in x["trained"]]:
+    asked = [x for x in values["rows"] if "general" in x["trained"]]
+    for part in [x for x in asked if x["seed"] == 0]:
         did, model = part["trained"], part["model"]
         row = {"recipe": f"gsm8k_proof, {part['stage']}, seed {part['seed']}"}
         row |= {"model": model, "machine": values["machine"].partition(",")[0]}
         row |= {"minutes": round(did["seconds"] / 60, 1), "date": part["date"]}
-        row |= {"gib": did["peak_memory_gb"], "general": did["general"]}
+        row |= {"gib": did.get("peak_memory_gb"), "general": did["general"]}
         rows.append(row | {"base": bases.get(model), "right": part["ours"]})
     return rows
 
@@ -310,7 +311,7 @@ def board_section() -> list[str]:
     rows = []
     for row in read(RESULTS / "board.json")["rows"] + proof_rows():
         cells = {name: row[name] for name in ("recipe", "model", "machine", "minutes")}
-        cells["GiB"] = f"{row['gib']:.1f}"
+        cells["GiB"] = f"{row['gib']:.1f}" if row["gib"] else "-"
         for name, rate in (("base", row["base"]), ("right [95 %]", row["right"])):
             cells[name] = percent(rate) if rate else "-"
         rows.append(
