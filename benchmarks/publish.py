@@ -291,7 +291,7 @@ def forgetting(lost: dict[str, Any] | None) -> str:
 
 
 def proof_rows() -> list[dict[str, Any]]:
-    """Returns the board's rows of GSM8K: seed 0 of models that were asked others, too."""
+    """Returns the board's rows of GSM8K: seed 0 of models that were asked others."""
     path, rows = RESULTS / "gsm8k_proof.json", []
     values = read(path) if path.exists() else {"rows": []}
     bases = {x["model"]: x["ours"] for x in values["rows"] if x["stage"] == "base"}

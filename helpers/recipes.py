@@ -111,7 +111,7 @@ def for_data(path: str, model: str | None = None) -> RunConfig:
     rows = min(len(answers), 300 if base.name == "demo" else 2000)
     values = base.model_dump(include={"max_length", "inference", "lora"})
     epochs = {"max_steps": -1, "num_train_epochs": 3 if rows < 1000 else 1}
-    each = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    each = {"eval_strategy": "epoch", "save_strategy": "epoch", "eval_steps": None}
     values |= {"sft": base.sft | epochs | each, "evaluation": evaluation}
     values["data"] = {"train": [path], "train_rows": rows, "drop_unusable": True}
     values["data"] |= {"eval_share": 0.1, "test_share": 0.2}

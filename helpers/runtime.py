@@ -11,8 +11,8 @@ import re
 import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
@@ -341,6 +341,7 @@ def start(engine: str | None = None) -> None:
         engine = engine or json.loads(path.read_text("utf-8")).get("engine")
     with suppress(ModelError):  # not installed: whoever loads a model says so
         if resolve_engine(engine or "auto") == "unsloth":
+            warnings.filterwarnings("ignore", module="unsloth")  # of what it has mended
             # it patches TRL, PEFT and transformers, so it comes before them
             import unsloth  # noqa: F401
     machine = find_machine()

@@ -33,6 +33,7 @@ def classes(tmp_path):
 def test_rows_make_a_config_of_sft_alone_without_the_recipes_prompt_and_sets(caplog):
     caplog.set_level(logging.INFO)
     config = recipes.for_data("data_samples/dolly.jsonl")
+    assert config.sft["eval_steps"] is None  # of epochs: Unsloth tells of others
     assert (config.name, config.stages, config.system_prompt) == ("dolly", ["sft"], "")
     data = config.data
     assert data.train == ["data_samples/dolly.jsonl"] and data.eval_share

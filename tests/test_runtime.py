@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+import warnings
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -216,6 +217,18 @@ def test_the_start_imports_the_engine_of_the_current_run_and_sets_the_allocator(
     assert ("Unsloth is imported first: True" in text.stdout) == (engine == "unsloth")
     if engine == "transformers":
         assert "because" in text.stdout and f"torch {version('torch')}" in text.stdout
+
+
+def test_what_unsloth_warns_of_and_has_mended_is_not_shown(monkeypatch):
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace())
+    monkeypatch.setattr(runtime, "resolve_engine", lambda engine: "unsloth")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        runtime.start("unsloth")
+        for name in ("unsloth.models", "mine"):
+            exec("import warnings; warnings.warn(__name__)", {"__name__": name})
+    texts = [str(warning.message) for warning in shown]
+    assert "mine" in texts and "unsloth.models" not in texts
 
 
 def test_messages_go_to_the_stdout_of_the_moment_and_once(capsys, run):

@@ -65,8 +65,7 @@ def export(
     if "space" in formats and not kinds_of(names):
         names.append("gguf:q4_k_m")
     if names != ["adapter"]:
-        size = estimate.skeleton(config.model).num_parameters()
-        require_space(run.path, size, names)
+        require_space(run.path, estimate.skeleton(config.model).num_parameters(), names)
     paths = {name: folder / name.replace(":", "-") for name in names}
     write_files(run, adapter, paths)
     rows, faults = parity.check(run, stage, paths, prompts)
@@ -170,8 +169,7 @@ def merge(config: RunConfig, adapter: Path | str, folder: Path) -> Any:
     base, _ = load.load_model(config.model, **options)
     if load.resolve_weights(config.weights) != "16bit":  # what it was trained on
         base = base.dequantize(dtype=base.dtype)
-    tuned = load.load_adapter(base, adapter, engine="transformers")
-    model = adapters.merge(tuned)
+    model = adapters.merge(load.load_adapter(base, adapter, engine="transformers"))
     tokenizer = plain_tokenizer(config, model.generation_config)
     model.config.eos_token_id = tokenizer.eos_token_id
     with new_folder(folder) as scratch:

@@ -79,8 +79,7 @@ class Judge:
             missing = {key: missing[key] for key in missing if key not in replies}
             with client, ThreadPoolExecutor(self.workers) as pool:
                 request = partial(self.request, client, temperature=0)
-                new = pool.map(request, missing.values())
-                pairs = zip(missing, new, strict=True)
+                pairs = zip(missing, pool.map(request, missing.values()), strict=True)
                 for key, reply in runtime.progress(pairs, "judge", total=len(missing)):
                     replies[key] = reply
                     if reply[0]:
