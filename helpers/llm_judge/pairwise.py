@@ -21,7 +21,7 @@ from helpers.runs import Run, writes
 
 SWAPPED = {None: None, "first": "second", "second": "first", "tie": "tie"}
 PIECE = r"\w+|[^\w\s]"
-CELL = '<div style="white-space:pre-wrap;text-align:left">{}</div>'
+CELL = '<div style="min-width:9em;white-space:pre-wrap;text-align:left">{}</div>'
 
 
 def read_pairs(
