@@ -243,7 +243,7 @@ def evaluate(run: Run, kind: Stage) -> list[Row]:
     return answer_rows(path, rows, settings, generate, metrics.check_answer)
 
 
-def ask_general(run: Run, kind: Any) -> str:
+def ask_general(run: Run, kind: str) -> str:
     """Returns a mark, 1 or 0, for each question that no stage trains for."""
     sets: dict[str, Any] = {"data__test": None, "data__eval": None, "best_by": "loss"}
     sets |= {"name": f"{run.config.name}-general", "data__general": str(GENERAL)}
@@ -361,9 +361,7 @@ def run_stage(given: argparse.Namespace, stage: str, seed: int) -> Row:
         (kind,) = config.stages
         minutes = minutes_left(given) if stage == "control" else given.sft_minutes
         part |= train(run, kind, minutes)
-        runtime.free_memory()
         items = evaluate(run, kind)
-    runtime.free_memory()
     own = run.config.grpo if stage == "grpo" else run.config.sft
     settings = own | {n: run.config.lora[n] for n in ("r", "lora_alpha")}
     names = ("dtype", "variants", "equations", "for_grpo")
@@ -378,7 +376,7 @@ def run_stage(given: argparse.Namespace, stage: str, seed: int) -> Row:
         "trained": {name: part[name] for name in TRAINED.split() if name in part},
         "settings": {} if stage == "base" else settings,
         "right": marks(items, "correct"),
-        "general": ask_general(run, kind),
+        "right_general": ask_general(run, kind),
     }
 
 
@@ -397,8 +395,8 @@ def write_results(given: argparse.Namespace) -> None:
                 p = compare(known[label]["right"], row["right"])["p"]
                 row[f"p_vs_{label}"] = p
         if "base" in known and row["stage"] != "base":
-            lost = compare(known["base"]["general"], row["general"])
-            row["trained"]["general"] = lost
+            pair = (r["right_general"] for r in (known["base"], row))
+            row["trained"]["general"] = compare(*pair)
     rows.sort(key=lambda r: (r["model"], STAGES.index(r["stage"]), r["seed"]))
     failed = [
         files.read_json(path)
@@ -515,7 +513,6 @@ def main() -> None:
                 flush=True,
             )
             write_results(given)
-            runtime.free_memory()
     write_results(given)
 
 

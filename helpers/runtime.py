@@ -341,7 +341,7 @@ def start(engine: str | None = None) -> None:
         engine = engine or json.loads(path.read_text("utf-8")).get("engine")
     with suppress(ModelError):  # not installed: whoever loads a model says so
         if resolve_engine(engine or "auto") == "unsloth":
-            warnings.filterwarnings("ignore", module="unsloth")  # of what it has mended
+            warnings.filterwarnings("ignore", "Unsloth: detected a manual")  # mended
             # it patches TRL, PEFT and transformers, so it comes before them
             import unsloth  # noqa: F401
     machine = find_machine()

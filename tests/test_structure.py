@@ -15,7 +15,7 @@ import structure  # noqa: E402
 
 # 8,000 lines and 45 modules are for all that is planned: lower these with deletions.
 BOUNDS = {
-    "lines": 9_845,
+    "lines": 9_843,
     "lines of masking": 449,
     "modules": 45,
     "packages": 10,

@@ -1,11 +1,10 @@
 """Loads models, tokenizers and saved adapters: from the hub, a folder, or offline."""
 
 import importlib.metadata
-import io
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,7 @@ def find_model(name: str) -> str:
 def loading(name: str) -> Iterator[None]:
     known = Path(name).is_dir() or name == OFFLINE or runtime.hub_reachable()
     try:
-        with redirect_stdout(io.StringIO()):  # Unsloth's banner, each time
-            yield
+        yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
             raise  # too little memory is no fault of the model
